@@ -1,9 +1,9 @@
 """The definitions, written down literally in plain PyTorch: the oracle of the tests and the baseline of the benchmarks.
 
-Nothing here is fast. The distances between the rows of the head come from the (c, c, m) tensor of their differences, and
-every gradient is autograd's. The arithmetic runs in the dtype of the inputs: hand in float64 for the truth, float32 or
-bfloat16 for what plain PyTorch achieves in that dtype. Arguments are those of the fast functions of the same name, which
-also check them; here they are trusted.
+Nothing here is fast. The distances between the rows of the head come from the (c, c, m) tensor of their differences,
+and every gradient is autograd's. The arithmetic runs in the dtype of the inputs: hand in float64 for the truth,
+float32 or bfloat16 for what plain PyTorch achieves in that dtype. Arguments are those of the fast functions of the
+same name, which also check them; here they are trusted.
 
 Symbols: n samples, c classes, m features; features z (n, m), head weight W (c, m) and bias b (c,), logits f = z Wᵀ + b
 (n, c), predicted class p = argmax f (first index on ties), gap g_j = f_p − f_j.

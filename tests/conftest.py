@@ -1,0 +1,64 @@
+"""Fixtures for every test file, and the one switch that must be set before anything imports Triton.
+
+Triton decides when a kernel is *decorated* whether it will be interpreted. So without a GPU, TRITON_INTERPRET is set here,
+at import, before pytest imports the test files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test runs: tensors on `device`, arithmetic by the implementation `name` of `ood_fast.ops.use_backend`."""
+
+    name: str
+    device: torch.device
+
+
+@pytest.fixture(params=["eager", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """One test, three ways: PyTorch on the CPU, the kernels on the CPU by Triton's interpreter, the kernels on a GPU."""
+    from ood_fast.ops import use_backend
+
+    if request.param == "eager":
+        chosen = Backend("eager", torch.device("cpu"))
+    elif request.param == "triton":
+        if not HAS_TRITON:
+            pytest.skip("triton is not installed")
+        if HAS_GPU:
+            pytest.skip("kernels are compiled for the GPU in this process; the interpreter needs one without a GPU")
+        chosen = Backend("triton", torch.device("cpu"))
+    else:
+        chosen = Backend("triton", torch.device("cuda"))
+    with use_backend(chosen.name):
+        yield chosen
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, not failed, where there is no GPU."""
+    if HAS_GPU:
+        return
+    no_gpu = pytest.mark.skip(reason="no GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
