@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ood_fast import checks
+
 
 def elogitnorm(
     logits: Tensor,
@@ -108,6 +110,7 @@ def boundary_distance(
     average="classes" divides by K + 1. NaN where the row of logits holds NaN or +inf, or only −inf.
     The prediction p is a constant for the gradient. arXiv 2504.11434, equation of the average distance.
     """
+    checks.one_of("average", average, checks.AVERAGES)
     length = torch.linalg.vector_norm(W[:, None, :] - W[None, :, :], dim=2)  # (c, c); the gradient at length 0 is 0
     if detach_geometry:
         length = length.detach()
@@ -116,8 +119,8 @@ def boundary_distance(
     length = length[predicted]  # (n, c)
     boundary = (length != 0) & ~logits.isneginf()  # length_pp = 0: the predicted class is left out, too
     to_boundary = gap.masked_fill(~boundary, 0) / length.masked_fill(~boundary, 1)
-    n_boundaries = boundary.sum(1) + {"boundaries": 0, "classes": 1}[average]
-    D = to_boundary.sum(1) / n_boundaries.clamp(min=1)
+    n_counted = boundary.sum(1) + (1 if average == "classes" else 0)
+    D = to_boundary.sum(1) / n_counted.clamp(min=1)
     # f_p − f_p is NaN exactly where f_p is not finite. A factor, not a fill, so that the gradient is NaN as well.
     not_finite = gap.detach().gather(1, predicted[:, None]).squeeze(1).isnan()
     return D * torch.ones_like(D).masked_fill(not_finite, torch.nan)
@@ -199,12 +202,11 @@ def _tempered_cross_entropy(f: Tensor, temperature: Tensor, q: Tensor) -> Tensor
 
 def _reduce(loss: Tensor, y: Tensor, weight: Tensor | None, kept: Tensor, reduction: str) -> Tensor:
     """The reductions of F.cross_entropy: for class indices "mean" divides by the weights of the targets that count."""
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    if reduction != "mean":
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     if y.is_floating_point():
         return loss.sum() / loss.shape[0]
     if weight is None:

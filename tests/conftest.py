@@ -1,7 +1,7 @@
 """Fixtures for every test file, and the one switch that must be set before anything imports Triton.
 
-Triton decides when a kernel is *decorated* whether it will be interpreted. So without a GPU, TRITON_INTERPRET is set here,
-at import, before pytest imports the test files.
+Triton decides when a kernel is *decorated* whether it will be interpreted. So without a GPU TRITON_INTERPRET is set
+here, at import, before pytest imports the test files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Backend:
 
 @pytest.fixture(params=["eager", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """One test, three ways: PyTorch on the CPU, the kernels on the CPU by Triton's interpreter, the kernels on a GPU."""
+    """One test, three ways: PyTorch on the CPU, the kernels there by Triton's interpreter, the kernels on a GPU."""
     from ood_fast.ops import use_backend
 
     if request.param == "eager":
