@@ -1,0 +1,178 @@
+"""The head of a classifier, the linear layer that makes the logits: find it, see what enters it, normalise before it.
+
+Scoring needs the features, which most models do not return:
+
+    head = find_head(model)  # an nn.Linear
+    with capture_features(head) as captured:
+        logits = model(x)
+    captured.features  # (n, m), so that logits = head(captured.features)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ood_fast import checks
+from ood_fast.functional import l2_normalize
+
+# What the classifiers of torchvision, timm, transformers and OpenOOD call their head, or the block that ends in it.
+HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "last_linear")
+
+
+def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
+    """The last linear layer of a classifier, whose output are the logits.
+
+    By `name`, the dotted path as `model.get_submodule` takes it. Without one, from the outside in:
+
+    1. a child named as in `HEAD_NAMES` (torchvision `fc`, `classifier.6`, `heads.head`; timm `head.fc`; ...);
+    2. the last part of an `nn.Sequential` that holds a linear layer, or the only such part of any module (a wrapper);
+    3. linear layers that the module itself registers last and that fit one behind the other (`fc1`, `fc2`, `fc3`).
+
+    Raises:
+        ValueError: no linear layer; more than one that could be the head, all of which are listed: pass `name`.
+    """
+    if name is not None:
+        return _head_by_name(model, name)
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError(f"model: {type(model).__name__} has no nn.Linear, expected a classifier that ends in one")
+    head = _search(model)
+    if head is None:
+        candidates = ", ".join(
+            f"{path} ({layer.in_features} → {layer.out_features})" for path, layer in linears.items()
+        )
+        raise ValueError(
+            f"model: cannot tell which layer of {type(model).__name__} makes the logits; pass its name. "
+            f"Linear layers: {candidates}"
+        )
+    return head
+
+
+def _head_by_name(model: nn.Module, name: str) -> nn.Linear:
+    modules = dict(model.named_modules())
+    if name not in modules:
+        linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
+        raise ValueError(f"name: {checks.unknown(f'layer of {type(model).__name__}', name, linears)}")
+    if not isinstance(modules[name], nn.Linear):
+        raise ValueError(f"name: {name!r} is a {type(modules[name]).__name__}, expected an nn.Linear")
+    return modules[name]
+
+
+def _search(module: nn.Module) -> nn.Linear | None:
+    """The head inside `module`, which holds at least one linear layer; None where that is anyone's guess."""
+    if isinstance(module, nn.Linear):
+        return module
+    parts = {name: child for name, child in module.named_children() if _holds_linear(child)}
+    own = [child for child in parts.values() if isinstance(child, nn.Linear)]
+    named = [parts[name] for name in HEAD_NAMES if name in parts]
+    if len(named) == 1:
+        # A sibling with as many outputs is a second head (timm's distilled DeiT averages two): the name proves nothing.
+        twins = [sibling for sibling in own if sibling.out_features == getattr(named[0], "out_features", None)]
+        return _search(named[0]) if len(twins) <= 1 else None
+    if named:
+        return None
+    last = list(parts.values())[-1]
+    if isinstance(module, nn.Sequential) or len(parts) == 1:
+        return _search(last)
+    chained = all(first.out_features == second.in_features for first, second in pairwise(own))
+    return last if own and last is own[-1] and chained else None
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(isinstance(submodule, nn.Linear) for submodule in module.modules())
+
+
+class CapturedFeatures:
+    """What entered a head, see `capture_features`."""
+
+    def __init__(self) -> None:
+        self._features: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """z (n, m) of the last forward pass, still part of its autograd graph; RuntimeError before the first."""
+        if self._features is None:
+            raise RuntimeError("the head has not run: call the model inside capture_features(head)")
+        return self._features
+
+
+@contextmanager
+def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
+    """While this context is open, `.features` of what it yields is the input of the head's last forward pass.
+
+    A forward pre-hook, removed at the end: nothing is computed twice, and the model is not changed. For scoring and
+    evaluation; the training losses need no features. Of an `L2NormLinear`, the features before normalisation.
+    """
+    captured = CapturedFeatures()
+
+    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        (captured._features,) = (*args, *kwargs.values())  # a linear layer takes one argument
+
+    handle = head.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+class L2NormLinear(nn.Linear):
+    """A head that is trained on features of unit length, and sees them as they are at test time.
+
+        tau=None:   training  f = W z / max(‖z‖₂, eps) + b             evaluation  f = W z + b
+        tau=τ:      training  f = W z / (τ max(‖z‖₂, eps)) + b         evaluation  f = W z / τ + b
+
+    The first is the L2 normalisation of Haas, Yolland and Rabus, "Linking Neural Collapse and L2 Normalization with
+    Improved Out-of-Distribution Detection in Deep Neural Networks", TMLR 2023, arXiv 2209.08378; its score is ‖z‖₂. The
+    second is T2FNorm, Regmi et al., CVPR 2024 Workshops, arXiv 2305.17797, τ = 0.1.
+
+    Parameters and state_dict are those of `nn.Linear`, so that checkpoints of one load into the other.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        tau: T2FNorm's temperature, above 0, or None.
+        eps: lower bound of the length that z is divided by, above 0.
+        scale_at_test: False leaves /τ out in evaluation, as OpenOOD does with 1000 classes.
+
+    Attributes:
+        last_norm: ‖z‖₂ of the last forward pass, (n,), before normalisation and detached, in training and evaluation;
+            higher = more in-distribution. None before the first.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        tau: float | None = None,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scale_at_test: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if tau is not None:
+            checks.real("tau", tau, 0.0, open_low=True)
+        checks.real("eps", eps, 0.0, open_low=True)
+        self.tau = tau
+        self.eps = eps
+        self.scale_at_test = scale_at_test
+        self.last_norm: Tensor | None = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Logits (n, c) of features z (n, m)."""
+        unit, norms = l2_normalize(z, self.eps)
+        self.last_norm = norms.detach()
+        entering = unit if self.training else z
+        if self.tau is not None and (self.training or self.scale_at_test):
+            entering = entering / self.tau
+        return F.linear(entering, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tau={self.tau}, eps={self.eps}, scale_at_test={self.scale_at_test}"
