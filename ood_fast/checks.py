@@ -1,0 +1,196 @@
+"""Every input error of the package, in one wording: the argument, what came, what was expected.
+
+A wrong type raises TypeError, a wrong value ValueError, a class index out of range IndexError (as
+`torch.nn.functional.cross_entropy` does on the CPU). Nothing here reads the contents of a tensor that is not on the
+CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+AVERAGES = ("boundaries", "classes")
+
+
+class UserError(ValueError):
+    """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is not among the known ones: lists them, and suggests the nearest."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(
+        str(name).lower(), [known_name.lower() for known_name in names], n=1, cutoff=0.5
+    )
+    hint = ""
+    if nearest:
+        hint = f"; did you mean {next(known_name for known_name in names if known_name.lower() == nearest[0])!r}?"
+    return f"unknown {what} {name!r}; known: {', '.join(names)}{hint}"
+
+
+def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def real(argument: str, value: object, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """TypeError unless `value` is a number, ValueError unless low <= value <= high (low < value with `open_low`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: got {_describe(value)}, expected a number")
+    if not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def float_tensor(argument: str, value: object, n_dims: int, shape_text: str) -> None:
+    """TypeError unless `value` is a floating-point tensor, ValueError unless it has `n_dims` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: got {_describe(value)}, expected a tensor of shape {shape_text}")
+    if not value.is_floating_point():
+        raise TypeError(f"{argument}: got dtype {value.dtype}, expected a floating-point tensor of shape {shape_text}")
+    if value.dim() != n_dims:
+        raise ValueError(f"{argument}: got shape {tuple(value.shape)}, expected {n_dims} dimensions {shape_text}")
+
+
+def same_device(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
+    """ValueError unless both tensors live on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{argument}: is on {value.device}, expected {other.device}, where {other_argument} is")
+
+
+def logits(value: object) -> None:
+    """Logits: floating point, (n, c) with c >= 1."""
+    float_tensor("logits", value, 2, "(n, c)")
+    if value.shape[1] == 0:
+        raise ValueError(f"logits: got shape {tuple(value.shape)}, expected at least one class")
+
+
+def head_weight(weight: object, logits_: Tensor) -> None:
+    """W: floating point, (c, m), on the device of the logits."""
+    float_tensor("W", weight, 2, "(c, m)")
+    if weight.shape[0] != logits_.shape[1]:
+        raise ValueError(
+            f"W: got shape {tuple(weight.shape)}, expected ({logits_.shape[1]}, m), "
+            f"one row for each of the {logits_.shape[1]} classes of logits {tuple(logits_.shape)}"
+        )
+    same_device("W", weight, "logits", logits_)
+
+
+def head_bias(bias: object | None, weight: Tensor) -> None:
+    """b: None, or floating point, (c,), on the device of W."""
+    if bias is None:
+        return
+    float_tensor("b", bias, 1, "(c,)")
+    if bias.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"b: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},) to fit W {tuple(weight.shape)}"
+        )
+    same_device("b", bias, "W", weight)
+
+
+def features(z: object, weight: Tensor, n_samples: int | None = None) -> None:
+    """z: floating point, (n, m) with m of W (and n of the logits), on the device of W."""
+    float_tensor("z", z, 2, "(n, m)")
+    if z.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"z: got shape {tuple(z.shape)}, expected (n, {weight.shape[1]}) to fit W {tuple(weight.shape)}; "
+            "z is what enters the last linear layer"
+        )
+    if n_samples is not None and z.shape[0] != n_samples:
+        raise ValueError(f"z: got {z.shape[0]} rows, expected {n_samples}, one for each row of logits")
+    same_device("z", z, "W", weight)
+
+
+def feature_mean(mean: object, z: Tensor) -> None:
+    """mean: floating point, (m,), on the device of z."""
+    float_tensor("mean", mean, 1, "(m,)")
+    if mean.shape[0] != z.shape[1]:
+        raise ValueError(f"mean: got shape {tuple(mean.shape)}, expected ({z.shape[1]},) to fit z {tuple(z.shape)}")
+    same_device("mean", mean, "z", z)
+
+
+def target(y: object, logits_: Tensor) -> None:
+    """y: int64 class indices (n,), or floating-point class probabilities (n, c), on the device of the logits."""
+    n_samples, n_classes = logits_.shape
+    expected = (
+        f"int64 class indices of shape ({n_samples},) or float class probabilities of shape ({n_samples}, {n_classes})"
+    )
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: got {_describe(y)}, expected {expected}")
+    if y.is_floating_point():
+        if y.shape != logits_.shape:
+            raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {expected}")
+        if y.requires_grad and torch.is_grad_enabled():
+            raise ValueError("y: requires grad, expected class probabilities that are constants; pass y.detach()")
+    elif y.dtype != torch.int64:
+        raise TypeError(f"y: got dtype {y.dtype}, expected {expected}")
+    elif y.shape != logits_.shape[:1]:
+        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {expected}")
+    same_device("y", y, "logits", logits_)
+
+
+def class_weight(weight: object | None, logits_: Tensor) -> None:
+    """weight: None, or floating point, (c,), one non-trainable factor a class."""
+    if weight is None:
+        return
+    float_tensor("weight", weight, 1, "(c,)")
+    if weight.shape[0] != logits_.shape[1]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected ({logits_.shape[1]},), one factor for each class"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: requires grad, expected class weights that are constants; pass weight.detach()")
+    same_device("weight", weight, "logits", logits_)
+
+
+def loss_keywords(ignore_index: object, reduction: object, label_smoothing: object) -> None:
+    """The keywords that the losses share with F.cross_entropy."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {_describe(ignore_index)}, expected an int")
+    one_of("reduction", reduction, REDUCTIONS)
+    real("label_smoothing", label_smoothing, 0.0, 1.0)
+
+
+def index_range(y: Tensor, n_classes: int, ignore_index: int) -> bool:
+    """Check class indices that lie on the CPU; return whether any of them may equal `ignore_index`.
+
+    IndexError names the first index outside [0, c) that is not `ignore_index`. One pass: the extremes decide the common
+    case.
+    """
+    low, high = (extreme.item() for extreme in torch.aminmax(y))
+    if low < 0 or high >= n_classes:
+        outside = ((y < 0) | (y >= n_classes)) & (y != ignore_index)
+        if outside.any():
+            position = int(outside.int().argmax())
+            raise IndexError(
+                f"y: target {y[position].item()} at position {position} is out of bounds, "
+                f"expected a class index in [0, {n_classes}) or ignore_index={ignore_index}"
+            )
+    return low <= ignore_index <= high
+
+
+def writable_folder(argument: str, path: str | os.PathLike) -> Path:
+    """The folder `path`, if it exists and can be written or could be made; UserError otherwise. Makes nothing."""
+    folder = Path(path).expanduser()
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{argument}: {folder} cannot be a folder, because {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{argument}: cannot write to {folder}: no permission in {nearest}")
+    return folder

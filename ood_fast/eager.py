@@ -1,0 +1,742 @@
+"""The analytic forward and backward passes in plain PyTorch: the path of CPUs, of devices without Triton, of float64.
+
+The notation and the formulas are those of `ood_fast.kernels` (see `kernels/README.md`); `ops.py` chooses between the
+two, which offer the same functions. `ops.py` has checked shapes, dtypes and devices before anything here runs, and n >=
+1.
+
+What is worth knowing before reading:
+
+- Rows are worked in chunks that stay in a core's cache, so the temporaries of a batch are a few megabytes whatever n
+  is.
+- The gaps g_j = f_p - f_j carry the whole computation: softmax is shift-invariant, so exp(-g_j / T) needs no second
+  maximum.
+- Most batches have no masked class, no coincident rows and no tied row. Whether that is so falls out of the distances
+  themselves (`_is_plain`), and only the other batches pay for the `where`s.
+- Nothing autograd records is run: every function is called below autograd, and returns gradients in closed form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+# Elements of a chunk of rows: three float32 temporaries of this size (3 MiB) stay in the caches of one core pair.
+ROW_CHUNK_ELEMENTS = 1 << 18
+# Elements of a tile of the distance table: bounds the two temporaries of the Gram form at 8 MiB in float32 each.
+TABLE_TILE_ELEMENTS = 1 << 21
+# Elements gathered at a time for direct differences.
+DIFFERENCE_ELEMENTS = 1 << 18
+# The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
+# in float32 up to 1e-6 of the norms at m = 2048. Below this share of the norms the relative error of 1/sqrt(s) could
+# pass 5e-5: such pairs are recomputed from their differences.
+CLOSE_PAIR = 1e-2
+
+_LOGITNORM_EPS = 1e-7
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of all arithmetic: float64 if any input has it, float32 otherwise."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        chosen = matmul.fp32_precision
+        if chosen not in ("none", "ieee"):
+            matmul.fp32_precision = "ieee"
+            stack.callback(setattr, matmul, "fp32_precision", chosen)
+        yield
+
+
+def _row_chunks(n_samples: int, n_classes: int) -> Iterator[slice]:
+    step = max(1, ROW_CHUNK_ELEMENTS // n_classes)
+    for start in range(0, n_samples, step):
+        yield slice(start, min(start + step, n_samples))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Targets: q_j, the target distribution of a sample after class weights and label smoothing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Targets:
+    """q and its sums, as F.cross_entropy defines them, for one chunk of rows at a time.
+
+    index y:        q_j = w_j ((1 - e) [j = y] + e/c_live [j live])
+    probability t:  q_j = w_j ((1 - e) t_j     + e/c_live [j live])
+
+    Smoothing spreads over the live classes only: those whose logit is not -inf. `live` is None where every class is.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        smoothing: float,
+        n_classes: int,
+        dtype: torch.dtype,
+    ):
+        self.class_weight = None if class_weight is None else class_weight.to(dtype)
+        self.smoothing = smoothing
+        self.ignored: Tensor | None = None  # (n,) samples with ignore_index
+        self.invalid: Tensor | None = None  # (n,) class indices out of range; on the CPU those raise instead
+        self.index: Tensor | None = None  # (n, 1)
+        self.probability: Tensor | None = None  # (n, c)
+        if target.is_floating_point():
+            self.probability = target
+            return
+        if target.device.type != "cpu":
+            self.ignored = target == ignore_index
+            self.invalid = ((target < 0) | (target >= n_classes)) & ~self.ignored
+            target = target.masked_fill(self.ignored | self.invalid, 0)
+        elif checks.index_range(target, n_classes, ignore_index):
+            self.ignored = target == ignore_index
+            target = target.masked_fill(self.ignored, 0)
+        self.index = target.unsqueeze(1)
+        self.own: Tensor | float = 1.0 - smoothing  # the mass on y: a number, or (n, 1)
+        if self.class_weight is not None:
+            self.own = self.class_weight[self.index] * self.own
+
+    def _own(self, rows: slice) -> Tensor | float:
+        return self.own[rows] if isinstance(self.own, Tensor) else self.own
+
+    def _mass(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(1 - e) w_j t_j, (r, c)."""
+        mass = self.probability[rows].to(dtype)
+        if self.class_weight is not None:
+            mass = mass * self.class_weight
+        return mass * (1.0 - self.smoothing) if self.smoothing else mass
+
+    def _smoothed(self, live: Tensor | None, n_classes: int) -> Tensor | float:
+        """The smoothing's share of q: a number, (1, c) or (r, c), whichever is smallest."""
+        if live is None:
+            share: Tensor | float = self.smoothing / n_classes
+            return share if self.class_weight is None else (self.class_weight * share).unsqueeze(0)
+        share = live * (self.smoothing / live.sum(1, keepdim=True).clamp_(min=1))
+        return share if self.class_weight is None else share * self.class_weight
+
+    def total(self, rows: slice, live: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor | float:
+        """Q = sum_j q_j, (r,) or a number."""
+        if self.index is not None:
+            own = self._own(rows)
+            total = own.squeeze(1) if isinstance(own, Tensor) else own
+        else:
+            total = self._mass(rows, dtype).sum(1)
+        if self.smoothing:
+            smoothed = self._smoothed(live, n_classes)
+            total = total + (smoothed.sum(1) if isinstance(smoothed, Tensor) else smoothed * n_classes)
+        return total
+
+    def weighted_gap(self, gap: Tensor, rows: slice, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(sum_j q_j g_j, whether a masked class holds target mass), both (r,); `gap` is 0 on masked classes."""
+        impossible = None
+        if self.index is not None:
+            y, own = self.index[rows], self._own(rows)
+            weighted = gap.gather(1, y)
+            if isinstance(own, Tensor) or own != 1.0:
+                weighted = weighted * own
+            weighted = weighted.squeeze(1)
+            if live is not None:
+                impossible = (~live.gather(1, y) & torch.as_tensor(own != 0, device=gap.device)).squeeze(1)
+        else:
+            mass = self._mass(rows, gap.dtype)
+            weighted = (mass * gap).sum(1)
+            if live is not None:
+                impossible = ((mass != 0) & ~live).any(1)
+        if self.smoothing:
+            weighted = weighted + (gap * self._smoothed(live, gap.shape[1])).sum(1)
+        return weighted, impossible
+
+    def subtract_from(self, gradient: Tensor, scale: Tensor, rows: slice, live: Tensor | None) -> None:
+        """gradient_ij -= scale_i q_ij, in place; `scale` is (r, 1)."""
+        if self.index is not None:
+            own = self._own(rows)
+            mass = -scale if not isinstance(own, Tensor) and own == 1.0 else scale * own * -1.0
+            gradient.scatter_add_(1, self.index[rows], mass)
+        else:
+            gradient.addcmul_(self._mass(rows, gradient.dtype), scale, value=-1)
+        if self.smoothing:
+            gradient.sub_(scale * self._smoothed(live, gradient.shape[1]))
+
+    def settle(self, rows: slice, loss: Tensor, slope: Tensor) -> None:
+        """Ignored samples cost nothing; an index out of range gives NaN, never a read of memory that is not ours."""
+        if self.ignored is not None:
+            loss.masked_fill_(self.ignored[rows], 0.0)
+            slope.masked_fill_(self.ignored[rows], 0.0)
+        if self.invalid is not None:
+            loss.masked_fill_(self.invalid[rows], math.nan)
+
+    def silence(self, gradient: Tensor, rows: slice) -> None:
+        """The gradient of ignored samples is 0, whatever their logits; of an index out of range NaN, as its loss is."""
+        if self.ignored is not None:
+            gradient.masked_fill_(self.ignored[rows].unsqueeze(1), 0.0)
+        if self.invalid is not None:
+            gradient.masked_fill_(self.invalid[rows].unsqueeze(1), math.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax cross-entropy with a temperature per sample, from the gaps: ELogitNorm and LogitNorm share it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _is_plain(scale: Tensor, floor: float) -> bool:
+    """Whether every D (or ||f||) is an ordinary number above `floor`: nothing masked (inf, NaN), tied or NaN."""
+    low, high = torch.aminmax(scale)
+    return low.item() > floor and high.item() < math.inf
+
+
+def _tempered_forward(
+    gap: Tensor,
+    temperature: Tensor,
+    targets: _Targets,
+    rows: slice,
+    live: Tensor | None,
+    scratch: Tensor,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, log sum_j exp(-g_j/T), dL/dT or None), all (r,). `gap` is 0 on masked classes; `scratch` is spent."""
+    exponent = torch.mul(gap, temperature.reciprocal().neg_().unsqueeze(1), out=scratch)
+    if live is not None:
+        exponent.masked_fill_(~live, -math.inf)
+    weight = exponent.exp_()
+    partition = weight.sum(1)
+    log_partition = partition.log()
+    weighted_gap, impossible = targets.weighted_gap(gap, rows, live)
+    total = targets.total(rows, live, gap.shape[1], gap.dtype)
+    loss = torch.addcdiv(log_partition * total, weighted_gap, temperature)
+    if impossible is not None:
+        loss.masked_fill_(impossible, math.inf)
+    slope = None
+    if with_slope:
+        mean_gap = weight.mul_(gap).sum(1).div_(partition)
+        slope = mean_gap.mul_(total).sub_(weighted_gap).div_(temperature).div_(temperature)
+        if impossible is not None:
+            slope.masked_fill_(impossible, 0.0)
+    return loss, log_partition, slope
+
+
+def _tempered_backward(
+    gap: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    sample_grad: Tensor,
+    targets: _Targets,
+    rows: slice,
+    live: Tensor | None,
+) -> Tensor:
+    """(Q P_j - q_j) / T times the incoming gradient of the row: the logit gradient at constant T, (r, c), fresh."""
+    inverse = temperature.reciprocal().unsqueeze(1)
+    gradient = torch.addcmul(log_partition.neg().unsqueeze(1), gap, inverse, value=-1).exp_()
+    if live is not None:
+        gradient.masked_fill_(~live, 0.0)
+    scale = inverse * sample_grad.unsqueeze(1)
+    total = targets.total(rows, live, gap.shape[1], gap.dtype)
+    if isinstance(total, Tensor):
+        total = total.unsqueeze(1)
+    gradient.mul_(scale if not isinstance(total, Tensor) and total == 1.0 else scale * total)
+    targets.subtract_from(gradient, scale, rows, live)
+    return gradient
+
+
+def _mask_gaps(logits: Tensor, gap: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """(live classes, gaps with 0 on masked ones and NaN throughout rows that hold NaN or +inf or nothing live)."""
+    live = logits != -math.inf
+    gap = gap.masked_fill_(~live, 0.0).masked_fill_(~top.isfinite().unsqueeze(1), math.nan)
+    return live, gap
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances between rows of the head
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _centered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W less its mean row: differences stay as they are, and products of the rest lose no digits to a common offset."""
+    centered = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.sub(weight, weight.mean(0, dtype=dtype), out=centered)
+
+
+def _inverse_distances(head_weight: Tensor, classes: Tensor | None, out: Tensor) -> bool:
+    """out[r, j] = 1 / ||w_p - w_j||, p = classes[r] (all classes if None); 0 where j = p or the rows coincide.
+
+    Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries.
+    """
+    distinct = True
+    centered = _centered(head_weight, out.dtype)
+    n_rows, n_classes = out.shape
+    norms = torch.linalg.vector_norm(centered, dim=1).square_()
+    step = max(1, TABLE_TILE_ELEMENTS // n_classes)
+    for start in range(0, n_rows, step):
+        tile = out[start : start + step]
+        if classes is None:
+            own = torch.arange(start, start + tile.shape[0], device=out.device)
+            left, left_norms = centered[start : start + step], norms[start : start + step]
+        else:
+            own = classes[start : start + step]
+            left, left_norms = centered[own], norms[own]
+        bound = left_norms.unsqueeze(1) + norms
+        torch.addmm(bound, left, centered.t(), alpha=-2, out=tile)
+        tile.scatter_(1, own.unsqueeze(1), math.inf)
+        close = tile <= bound.mul_(CLOSE_PAIR)
+        if close.any():
+            # Rows that centring made zero coincide with each other: their s is exactly 0 already.
+            row, other = (close & (bound > 0)).nonzero(as_tuple=True)
+            tile[close] = 0.0
+            _differences_into(tile, head_weight, row, other, own)
+            coincident = tile == 0
+            distinct = distinct and not coincident.any()
+            tile.rsqrt_().masked_fill_(coincident, 0.0)
+        else:
+            tile.rsqrt_()
+    return distinct
+
+
+def _differences_into(tile: Tensor, head_weight: Tensor, row: Tensor, other: Tensor, own: Tensor) -> None:
+    """tile[row, other] = ||w_own[row] - w_other||^2 by direct differences, a cache-sized batch of pairs at a time."""
+    step = max(1, DIFFERENCE_ELEMENTS // max(1, head_weight.shape[1]))
+    for start in range(0, row.shape[0], step):
+        r, j = row[start : start + step], other[start : start + step]
+        difference = head_weight[own[r]].to(tile.dtype) - head_weight[j].to(tile.dtype)
+        tile[r, j] = difference.square_().sum(1)
+
+
+def _distance_table(
+    head_weight: Tensor, predicted: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
+    """(table_row, table, row_class), rows of all classes when n >= c, of the distinct predictions when n < c;
+    and whether none of them coincides with another row of W."""
+    n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
+    table = torch.empty(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
+    if n_samples >= n_classes:
+        distinct = _inverse_distances(head_weight, None, table)
+        # A copy: an operator may not return one tensor twice.
+        return (predicted.clone(), table, torch.arange(n_classes, device=predicted.device)), distinct
+    classes, table_row = torch.unique(predicted, return_inverse=True)
+    distinct = _inverse_distances(head_weight, classes, table[: classes.shape[0]])
+    row_class = torch.full((n_samples,), -1, dtype=torch.int64, device=predicted.device)
+    row_class[: classes.shape[0]] = classes
+    return (table_row, table, row_class), distinct
+
+
+def _boundary_gaps(
+    logits: Tensor,
+    top: Tensor,
+    table: Tensor,
+    table_row: Tensor,
+    distinct: bool,
+    average_offset: int,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | None]:
+    """For a chunk of rows: (gaps, a spent (r, c) buffer, D, 1/(K + offset), live classes or None)."""
+    gap = top.unsqueeze(1) - logits
+    inverse = table.index_select(0, table_row)
+    n_boundaries = gap.shape[1] - 1
+    share = 1.0 / (n_boundaries + average_offset) if n_boundaries else 0.0
+    product = inverse * gap
+    distance = product.sum(1).mul_(share)
+    if distinct and _is_plain(distance, floor):
+        return gap, product, distance, share, None
+    live, gap = _mask_gaps(logits, gap, top)
+    inverse.masked_fill_(~live, 0.0)
+    count = (inverse > 0).sum(1)
+    shares = torch.where(count > 0, 1.0 / (count + average_offset), 0.0).to(gap.dtype)
+    distance = torch.mul(inverse, gap, out=product).sum(1).mul_(shares)
+    return gap, product, distance, shares, live
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ELogitNorm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def elogitnorm_forward(
+    logits: Tensor,
+    head_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+    with_slope: bool,
+) -> tuple[Tensor, ...]:
+    """The unreduced loss, D, and what the backward pass needs: n-vectors and one table of at most (n, c).
+
+    Returns loss, distance, predicted, temperature, log_partition, slope (all (n,)), table_row (n,), table (k, c),
+    row_class (k,) with k = min(n, c); slope is dL/dD / (K + average_offset), left undefined unless `with_slope`. See
+    `kernels/README.md`.
+    """
+    dtype = compute_dtype(logits, head_weight)
+    targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    top, predicted = logits.max(1)
+    top = top.to(dtype)
+    loss, distance, temperature, log_partition, slope = (torch.empty_like(top) for _ in range(5))
+    with full_precision(logits.device):
+        (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
+    for rows in _row_chunks(*logits.shape):
+        gap, scratch, d, share, live = _boundary_gaps(
+            logits[rows], top[rows], table, table_row[rows], distinct, average_offset, eps
+        )
+        distance[rows] = d
+        fallback = None
+        if live is not None:
+            fallback = d <= eps
+            d = d.masked_fill(fallback, 1.0)
+        temperature[rows] = d
+        loss[rows], log_partition[rows], d_temperature = _tempered_forward(
+            gap, d, targets, rows, live, scratch, with_slope
+        )
+        if with_slope:
+            s = d_temperature.mul_(share)
+            slope[rows] = s if fallback is None else s.masked_fill_(fallback, 0.0)
+    targets.settle(slice(None), loss, slope)
+    return loss, distance, predicted, temperature, log_partition, slope, table_row, table, row_class
+
+
+def elogitnorm_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    head_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    predicted: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    slope: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    row_class: Tensor,
+    need_logits: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of sum_i sample_grad_i loss_i for logits and W, only those asked for."""
+    dtype = table.dtype
+    targets = None
+    if need_logits:
+        targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    return _boundary_backward(
+        sample_grad.to(dtype),
+        logits,
+        head_weight,
+        targets,
+        predicted,
+        temperature,
+        log_partition,
+        slope,
+        table_row,
+        table,
+        row_class,
+        need_logits,
+        need_weight,
+    )
+
+
+def _boundary_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    head_weight: Tensor,
+    targets: _Targets | None,
+    predicted: Tensor,
+    temperature: Tensor | None,
+    log_partition: Tensor | None,
+    slope: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    row_class: Tensor,
+    need_logits: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The backward pass through D, and through the cross-entropy as well where `targets` are given."""
+    dtype = table.dtype
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else None
+    gap_sums = torch.zeros_like(table) if need_weight else None
+    d_distance = sample_grad * slope
+    for rows in _row_chunks(*logits.shape):
+        chunk = logits[rows].to(dtype)
+        p = predicted[rows].unsqueeze(1)
+        top = chunk.gather(1, p)
+        gap = top - chunk
+        live = None
+        # The largest gap is finite exactly when no class is masked and the row is sound.
+        if not gap.amax().item() < math.inf:
+            live, gap = _mask_gaps(chunk, gap, top.squeeze(1))
+        push = d_distance[rows].unsqueeze(1)
+        if need_logits:
+            if targets is not None:
+                gradient = _tempered_backward(
+                    gap, temperature[rows], log_partition[rows], sample_grad[rows], targets, rows, live
+                )
+            else:
+                gradient = torch.zeros_like(gap)
+            inverse = table.index_select(0, table_row[rows])
+            if live is not None:
+                inverse.masked_fill_(~live, 0.0)
+                gradient.masked_fill_(gap.isnan(), math.nan)
+            gradient.addcmul_(inverse, push, value=-1)
+            gradient.scatter_add_(1, p, inverse.sum(1, keepdim=True).mul_(push))
+            if targets is not None:
+                targets.silence(gradient, rows)
+            grad_logits[rows] = gradient
+        if need_weight:
+            if live is not None:
+                # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
+                gap.masked_fill_(push == 0, 0.0)
+            gap_sums.index_add_(0, table_row[rows], gap.mul_(-push))
+    grad_weight = None
+    if need_weight:
+        with full_precision(logits.device):
+            grad_weight = _weight_gradient(gap_sums, head_weight, table, row_class)
+    return grad_logits, grad_weight
+
+
+def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_class: Tensor) -> Tensor:
+    """dW from the summed gaps of each table row: S = R^3 * gap_sums, then the pull of every pair along its difference.
+
+    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows.
+    """
+    n_rows, n_classes = table.shape
+    centered = _centered(head_weight, table.dtype)
+    if n_rows == n_classes:
+        pull = gap_sums.mul_(table).mul_(table).mul_(table)
+        pull = (pull + pull.t()).neg_()
+        pull.diagonal().sub_(pull.sum(1))
+        return (pull @ centered).to(head_weight.dtype)
+    n_distinct = int((row_class >= 0).sum())
+    classes, inverse = row_class[:n_distinct], table[:n_distinct]
+    pull = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
+    predicted_rows = centered[classes]
+    own = predicted_rows * pull.sum(1, keepdim=True)
+    own.addmm_(pull, centered, alpha=-1)
+    # The centred copy becomes the result: it is ours, and the last reader of its old values is the line above.
+    grad_weight = centered.mul_(pull.sum(0).unsqueeze(1)).addmm_(pull.t(), predicted_rows, alpha=-1)
+    return grad_weight.index_add_(0, classes, own).to(head_weight.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The distance D itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def boundary_distance_forward(logits: Tensor, head_weight: Tensor, average_offset: int) -> tuple[Tensor, ...]:
+    """distance, predicted, slope = 1/(K + average_offset) (0 where K = 0), table_row, table, row_class."""
+    dtype = compute_dtype(logits, head_weight)
+    top, predicted = logits.max(1)
+    top = top.to(dtype)
+    distance, slope = torch.empty_like(top), torch.empty_like(top)
+    with full_precision(logits.device):
+        (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
+    for rows in _row_chunks(*logits.shape):
+        _, _, distance[rows], slope[rows], _ = _boundary_gaps(
+            logits[rows], top[rows], table, table_row[rows], distinct, average_offset, 0.0
+        )
+    return distance, predicted, slope, table_row, table, row_class
+
+
+def boundary_distance_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    head_weight: Tensor,
+    predicted: Tensor,
+    slope: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    row_class: Tensor,
+    need_logits: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of sum_i sample_grad_i D_i for logits and W, only those asked for."""
+    return _boundary_backward(
+        sample_grad.to(table.dtype),
+        logits,
+        head_weight,
+        None,
+        predicted,
+        None,
+        None,
+        slope,
+        table_row,
+        table,
+        row_class,
+        need_logits,
+        need_weight,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LogitNorm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def logitnorm_forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    tau: float,
+    with_slope: bool,
+) -> tuple[Tensor, ...]:
+    """loss, predicted, temperature T = tau (||f||_2 + 1e-7), log_partition, slope = dL/dT tau / ||f||_2 (0 at f = 0)."""
+    dtype = compute_dtype(logits)
+    targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    top, predicted = logits.max(1)
+    top = top.to(dtype)
+    loss, temperature, log_partition, slope = (torch.empty_like(top) for _ in range(4))
+    for rows in _row_chunks(*logits.shape):
+        chunk = logits[rows].to(dtype)
+        gap = top[rows].unsqueeze(1) - chunk
+        norm = torch.linalg.vector_norm(chunk, dim=1)
+        live = None
+        if not _is_plain(norm, 0.0):
+            live, gap = _mask_gaps(chunk, gap, top[rows])
+            norm = torch.linalg.vector_norm(chunk.masked_fill(~live, 0.0), dim=1)
+        t = norm.add(_LOGITNORM_EPS).mul_(tau)
+        temperature[rows] = t
+        loss[rows], log_partition[rows], d_temperature = _tempered_forward(
+            gap, t, targets, rows, live, torch.empty_like(gap), with_slope
+        )
+        if with_slope:
+            slope[rows] = d_temperature.mul_(tau).div_(norm).masked_fill_(norm == 0, 0.0)
+    targets.settle(slice(None), loss, slope)
+    return loss, predicted, temperature, log_partition, slope
+
+
+def logitnorm_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    predicted: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """The gradient of sum_i sample_grad_i loss_i for the logits."""
+    dtype = temperature.dtype
+    sample_grad = sample_grad.to(dtype)
+    targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    push = sample_grad * slope
+    for rows in _row_chunks(*logits.shape):
+        chunk = logits[rows].to(dtype)
+        top = chunk.gather(1, predicted[rows].unsqueeze(1))
+        gap = top - chunk
+        live = None
+        if not gap.amax().item() < math.inf:
+            live, gap = _mask_gaps(chunk, gap, top.squeeze(1))
+            chunk = chunk.masked_fill(~live, 0.0)
+        gradient = _tempered_backward(
+            gap, temperature[rows], log_partition[rows], sample_grad[rows], targets, rows, live
+        )
+        gradient.addcmul_(chunk, push[rows].unsqueeze(1))
+        targets.silence(gradient, rows)
+        grad_logits[rows] = gradient
+    return grad_logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# NCI
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _predict_from_features(
+    features: Tensor, head_weight: Tensor, head_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """arg-max_j of (z W^T + b)_j, first index on ties, without holding (n, c)."""
+    weight = head_weight.to(dtype)
+    predicted = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
+    bias = None if head_bias is None else head_bias.to(dtype)
+    for rows in _row_chunks(features.shape[0], head_weight.shape[0]):
+        predicted[rows] = torch.nn.functional.linear(features[rows].to(dtype), weight, bias).argmax(1)
+    return predicted
+
+
+def nci_forward(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    mean: Tensor,
+    logits: Tensor | None,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """score, predicted, projection w_p.(z - mu)/||z - mu||_2, 1/||z - mu||_2 (both 0 at z = mu), all (n,)."""
+    dtype = compute_dtype(features, head_weight, mean)
+    with full_precision(features.device):
+        if logits is None:
+            predicted = _predict_from_features(features, head_weight, head_bias, dtype)
+            top = None
+        else:
+            top, predicted = logits.max(1)
+        score, projection, inverse_norm = (features.new_empty(features.shape[0], dtype=dtype) for _ in range(3))
+        mean = mean.to(dtype)
+        for rows in _row_chunks(*features.shape):
+            z = features[rows].to(dtype)
+            centered = z - mean
+            norm = torch.linalg.vector_norm(centered, dim=1)
+            inverse = norm.reciprocal().masked_fill_(norm == 0, 0.0)
+            dot = centered.mul_(head_weight[predicted[rows]].to(dtype)).sum(1)
+            inverse_norm[rows], projection[rows] = inverse, dot.mul_(inverse)
+            score[rows] = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha).add_(projection[rows])
+    if top is not None:
+        score.masked_fill_(top.isnan(), math.nan)
+    return score, predicted, projection, inverse_norm
+
+
+def nci_backward(
+    sample_grad: Tensor,
+    features: Tensor,
+    head_weight: Tensor,
+    mean: Tensor,
+    predicted: Tensor,
+    projection: Tensor,
+    inverse_norm: Tensor,
+    alpha: float,
+    need_features: bool,
+    need_weight: bool,
+    need_mean: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of sum_i sample_grad_i score_i for z, W and the mean; the prediction is a constant.
+
+    With u = (z - mu)/||z - mu||:  d pScore/dz = (w_p - pScore u)/||z - mu||,  d pScore/dw_p = u,  d pScore/dmu =
+    -d pScore/dz.
+    """
+    dtype = projection.dtype
+    mean_row = mean.to(dtype)
+    grad_features = torch.empty_like(features, memory_format=torch.contiguous_format) if need_features else None
+    grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=features.device) if need_weight else None
+    grad_mean = torch.zeros_like(mean_row) if need_mean else None
+    for rows in _row_chunks(*features.shape):
+        z = features[rows].to(dtype)
+        grad = sample_grad[rows].to(dtype).unsqueeze(1)
+        inverse = inverse_norm[rows].unsqueeze(1)
+        unit = (z - mean_row).mul_(inverse)
+        if need_weight:
+            grad_weight.index_add_(0, predicted[rows], unit * grad)
+        if need_features or need_mean:
+            pull = unit.mul_(projection[rows].unsqueeze(1).neg()).add_(head_weight[predicted[rows]].to(dtype))
+            pull.mul_(inverse * grad)
+            if need_mean:
+                grad_mean.sub_(pull.sum(0))
+            if need_features:
+                grad_features[rows] = pull.addcmul_(z.sign(), grad, value=alpha)
+    return (
+        grad_features,
+        None if grad_weight is None else grad_weight.to(head_weight.dtype),
+        None if grad_mean is None else grad_mean.to(mean.dtype),
+    )

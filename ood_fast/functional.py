@@ -1,0 +1,247 @@
+"""The losses and scores as functions. Higher scores mean more in-distribution.
+
+Notation: n samples, c classes, m features; z (n, m) is what enters the last linear layer, W (c, m) and b (c,) are that
+layer, f = z W^T + b (n, c) are the logits, p = argmax f the predicted class (first index on ties).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, ops
+
+
+def elogitnorm(
+    logits: Tensor,
+    z: Tensor | None,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-6,
+    average: str = "boundaries",
+    detach_geometry: bool = False,
+    return_distance: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""ELogitNorm loss: cross-entropy of the logits divided by the mean distance to the decision boundaries.
+
+    Equivalent to ``F.cross_entropy(logits / D[:, None], y)`` with
+
+        D_i = 1/(c - 1) * sum_{j != p} (f_ip - f_ij) / ||w_p - w_j||_2,    p = argmax_j f_ij
+
+    in one fused pass, forward and backward; nothing of shape (c, c, m) is built. No hyperparameter.
+
+    Args:
+        logits: f, (n, c), any float dtype. -inf marks a masked class: outside the softmax and outside D.
+        z: features, (n, m); None is accepted. Only its shape is checked: f already holds all that the distance needs of
+        it.
+        W: weight of the last linear layer, (c, m), any float dtype. Receives a gradient through ||w_p - w_j|| as well.
+        b: bias of that layer, (c,), or None. Only its shape is checked.
+        y: class indices, int64 (n,), or class probabilities, float (n, c).
+        weight, ignore_index, reduction, label_smoothing: as in `torch.nn.functional.cross_entropy`; label smoothing
+            spreads over live (not masked) classes only.
+        eps: a sample with D <= eps, or with no boundary at all (a zero-initialised head), falls back to plain
+            cross-entropy (temperature 1, no gradient through D). The gradient grows as 1/D down to eps: the jump there
+            is real.
+        average: "boundaries" divides by the number of boundaries, as the paper does; "classes" by one more, as the
+            authors' code.
+        detach_geometry: treat ||w_p - w_j|| as constants; gradients still flow through the logits inside D.
+        return_distance: also return D, (n,), detached; 0 where a sample has no boundary.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs): a scalar, or (n,) with ``reduction="none"``.
+
+    Coincident rows of W (||w_p - w_j|| = 0) have no boundary between them and are left out of the sum and of the count.
+    A masked target costs +inf. NaN or +inf among the logits of a sample gives NaN. An empty batch gives what
+    F.cross_entropy gives.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: shapes, devices or keywords do not fit. IndexError: on the CPU, an
+        index in `y` is out of range (on a GPU that sample's loss is NaN instead: looking would stall it).
+        RuntimeError: from a second derivative, which is not implemented.
+
+    Paper: Ding, Liu, Unger, Eilertsen, "Enhancing Out-of-Distribution Detection with Extended Logit Normalization",
+    CVPR 2026, arXiv:2504.11434.
+    """
+    checks.logits(logits)
+    checks.head_weight(W, logits)
+    checks.head_bias(b, W)
+    if z is not None:
+        checks.features(z, W, logits.shape[0])
+    checks.target(y, logits)
+    checks.class_weight(weight, logits)
+    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    checks.real("eps", eps, 0.0)
+    checks.one_of("average", average, checks.AVERAGES)
+    if logits.shape[0] == 0:
+        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+        distance = loss.new_empty(0)
+    else:
+        loss, distance = ops.elogitnorm(
+            logits,
+            W.detach() if detach_geometry else W,
+            y,
+            weight,
+            ignore_index,
+            reduction,
+            float(label_smoothing),
+            float(eps),
+            0 if average == "boundaries" else 1,
+        )
+    return (loss, distance) if return_distance else loss
+
+
+def logitnorm(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    tau: float = 0.04,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """LogitNorm loss: cross-entropy of normalised logits.
+
+    Equivalent to ``F.cross_entropy(logits / (tau * (logits.norm(dim=1, keepdim=True) + 1e-7)), y)``, fused.
+
+    Args:
+        logits: f, (n, c), any float dtype. -inf marks a masked class: outside the softmax and outside the norm.
+        y: class indices, int64 (n,), or class probabilities, float (n, c).
+        tau: temperature, > 0.
+        weight, ignore_index, reduction, label_smoothing: as in `elogitnorm`.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): a scalar, or (n,) with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `elogitnorm`.
+
+    Paper: Wei et al., "Mitigating Neural Network Overconfidence with Logit Normalization", ICML 2022, arXiv:2205.09310.
+    """
+    checks.logits(logits)
+    checks.target(y, logits)
+    checks.class_weight(weight, logits)
+    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    checks.real("tau", tau, 0.0, open_low=True)
+    if logits.shape[0] == 0:
+        return _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+    return ops.logitnorm(logits, y, weight, ignore_index, reduction, float(label_smoothing), float(tau))
+
+
+def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries") -> Tensor:
+    """D: the mean distance from z to the decision boundaries of the predicted class. Higher = more in-distribution.
+
+        D_i = 1/(c - 1) * sum_{j != p} (f_ip - f_ij) / ||w_p - w_j||_2
+
+    Args:
+        logits: f, (n, c), any float dtype; -inf marks a masked class.
+        W: weight of the last linear layer, (c, m), any float dtype.
+        average: as in `elogitnorm`.
+
+    Returns:
+        (n,), float32 (float64 for float64 inputs); 0 where a sample has no boundary (coincident rows of W have none
+        between them). Differentiable with respect to `logits` and `W`; the prediction is a constant.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not fit.
+
+    Paper: as `elogitnorm`; summed instead of averaged and divided by ||z - mu|| it is fDBD (Liu and Qin, ICML 2024).
+    """
+    checks.logits(logits)
+    checks.head_weight(W, logits)
+    checks.one_of("average", average, checks.AVERAGES)
+    if logits.shape[0] == 0:
+        return logits.new_empty(0, dtype=torch.promote_types(torch.float32, logits.dtype))
+    return ops.boundary_distance(logits, W, 0 if average == "boundaries" else 1)
+
+
+def nci_score(
+    z: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    mean: Tensor,
+    logits: Tensor | None = None,
+    alpha: float = 1e-3,
+) -> Tensor:
+    """NCI score: how well the centred feature aligns with the weight of its predicted class, plus its L1 norm.
+
+        pScore = w_p.(z - mu) / ||z - mu||_2 = cos(w_p, z - mu) ||w_p||_2,    NCI = pScore + alpha ||z||_1
+
+    Higher = more in-distribution.
+
+    Args:
+        z: features, (n, m), any float dtype.
+        W, b: the last linear layer, (c, m) and (c,) or None; b is used only when `logits` is None.
+        mean: mu, mean feature of the training data, (m,).
+        logits: f, (n, c). None: the prediction is found from the features tile by tile, and (n, c) is never stored.
+        alpha: weight of the norm; 0 leaves pScore alone.
+
+    Returns:
+        (n,), float32 (float64 for float64 inputs). z = mu has pScore 0. Differentiable with respect to z, W and mean;
+        the prediction is a constant.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not fit.
+
+    Paper: Liu and Qin, "Detecting Out-of-Distribution through the Lens of Neural Collapse", CVPR 2025,
+    arXiv:2311.01479.
+    """
+    checks.float_tensor("W", W, 2, "(c, m)")
+    if W.shape[0] == 0:
+        raise ValueError(f"W: got shape {tuple(W.shape)}, expected at least one class")
+    checks.features(z, W)
+    checks.head_bias(b, W)
+    checks.feature_mean(mean, z)
+    checks.real("alpha", alpha, -float("inf"))
+    if logits is not None:
+        checks.logits(logits)
+        checks.head_weight(W, logits)
+        checks.features(z, W, logits.shape[0])
+    if z.shape[0] == 0:
+        return z.new_empty(0, dtype=torch.promote_types(torch.float32, z.dtype))
+    return ops.nci_score(z, W, b, mean, logits, float(alpha))
+
+
+def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Unit features and their norms: ``(z / max(||z||_2, eps), ||z||_2)`` over the last dimension.
+
+    Args:
+        z: (..., m), any float dtype.
+        eps: smallest divisor, > 0: a zero feature stays zero.
+
+    Returns:
+        (unit features of shape and dtype of z, norms (...,) in float32, float64 for float64 features). The norm before
+        normalisation is the score of Haas et al.: higher = more in-distribution. Both are differentiable.
+
+    Raises:
+        TypeError: z is not a floating-point tensor. ValueError: z has no dimension, or eps <= 0.
+
+    Paper: Haas, Yolland, Rabus, "Exploring Simple, High Quality Out-of-Distribution Detection with L2 Normalization",
+    TMLR 2024.
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise TypeError(
+            f"z: got {z.dtype if isinstance(z, Tensor) else type(z).__name__}, expected a floating-point tensor"
+        )
+    if z.dim() == 0:
+        raise ValueError("z: got a scalar, expected shape (..., m)")
+    checks.real("eps", eps, 0.0, open_low=True)
+    norms = torch.linalg.vector_norm(z, dim=-1, dtype=torch.promote_types(torch.float32, z.dtype))
+    return (z / norms.clamp_min(eps).unsqueeze(-1)).to(z.dtype), norms
+
+
+def _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing) -> Tensor:
+    """n = 0: NaN for the mean, 0 for the sum, (0,) for none, as F.cross_entropy has them; no kernel runs."""
+    dtype = torch.promote_types(torch.float32, logits.dtype)
+    y = y.to(dtype) if y.is_floating_point() else y
+    weight = None if weight is None else weight.to(dtype)
+    return F.cross_entropy(
+        logits.to(dtype), y, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )

@@ -1,0 +1,613 @@
+"""An operator each for ELogitNorm, LogitNorm, the boundary distance and NCI: autograd, registration, backend.
+
+Eager calls go straight through a `torch.autograd.Function` (the dispatcher costs a registered operator some 30
+microseconds a call); under `torch.compile`, export and for tensor subclasses the same functions run as operators of the
+library `ood_fast`, `torch.ops.ood_fast.elogitnorm` and so on. The gradient formula of both is one and the same code.
+
+Backends: Triton kernels on CUDA and ROCm devices, fused PyTorch (`eager.py`) elsewhere and for float64. The environment
+variable `OOD_FAST_BACKEND` (`eager` or `triton`, read at import) or `use_backend` overrides the choice; with
+`TRITON_INTERPRET=1` the Triton kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import checks, eager
+
+BACKENDS = ("auto", "eager", "triton")
+_chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
+if _chosen not in BACKENDS:
+    raise ValueError(f"OOD_FAST_BACKEND: got {_chosen!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside on the backend `name`: "auto", "eager" or "triton"."""
+    global _chosen
+    checks.one_of("backend", name, BACKENDS)
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed. Looks for it without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_no_triton() -> None:
+    warnings.warn(
+        "ood_fast: triton is not installed, so tensors on the GPU take the slower PyTorch path; pip install triton",
+        stacklevel=2,
+    )
+
+
+def backend_name(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """Which backend ("eager" or "triton") serves tensors of this device and dtype."""
+    device = torch.device(device)
+    if dtype == torch.float64 or _chosen == "eager":
+        return "eager"
+    if _chosen == "triton":
+        if not has_triton():
+            raise RuntimeError("OOD_FAST_BACKEND=triton, but triton is not installed; pip install triton")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "OOD_FAST_BACKEND=triton: Triton runs CPU tensors only through its interpreter; "
+                "set TRITON_INTERPRET=1 before Python starts"
+            )
+        return "triton"
+    if device.type == "cuda":  # also ROCm
+        if has_triton():
+            return "triton"
+        _warn_no_triton()
+    return "eager"
+
+
+def _backend(*tensors: Tensor | None) -> ModuleType:
+    if backend_name(tensors[0].device, eager.compute_dtype(*tensors)) == "eager":
+        return eager
+    from . import kernels
+
+    return kernels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the four operators share
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _operator(
+    name: str, schema: str, run: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None
+) -> Callable:
+    """Register `run` as torch.ops.ood_fast.<name>, with the autograd formula of `function`."""
+    operator = torch.library.custom_op(f"ood_fast::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    if function is not None:
+        operator.register_autograd(function.backward, setup_context=function.setup_context)
+    return operator
+
+
+def _call(function: type[torch.autograd.Function], operator: Callable, *args) -> tuple[Tensor, ...]:
+    """Run an operator: registered where something traces, as an autograd function or plainly otherwise."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
+        return operator(*args)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return function.apply(*args)
+    return function.forward(*args)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity on gradients, which refuses to be differentiated itself.
+
+    Without it a second derivative would be silently wrong: the saved statistics are constants to autograd.
+    """
+
+    @staticmethod
+    def forward(name: str, n_grads: int, *grads_then_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in grads_then_inputs[:n_grads])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.op_name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"ood_fast.{ctx.op_name}: second derivatives are not implemented; "
+            "ood_fast.reference has a form that autograd can differentiate twice"
+        )
+
+
+def _backward(
+    name: str,
+    run_and_operator: tuple[Callable, Callable],
+    args: tuple,
+    needed: tuple[bool, ...] | None,
+    inputs: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator: `run` in eager calls, its registered operator where something traces.
+
+    With create_graph=True they carry a clear error instead of a wrong graph.
+    """
+    grad = args[0]
+    if grad is None:
+        return (None,) * len(inputs)
+    run, operator = run_and_operator
+    traced = torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in (grad, *inputs))
+    with torch.no_grad():
+        grads = (operator if traced else run)(*args, *(needed or ()))
+    if needed is not None:
+        grads = tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+    if torch.is_grad_enabled():
+        return _FirstDerivative.apply(name, len(grads), *grads, grad, *inputs)
+    return grads
+
+
+def _or_empty(*grads_and_likes: tuple[Tensor | None, Tensor]) -> tuple[Tensor, ...]:
+    """Operators must return tensors: an empty one stands for a gradient that nobody asked for."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad, like in grads_and_likes)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_indices(backend: ModuleType, target: Tensor, n_classes: int, ignore_index: int) -> None:
+    """On the CPU a target out of range raises; eager.py looks at the targets itself."""
+    if backend is not eager and target.device.type == "cpu" and not target.is_floating_point():
+        checks.index_range(target, n_classes, ignore_index)
+
+
+def _reduce(
+    loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss and what a mean divides by (0-dim; 1 for other reductions), as F.cross_entropy weighs it."""
+    if reduction == "none":
+        return loss, loss.new_ones(())
+    if reduction == "sum":
+        return loss.sum(), loss.new_ones(())
+    if target.is_floating_point():
+        return loss.mean(), loss.new_full((), float(loss.shape[0]))
+    counted = target != ignore_index
+    if class_weight is None:
+        normalizer = counted.sum(dtype=loss.dtype)
+    else:
+        weight = class_weight.to(loss.dtype)[target.clamp(0, class_weight.shape[0] - 1)]
+        normalizer = (weight * counted).sum()
+    return loss.sum() / normalizer, normalizer
+
+
+def _sample_grad(grad_loss: Tensor, normalizer: Tensor, reduction: str, n_samples: int) -> Tensor:
+    """The gradient of each unreduced loss, (n,)."""
+    if reduction == "mean":
+        grad_loss = grad_loss / normalizer
+    return grad_loss if reduction == "none" else grad_loss.expand(n_samples)
+
+
+def _fake_reduced(logits: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
+    return logits.new_empty(logits.shape[0] if reduction == "none" else (), dtype=dtype)
+
+
+def _vectors(like: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    return [like.new_empty(like.shape[0], dtype=dtype) for dtype in dtypes]
+
+
+def _fake_gradient(like: Tensor, needed: bool) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if needed else like.new_empty(0)
+
+
+def _fake_table(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    n_samples, n_classes = logits.shape
+    n_rows = torch.sym_min(n_samples, n_classes)
+    return (
+        logits.new_empty(n_samples, dtype=torch.int64),
+        logits.new_empty((n_rows, n_classes), dtype=dtype),
+        logits.new_empty(n_rows, dtype=torch.int64),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ELogitNorm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _elogitnorm(
+    logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, eps, average_offset, with_slope
+):
+    backend = _backend(logits, head_weight)
+    _check_indices(backend, target, logits.shape[1], ignore_index)
+    loss, *statistics = backend.elogitnorm_forward(
+        logits, head_weight, target, class_weight, ignore_index, label_smoothing, eps, average_offset, with_slope
+    )
+    return *_reduce(loss, target, class_weight, ignore_index, reduction), *statistics
+
+
+def _elogitnorm_fake(logits, head_weight, target, class_weight, ignore_index, reduction, *rest):
+    dtype = eager.compute_dtype(logits, head_weight)
+    return (
+        _fake_reduced(logits, dtype, reduction),
+        logits.new_empty((), dtype=dtype),
+        *_vectors(logits, dtype, torch.int64, dtype, dtype, dtype),
+        *_fake_table(logits, dtype),
+    )
+
+
+def _elogitnorm_backward(
+    grad_loss,
+    logits,
+    head_weight,
+    target,
+    class_weight,
+    saved,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    need_logits,
+    need_weight,
+):
+    normalizer, *saved = saved
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, logits.shape[0])
+    grads = _backend(logits, head_weight).elogitnorm_backward(
+        sample_grad,
+        logits,
+        head_weight,
+        target,
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        *saved,
+        need_logits,
+        need_weight,
+    )
+    return _or_empty((grads[0], logits), (grads[1], head_weight))
+
+
+def _logits_and_weight_fake(grad, logits, head_weight, *rest):
+    *_, need_logits, need_weight = rest
+    return _fake_gradient(logits, need_logits), _fake_gradient(head_weight, need_weight)
+
+
+_elogitnorm_backward_operator = _operator(
+    "elogitnorm_backward",
+    "(Tensor grad_loss, Tensor logits, Tensor head_weight, Tensor target, Tensor? class_weight, Tensor[] saved,"
+    " int ignore_index, str reduction, float label_smoothing, bool need_logits, bool need_weight) -> (Tensor, Tensor)",
+    _elogitnorm_backward,
+    _logits_and_weight_fake,
+)
+
+
+class _ELogitNorm(torch.autograd.Function):
+    forward = staticmethod(_elogitnorm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
+        _, normalizer, _, *statistics = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, head_weight, target, class_weight, normalizer, *statistics)
+        ctx.keywords = ignore_index, reduction, label_smoothing
+
+    @staticmethod
+    def backward(ctx, grad_loss, *unused):
+        logits, head_weight, target, class_weight, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        grads = _backward(
+            "elogitnorm",
+            (_elogitnorm_backward, _elogitnorm_backward_operator),
+            (grad_loss, logits, head_weight, target, class_weight, saved, *ctx.keywords),
+            needed,
+            (logits, head_weight),
+        )
+        return *grads, *[None] * 8
+
+
+_elogitnorm_operator = _operator(
+    "elogitnorm",
+    "(Tensor logits, Tensor head_weight, Tensor target, Tensor? class_weight, int ignore_index, str reduction,"
+    " float label_smoothing, float eps, int average_offset, bool with_slope)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _elogitnorm,
+    _elogitnorm_fake,
+    _ELogitNorm,
+)
+
+
+def elogitnorm(
+    logits: Tensor,
+    head_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """(reduced loss, D). Arguments are checked by the caller; n >= 1."""
+    with_slope = _needs_grad(logits, head_weight)
+    loss, _, distance, *_ = _call(
+        _ELogitNorm,
+        _elogitnorm_operator,
+        *(
+            logits,
+            head_weight,
+            target,
+            class_weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            eps,
+            average_offset,
+            with_slope,
+        ),
+    )
+    return loss, distance
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LogitNorm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _logitnorm(logits, target, class_weight, ignore_index, reduction, label_smoothing, tau, with_slope):
+    backend = _backend(logits)
+    _check_indices(backend, target, logits.shape[1], ignore_index)
+    loss, *statistics = backend.logitnorm_forward(
+        logits, target, class_weight, ignore_index, label_smoothing, tau, with_slope
+    )
+    return *_reduce(loss, target, class_weight, ignore_index, reduction), *statistics
+
+
+def _logitnorm_fake(logits, target, class_weight, ignore_index, reduction, *rest):
+    dtype = eager.compute_dtype(logits)
+    return (
+        _fake_reduced(logits, dtype, reduction),
+        logits.new_empty((), dtype=dtype),
+        *_vectors(logits, torch.int64, dtype, dtype, dtype),
+    )
+
+
+def _logitnorm_backward(grad_loss, logits, target, class_weight, saved, ignore_index, reduction, label_smoothing):
+    normalizer, *saved = saved
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, logits.shape[0])
+    return _backend(logits).logitnorm_backward(
+        sample_grad, logits, target, class_weight, ignore_index, label_smoothing, *saved
+    )
+
+
+_logitnorm_backward_operator = _operator(
+    "logitnorm_backward",
+    "(Tensor grad_loss, Tensor logits, Tensor target, Tensor? class_weight, Tensor[] saved,"
+    " int ignore_index, str reduction, float label_smoothing) -> Tensor",
+    _logitnorm_backward,
+    lambda grad_loss, logits, *rest: _fake_gradient(logits, True),
+)
+
+
+class _LogitNorm(torch.autograd.Function):
+    forward = staticmethod(_logitnorm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, class_weight, *output[1:])
+        ctx.keywords = ignore_index, reduction, label_smoothing
+
+    @staticmethod
+    def backward(ctx, grad_loss, *unused):
+        logits, target, class_weight, *saved = ctx.saved_tensors
+        (grad_logits,) = _backward(
+            "logitnorm",
+            (lambda *args: (_logitnorm_backward(*args),), lambda *args: (_logitnorm_backward_operator(*args),)),
+            (grad_loss, logits, target, class_weight, saved, *ctx.keywords),
+            None,
+            (logits,),
+        )
+        return grad_logits, *[None] * 7
+
+
+_logitnorm_operator = _operator(
+    "logitnorm",
+    "(Tensor logits, Tensor target, Tensor? class_weight, int ignore_index, str reduction, float label_smoothing,"
+    " float tau, bool with_slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _logitnorm,
+    _logitnorm_fake,
+    _LogitNorm,
+)
+
+
+def logitnorm(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    tau: float,
+) -> Tensor:
+    """The reduced loss. Arguments are checked by the caller; n >= 1."""
+    with_slope = _needs_grad(logits)
+    args = (logits, target, class_weight, ignore_index, reduction, label_smoothing, tau, with_slope)
+    return _call(_LogitNorm, _logitnorm_operator, *args)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boundary distance
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _boundary_distance(logits, head_weight, average_offset):
+    return _backend(logits, head_weight).boundary_distance_forward(logits, head_weight, average_offset)
+
+
+def _boundary_distance_fake(logits, head_weight, average_offset):
+    dtype = eager.compute_dtype(logits, head_weight)
+    return *_vectors(logits, dtype, torch.int64, dtype), *_fake_table(logits, dtype)
+
+
+def _boundary_distance_backward(grad_distance, logits, head_weight, saved, need_logits, need_weight):
+    grads = _backend(logits, head_weight).boundary_distance_backward(
+        grad_distance, logits, head_weight, *saved, need_logits, need_weight
+    )
+    return _or_empty((grads[0], logits), (grads[1], head_weight))
+
+
+_boundary_distance_backward_operator = _operator(
+    "boundary_distance_backward",
+    "(Tensor grad_distance, Tensor logits, Tensor head_weight, Tensor[] saved, bool need_logits, bool need_weight)"
+    " -> (Tensor, Tensor)",
+    _boundary_distance_backward,
+    _logits_and_weight_fake,
+)
+
+
+class _BoundaryDistance(torch.autograd.Function):
+    forward = staticmethod(_boundary_distance)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, head_weight, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, head_weight, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_distance, *unused):
+        logits, head_weight, *saved = ctx.saved_tensors
+        grads = _backward(
+            "boundary_distance",
+            (_boundary_distance_backward, _boundary_distance_backward_operator),
+            (grad_distance, logits, head_weight, saved),
+            ctx.needs_input_grad[:2],
+            (logits, head_weight),
+        )
+        return *grads, None
+
+
+_boundary_distance_operator = _operator(
+    "boundary_distance",
+    "(Tensor logits, Tensor head_weight, int average_offset) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _boundary_distance,
+    _boundary_distance_fake,
+    _BoundaryDistance,
+)
+
+
+def boundary_distance(logits: Tensor, head_weight: Tensor, average_offset: int) -> Tensor:
+    """D, (n,). Arguments are checked by the caller; n >= 1."""
+    return _call(_BoundaryDistance, _boundary_distance_operator, logits, head_weight, average_offset)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# NCI
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _nci_score(features, head_weight, head_bias, mean, logits, alpha):
+    return _backend(features, head_weight, mean).nci_forward(features, head_weight, head_bias, mean, logits, alpha)
+
+
+def _nci_score_fake(features, head_weight, head_bias, mean, logits, alpha):
+    dtype = eager.compute_dtype(features, head_weight, mean)
+    return tuple(_vectors(features, dtype, torch.int64, dtype, dtype))
+
+
+def _nci_score_backward(
+    grad_score,
+    features,
+    head_weight,
+    mean,
+    predicted,
+    projection,
+    inverse_norm,
+    alpha,
+    need_features,
+    need_weight,
+    need_mean,
+):
+    grads = _backend(features, head_weight, mean).nci_backward(
+        *(grad_score, features, head_weight, mean, predicted, projection, inverse_norm),
+        *(alpha, need_features, need_weight, need_mean),
+    )
+    return _or_empty(*zip(grads, (features, head_weight, mean), strict=True))
+
+
+def _nci_score_backward_fake(grad_score, features, head_weight, mean, *rest):
+    return tuple(_fake_gradient(t, need) for t, need in zip((features, head_weight, mean), rest[-3:], strict=True))
+
+
+_nci_score_backward_operator = _operator(
+    "nci_score_backward",
+    "(Tensor grad_score, Tensor features, Tensor head_weight, Tensor mean, Tensor predicted, Tensor projection,"
+    " Tensor inverse_norm, float alpha, bool need_features, bool need_weight, bool need_mean)"
+    " -> (Tensor, Tensor, Tensor)",
+    _nci_score_backward,
+    _nci_score_backward_fake,
+)
+
+
+class _NCIScore(torch.autograd.Function):
+    forward = staticmethod(_nci_score)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        features, head_weight, _, mean, _, alpha = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features, head_weight, mean, *output[1:])
+        ctx.alpha = alpha
+
+    @staticmethod
+    def backward(ctx, grad_score, *unused):
+        features, head_weight, mean, *saved = ctx.saved_tensors
+        needed = tuple(ctx.needs_input_grad[i] for i in (0, 1, 3))
+        grad_features, grad_weight, grad_mean = _backward(
+            "nci_score",
+            (_nci_score_backward, _nci_score_backward_operator),
+            (grad_score, features, head_weight, mean, *saved, ctx.alpha),
+            needed,
+            (features, head_weight, mean),
+        )
+        return grad_features, grad_weight, None, grad_mean, None, None
+
+
+_nci_score_operator = _operator(
+    "nci_score",
+    "(Tensor features, Tensor head_weight, Tensor? head_bias, Tensor mean, Tensor? logits, float alpha)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _nci_score,
+    _nci_score_fake,
+    _NCIScore,
+)
+
+
+def nci_score(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    mean: Tensor,
+    logits: Tensor | None,
+    alpha: float,
+) -> Tensor:
+    """The NCI score, (n,). Arguments are checked by the caller; n >= 1."""
+    return _call(_NCIScore, _nci_score_operator, features, head_weight, head_bias, mean, logits, alpha)[0]
