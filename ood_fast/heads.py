@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ood_fast import checks
-from ood_fast.functional import l2_normalize
+from . import checks
+from .functional import l2_normalize
 
 # What the classifiers of torchvision, timm, transformers and OpenOOD call their head, or the block that ends in it.
 HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "last_linear")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ood_fast import checks
+from . import checks
 
 
 def elogitnorm(
