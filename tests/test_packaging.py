@@ -56,7 +56,7 @@ def test_editable_install_imports_from_outside_the_checkout(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy: a build in the checkout leaves build/ there, and its old files get into the next."""
+    """The wheel, built from a copy: a build in the checkout leaves build/ there, its files get into the next one."""
     for tool in ("pip", "setuptools", "wheel"):
         if importlib.util.find_spec(tool) is None:
             pytest.skip(f"{tool} is not installed")
