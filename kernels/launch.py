@@ -1,0 +1,186 @@
+"""How kernels are launched: shapes of blocks from (n, c, m, itemsize), each threshold with its reason, and a counter of launches.
+
+Registers and shared memory behind the thresholds were read from ahead-of-time compilation for sm_80, sm_90, sm_100 and gfx942
+(``tests/test_kernels_aot.py``; the table is in ``README.md``). Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How often each kernel was launched, by the name of its function. Tests read it to prove that the kernels ran.
+launches: Counter[str] = Counter()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 2, **constants: Any
+) -> None:
+    """Run `kernel` on `grid`, on the device of its tensors, and count it.
+
+    `enable_fp_fusion` is set because Triton 3.9 warns where it is not and 3.10 changes the default: with it, a product and the
+    sum that follows round once, in every version.
+    """
+    launches[kernel.fn.__name__] += 1
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
+            kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    else:
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+@functools.cache
+def _cuda_target(device_index: int) -> str:
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return f"sm_{major}{minor}"
+
+
+def target_of(tensor: Tensor) -> str:
+    """What the kernels on this tensor run on: "sm_90", "hip", ... or "interpreter" for a tensor that is on no GPU."""
+    if tensor.device.type != "cuda":
+        return "interpreter"
+    return _cuda_target(tensor.device.index)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def alignment(*counts: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides every count: given to a kernel as ALIGN, it lets loads and stores be 128 bits wide.
+
+    Triton sees by itself only whether an argument is a multiple of 16, and c = 1000 is not: every load would be scalar.
+    (In a kernel, `c // ALIGN * ALIGN` tells the compiler what it needs. 8 elements are 128 bits in half precision.)
+    """
+    return next(align for align in (8, 4, 2, 1) if all(count % align == 0 for count in counts))
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One program a row of `n_columns`: the row at once (`looped` False), or `block` columns at a time."""
+
+    block: int
+    looped: bool
+    num_warps: int
+
+
+# The forward keeps about 6 and the backward about 8 values a column in registers. At 8192 columns and 16 warps that is 16 columns
+# a thread and no spills on any target, at 16384 some targets spill, so longer rows are looped.
+ROW_IN_REGISTERS = 8192
+# Columns of a turn of the looped form: 16 columns a thread as above, and half the threads, so that two programs fit a
+# multiprocessor at a time and one computes while the other waits for memory.
+ROW_LOOP_BLOCK = 4096
+
+
+def row_config(n_columns: int, target: str) -> RowConfig:
+    """For kernels that give every row a program.
+
+    A thread has 8 columns (one 128-bit load in half precision, two in float32) until the warps run out: 16 warps, because 32
+    leave no more than 64 registers a thread on NVIDIA and gfx942 has no more than 16. A wavefront of gfx942 has 64 lanes.
+    """
+    looped = n_columns > ROW_IN_REGISTERS
+    # 32 columns at least: one a lane. Narrower blocks only repeat the same column over the lanes.
+    block = ROW_LOOP_BLOCK if looped else max(next_power_of_2(n_columns), 32)
+    lanes = 64 if target == "hip" else 32
+    limit = 8 if looped else 16
+    return RowConfig(block, looped, min(max(block // (8 * lanes), 1), limit))
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One program a row that only scans it (arg-max; sums over features): a lane keeps its own running value, so blocks of any
+    width cost the same registers, and the row is looped over whatever its length."""
+
+    block: int
+    num_warps: int
+
+
+def scan_config(n_columns: int, target: str) -> ScanConfig:
+    """At most 2048 columns a turn: 8 a thread with 8 warps, enough loads in flight, few idle lanes at the end of the row."""
+    block = min(max(next_power_of_2(n_columns), 32), 2048)
+    lanes = 64 if target == "hip" else 32
+    return ScanConfig(block, min(max(block // (8 * lanes), 1), 8))
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of a matrix product: `rows` x `columns` results, `inner` of the summed dimension at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    precision: str
+
+
+def dot_precision(target: str) -> str:
+    """How fp32 operands are multiplied: never by a single TF32 product, whose 11 bits would ruin a difference of weight rows.
+
+    "tf32x3" (three TF32 products on tensor cores, 22 bits) where there are TF32 tensor cores, else plain fp32 multiply-adds:
+    gfx942 does not compile tf32x3, and before sm_80 there is no TF32.
+    """
+    return "tf32x3" if target.startswith("sm_") and int(target[3:]) >= 80 else "ieee"
+
+
+def tile_config(target: str) -> TileConfig:
+    """64 x 64 x 32 with 4 warps holds the sums in 32 registers a thread; larger tiles spill in the ieee form.
+
+    Two stages: the next operands load while these multiply (32 KiB of shared memory; a third stage would pass 64 KiB on gfx942).
+    """
+    return TileConfig(64, 64, 32, num_warps=4, num_stages=2, precision=dot_precision(target))
+
+
+def difference_config() -> TileConfig:
+    """Direct differences 32 x 32 x 8: the 8192 differences of a turn are 64 registers a thread with 4 warps."""
+    return TileConfig(32, 32, 8, num_warps=4, num_stages=1, precision="ieee")
+
+
+# Tiles of the product that sums over all classes for the few rows of distinct predictions: with 64 rows and m = 512 there are 8,
+# for 132 multiprocessors. The classes are therefore cut into splits until there are about this many programs (two to four for
+# each multiprocessor of an H100 or MI300), as long as a split has at least 8 turns of `inner` classes to amortise its result.
+SPLIT_PROGRAMS = 512
+SPLIT_TURNS = 8
+
+
+def class_splits(n_tiles: int, n_classes: int, inner: int) -> int:
+    """How many splits the classes of the "own rows" product are cut into."""
+    return max(1, min(cdiv(SPLIT_PROGRAMS, n_tiles), n_classes // (inner * SPLIT_TURNS)))
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Segmented sum: a program has `columns` columns and reads `samples` rows at a time."""
+
+    samples: int
+    columns: int
+    num_warps: int
+
+
+# Samples of a segment that one program adds. Where every sample predicts one class, a segment is the whole batch: it is cut into
+# pieces of this many, so the longest chain of additions is PIECE / samples turns, then n / PIECE pieces.
+PIECE = 128
+
+
+def segment_config(n_columns: int) -> SegmentConfig:
+    """8 rows in flight hide the latency of rows that lie anywhere in memory; 256 columns are one 128-bit load a lane, a row a
+    warp, in half precision, and 16 values a thread."""
+    columns = min(max(next_power_of_2(n_columns), 32), 256)
+    return SegmentConfig(8, columns, num_warps=4)
+
+
+# Class splits of the features-only arg-max: as SPLIT_PROGRAMS, at least four tiles of classes a split.
+def argmax_splits(n_row_tiles: int, n_class_tiles: int) -> int:
+    return max(1, min(cdiv(SPLIT_PROGRAMS, n_row_tiles), cdiv(n_class_tiles, 4)))

@@ -1,0 +1,121 @@
+"""Device functions that the kernels share. One program works one row; `columns` are its column indices.
+
+A row is padded to a power of two with -inf, so that padding is the same as a masked class: not *live*, and without effect.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Above every column index. Splits the codes of `first_maximum` into columns that hold NaN and columns that hold the maximum.
+_NOT_NAN = tl.constexpr(1 << 30)
+_NEITHER = tl.constexpr((1 << 31) - 1)
+
+
+@triton.jit
+def first_maximum(values, indices, axis: tl.constexpr):
+    """(maximum, index of its first occurrence) along `axis`; the first NaN, if there is one, is the maximum.
+
+    tl.max drops NaN and tl.argmax leaves their order open, so both are spelled out: the smallest code wins.
+    """
+    is_nan = values != values
+    largest = tl.max(tl.where(is_nan, float("-inf"), values), axis=axis)
+    largest_beside = largest[:, None] if axis == 1 else largest
+    code = tl.where(is_nan, indices, tl.where(values == largest_beside, indices + _NOT_NAN, _NEITHER))
+    code = tl.min(code, axis=axis)
+    return tl.where(code < _NOT_NAN, float("nan"), largest), tl.where(code < _NOT_NAN, code, code - _NOT_NAN)
+
+
+@triton.jit
+def keep_better(best, index, values, columns):
+    """Update each lane's running maximum and its column: the first occurrence stays, and the first NaN stays for good."""
+    better = (values > best) | ((values != values) & (best == best))
+    return tl.where(better, values, best), tl.where(better, columns, index)
+
+
+@triton.jit
+def scan_maximum(row_pointer, n_columns, BLOCK: tl.constexpr):
+    """`first_maximum` of a row of any length: every lane keeps its own maximum, and the lanes are compared once at the end."""
+    lanes = tl.arange(0, BLOCK)
+    best = tl.load(row_pointer + lanes, mask=lanes < n_columns, other=float("-inf")).to(tl.float32)
+    index = lanes
+    for start in range(BLOCK, n_columns, BLOCK):
+        columns = start + lanes
+        values = tl.load(row_pointer + columns, mask=columns < n_columns, other=float("-inf")).to(tl.float32)
+        best, index = keep_better(best, index, values, columns)
+    return first_maximum(best, index, 0)
+
+
+@triton.jit
+def live_gap(logit, row_maximum):
+    """(live, g): whether a class is not masked, and f_p - f_j there, 0 elsewhere."""
+    live = logit != float("-inf")
+    return live, tl.where(live, row_maximum - tl.where(live, logit, 0.0), 0.0)
+
+
+@triton.jit
+def is_finite(value):
+    return tl.abs(value) < float("inf")  # False for NaN too
+
+
+@triton.jit
+def boundary_terms(table_row_pointer, columns, n_classes, live):
+    """(R, whether there is a boundary) of the predicted class against these columns; masked classes have none."""
+    inverse_distance = tl.load(table_row_pointer + columns, mask=columns < n_classes, other=0.0)
+    inverse_distance = tl.where(live, inverse_distance, 0.0)
+    return inverse_distance, (inverse_distance > 0).to(tl.int32)
+
+
+@triton.jit
+def mean_distance(distance_sum, n_boundaries, average_offset, valid):
+    """(D, 1 / (K + average_offset)), both 0 where there is no boundary, and NaN where the row is not valid."""
+    share = tl.where(n_boundaries > 0, 1.0 / (tl.maximum(n_boundaries, 1).to(tl.float32) + average_offset), 0.0)
+    share = tl.where(valid, share, float("nan"))
+    return distance_sum * share, share
+
+
+@triton.jit
+def read_label(target_pointer, ignore_index, n_classes):
+    """(class, whether the sample is ignored, whether the class is usable): an unusable class is replaced by 0 before any read."""
+    label = tl.load(target_pointer)
+    ignored = label == ignore_index
+    usable = (label >= 0) & (label < n_classes)
+    return tl.where(usable, label, 0), ignored, usable | ignored
+
+
+@triton.jit
+def target_distribution(
+    columns,
+    n_classes,
+    live,
+    n_live,
+    label,
+    target_row_pointer,
+    class_weight_pointer,
+    label_smoothing,
+    PROBABILITIES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """q_j = w_j ((1 - e) t_j + e / c_live [j live]), with t the given probabilities or one-hot at `label`; 0 in the padding."""
+    inside = columns < n_classes
+    if PROBABILITIES:
+        q = tl.load(target_row_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        q = tl.where(columns == label, 1.0, 0.0)
+    if SMOOTHED:
+        share = label_smoothing / tl.maximum(n_live, 1).to(tl.float32)
+        q = q * (1.0 - label_smoothing) + tl.where(live, share, 0.0)
+    if WEIGHTED:
+        q = q * tl.load(class_weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    return q
+
+
+@triton.jit
+def label_mass(label, class_weight_pointer, WEIGHTED: tl.constexpr):
+    """q_y = Q of a class index without smoothing."""
+    if WEIGHTED:
+        return tl.load(class_weight_pointer + label).to(tl.float32)
+    else:
+        return 1.0

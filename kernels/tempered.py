@@ -1,0 +1,616 @@
+"""Softmax cross-entropy with a temperature of its own for every sample: ELogitNorm and LogitNorm.
+
+    loss = sum_j q_j g_j / T + Q log sum_j exp(-g_j / T),      g_j = f_p - f_j
+
+    ELogitNorm: T = D = sum_j g_j R_pj / (K + average_offset); 1, without a gradient, where there is no boundary or D <= eps
+    LogitNorm:  T = tau (|f| + 1e-7)
+
+The gaps give the stable form at no cost: the largest term of the partition is exp(0). Forward and backward each read a row of the
+logits once and keep it in registers up to `launch.ROW_IN_REGISTERS` classes; above, they read it again for each step. The backward
+keeps nothing of shape (n, c) from the forward: P comes from the logits, the temperature and the partition.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import boundary
+from .launch import alignment, launch, row_config, target_of
+from .rows import (
+    boundary_terms,
+    first_maximum,
+    is_finite,
+    label_mass,
+    live_gap,
+    mean_distance,
+    read_label,
+    scan_maximum,
+    target_distribution,
+)
+
+
+@triton.jit
+def _boundary_temperature(distance_sum, n_boundaries, average_offset, eps, valid):
+    """(D, T, dT/dD / (K + average_offset)) of ELogitNorm."""
+    distance, share = mean_distance(distance_sum, n_boundaries, average_offset, valid)
+    falls_back = distance <= eps  # K = 0 has D = 0; the kernel's caller has eps >= 0
+    return distance, tl.where(falls_back, 1.0, distance), tl.where(falls_back, 0.0, share)
+
+
+@triton.jit
+def _norm_temperature(squared_norm, tau):
+    """(T, tau / |f|) of LogitNorm; the derivative of T by f_j is tau f_j / |f|, taken as 0 at f = 0."""
+    norm = tl.sqrt(squared_norm)
+    return tau * (norm + 1e-7), tl.where(norm > 0, tau / tl.where(norm > 0, norm, 1.0), 0.0)
+
+
+@triton.jit
+def _loss_and_slope(
+    partition, gap_sum, target_mass, target_gap, masked_mass, temperature, slope_factor, valid, ignored
+):
+    """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and the mass q on masked classes."""
+    log_partition = tl.log(partition)
+    loss = target_gap / temperature + target_mass * log_partition
+    # dL/dT, divided by T twice: T^2 would underflow for a small tau.
+    derivative = -(target_gap - target_mass * (gap_sum / partition)) / temperature / temperature
+    impossible = (masked_mass > 0) | (masked_mass < 0)
+    loss = tl.where(impossible, float("inf"), loss)
+    slope = tl.where(impossible, 0.0, derivative * slope_factor)
+    loss = tl.where(valid, loss, float("nan"))
+    slope = tl.where(valid, slope, float("nan"))
+    return log_partition, tl.where(ignored, 0.0, loss), tl.where(ignored, 0.0, slope)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def tempered_forward_kernel(
+    logits_pointer,  # (n, c)
+    logits_stride,
+    target_pointer,  # (n,) int64 or (n, c)
+    target_stride,
+    class_weight_pointer,  # (c,) or None
+    table_pointer,  # (k, c) R; None for LogitNorm
+    table_row_pointer,  # (n,) int64: read where PREDICTION_KNOWN, otherwise it is p, and written
+    predicted_pointer,  # (n,) int64: likewise
+    loss_pointer,  # (n,) this and what follows is written
+    distance_pointer,  # (n,), None for LogitNorm
+    temperature_pointer,  # (n,)
+    log_partition_pointer,  # (n,)
+    slope_pointer,  # (n,)
+    n_classes,
+    ignore_index,
+    label_smoothing,
+    eps,
+    average_offset,
+    tau,
+    BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+    PREDICTION_KNOWN: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """Loss of one sample and all that its backward needs. A step that sums over the row is one expression where the row is in
+    registers, and one loop with a sum in every lane where it is LOOPED."""
+    row = tl.program_id(0).to(tl.int64)
+    if ALIGN > 1:
+        n_classes = n_classes // ALIGN * ALIGN
+        logits_stride = logits_stride // ALIGN * ALIGN
+        target_stride = target_stride // ALIGN * ALIGN
+    logits_row = logits_pointer + row * logits_stride
+    columns = tl.arange(0, BLOCK)
+
+    # The prediction and the largest logit.
+    if not LOOPED:
+        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
+    if PREDICTION_KNOWN:
+        predicted = tl.load(predicted_pointer + row)
+        row_maximum = tl.load(logits_row + predicted).to(tl.float32)
+        table_row = tl.load(table_row_pointer + row)
+    else:
+        if LOOPED:
+            row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
+        else:
+            row_maximum, predicted = first_maximum(logit, columns, 0)
+        table_row = predicted.to(tl.int64)
+        tl.store(predicted_pointer + row, table_row)
+        if BOUNDARY:
+            tl.store(table_row_pointer + row, table_row)
+    valid = is_finite(row_maximum)  # no NaN (it would be the maximum), no +inf, at least one live class
+
+    # The temperature: sums over the live classes.
+    if LOOPED:
+        distance_sums = tl.zeros([BLOCK], tl.float32)
+        boundary_counts = tl.zeros([BLOCK], tl.int32)
+        squares = tl.zeros([BLOCK], tl.float32)
+        live_counts = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, n_classes, BLOCK):
+            offset = start + columns
+            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+            live, gap = live_gap(logit, row_maximum)
+            if BOUNDARY:
+                inverse_distance, is_boundary = boundary_terms(
+                    table_pointer + table_row * n_classes, offset, n_classes, live
+                )
+                distance_sums += gap * inverse_distance
+                boundary_counts += is_boundary
+            else:
+                squares += tl.where(live, logit * logit, 0.0)
+            live_counts += live.to(tl.int32)
+    else:
+        live, gap = live_gap(logit, row_maximum)
+        if BOUNDARY:
+            inverse_distance, boundary_counts = boundary_terms(
+                table_pointer + table_row * n_classes, columns, n_classes, live
+            )
+            distance_sums = gap * inverse_distance
+        else:
+            squares = tl.where(live, logit * logit, 0.0)
+        live_counts = live.to(tl.int32)
+    if BOUNDARY:
+        distance, temperature, slope_factor = _boundary_temperature(
+            tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, eps, valid
+        )
+        tl.store(distance_pointer + row, distance)
+    else:
+        temperature, slope_factor = _norm_temperature(tl.sum(squares, axis=0), tau)
+    n_live = tl.sum(live_counts, axis=0)
+
+    # The loss: sums of the softmax and of the target distribution.
+    if PROBABILITIES:
+        label = 0
+        ignored = False
+        target_row = target_pointer + row * target_stride
+    else:
+        label, ignored, label_valid = read_label(target_pointer + row, ignore_index, n_classes)
+        valid = valid & label_valid
+        target_row = target_pointer
+    inverse_temperature = 1.0 / temperature
+    if LOOPED:
+        exponentials = tl.zeros([BLOCK], tl.float32)
+        gap_sums = tl.zeros([BLOCK], tl.float32)
+        q_sums = tl.zeros([BLOCK], tl.float32)
+        q_gap_sums = tl.zeros([BLOCK], tl.float32)
+        q_masked_sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n_classes, BLOCK):
+            offset = start + columns
+            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+            live, gap = live_gap(logit, row_maximum)
+            exponential = tl.where(live, tl.exp(-gap * inverse_temperature), 0.0)
+            exponentials += exponential
+            gap_sums += exponential * gap
+            if PROBABILITIES or SMOOTHED:
+                q = target_distribution(
+                    offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+                    PROBABILITIES, WEIGHTED, SMOOTHED,
+                )  # fmt: skip
+                q_sums += q
+                q_gap_sums += q * gap
+                q_masked_sums += tl.where(live, 0.0, q)
+    else:
+        exponentials = tl.where(live, tl.exp(-gap * inverse_temperature), 0.0)
+        gap_sums = exponentials * gap
+        if PROBABILITIES or SMOOTHED:
+            q_sums = target_distribution(
+                columns, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+                PROBABILITIES, WEIGHTED, SMOOTHED,
+            )  # fmt: skip
+            q_gap_sums = q_sums * gap
+            q_masked_sums = tl.where(live, 0.0, q_sums)
+    if PROBABILITIES or SMOOTHED:
+        target_mass = tl.sum(q_sums, axis=0)
+        target_gap = tl.sum(q_gap_sums, axis=0)
+        masked_mass = tl.sum(q_masked_sums, axis=0)
+    else:  # one class holds all the mass: no sums
+        target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+        label_live, label_gap = live_gap(tl.load(logits_row + label).to(tl.float32), row_maximum)
+        target_gap = target_mass * label_gap
+        masked_mass = tl.where(label_live, 0.0, target_mass)
+    log_partition, loss, slope = _loss_and_slope(
+        tl.sum(exponentials, axis=0), tl.sum(gap_sums, axis=0), target_mass, target_gap, masked_mass,
+        temperature, slope_factor, valid, ignored,
+    )  # fmt: skip
+    tl.store(loss_pointer + row, loss)
+    tl.store(temperature_pointer + row, temperature)
+    tl.store(log_partition_pointer + row, log_partition)
+    tl.store(slope_pointer + row, slope)
+
+
+@triton.jit
+def _logit_gradient(
+    logit,
+    row_maximum,
+    columns,
+    predicted,
+    q,
+    target_mass,
+    inverse_distance,
+    inverse_distance_sum,
+    inverse_temperature,
+    log_partition,
+    slope,
+    BOUNDARY: tl.constexpr,
+):
+    """dL/df_j = (Q P_j - q_j) / T, and through the temperature -slope R_j (slope sum R at p), or slope f_j for LogitNorm."""
+    live, gap = live_gap(logit, row_maximum)
+    probability = tl.where(live, tl.exp(-gap * inverse_temperature - log_partition), 0.0)
+    gradient = (target_mass * probability - q) * inverse_temperature
+    if BOUNDARY:
+        return gradient + slope * (tl.where(columns == predicted, inverse_distance_sum, 0.0) - inverse_distance)
+    else:
+        return gradient + slope * tl.where(live, logit, 0.0)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def tempered_backward_kernel(
+    sample_grad_pointer,  # (n,)
+    logits_pointer,  # (n, c)
+    logits_stride,
+    target_pointer,  # (n,) int64 or (n, c)
+    target_stride,
+    class_weight_pointer,  # (c,) or None
+    table_pointer,  # (k, c) R; None for LogitNorm
+    table_row_pointer,  # (n,) int64
+    predicted_pointer,  # (n,) int64
+    temperature_pointer,  # (n,)
+    log_partition_pointer,  # (n,)
+    slope_pointer,  # (n,)
+    grad_logits_pointer,  # (n, c) contiguous: written
+    n_classes,
+    ignore_index,
+    label_smoothing,
+    BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """Gradient of one sample's logits, formed in fp32 and rounded once: as P_y approaches 1, Q P_y - q_y cancels."""
+    row = tl.program_id(0).to(tl.int64)
+    if ALIGN > 1:
+        n_classes = n_classes // ALIGN * ALIGN
+        logits_stride = logits_stride // ALIGN * ALIGN
+        target_stride = target_stride // ALIGN * ALIGN
+    logits_row = logits_pointer + row * logits_stride
+    grad_row = grad_logits_pointer + row * n_classes
+    columns = tl.arange(0, BLOCK)
+
+    sample_grad = tl.load(sample_grad_pointer + row).to(tl.float32)
+    predicted = tl.load(predicted_pointer + row)
+    row_maximum = tl.load(logits_row + predicted).to(tl.float32)
+    inverse_temperature = 1.0 / tl.load(temperature_pointer + row)
+    log_partition = tl.load(log_partition_pointer + row)
+    slope = tl.load(slope_pointer + row)
+    valid = is_finite(row_maximum)
+    if PROBABILITIES:
+        label = 0
+        ignored = False
+        target_row = target_pointer + row * target_stride
+    else:
+        label, ignored, label_valid = read_label(target_pointer + row, ignore_index, n_classes)
+        valid = valid & label_valid
+        target_row = target_pointer
+    if BOUNDARY:
+        table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
+    else:
+        table_row = table_pointer
+    # Where the gradient is 0 or NaN for the whole row, it is so whatever is multiplied: sums and products are set apart.
+    whole_row = tl.where(ignored, 0.0, float("nan"))
+    computed = valid & (ignored == 0)
+
+    if LOOPED:
+        # What must be known before the first gradient is written: sum R, and c_live for q, then Q.
+        inverse_distance_sums = tl.zeros([BLOCK], tl.float32)
+        live_counts = tl.zeros([BLOCK], tl.int32)
+        if BOUNDARY or SMOOTHED:
+            for start in range(0, n_classes, BLOCK):
+                offset = start + columns
+                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+                live = logit != float("-inf")
+                live_counts += live.to(tl.int32)
+                if BOUNDARY:
+                    inverse_distance_sums += boundary_terms(table_row, offset, n_classes, live)[0]
+        inverse_distance_sum = tl.sum(inverse_distance_sums, axis=0)
+        n_live = tl.sum(live_counts, axis=0)
+        if PROBABILITIES or SMOOTHED:
+            q_sums = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n_classes, BLOCK):
+                offset = start + columns
+                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+                q_sums += target_distribution(
+                    offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
+                    label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
+                )  # fmt: skip
+            target_mass = tl.sum(q_sums, axis=0)
+        else:
+            target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+        for start in range(0, n_classes, BLOCK):
+            offset = start + columns
+            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+            live = logit != float("-inf")
+            q = target_distribution(
+                offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+                PROBABILITIES, WEIGHTED, SMOOTHED,
+            )  # fmt: skip
+            if BOUNDARY:
+                inverse_distance = boundary_terms(table_row, offset, n_classes, live)[0]
+            else:
+                inverse_distance = 0.0
+            gradient = _logit_gradient(
+                logit, row_maximum, offset, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
+                inverse_temperature, log_partition, slope, BOUNDARY,
+            )  # fmt: skip
+            tl.store(grad_row + offset, tl.where(computed, gradient * sample_grad, whole_row), mask=offset < n_classes)
+    else:
+        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
+        live = logit != float("-inf")
+        n_live = tl.sum(live.to(tl.int32), axis=0)
+        q = target_distribution(
+            columns, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+            PROBABILITIES, WEIGHTED, SMOOTHED,
+        )  # fmt: skip
+        if PROBABILITIES or SMOOTHED:
+            target_mass = tl.sum(q, axis=0)
+        else:
+            target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+        if BOUNDARY:
+            inverse_distance = boundary_terms(table_row, columns, n_classes, live)[0]
+            inverse_distance_sum = tl.sum(inverse_distance, axis=0)
+        else:
+            inverse_distance = 0.0
+            inverse_distance_sum = 0.0
+        gradient = _logit_gradient(
+            logit, row_maximum, columns, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
+            inverse_temperature, log_partition, slope, BOUNDARY,
+        )  # fmt: skip
+        tl.store(grad_row + columns, tl.where(computed, gradient * sample_grad, whole_row), mask=columns < n_classes)
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+    tau: float,
+    table: Tensor | None,
+    table_row: Tensor | None,
+    predicted: Tensor,
+    prediction_known: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Launch `tempered_forward_kernel`; allocates and returns loss, distance, temperature, log_partition and slope."""
+    logits, target = boundary.unit_stride(logits), boundary.unit_stride(target)
+    n_samples, n_classes = logits.shape
+    probabilities = target.is_floating_point()
+    loss, temperature, log_partition, slope = (
+        torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(4)
+    )
+    distance = None if table is None else torch.empty_like(loss)
+    config = row_config(n_classes, target_of(logits))
+    launch(
+        tempered_forward_kernel,
+        (n_samples,),
+        logits,
+        logits.stride(0),
+        target,
+        target.stride(0),
+        None if class_weight is None else class_weight.contiguous(),
+        table,
+        table_row,
+        predicted,
+        loss,
+        distance,
+        temperature,
+        log_partition,
+        slope,
+        n_classes,
+        ignore_index,
+        float(label_smoothing),
+        float(eps),
+        float(average_offset),
+        float(tau),
+        BLOCK=config.block,
+        LOOPED=config.looped,
+        ALIGN=_row_alignment(logits, target),
+        BOUNDARY=table is not None,
+        PREDICTION_KNOWN=prediction_known,
+        PROBABILITIES=probabilities,
+        WEIGHTED=class_weight is not None,
+        SMOOTHED=label_smoothing > 0,
+        num_warps=config.num_warps,
+    )
+    return loss, distance, temperature, log_partition, slope
+
+
+def _backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    predicted: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    slope: Tensor,
+    table: Tensor | None,
+    table_row: Tensor | None,
+) -> Tensor:
+    """Launch `tempered_backward_kernel`; allocates and returns the gradient of the logits."""
+    logits, target = boundary.unit_stride(logits), boundary.unit_stride(target)
+    n_samples, n_classes = logits.shape
+    grad_logits = boundary.gradient_buffer(logits, (n_samples, n_classes))
+    config = row_config(n_classes, target_of(logits))
+    launch(
+        tempered_backward_kernel,
+        (n_samples,),
+        sample_grad.contiguous(),
+        logits,
+        logits.stride(0),
+        target,
+        target.stride(0),
+        None if class_weight is None else class_weight.contiguous(),
+        table,
+        table_row,
+        predicted,
+        temperature,
+        log_partition,
+        slope,
+        grad_logits,
+        n_classes,
+        ignore_index,
+        float(label_smoothing),
+        BLOCK=config.block,
+        LOOPED=config.looped,
+        ALIGN=_row_alignment(logits, target),
+        BOUNDARY=table is not None,
+        PROBABILITIES=target.is_floating_point(),
+        WEIGHTED=class_weight is not None,
+        SMOOTHED=label_smoothing > 0,
+        num_warps=config.num_warps,
+    )
+    return grad_logits.to(logits.dtype)
+
+
+def _row_alignment(logits: Tensor, target: Tensor) -> int:
+    strides = [logits.stride(0)] + ([target.stride(0)] if target.is_floating_point() else [])
+    return alignment(logits.shape[1], *strides)
+
+
+def elogitnorm_forward(
+    logits: Tensor,
+    head_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ELogitNorm of (n, c) logits under the (c, m) head: see `ood_fast.functional.elogitnorm` for the mathematics.
+
+    Returns loss, distance, predicted, temperature, log_partition, slope, table_row, table and row_class (notation: the package's
+    docstring), float32 and int64. For n >= c the row kernel finds the predictions itself, so the logits are read once; for n < c
+    they are found first, because the table has a row for each distinct one.
+    """
+    geometry = boundary.Geometry.of(logits, head_weight)
+    loss, distance, temperature, log_partition, slope = _forward(
+        logits,
+        target,
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        eps,
+        average_offset,
+        1.0,
+        geometry.table,
+        geometry.table_row,
+        geometry.predicted,
+        geometry.prediction_known,
+    )
+    return (
+        loss,
+        distance,
+        geometry.predicted,
+        temperature,
+        log_partition,
+        slope,
+        geometry.table_row,
+        geometry.table,
+        geometry.row_class,
+    )
+
+
+def elogitnorm_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    head_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    predicted: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    slope: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    row_class: Tensor,
+    need_logits: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
+    grad_logits = grad_weight = None
+    if need_logits:
+        grad_logits = _backward(
+            sample_grad,
+            logits,
+            target,
+            class_weight,
+            ignore_index,
+            label_smoothing,
+            predicted,
+            temperature,
+            log_partition,
+            slope,
+            table,
+            table_row,
+        )
+    if need_weight:
+        grad_weight = boundary.weight_gradient(
+            sample_grad, slope, logits, head_weight, predicted, table_row, table, row_class
+        )
+    return grad_logits, grad_weight
+
+
+def logitnorm_forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """LogitNorm, CE(f / (tau (|f| + 1e-7)), y): returns loss, predicted, temperature, log_partition and slope."""
+    predicted = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    loss, _, temperature, log_partition, slope = _forward(
+        logits, target, class_weight, ignore_index, label_smoothing, 0.0, 0, tau, None, None, predicted, False
+    )
+    return loss, predicted, temperature, log_partition, slope
+
+
+def logitnorm_backward(
+    sample_grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    predicted: Tensor,
+    temperature: Tensor,
+    log_partition: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """Gradient of sum_i sample_grad_i loss_i by the logits."""
+    return _backward(
+        sample_grad,
+        logits,
+        target,
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        predicted,
+        temperature,
+        log_partition,
+        slope,
+        None,
+        None,
+    )
