@@ -1,0 +1,35 @@
+# The commands of the README and of .ci/run by short names. They use the Python of the active environment.
+PYTHON ?= python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install test lint format bench compare ci
+
+help:  ## this list
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
+
+venv:  ## an environment in .venv with everything for development; then: . .venv/bin/activate
+	python3 -m venv .venv
+	.venv/bin/pip install -e '.[test]'
+
+install:  ## the package with everything for development, into the active environment
+	$(PYTHON) -m pip install -e '.[test]'
+
+test:  ## all tests, on every backend that this machine has
+	$(PYTHON) -m pytest
+
+lint:  ## what CI checks of the style
+	ruff check .
+	ruff format --check .
+
+format:  ## mend what can be mended of it
+	ruff check --fix .
+	ruff format .
+
+bench:  ## ours beside the reference and cross-entropy, under a minute
+	$(PYTHON) -m pytest bench/ --benchmark-only
+
+compare:  ## the main job: losses × detectors on real digits, with a report in runs/compare-digits/
+	ood-fast compare
+
+ci:  ## everything, in an environment of its own
+	.ci/run
