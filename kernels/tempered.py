@@ -60,7 +60,7 @@ def _loss_and_slope(
     loss = tl.where(impossible, float("inf"), loss)
     slope = tl.where(impossible, 0.0, derivative * slope_factor)
     loss = tl.where(valid, loss, float("nan"))
-    slope = tl.where(valid, slope, float("nan"))
+    slope = tl.where(valid | impossible, slope, float("nan"))
     return log_partition, tl.where(ignored, 0.0, loss), tl.where(ignored, 0.0, slope)
 
 
@@ -494,12 +494,14 @@ def elogitnorm_forward(
     label_smoothing: float,
     eps: float,
     average_offset: int,
+    with_slope: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ELogitNorm of (n, c) logits under the (c, m) head: see `ood_fast.functional.elogitnorm` for the mathematics.
 
     Returns loss, distance, predicted, temperature, log_partition, slope, table_row, table and row_class (notation: the package's
     docstring), float32 and int64. For n >= c the row kernel finds the predictions itself, so the logits are read once; for n < c
-    they are found first, because the table has a row for each distinct one.
+    they are found first, because the table has a row for each distinct one. The slope costs nothing while the row is in
+    registers, so it is always computed; `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
     geometry = boundary.Geometry.of(logits, head_weight)
     loss, distance, temperature, log_partition, slope = _forward(
@@ -578,8 +580,12 @@ def logitnorm_forward(
     ignore_index: int,
     label_smoothing: float,
     tau: float,
+    with_slope: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """LogitNorm, CE(f / (tau (|f| + 1e-7)), y): returns loss, predicted, temperature, log_partition and slope."""
+    """LogitNorm, CE(f / (tau (|f| + 1e-7)), y): returns loss, predicted, temperature, log_partition and slope.
+
+    `with_slope` as in `elogitnorm_forward`.
+    """
     predicted = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     loss, _, temperature, log_partition, slope = _forward(
         logits, target, class_weight, ignore_index, label_smoothing, 0.0, 0, tau, None, None, predicted, False

@@ -217,7 +217,7 @@ def _tempered_forward(
     total = targets.total(rows, live, gap.shape[1], gap.dtype)
     loss = torch.addcdiv(log_partition * total, weighted_gap, temperature)
     if impossible is not None:
-        loss.masked_fill_(impossible, math.inf)
+        loss.masked_fill_(impossible & ~loss.isnan(), math.inf)
     slope = None
     if with_slope:
         mean_gap = weight.mul_(gap).sum(1).div_(partition)
@@ -240,7 +240,7 @@ def _tempered_backward(
     inverse = temperature.reciprocal().unsqueeze(1)
     gradient = torch.addcmul(log_partition.neg().unsqueeze(1), gap, inverse, value=-1).exp_()
     if live is not None:
-        gradient.masked_fill_(~live, 0.0)
+        gradient.masked_fill_(~live, 0.0).masked_fill_(gap.isnan(), math.nan)
     scale = inverse * sample_grad.unsqueeze(1)
     total = targets.total(rows, live, gap.shape[1], gap.dtype)
     if isinstance(total, Tensor):
@@ -481,11 +481,10 @@ def _boundary_backward(
                     gap, temperature[rows], log_partition[rows], sample_grad[rows], targets, rows, live
                 )
             else:
-                gradient = torch.zeros_like(gap)
+                gradient = gap * 0.0  # NaN rows stay NaN
             inverse = table.index_select(0, table_row[rows])
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
-                gradient.masked_fill_(gap.isnan(), math.nan)
             gradient.addcmul_(inverse, push, value=-1)
             gradient.scatter_add_(1, p, inverse.sum(1, keepdim=True).mul_(push))
             if targets is not None:
@@ -590,7 +589,7 @@ def logitnorm_forward(
     tau: float,
     with_slope: bool,
 ) -> tuple[Tensor, ...]:
-    """loss, predicted, temperature T = tau (||f||_2 + 1e-7), log_partition, slope = dL/dT tau / ||f||_2 (0 at f = 0)."""
+    """loss, predicted, temperature T = tau (||f|| + 1e-7), log_partition, slope = dL/dT tau / ||f|| (0 at f = 0)."""
     dtype = compute_dtype(logits)
     targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
     top, predicted = logits.max(1)

@@ -1,0 +1,211 @@
+"""The loss modules, and what bad input says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import Batch
+from torch import nn
+
+import ood_fast
+
+
+class Classifier(nn.Module):
+    def __init__(self, n_classes=3):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.fc = nn.Linear(6, n_classes)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.body(x)))
+
+
+def expected_loss(model, x, y, **keywords):
+    return ood_fast.elogitnorm(model(x), None, model.fc.weight, None, y, **keywords)
+
+
+@pytest.fixture
+def data():
+    return torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+
+
+def test_one_line_changed_in_a_training_loop(data):
+    x, y = data
+    model = Classifier()
+    criterion = ood_fast.ELogitNormLoss(model.fc)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(60):
+        loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_criterion_equals_the_function(data):
+    x, y = data
+    model = Classifier()
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    keywords = {"label_smoothing": 0.1, "average": "classes", "reduction": "sum", "eps": 1e-3, "ignore_index": 1}
+    criterion = ood_fast.ELogitNormLoss(model.fc, weight=weight, **keywords)
+    assert torch.equal(criterion(model(x), y), expected_loss(model, x, y, weight=weight, **keywords))
+    loss, distance = ood_fast.ELogitNormLoss(model.fc, return_distance=True, detach_geometry=True)(model(x), y)
+    assert torch.equal(distance, ood_fast.boundary_distance(model(x), model.fc.weight).detach())
+    assert torch.equal(loss, expected_loss(model, x, y))
+    criterion = ood_fast.LogitNormLoss(tau=0.1, label_smoothing=0.1)
+    assert torch.equal(criterion(model(x), y), ood_fast.logitnorm(model(x), y, tau=0.1, label_smoothing=0.1))
+
+
+def test_criterion_owns_no_parameters_and_follows_the_head(data):
+    x, y = data
+    model = Classifier()
+    by_layer = ood_fast.ELogitNormLoss(model.fc, weight=torch.ones(3))
+    by_name = ood_fast.ELogitNormLoss(model, "fc")
+    assert not list(by_layer.parameters())
+    assert not list(by_name.modules())[1:]
+    model.double()
+    by_layer.double()
+    assert by_layer(model(x.double()), y).dtype == torch.float64
+    model.fc = nn.Linear(6, 5).double()
+    assert torch.equal(by_name(model(x.double()), y), expected_loss(model, x.double(), y))
+
+
+def test_copies_keep_their_own_head(data):
+    x, y = data
+    model = Classifier()
+    model.criterion = ood_fast.ELogitNormLoss(model.fc)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        model.fc.weight.mul_(2)
+    assert torch.equal(clone.criterion(clone(x), y), expected_loss(clone, x, y))
+    assert clone.criterion.head is clone.fc
+
+
+def test_criterion_finds_the_head_inside_wrappers():
+    model = Classifier()
+    wrapped = nn.DataParallel(model)
+    assert ood_fast.ELogitNormLoss(wrapped, "fc").head is model.fc
+    compiled = torch.compile(model, backend="eager")
+    assert ood_fast.ELogitNormLoss(compiled, "fc").head is model.fc
+
+
+def test_criterion_repr_names_what_matters():
+    text = repr(ood_fast.ELogitNormLoss(Classifier(), "fc", eps=1e-3))
+    assert "name='fc'" in text
+    assert "eps=0.001" in text
+    assert "tau=0.1" in repr(ood_fast.LogitNormLoss(0.1))
+
+
+def test_bad_heads():
+    with pytest.raises(TypeError, match=r"head: got Tensor, expected the last linear layer"):
+        ood_fast.ELogitNormLoss(torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"head: Classifier has no 2-D weight.*ELogitNormLoss\(model, 'fc'\)"):
+        ood_fast.ELogitNormLoss(Classifier())
+    with pytest.raises(ValueError, match=r"unknown layer of Classifier 'fcc'; known: body, fc; did you mean 'fc'"):
+        ood_fast.ELogitNormLoss(Classifier(), "fcc")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: the argument, what came, what was expected
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def elogitnorm(**changes):
+    batch = Batch.of(5, 4, 3)
+    arguments = {"logits": batch.logits, "z": batch.z, "W": batch.W, "b": batch.b, "y": batch.y, **changes}
+    return ood_fast.elogitnorm(**arguments)
+
+
+BAD = {
+    "rank of logits": (
+        {"logits": torch.randn(5)},
+        ValueError,
+        r"logits: got shape \(5,\), expected 2 dimensions \(n, c\)",
+    ),
+    "integer logits": (
+        {"logits": torch.ones(5, 4).long()},
+        TypeError,
+        r"logits: got dtype torch.int64, expected a floating",
+    ),
+    "logits of lists": ({"logits": [[1.0]]}, TypeError, r"logits: got list, expected a tensor"),
+    "no class": ({"logits": torch.empty(5, 0)}, ValueError, r"logits: got shape \(5, 0\), expected at least one class"),
+    "c of W": ({"W": torch.randn(6, 3)}, ValueError, r"W: got shape \(6, 3\), expected \(4, m\), one row for each"),
+    "rank of W": ({"W": torch.randn(4)}, ValueError, r"W: got shape \(4,\)"),
+    "c of b": ({"b": torch.randn(5)}, ValueError, r"b: got shape \(5,\), expected \(4,\)"),
+    "m of z": ({"z": torch.randn(5, 7)}, ValueError, r"z: got shape \(5, 7\), expected \(n, 3\) to fit W"),
+    "n of z": ({"z": torch.randn(6, 3)}, ValueError, r"z: got 6 rows, expected 5"),
+    "n of y": (
+        {"y": torch.zeros(6).long()},
+        ValueError,
+        r"y: got torch.int64 of shape \(6,\), expected int64 class indices",
+    ),
+    "dtype of y": ({"y": torch.zeros(5).int()}, TypeError, r"y: got dtype torch.int32, expected int64"),
+    "float indices": (
+        {"y": torch.zeros(5)},
+        ValueError,
+        r"y: got torch.float32 of shape \(5,\), expected int64 class indices",
+    ),
+    "y out of range": ({"y": torch.tensor([0, 1, 4, 0, 0])}, IndexError, r"y: target 4 at position 2 is out of bounds"),
+    "negative y": ({"y": torch.tensor([0, -1, 2, 0, 0])}, IndexError, r"y: target -1 at position 1 is out of bounds"),
+    "y wants a gradient": ({"y": torch.rand(5, 4, requires_grad=True)}, ValueError, r"y: requires grad"),
+    "c of weight": ({"weight": torch.ones(3)}, ValueError, r"weight: got shape \(3,\), expected \(4,\)"),
+    "reduction": ({"reduction": "avg"}, ValueError, r"reduction: got 'avg', expected one of 'mean', 'sum', 'none'"),
+    "average": ({"average": "class"}, ValueError, r"average: got 'class', expected one of 'boundaries', 'classes'"),
+    "smoothing": ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: got 1.5, expected a number in \[0.0, 1.0\]"),
+    "ignore_index": ({"ignore_index": 1.0}, TypeError, r"ignore_index: got float 1.0, expected an int"),
+    "eps": ({"eps": -1.0}, ValueError, r"eps: got -1.0"),
+    "eps as text": ({"eps": "small"}, TypeError, r"eps: got str 'small', expected a number"),
+    "device of W": (
+        {"W": torch.randn(4, 3, device="meta")},
+        ValueError,
+        r"W: is on meta, expected cpu, where logits is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        elogitnorm(**changes)
+
+
+def test_bad_index_raises_through_the_kernels_too(backend):
+    if backend.device.type != "cpu":
+        pytest.skip("on a GPU the loss is NaN instead")
+    with pytest.raises(IndexError, match="target 9 at position 0"):
+        elogitnorm(y=torch.tensor([9, 0, 0, 0, 0]))
+    with pytest.raises(IndexError, match="target 9 at position 0"):
+        ood_fast.logitnorm(torch.randn(2, 3), torch.tensor([9, 0]))
+
+
+@pytest.mark.gpu
+def test_bad_index_is_nan_on_a_gpu():
+    batch = Batch.of(4, 3, 2, device="cuda")
+    batch.y[1] = 77
+    logits = batch.logits.requires_grad_()
+    loss = ood_fast.elogitnorm(logits, None, batch.W, None, batch.y, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, False]
+    loss.nansum().backward()
+    torch.cuda.synchronize()
+
+
+def test_bad_input_of_the_others():
+    batch = Batch.of(5, 4, 3)
+    mean = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"tau: got 0, expected a number in \(0.0, inf\]"):
+        ood_fast.logitnorm(batch.logits, batch.y, tau=0)
+    with pytest.raises(ValueError, match=r"mean: got shape \(4,\), expected \(3,\)"):
+        ood_fast.nci_score(batch.z, batch.W, batch.b, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"z: got 5 rows, expected 6"):
+        ood_fast.nci_score(batch.z, batch.W, batch.b, mean, logits=torch.randn(6, 4))
+    with pytest.raises(ValueError, match=r"W: got shape \(4, 3\), expected \(5, m\)"):
+        ood_fast.boundary_distance(torch.randn(5, 5), batch.W)
+    with pytest.raises(TypeError, match=r"z: got torch.int64, expected a floating-point tensor"):
+        ood_fast.l2_normalize(torch.ones(3).long())
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        ood_fast.LogitNormLoss()(batch.logits)
