@@ -126,6 +126,7 @@ CORNERS = {
     "masked but one": [-INF, -INF, 3.0, -INF],
     "masked but the coincident": [1.0, 3.0, -INF, -INF],
     "D just above eps": [0.0, 0.0, 0.0, -1e-4],
+    "far from the origin": [1e6, 1e6 - 1e-3, 1e6 + 1e-3, 1e6 - 2e-3],  # f/D in place of −g/D would lose 6 more digits
     "all masked": [-INF, -INF, -INF, -INF],
     "NaN": [1.0, NAN, 0.0, 0.0],
     "+inf": [1.0, 0.0, INF, 0.0],
