@@ -1,0 +1,8 @@
+"""`python -m ood_fast` is `ood-fast`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The benchmark `digits`: real images that scikit-learn brings along, nothing to download.
+
+In-distribution are six of the ten classes of the 8×8 digits (another random six for each seed). To be told from them:
+
+- `near`: the images of the other four classes,
+- `photographs`: grey 8×8 crops of scikit-learn's two sample photographs,
+- `noise`: uniform noise.
+
+Every set has pixels in [0, 1] (digits / 16, photographs / 255) and is then normalised with the mean and standard
+deviation of the training images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Benchmark, OODSet, Split
+
+N_ID_CLASSES = 6
+VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
+N_FAR = 600
+SIDE = 8
+# A crop covers a square of this many pixels and is averaged down to 8×8. In smaller squares the photographs are nearly
+# flat: an 8-pixel square of the originals holds no edge most of the time, and would be told by its lack of contrast
+# alone.
+CROP_SIDES = (32, 64, 96, 128)
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's "L"
+
+
+def load(seed: int) -> Benchmark:
+    """The benchmark for `seed`: its classes, its stratified train / validation / test split (60 / 15 / 25 %), its crops
+    and noise.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images / 16.0).astype(np.float32)
+    # One generator a purpose: a change to one of the sets leaves the others as they are.
+    classes_rng, split_rng, crop_rng, noise_rng = (np.random.default_rng([seed, purpose]) for purpose in range(4))
+    classes = np.sort(classes_rng.permutation(10)[:N_ID_CLASSES])
+    train, validation, test = _stratified_split(digits.target, classes, split_rng)
+
+    mean, std = images[train].mean(), images[train].std()
+
+    def normalised(values: np.ndarray) -> Tensor:
+        return torch.from_numpy((values.astype(np.float32) - mean) / std).unsqueeze(1)
+
+    def split(rows: np.ndarray) -> Split:
+        return Split(normalised(images[rows]), torch.from_numpy(np.searchsorted(classes, digits.target[rows])))
+
+    return Benchmark(
+        name="digits",
+        seed=seed,
+        class_names=tuple(str(label) for label in classes),
+        train=split(train),
+        validation=split(validation),
+        test=split(test),
+        ood={
+            "near": OODSet("other digits", "near", normalised(images[~np.isin(digits.target, classes)])),
+            "photographs": OODSet("photographs", "far", normalised(_photograph_crops(N_FAR, crop_rng))),
+            "noise": OODSet("uniform noise", "far", normalised(noise_rng.random((N_FAR, SIDE, SIDE)))),
+        },
+    )
+
+
+def _stratified_split(
+    labels: np.ndarray, classes: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers of the train, validation and test images, the same shares of every class."""
+    parts: tuple[list, list, list] = ([], [], [])
+    for label in classes:
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        n_test, n_validation = round(TEST_SHARE * len(rows)), round(VALIDATION_SHARE * len(rows))
+        for part, chosen in zip(
+            parts, np.split(rows, [len(rows) - n_test - n_validation, len(rows) - n_test]), strict=True
+        ):
+            part.append(chosen)
+    return tuple(np.sort(np.concatenate(part)) for part in parts)
+
+
+def _photograph_crops(n_crops: int, rng: np.random.Generator) -> np.ndarray:
+    """Grey crops (n_crops, 8, 8) in [0, 1], from both photographs alike, each square somewhere and of one of
+    `CROP_SIDES`.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [image @ LUMA / 255.0 for image in load_sample_images().images]
+    crops = np.empty((n_crops, SIDE, SIDE))
+    for index in range(n_crops):
+        photograph = photographs[index % len(photographs)]
+        side = rng.choice(CROP_SIDES)
+        top, left = (rng.integers(0, extent - side + 1) for extent in photograph.shape)
+        square = photograph[top : top + side, left : left + side]
+        crops[index] = square.reshape(SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(1, 3))
+    return crops

@@ -1,0 +1,272 @@
+"""The contract of every detector.
+
+Direction of every score, here and everywhere: **higher = more in-distribution**.
+
+A subclass is mathematics only. It names the buffers that fitting fills (`state`), says what it reads
+(`needs_features`, `needs_logits`, `needs_head`) and overrides
+
+    _start()                                    begin an empty fit
+    _update(features, logits, targets)          take in one batch of training data
+    _finish()                                   fill the buffers of `state`
+    _score(features, logits) -> (n,)            the score of each row
+
+The three ways to fit are one: `fit` runs a model over a loader, `fit_features` cuts stored features into batches, and
+both call `partial_fit` for each batch and `finalize` at the end. A detector without `state` needs no fitting; fitting
+it does nothing. Statistics are summed in float64 as the data passes; only detectors that say so keep features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..heads import capture_features, find_head
+
+FIT_CHUNK = 65536  # rows of stored features per partial_fit: bounds the float64 copy that the sums make
+
+_REGISTRY: dict[str, type[Detector]] = {}
+D = TypeVar("D", bound="type[Detector]")
+
+
+class Detector(nn.Module):
+    """Base class of all detectors; see the module docstring for what a subclass supplies."""
+
+    label: ClassVar[str]  # how tables and plots call it
+    needs_features: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False  # keeps a copy of the head as the buffers head_weight (c, m) and head_bias (c,)
+    state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills; the last dimension of the first is m
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.buffer_names():
+            self.register_buffer(name, None)
+        self._fitting = False
+
+    @classmethod
+    def buffer_names(cls) -> tuple[str, ...]:
+        return cls.state + (("head_weight", "head_bias") if cls.needs_head else ())
+
+    # ---- fitting
+
+    def fit(self, model: nn.Module, loader: Iterable) -> Detector:
+        """Run `model` once over `loader` (batches x, or (x, y, ...)) in eval mode and fit on what enters its head.
+
+        Batches are moved to the device of the head. The mode of the model is restored. Returns self.
+        """
+        if not self.state:
+            return self
+        head = find_head(model)
+        self._fitting = False
+        for features, logits, targets in run_model(model, loader, head):
+            self.partial_fit(features, logits, targets)
+        return self.finalize(head)
+
+    def fit_features(
+        self,
+        features: Tensor,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        head: nn.Linear | tuple[Tensor, Tensor | None] | None = None,
+    ) -> Detector:
+        """Fit on stored features (n, m), with their logits (n, c), class indices (n,) and head, as far as the method
+        needs them.
+
+        `head` is an `nn.Linear` or `(W, b)` with W (c, m), b (c,) or None; it is copied. Returns self.
+        """
+        if not self.state:
+            return self
+        self._fitting = False
+        for start in range(0, len(features), FIT_CHUNK):
+            rows = slice(start, start + FIT_CHUNK)
+            self.partial_fit(
+                features[rows], None if logits is None else logits[rows], None if targets is None else targets[rows]
+            )
+        return self.finalize(head)
+
+    @torch.no_grad()
+    def partial_fit(self, features: Tensor, logits: Tensor | None = None, targets: Tensor | None = None) -> Detector:
+        """Take in one batch of training data. The first call after construction or `finalize` begins a new fit."""
+        if not self.state:
+            return self
+        checks.float_tensor("features", features, 2, "(n, m)")
+        if not self._fitting:
+            self._start()
+            self._fitting = True
+        self._update(features, logits, targets)
+        return self
+
+    @torch.no_grad()
+    def finalize(self, head: nn.Linear | tuple[Tensor, Tensor | None] | None = None) -> Detector:
+        """End a fit: turn what `partial_fit` gathered into the buffers that scoring reads. Returns self."""
+        if not self.state:
+            return self
+        if not self._fitting:
+            raise ValueError(f"{self.label}: no data to fit on; the loader or the feature tensor was empty")
+        if self.needs_head:
+            if head is None:
+                raise ValueError(
+                    f"{self.label}: head: got None, expected the nn.Linear that made the logits, or (W, b)"
+                )
+            weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
+            self.head_weight = weight.detach().clone()
+            self.head_bias = None if bias is None else bias.detach().clone()
+        self._finish()
+        self._fitting = False
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the detector can score; always true for one that needs no fitting."""
+        return not self.state or getattr(self, self.state[0]) is not None
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Scores (n,) of one input batch; the model runs once, in eval mode, and its mode is restored."""
+        self._require_fitted()
+        ((features, logits, _),) = run_model(model, [x], find_head(model))
+        return self.score_features(features, logits)
+
+    def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None."""
+        self._require_fitted()
+        if self.needs_features:
+            checks.float_tensor("features", features, 2, "(n, m)")
+            if self.state and features.shape[1] != (width := getattr(self, self.state[0]).shape[-1]):
+                raise ValueError(
+                    f"features: got shape {tuple(features.shape)}, expected (n, {width}), the width that this "
+                    f"{self.label} was fitted on"
+                )
+        if self.needs_logits:
+            checks.logits(logits)
+        return self._score(features, logits)
+
+    def forward(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """As `score_features`."""
+        return self.score_features(features, logits)
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise RuntimeError(
+                f"{self.label} is not fitted: call fit(model, loader) or fit_features(features, ...) before scoring"
+            )
+
+    # ---- what a subclass supplies
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        raise NotImplementedError
+
+    def _score(self, features: Tensor | None, logits: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.buffer_names():
+            loaded = state_dict.get(prefix + name)
+            setattr(self, name, None if loaded is None else torch.empty_like(loaded))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CentredDetector(Detector):
+    """A detector that measures from the mean of the training features, and knows the head: fits `mean` (m,)."""
+
+    needs_features = True
+    needs_head = True
+    state = ("mean",)
+
+    def _start(self) -> None:
+        self._running = RunningMean()
+
+    def _update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        self._running.update(features)
+
+    def _finish(self) -> None:
+        self.mean = self._running.mean()
+        del self._running
+
+
+class RunningMean:
+    """Mean over rows, streamed: float64 sums, so that ten million rows cost no digits and no memory."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def update(self, rows: Tensor) -> None:
+        self.like = at_least_float32(rows[:0])
+        if rows.device.type == "mps":  # no float64 there
+            rows = rows.cpu()
+        total = rows.sum(dim=0, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        """The mean of all rows, in the dtype of the rows (float32 at least) and where they were."""
+        return (self.total / self.count).to(self.like)
+
+
+@torch.no_grad()
+def run_model(model: nn.Module, loader: Iterable, head: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+    """For each batch of `loader` (x, or (x, y, ...)): what enters `head` (n, m), the logits (n, c), and y or None.
+
+    One forward pass a batch, in eval mode, without gradients; the mode of the model is restored, also when it raises.
+    """
+    device = next(head.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with capture_features(head) as captured:
+            for batch in loader:
+                x, targets = (
+                    (batch[0], batch[1] if len(batch) > 1 else None)
+                    if isinstance(batch, (tuple, list))
+                    else (batch, None)
+                )
+                logits = model(x.to(device))
+                yield captured.features, logits, None if targets is None else targets.to(device)
+    finally:
+        model.train(was_training)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half-precision values as float32: scores are computed in float32 or better."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+# ---- the registry
+
+
+def register(cls: D) -> D:
+    """Class decorator: makes the detector known by its class name, in any case, to `create` and `compare`."""
+    _REGISTRY[cls.__name__.lower()] = cls
+    return cls
+
+
+def known() -> list[str]:
+    """Names of all registered detectors, in the order of their definition."""
+    return [cls.__name__ for cls in _REGISTRY.values()]
+
+
+def create(name: str, **parameters: Any) -> Detector:
+    """A new detector by its class name (in any case); ValueError with the known names and the nearest one otherwise."""
+    return find(name)(**parameters)
+
+
+def find(name: str) -> type[Detector]:
+    """The detector class of that name (in any case)."""
+    try:
+        return _REGISTRY[name.lower()]
+    except KeyError:
+        raise checks.UserError(checks.unknown("detector", name, known())) from None

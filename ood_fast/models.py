@@ -1,0 +1,38 @@
+"""Classifiers. Every model ends in a linear layer named `fc`; what enters it are the features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+SMALL_CNN_CHANNELS = (32, 64, 64)
+
+
+class SmallCNN(nn.Module):
+    """Three 3×3 convolutions with BatchNorm, 64 features by global average pooling, and the head `fc`. For 8×8 grey
+    images.
+
+    Input (n, 1, 8, 8), output: logits (n, n_classes).
+    """
+
+    def __init__(self, n_classes: int, head: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        first, second, n_features = SMALL_CNN_CHANNELS
+        self.backbone = nn.Sequential(
+            *_block(1, first, stride=1),
+            *_block(first, second, stride=2),
+            *_block(second, n_features, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.fc = head(n_features, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+def _block(n_in: int, n_out: int, stride: int) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(n_out),
+        nn.ReLU(inplace=True),
+    )
