@@ -58,6 +58,7 @@ CONVENTIONS = {
 class Cell:
     text: str
     bold: bool = False
+    worse: bool = False  # bold because it is worse, not better
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,15 @@ def tables(comparison: Comparison) -> list[Table]:
     if BASELINE in settings.losses and others:
         paired = "Loss minus baseline with the same classes, split, first weights and batches"
         interval = "mean [95 % interval, Student's t], bold where it excludes 0" if several else "one seed, no interval"
-        for metric, name, note, on_terminal in (
-            ("auroc", "AUROC", "", True),
-            ("fpr95_ood_positive", "FPR95", " Below 0 is better.", False),
+        for metric, name, better, note, on_terminal in (
+            ("auroc", "AUROC", 1, "", True),
+            ("fpr95_ood_positive", "FPR95", -1, " Below 0 is better.", False),
         ):
             table = _by_set(
                 comparison,
                 others,
                 metric,
-                lambda row: tuple(map(_difference, row)),
+                lambda row, better=better: tuple(_difference(summary, better) for summary in row),
                 title=f"{name}: paired difference to {BASELINE} (percentage points)",
                 caption=f"{paired}; {interval}.{note}",
             )
@@ -174,11 +175,13 @@ def _values(summaries: list[Summary], best: Callable) -> tuple[Cell, ...]:
     )
 
 
-def _difference(summary: Summary) -> Cell:
+def _difference(summary: Summary, better: int) -> Cell:
+    """mean [low, high] in percentage points, bold where 0 is outside. `better` is the sign of what is good."""
     text = f"{100 * summary.difference:+.1f}"
     if summary.low is None:
         return Cell(text)
-    return Cell(f"{text} [{100 * summary.low:+.1f}, {100 * summary.high:+.1f}]", summary.low > 0 or summary.high < 0)
+    text += f" [{100 * summary.low:+.1f}, {100 * summary.high:+.1f}]"
+    return Cell(text, bold=summary.low > 0 or summary.high < 0, worse=summary.difference * better < 0)
 
 
 def print_tables(comparison: Comparison) -> None:
@@ -204,11 +207,17 @@ def print_tables(comparison: Comparison) -> None:
             for column, width in zip(table.columns, widths, strict=True):
                 grid.add_column(Text(column), justify="right", min_width=min(width, 12))
             for name, cells in section.rows:
-                grid.add_row(name, *(Text(cell.text, style="bold green" if cell.bold else "") for cell in cells))
+                grid.add_row(name, *(Text(cell.text, style=_style(cell)) for cell in cells))
             console.print(grid)
             console.print()
         console.print(Text(table.caption, style="dim"))
         console.print()
+
+
+def _style(cell: Cell) -> str:
+    if not cell.bold:
+        return ""
+    return "bold red" if cell.worse else "bold green"
 
 
 def as_markdown(table: Table) -> str:
@@ -226,7 +235,8 @@ def as_markdown(table: Table) -> str:
 
 def as_html(table: Table) -> str:
     def cell_html(cell: Cell) -> str:
-        return f"<td{' class=best' if cell.bold else ''}>{html.escape(cell.text)}</td>"
+        mark = (" class=worse" if cell.worse else " class=best") if cell.bold else ""
+        return f"<td{mark}>{html.escape(cell.text)}</td>"
 
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in table.columns)
     body = []
@@ -317,10 +327,10 @@ def _histograms(comparison: Comparison, theme: Theme) -> Figure:
                 low, high = low - 0.5, high + 0.5
             edges = np.linspace(low, high, 31)
             for (set_name, title), color in zip(titles.items(), theme.sets, strict=False):
-                values = np.clip(scores[set_name], low, high)
-                weights = np.full(len(values), 1 / len(values))
-                axis.hist(values, edges, weights=weights, color=color, alpha=0.25)
-                axis.hist(values, edges, weights=weights, color=color, histtype="step", linewidth=1.2, label=title)
+                values = scores[set_name]
+                share = np.histogram(np.clip(values, low, high), edges)[0] / len(values)
+                axis.stairs(share, edges, color=color, alpha=0.25, fill=True)
+                axis.stairs(share, edges, color=color, linewidth=1.2, label=title)
             axis.set_yscale("function", functions=(np.sqrt, np.square))
             axis.set_yticks([])
             axis.locator_params(axis="x", nbins=3)
@@ -510,21 +520,26 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #666b72; --line: #dcdfe3; --best: #0a7d55; }
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #666b72; --line: #dcdfe3;
+  --best: #0a7d55; --worse: #b3261e; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #16191d; --ink: #d6d9dd; --soft: #9aa1a9; --line: #3a3f46; --best: #4fd1a1; }
+  :root { --paper: #16191d; --ink: #d6d9dd; --soft: #9aa1a9; --line: #3a3f46;
+    --best: #4fd1a1; --worse: #ff8a80; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 80rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .92rem; }
-th, td { padding: .22rem .8rem; text-align: right; } th { font-weight: 500; text-align: left; }
+th, td { padding: .22rem .7rem; text-align: right; } th { font-weight: 500; text-align: left; }
 thead th { text-align: right; border-bottom: 2px solid var(--line); color: var(--soft); }
 tbody tr + tr:not(.section) > * { border-top: 1px solid var(--line); }
+th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
-.best { font-weight: 700; color: var(--best); }
+.best, .worse { font-weight: 700; color: var(--best); } .worse { color: var(--worse); }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 38rem), 1fr)); gap: 0 2.5rem; }
+section { min-width: 0; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }
 code, pre { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -571,7 +586,9 @@ def _page(
 <p class=lead>{len(settings.losses)} losses, {len(settings.detectors)} detectors, seeds {
         ", ".join(map(str, settings.seeds))
     }. Every number is in results.csv and results.json beside this page.</p>
-<pre>{html.escape(context["command"])}</pre> {"".join(map(as_html, all_tables))} {figures} <section><h2>How it was
+<pre>{html.escape(context["command"])}</pre> <div class=tables>{"".join(map(as_html, all_tables))}</div> {
+        figures
+    } <section><h2>How it was
 run</h2><dl>{listed}</dl></section> </body></html>
 """
 
