@@ -125,22 +125,25 @@ def feature_mean(mean: object, z: Tensor) -> None:
 
 def target(y: object, logits_: Tensor) -> None:
     """y: int64 class indices (n,), or floating-point class probabilities (n, c), on the device of the logits."""
-    n_samples, n_classes = logits_.shape
-    expected = (
-        f"int64 class indices of shape ({n_samples},) or float class probabilities of shape ({n_samples}, {n_classes})"
-    )
     if not isinstance(y, Tensor):
-        raise TypeError(f"y: got {_describe(y)}, expected {expected}")
+        raise TypeError(f"y: got {_describe(y)}, expected {_expected_target(logits_)}")
     if y.is_floating_point():
         if y.shape != logits_.shape:
-            raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {expected}")
+            raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {_expected_target(logits_)}")
         if y.requires_grad and torch.is_grad_enabled():
             raise ValueError("y: requires grad, expected class probabilities that are constants; pass y.detach()")
     elif y.dtype != torch.int64:
-        raise TypeError(f"y: got dtype {y.dtype}, expected {expected}")
+        raise TypeError(f"y: got dtype {y.dtype}, expected {_expected_target(logits_)}")
     elif y.shape != logits_.shape[:1]:
-        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {expected}")
+        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {_expected_target(logits_)}")
     same_device("y", y, "logits", logits_)
+
+
+def _expected_target(logits_: Tensor) -> str:
+    n_samples, n_classes = logits_.shape
+    return (
+        f"int64 class indices of shape ({n_samples},) or float class probabilities of shape ({n_samples}, {n_classes})"
+    )
 
 
 def class_weight(weight: object | None, logits_: Tensor) -> None:

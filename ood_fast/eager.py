@@ -59,10 +59,26 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _row_chunks(n_samples: int, n_classes: int) -> Iterator[slice]:
-    step = max(1, ROW_CHUNK_ELEMENTS // n_classes)
+def _row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:
+    """Slices of rows that stay in cache; None, which `_take` reads as all rows, where one chunk holds the batch.
+
+    A small batch costs its calls, not its arithmetic: there each slice saved is a microsecond of a hundred.
+    """
+    step = max(1, ROW_CHUNK_ELEMENTS // max(1, width))
+    if step >= n_samples:
+        yield None
+        return
     for start in range(0, n_samples, step):
         yield slice(start, min(start + step, n_samples))
+
+
+def _take(tensor: Tensor, rows: slice | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _join(chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The n-vectors (or (n, .) buffers) of all chunks, in order."""
+    return chunks[0] if len(chunks) == 1 else tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,12 +125,12 @@ class _Targets:
         if self.class_weight is not None:
             self.own = self.class_weight[self.index] * self.own
 
-    def _own(self, rows: slice) -> Tensor | float:
-        return self.own[rows] if isinstance(self.own, Tensor) else self.own
+    def _own(self, rows: slice | None) -> Tensor | float:
+        return _take(self.own, rows) if isinstance(self.own, Tensor) else self.own
 
-    def _mass(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _mass(self, rows: slice | None, dtype: torch.dtype) -> Tensor:
         """(1 - e) w_j t_j, (r, c)."""
-        mass = self.probability[rows].to(dtype)
+        mass = _take(self.probability, rows).to(dtype)
         if self.class_weight is not None:
             mass = mass * self.class_weight
         return mass * (1.0 - self.smoothing) if self.smoothing else mass
@@ -127,7 +143,7 @@ class _Targets:
         share = live * (self.smoothing / live.sum(1, keepdim=True).clamp_(min=1))
         return share if self.class_weight is None else share * self.class_weight
 
-    def total(self, rows: slice, live: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor | float:
+    def total(self, rows: slice | None, live: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor | float:
         """Q = sum_j q_j, (r,) or a number."""
         if self.index is not None:
             own = self._own(rows)
@@ -139,11 +155,11 @@ class _Targets:
             total = total + (smoothed.sum(1) if isinstance(smoothed, Tensor) else smoothed * n_classes)
         return total
 
-    def weighted_gap(self, gap: Tensor, rows: slice, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def weighted_gap(self, gap: Tensor, rows: slice | None, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(sum_j q_j g_j, whether a masked class holds target mass), both (r,); `gap` is 0 on masked classes."""
         impossible = None
         if self.index is not None:
-            y, own = self.index[rows], self._own(rows)
+            y, own = _take(self.index, rows), self._own(rows)
             weighted = gap.gather(1, y)
             if isinstance(own, Tensor) or own != 1.0:
                 weighted = weighted * own
@@ -159,31 +175,31 @@ class _Targets:
             weighted = weighted + (gap * self._smoothed(live, gap.shape[1])).sum(1)
         return weighted, impossible
 
-    def subtract_from(self, gradient: Tensor, scale: Tensor, rows: slice, live: Tensor | None) -> None:
+    def subtract_from(self, gradient: Tensor, scale: Tensor, rows: slice | None, live: Tensor | None) -> None:
         """gradient_ij -= scale_i q_ij, in place; `scale` is (r, 1)."""
         if self.index is not None:
             own = self._own(rows)
-            mass = -scale if not isinstance(own, Tensor) and own == 1.0 else scale * own * -1.0
-            gradient.scatter_add_(1, self.index[rows], mass)
+            mass = scale.neg() if not isinstance(own, Tensor) and own == 1.0 else scale * own * -1.0
+            gradient.scatter_add_(1, _take(self.index, rows), mass)
         else:
             gradient.addcmul_(self._mass(rows, gradient.dtype), scale, value=-1)
         if self.smoothing:
             gradient.sub_(scale * self._smoothed(live, gradient.shape[1]))
 
-    def settle(self, rows: slice, loss: Tensor, slope: Tensor) -> None:
+    def settle(self, loss: Tensor, slope: Tensor) -> None:
         """Ignored samples cost nothing; an index out of range gives NaN, never a read of memory that is not ours."""
         if self.ignored is not None:
-            loss.masked_fill_(self.ignored[rows], 0.0)
-            slope.masked_fill_(self.ignored[rows], 0.0)
+            loss.masked_fill_(self.ignored, 0.0)
+            slope.masked_fill_(self.ignored, 0.0)
         if self.invalid is not None:
-            loss.masked_fill_(self.invalid[rows], math.nan)
+            loss.masked_fill_(self.invalid, math.nan)
 
-    def silence(self, gradient: Tensor, rows: slice) -> None:
+    def silence(self, gradient: Tensor, rows: slice | None) -> None:
         """The gradient of ignored samples is 0, whatever their logits; of an index out of range NaN, as its loss is."""
         if self.ignored is not None:
-            gradient.masked_fill_(self.ignored[rows].unsqueeze(1), 0.0)
+            gradient.masked_fill_(_take(self.ignored, rows).unsqueeze(1), 0.0)
         if self.invalid is not None:
-            gradient.masked_fill_(self.invalid[rows].unsqueeze(1), math.nan)
+            gradient.masked_fill_(_take(self.invalid, rows).unsqueeze(1), math.nan)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,12 +217,12 @@ def _tempered_forward(
     gap: Tensor,
     temperature: Tensor,
     targets: _Targets,
-    rows: slice,
+    rows: slice | None,
     live: Tensor | None,
     scratch: Tensor,
     with_slope: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, log sum_j exp(-g_j/T), dL/dT or None), all (r,). `gap` is 0 on masked classes; `scratch` is spent."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log sum_j exp(-g_j/T), dL/dT), all (r,). `gap` is 0 on masked classes; `scratch` is spent."""
     exponent = torch.mul(gap, temperature.reciprocal().neg_().unsqueeze(1), out=scratch)
     if live is not None:
         exponent.masked_fill_(~live, -math.inf)
@@ -215,15 +231,20 @@ def _tempered_forward(
     log_partition = partition.log()
     weighted_gap, impossible = targets.weighted_gap(gap, rows, live)
     total = targets.total(rows, live, gap.shape[1], gap.dtype)
-    loss = torch.addcdiv(log_partition * total, weighted_gap, temperature)
+    # A number 1 is the mass of a class index without weights or smoothing: one product less.
+    unit_mass = not isinstance(total, Tensor) and total == 1.0
+    loss = torch.addcdiv(log_partition if unit_mass else log_partition * total, weighted_gap, temperature)
     if impossible is not None:
         loss.masked_fill_(impossible & ~loss.isnan(), math.inf)
-    slope = None
-    if with_slope:
-        mean_gap = weight.mul_(gap).sum(1).div_(partition)
-        slope = mean_gap.mul_(total).sub_(weighted_gap).div_(temperature).div_(temperature)
-        if impossible is not None:
-            slope.masked_fill_(impossible, 0.0)
+    if not with_slope:
+        return loss, log_partition, torch.empty_like(loss)
+    mean_gap = weight.mul_(gap).sum(1).div_(partition)
+    if not unit_mass:
+        mean_gap.mul_(total)
+    # Divided twice: T * T would underflow for a small tau.
+    slope = mean_gap.sub_(weighted_gap).div_(temperature).div_(temperature)
+    if impossible is not None:
+        slope.masked_fill_(impossible, 0.0)
     return loss, log_partition, slope
 
 
@@ -233,7 +254,7 @@ def _tempered_backward(
     log_partition: Tensor,
     sample_grad: Tensor,
     targets: _Targets,
-    rows: slice,
+    rows: slice | None,
     live: Tensor | None,
 ) -> Tensor:
     """(Q P_j - q_j) / T times the incoming gradient of the row: the logit gradient at constant T, (r, c), fresh."""
@@ -268,23 +289,29 @@ def _centered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.sub(weight, weight.mean(0, dtype=dtype), out=centered)
 
 
-def _inverse_distances(head_weight: Tensor, classes: Tensor | None, out: Tensor) -> bool:
-    """out[r, j] = 1 / ||w_p - w_j||, p = classes[r] (all classes if None); 0 where j = p or the rows coincide.
+def _tiles(n_rows: int, n_classes: int) -> Iterator[slice | None]:
+    step = max(1, TABLE_TILE_ELEMENTS // n_classes)
+    if step >= n_rows:
+        yield None
+        return
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _inverse_distances(head_weight: Tensor, classes: Tensor, out: Tensor) -> bool:
+    """out[r, j] = 1 / ||w_p - w_j||, p = classes[r] (a square table has them all); 0 where j = p or rows coincide.
 
     Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries.
     """
     distinct = True
     centered = _centered(head_weight, out.dtype)
-    n_rows, n_classes = out.shape
     norms = torch.linalg.vector_norm(centered, dim=1).square_()
-    step = max(1, TABLE_TILE_ELEMENTS // n_classes)
-    for start in range(0, n_rows, step):
-        tile = out[start : start + step]
-        if classes is None:
-            own = torch.arange(start, start + tile.shape[0], device=out.device)
-            left, left_norms = centered[start : start + step], norms[start : start + step]
+    for rows in _tiles(*out.shape):
+        tile = _take(out, rows)
+        own = _take(classes, rows)
+        if out.shape[0] == out.shape[1]:
+            left, left_norms = _take(centered, rows), _take(norms, rows)
         else:
-            own = classes[start : start + step]
             left, left_norms = centered[own], norms[own]
         bound = left_norms.unsqueeze(1) + norms
         torch.addmm(bound, left, centered.t(), alpha=-2, out=tile)
@@ -320,9 +347,10 @@ def _distance_table(
     n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
     table = torch.empty(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
     if n_samples >= n_classes:
-        distinct = _inverse_distances(head_weight, None, table)
+        row_class = torch.arange(n_classes, device=predicted.device)
+        distinct = _inverse_distances(head_weight, row_class, table)
         # A copy: an operator may not return one tensor twice.
-        return (predicted.clone(), table, torch.arange(n_classes, device=predicted.device)), distinct
+        return (predicted.clone(), table, row_class), distinct
     classes, table_row = torch.unique(predicted, return_inverse=True)
     distinct = _inverse_distances(head_weight, classes, table[: classes.shape[0]])
     row_class = torch.full((n_samples,), -1, dtype=torch.int64, device=predicted.device)
@@ -382,26 +410,25 @@ def elogitnorm_forward(
     targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
     top, predicted = logits.max(1)
     top = top.to(dtype)
-    loss, distance, temperature, log_partition, slope = (torch.empty_like(top) for _ in range(5))
     with full_precision(logits.device):
         (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
+    chunks = []
     for rows in _row_chunks(*logits.shape):
-        gap, scratch, d, share, live = _boundary_gaps(
-            logits[rows], top[rows], table, table_row[rows], distinct, average_offset, eps
+        gap, scratch, distance, share, live = _boundary_gaps(
+            _take(logits, rows), _take(top, rows), table, _take(table_row, rows), distinct, average_offset, eps
         )
-        distance[rows] = d
-        fallback = None
+        temperature = distance.clone()
         if live is not None:
-            fallback = d <= eps
-            d = d.masked_fill(fallback, 1.0)
-        temperature[rows] = d
-        loss[rows], log_partition[rows], d_temperature = _tempered_forward(
-            gap, d, targets, rows, live, scratch, with_slope
-        )
+            fallback = distance <= eps
+            temperature.masked_fill_(fallback, 1.0)
+        loss, log_partition, slope = _tempered_forward(gap, temperature, targets, rows, live, scratch, with_slope)
         if with_slope:
-            s = d_temperature.mul_(share)
-            slope[rows] = s if fallback is None else s.masked_fill_(fallback, 0.0)
-    targets.settle(slice(None), loss, slope)
+            slope.mul_(share)
+            if live is not None:
+                slope.masked_fill_(fallback, 0.0)
+        chunks.append((loss, distance, temperature, log_partition, slope))
+    loss, distance, temperature, log_partition, slope = _join(chunks)
+    targets.settle(loss, slope)
     return loss, distance, predicted, temperature, log_partition, slope, table_row, table, row_class
 
 
@@ -462,39 +489,47 @@ def _boundary_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward pass through D, and through the cross-entropy as well where `targets` are given."""
     dtype = table.dtype
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else None
     gap_sums = torch.zeros_like(table) if need_weight else None
     d_distance = sample_grad * slope
+    chunks = []
     for rows in _row_chunks(*logits.shape):
-        chunk = logits[rows].to(dtype)
-        p = predicted[rows].unsqueeze(1)
+        chunk = _take(logits, rows).to(dtype)
+        p = _take(predicted, rows).unsqueeze(1)
+        table_rows = _take(table_row, rows)
         top = chunk.gather(1, p)
         gap = top - chunk
         live = None
         # The largest gap is finite exactly when no class is masked and the row is sound.
         if not gap.amax().item() < math.inf:
             live, gap = _mask_gaps(chunk, gap, top.squeeze(1))
-        push = d_distance[rows].unsqueeze(1)
+        push = _take(d_distance, rows).unsqueeze(1)
         if need_logits:
             if targets is not None:
                 gradient = _tempered_backward(
-                    gap, temperature[rows], log_partition[rows], sample_grad[rows], targets, rows, live
+                    gap,
+                    _take(temperature, rows),
+                    _take(log_partition, rows),
+                    _take(sample_grad, rows),
+                    targets,
+                    rows,
+                    live,
                 )
             else:
                 gradient = gap * 0.0  # NaN rows stay NaN
-            inverse = table.index_select(0, table_row[rows])
+            inverse = table.index_select(0, table_rows)
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
             gradient.addcmul_(inverse, push, value=-1)
             gradient.scatter_add_(1, p, inverse.sum(1, keepdim=True).mul_(push))
             if targets is not None:
                 targets.silence(gradient, rows)
-            grad_logits[rows] = gradient
+            chunks.append((gradient.to(logits.dtype),))
         if need_weight:
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
-            gap_sums.index_add_(0, table_row[rows], gap.mul_(-push))
+            gap_sums.index_add_(0, table_rows, gap.mul_(push), alpha=-1)
+    grad_logits = _join(chunks)[0].contiguous() if need_logits else None
     grad_weight = None
     if need_weight:
         with full_precision(logits.device):
@@ -535,13 +570,15 @@ def boundary_distance_forward(logits: Tensor, head_weight: Tensor, average_offse
     dtype = compute_dtype(logits, head_weight)
     top, predicted = logits.max(1)
     top = top.to(dtype)
-    distance, slope = torch.empty_like(top), torch.empty_like(top)
     with full_precision(logits.device):
         (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
+    chunks = []
     for rows in _row_chunks(*logits.shape):
-        _, _, distance[rows], slope[rows], _ = _boundary_gaps(
-            logits[rows], top[rows], table, table_row[rows], distinct, average_offset, 0.0
+        _, _, distance, share, _ = _boundary_gaps(
+            _take(logits, rows), _take(top, rows), table, _take(table_row, rows), distinct, average_offset, 0.0
         )
+        chunks.append((distance, share if isinstance(share, Tensor) else torch.full_like(distance, share)))
+    distance, slope = _join(chunks)
     return distance, predicted, slope, table_row, table, row_class
 
 
@@ -594,23 +631,26 @@ def logitnorm_forward(
     targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
     top, predicted = logits.max(1)
     top = top.to(dtype)
-    loss, temperature, log_partition, slope = (torch.empty_like(top) for _ in range(4))
+    chunks = []
     for rows in _row_chunks(*logits.shape):
-        chunk = logits[rows].to(dtype)
-        gap = top[rows].unsqueeze(1) - chunk
+        chunk, highest = _take(logits, rows).to(dtype), _take(top, rows)
+        gap = highest.unsqueeze(1) - chunk
         norm = torch.linalg.vector_norm(chunk, dim=1)
         live = None
         if not _is_plain(norm, 0.0):
-            live, gap = _mask_gaps(chunk, gap, top[rows])
+            live, gap = _mask_gaps(chunk, gap, highest)
             norm = torch.linalg.vector_norm(chunk.masked_fill(~live, 0.0), dim=1)
-        t = norm.add(_LOGITNORM_EPS).mul_(tau)
-        temperature[rows] = t
-        loss[rows], log_partition[rows], d_temperature = _tempered_forward(
-            gap, t, targets, rows, live, torch.empty_like(gap), with_slope
+        temperature = norm.add(_LOGITNORM_EPS).mul_(tau)
+        loss, log_partition, slope = _tempered_forward(
+            gap, temperature, targets, rows, live, torch.empty_like(gap), with_slope
         )
         if with_slope:
-            slope[rows] = d_temperature.mul_(tau).div_(norm).masked_fill_(norm == 0, 0.0)
-    targets.settle(slice(None), loss, slope)
+            slope.mul_(tau).div_(norm)
+            if live is not None:
+                slope.masked_fill_(norm == 0, 0.0)
+        chunks.append((loss, temperature, log_partition, slope))
+    loss, temperature, log_partition, slope = _join(chunks)
+    targets.settle(loss, slope)
     return loss, predicted, temperature, log_partition, slope
 
 
@@ -630,23 +670,23 @@ def logitnorm_backward(
     dtype = temperature.dtype
     sample_grad = sample_grad.to(dtype)
     targets = _Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     push = sample_grad * slope
+    chunks = []
     for rows in _row_chunks(*logits.shape):
-        chunk = logits[rows].to(dtype)
-        top = chunk.gather(1, predicted[rows].unsqueeze(1))
+        chunk = _take(logits, rows).to(dtype)
+        top = chunk.gather(1, _take(predicted, rows).unsqueeze(1))
         gap = top - chunk
         live = None
         if not gap.amax().item() < math.inf:
             live, gap = _mask_gaps(chunk, gap, top.squeeze(1))
             chunk = chunk.masked_fill(~live, 0.0)
         gradient = _tempered_backward(
-            gap, temperature[rows], log_partition[rows], sample_grad[rows], targets, rows, live
+            gap, _take(temperature, rows), _take(log_partition, rows), _take(sample_grad, rows), targets, rows, live
         )
-        gradient.addcmul_(chunk, push[rows].unsqueeze(1))
+        gradient.addcmul_(chunk, _take(push, rows).unsqueeze(1))
         targets.silence(gradient, rows)
-        grad_logits[rows] = gradient
-    return grad_logits
+        chunks.append((gradient.to(logits.dtype),))
+    return _join(chunks)[0].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -659,11 +699,11 @@ def _predict_from_features(
 ) -> Tensor:
     """arg-max_j of (z W^T + b)_j, first index on ties, without holding (n, c)."""
     weight = head_weight.to(dtype)
-    predicted = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
+    chunks = []
     bias = None if head_bias is None else head_bias.to(dtype)
     for rows in _row_chunks(features.shape[0], head_weight.shape[0]):
-        predicted[rows] = torch.nn.functional.linear(features[rows].to(dtype), weight, bias).argmax(1)
-    return predicted
+        chunks.append((torch.nn.functional.linear(_take(features, rows).to(dtype), weight, bias).argmax(1),))
+    return _join(chunks)[0]
 
 
 def nci_forward(
@@ -682,16 +722,17 @@ def nci_forward(
             top = None
         else:
             top, predicted = logits.max(1)
-        score, projection, inverse_norm = (features.new_empty(features.shape[0], dtype=dtype) for _ in range(3))
         mean = mean.to(dtype)
+        chunks = []
         for rows in _row_chunks(*features.shape):
-            z = features[rows].to(dtype)
+            z = _take(features, rows).to(dtype)
             centered = z - mean
             norm = torch.linalg.vector_norm(centered, dim=1)
-            inverse = norm.reciprocal().masked_fill_(norm == 0, 0.0)
-            dot = centered.mul_(head_weight[predicted[rows]].to(dtype)).sum(1)
-            inverse_norm[rows], projection[rows] = inverse, dot.mul_(inverse)
-            score[rows] = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha).add_(projection[rows])
+            inverse_norm = norm.reciprocal().masked_fill_(norm == 0, 0.0)
+            projection = centered.mul_(head_weight[_take(predicted, rows)]).sum(1).mul_(inverse_norm)
+            score = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha).add_(projection)
+            chunks.append((score, projection, inverse_norm))
+        score, projection, inverse_norm = _join(chunks)
     if top is not None:
         score.masked_fill_(top.isnan(), math.nan)
     return score, predicted, projection, inverse_norm
@@ -717,25 +758,26 @@ def nci_backward(
     """
     dtype = projection.dtype
     mean_row = mean.to(dtype)
-    grad_features = torch.empty_like(features, memory_format=torch.contiguous_format) if need_features else None
+    chunks = []
     grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=features.device) if need_weight else None
     grad_mean = torch.zeros_like(mean_row) if need_mean else None
     for rows in _row_chunks(*features.shape):
-        z = features[rows].to(dtype)
-        grad = sample_grad[rows].to(dtype).unsqueeze(1)
-        inverse = inverse_norm[rows].unsqueeze(1)
+        z = _take(features, rows).to(dtype)
+        p = _take(predicted, rows)
+        grad = _take(sample_grad, rows).to(dtype).unsqueeze(1)
+        inverse = _take(inverse_norm, rows).unsqueeze(1)
         unit = (z - mean_row).mul_(inverse)
         if need_weight:
-            grad_weight.index_add_(0, predicted[rows], unit * grad)
+            grad_weight.index_add_(0, p, unit * grad)
         if need_features or need_mean:
-            pull = unit.mul_(projection[rows].unsqueeze(1).neg()).add_(head_weight[predicted[rows]].to(dtype))
+            pull = unit.mul_(_take(projection, rows).unsqueeze(1).neg()).add_(head_weight[p])
             pull.mul_(inverse * grad)
             if need_mean:
                 grad_mean.sub_(pull.sum(0))
             if need_features:
-                grad_features[rows] = pull.addcmul_(z.sign(), grad, value=alpha)
+                chunks.append((pull.addcmul_(z.sign(), grad, value=alpha).to(features.dtype),))
     return (
-        grad_features,
+        _join(chunks)[0].contiguous() if need_features else None,
         None if grad_weight is None else grad_weight.to(head_weight.dtype),
         None if grad_mean is None else grad_mean.to(mean.dtype),
     )

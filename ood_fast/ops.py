@@ -92,25 +92,42 @@ def _backend(*tensors: Tensor | None) -> ModuleType:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class _Function(torch.autograd.Function):
+    """An operator for eager calls: `run` computes, `save` keeps what `backward` needs; the registered one uses both.
+
+    `forward` takes the context itself. For the split form (`setup_context`) torch binds the arguments by `inspect` in each
+    call, which at 128 x 10 would cost more than the loss.
+    """
+
+    run: Callable
+    save: Callable
+
+    @classmethod
+    def forward(cls, ctx, *inputs):
+        output = cls.run(*inputs)
+        cls.save(ctx, inputs, output)
+        return output
+
+
 def _operator(
-    name: str, schema: str, run: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None
+    name: str, schema: str, run: Callable, fake: Callable, function: type[_Function] | None = None
 ) -> Callable:
     """Register `run` as torch.ops.ood_fast.<name>, with the autograd formula of `function`."""
     operator = torch.library.custom_op(f"ood_fast::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     if function is not None:
-        operator.register_autograd(function.backward, setup_context=function.setup_context)
+        operator.register_autograd(function.backward, setup_context=function.save)
     return operator
 
 
-def _call(function: type[torch.autograd.Function], operator: Callable, *args) -> tuple[Tensor, ...]:
+def _call(function: type[_Function], operator: Callable, *args) -> tuple[Tensor, ...]:
     """Run an operator: registered where something traces, as an autograd function or plainly otherwise."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
         return operator(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return function.apply(*args)
-    return function.forward(*args)
+    return function.run(*args)
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -293,11 +310,11 @@ _elogitnorm_backward_operator = _operator(
 )
 
 
-class _ELogitNorm(torch.autograd.Function):
-    forward = staticmethod(_elogitnorm)
+class _ELogitNorm(_Function):
+    run = staticmethod(_elogitnorm)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
         _, normalizer, _, *statistics = output
         ctx.mark_non_differentiable(*output[1:])
@@ -402,11 +419,11 @@ _logitnorm_backward_operator = _operator(
 )
 
 
-class _LogitNorm(torch.autograd.Function):
-    forward = staticmethod(_logitnorm)
+class _LogitNorm(_Function):
+    run = staticmethod(_logitnorm)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         logits, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -481,11 +498,11 @@ _boundary_distance_backward_operator = _operator(
 )
 
 
-class _BoundaryDistance(torch.autograd.Function):
-    forward = staticmethod(_boundary_distance)
+class _BoundaryDistance(_Function):
+    run = staticmethod(_boundary_distance)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         logits, head_weight, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -566,11 +583,11 @@ _nci_score_backward_operator = _operator(
 )
 
 
-class _NCIScore(torch.autograd.Function):
-    forward = staticmethod(_nci_score)
+class _NCIScore(_Function):
+    run = staticmethod(_nci_score)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         features, head_weight, _, mean, _, alpha = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
