@@ -1,8 +1,8 @@
 """Triton kernels of ELogitNorm, LogitNorm, boundary distances and NCI, imported as ``ood_fast.kernels``.
 
-Nothing is imported until a name is used: ``import ood_fast.kernels`` needs neither Triton nor a GPU. The functions offered here
-are those of ``ood_fast.eager``, with the same arguments and results; ``ood_fast.ops`` chooses between the two.
-Derivations, and the bytes and flops of every kernel, are in ``README.md`` beside this file.
+Nothing is imported until a name is used: ``import ood_fast.kernels`` needs neither Triton nor a GPU. The functions
+offered here are those of ``ood_fast.eager``, with the same arguments and results; ``ood_fast.ops`` chooses between
+the two. Derivations, and the bytes and flops of every kernel, are in ``README.md`` beside this file.
 
 Notation (the same in all code, docstrings and tests):
 
@@ -29,7 +29,7 @@ K      ``n_boundaries``     (n,)          number of live classes j with R_pj > 0
 D      ``distance``         (n,)          mean distance to the boundaries of p: sum_j g_j R_pj / (K + average_offset)
 T      ``temperature``      (n,)          what the logits are divided by: D (1 where D falls back), or tau (|f| + 1e-7)
 P      ``probability``      (n, c)        softmax of f / T = exp(-g/T - log_partition)
-\\      ``slope``            (n,)          dL/dD / (K + average_offset), or dL/dT tau / |f| for LogitNorm
+-      ``slope``            (n,)          dL/dD / (K + average_offset), or dL/dT tau / |f| for LogitNorm
 S      ``summed``           (k, c)        R^3 sum_i (sample_grad_i slope_i) (-g_i) over the samples i of a table row
 mu     ``mean``             (m,)          mean of the training features (NCI)
 ====== ==================== ============= ============================================================================

@@ -1,9 +1,10 @@
-"""Distances to decision boundaries: the table of weight distances, D and its gradients, segmented sums, the weight gradient.
+"""Distances to decision boundaries: the table of weight distances, D and its gradients, segmented sums, the weight
+gradient.
 
     R_pj = 1 / |w_p - w_j|        D = sum_j (f_p - f_j) R_pj / K
 
-Nothing of shape (c, c, m) is formed, and the number of products is that of the smaller side: n >= c has a table of all classes,
-n < c a table of the distinct predictions. Every sum has a fixed order: two runs give the same bits.
+Nothing of shape (c, c, m) is formed, and the number of products is that of the smaller side: n >= c has a table of
+all classes, n < c a table of the distinct predictions. Every sum has a fixed order: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from .launch import (
 )
 from .rows import boundary_terms, first_maximum, is_finite, live_gap, mean_distance, scan_maximum
 
-# The Gram form of s has an error of about 1e-6 (|w_p|^2 + |w_j|^2): rounding of m fp32 products and, on tensor cores, the 22 bits
-# of tf32x3. At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that D is held to. Pairs closer than
-# that are recomputed; heads that have learnt have few, because rows of unrelated classes have s near |w_p|^2 + |w_j|^2.
+# The Gram form of s has an error of about 1e-6 (|w_p|^2 + |w_j|^2): rounding of m fp32 products and, on tensor
+# cores, the 22 bits of tf32x3. At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that
+# D is held to. Pairs closer than that are recomputed; heads that have learnt have few, because rows of unrelated
+# classes have s near |w_p|^2 + |w_j|^2.
 CLOSE_PAIR = tl.constexpr(1 / 64)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
-    """The matrix itself where its columns are neighbours in memory (rows may lie anywhere); otherwise a contiguous copy.
+    """The matrix itself where its columns are neighbours in memory (rows may lie anywhere); otherwise a contiguous
+    copy.
 
     Any op that reads a transposed matrix row by row pays for the strided reads; one copy pays once.
     """
@@ -53,9 +56,9 @@ def gradient_buffer(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.float32 if truncates else like.dtype, device=like.device)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The table R: one row for each class (n >= c), or for each distinct prediction (n < c)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -82,7 +85,8 @@ def load_centred(
 ):
     """w_class - mean row, (classes, features) or, BY_COLUMN, its transpose, in fp32; 0 outside the matrix.
 
-    Differences of rows do not change when the mean row is subtracted from all, but products of the rest lose far fewer digits.
+    Differences of rows do not change when the mean row is subtracted from all, but products of the rest lose far
+    fewer digits.
     """
     feature_mask = features < n_features
     mean = tl.load(mean_pointer + features, mask=feature_mask, other=0.0)
@@ -112,7 +116,8 @@ def distance_gram_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, a and b centred; -1 where s is too small for this form (CLOSE_PAIR)."""
+    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, a and b centred; -1 where s is too small for this form
+    (CLOSE_PAIR)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
@@ -157,8 +162,9 @@ def distance_refine_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Recompute the close pairs of a tile from sum (w_p - w_j)^2: the difference of neighbouring floats is exact, so equal rows
-    have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep all their digits. A tile without a close pair costs one read."""
+    """Recompute the close pairs of a tile from sum (w_p - w_j)^2: the difference of neighbouring floats is exact,
+    so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep all their digits. A tile without a close
+    pair costs one read."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
@@ -226,7 +232,8 @@ class Geometry:
 
 
 def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """(table_row, row_class): the distinct predictions ascending, -1 behind them, and the place of each sample's among them.
+    """(table_row, row_class): the distinct predictions ascending, -1 behind them, and the place of each sample's
+    among them.
 
     Both have n entries, whatever the number of distinct ones is: nothing is read back by the host.
     """
@@ -290,9 +297,9 @@ def distance_table(head_weight: Tensor, row_class: Tensor) -> Tensor:
     return table
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # D and its gradient by the logits
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -403,9 +410,9 @@ def boundary_distance_backward_kernel(
         tl.store(grad_row + columns, gradient, mask=columns < n_classes)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Segmented sums: rows of equal prediction, added in the order of the batch
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -427,8 +434,9 @@ def _sum_samples(
 ):
     """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor.
 
-    GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of scale (-g).
-    Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing whatever its row holds.
+    GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of
+    scale (-g). Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing
+    whatever its row holds.
     """
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, SAMPLES):
@@ -445,8 +453,7 @@ def _sum_samples(
         if GAPS:
             predicted = tl.load(predicted_pointer + sample, mask=inside, other=0)
             row_maximum = tl.load(values_pointer + sample * values_stride + predicted, mask=inside, other=0.0)
-            live, gap = live_gap(values, row_maximum.to(tl.float32)[:, None])
-            term = -gap
+            term = -live_gap(values, row_maximum.to(tl.float32)[:, None])[1]
         else:
             term = values - center[None, :]
         total += tl.sum(tl.where(scale[:, None] == 0, 0.0, scale[:, None] * term), axis=0)
@@ -474,7 +481,8 @@ def segment_piece_kernel(
     ALIGN: tl.constexpr,
     GAPS: tl.constexpr,
 ):
-    """Sum of one piece, at most PIECE samples, of a segment that has more: however uneven the segments, no program has more."""
+    """Sum of one piece, at most PIECE samples, of a segment that has more: however uneven the segments, no program
+    has more."""
     piece = tl.program_id(0).to(tl.int64)
     if ALIGN > 1:
         n_columns = n_columns // ALIGN * ALIGN
@@ -484,10 +492,7 @@ def segment_piece_kernel(
     if segment < n_segments:
         begin = tl.load(offsets_pointer + segment) + (piece - tl.load(piece_start_pointer + segment)) * PIECE
         end = tl.minimum(begin + PIECE, tl.load(offsets_pointer + segment + 1))
-        if GAPS:
-            center = 0.0
-        else:
-            center = tl.load(center_pointer + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+        center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
         total = _sum_samples(
             begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
             predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
@@ -527,10 +532,7 @@ def segment_sum_kernel(
     begin = tl.load(offsets_pointer + segment)
     end = tl.load(offsets_pointer + segment + 1)
     count = end - begin
-    if GAPS:
-        center = 0.0
-    else:
-        center = tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_PIECES:
         in_pieces = count > PIECE
         total = _sum_samples(
@@ -568,7 +570,8 @@ def segment_sum(
     - (f_ij - f_ip) R_rj^3, values = logits, where `predicted` and `table` are given; masked classes count 0;
     - x_ij - center_j otherwise.
 
-    Writes all of `output`, (n_segments, columns), and returns it. Deterministic, without atomics; the host reads nothing back.
+    Writes all of `output`, (n_segments, columns), and returns it. Deterministic, without atomics; the host reads
+    nothing back.
     """
     n_samples, n_columns = values.shape
     config = segment_config(n_columns)
@@ -579,7 +582,8 @@ def segment_sum(
     column_blocks = cdiv(n_columns, config.columns)
     piece_start = partial = None
     if n_samples > PIECE:
-        # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the segments are.
+        # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the
+        # segments are.
         n_pieces = cdiv(2 * n_samples, PIECE)
         counts = offsets.diff()
         pieces = torch.where(counts > PIECE, (counts + (PIECE - 1)) // PIECE, 0)
@@ -637,9 +641,9 @@ def segment_sum(
     return output
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The weight gradient: dW_p += sum_j S_pj (w_p - w_j), dW_j += S_pj (w_j - w_p)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -755,8 +759,8 @@ def weight_gradient_all_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for the classes that
-    were predicted. dW is written once, and rounded once."""
+    """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for
+    the classes that were predicted. dW is written once, and rounded once."""
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     class_mask = classes < n_classes
@@ -803,7 +807,8 @@ def weight_gradient(
     table: Tensor,
     row_class: Tensor,
 ) -> Tensor:
-    """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's dtype."""
+    """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
+    dtype."""
     logits, weight = unit_stride(logits), unit_stride(head_weight)
     n_classes, n_features = weight.shape
     n_rows = table.shape[0]
@@ -821,8 +826,14 @@ def weight_gradient(
     grad_weight = gradient_buffer(head_weight, (n_classes, n_features))
     tile = tile_config(target_of(weight))
     class_tiles, feature_tiles = cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)
-    shape = dict(ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, PRECISION=tile.precision)
-    shape.update(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    shape = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "PRECISION": tile.precision,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
     if n_rows == n_classes:
         launch(
             weight_gradient_table_kernel,
@@ -884,15 +895,16 @@ def weight_gradient(
     return grad_weight.to(head_weight.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What the package offers
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def boundary_distance_forward(
     logits: Tensor, head_weight: Tensor, average_offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean distance of each sample to the boundaries of its predicted class: see `ood_fast.functional.boundary_distance`.
+    """Mean distance of each sample to the boundaries of its predicted class: see
+    `ood_fast.functional.boundary_distance`.
 
     Returns distance, predicted, slope, table_row, table and row_class (notation: the package's docstring).
     """

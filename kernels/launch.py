@@ -1,7 +1,8 @@
-"""How kernels are launched: shapes of blocks from (n, c, m, itemsize), each threshold with its reason, and a counter of launches.
+"""How kernels are launched: shapes of blocks from (n, c, m, itemsize), each threshold with its reason, and a
+counter of launches.
 
-Registers and shared memory behind the thresholds were read from ahead-of-time compilation for sm_80, sm_90, sm_100 and gfx942
-(``tests/test_kernels_aot.py``; the table is in ``README.md``). Nothing here imports Triton.
+Registers and shared memory behind the thresholds were read from ahead-of-time compilation for sm_80, sm_90, sm_100
+and gfx942 (``tests/test_kernels_aot.py``; the table is in ``README.md``). Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def launch(
 ) -> None:
     """Run `kernel` on `grid`, on the device of its tensors, and count it.
 
-    `enable_fp_fusion` is set because Triton 3.9 warns where it is not and 3.10 changes the default: with it, a product and the
-    sum that follows round once, in every version.
+    `enable_fp_fusion` is set because Triton 3.9 warns where it is not and 3.10 changes the default: with it, a
+    product and the sum that follows round once, in every version.
     """
     launches[kernel.fn.__name__] += 1
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
@@ -59,7 +60,8 @@ def next_power_of_2(size: int) -> int:
 
 
 def alignment(*counts: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides every count: given to a kernel as ALIGN, it lets loads and stores be 128 bits wide.
+    """The largest of 8, 4, 2, 1 that divides every count: given to a kernel as ALIGN, it lets loads and stores be
+    128 bits wide.
 
     Triton sees by itself only whether an argument is a multiple of 16, and c = 1000 is not: every load would be scalar.
     (In a kernel, `c // ALIGN * ALIGN` tells the compiler what it needs. 8 elements are 128 bits in half precision.)
@@ -76,19 +78,21 @@ class RowConfig:
     num_warps: int
 
 
-# The forward keeps about 6 and the backward about 8 values a column in registers. At 8192 columns and 16 warps that is 16 columns
-# a thread and no spills on any target, at 16384 some targets spill, so longer rows are looped.
+# The forward keeps about 6 and the backward about 8 values a column in registers. At 8192 columns and 16 warps that
+# is 16 columns a thread and no spills on any target, at 16384 some targets spill, so longer rows are looped.
 ROW_IN_REGISTERS = 8192
-# Columns of a turn of the looped form: 16 columns a thread as above, and half the threads, so that two programs fit a
-# multiprocessor at a time and one computes while the other waits for memory.
-ROW_LOOP_BLOCK = 4096
+# Columns of a turn of the looped form: 8 columns a thread with 8 warps, since a lane keeps up to five running sums
+# for each of its columns; half the warps, so that several programs fit a multiprocessor and one computes while
+# another waits for memory.
+ROW_LOOP_BLOCK = 2048
 
 
 def row_config(n_columns: int, target: str) -> RowConfig:
     """For kernels that give every row a program.
 
-    A thread has 8 columns (one 128-bit load in half precision, two in float32) until the warps run out: 16 warps, because 32
-    leave no more than 64 registers a thread on NVIDIA and gfx942 has no more than 16. A wavefront of gfx942 has 64 lanes.
+    A thread has 8 columns (one 128-bit load in half precision, two in float32) until the warps run out: 16 warps,
+    because 32 leave no more than 64 registers a thread on NVIDIA and gfx942 has no more than 16. A wavefront of
+    gfx942 has 64 lanes.
     """
     looped = n_columns > ROW_IN_REGISTERS
     # 32 columns at least: one a lane. Narrower blocks only repeat the same column over the lanes.
@@ -100,15 +104,16 @@ def row_config(n_columns: int, target: str) -> RowConfig:
 
 @dataclass(frozen=True)
 class ScanConfig:
-    """One program a row that only scans it (arg-max; sums over features): a lane keeps its own running value, so blocks of any
-    width cost the same registers, and the row is looped over whatever its length."""
+    """One program a row that only scans it (arg-max; sums over features): a lane keeps its own running value, so
+    blocks of any width cost the same registers, and the row is looped over whatever its length."""
 
     block: int
     num_warps: int
 
 
 def scan_config(n_columns: int, target: str) -> ScanConfig:
-    """At most 2048 columns a turn: 8 a thread with 8 warps, enough loads in flight, few idle lanes at the end of the row."""
+    """At most 2048 columns a turn: 8 a thread with 8 warps, enough loads in flight, few idle lanes at the end of
+    the row."""
     block = min(max(next_power_of_2(n_columns), 32), 2048)
     lanes = 64 if target == "hip" else 32
     return ScanConfig(block, min(max(block // (8 * lanes), 1), 8))
@@ -127,20 +132,27 @@ class TileConfig:
 
 
 def dot_precision(target: str) -> str:
-    """How fp32 operands are multiplied: never by a single TF32 product, whose 11 bits would ruin a difference of weight rows.
+    """How fp32 operands are multiplied: never by a single TF32 product, whose 11 bits would ruin a difference of
+    weight rows.
 
-    "tf32x3" (three TF32 products on tensor cores, 22 bits) where there are TF32 tensor cores, else plain fp32 multiply-adds:
-    gfx942 does not compile tf32x3, and before sm_80 there is no TF32.
+    "tf32x3" (three TF32 products on tensor cores, 22 bits) where there are TF32 tensor cores, else plain fp32
+    multiply-adds: gfx942 does not compile tf32x3, and before sm_80 there is no TF32.
     """
     return "tf32x3" if target.startswith("sm_") and int(target[3:]) >= 80 else "ieee"
 
 
 def tile_config(target: str) -> TileConfig:
-    """64 x 64 x 32 with 4 warps holds the sums in 32 registers a thread; larger tiles spill in the ieee form.
+    """64 x 64 results, two stages: the next operands load while these multiply (at most 48 KiB of shared memory; a
+    third stage would pass 64 KiB on gfx942).
 
-    Two stages: the next operands load while these multiply (32 KiB of shared memory; a third stage would pass 64 KiB on gfx942).
+    tf32x3 keeps each operand twice, so NVIDIA needs 8 warps, and before sm_90, where the operands lie in registers,
+    turns of 16: with 4 warps or turns of 32 it spills. The ieee form of gfx942 does not, with 4 wavefronts and
+    turns of 32.
     """
-    return TileConfig(64, 64, 32, num_warps=4, num_stages=2, precision=dot_precision(target))
+    precision = dot_precision(target)
+    if precision == "ieee":
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2, precision=precision)
+    return TileConfig(64, 64, 32 if int(target[3:]) >= 90 else 16, num_warps=8, num_stages=2, precision=precision)
 
 
 def difference_config() -> TileConfig:
@@ -148,9 +160,10 @@ def difference_config() -> TileConfig:
     return TileConfig(32, 32, 8, num_warps=4, num_stages=1, precision="ieee")
 
 
-# Tiles of the product that sums over all classes for the few rows of distinct predictions: with 64 rows and m = 512 there are 8,
-# for 132 multiprocessors. The classes are therefore cut into splits until there are about this many programs (two to four for
-# each multiprocessor of an H100 or MI300), as long as a split has at least 8 turns of `inner` classes to amortise its result.
+# Tiles of the product that sums over all classes for the few rows of distinct predictions: with 64 rows and m = 512
+# there are 8, for 132 multiprocessors. The classes are therefore cut into splits until there are about this many
+# programs (two to four for each multiprocessor of an H100 or MI300), as long as a split has at least 8 turns of
+# `inner` classes to amortise its result.
 SPLIT_PROGRAMS = 512
 SPLIT_TURNS = 8
 
@@ -169,15 +182,16 @@ class SegmentConfig:
     num_warps: int
 
 
-# Samples of a segment that one program adds. Where every sample predicts one class, a segment is the whole batch: it is cut into
-# pieces of this many, so the longest chain of additions is PIECE / samples turns, then n / PIECE pieces.
+# Samples of a segment that one program adds. Where every sample predicts one class, a segment is the whole batch:
+# it is cut into pieces of this many, so the longest chain of additions is PIECE / samples turns, then n / PIECE
+# pieces.
 PIECE = 128
 
 
 def segment_config(n_columns: int) -> SegmentConfig:
-    """8 rows in flight hide the latency of rows that lie anywhere in memory; 256 columns are one 128-bit load a lane, a row a
-    warp, in half precision, and 16 values a thread."""
-    columns = min(max(next_power_of_2(n_columns), 32), 256)
+    """8 rows in flight hide the latency of rows that lie anywhere in memory. 128 columns are one 128-bit load a
+    lane in float32, and 8 values a thread; with 256, sm_100 spills."""
+    columns = min(max(next_power_of_2(n_columns), 32), 128)
     return SegmentConfig(8, columns, num_warps=4)
 
 

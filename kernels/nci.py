@@ -1,9 +1,10 @@
-"""NCI in one pass: how far the centred feature points along the weight of its predicted class, and how long the feature is.
+"""NCI in one pass: how far the centred feature points along the weight of its predicted class, and how long the
+feature is.
 
     projection = w_p . (z - mu) / |z - mu|        score = projection + alpha |z|_1
 
-A program reads its row of logits (arg-max), its row of features and the row w_p once, and keeps three sums. From features alone, the
-arg-max comes from tiles of z W^T + b that are never written.
+A program reads its row of logits (arg-max), its row of features and the row w_p once, and keeps three sums. From
+features alone, the arg-max comes from tiles of z W^T + b that are never written.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def features_argmax_kernel(
     UPCAST: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Largest logit, and its class, of a tile of samples over one split of the classes. UPCAST: multiply as fp32, where the dtypes
-    differ; otherwise half-precision products go to the tensor cores as they are, and are exact there."""
+    """Largest logit, and its class, of a tile of samples over one split of the classes. UPCAST: multiply as fp32,
+    where the dtypes differ; otherwise half-precision products go to the tensor cores as they are, and are exact
+    there."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     lanes = tl.arange(0, CLASSES)
@@ -155,8 +157,8 @@ def nci_forward_kernel(
 
 @triton.jit
 def _projection_gradient(scale, weight, centred, projection, inverse_norm):
-    """d(sample_grad projection)/dz = scale (w_p - projection (z - mu) / |z - mu|), scale = sample_grad / |z - mu|; and with the
-    opposite sign by mu."""
+    """d(sample_grad projection)/dz = scale (w_p - projection (z - mu) / |z - mu|), scale = sample_grad / |z - mu|;
+    and with the opposite sign by mu."""
     return scale * (weight - projection * inverse_norm * centred)
 
 
@@ -254,7 +256,8 @@ MEAN_PIECE = 128
 
 
 def predict_from_features(features: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(largest logit, its class) of each sample in each split of the classes, both (n, splits); splits ascend in class order."""
+    """(largest logit, its class) of each sample in each split of the classes, both (n, splits); splits ascend in
+    class order."""
     features, head_weight = unit_stride(features), unit_stride(head_weight)
     n_samples, n_features = features.shape
     n_classes = head_weight.shape[0]
@@ -360,7 +363,8 @@ def nci_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i score_i by features, head weight and mean, each None unless needed.
 
-    The prediction is a constant. dW_p is the segmented sum of sample_grad (z - mu) / |z - mu| over the samples predicted as p.
+    The prediction is a constant. dW_p is the segmented sum of sample_grad (z - mu) / |z - mu| over the samples
+    predicted as p.
     """
     z, weight = unit_stride(features), unit_stride(head_weight)
     sample_grad, center = sample_grad.contiguous(), mean.contiguous()

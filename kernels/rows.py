@@ -1,6 +1,7 @@
 """Device functions that the kernels share. One program works one row; `columns` are its column indices.
 
-A row is padded to a power of two with -inf, so that padding is the same as a masked class: not *live*, and without effect.
+A row is padded to a power of two with -inf, so that padding is the same as a masked class: not *live*, and without
+effect.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Above every column index. Splits the codes of `first_maximum` into columns that hold NaN and columns that hold the maximum.
+# Above every column index. Splits the codes of `first_maximum` into columns that hold NaN and columns that hold the
+# maximum.
 _NOT_NAN = tl.constexpr(1 << 30)
 _NEITHER = tl.constexpr((1 << 31) - 1)
 
@@ -29,14 +31,16 @@ def first_maximum(values, indices, axis: tl.constexpr):
 
 @triton.jit
 def keep_better(best, index, values, columns):
-    """Update each lane's running maximum and its column: the first occurrence stays, and the first NaN stays for good."""
+    """Update each lane's running maximum and its column: the first occurrence stays, and the first NaN stays for
+    good."""
     better = (values > best) | ((values != values) & (best == best))
     return tl.where(better, values, best), tl.where(better, columns, index)
 
 
 @triton.jit
 def scan_maximum(row_pointer, n_columns, BLOCK: tl.constexpr):
-    """`first_maximum` of a row of any length: every lane keeps its own maximum, and the lanes are compared once at the end."""
+    """`first_maximum` of a row of any length: every lane keeps its own maximum, and the lanes are compared once at
+    the end."""
     lanes = tl.arange(0, BLOCK)
     best = tl.load(row_pointer + lanes, mask=lanes < n_columns, other=float("-inf")).to(tl.float32)
     index = lanes
@@ -77,7 +81,8 @@ def mean_distance(distance_sum, n_boundaries, average_offset, valid):
 
 @triton.jit
 def read_label(target_pointer, ignore_index, n_classes):
-    """(class, whether the sample is ignored, whether the class is usable): an unusable class is replaced by 0 before any read."""
+    """(class, whether the sample is ignored, whether the class is usable): an unusable class is replaced by 0
+    before any read."""
     label = tl.load(target_pointer)
     ignored = label == ignore_index
     usable = (label >= 0) & (label < n_classes)
@@ -98,7 +103,8 @@ def target_distribution(
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """q_j = w_j ((1 - e) t_j + e / c_live [j live]), with t the given probabilities or one-hot at `label`; 0 in the padding."""
+    """q_j = w_j ((1 - e) t_j + e / c_live [j live]), with t the given probabilities or one-hot at `label`; 0 in the
+    padding."""
     inside = columns < n_classes
     if PROBABILITIES:
         q = tl.load(target_row_pointer + columns, mask=inside, other=0.0).to(tl.float32)

@@ -2,12 +2,13 @@
 
     loss = sum_j q_j g_j / T + Q log sum_j exp(-g_j / T),      g_j = f_p - f_j
 
-    ELogitNorm: T = D = sum_j g_j R_pj / (K + average_offset); 1, without a gradient, where there is no boundary or D <= eps
+    ELogitNorm: T = D = sum_j g_j R_pj / (K + average_offset); 1, without a gradient, if K = 0 or D <= eps
     LogitNorm:  T = tau (|f| + 1e-7)
 
-The gaps give the stable form at no cost: the largest term of the partition is exp(0). Forward and backward each read a row of the
-logits once and keep it in registers up to `launch.ROW_IN_REGISTERS` classes; above, they read it again for each step. The backward
-keeps nothing of shape (n, c) from the forward: P comes from the logits, the temperature and the partition.
+The gaps give the stable form at no cost: the largest term of the partition is exp(0). Forward and backward each
+read a row of the logits once and keep it in registers up to `launch.ROW_IN_REGISTERS` classes; above, they read it
+again for each step. The backward keeps nothing of shape (n, c) from the forward: P comes from the logits, the
+temperature and the partition.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _norm_temperature(squared_norm, tau):
 def _loss_and_slope(
     partition, gap_sum, target_mass, target_gap, masked_mass, temperature, slope_factor, valid, ignored
 ):
-    """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and the mass q on masked classes."""
+    """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and the mass q on masked
+    classes."""
     log_partition = tl.log(partition)
     loss = target_gap / temperature + target_mass * log_partition
     # dL/dT, divided by T twice: T^2 would underflow for a small tau.
@@ -94,8 +96,8 @@ def tempered_forward_kernel(
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """Loss of one sample and all that its backward needs. A step that sums over the row is one expression where the row is in
-    registers, and one loop with a sum in every lane where it is LOOPED."""
+    """Loss of one sample and all that its backward needs. A step that sums over the row is one expression where the
+    row is in registers, and one loop with a sum in every lane where it is LOOPED."""
     row = tl.program_id(0).to(tl.int64)
     if ALIGN > 1:
         n_classes = n_classes // ALIGN * ALIGN
@@ -235,7 +237,8 @@ def _logit_gradient(
     slope,
     BOUNDARY: tl.constexpr,
 ):
-    """dL/df_j = (Q P_j - q_j) / T, and through the temperature -slope R_j (slope sum R at p), or slope f_j for LogitNorm."""
+    """dL/df_j = (Q P_j - q_j) / T, and through the temperature -slope R_j (slope sum R at p), or slope f_j for
+    LogitNorm."""
     live, gap = live_gap(logit, row_maximum)
     probability = tl.where(live, tl.exp(-gap * inverse_temperature - log_partition), 0.0)
     gradient = (target_mass * probability - q) * inverse_temperature
@@ -296,11 +299,8 @@ def tempered_backward_kernel(
         label, ignored, label_valid = read_label(target_pointer + row, ignore_index, n_classes)
         valid = valid & label_valid
         target_row = target_pointer
-    if BOUNDARY:
-        table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
-    else:
-        table_row = table_pointer
-    # Where the gradient is 0 or NaN for the whole row, it is so whatever is multiplied: sums and products are set apart.
+    table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes if BOUNDARY else table_pointer
+    # An ignored row has gradient 0 even if it holds NaN, and a row that is not valid has NaN even in masked classes.
     whole_row = tl.where(ignored, 0.0, float("nan"))
     computed = valid & (ignored == 0)
 
@@ -338,10 +338,7 @@ def tempered_backward_kernel(
                 offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
                 PROBABILITIES, WEIGHTED, SMOOTHED,
             )  # fmt: skip
-            if BOUNDARY:
-                inverse_distance = boundary_terms(table_row, offset, n_classes, live)[0]
-            else:
-                inverse_distance = 0.0
+            inverse_distance = boundary_terms(table_row, offset, n_classes, live)[0] if BOUNDARY else 0.0
             gradient = _logit_gradient(
                 logit, row_maximum, offset, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
                 inverse_temperature, log_partition, slope, BOUNDARY,
@@ -498,10 +495,11 @@ def elogitnorm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ELogitNorm of (n, c) logits under the (c, m) head: see `ood_fast.functional.elogitnorm` for the mathematics.
 
-    Returns loss, distance, predicted, temperature, log_partition, slope, table_row, table and row_class (notation: the package's
-    docstring), float32 and int64. For n >= c the row kernel finds the predictions itself, so the logits are read once; for n < c
-    they are found first, because the table has a row for each distinct one. The slope costs nothing while the row is in
-    registers, so it is always computed; `with_slope` stands in the signature because the PyTorch path has to pay for it.
+    Returns loss, distance, predicted, temperature, log_partition, slope, table_row, table and row_class (notation:
+    the package's docstring), float32 and int64. For n >= c the row kernel finds the predictions itself, so the
+    logits are read once; for n < c they are found first, because the table has a row for each distinct one. The
+    slope costs nothing while the row is in registers, so it is always computed; `with_slope` stands in the
+    signature because the PyTorch path has to pay for it.
     """
     geometry = boundary.Geometry.of(logits, head_weight)
     loss, distance, temperature, log_partition, slope = _forward(
