@@ -11,13 +11,12 @@ from .base import CentredDetector, at_least_float32, register
 
 @register
 class FDBD(CentredDetector):
-    """fDBD, distances to the decision boundaries of the predicted class p, relative to the distance from the training
-    mean:
+    """Distances to the decision boundaries of the predicted class p, relative to the distance from the training mean:
 
         Σ_j |f_p − f_j| / ‖w_p − w_j‖ / ‖z − μ‖₂  =  (c − 1) · D / ‖z − μ‖₂
 
     The sum over j, as OpenOOD has it; D is `boundary_distance`, the mean over the boundaries that exist (coincident
-    rows of W and logits of −inf have none). z = μ scores as ‖z − μ‖ = the smallest normal number, not as infinity.
+    rows of W and logits of −inf have none). ‖z − μ‖ is at least the machine epsilon, so that z = μ scores high and finite.
 
     Liu and Qin, "Fast Decision Boundary based Out-of-Distribution Detector", ICML 2024, arXiv:2312.11536.
     """
@@ -28,4 +27,4 @@ class FDBD(CentredDetector):
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         distance_from_mean = torch.linalg.vector_norm(at_least_float32(features) - self.mean, dim=1)
         total = boundary_distance(logits, self.head_weight) * (logits.shape[1] - 1)
-        return total / distance_from_mean.clamp_min(torch.finfo(distance_from_mean.dtype).tiny)
+        return total / distance_from_mean.clamp_min(torch.finfo(distance_from_mean.dtype).eps)

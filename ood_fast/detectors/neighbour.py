@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import l2_normalize
-from .base import Detector, register
+from .base import Detector, at_least_float32, register
 
 CHUNK_ELEMENTS = 1 << 24  # entries of one block of the distance table: 64 MiB in fp32, whatever the numbers of rows
 
@@ -40,7 +40,7 @@ class KNN(Detector):
         self._batches: list[Tensor] = []
 
     def _update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
-        self._batches.append(l2_normalize(features)[0])
+        self._batches.append(l2_normalize(at_least_float32(features))[0])
 
     def _finish(self) -> None:
         bank = torch.cat(self._batches)
@@ -52,7 +52,7 @@ class KNN(Detector):
         del self._batches
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        queries = l2_normalize(features)[0].to(self.bank.dtype)
+        queries = l2_normalize(at_least_float32(features))[0].to(self.bank.dtype)
         bank_squares = self.bank.square().sum(dim=1)
         rows = max(1, CHUNK_ELEMENTS // len(self.bank))
         return torch.cat([-self._kth_squared_distance(chunk, bank_squares) for chunk in queries.split(rows)])

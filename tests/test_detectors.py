@@ -1,0 +1,375 @@
+"""Detectors against independent transcriptions of their formulas, and the contract that they share."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ood_fast import checks, detectors
+from ood_fast.detectors.base import Detector, RunningMean
+
+N, C, M = 40, 5, 12
+NAMES = ("MSP", "MaxLogit", "Energy", "FeatureNorm", "NCI", "FDBD", "KNN")
+FITTED = ("NCI", "FDBD", "KNN")
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    return nn.Linear(M, C).double().requires_grad_(False)
+
+
+@pytest.fixture
+def train_features() -> torch.Tensor:
+    return torch.randn(100, M, dtype=torch.float64).relu() + 0.3
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(N, M, dtype=torch.float64).relu()
+
+
+def make(name: str) -> Detector:
+    return detectors.create(name, **({"k": 7} if name == "KNN" else {}))
+
+
+def fitted(name: str, head: nn.Linear, train_features: torch.Tensor) -> Detector:
+    return make(name).fit_features(train_features, head(train_features), head=head)
+
+
+# ---- formulas, one sample at a time with scalars
+
+
+def msp(z, f, head, train):
+    return max(math.exp(value) for value in f) / sum(math.exp(value) for value in f)
+
+
+def energy(z, f, head, train):
+    return math.log(sum(math.exp(value) for value in f))
+
+
+def feature_norm(z, f, head, train):
+    return math.sqrt(sum(value**2 for value in z))
+
+
+def training_mean(train):
+    return [sum(column) / len(train) for column in zip(*train, strict=True)]
+
+
+def nci(z, f, head, train):
+    weight = head.weight.tolist()[f.index(max(f))]
+    centred = [value - mean for value, mean in zip(z, training_mean(train), strict=True)]
+    length = math.sqrt(sum(value**2 for value in centred))
+    return sum(w * d for w, d in zip(weight, centred, strict=True)) / length + 1e-3 * sum(abs(value) for value in z)
+
+
+def fdbd(z, f, head, train):
+    weights, p = head.weight.tolist(), f.index(max(f))
+    total = sum(abs(f[p] - f[j]) / math.dist(weights[p], weights[j]) for j in range(len(f)) if j != p)
+    return total / math.dist(z, training_mean(train))
+
+
+def knn(z, f, head, train):
+    def unit(vector):
+        length = math.hypot(*vector)
+        return [value / length for value in vector]
+
+    return -sorted(math.dist(unit(z), unit(other)) ** 2 for other in train)[7 - 1]
+
+
+FORMULAS = {
+    "MSP": msp,
+    "MaxLogit": lambda z, f, head, train: max(f),
+    "Energy": energy,
+    "FeatureNorm": feature_norm,
+    "NCI": nci,
+    "FDBD": fdbd,
+    "KNN": knn,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_those_of_the_formula(name, head, train_features, features):
+    logits = head(features)
+    scores = fitted(name, head, train_features).score_features(features, logits)
+    train = train_features.tolist()
+    expected = [FORMULAS[name](z, f, head, train) for z, f in zip(features.tolist(), logits.tolist(), strict=True)]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_the_formulas_cover_every_registered_detector():
+    assert set(NAMES) == set(detectors.known()) == set(FORMULAS)
+
+
+def test_energy_temperature():
+    logits = torch.tensor([[1.0, 3.0], [-200.0, 900.0]], dtype=torch.float64)
+    scores = detectors.Energy(temperature=2.0).score_features(None, logits)
+    expected = [2 * math.log(math.exp(0.5) + math.exp(1.5)), 900.0]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("p", "expected"), [(1, 7.0), (2, 5.0), (float("inf"), 4.0)])
+def test_feature_norm_order(p, expected):
+    assert detectors.FeatureNorm(p=p).score_features(torch.tensor([[3.0, -4.0, 0.0]])).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_far_away_inputs_score_lower_than_training_inputs(name, train_features):
+    # Weights along the class means, features near them: what every method takes for in-distribution.
+    directions = torch.eye(C, M, dtype=torch.float64)
+    inside = 5 * directions.repeat(20, 1) + 0.1 * torch.randn(20 * C, M, dtype=torch.float64)
+    outside = 0.5 * torch.randn(30, M, dtype=torch.float64)
+    head = nn.Linear(M, C, bias=False).double()
+    head.weight.data.copy_(directions)
+    detector = make(name).fit_features(inside, inside @ directions.T, head=head)
+    inside_scores = detector.score_features(inside, inside @ directions.T)
+    outside_scores = detector.score_features(outside, outside @ directions.T)
+    assert inside_scores.mean() > outside_scores.mean()
+
+
+# ---- fitting: three ways, one result
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, M), nn.BatchNorm1d(M), nn.ReLU(), nn.Dropout(0.5))
+        self.fc = nn.Linear(M, C)
+
+    def forward(self, x):
+        return self.fc(self.backbone(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("with_targets", [True, False], ids=["(x, y) batches", "x batches"])
+def test_fit_on_a_model_is_fit_on_its_features(name, with_targets):
+    net, x = Net().train(), torch.randn(50, 6)
+    y = torch.randint(C, (50,))
+    loader = [(x[:32], y[:32]), (x[32:], y[32:])] if with_targets else [x[:32], x[32:]]
+    by_model = make(name).fit(net, loader)
+    assert net.training, "the mode of the model must be restored"
+    assert net.backbone[1].num_batches_tracked == 0, "fitting must not train the BatchNorm"
+
+    net.eval()
+    with torch.no_grad():
+        z = net.backbone(x)
+        by_features = make(name).fit_features(z, net.fc(z), y, net.fc)
+        expected = by_features.score_features(z, net.fc(z))
+    torch.testing.assert_close(by_model.score(net, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_batches_of_any_size_give_the_same_fit(name, head, train_features, features):
+    whole = fitted(name, head, train_features)
+    pieces = make(name)
+    for piece in train_features.split([1, 60, 39]):
+        pieces.partial_fit(piece)
+    pieces.finalize((head.weight, head.bias))
+    torch.testing.assert_close(
+        pieces.score_features(features, head(features)), whole.score_features(features, head(features))
+    )
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_second_fit_forgets_the_first(name, head, train_features, features):
+    detector = fitted(name, head, train_features)
+    detector.fit_features(train_features[:30] + 1, head=head)
+    expected = fitted(name, head, train_features[:30] + 1).score_features(features, head(features))
+    torch.testing.assert_close(detector.score_features(features, head(features)), expected)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fit_that_failed_leaves_nothing_behind(name, head, train_features, features):
+    detector = make(name)
+
+    def broken():
+        yield torch.randn(8, 6)
+        raise OSError("disk gone")
+
+    net = Net()
+    with pytest.raises(OSError, match="disk gone"):
+        detector.fit(net, broken())
+    assert net.training
+    detector.fit_features(train_features, head=head)
+    expected = fitted(name, head, train_features).score_features(features, head(features))
+    torch.testing.assert_close(detector.score_features(features, head(features)), expected)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitting_copies_what_it_keeps(name, head, train_features, features):
+    logits = head(features)
+    detector = fitted(name, head, train_features)
+    before = detector.score_features(features, logits)
+    train_features.zero_()
+    head.weight.zero_()
+    torch.testing.assert_close(detector.score_features(features, logits), before)
+
+
+def test_running_mean_keeps_its_digits_over_many_rows():
+    # In float32 a sum of 1e6 ones of size 1e4 + 0.1 loses the tenth.
+    running = RunningMean()
+    for _ in range(100):
+        running.update(torch.full((10_000, 3), 1e4 + 0.125))
+    assert running.mean().dtype == torch.float32
+    torch.testing.assert_close(running.mean(), torch.full((3,), 1e4 + 0.125), rtol=0, atol=0)
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_restores_a_fresh_detector(name, head, train_features, features):
+    detector = fitted(name, head, train_features)
+    fresh = make(name)
+    fresh.load_state_dict(detector.state_dict())
+    assert fresh.fitted
+    logits = head(features)
+    assert torch.equal(fresh.score_features(features, logits), detector.score_features(features, logits))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_casting_the_module_casts_what_it_keeps(name, head, train_features, features):
+    detector = fitted(name, head, train_features)
+    expected = detector.score_features(features, head(features))
+    scores = detector.float().score_features(features.float(), head(features).float())
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_inputs_are_scored_in_float32(name, head, train_features, features):
+    detector = make(name).fit_features(train_features.bfloat16(), head(train_features).bfloat16(), head=head.float())
+    z, f = features.bfloat16(), head(features.float()).bfloat16()
+    scores = detector.score_features(z, f)
+    assert scores.dtype == torch.float32
+    expected = detector.score_features(z.float(), f.float())
+    torch.testing.assert_close(scores, expected, rtol=2e-2, atol=2e-2)
+
+
+# ---- corners
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_features_and_features_at_the_mean_are_not_nan(name, head, train_features):
+    detector = fitted(name, head, train_features)
+    z = torch.stack([torch.zeros(M, dtype=torch.float64), train_features.mean(dim=0)])
+    scores = detector.score_features(z, head(z))
+    assert scores.isfinite().all()
+
+
+def test_knn_with_zero_features():
+    detector = detectors.KNN(k=1).fit_features(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    scores = detector.score_features(torch.tensor([[0.0, 0.0], [6.0, 8.0], [-3.0, -4.0]]))
+    # zero to zero: 0; the same direction: 0; opposite direction: the zero row is nearer (1) than the other one (4)
+    torch.testing.assert_close(scores, torch.tensor([0.0, 0.0, -1.0]), rtol=0, atol=1e-6)
+
+
+def test_knn_in_chunks_is_knn_at_once(monkeypatch, train_features, features):
+    whole = detectors.KNN(k=3).fit_features(train_features).score_features(features)
+    monkeypatch.setattr("ood_fast.detectors.neighbour.CHUNK_ELEMENTS", 300)  # 100 rows in the bank: 3 queries a chunk
+    chunked = detectors.KNN(k=3).fit_features(train_features).score_features(features)
+    assert len(chunked) == N
+    torch.testing.assert_close(chunked, whole)
+
+
+def test_knn_keeps_its_digits_next_to_a_neighbour():
+    # Unit vectors 1e-4 apart: their squared distance is 1e-8, of which 2 − 2 cos in float32 keeps nothing.
+    bank = torch.tensor([[1.0, 0.0]])
+    query = torch.tensor([[1.0, 1e-4]])
+    score = detectors.KNN(k=1).fit_features(bank).score_features(query)
+    torch.testing.assert_close(score, torch.tensor([-1e-8]), rtol=1e-3, atol=0)
+
+
+def test_nci_without_logits_predicts_from_the_kept_head(head, train_features, features):
+    detector = fitted("NCI", head, train_features)
+    torch.testing.assert_close(detector.score_features(features), detector.score_features(features, head(features)))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_scoring_before_fitting_says_what_to_call(name, features):
+    with pytest.raises(RuntimeError, match=r"is not fitted: call fit\(model, loader\)"):
+        make(name).score_features(features, torch.randn(N, C))
+    with pytest.raises(RuntimeError, match="is not fitted"):
+        make(name).score(Net(), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_no_data_is_an_error(name, head):
+    with pytest.raises(ValueError, match="no data to fit on"):
+        make(name).fit(Net(), [])
+    with pytest.raises(ValueError, match="no data to fit on"):
+        make(name).fit_features(torch.empty(0, M), head=head)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_features_of_another_width_are_refused(name, head, train_features):
+    detector = fitted(name, head, train_features)
+    with pytest.raises(ValueError, match=rf"features: got shape \(3, {M + 1}\), expected \(n, {M}\)"):
+        detector.score_features(torch.randn(3, M + 1, dtype=torch.float64), torch.randn(3, C, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["NCI", "FDBD"])
+def test_a_missing_head_is_an_error(name, train_features):
+    with pytest.raises(ValueError, match="head: got None"):
+        make(name).fit_features(train_features)
+
+
+@pytest.mark.parametrize("name", ["MSP", "MaxLogit", "Energy"])
+def test_logit_detectors_say_that_they_need_logits(name, features):
+    with pytest.raises(TypeError, match="logits: got NoneType"):
+        make(name).score_features(features)
+
+
+def test_more_neighbours_than_features():
+    with pytest.raises(ValueError, match="k: got 50, expected at most 20"):
+        detectors.KNN().fit_features(torch.randn(20, M))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: detectors.KNN(k=0), ValueError),
+        (lambda: detectors.KNN(k=2.0), ValueError),
+        (lambda: detectors.Energy(temperature=0.0), ValueError),
+        (lambda: detectors.FeatureNorm(p=0.5), ValueError),
+        (lambda: detectors.NCI(alpha=-1.0), ValueError),
+        (lambda: detectors.NCI(alpha="auto"), TypeError),
+    ],
+)
+def test_bad_parameters(call, error):
+    with pytest.raises(error):
+        call()
+
+
+# ---- registry
+
+
+def test_names_are_found_in_any_case():
+    assert isinstance(detectors.create("fdbd"), detectors.FDBD)
+    assert detectors.create("KNN", k=3).k == 3
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
+    with pytest.raises(checks.UserError, match=r"unknown detector 'enrgy'; known: .*MSP.*; did you mean 'Energy'\?"):
+        detectors.create("enrgy")
+
+
+def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):
+    monkeypatch.setattr("ood_fast.detectors.base._REGISTRY", dict(detectors.base._REGISTRY))
+
+    @detectors.register
+    class SecondLogit(Detector):
+        label = "Second logit"
+        needs_logits = True
+
+        def _score(self, features, logits):
+            return -logits.topk(2, dim=1).values[:, 1]
+
+    assert "SecondLogit" in detectors.known()
+    scores = detectors.create("secondlogit").score_features(None, torch.tensor([[1.0, 5.0, 3.0]]))
+    assert scores.tolist() == [-3.0]

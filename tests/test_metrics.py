@@ -1,0 +1,150 @@
+"""Metrics against scalar loops written from the definitions, and against scikit-learn as OpenOOD calls it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from ood_fast import metrics
+
+# Continuous scores (no ties), few distinct scores (ties within and across the sets), all scores equal, one score each.
+SAMPLES = {
+    "continuous": (torch.randn(157, generator=torch.Generator().manual_seed(1)) + 1, torch.linspace(-2, 2, 203)),
+    "ties": (
+        torch.randint(2, 9, (83,), generator=torch.Generator().manual_seed(2)),
+        torch.randint(0, 7, (120,), generator=torch.Generator().manual_seed(3)),
+    ),
+    "all equal": (torch.ones(5), torch.ones(9)),
+    "single": (torch.tensor([0.3]), torch.tensor([0.7])),
+    "apart": (torch.arange(5, 9), torch.arange(0, 5)),
+}
+samples = pytest.mark.parametrize(("id_scores", "ood_scores"), SAMPLES.values(), ids=SAMPLES)
+
+
+def as_openood(id_scores: torch.Tensor, ood_scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (OOD = 1) and confidences."""
+    labels = np.concatenate([np.zeros(len(id_scores)), np.ones(len(ood_scores))])
+    return labels, torch.cat([id_scores, ood_scores]).double().numpy()
+
+
+@samples
+def test_auroc_is_the_share_of_ordered_pairs(id_scores, ood_scores):
+    wins = sum((i > o) + 0.5 * (i == o) for i in id_scores.tolist() for o in ood_scores.tolist())
+    assert metrics.auroc(id_scores, ood_scores) == pytest.approx(wins / (len(id_scores) * len(ood_scores)), abs=1e-12)
+
+
+@samples
+def test_auroc_and_aupr_are_those_of_openood(id_scores, ood_scores):
+    labels, confidence = as_openood(id_scores, ood_scores)
+    precision_in, recall_in, _ = sk.precision_recall_curve(1 - labels, confidence)
+    precision_out, recall_out, _ = sk.precision_recall_curve(labels, -confidence)
+    assert metrics.auroc(id_scores, ood_scores) == pytest.approx(sk.roc_auc_score(labels, -confidence), abs=1e-12)
+    assert metrics.aupr(id_scores, ood_scores, positive="id") == pytest.approx(
+        sk.auc(recall_in, precision_in), abs=1e-12
+    )
+    assert metrics.aupr(id_scores, ood_scores) == pytest.approx(sk.auc(recall_out, precision_out), abs=1e-12)
+
+
+@samples
+def test_fpr95_is_the_first_roc_point_of_openood(id_scores, ood_scores):
+    labels, confidence = as_openood(id_scores, ood_scores)
+    false_positive_rate, true_positive_rate, _ = sk.roc_curve(labels, -confidence, drop_intermediate=False)
+    expected = false_positive_rate[np.argmax(true_positive_rate >= 0.95)]
+    assert metrics.fpr_at_tpr(id_scores, ood_scores) == pytest.approx(expected, abs=1e-12)
+
+
+@samples
+@pytest.mark.parametrize("tpr", [0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("positive", ["ood", "id"])
+def test_fpr_at_tpr_is_the_best_threshold_that_reaches_it(id_scores, ood_scores, tpr, positive):
+    positives, negatives = (ood_scores, id_scores) if positive == "ood" else (id_scores, ood_scores)
+    sign = -1 if positive == "ood" else 1  # OOD is positive where the score is low
+    positives, negatives = (sign * positives).tolist(), (sign * negatives).tolist()
+    rates = [
+        sum(value >= threshold for value in negatives) / len(negatives)
+        for threshold in {*positives, *negatives}
+        if sum(value >= threshold for value in positives) / len(positives) >= tpr
+    ]
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, tpr, positive) == pytest.approx(min(rates), abs=1e-12)
+
+
+def test_the_two_conventions_of_fpr95_differ():
+    # 100 ID scores 0..99; half of the OOD scores far below, the other half among the highest 10 ID scores.
+    id_scores = torch.arange(100.0)
+    ood_scores = torch.cat([torch.full((50,), -1.0), torch.full((50,), 89.5)])
+    # To catch 95 % of the OOD inputs, everything up to 89.5 must go: 90 of 100 ID inputs.
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, positive="ood") == pytest.approx(0.9)
+    # To keep 95 % of the ID inputs, accept from 5 upwards: half of the OOD inputs pass.
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, positive="id") == pytest.approx(0.5)
+
+
+def test_roc_curve_runs_from_corner_to_corner_without_going_back():
+    false_positive_rate, true_positive_rate = metrics.roc_curve(*SAMPLES["ties"])
+    assert (false_positive_rate[0], true_positive_rate[0]) == (0, 0)
+    assert (false_positive_rate[-1], true_positive_rate[-1]) == (1, 1)
+    assert (false_positive_rate.diff() >= 0).all()
+    assert (true_positive_rate.diff() >= 0).all()
+
+
+def test_higher_scores_for_id_give_an_auroc_above_one_half():
+    assert metrics.auroc([2.0, 3.0], [0.0, 1.0]) == 1.0
+    assert metrics.auroc([0.0, 1.0], [2.0, 3.0]) == 0.0
+
+
+def ece_by_loop(confidence, correct, n_bins=15):
+    error = 0.0
+    for b in range(n_bins):
+        low, high = b / n_bins, (b + 1) / n_bins
+        members = [i for i, value in enumerate(confidence) if low < value <= high]
+        if members:
+            accuracy = sum(correct[i] for i in members) / len(members)
+            mean_confidence = sum(confidence[i] for i in members) / len(members)
+            error += len(members) / len(confidence) * abs(accuracy - mean_confidence)
+    return error
+
+
+def test_ece_is_that_of_a_loop_over_the_bins():
+    probabilities = torch.softmax(2 * torch.randn(500, 4, dtype=torch.float64), dim=1)
+    target = torch.randint(4, (500,))
+    confidence, predicted = probabilities.max(dim=1)
+    expected = ece_by_loop(confidence.tolist(), (predicted == target).tolist())
+    assert metrics.expected_calibration_error(probabilities, target) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ece_puts_a_confidence_on_an_edge_into_the_bin_below():
+    # Two bins: 0.5 belongs to (0, 0.5]. Were it in (0.5, 1], the two errors would cancel in part.
+    probabilities = torch.tensor([[0.5, 0.5], [0.9, 0.1]], dtype=torch.float64)
+    target = torch.tensor([0, 1])  # right at 0.5, wrong at 0.9
+    assert metrics.expected_calibration_error(probabilities, target, n_bins=2) == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_ece_of_certain_and_right_is_zero_and_of_certain_and_wrong_is_one():
+    probabilities = torch.eye(3)
+    assert metrics.expected_calibration_error(probabilities, torch.arange(3)) == 0.0
+    assert metrics.expected_calibration_error(probabilities, torch.tensor([1, 2, 0])) == 1.0
+
+
+def test_accuracy():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [3.0, 2.0]])
+    assert metrics.accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.auroc([], [1.0]), "id_scores: got shape"),
+        (lambda: metrics.auroc([1.0], [[1.0]]), "ood_scores: got shape"),
+        (lambda: metrics.auroc([1.0, float("nan")], [1.0]), "1 of 2 scores are NaN"),
+        (lambda: metrics.fpr_at_tpr([1.0], [0.0], positive="OOD"), "positive: got 'OOD'"),
+        (lambda: metrics.fpr_at_tpr([1.0], [0.0], tpr=95), "tpr: got 95"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_infinite_scores_have_their_place_in_the_order():
+    assert metrics.auroc([float("inf"), 1.0], [float("-inf"), 0.0]) == 1.0
