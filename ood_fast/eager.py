@@ -45,18 +45,26 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
-    with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-        chosen = matmul.fp32_precision
-        if chosen not in ("none", "ieee"):
-            matmul.fp32_precision = "ieee"
-            stack.callback(setattr, matmul, "fp32_precision", chosen)
-        yield
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
+        return _NOTHING_TO_DO
+    return _full_precision(device, matmul)
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device, matmul: object) -> Iterator[None]:
+    chosen = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = chosen
 
 
 def _row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:

@@ -95,18 +95,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class _Function(torch.autograd.Function):
     """An operator for eager calls: `run` computes, `save` keeps what `backward` needs; the registered one uses both.
 
-    `forward` takes the context itself. For the split form (`setup_context`) torch binds the arguments by `inspect` in each
+    `forward` takes the context itself. For the split form (`setup_context`) torch binds the arguments by `inspect` each
     call, which at 128 x 10 would cost more than the loss.
     """
 
-    run: Callable
-    save: Callable
+    run: Callable  # inputs -> outputs
+    save: Callable  # (ctx, inputs, outputs): keep what backward needs
+    n_visible = 1  # how many outputs a caller sees; the rest are statistics for the backward pass
 
     @classmethod
     def forward(cls, ctx, *inputs):
         output = cls.run(*inputs)
         cls.save(ctx, inputs, output)
-        return output
+        ctx.set_materialize_grads(False)
+        if cls.n_visible == 1:
+            return output[0]
+        ctx.mark_non_differentiable(*output[1 : cls.n_visible])
+        return output[: cls.n_visible]
+
+    @classmethod
+    def save_for_operator(cls, ctx, inputs, output) -> None:
+        """What `forward` does around `run`, for the registered operator: that one must return every statistic."""
+        cls.save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
 
 
 def _operator(
@@ -116,17 +128,21 @@ def _operator(
     operator = torch.library.custom_op(f"ood_fast::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     if function is not None:
-        operator.register_autograd(function.backward, setup_context=function.save)
+        operator.register_autograd(function.backward, setup_context=function.save_for_operator)
     return operator
 
 
 def _call(function: type[_Function], operator: Callable, *args) -> tuple[Tensor, ...]:
-    """Run an operator: registered where something traces, as an autograd function or plainly otherwise."""
+    """The outputs of an operator, the visible ones at least.
+
+    The registered operator where something traces; an autograd function, or a plain call, otherwise.
+    """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
         return operator(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return function.apply(*args)
+        output = function.apply(*args)
+        return output if function.n_visible > 1 else (output,)
     return function.run(*args)
 
 
@@ -167,14 +183,22 @@ def _backward(
     if grad is None:
         return (None,) * len(inputs)
     run, operator = run_and_operator
-    traced = torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in (grad, *inputs))
-    with torch.no_grad():
-        grads = (operator if traced else run)(*args, *(needed or ()))
+    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in (grad, *inputs)):
+        run = operator
     if needed is not None:
-        grads = tuple(g if need else None for g, need in zip(grads, needed, strict=True))
-    if torch.is_grad_enabled():
-        return _FirstDerivative.apply(name, len(grads), *grads, grad, *inputs)
-    return grads
+        args = (*args, *needed)
+    if not torch.is_grad_enabled():
+        return _asked_for(run(*args), needed)
+    with torch.no_grad():
+        grads = _asked_for(run(*args), needed)
+    return _FirstDerivative.apply(name, len(grads), *grads, grad, *inputs)
+
+
+def _asked_for(grads: tuple[Tensor, ...], needed: tuple[bool, ...] | None) -> tuple[Tensor | None, ...]:
+    """The inverse of `_or_empty`."""
+    if needed is None or all(needed):
+        return grads
+    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
 def _or_empty(*grads_and_likes: tuple[Tensor | None, Tensor]) -> tuple[Tensor, ...]:
@@ -250,18 +274,20 @@ def _elogitnorm(
 ):
     backend = _backend(logits, head_weight)
     _check_indices(backend, target, logits.shape[1], ignore_index)
-    loss, *statistics = backend.elogitnorm_forward(
+    loss, distance, *statistics = backend.elogitnorm_forward(
         logits, head_weight, target, class_weight, ignore_index, label_smoothing, eps, average_offset, with_slope
     )
-    return *_reduce(loss, target, class_weight, ignore_index, reduction), *statistics
+    loss, normalizer = _reduce(loss, target, class_weight, ignore_index, reduction)
+    return loss, distance, normalizer, *statistics
 
 
 def _elogitnorm_fake(logits, head_weight, target, class_weight, ignore_index, reduction, *rest):
     dtype = eager.compute_dtype(logits, head_weight)
     return (
         _fake_reduced(logits, dtype, reduction),
+        *_vectors(logits, dtype),
         logits.new_empty((), dtype=dtype),
-        *_vectors(logits, dtype, torch.int64, dtype, dtype, dtype),
+        *_vectors(logits, torch.int64, dtype, dtype, dtype),
         *_fake_table(logits, dtype),
     )
 
@@ -312,14 +338,12 @@ _elogitnorm_backward_operator = _operator(
 
 class _ELogitNorm(_Function):
     run = staticmethod(_elogitnorm)
+    n_visible = 2
 
     @staticmethod
     def save(ctx, inputs, output):
         logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
-        _, normalizer, _, *statistics = output
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, head_weight, target, class_weight, normalizer, *statistics)
+        ctx.save_for_backward(logits, head_weight, target, class_weight, *output[2:])
         ctx.keywords = ignore_index, reduction, label_smoothing
 
     @staticmethod
@@ -360,7 +384,7 @@ def elogitnorm(
 ) -> tuple[Tensor, Tensor]:
     """(reduced loss, D). Arguments are checked by the caller; n >= 1."""
     with_slope = _needs_grad(logits, head_weight)
-    loss, _, distance, *_ = _call(
+    loss, distance, *_ = _call(
         _ELogitNorm,
         _elogitnorm_operator,
         *(
@@ -425,8 +449,6 @@ class _LogitNorm(_Function):
     @staticmethod
     def save(ctx, inputs, output):
         logits, target, class_weight, ignore_index, reduction, label_smoothing, *_ = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, class_weight, *output[1:])
         ctx.keywords = ignore_index, reduction, label_smoothing
 
@@ -504,8 +526,6 @@ class _BoundaryDistance(_Function):
     @staticmethod
     def save(ctx, inputs, output):
         logits, head_weight, _ = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, head_weight, *output[1:])
 
     @staticmethod
@@ -589,8 +609,6 @@ class _NCIScore(_Function):
     @staticmethod
     def save(ctx, inputs, output):
         features, head_weight, _, mean, _, alpha = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(features, head_weight, mean, *output[1:])
         ctx.alpha = alpha
 
