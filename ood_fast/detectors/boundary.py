@@ -16,7 +16,7 @@ class FDBD(CentredDetector):
         Σ_j |f_p − f_j| / ‖w_p − w_j‖ / ‖z − μ‖₂  =  (c − 1) · D / ‖z − μ‖₂
 
     The sum over j, as OpenOOD has it; D is `boundary_distance`, the mean over the boundaries that exist (coincident
-    rows of W and logits of −inf have none). ‖z − μ‖ is at least the machine epsilon, so that z = μ scores high and finite.
+    rows of W and logits of −inf have none). ‖z − μ‖ counts as the machine epsilon at least: z = μ scores high, not inf.
 
     Liu and Qin, "Fast Decision Boundary based Out-of-Distribution Detector", ICML 2024, arXiv:2312.11536.
     """

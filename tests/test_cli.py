@@ -1,0 +1,244 @@
+"""The command line: what it prints, its exit codes, and that an error writes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ood_fast
+from ood_fast import cli, recipes, report
+from ood_fast.train import DivergedError
+
+SHORT = ["--losses", "ce,elogitnorm", "--detectors", "msp,knn", "--seeds", "2", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """The command in a process of its own, which finds this package wherever it runs."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-m", "ood_fast", *arguments], capture_output=True, text=True, env=environment, **options
+    )
+
+
+# ---- compare
+
+
+def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
+    assert cli.main(["compare", *SHORT]) == 0
+    output = capsys.readouterr()
+    for part in ("AUROC (%)", "FPR95 (%)", "OpenOOD", "paired difference to ce", "ECE f/D", "near-OOD: other digits"):
+        assert part in output.out
+    assert "runs/compare-digits" in output.out
+    assert "\x1b[" not in output.out + output.err, "colours belong on a terminal"
+    assert [line.split(":")[0] for line in output.err.splitlines()] == [
+        "[1/4] seed 0 ce",
+        "[2/4] seed 0 elogitnorm",
+        "[3/4] seed 1 ce",
+        "[4/4] seed 1 elogitnorm",
+    ]
+    folder = tmp_path / "runs" / "compare-digits"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["command"] == "ood-fast compare --losses ce,elogitnorm --detectors msp,knn --seeds 2 --epochs 1"
+    assert results["versions"]["ood_fast"] == ood_fast.__version__
+    assert results["settings"]["losses"] == ["ce", "elogitnorm"]
+    assert list(results["settings"]["detectors"]) == ["MSP", "KNN"]
+    assert results["settings"]["seeds"] == [0, 1]
+
+
+def test_compare_again_gives_the_same_numbers_also_in_another_process(tmp_path):
+    arguments = ["compare", *SHORT, "--quiet", "--out"]
+    assert cli.main([*arguments, "first"]) == 0
+    again = run(*arguments, "second")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == ""
+    assert again.stdout.count("\n") == 1
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second"))
+    assert first["results"] == second["results"]
+    assert first["summary"] == second["summary"]
+
+
+def test_a_run_may_replace_an_earlier_one_in_the_same_folder(tmp_path):
+    short = ["compare", "--losses", "ce", "--detectors", "msp", "--epochs", "1", "--quiet", "--out", "results"]
+    assert cli.main([*short, "--seeds", "1"]) == 0
+    assert cli.main([*short, "--seeds", "0,7"]) == 0
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["seeds"] == [0, 7]
+
+
+BAD = {
+    "unknown loss": (["--losses", "ce,elogitnrm"], ["'elogitnrm'", "known: ce,", "did you mean 'elogitnorm'?"]),
+    "unknown detector": (["--detectors", "knnn"], ["'knnn'", "MSP", "did you mean 'KNN'?"]),
+    "unknown data": (["--data", "digit"], ["'digit'", "did you mean 'digits'?"]),
+    "no losses": (["--losses", ","], ["losses: got none"]),
+    "a loss twice": (["--losses", "ce,ce"], ["losses: got ce, ce"]),
+    "no seeds": (["--seeds", "0"], ["--seeds: got '0', expected at least 1"]),
+    "negative seeds": (["--seeds=-3"], ["--seeds: got '-3'"]),
+    "a negative seed": (["--seeds=0,-3"], ["seeds: got -3"]),
+    "an empty list of seeds": (["--seeds", ","], ["seeds: got none"]),
+    "seeds in words": (["--seeds", "five"], ["--seeds: got 'five'"]),
+    "no epochs": (["--epochs", "0"], ["epochs: got 0"]),
+    "epochs in words": (["--epochs", "many"], ["--epochs", "many"]),
+    "unknown device": (["--device", "abacus"], ["--device: cannot use 'abacus'"]),
+    "no such GPU": (["--device", "cuda:99"], ["--device: cannot use 'cuda:99'"]),
+    "unknown option": (["--loss", "ce", "--nonsense"], ["--nonsense"]),
+    "out is a file": (["--out", "taken"], ["--out", "is a file"]),
+    "out below a file": (["--out", "taken/deeper"], ["--out", "is a file"]),
+    "out is someone else's": (["--out", "full"], ["--out", "not empty"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "messages"), BAD.values(), ids=BAD)
+def test_bad_input_is_told_and_nothing_is_written(arguments, messages, tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("all of it")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("ood_fast.compare.compare", lambda *_: pytest.fail("training began"))
+    assert cli.main(["compare", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "error: " in output.err
+    assert "Traceback" not in output.err
+    for message in messages:
+        assert message in output.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    result = run("compare", "--losses", "elogitnrm")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "ood-fast: error: unknown loss 'elogitnrm'; known: ce, elogitnorm, l2norm, logitnorm; "
+        "did you mean 'elogitnorm'?\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert cli.main(["compare"]) == 2
+    assert "matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_fails_with_code_1(tmp_path, capsys, monkeypatch):
+    def diverge(*_):
+        raise DivergedError("the training loss became nan in epoch 1")
+
+    monkeypatch.setattr("ood_fast.compare.train", diverge)
+    assert cli.main(["compare", *SHORT]) == 1
+    assert "failed: the training loss became nan in epoch 1; nothing written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_fails_with_code_1(tmp_path, capsys, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "_page", no_space)
+    assert cli.main(["compare", *SHORT, "--quiet"]) == 1
+    assert "cannot write the results to runs/compare-digits: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a signal")
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
+    command = [sys.executable, "-m", "ood_fast", "compare", "--epochs", "2", "--seeds", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr.readline().startswith("[1/2000] seed 0 ce")  # training has begun
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert errors.splitlines()[-1] == "ood-fast: interrupted"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bar_counts_every_epoch(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    from ood_fast.compare import Settings, compare
+
+    settings = Settings(losses=("ce",), detectors=("MSP",), seeds=(0, 1), recipe=recipes.Recipe(epochs=3))
+    progress = cli._Progress(settings, quiet=False)
+    with progress:
+        compare(settings, progress.on_start, progress.on_epoch, progress.on_run)
+    (task,) = progress.bar.tasks
+    assert (task.completed, task.total) == (6, 6)
+    assert task.description.split() == ["run", "2/2", "seed", "1", "ce"]
+
+
+# ---- the rest
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ood_fast {ood_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])
+def test_help(arguments, capsys):
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "usage: ood-fast" in text
+    if "compare" in arguments:
+        for loss in recipes.LOSSES:
+            assert loss in text
+
+
+def test_no_command_is_an_error(capsys):
+    assert cli.main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_info_names_versions_devices_losses_and_detectors(capsys):
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["ood_fast"] == ood_fast.__version__
+    assert lines["devices"].startswith("cpu")
+    assert lines["backend"].startswith("cpu: ")
+    assert lines["losses"] == ", ".join(recipes.LOSSES)
+    assert set(recipes.DETECTORS) <= set(lines["detectors"].split(", "))
+
+
+def test_info_works_without_the_optional_packages():
+    # A finder in front of all others that denies what only `compare` and GPUs need.
+    code = """
+import importlib.abc, importlib.metadata, sys
+class Deny(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"sklearn", "scipy", "matplotlib", "rich", "triton"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Deny())
+from ood_fast.cli import main
+sys.exit(main(["info"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "elogitnorm" in result.stdout
+
+
+def test_the_command_line_imports_what_compare_needs_only_when_it_is_needed():
+    code = """
+import sys, ood_fast.cli, ood_fast.detectors, ood_fast.metrics, ood_fast.data
+assert ood_fast.cli.main(["--version"]) == 0
+print([name for name in ("sklearn", "scipy", "matplotlib", "rich", "triton", "torchvision") if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
