@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a run failed; 2 the request cannot be met as it was asked 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import shlex
@@ -27,6 +28,9 @@ PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "rich")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without ± or ‖ shows a question mark, not a UnicodeEncodeError
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         options = _parser().parse_args(arguments)
     except SystemExit as exit_:  # argparse has printed its message (2), or the help or version (0)
@@ -205,7 +209,7 @@ class _Progress:
     def __enter__(self) -> _Progress:
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.n_runs * self.settings.recipe.epochs)
+            self.task = self.bar.add_task("loading", total=self.n_runs * self.settings.recipe.epochs)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -39,7 +39,8 @@ def auroc(id_scores: Any, ood_scores: Any) -> float:
 def fpr_at_tpr(id_scores: Any, ood_scores: Any, tpr: float = 0.95, positive: str = "ood") -> float:
     """False-positive rate at the first ROC point whose true-positive rate is at least `tpr`; no interpolation.
 
-    `positive="ood"` is OpenOOD's FPR@95; see the module docstring.
+    `positive="ood"` is OpenOOD's FPR@95; see the module docstring. Every distinct score is a point here; scikit-learn's
+    default, which OpenOOD calls, leaves out points on straight pieces, which can only matter among tied scores.
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr: got {tpr}, expected a number in (0, 1]")

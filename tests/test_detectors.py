@@ -197,6 +197,21 @@ def test_a_fit_that_failed_leaves_nothing_behind(name, head, train_features, fea
     torch.testing.assert_close(detector.score_features(features, head(features)), expected)
 
 
+def test_the_model_is_set_back_before_a_failure_of_the_detector_is_seen():
+    class Broken(detectors.KNN):
+        def _update(self, features, logits, targets):
+            raise ZeroDivisionError
+
+    net = Net()
+    try:
+        Broken().fit(net, [torch.randn(8, 6)])
+    except ZeroDivisionError:
+        assert net.training
+        assert not net.fc._forward_pre_hooks
+    else:
+        pytest.fail("the error was swallowed")
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_fitting_copies_what_it_keeps(name, head, train_features, features):
     logits = head(features)

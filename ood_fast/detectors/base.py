@@ -17,7 +17,8 @@ it does nothing. Statistics are summed in float64 as the data passes; only detec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -62,8 +63,9 @@ class Detector(nn.Module):
             return self
         head = find_head(model)
         self._fitting = False
-        for features, logits, targets in run_model(model, loader, head):
-            self.partial_fit(features, logits, targets)
+        with closing(run_model(model, loader, head)) as batches:  # also when partial_fit raises, the model is set back
+            for features, logits, targets in batches:
+                self.partial_fit(features, logits, targets)
         return self.finalize(head)
 
     def fit_features(
@@ -218,7 +220,7 @@ class RunningMean:
 
 
 @torch.no_grad()
-def run_model(model: nn.Module, loader: Iterable, head: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+def run_model(model: nn.Module, loader: Iterable, head: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """For each batch of `loader` (x, or (x, y, ...)): what enters `head` (n, m), the logits (n, c), and y or None.
 
     One forward pass a batch, in eval mode, without gradients; the mode of the model is restored, also when it raises.
