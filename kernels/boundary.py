@@ -29,7 +29,7 @@ from .launch import (
     target_of,
     tile_config,
 )
-from .rows import boundary_terms, first_maximum, is_finite, live_gap, mean_distance, scan_maximum
+from .rows import boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
 
 # The Gram form of s has an error of about 1e-6 (|w_p|^2 + |w_j|^2): rounding of m fp32 products and, on tensor
 # cores, the 22 bits of tf32x3. At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that
@@ -339,6 +339,7 @@ def boundary_distance_forward_kernel(
         table_row = predicted.to(tl.int64)
         tl.store(predicted_pointer + row, table_row)
         tl.store(table_row_pointer + row, table_row)
+    row_maximum = finite_or_nan(row_maximum)
     table_row_pointer = table_pointer + table_row * n_classes
     if LOOPED:
         distance_sums = tl.zeros([BLOCK], tl.float32)
@@ -355,7 +356,7 @@ def boundary_distance_forward_kernel(
         inverse_distance, boundary_counts = boundary_terms(table_row_pointer, columns, n_classes, live)
         distance_sums = gap * inverse_distance
     distance, share = mean_distance(
-        tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, is_finite(row_maximum)
+        tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, row_maximum == row_maximum
     )
     tl.store(distance_pointer + row, distance)
     tl.store(slope_pointer + row, share)
@@ -453,7 +454,7 @@ def _sum_samples(
         if GAPS:
             predicted = tl.load(predicted_pointer + sample, mask=inside, other=0)
             row_maximum = tl.load(values_pointer + sample * values_stride + predicted, mask=inside, other=0.0)
-            term = -live_gap(values, row_maximum.to(tl.float32)[:, None])[1]
+            term = -live_gap(values, finite_or_nan(row_maximum.to(tl.float32))[:, None])[1]
         else:
             term = values - center[None, :]
         total += tl.sum(tl.where(scale[:, None] == 0, 0.0, scale[:, None] * term), axis=0)

@@ -59,8 +59,10 @@ def live_gap(logit, row_maximum):
 
 
 @triton.jit
-def is_finite(value):
-    return tl.abs(value) < float("inf")  # False for NaN too
+def finite_or_nan(row_maximum):
+    """The largest logit of a valid row; NaN for a row that holds NaN (its maximum) or +inf, or has no live class.
+    Gaps and all that is made of them are then NaN as well."""
+    return tl.where(tl.abs(row_maximum) < float("inf"), row_maximum, float("nan"))
 
 
 @triton.jit

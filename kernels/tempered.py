@@ -22,8 +22,8 @@ from . import boundary
 from .launch import alignment, launch, row_config, target_of
 from .rows import (
     boundary_terms,
+    finite_or_nan,
     first_maximum,
-    is_finite,
     label_mass,
     live_gap,
     mean_distance,
@@ -54,6 +54,7 @@ def _loss_and_slope(
 ):
     """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and the mass q on masked
     classes."""
+    partition = tl.where(valid, partition, 1.0)  # at least exp(0) in a valid row
     log_partition = tl.log(partition)
     loss = target_gap / temperature + target_mass * log_partition
     # dL/dT, divided by T twice: T^2 would underflow for a small tau.
@@ -122,7 +123,8 @@ def tempered_forward_kernel(
         tl.store(predicted_pointer + row, table_row)
         if BOUNDARY:
             tl.store(table_row_pointer + row, table_row)
-    valid = is_finite(row_maximum)  # no NaN (it would be the maximum), no +inf, at least one live class
+    row_maximum = finite_or_nan(row_maximum)
+    valid = row_maximum == row_maximum
 
     # The temperature: sums over the live classes.
     if LOOPED:
@@ -286,11 +288,11 @@ def tempered_backward_kernel(
 
     sample_grad = tl.load(sample_grad_pointer + row).to(tl.float32)
     predicted = tl.load(predicted_pointer + row)
-    row_maximum = tl.load(logits_row + predicted).to(tl.float32)
+    row_maximum = finite_or_nan(tl.load(logits_row + predicted).to(tl.float32))
     inverse_temperature = 1.0 / tl.load(temperature_pointer + row)
     log_partition = tl.load(log_partition_pointer + row)
     slope = tl.load(slope_pointer + row)
-    valid = is_finite(row_maximum)
+    valid = row_maximum == row_maximum
     if PROBABILITIES:
         label = 0
         ignored = False
