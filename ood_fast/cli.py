@@ -102,7 +102,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     _require("scikit-learn", "sklearn")
     _require("matplotlib", "matplotlib")
     _require("rich", "rich")
-    from . import report
+    from . import report, tables
     from .compare import Settings, compare
     from .train import DivergedError
 
@@ -133,7 +133,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     except OSError as error:
         raise RunError(f"cannot write the results to {folder}: {error.strerror}") from error
     if not options.quiet:
-        report.print_tables(comparison)
+        tables.print_tables(comparison)
     print(f"{time.perf_counter() - start:.0f} s; results in {folder}/, to be read in {folder / 'report.html'}")
 
 

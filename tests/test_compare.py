@@ -16,7 +16,20 @@ import pytest
 import torch
 from torch import nn
 
-from ood_fast import L2NormLinear, checks, compare, data, detectors, diagnostics, evaluate, metrics, recipes, report
+from ood_fast import (
+    L2NormLinear,
+    checks,
+    compare,
+    data,
+    detectors,
+    diagnostics,
+    evaluate,
+    metrics,
+    plots,
+    recipes,
+    report,
+    tables,
+)
 from ood_fast.compare import Comparison, Row, Settings
 from ood_fast.train import DivergedError, criterion_for, model_for, train
 
@@ -317,7 +330,7 @@ def test_settings_that_make_no_sense(settings, message):
 # ---- tables
 
 
-def cells(table: report.Table) -> dict[tuple[str, str, str], report.Cell]:
+def cells(table: tables.Table) -> dict[tuple[str, str, str], tables.Cell]:
     return {
         (section.heading, name, column): cell
         for section in table.sections
@@ -328,7 +341,7 @@ def cells(table: report.Table) -> dict[tuple[str, str, str], report.Cell]:
 
 def test_tables_hold_the_summaries(comparison):
     summaries = {(s.loss, s.detector, s.ood_set, s.metric): s for s in comparison.summaries()}
-    auroc, fpr95, auroc_difference, fpr95_difference, calibration = report.tables(comparison)
+    auroc, fpr95, auroc_difference, fpr95_difference, calibration = tables.build(comparison)
     summary = summaries["elogitnorm", "FDBD", "near", "auroc"]
     where = ("near-OOD: other digits", "fDBD", "elogitnorm")
     assert cells(auroc)[where].text == f"{100 * summary.mean:.1f} ± {100 * summary.std:.1f}"
@@ -346,9 +359,9 @@ def test_tables_hold_the_summaries(comparison):
 
 def test_the_best_is_bold_in_its_direction():
     row = [compare.Summary("", "", "", "", mean, 0.01, 5) for mean in (0.91, 0.95, 0.9501, 0.2)]
-    assert [cell.bold for cell in report._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
-    assert [cell.bold for cell in report._values(row, best=min)] == [False, False, False, True]
-    assert [cell.bold for cell in report._values(row[:1], best=max)] == [False]
+    assert [cell.bold for cell in tables._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
+    assert [cell.bold for cell in tables._values(row, best=min)] == [False, False, False, True]
+    assert [cell.bold for cell in tables._values(row[:1], best=max)] == [False]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +375,7 @@ def test_the_best_is_bold_in_its_direction():
 )
 def test_a_difference_is_bold_where_the_interval_excludes_zero(low, high, better, bold, worse):
     summary = compare.Summary("", "", "", "", 0.5, 0.1, 5, (low + high) / 2, low, high)
-    cell = report._difference(summary, better)
+    cell = tables._difference(summary, better)
     assert (cell.bold, cell.worse) == (bold, worse)
 
 
@@ -370,7 +383,7 @@ def test_without_the_baseline_there_are_no_differences():
     comparison = compare.compare(
         Settings(losses=("elogitnorm",), detectors=("MSP",), seeds=(0,), recipe=recipes.Recipe(epochs=1))
     )
-    assert [table.title for table in report.tables(comparison)] == [
+    assert [table.title for table in tables.build(comparison)] == [
         "AUROC (%)",
         "FPR95 (%), lower is better",
         "Accuracy and expected calibration error (%)",
@@ -408,9 +421,9 @@ def test_csv_holds_every_number(folder, comparison):
 
 def test_markdown_holds_the_tables(folder, comparison):
     text = (folder / "results.md").read_text(encoding="utf-8")
-    for table in report.tables(comparison):
+    for table in tables.build(comparison):
         assert f"**{table.title}**" in text
-    for (_, name, _), cell in cells(report.tables(comparison)[0]).items():
+    for (_, name, _), cell in cells(tables.build(comparison)[0]).items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |") and cell.text in line)
         assert (f"**{cell.text}**" in row) or not cell.bold
 
@@ -445,10 +458,10 @@ def test_page_is_self_contained_and_shows_everything(folder, comparison):
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not re.search(r"url\(|@import", source)
     images = [base64.b64decode(reference.split(",")[1]) for reference in page.references]
-    for name in report.PLOT_TITLES:
+    for name in plots.TITLES:
         assert (folder / name).read_bytes() in images
-    assert len(images) == 2 * len(report.PLOT_TITLES)  # on light and on dark paper
-    for table in report.tables(comparison):
+    assert len(images) == 2 * len(plots.TITLES)  # on light and on dark paper
+    for table in tables.build(comparison):
         for cell in cells(table).values():
             assert cell.text in page.text
     assert "ood-fast compare <test>" in page.text  # escaped in the source

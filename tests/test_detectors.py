@@ -379,12 +379,12 @@ def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):
 
     @detectors.register
     class SecondLogit(Detector):
-        label = "Second logit"
         needs_logits = True
 
         def _score(self, features, logits):
             return -logits.topk(2, dim=1).values[:, 1]
 
     assert "SecondLogit" in detectors.known()
+    assert SecondLogit.label == "SecondLogit"
     scores = detectors.create("secondlogit").score_features(None, torch.tensor([[1.0, 5.0, 3.0]]))
     assert scores.tolist() == [-3.0]

@@ -36,11 +36,16 @@ D = TypeVar("D", bound="type[Detector]")
 class Detector(nn.Module):
     """Base class of all detectors; see the module docstring for what a subclass supplies."""
 
-    label: ClassVar[str]  # how tables and plots call it
+    label: ClassVar[str] = ""  # how tables, plots and messages call it; the class name unless given
     needs_features: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False  # keeps a copy of the head as the buffers head_weight (c, m) and head_bias (c,)
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills; the last dimension of the first is m
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "label" not in vars(cls):
+            cls.label = cls.__name__
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,6 @@ class NCI(CentredDetector):
         alpha: weight of the norm; chosen from `ALPHAS` on validation data.
     """
 
-    label = "NCI"
     ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)  # the papers' grid
 
     def __init__(self, alpha: float = 1e-3) -> None:

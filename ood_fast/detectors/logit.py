@@ -17,7 +17,6 @@ class MSP(Detector):
     ICLR 2017, arXiv:1610.02136.
     """
 
-    label = "MSP"
     needs_logits = True
 
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
@@ -33,7 +32,6 @@ class MaxLogit(Detector):
     Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022, arXiv:1911.11132.
     """
 
-    label = "MaxLogit"
     needs_logits = True
 
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
@@ -50,7 +48,6 @@ class Energy(Detector):
         temperature: T > 0.
     """
 
-    label = "Energy"
     needs_logits = True
 
     def __init__(self, temperature: float = 1.0) -> None:

@@ -26,7 +26,6 @@ class KNN(Detector):
         k: which neighbour; 1 <= k <= number of training features.
     """
 
-    label = "KNN"
     needs_features = True
     state = ("bank",)
 
