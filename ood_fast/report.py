@@ -84,10 +84,10 @@ def check_folder(path: str | Path) -> Path:
     and virtual file systems.
     """
     folder = checks.writable_folder("--out", path)
-    foreign = [entry.name for entry in folder.iterdir() if entry.name not in FILES] if folder.is_dir() else []
-    if foreign and not _holds_comparison(folder):
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if found and not _holds_comparison(folder):
         raise checks.UserError(
-            f"--out: {folder} is not empty and holds no earlier comparison (found {foreign[0]}); choose another folder"
+            f"--out: {folder} is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
         )
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
@@ -154,18 +154,18 @@ STYLE = """
     --best: #4fd1a1; --worse: #ff8a80; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 80rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 90rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .92rem; }
-th, td { padding: .22rem .7rem; text-align: right; } th { font-weight: 500; text-align: left; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .86rem; }
+th, td { padding: .22rem .55rem; text-align: right; } th { font-weight: 500; text-align: left; }
 thead th { text-align: right; border-bottom: 2px solid var(--line); color: var(--soft); }
 tbody tr + tr:not(.section) > * { border-top: 1px solid var(--line); }
 th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
 .best, .worse { font-weight: 700; color: var(--best); } .worse { color: var(--worse); }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 37rem), 1fr)); gap: 0 2.5rem; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); gap: 0 2.5rem; }
 section { min-width: 0; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }

@@ -523,10 +523,17 @@ def test_check_folder_refuses_what_is_not_its_own(tmp_path):
         report.check_folder(tmp_path)
     with pytest.raises(checks.UserError, match=r"thesis\.tex is a file"):
         report.check_folder(tmp_path / "thesis.tex" / "results")
-    # Someone else's results.json does not make the folder ours.
-    (tmp_path / "results.json").write_text('{"format": "something else"}')
-    with pytest.raises(checks.UserError, match="holds no earlier comparison"):
-        report.check_folder(tmp_path)
+    # Someone else's file by one of our names does not make a folder ours.
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, text in (
+        ("results.csv", "a,b"),
+        ("results.json", '{"format": "something else"}'),
+        ("results.json", "[1]"),
+    ):
+        (theirs / name).write_text(text)
+        with pytest.raises(checks.UserError, match="holds no earlier comparison"):
+            report.check_folder(theirs)
 
 
 def test_check_folder_finds_a_file_system_that_cannot_be_written():
