@@ -15,8 +15,8 @@ from .cases import CASES, Case, Inputs
 
 # Some thirty rows within a minute, set-up included. The plugin's own calibration fixes the number of rounds by the
 # fastest call: on a busy machine one row then took 38 s. A cap on the rounds bounds it.
-SECONDS_A_ROW = 0.5
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SECONDS_A_ROW = 0.3
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
 @pytest.fixture(scope="session")
