@@ -29,7 +29,7 @@ from .launch import (
     target_of,
     tile_config,
 )
-from .rows import boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
+from .rows import add_product, boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
 
 # The Gram form of s has an error of about 1e-6 (|w_p|^2 + |w_j|^2): rounding of m fp32 products and, on tensor
 # cores, the 22 bits of tf32x3. At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that
@@ -137,7 +137,7 @@ def distance_gram_kernel(
             )
             row_norms += tl.sum(a * a, axis=1)
             class_norms += tl.sum(b * b, axis=0)
-            products = tl.dot(a, b, products, input_precision=PRECISION)
+            products = add_product(products, a, b, PRECISION)
         norms = row_norms[:, None] + class_norms[None, :]
         squared_distance = norms - 2.0 * products
         is_close = squared_distance <= CLOSE_PAIR * norms
@@ -680,7 +680,7 @@ def weight_gradient_table_kernel(
         weight = load_centred(
             weight_pointer, weight_stride, mean_pointer, others, other_mask, features, n_features, False
         )
-        products = tl.dot(pairs, weight, products, input_precision=PRECISION)
+        products = add_product(products, pairs, weight, PRECISION)
     weight = load_centred(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False)
     tl.store(
         grad_weight_pointer + (class_offset * n_features)[:, None] + features[None, :],
@@ -729,7 +729,7 @@ def weight_gradient_own_kernel(
             weight = load_centred(
                 weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False
             )
-            products = tl.dot(summed, weight, products, input_precision=PRECISION)
+            products = add_product(products, summed, weight, PRECISION)
         weight = load_centred(
             weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, False
         )
@@ -782,7 +782,7 @@ def weight_gradient_all_kernel(
         weight = load_centred(
             weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, False
         )
-        products = tl.dot(summed, weight, products, input_precision=PRECISION)
+        products = add_product(products, summed, weight, PRECISION)
     weight = load_centred(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False)
     gradient = column_sums[:, None] * weight - products
     row = tl.load(class_row_pointer + classes, mask=class_mask, other=-1)

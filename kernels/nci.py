@@ -25,7 +25,7 @@ from .launch import (
     target_of,
     tile_config,
 )
-from .rows import first_maximum, keep_better, scan_maximum
+from .rows import add_product, first_maximum, keep_better, scan_maximum
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def features_argmax_kernel(
             if UPCAST:
                 z = z.to(tl.float32)
                 weight = weight.to(tl.float32)
-            logit = tl.dot(z, weight, logit, input_precision=PRECISION)
+            logit = add_product(logit, z, weight, PRECISION)
         if BIASED:
             logit += tl.load(bias_pointer + classes, mask=class_mask, other=0.0).to(tl.float32)[None, :]
         logit = tl.where(class_mask[None, :], logit, float("-inf"))
