@@ -31,10 +31,9 @@ from .launch import (
 )
 from .rows import add_product, boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
 
-# The Gram form of s has an error of about 1e-6 (|w_p|^2 + |w_j|^2): rounding of m fp32 products and, on tensor
-# cores, the 22 bits of tf32x3. At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that
-# D is held to. Pairs closer than that are recomputed; heads that have learnt have few, because rows of unrelated
-# classes have s near |w_p|^2 + |w_j|^2.
+# The Gram form of s has an error of up to 1e-6 (|w_p|^2 + |w_j|^2), from rounding m products (README.md, section 2).
+# At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that D is held to. Closer pairs are
+# recomputed; heads that have learnt have few, because rows of unrelated classes have s near |w_p|^2 + |w_j|^2.
 CLOSE_PAIR = tl.constexpr(1 / 64)
 
 

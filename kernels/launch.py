@@ -78,8 +78,8 @@ class RowConfig:
     num_warps: int
 
 
-# The forward keeps about 6 and the backward about 8 values a column in registers. At 8192 columns and 16 warps that
-# is 16 columns a thread and no spills on any target, at 16384 some targets spill, so longer rows are looped.
+# At 8192 columns and 16 warps a thread has 16 columns and no target spills (at most 102 registers); at 16384 both
+# directions spill on sm_80, sm_90 and sm_100, whose threads have 128 registers then. So longer rows are looped.
 ROW_IN_REGISTERS = 8192
 # Columns of a turn of the looped form: 8 columns a thread with 8 warps, since a lane keeps up to five running sums
 # for each of its columns; half the warps, so that several programs fit a multiprocessor and one computes while
