@@ -30,6 +30,8 @@ from . import checks
 ROW_CHUNK_ELEMENTS = 1 << 18
 # Elements of a tile of the distance table: bounds the two temporaries of the Gram form at 8 MiB in float32 each.
 TABLE_TILE_ELEMENTS = 1 << 21
+# Elements of a tile of centred rows of W where only some rows of the table are wanted: W itself is never copied whole.
+WEIGHT_TILE_ELEMENTS = 1 << 20
 # Elements gathered at a time for direct differences.
 DIFFERENCE_ELEMENTS = 1 << 18
 # The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
@@ -291,19 +293,16 @@ def _mask_gaps(logits: Tensor, gap: Tensor, top: Tensor) -> tuple[Tensor, Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _centered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _centered(weight: Tensor, mean_row: Tensor) -> Tensor:
     """W less its mean row: differences stay as they are, and products of the rest lose no digits to a common offset."""
-    centered = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    return torch.sub(weight, weight.mean(0, dtype=dtype), out=centered)
+    centered = torch.empty(weight.shape, dtype=mean_row.dtype, device=weight.device)
+    return torch.sub(weight, mean_row, out=centered)
 
 
-def _tiles(n_rows: int, n_classes: int) -> Iterator[slice | None]:
-    step = max(1, TABLE_TILE_ELEMENTS // n_classes)
-    if step >= n_rows:
-        yield None
-        return
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
+def _slices(length: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _inverse_distances(head_weight: Tensor, classes: Tensor, out: Tensor) -> bool:
@@ -311,39 +310,53 @@ def _inverse_distances(head_weight: Tensor, classes: Tensor, out: Tensor) -> boo
 
     Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries.
     """
+    n_rows, n_classes = out.shape
+    mean_row = head_weight.mean(0, dtype=out.dtype)
+    square = n_rows == n_classes
+    left = _centered(head_weight if square else head_weight[classes], mean_row)
+    left_norms = torch.linalg.vector_norm(left, dim=1).square_()
     distinct = True
-    centered = _centered(head_weight, out.dtype)
-    norms = torch.linalg.vector_norm(centered, dim=1).square_()
-    for rows in _tiles(*out.shape):
-        tile = _take(out, rows)
-        own = _take(classes, rows)
-        if out.shape[0] == out.shape[1]:
-            left, left_norms = _take(centered, rows), _take(norms, rows)
-        else:
-            left, left_norms = centered[own], norms[own]
-        bound = left_norms.unsqueeze(1) + norms
-        torch.addmm(bound, left, centered.t(), alpha=-2, out=tile)
-        tile.scatter_(1, own.unsqueeze(1), math.inf)
-        close = tile <= bound.mul_(CLOSE_PAIR)
-        if close.any():
-            # Rows that centring made zero coincide with each other: their s is exactly 0 already.
-            row, other = (close & (bound > 0)).nonzero(as_tuple=True)
-            tile[close] = 0.0
-            _differences_into(tile, head_weight, row, other, own)
-            coincident = tile == 0
-            distinct = distinct and not coincident.any()
-            tile.rsqrt_().masked_fill_(coincident, 0.0)
-        else:
-            tile.rsqrt_()
+    for columns in _slices(n_classes, n_classes if square else WEIGHT_TILE_ELEMENTS // max(1, left.shape[1])):
+        right = left if square else _centered(head_weight[columns], mean_row)
+        norms = left_norms if square else torch.linalg.vector_norm(right, dim=1).square_()
+        for rows in _slices(n_rows, TABLE_TILE_ELEMENTS // (columns.stop - columns.start)):
+            tile = out[rows, columns]
+            torch.addmm(left_norms[rows].unsqueeze(1) + norms, left[rows], right.t(), alpha=-2, out=tile)
+            own = classes[rows] - columns.start
+            if square:
+                tile.scatter_(1, own.unsqueeze(1), math.inf)
+            else:
+                here = ((own >= 0) & (own < tile.shape[1])).nonzero().squeeze(1)
+                tile[here, own[here]] = math.inf
+            distinct &= _finish_tile(tile, left_norms[rows], norms, head_weight, classes[rows], columns)
     return distinct
 
 
-def _differences_into(tile: Tensor, head_weight: Tensor, row: Tensor, other: Tensor, own: Tensor) -> None:
-    """tile[row, other] = ||w_own[row] - w_other||^2 by direct differences, a cache-sized batch of pairs at a time."""
-    step = max(1, DIFFERENCE_ELEMENTS // max(1, head_weight.shape[1]))
-    for start in range(0, row.shape[0], step):
-        r, j = row[start : start + step], other[start : start + step]
-        difference = head_weight[own[r]].to(tile.dtype) - head_weight[j].to(tile.dtype)
+def _finish_tile(
+    tile: Tensor, left_norms: Tensor, norms: Tensor, head_weight: Tensor, own: Tensor, columns: slice
+) -> bool:
+    """Turn squared distances into inverse distances in place, close pairs recomputed; whether no pair coincides."""
+    bound = left_norms.unsqueeze(1) + norms
+    close = tile <= bound * CLOSE_PAIR
+    if not close.any():
+        tile.rsqrt_()
+        return True
+    # Rows that centring made zero coincide with each other: their s is exactly 0 already.
+    row, other = (close & (bound > 0)).nonzero(as_tuple=True)
+    tile[close] = 0.0
+    _differences_into(tile, head_weight[columns], row, other, head_weight, own)
+    coincident = tile == 0
+    tile.rsqrt_().masked_fill_(coincident, 0.0)
+    return not coincident.any()
+
+
+def _differences_into(
+    tile: Tensor, right: Tensor, row: Tensor, other: Tensor, head_weight: Tensor, own: Tensor
+) -> None:
+    """tile[row, other] = ||w_own[row] - right_other||^2 by direct differences, a batch of pairs in cache at a time."""
+    for pairs in _slices(row.shape[0], DIFFERENCE_ELEMENTS // max(1, right.shape[1])):
+        r, j = row[pairs], other[pairs]
+        difference = head_weight[own[r]].to(tile.dtype) - right[j].to(tile.dtype)
         tile[r, j] = difference.square_().sum(1)
 
 
@@ -548,23 +561,27 @@ def _boundary_backward(
 def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_class: Tensor) -> Tensor:
     """dW from the summed gaps of each table row: S = R^3 * gap_sums, then the pull of every pair along its difference.
 
-    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows.
+    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. `gap_sums` is spent.
     """
     n_rows, n_classes = table.shape
-    centered = _centered(head_weight, table.dtype)
+    mean_row = head_weight.mean(0, dtype=table.dtype)
     if n_rows == n_classes:
         pull = gap_sums.mul_(table).mul_(table).mul_(table)
         pull = (pull + pull.t()).neg_()
         pull.diagonal().sub_(pull.sum(1))
-        return (pull @ centered).to(head_weight.dtype)
+        return (pull @ _centered(head_weight, mean_row)).to(head_weight.dtype)
     n_distinct = int((row_class >= 0).sum())
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
     pull = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
-    predicted_rows = centered[classes]
-    own = predicted_rows * pull.sum(1, keepdim=True)
-    own.addmm_(pull, centered, alpha=-1)
-    # The centred copy becomes the result: it is ours, and the last reader of its old values is the line above.
-    grad_weight = centered.mul_(pull.sum(0).unsqueeze(1)).addmm_(pull.t(), predicted_rows, alpha=-1)
+    left = _centered(head_weight[classes], mean_row)
+    own = left * pull.sum(1, keepdim=True)
+    grad_weight = torch.empty(head_weight.shape, dtype=table.dtype, device=table.device)
+    for columns in _slices(n_classes, WEIGHT_TILE_ELEMENTS // max(1, left.shape[1])):
+        # Centred in the place of the result, which overwrites it once both products have read it.
+        right = torch.sub(head_weight[columns], mean_row, out=grad_weight[columns])
+        part = pull[:, columns]
+        own.addmm_(part, right, alpha=-1)
+        right.mul_(part.sum(0).unsqueeze(1)).addmm_(part.t(), left, alpha=-1)
     return grad_weight.index_add_(0, classes, own).to(head_weight.dtype)
 
 
