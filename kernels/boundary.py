@@ -547,10 +547,10 @@ def segment_sum_kernel(
             begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
             predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
         )  # fmt: skip
-    if GAPS:
-        inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)
-        total = total * (inverse_distance * inverse_distance * inverse_distance)
-        total = tl.where(count > 0, total, 0.0)  # an unused table row may hold anything
+    if GAPS:  # noqa: SIM102 - decided when compiled; `and` would ask at run time for a table that may be None
+        if count > 0:  # an unused table row may hold anything
+            inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)
+            total = total * (inverse_distance * inverse_distance * inverse_distance)
     tl.store(summed_pointer + segment * n_columns + columns, total, mask=inside)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .boundary import gradient_buffer, segment_sum, unit_stride
 from .launch import (
+    PIECE,
     alignment,
     argmax_splits,
     cdiv,
@@ -251,10 +252,6 @@ def nci_mean_backward_kernel(
     tl.store(partial_pointer + piece.to(tl.int64) * n_features + columns, total, mask=column_mask)
 
 
-# Samples of a piece of the mean's gradient: 16 turns of 8, as many programs as a large batch needs to fill a GPU.
-MEAN_PIECE = 128
-
-
 def predict_from_features(features: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(largest logit, its class) of each sample in each split of the classes, both (n, splits); splits ascend in
     class order."""
@@ -401,7 +398,7 @@ def nci_backward(
         segment_sum(predicted, head_weight.shape[0], sample_grad, inverse_norm, z, grad_weight, center=center)
         grad_weight = grad_weight.to(head_weight.dtype)
     if need_mean:
-        pieces = cdiv(n_samples, MEAN_PIECE)
+        pieces = cdiv(n_samples, PIECE)
         partial = torch.empty(pieces, n_features, dtype=torch.float32, device=z.device)
         launch(
             nci_mean_backward_kernel,
@@ -418,7 +415,7 @@ def nci_backward(
             partial,
             n_samples,
             n_features,
-            MEAN_PIECE,
+            PIECE,
             SAMPLES=config.samples,
             BLOCK=config.columns,
             ALIGN=align,
