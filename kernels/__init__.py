@@ -49,6 +49,7 @@ _HOME = {
     "boundary_distance_backward": "boundary",
     "nci_forward": "nci",
     "nci_backward": "nci",
+    "linear_elogitnorm": "linear",
     "launches": "launch",
 }
 

@@ -139,7 +139,7 @@ def distance_gram_kernel(
             products = add_product(products, a, b, PRECISION)
         norms = row_norms[:, None] + class_norms[None, :]
         squared_distance = norms - 2.0 * products
-        is_close = squared_distance <= CLOSE_PAIR * norms
+        is_close = squared_distance <= norms * CLOSE_PAIR
         # 1 where it will not be used, so that no root of a negative rounding error is taken
         inverse_distance = tl.rsqrt(tl.where(is_close, 1.0, squared_distance))
         inverse_distance = tl.where(is_close, -1.0, inverse_distance)

@@ -18,6 +18,10 @@ from torch import Tensor
 # How often each kernel was launched, by the name of its function. Tests read it to prove that the kernels ran.
 launches: Counter[str] = Counter()
 
+# Logits of one chunk of the form without logits. 2^26 are 128 MiB in bf16, 640 MiB with their gradient and the
+# distances: little on a GPU, and the matrix products of a chunk still have hundreds of rows at 100,000 classes.
+LINEAR_LOGIT_ELEMENTS = 1 << 26
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 2, **constants: Any

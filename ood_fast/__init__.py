@@ -11,7 +11,7 @@
 
 import importlib
 
-from .functional import boundary_distance, elogitnorm, l2_normalize, logitnorm, nci_score
+from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
 from .heads import L2NormLinear
 from .losses import ELogitNormLoss, LogitNormLoss
 
@@ -24,6 +24,7 @@ __all__ = [
     "boundary_distance",
     "elogitnorm",
     "l2_normalize",
+    "linear_elogitnorm",
     "logitnorm",
     "nci_score",
 ]

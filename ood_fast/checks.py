@@ -18,6 +18,8 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class UserError(ValueError):
     """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
@@ -72,9 +74,12 @@ def same_device(argument: str, value: Tensor, other_argument: str, other: Tensor
         raise ValueError(f"{argument}: is on {value.device}, expected {other.device}, where {other_argument} is")
 
 
-def logits(value: object) -> None:
-    """Logits: floating point, (n, c) with c >= 1."""
-    float_tensor("logits", value, 2, "(n, c)")
+def logits(value: object, *, dense: bool = False) -> None:
+    """Logits: floating point, (n, c) with c >= 1; with `dense` also (n, c, d1, ...)."""
+    if dense:
+        float_tensor("logits", value, max(2, getattr(value, "ndim", 2)), "(n, c) or (n, c, d1, ...)")
+    else:
+        float_tensor("logits", value, 2, "(n, c)")
     if value.shape[1] == 0:
         raise ValueError(f"logits: got shape {tuple(value.shape)}, expected at least one class")
 
@@ -88,6 +93,12 @@ def head_weight(weight: object, logits_: Tensor) -> None:
             f"one row for each of the {logits_.shape[1]} classes of logits {tuple(logits_.shape)}"
         )
     same_device("W", weight, "logits", logits_)
+    if type(weight) not in _PLAIN and hasattr(weight, "full_tensor") and not hasattr(logits_, "full_tensor"):
+        raise TypeError(
+            f"W: got a DTensor with placements {weight.placements}, expected a plain tensor, which logits is; "
+            "ELogitNormLoss(model, 'fc') gathers a head that fully_shard has sharded, as model.fc.unshard() does before "
+            "a loss function (the gradient through W.full_tensor() would not be averaged over the processes)"
+        )
 
 
 def head_bias(bias: object | None, weight: Tensor) -> None:
@@ -102,9 +113,9 @@ def head_bias(bias: object | None, weight: Tensor) -> None:
     same_device("b", bias, "W", weight)
 
 
-def features(z: object, weight: Tensor, n_samples: int | None = None) -> None:
-    """z: floating point, (n, m) with m of W (and n of the logits), on the device of W."""
-    float_tensor("z", z, 2, "(n, m)")
+def features(z: object, weight: Tensor, n_samples: int | None = None, places: tuple[int, ...] = ()) -> None:
+    """z: floating point, (n, m, *places) with m of W (and n and d1, ... of the logits), on the device of W."""
+    float_tensor("z", z, 2 + len(places), "(n, m, d1, ...)" if places else "(n, m)")
     if z.shape[1] != weight.shape[1]:
         raise ValueError(
             f"z: got shape {tuple(z.shape)}, expected (n, {weight.shape[1]}) to fit W {tuple(weight.shape)}; "
@@ -112,6 +123,11 @@ def features(z: object, weight: Tensor, n_samples: int | None = None) -> None:
         )
     if n_samples is not None and z.shape[0] != n_samples:
         raise ValueError(f"z: got {z.shape[0]} rows, expected {n_samples}, one for each row of logits")
+    if places and z.shape[2:] != places:
+        raise ValueError(
+            f"z: got shape {tuple(z.shape)}, expected {(z.shape[0], z.shape[1], *places)} to fit logits "
+            f"{(z.shape[0], weight.shape[0], *places)}"
+        )
     same_device("z", z, "W", weight)
 
 
@@ -124,7 +140,10 @@ def feature_mean(mean: object, z: Tensor) -> None:
 
 
 def target(y: object, logits_: Tensor) -> None:
-    """y: int64 class indices (n,), or floating-point class probabilities (n, c), on the device of the logits."""
+    """y: int64 class indices (n,), or floating-point class probabilities (n, c), on the device of the logits.
+
+    For logits (n, c, d1, ...): (n, d1, ...) or (n, c, d1, ...).
+    """
     if not isinstance(y, Tensor):
         raise TypeError(f"y: got {_describe(y)}, expected {_expected_target(logits_)}")
     if y.is_floating_point():
@@ -134,15 +153,20 @@ def target(y: object, logits_: Tensor) -> None:
             raise ValueError("y: requires grad, expected class probabilities that are constants; pass y.detach()")
     elif y.dtype != torch.int64:
         raise TypeError(f"y: got dtype {y.dtype}, expected {_expected_target(logits_)}")
-    elif y.shape != logits_.shape[:1]:
+    elif y.shape != _per_sample(logits_.shape):
         raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected {_expected_target(logits_)}")
     same_device("y", y, "logits", logits_)
 
 
+def _per_sample(shape: torch.Size) -> torch.Size:
+    """(n, c, d1, ...) without c."""
+    return shape[:1] if len(shape) == 2 else shape[:1] + shape[2:]
+
+
 def _expected_target(logits_: Tensor) -> str:
-    n_samples, n_classes = logits_.shape
+    shape = logits_.shape
     return (
-        f"int64 class indices of shape ({n_samples},) or float class probabilities of shape ({n_samples}, {n_classes})"
+        f"int64 class indices of shape {tuple(_per_sample(shape))} or float class probabilities of shape {tuple(shape)}"
     )
 
 

@@ -32,6 +32,10 @@ ROW_CHUNK_ELEMENTS = 1 << 18
 TABLE_TILE_ELEMENTS = 1 << 21
 # Elements of a tile of centred rows of W where only some rows of the table are wanted: W itself is never copied whole.
 WEIGHT_TILE_ELEMENTS = 1 << 20
+# Elements of the buffer in which the form without logits works: 64 MiB in float32, so that with the tiles it stays
+# below 100 MB. Fewer rows than MIN_LINEAR_ROWS would stream W from memory for too little arithmetic.
+LINEAR_BUFFER_ELEMENTS = 1 << 24
+MIN_LINEAR_ROWS = 16
 # Elements gathered at a time for direct differences.
 DIFFERENCE_ELEMENTS = 1 << 18
 # The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
@@ -196,13 +200,13 @@ class _Targets:
         if self.smoothing:
             gradient.sub_(scale * self._smoothed(live, gradient.shape[1]))
 
-    def settle(self, loss: Tensor, slope: Tensor) -> None:
+    def settle(self, rows: slice | None, loss: Tensor, slope: Tensor) -> None:
         """Ignored samples cost nothing; an index out of range gives NaN, never a read of memory that is not ours."""
         if self.ignored is not None:
-            loss.masked_fill_(self.ignored, 0.0)
-            slope.masked_fill_(self.ignored, 0.0)
+            loss.masked_fill_(_take(self.ignored, rows), 0.0)
+            slope.masked_fill_(_take(self.ignored, rows), 0.0)
         if self.invalid is not None:
-            loss.masked_fill_(self.invalid, math.nan)
+            loss.masked_fill_(_take(self.invalid, rows), math.nan)
 
     def silence(self, gradient: Tensor, rows: slice | None) -> None:
         """The gradient of ignored samples is 0, whatever their logits; of an index out of range NaN, as its loss is."""
@@ -305,14 +309,16 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _inverse_distances(head_weight: Tensor, classes: Tensor, out: Tensor) -> bool:
-    """out[r, j] = 1 / ||w_p - w_j||, p = classes[r] (a square table has them all); 0 where j = p or rows coincide.
+def _inverse_distances(head_weight: Tensor, classes: Tensor | None, out: Tensor) -> bool:
+    """out[r, j] = 1 / ||w_p - w_j||, p = classes[r] (all of them in order if None); 0 where j = p or rows coincide.
 
     Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries.
     """
     n_rows, n_classes = out.shape
     mean_row = head_weight.mean(0, dtype=out.dtype)
-    square = n_rows == n_classes
+    square = classes is None
+    if square:
+        classes = torch.arange(n_classes, device=out.device)
     left = _centered(head_weight if square else head_weight[classes], mean_row)
     left_norms = torch.linalg.vector_norm(left, dim=1).square_()
     distinct = True
@@ -368,10 +374,9 @@ def _distance_table(
     n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
     table = torch.empty(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
     if n_samples >= n_classes:
-        row_class = torch.arange(n_classes, device=predicted.device)
-        distinct = _inverse_distances(head_weight, row_class, table)
+        distinct = _inverse_distances(head_weight, None, table)
         # A copy: an operator may not return one tensor twice.
-        return (predicted.clone(), table, row_class), distinct
+        return (predicted.clone(), table, torch.arange(n_classes, device=predicted.device)), distinct
     classes, table_row = torch.unique(predicted, return_inverse=True)
     distinct = _inverse_distances(head_weight, classes, table[: classes.shape[0]])
     row_class = torch.full((n_samples,), -1, dtype=torch.int64, device=predicted.device)
@@ -382,15 +387,16 @@ def _distance_table(
 def _boundary_gaps(
     logits: Tensor,
     top: Tensor,
-    table: Tensor,
-    table_row: Tensor,
+    inverse: Tensor,
     distinct: bool,
     average_offset: int,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | None]:
-    """For a chunk of rows: (gaps, a spent (r, c) buffer, D, 1/(K + offset), live classes or None)."""
+    """For a chunk of rows: (gaps, a spent (r, c) buffer, D, 1/(K + offset), live classes or None).
+
+    `inverse` (r, c) holds the table's row of each sample; where classes are masked, it is set to 0 in place.
+    """
     gap = top.unsqueeze(1) - logits
-    inverse = table.index_select(0, table_row)
     n_boundaries = gap.shape[1] - 1
     share = 1.0 / (n_boundaries + average_offset) if n_boundaries else 0.0
     product = inverse * gap
@@ -408,6 +414,30 @@ def _boundary_gaps(
 # ----------------------------------------------------------------------------------------------------------------------
 # ELogitNorm
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _elogitnorm_rows(
+    gap: Tensor,
+    distance: Tensor,
+    share: Tensor | float,
+    targets: _Targets,
+    rows: slice | None,
+    live: Tensor | None,
+    scratch: Tensor,
+    eps: float,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, T, log-partition, slope) of a chunk of rows: T is D, or the constant 1 where D <= eps."""
+    temperature = distance.clone()
+    if live is not None:
+        fallback = distance <= eps
+        temperature.masked_fill_(fallback, 1.0)
+    loss, log_partition, slope = _tempered_forward(gap, temperature, targets, rows, live, scratch, with_slope)
+    if with_slope:
+        slope.mul_(share)
+        if live is not None:
+            slope.masked_fill_(fallback, 0.0)
+    return loss, temperature, log_partition, slope
 
 
 def elogitnorm_forward(
@@ -435,21 +465,15 @@ def elogitnorm_forward(
         (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
     chunks = []
     for rows in _row_chunks(*logits.shape):
+        inverse = table.index_select(0, _take(table_row, rows))
         gap, scratch, distance, share, live = _boundary_gaps(
-            _take(logits, rows), _take(top, rows), table, _take(table_row, rows), distinct, average_offset, eps
+            _take(logits, rows), _take(top, rows), inverse, distinct, average_offset, eps
         )
-        temperature = distance.clone()
-        if live is not None:
-            fallback = distance <= eps
-            temperature.masked_fill_(fallback, 1.0)
-        loss, log_partition, slope = _tempered_forward(gap, temperature, targets, rows, live, scratch, with_slope)
-        if with_slope:
-            slope.mul_(share)
-            if live is not None:
-                slope.masked_fill_(fallback, 0.0)
-        chunks.append((loss, distance, temperature, log_partition, slope))
-    loss, distance, temperature, log_partition, slope = _join(chunks)
-    targets.settle(loss, slope)
+        chunks.append(
+            (distance, *_elogitnorm_rows(gap, distance, share, targets, rows, live, scratch, eps, with_slope))
+        )
+    distance, loss, temperature, log_partition, slope = _join(chunks)
+    targets.settle(None, loss, slope)
     return loss, distance, predicted, temperature, log_partition, slope, table_row, table, row_class
 
 
@@ -540,8 +564,7 @@ def _boundary_backward(
             inverse = table.index_select(0, table_rows)
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
-            gradient.addcmul_(inverse, push, value=-1)
-            gradient.scatter_add_(1, p, inverse.sum(1, keepdim=True).mul_(push))
+            _add_distance_gradient(gradient, inverse, p, push)
             if targets is not None:
                 targets.silence(gradient, rows)
             chunks.append((gradient.to(logits.dtype),))
@@ -556,6 +579,12 @@ def _boundary_backward(
         with full_precision(logits.device):
             grad_weight = _weight_gradient(gap_sums, head_weight, table, row_class)
     return grad_logits, grad_weight
+
+
+def _add_distance_gradient(gradient: Tensor, inverse: Tensor, predicted: Tensor, push: Tensor) -> None:
+    """gradient_j -= push R_j for j != p, and += push sum_j R_j at p; `predicted` and `push` are (r, 1)."""
+    gradient.addcmul_(inverse, push, value=-1)
+    gradient.scatter_add_(1, predicted, inverse.sum(1, keepdim=True).mul_(push))
 
 
 def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_class: Tensor) -> Tensor:
@@ -586,6 +615,159 @@ def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# ELogitNorm without logits
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear_elogitnorm(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+    sample_grad: Tensor | None,
+    need_features: bool,
+    need_weight: bool,
+    need_bias: bool,
+    detach_geometry: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """ELogitNorm of z W^T + b in chunks of rows: (loss, D, dz, dW, db), the logits (n, c) are never stored.
+
+    The gradients are those of sum_i sample_grad_i loss_i, and come from the same pass over the logits; None if not
+    needed or without `sample_grad`, and in the dtype of the arithmetic (they may still be scaled).
+
+    A chunk of rows works in place: the logits become their gradient G, and with n < c the inverse distances R, a row
+    for each sample, become S = -sample_grad slope g R^3 (`_weight_gradient`). Then one product with [G; S] gives dz and
+    another dW, tile by tile of W. With n >= c the distances are a table of all classes as usual.
+    """
+    n_samples, n_classes = features.shape[0], head_weight.shape[0]
+    dtype = compute_dtype(features, head_weight)
+    device = features.device
+    targets = _Targets(target, class_weight, ignore_index, label_smoothing, n_classes, dtype)
+    mean_row = head_weight.mean(0, dtype=dtype)
+    bias = torch.zeros((), dtype=dtype, device=device) if head_bias is None else head_bias.to(dtype)
+    grads = sample_grad is not None
+    geometry = grads and need_weight and not detach_geometry
+    grad_features = torch.empty_like(features, dtype=dtype) if grads and need_features else None
+    grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=device) if grads and need_weight else None
+    grad_bias = torch.zeros(n_classes, dtype=dtype, device=device) if grads and need_bias else None
+    square = n_samples >= n_classes
+    results = []
+    with full_precision(device):
+        if square:
+            table = torch.empty(n_classes, n_classes, dtype=dtype, device=device)
+            gap_sums = torch.zeros_like(table) if geometry else None
+            distinct = _inverse_distances(head_weight, None, table)
+        # Chunks of one size: a short last one would stream all of W for a few rows.
+        widths = 1 if square else 2
+        n_chunks = -(-n_samples // max(MIN_LINEAR_ROWS, LINEAR_BUFFER_ELEMENTS // (widths * n_classes)))
+        step = -(-n_samples // n_chunks)
+        buffer = torch.empty(widths * step, n_classes, dtype=dtype, device=device)
+        for chunk in _slices(n_samples, step):
+            n_rows = chunk.stop - chunk.start
+            logits = buffer[:n_rows]
+            z = features[chunk].to(dtype)
+            _linear_into(logits, z, head_weight, bias)
+            top, predicted = logits.max(1)
+            if not square:
+                inverses = buffer[n_rows : 2 * n_rows]
+                distinct = _inverse_distances(head_weight, predicted, inverses)
+            for rows in _slices(n_rows, ROW_CHUNK_ELEMENTS // n_classes):
+                at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                p = predicted[rows]
+                inverse = table.index_select(0, p) if square else inverses[rows]
+                gap, scratch, distance, share, live = _boundary_gaps(
+                    logits[rows], top[rows], inverse, distinct, average_offset, eps
+                )
+                loss, temperature, log_partition, slope = _elogitnorm_rows(
+                    gap, distance, share, targets, at, live, scratch, eps, grads
+                )
+                targets.settle(at, loss, slope)
+                results.append((loss, distance))
+                if not grads:
+                    continue
+                scale = sample_grad[at].to(dtype)
+                push = (scale * slope).unsqueeze(1)
+                gradient = _tempered_backward(gap, temperature, log_partition, scale, targets, at, live)
+                _add_distance_gradient(gradient, inverse, p.unsqueeze(1), push)
+                targets.silence(gradient, at)
+                logits[rows] = gradient
+                if geometry:
+                    if live is not None:
+                        gap.masked_fill_(push == 0, 0.0)
+                    gap.mul_(push.neg_())
+                    if square:
+                        gap_sums.index_add_(0, p, gap)
+                    else:
+                        inverse.mul_(torch.mul(inverse, inverse, out=scratch)).mul_(gap)
+            if grads:
+                pull = inverses if geometry and not square else None
+                dz = _linear_backward(logits, pull, z, predicted, head_weight, mean_row, grad_weight, need_features)
+                if need_features:
+                    grad_features[chunk] = dz
+                if need_bias:
+                    grad_bias.add_(logits.sum(0))
+        if geometry and square:
+            every_class = torch.arange(n_classes, device=device)
+            grad_weight.add_(_weight_gradient(gap_sums, head_weight, table, every_class))
+    return *_join(results), grad_features, grad_weight, grad_bias
+
+
+def _linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:
+    """logits = z W^T + b; a W of another dtype is converted tile by tile."""
+    if head_weight.dtype == logits.dtype:
+        torch.addmm(bias, z, head_weight.t(), out=logits)
+        return
+    for columns in _slices(head_weight.shape[0], WEIGHT_TILE_ELEMENTS // max(1, z.shape[1])):
+        tile_bias = bias[columns] if bias.dim() else bias
+        logits[:, columns] = torch.addmm(tile_bias, z, head_weight[columns].to(logits.dtype).t())
+
+
+def _linear_backward(
+    gradient: Tensor,
+    pull: Tensor | None,
+    z: Tensor,
+    predicted: Tensor,
+    head_weight: Tensor,
+    mean_row: Tensor,
+    grad_weight: Tensor | None,
+    need_features: bool,
+) -> Tensor | None:
+    """dz = G W, (r, m), from the logit gradient G (r, c); adds to `grad_weight` G^T z and what the pull S (r, c) says.
+
+    `pull` is the second half of the buffer that `gradient` begins, so that both are one operand. W is read once, in
+    centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.
+    """
+    n_rows, n_features = z.shape
+    n_used = n_rows if pull is None else 2 * n_rows
+    both = gradient.as_strided((n_used, gradient.shape[1]), gradient.stride())
+    read_weight = need_features or pull is not None
+    product = z.new_zeros(n_used, n_features)
+    outer = z
+    if pull is not None:
+        left = _centered(head_weight[predicted], mean_row)
+        outer = torch.cat([z, -left])
+    for columns in _slices(both.shape[1], WEIGHT_TILE_ELEMENTS // max(1, n_features)):
+        if read_weight:
+            right = _centered(head_weight[columns], mean_row)
+            product.addmm_(both[:, columns], right)
+        if grad_weight is not None:
+            grad_weight[columns].addmm_(both[:, columns].t(), outer)
+            if pull is not None:
+                grad_weight[columns].addcmul_(right, pull[:, columns].sum(0).unsqueeze(1))
+    if pull is not None:
+        own = left.mul_(pull.sum(1, keepdim=True)).sub_(product[n_rows:])
+        grad_weight.index_add_(0, predicted, own)
+    if not need_features:
+        return None
+    return product[:n_rows].addmm_(gradient.sum(1, keepdim=True), mean_row.unsqueeze(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The distance D itself
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -599,8 +781,9 @@ def boundary_distance_forward(logits: Tensor, head_weight: Tensor, average_offse
         (table_row, table, row_class), distinct = _distance_table(head_weight, predicted, dtype)
     chunks = []
     for rows in _row_chunks(*logits.shape):
+        inverse = table.index_select(0, _take(table_row, rows))
         _, _, distance, share, _ = _boundary_gaps(
-            _take(logits, rows), _take(top, rows), table, _take(table_row, rows), distinct, average_offset, 0.0
+            _take(logits, rows), _take(top, rows), inverse, distinct, average_offset, 0.0
         )
         chunks.append((distance, share if isinstance(share, Tensor) else torch.full_like(distance, share)))
     distance, slope = _join(chunks)
@@ -675,7 +858,7 @@ def logitnorm_forward(
                 slope.masked_fill_(norm == 0, 0.0)
         chunks.append((loss, temperature, log_partition, slope))
     loss, temperature, log_partition, slope = _join(chunks)
-    targets.settle(loss, slope)
+    targets.settle(None, loss, slope)
     return loss, predicted, temperature, log_partition, slope
 
 

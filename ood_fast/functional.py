@@ -38,12 +38,13 @@ def elogitnorm(
     in one fused pass, forward and backward; nothing of shape (c, c, m) is built. No hyperparameter.
 
     Args:
-        logits: f, (n, c), any float dtype. -inf marks a masked class: outside the softmax and outside D.
-        z: features, (n, m); None is accepted. Only its shape is checked: f already holds all that the distance needs of
-        it.
+        logits: f, (n, c), any float dtype. -inf marks a masked class: outside the softmax and outside D. For dense
+            prediction (n, c, d1, ...), as in `F.cross_entropy`: every place is a sample.
+        z: features, (n, m) or (n, m, d1, ...); None is accepted. Only its shape is checked: f already holds all that
+            the distance needs of it.
         W: weight of the last linear layer, (c, m), any float dtype. Receives a gradient through ||w_p - w_j|| as well.
         b: bias of that layer, (c,), or None. Only its shape is checked.
-        y: class indices, int64 (n,), or class probabilities, float (n, c).
+        y: class indices, int64 (n,), or class probabilities, float (n, c); dense: (n, d1, ...) or (n, c, d1, ...).
         weight, ignore_index, reduction, label_smoothing: as in `torch.nn.functional.cross_entropy`; label smoothing
             spreads over live (not masked) classes only.
         eps: a sample with D <= eps, or with no boundary at all (a zero-initialised head), falls back to plain
@@ -52,10 +53,10 @@ def elogitnorm(
         average: "boundaries" divides by the number of boundaries, as the paper does; "classes" by one more, as the
             authors' code.
         detach_geometry: treat ||w_p - w_j|| as constants; gradients still flow through the logits inside D.
-        return_distance: also return D, (n,), detached; 0 where a sample has no boundary.
+        return_distance: also return D, (n,) or (n, d1, ...), detached; 0 where a sample has no boundary.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs): a scalar, or (n,) with ``reduction="none"``.
+        The loss in float32 (float64 for float64 inputs): a scalar, or with ``reduction="none"`` (n,) or (n, d1, ...).
 
     Coincident rows of W (||w_p - w_j|| = 0) have no boundary between them and are left out of the sum and of the count.
     A masked target costs +inf. NaN or +inf among the logits of a sample gives NaN. An empty batch gives what
@@ -69,16 +70,18 @@ def elogitnorm(
     Paper: Ding, Liu, Unger, Eilertsen, "Enhancing Out-of-Distribution Detection with Extended Logit Normalization",
     CVPR 2026, arXiv:2504.11434.
     """
-    checks.logits(logits)
+    checks.logits(logits, dense=True)
     checks.head_weight(W, logits)
     checks.head_bias(b, W)
     if z is not None:
-        checks.features(z, W, logits.shape[0])
+        checks.features(z, W, logits.shape[0], logits.shape[2:])
     checks.target(y, logits)
     checks.class_weight(weight, logits)
     checks.loss_keywords(ignore_index, reduction, label_smoothing)
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
+    shape = logits.shape
+    logits, y = _rows(logits, y)
     if logits.shape[0] == 0:
         loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
         distance = loss.new_empty(0)
@@ -93,6 +96,69 @@ def elogitnorm(
             float(label_smoothing),
             float(eps),
             0 if average == "boundaries" else 1,
+        )
+    loss = _places(loss, shape)
+    return (loss, _places(distance, shape)) if return_distance else loss
+
+
+def linear_elogitnorm(
+    z: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-6,
+    average: str = "boundaries",
+    detach_geometry: bool = False,
+    return_distance: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """ELogitNorm loss of a linear head, without its logits: for very many classes.
+
+    Equivalent to ``elogitnorm(F.linear(z, W, b), z, W, b, y)``, but the (n, c) logits are never stored: the rows are
+    worked in chunks, whose size follows from shapes and dtype alone, so that two runs give the same bits. Loss, D and
+    the gradients for z, W and b come from one pass over each chunk's logits; with ``reduction="none"``, and in a second
+    backward through a retained graph, the backward pass computes them anew.
+
+    Args:
+        z: features, (n, m), any float dtype. Receives a gradient, as W and b do.
+        W: weight of the last linear layer, (c, m).
+        b: bias of that layer, (c,), or None.
+        y: class indices, int64 (n,), or class probabilities, float (n, c).
+        weight, ignore_index, reduction, label_smoothing, eps, average, detach_geometry, return_distance: as in
+            `elogitnorm`.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs): a scalar, or (n,) with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `elogitnorm`.
+
+    Paper: as `elogitnorm`.
+    """
+    checks.float_tensor("W", W, 2, "(c, m)")
+    checks.features(z, W)
+    checks.head_bias(b, W)
+    # What the logits would be, as far as checks look: a view of one number, whatever n and c are.
+    logits = z.new_empty(()).expand(z.shape[0], W.shape[0])
+    checks.logits(logits)
+    checks.target(y, logits)
+    checks.class_weight(weight, logits)
+    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    checks.real("eps", eps, 0.0)
+    checks.one_of("average", average, checks.AVERAGES)
+    if z.shape[0] == 0:
+        dtype = torch.promote_types(torch.float32, z.dtype)
+        logits = F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype))
+        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+        distance = loss.new_empty(0)
+    else:
+        loss, distance = ops.linear_elogitnorm(
+            *(z, W, b, y, weight, ignore_index, reduction, float(label_smoothing), float(eps)),
+            *(0 if average == "boundaries" else 1, detach_geometry),
         )
     return (loss, distance) if return_distance else loss
 
@@ -112,27 +178,32 @@ def logitnorm(
     Equivalent to ``F.cross_entropy(logits / (tau * (logits.norm(dim=1, keepdim=True) + 1e-7)), y)``, fused.
 
     Args:
-        logits: f, (n, c), any float dtype. -inf marks a masked class: outside the softmax and outside the norm.
-        y: class indices, int64 (n,), or class probabilities, float (n, c).
+        logits: f, (n, c) or dense (n, c, d1, ...), any float dtype. -inf marks a masked class: outside the softmax and
+            outside the norm.
+        y: class indices, int64 (n,), or class probabilities, float (n, c); dense: (n, d1, ...) or (n, c, d1, ...).
         tau: temperature, > 0.
         weight, ignore_index, reduction, label_smoothing: as in `elogitnorm`.
 
     Returns:
-        The loss in float32 (float64 for float64 logits): a scalar, or (n,) with ``reduction="none"``.
+        The loss in float32 (float64 for float64 logits): a scalar, or with ``reduction="none"`` (n,) or (n, d1, ...).
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `elogitnorm`.
 
     Paper: Wei et al., "Mitigating Neural Network Overconfidence with Logit Normalization", ICML 2022, arXiv:2205.09310.
     """
-    checks.logits(logits)
+    checks.logits(logits, dense=True)
     checks.target(y, logits)
     checks.class_weight(weight, logits)
     checks.loss_keywords(ignore_index, reduction, label_smoothing)
     checks.real("tau", tau, 0.0, open_low=True)
+    shape = logits.shape
+    logits, y = _rows(logits, y)
     if logits.shape[0] == 0:
-        return _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
-    return ops.logitnorm(logits, y, weight, ignore_index, reduction, float(label_smoothing), float(tau))
+        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+    else:
+        loss = ops.logitnorm(logits, y, weight, ignore_index, reduction, float(label_smoothing), float(tau))
+    return _places(loss, shape)
 
 
 def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries") -> Tensor:
@@ -141,25 +212,29 @@ def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries")
         D_i = 1/(c - 1) * sum_{j != p} (f_ip - f_ij) / ||w_p - w_j||_2
 
     Args:
-        logits: f, (n, c), any float dtype; -inf marks a masked class.
+        logits: f, (n, c) or dense (n, c, d1, ...), any float dtype; -inf marks a masked class.
         W: weight of the last linear layer, (c, m), any float dtype.
         average: as in `elogitnorm`.
 
     Returns:
-        (n,), float32 (float64 for float64 inputs); 0 where a sample has no boundary (coincident rows of W have none
-        between them). Differentiable with respect to `logits` and `W`; the prediction is a constant.
+        (n,) or (n, d1, ...), float32 (float64 for float64 inputs); 0 where a sample has no boundary (coincident rows of
+        W have none between them). Differentiable with respect to `logits` and `W`; the prediction is a constant.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
 
     Paper: as `elogitnorm`; summed instead of averaged and divided by ||z - mu|| it is fDBD (Liu and Qin, ICML 2024).
     """
-    checks.logits(logits)
+    checks.logits(logits, dense=True)
     checks.head_weight(W, logits)
     checks.one_of("average", average, checks.AVERAGES)
+    shape = logits.shape
+    logits, _ = _rows(logits, None)
     if logits.shape[0] == 0:
-        return logits.new_empty(0, dtype=torch.promote_types(torch.float32, logits.dtype))
-    return ops.boundary_distance(logits, W, 0 if average == "boundaries" else 1)
+        distance = logits.new_empty(0, dtype=torch.promote_types(torch.float32, logits.dtype))
+    else:
+        distance = ops.boundary_distance(logits, W, 0 if average == "boundaries" else 1)
+    return _places(distance, shape)
 
 
 def nci_score(
@@ -235,6 +310,21 @@ def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     checks.real("eps", eps, 0.0, open_low=True)
     norms = torch.linalg.vector_norm(z, dim=-1, dtype=torch.promote_types(torch.float32, z.dtype))
     return (z / norms.clamp_min(eps).unsqueeze(-1)).to(z.dtype), norms
+
+
+def _rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Every place of (n, c, d1, ...) as a row of its own, (n d1 ..., c), and its target; (n, c) as it is."""
+    if logits.dim() == 2:
+        return logits, y
+    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    if y is not None:
+        y = y.movedim(1, -1).reshape(rows.shape) if y.is_floating_point() else y.reshape(-1)
+    return rows, y
+
+
+def _places(value: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_rows` for one value a row; a reduced value as it is."""
+    return value if len(shape) == 2 or value.dim() == 0 else value.reshape(shape[:1] + shape[2:])
 
 
 def _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing) -> Tensor:

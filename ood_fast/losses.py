@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, functional
@@ -43,11 +44,16 @@ class ELogitNormLoss(_Loss):
             `ood_fast.elogitnorm`.
 
     The head is not a submodule of the criterion: ``criterion.parameters()`` is empty, and moving the criterion does not
-    move the head. Moves and casts of the head are followed, since its weight is read at each call.
+    move the head. Moves and casts of the head are followed, since its weight is read at each call. So are parametrised
+    heads (weight norm): the gradient reaches what the weight is computed from.
+
+    A head that `fully_shard` keeps sharded between forward and backward is gathered for the loss, by FSDP itself: its
+    gradient is averaged over the processes together with that of the layer. Where a module around the head is the
+    sharded one, pass that model and the head's `name`.
 
     Raises:
-        TypeError: `head` is not a module, or without `name` has no 2-D `weight`. ValueError: there is no layer called
-        `name`.
+        TypeError: `head` is not a module, or without `name` has no 2-D `weight`; in a call, the weight is sharded and
+        no module at hand can gather it. ValueError: there is no layer called `name`.
 
     Paper: Ding et al., CVPR 2026, arXiv:2504.11434.
     """
@@ -85,8 +91,7 @@ class ELogitNormLoss(_Loss):
     @property
     def head(self) -> nn.Module:
         """The layer whose weight the next call will use."""
-        (owner,) = self._owner
-        head = owner if self.name is None else _find(owner, self.name)
+        head = self._path()[0]
         head_weight = getattr(head, "weight", None)
         if not isinstance(head_weight, Tensor) or head_weight.dim() != 2:
             advice = (
@@ -96,12 +101,15 @@ class ELogitNormLoss(_Loss):
         return head
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c)."""
-        head = self.head
-        return functional.elogitnorm(
+        """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c); dense: (n, c, d1, ...)."""
+        head_weight = self.head.weight
+        gathered = None
+        if type(head_weight) not in (Tensor, nn.Parameter):
+            head_weight, gathered = self._gathered(head_weight)
+        output = functional.elogitnorm(
             logits,
             None,
-            head.weight,
+            head_weight,
             None,
             y,
             eps=self.eps,
@@ -110,6 +118,27 @@ class ELogitNormLoss(_Loss):
             return_distance=self.return_distance,
             **self._keywords(),
         )
+        if gathered is not None and not torch.is_grad_enabled():
+            gathered.reshard()  # with a backward pass to come, FSDP does so after it
+        return output
+
+    def _path(self) -> list[nn.Module]:
+        """The head, and from the inside out the modules around it that this criterion knows of."""
+        (owner,) = self._owner
+        return [owner] if self.name is None else _find(owner, self.name)
+
+    def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """The weight that FSDP has gathered, and the module that holds it; any other weight as it is."""
+        if hasattr(head_weight, "full_tensor"):
+            from torch.distributed.fsdp import FSDPModule
+
+            path = self._path()
+            for module in path:
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    if not hasattr(path[0].weight, "full_tensor"):
+                        return path[0].weight, module
+        return head_weight, None
 
     def extra_repr(self) -> str:
         where = f"name={self.name!r}, " if self.name else ""
@@ -117,7 +146,8 @@ class ELogitNormLoss(_Loss):
         return f"{where}{super().extra_repr()}, {own}"
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
+def _find(model: nn.Module, name: str) -> list[nn.Module]:
+    """The layer `name`, and the modules around it from the inside out, `model` the last."""
     for wrapped in (
         name,
         f"module.{name}",
@@ -125,10 +155,13 @@ def _find(model: nn.Module, name: str) -> nn.Module:
         f"module._orig_mod.{name}",
         f"_orig_mod.module.{name}",
     ):
+        path = [model]
         try:
-            return model.get_submodule(wrapped)
+            for part in wrapped.split("."):
+                path.append(path[-1].get_submodule(part))
         except AttributeError:
             continue
+        return path[::-1]
     linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     raise ValueError("name: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
 
@@ -157,7 +190,7 @@ class LogitNormLoss(_Loss):
         self.tau = tau
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c)."""
+        """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c); dense: (n, c, d1, ...)."""
         return functional.logitnorm(logits, y, tau=self.tau, **self._keywords())
 
     def extra_repr(self) -> str:

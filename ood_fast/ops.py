@@ -127,7 +127,9 @@ def _operator(
     """Register `run` as torch.ops.ood_fast.<name>, with the autograd formula of `function`."""
     operator = torch.library.custom_op(f"ood_fast::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
+    operator.register_vmap(functools.partial(_one_at_a_time, operator))
     if function is not None:
+        function.name = name
         operator.register_autograd(function.backward, setup_context=function.save_for_operator)
     return operator
 
@@ -140,10 +142,68 @@ def _call(function: type[_Function], operator: Callable, *args) -> tuple[Tensor,
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
         return operator(*args)
+    if _is_transforming() or torch.autograd.forward_ad._current_level >= 0:
+        return _Transformed.apply(*args, function, operator)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         output = function.apply(*args)
         return output if function.n_visible > 1 else (output,)
     return function.run(*args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.func
+# ----------------------------------------------------------------------------------------------------------------------
+
+_is_transforming = torch._C._are_functorch_transforms_active  # the test that autograd.Function.apply itself makes
+
+
+class _Transformed(torch.autograd.Function):
+    """Any operator under torch.func.grad, vjp, vmap, jacrev: the split form that they need around the registered one.
+
+    Forward-mode derivatives come here too, for an error: in a kernel the tangent would silently get lost.
+
+    The last two arguments are the `_Function` and its operator: `needs_input_grad` keeps its places.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        *args, _, operator = inputs
+        return operator(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *args, ctx.function, _ = inputs
+        ctx.function.save_for_operator(ctx, args, output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *ctx.function.backward(ctx, *grads), None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            f"ood_fast.{ctx.function.name}: forward-mode derivatives (jvp, jacfwd, hessian) are not implemented; "
+            "use reverse mode (grad, vjp, jacrev), or ood_fast.reference"
+        )
+
+
+def _one_at_a_time(operator: Callable, info, in_dims: tuple, *args) -> tuple[tuple[Tensor, ...] | Tensor, tuple | int]:
+    """The rule of torch.func.vmap for every operator: a call for each element, stacked. Right, not fast."""
+
+    def element(i: int, value, dim):
+        if isinstance(value, (list, tuple)):
+            return [element(i, v, d) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    calls = [
+        operator(*(element(i, value, dim) for value, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -151,6 +211,8 @@ class _FirstDerivative(torch.autograd.Function):
 
     Without it a second derivative would be silently wrong: the saved statistics are constants to autograd.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, n_grads: int, *grads_then_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -173,7 +235,7 @@ def _backward(
     run_and_operator: tuple[Callable, Callable],
     args: tuple,
     needed: tuple[bool, ...] | None,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of an operator: `run` in eager calls, its registered operator where something traces.
 
@@ -183,7 +245,11 @@ def _backward(
     if grad is None:
         return (None,) * len(inputs)
     run, operator = run_and_operator
-    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in (grad, *inputs)):
+    if (
+        torch.compiler.is_compiling()
+        or _is_transforming()
+        or any(type(t) not in _PLAIN for t in (grad, *inputs) if t is not None)
+    ):
         run = operator
     if needed is not None:
         args = (*args, *needed)
@@ -207,7 +273,8 @@ def _or_empty(*grads_and_likes: tuple[Tensor | None, Tensor]) -> tuple[Tensor, .
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # The level of torch.func that will differentiate need not be the innermost one, which is all that shows here.
+    return _is_transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _check_indices(backend: ModuleType, target: Tensor, n_classes: int, ignore_index: int) -> None:
@@ -220,19 +287,25 @@ def _reduce(
     loss: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """The reduced loss and what a mean divides by (0-dim; 1 for other reductions), as F.cross_entropy weighs it."""
-    if reduction == "none":
-        return loss, loss.new_ones(())
-    if reduction == "sum":
-        return loss.sum(), loss.new_ones(())
+    normalizer = _normalizer(target, class_weight, ignore_index, reduction, loss.dtype)
+    if reduction == "mean":
+        return loss.sum() / normalizer, normalizer
+    return loss.sum() if reduction == "sum" else loss, normalizer
+
+
+def _normalizer(
+    target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """What the sum of the losses is divided by, 0-dim: for "mean" the weight of all that count, otherwise 1."""
+    if reduction != "mean":
+        return torch.ones((), dtype=dtype, device=target.device)
     if target.is_floating_point():
-        return loss.mean(), loss.new_full((), float(loss.shape[0]))
+        return torch.full((), float(target.shape[0]), dtype=dtype, device=target.device)
     counted = target != ignore_index
     if class_weight is None:
-        normalizer = counted.sum(dtype=loss.dtype)
-    else:
-        weight = class_weight.to(loss.dtype)[target.clamp(0, class_weight.shape[0] - 1)]
-        normalizer = (weight * counted).sum()
-    return loss.sum() / normalizer, normalizer
+        return counted.sum(dtype=dtype)
+    weight = class_weight.to(dtype)[target.clamp(0, class_weight.shape[0] - 1)]
+    return (weight * counted).sum()
 
 
 def _sample_grad(grad_loss: Tensor, normalizer: Tensor, reduction: str, n_samples: int) -> Tensor:
@@ -399,6 +472,165 @@ def elogitnorm(
             average_offset,
             with_slope,
         ),
+    )
+    return loss, distance
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ELogitNorm without logits
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _linear_elogitnorm(
+    features,
+    head_weight,
+    head_bias,
+    target,
+    class_weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    eps,
+    average_offset,
+    detach_geometry,
+    need_features,
+    need_weight,
+    need_bias,
+):
+    """Loss, D, and unless the reduction is "none" the gradients: they cost least while the logits are at hand."""
+    backend = _backend(features, head_weight)
+    _check_indices(backend, target, head_weight.shape[0], ignore_index)
+    normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
+    sample_grad = None
+    if reduction != "none" and (need_features or need_weight or need_bias):
+        sample_grad = normalizer.reciprocal().expand(features.shape[0])
+    loss, distance, *grads = backend.linear_elogitnorm(
+        *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
+        *(sample_grad, need_features, need_weight, need_bias, detach_geometry),
+    )
+    loss = loss if reduction == "none" else loss.sum() / normalizer
+    return loss, distance, *_or_empty(*((grad, distance) for grad in grads))
+
+
+def _linear_elogitnorm_fake(features, head_weight, head_bias, target, class_weight, ignore_index, reduction, *rest):
+    dtype = eager.compute_dtype(features, head_weight)
+    needs = [need and reduction != "none" for need in rest[-3:]]
+    shapes = features.shape, head_weight.shape, head_weight.shape[:1]
+    return (
+        _fake_reduced(features, dtype, reduction),
+        *_vectors(features, dtype),
+        *(features.new_empty(s if need else (0,), dtype=dtype) for s, need in zip(shapes, needs, strict=True)),
+    )
+
+
+def _linear_elogitnorm_backward(
+    grad_loss, features, head_weight, head_bias, target, class_weight, ignore_index, reduction, *rest
+):
+    """The gradients from the start again: for reduction "none", and when a graph is walked a second time."""
+    label_smoothing, eps, average_offset, detach_geometry, *needs = rest
+    normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, features.shape[0])
+    _, distance, *grads = _backend(features, head_weight).linear_elogitnorm(
+        *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
+        *(sample_grad, *needs, detach_geometry),
+    )
+    return _or_empty(*((grad, distance) for grad in grads))
+
+
+def _linear_elogitnorm_backward_fake(grad_loss, features, head_weight, *rest):
+    dtype = eager.compute_dtype(features, head_weight)
+    shapes = features.shape, head_weight.shape, head_weight.shape[:1]
+    return tuple(
+        features.new_empty(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, rest[-3:], strict=True)
+    )
+
+
+_linear_elogitnorm_backward_operator = _operator(
+    "linear_elogitnorm_backward",
+    "(Tensor grad_loss, Tensor features, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? class_weight,"
+    " int ignore_index, str reduction, float label_smoothing, float eps, int average_offset, bool detach_geometry,"
+    " bool need_features, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _linear_elogitnorm_backward,
+    _linear_elogitnorm_backward_fake,
+)
+
+
+class _LinearELogitNorm(_Function):
+    run = staticmethod(_linear_elogitnorm)
+    n_visible = 2
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.keywords = inputs[5:]
+        # Ours alone, so that the first backward may scale them in place: dW can be all the memory there is.
+        ctx.grads = output[2:]
+
+    @classmethod
+    def save_for_operator(cls, ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5], *output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.keywords = inputs[5:]
+        ctx.grads = None
+
+    @staticmethod
+    def backward(ctx, grad_loss, *unused):
+        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        needed = ctx.needs_input_grad[:3]
+        reduction = ctx.keywords[1]
+        ours, ctx.grads = ctx.grads, None
+
+        def first_time(grad_loss, *rest):
+            if ours:
+                return tuple(grad.mul_(grad_loss) for grad in ours)
+            return tuple(grad * grad_loss for grad in kept)
+
+        from_scratch = reduction == "none" or not (ours or kept)
+        grads = _backward(
+            "linear_elogitnorm",
+            (_linear_elogitnorm_backward, _linear_elogitnorm_backward_operator)
+            if from_scratch
+            else (first_time, first_time),
+            (grad_loss, *inputs, *ctx.keywords[:-3]),
+            needed,
+            inputs[:3],
+        )
+        grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs[:3], strict=True)]
+        return *grads, *[None] * 11
+
+
+_linear_elogitnorm_operator = _operator(
+    "linear_elogitnorm",
+    "(Tensor features, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? class_weight, int ignore_index,"
+    " str reduction, float label_smoothing, float eps, int average_offset, bool detach_geometry, bool need_features,"
+    " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_elogitnorm,
+    _linear_elogitnorm_fake,
+    _LinearELogitNorm,
+)
+
+
+def linear_elogitnorm(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+    detach_geometry: bool,
+) -> tuple[Tensor, Tensor]:
+    """(reduced loss, D). Arguments are checked by the caller; n >= 1."""
+    needs = (t is not None and _needs_grad(t) for t in (features, head_weight, head_bias))
+    loss, distance, *_ = _call(
+        _LinearELogitNorm,
+        _linear_elogitnorm_operator,
+        *(features, head_weight, head_bias, target, class_weight, ignore_index, reduction, label_smoothing, eps),
+        *(average_offset, detach_geometry, *needs),
     )
     return loss, distance
 

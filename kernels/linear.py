@@ -1,0 +1,70 @@
+"""ELogitNorm without logits: chunks of rows, the kernels of `tempered.py` on logits that live as long as the chunk."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import tempered
+from .launch import LINEAR_LOGIT_ELEMENTS
+
+
+def linear_elogitnorm(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    eps: float,
+    average_offset: int,
+    sample_grad: Tensor | None,
+    need_features: bool,
+    need_weight: bool,
+    need_bias: bool,
+    detach_geometry: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, D, dz, dW, db) of z W^T + b, gradients of sum_i sample_grad_i loss_i in fp32; see `ood_fast.eager`.
+
+    The logits come from the vendor's matrix product in the dtype that features and head have in common, as F.linear
+    would make them; the chunk follows from the number of classes alone.
+    """
+    n_samples, n_classes = features.shape[0], head_weight.shape[0]
+    dtype = torch.promote_types(features.dtype, head_weight.dtype)
+    weight = head_weight.to(dtype)
+    bias = None if head_bias is None else head_bias.to(dtype)
+    grads = sample_grad is not None
+    geometry = grads and need_weight and not detach_geometry
+    loss = torch.empty(n_samples, dtype=torch.float32, device=features.device)
+    distance = torch.empty_like(loss)
+    grad_features = (
+        torch.empty(features.shape, dtype=torch.float32, device=loss.device) if grads and need_features else None
+    )
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and need_weight else None
+    grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and need_bias else None
+    step = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
+    for start in range(0, n_samples, step):
+        rows = slice(start, start + step)
+        z = features[rows].to(dtype)
+        logits = F.linear(z, weight, bias)
+        y = target[rows]
+        keywords = class_weight, ignore_index, label_smoothing
+        loss[rows], distance[rows], *saved = tempered.elogitnorm_forward(
+            logits, head_weight, y, *keywords, eps, average_offset
+        )
+        if not grads:
+            continue
+        d_logits, d_weight = tempered.elogitnorm_backward(
+            sample_grad[rows], logits, head_weight, y, *keywords, *saved, True, geometry
+        )
+        if need_features:
+            grad_features[rows] = d_logits @ weight
+        if need_weight:
+            grad_weight += d_logits.t() @ z
+            if geometry:
+                grad_weight += d_weight
+        if need_bias:
+            grad_bias += d_logits.sum(0, dtype=torch.float32)
+    return loss, distance, grad_features, grad_weight, grad_bias
