@@ -91,14 +91,15 @@ ROW_IN_REGISTERS = 8192
 ROW_LOOP_BLOCK = 2048
 
 
-def row_config(n_columns: int, target: str) -> RowConfig:
-    """For kernels that give every row a program.
+def row_config(n_columns: int, target: str, rows_held: int = 1) -> RowConfig:
+    """For kernels that give every row a program, and hold `rows_held` rows of that width in it: two with class
+    probabilities for targets, for which Triton 3.8 spills at 8192 columns on sm_90.
 
     A thread has 8 columns (one 128-bit load in half precision, two in float32) until the warps run out: 16 warps,
     because 32 leave no more than 64 registers a thread on NVIDIA and gfx942 has no more than 16. A wavefront of
     gfx942 has 64 lanes.
     """
-    looped = n_columns > ROW_IN_REGISTERS
+    looped = n_columns * rows_held > ROW_IN_REGISTERS
     # 32 columns at least: one a lane. Narrower blocks only repeat the same column over the lanes.
     block = ROW_LOOP_BLOCK if looped else max(next_power_of_2(n_columns), 32)
     lanes = 64 if target == "hip" else 32

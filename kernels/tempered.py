@@ -393,7 +393,7 @@ def _forward(
         torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(4)
     )
     distance = None if table is None else torch.empty_like(loss)
-    config = row_config(n_classes, target_of(logits))
+    config = row_config(n_classes, target_of(logits), 2 if target.is_floating_point() else 1)
     launch(
         tempered_forward_kernel,
         (n_samples,),
@@ -447,7 +447,7 @@ def _backward(
     logits, target = boundary.unit_stride(logits), boundary.unit_stride(target)
     n_samples, n_classes = logits.shape
     grad_logits = boundary.gradient_buffer(logits, (n_samples, n_classes))
-    config = row_config(n_classes, target_of(logits))
+    config = row_config(n_classes, target_of(logits), 2 if target.is_floating_point() else 1)
     launch(
         tempered_backward_kernel,
         (n_samples,),
