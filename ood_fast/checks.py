@@ -96,7 +96,7 @@ def head_weight(weight: object, logits_: Tensor) -> None:
     if type(weight) not in _PLAIN and hasattr(weight, "full_tensor") and not hasattr(logits_, "full_tensor"):
         raise TypeError(
             f"W: got a DTensor with placements {weight.placements}, expected a plain tensor, which logits is; "
-            "ELogitNormLoss(model, 'fc') gathers a head that fully_shard has sharded, as model.fc.unshard() does before "
+            "ELogitNormLoss(model, 'fc') gathers a head that fully_shard has sharded, as model.fc.unshard() before "
             "a loss function (the gradient through W.full_tensor() would not be averaged over the processes)"
         )
 

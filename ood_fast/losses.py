@@ -37,7 +37,8 @@ class ELogitNormLoss(_Loss):
     """`ood_fast.elogitnorm` bound to the last linear layer of a model: ``criterion(logits, y)``.
 
     Args:
-        head: the last linear layer (any module with a `weight` of shape (c, m)), or the model it belongs to.
+        head: the last linear layer (any module with a `weight` of shape (c, m), or a convolution of one place, whose
+            `weight` is (c, m, 1, ...)), or the model it belongs to.
         name: with a model, the qualified name of that layer, such as "fc"; it is looked up at each call, so that a
             replaced head is followed, and found inside `DistributedDataParallel` and `torch.compile` wrappers too.
         weight, ignore_index, reduction, label_smoothing, eps, average, detach_geometry, return_distance: as in
@@ -93,11 +94,14 @@ class ELogitNormLoss(_Loss):
         """The layer whose weight the next call will use."""
         head = self._path()[0]
         head_weight = getattr(head, "weight", None)
-        if not isinstance(head_weight, Tensor) or head_weight.dim() != 2:
+        if not isinstance(head_weight, Tensor) or not (head_weight.dim() == 2 or _is_linear(head, head_weight)):
             advice = (
                 "" if self.name else "; for a whole model give the name of its last layer: ELogitNormLoss(model, 'fc')"
             )
-            raise TypeError(f"head: {type(head).__name__} has no 2-D weight, expected a linear layer{advice}")
+            raise TypeError(
+                f"head: {type(head).__name__} has no 2-D weight (c, m), "
+                f"expected a linear layer or a convolution of one place{advice}"
+            )
         return head
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -106,6 +110,8 @@ class ELogitNormLoss(_Loss):
         gathered = None
         if type(head_weight) not in (Tensor, nn.Parameter):
             head_weight, gathered = self._gathered(head_weight)
+        if head_weight.dim() > 2:
+            head_weight = head_weight.flatten(1)
         output = functional.elogitnorm(
             logits,
             None,
@@ -144,6 +150,11 @@ class ELogitNormLoss(_Loss):
         where = f"name={self.name!r}, " if self.name else ""
         own = f"eps={self.eps}, average={self.average!r}, detach_geometry={self.detach_geometry}"
         return f"{where}{super().extra_repr()}, {own}"
+
+
+def _is_linear(head: nn.Module, head_weight: Tensor) -> bool:
+    """Whether a convolution is a linear layer at every place: (c, m, 1, ...), all channels in one group."""
+    return head_weight.dim() > 2 and head_weight.shape[2:].numel() == 1 and getattr(head, "groups", 1) == 1
 
 
 def _find(model: nn.Module, name: str) -> list[nn.Module]:

@@ -1,0 +1,278 @@
+"""Two gloo processes that train as one: DistributedDataParallel and FSDP2 (`fully_shard`), on the CPU.
+
+The processes are started once and run every scenario, each in a fresh model; a test reads what its scenario brought
+back. The truth is one process with the joined batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ood_fast
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("torch is built without gloo", allow_module_level=True)
+
+N_PROCESSES = 2
+TIMEOUT = 120  # seconds for everything; a lost process must not stop the suite
+N_STEPS, N_SAMPLES, N_CLASSES = 3, 12, 5
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.fc = nn.Linear(8, N_CLASSES)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.body(x)))
+
+
+def joined_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(N_SAMPLES, 4, generator=generator),
+            torch.randint(0, N_CLASSES, (N_SAMPLES,), generator=generator),
+        )
+        for _ in range(N_STEPS)
+    ]
+
+
+def new_model() -> Classifier:
+    torch.manual_seed(1)
+    return Classifier()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor or of all shards of a DTensor."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def train(model: nn.Module, loss_of: Callable, batches) -> list[torch.Tensor]:
+    """The gradients of every step and the parameters after the last."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        kept += [whole(p.grad) for p in model.parameters()]
+        optimizer.step()
+    return kept + [whole(p) for p in model.parameters()]
+
+
+def own_part(rank: int):
+    return [(x.chunk(N_PROCESSES)[rank], y.chunk(N_PROCESSES)[rank]) for x, y in joined_batches()]
+
+
+def by_name(model, x, y):
+    return ood_fast.ELogitNormLoss(model, "fc")(model(x), y)
+
+
+def by_layer(model, x, y):
+    return ood_fast.ELogitNormLoss(model.fc)(model(x), y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scenarios: rank -> what a test compares with one process
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ddp(rank: int, **keywords):
+    return train(DistributedDataParallel(new_model(), **keywords), by_name, own_part(rank))
+
+
+def ddp_frozen_body(rank: int):
+    model = new_model()
+    model.body.requires_grad_(False)
+    wrapped = DistributedDataParallel(model)
+    for x, y in own_part(rank):
+        by_name(wrapped, x, y).backward()
+    return [model.fc.weight.grad, model.fc.bias.grad]
+
+
+def ddp_accumulated(rank: int):
+    """Two half batches a step; the processes talk once."""
+    wrapped = DistributedDataParallel(new_model())
+
+    def loss_of(model, x, y):
+        with model.no_sync():
+            (by_name(model, x[: len(x) // 2], y[: len(x) // 2]) / 2).backward()
+        return by_name(model, x[len(x) // 2 :], y[len(x) // 2 :]) / 2
+
+    return train(wrapped, loss_of, own_part(rank))
+
+
+def fsdp(rank: int, loss_of: Callable = by_name, head_alone: bool = True, reshard: bool | None = True):
+    return train(sharded_model(head_alone, reshard), loss_of, own_part(rank))
+
+
+def sharded_model(head_alone: bool = True, reshard: bool | None = True) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (N_PROCESSES,))
+    model = new_model()
+    if head_alone:
+        fully_shard(model.fc, mesh=mesh, reshard_after_forward=reshard)
+        return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+
+
+def fsdp_accumulated(rank: int):
+    def loss_of(model, x, y):
+        model.set_requires_gradient_sync(False)
+        (by_name(model, x[: len(x) // 2], y[: len(x) // 2]) / 2).backward()
+        model.set_requires_gradient_sync(True)
+        return by_name(model, x[len(x) // 2 :], y[len(x) // 2 :]) / 2
+
+    return train(sharded_model(), loss_of, own_part(rank))
+
+
+def fsdp_unsharded_by_hand(rank: int):
+    """The function instead of the criterion, as the error tells its reader."""
+
+    def loss_of(model, x, y):
+        logits = model(x)
+        model.fc.unshard()
+        return ood_fast.elogitnorm(logits, None, model.fc.weight, None, y)
+
+    return train(sharded_model(), loss_of, own_part(rank))
+
+
+def fsdp_evaluation(rank: int):
+    """Without a backward pass to come the head is sharded again at once."""
+    model = sharded_model()
+    (x, y), *_ = own_part(rank)
+    with torch.no_grad():
+        loss = by_layer(model, x, y)
+    assert hasattr(model.fc.weight, "full_tensor"), "the head was left gathered"
+    dist.all_reduce(loss)
+    return [loss / N_PROCESSES]
+
+
+def fsdp_errors(rank: int):
+    """What a sharded weight that nobody can gather says to a function, and to a criterion that has the layer only."""
+    model = sharded_model(head_alone=False, reshard=True)
+    (x, y), *_ = own_part(rank)
+    messages = []
+    for call in (
+        lambda: by_layer(model, x, y),
+        lambda: ood_fast.elogitnorm(model(x), None, model.fc.weight, None, y),
+        lambda: ood_fast.boundary_distance(model(x), model.fc.weight),
+    ):
+        try:
+            call()
+            messages.append("no error")
+        except TypeError as error:
+            messages.append(str(error))
+    return messages
+
+
+SCENARIOS: dict[str, Callable] = {
+    "ddp": ddp,
+    "ddp, find_unused_parameters": lambda rank: ddp(rank, find_unused_parameters=True),
+    "ddp, static_graph": lambda rank: ddp(rank, static_graph=True),
+    "ddp, accumulated": ddp_accumulated,
+    "ddp, frozen body": ddp_frozen_body,
+    "fsdp, head alone": fsdp,
+    "fsdp, head alone, criterion knows the layer": lambda rank: fsdp(rank, by_layer),
+    "fsdp, head alone, not resharded": lambda rank: fsdp(rank, by_layer, reshard=False),
+    "fsdp, head in the root": lambda rank: fsdp(rank, by_layer, head_alone=False, reshard=None),
+    "fsdp, head in a root that reshards": lambda rank: fsdp(rank, by_name, head_alone=False),
+    "fsdp, accumulated": fsdp_accumulated,
+    "fsdp, unsharded by hand": fsdp_unsharded_by_hand,
+    "fsdp, evaluation": fsdp_evaluation,
+    "fsdp, errors": fsdp_errors,
+}
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",  # no port that another process could take first
+        rank=rank,
+        world_size=N_PROCESSES,
+        timeout=timedelta(seconds=30),
+    )
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            results[name] = scenario(rank)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    """What each process brought back."""
+    folder = str(tmp_path_factory.mktemp("gloo"))
+    with pytest.MonkeyPatch.context() as environment:
+        if sys.platform == "linux":  # this machine alone: a network that is down must not matter
+            environment.setenv("GLOO_SOCKET_IFNAME", "lo")
+        context = mp.spawn(process, args=(folder,), nprocs=N_PROCESSES, join=False)
+        deadline = time.monotonic() + TIMEOUT
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for child in context.processes:
+                    child.kill()
+                pytest.fail(f"the processes did not end within {TIMEOUT} s")
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(N_PROCESSES)]
+
+
+def of_scenario(results: list[dict], name: str) -> list:
+    for rank, result in enumerate(results):
+        assert not isinstance(result[name], str), f"process {rank}: {result[name]}"
+    return [result[name] for result in results]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SCENARIOS if name not in ("ddp, frozen body", "fsdp, evaluation", "fsdp, errors")]
+)
+def test_training_equals_one_process_on_the_joined_batch(name, results):
+    """The gradient of every parameter in every step, and the parameters at the end."""
+    expected = train(new_model(), by_name, joined_batches())
+    for rank, kept in enumerate(of_scenario(results, name)):
+        assert len(kept) == len(expected)
+        for a, b in zip(kept, expected, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-4, atol=1e-6, msg=lambda text, rank=rank: f"process {rank}: {text}"
+            )
+
+
+def test_ddp_with_a_frozen_body(results):
+    model = new_model()
+    model.body.requires_grad_(False)
+    for x, y in joined_batches():
+        by_name(model, x, y).backward()
+    for grads in of_scenario(results, "ddp, frozen body"):
+        for a, b in zip(grads, (model.fc.weight.grad, model.fc.bias.grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp_evaluation(results):
+    x, y = joined_batches()[0]
+    for (loss,) in of_scenario(results, "fsdp, evaluation"):
+        torch.testing.assert_close(loss, by_name(new_model(), x, y).detach())
+
+
+def test_fsdp_errors_say_what_to_do(results):
+    for messages in of_scenario(results, "fsdp, errors"):
+        for message in messages:
+            assert "W: got a DTensor" in message
+            assert "ELogitNormLoss(model, 'fc')" in message
+            assert "unshard()" in message
