@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, eager
+from . import checks, eager, small
 
 BACKENDS = ("auto", "eager", "triton")
 _chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
@@ -272,6 +272,16 @@ def _or_empty(*grads_and_likes: tuple[Tensor | None, Tensor]) -> tuple[Tensor, .
     return tuple(like.new_empty(0) if grad is None else grad for grad, like in grads_and_likes)
 
 
+def _is_traced(*tensors: Tensor | None) -> bool:
+    """Whether something looks at the operators instead of running them: compilation, torch.func, tensor subclasses."""
+    return (
+        torch.compiler.is_compiling()
+        or _is_transforming()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(t is not None and type(t) not in _PLAIN for t in tensors)
+    )
+
+
 def _needs_grad(*tensors: Tensor) -> bool:
     # The level of torch.func that will differentiate need not be the innermost one, which is all that shows here.
     return _is_transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -444,6 +454,31 @@ _elogitnorm_operator = _operator(
 )
 
 
+class _SmallELogitNorm(_Function):
+    """ELogitNorm for small heads on the CPU: eager calls only, so it has no registered operator."""
+
+    run = staticmethod(small.forward)
+    n_visible = 2
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        logits, head_weight, target, class_weight, ignore_index, reduction, _, average_offset = inputs
+        ctx.save_for_backward(logits, head_weight, target, class_weight, *output[2:])
+        ctx.keywords = ignore_index, reduction, average_offset
+
+    @staticmethod
+    def backward(ctx, grad_loss, *unused):
+        def run(*args):
+            *args, _, need_weight = args
+            with eager.full_precision(args[0].device):
+                return small.backward(*args, need_weight)
+
+        saved = ctx.saved_tensors
+        args = (grad_loss, *saved, *ctx.keywords)
+        grads = _backward("elogitnorm", (run, run), args, ctx.needs_input_grad[:2], saved[:2])
+        return *grads, *[None] * 6
+
+
 def elogitnorm(
     logits: Tensor,
     head_weight: Tensor,
@@ -457,21 +492,19 @@ def elogitnorm(
 ) -> tuple[Tensor, Tensor]:
     """(reduced loss, D). Arguments are checked by the caller; n >= 1."""
     with_slope = _needs_grad(logits, head_weight)
+    args = (logits, head_weight, target, class_weight, ignore_index, reduction)
+    if (
+        small.applies(logits, head_weight, target, class_weight, label_smoothing)
+        and not _is_traced(logits, head_weight, target, class_weight)
+        and backend_name(logits.device) == "eager"
+    ):
+        with contextlib.suppress(small.NotPlainError):
+            run = _SmallELogitNorm.apply if with_slope else small.forward
+            return run(*args, eps, average_offset)[:2]
     loss, distance, *_ = _call(
         _ELogitNorm,
         _elogitnorm_operator,
-        *(
-            logits,
-            head_weight,
-            target,
-            class_weight,
-            ignore_index,
-            reduction,
-            label_smoothing,
-            eps,
-            average_offset,
-            with_slope,
-        ),
+        *(*args, label_smoothing, eps, average_offset, with_slope),
     )
     return loss, distance
 

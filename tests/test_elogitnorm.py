@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from support import Batch, assert_no_worse, loss_and_gradients
 
 import ood_fast
-from ood_fast import reference
+from ood_fast import ops, reference, small
 
 # (n, c, m): what the shape reaches
 SHAPES = [
@@ -27,6 +28,7 @@ LARGE_SHAPES = [
     (2, 5000, 8),  # several tiles of the table; looped rows at float32 where registers end
     (70, 65, 40),  # full table of more than one tile
 ]
+CPU = SimpleNamespace(name="eager", device=torch.device("cpu"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -444,3 +446,41 @@ def test_gradcheck_in_float64(shape):
 
     torch.autograd.gradcheck(loss, (logits, W))
     torch.autograd.gradcheck(ood_fast.boundary_distance, (logits, W))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small heads on the CPU have a form of their own (small.py)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", KEYWORDS.values(), ids=KEYWORDS.keys())
+@pytest.mark.parametrize("shape", [(8, 5, 7), (130, 4, 3), (70, 65, 40)], ids=str)
+def test_general_form_where_the_small_one_would_serve(shape, spec, monkeypatch):
+    """The tests above reach eager.py's full table only where small.py does not apply: here it never does."""
+    monkeypatch.setattr(small, "MAX_CLASSES", 0)
+    with ops.use_backend("eager"):
+        batch = Batch.of(*shape)
+        check_against_truth(batch, CPU, torch.float32, **build_keywords(spec, batch))
+
+
+def test_small_form_serves_plain_batches_and_refuses_the_others(monkeypatch):
+    served = []
+    forward = small.forward
+
+    def watched(*args):
+        out = forward(*args)
+        served.append(out)
+        return out
+
+    monkeypatch.setattr(small, "forward", watched)
+    monkeypatch.setattr(ops._SmallELogitNorm, "run", staticmethod(watched))
+    with ops.use_backend("eager"):
+        for needs_grad in (True, False):
+            batch = Batch.of(8, 5, 7)
+            ood_fast.elogitnorm(batch.logits.requires_grad_(needs_grad), None, batch.W, None, batch.y)
+        assert len(served) == 2
+        for name, (batch, keywords) in CORNERS.items():
+            if "huge" not in name and "tie for" not in name:
+                keywords = {"y": batch.y, **keywords}
+                ood_fast.elogitnorm(batch.logits, None, batch.W, None, **keywords)
+        assert len(served) == 2, "a corner was served by the small form"

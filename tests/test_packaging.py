@@ -54,6 +54,13 @@ def test_editable_install_imports_from_outside_the_checkout(tmp_path):
     assert not twice
 
 
+def test_editable_install_imports_beside_the_checkout(tmp_path):
+    """`git clone` makes a folder called ood_fast: beside it, Python must not take that for a namespace package."""
+    (tmp_path / "ood_fast").mkdir()
+    package, kernels, *_ = json.loads(run(WHERE, tmp_path))
+    assert Path(package).name == Path(kernels).name == "__init__.py"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: a build in the checkout leaves build/ there, its files get into the next one."""
