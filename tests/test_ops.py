@@ -26,6 +26,7 @@ def operator_calls(device) -> dict[str, tuple]:
         "logitnorm": (logits, y, torch.rand(4, device=device), -100, "sum", 0.0, 0.04, True),
         "boundary_distance": (logits, W, 1),
         "nci_score": (batch.z, W, batch.b, mean, None, 1e-3),
+        "linear_elogitnorm": (batch.z, W, batch.b, y, None, -100, "mean", 0.1, 1e-6, 0, False, True, True, True),
     }
     out = {name: getattr(torch.ops.ood_fast, name)(*args) for name, args in calls.items()}
     one, each = torch.ones((), device=device), torch.rand(5, device=device)
@@ -33,11 +34,12 @@ def operator_calls(device) -> dict[str, tuple]:
     calls["elogitnorm_backward"] = (one, logits, W, y, None, saved, -100, "mean", 0.1, True, True)
     calls["logitnorm_backward"] = (one, logits, y, calls["logitnorm"][2], list(out["logitnorm"][1:]), -100, "sum", 0.0)
     calls["boundary_distance_backward"] = (each, logits, W, list(out["boundary_distance"][1:]), True, True)
+    calls["linear_elogitnorm_backward"] = (one, *calls["linear_elogitnorm"])
     calls["nci_score_backward"] = (each, batch.z, W, mean, *out["nci_score"][1:], 1e-3, True, True, True)
     return calls
 
 
-DIFFERENTIABLE = ("elogitnorm", "logitnorm", "boundary_distance", "nci_score")
+DIFFERENTIABLE = ("elogitnorm", "linear_elogitnorm", "logitnorm", "boundary_distance", "nci_score")
 OPERATORS = [name + suffix for name in DIFFERENTIABLE for suffix in ("", "_backward")]
 
 
