@@ -221,3 +221,9 @@ def writable_folder(argument: str, path: str | os.PathLike) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{argument}: cannot write to {folder}: no permission in {nearest}")
     return folder
+
+
+def instance(argument: str, value: object, kind: type, expected: str) -> None:
+    """TypeError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument}: got {_describe(value)}, expected {expected}")

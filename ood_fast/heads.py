@@ -35,10 +35,12 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
     3. linear layers that the module itself registers last and that fit one behind the other (`fc1`, `fc2`, `fc3`).
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no linear layer; more than one that could be the head, all of which are listed: pass `name`.
     """
+    checks.instance("model", model, nn.Module, "an nn.Module")
     if name is not None:
-        return _head_by_name(model, name)
+        return _head_by_name(model, name, "name")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no nn.Linear, expected a classifier that ends in one")
@@ -48,19 +50,31 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
             f"{path} ({layer.in_features} → {layer.out_features})" for path, layer in linears.items()
         )
         raise ValueError(
-            f"model: cannot tell which layer of {type(model).__name__} makes the logits; pass its name. "
-            f"Linear layers: {candidates}"
+            f"model: cannot tell which layer of {type(model).__name__} makes the logits; pass its name "
+            f"(a detector takes it as head=...). Linear layers: {candidates}"
         )
     return head
 
 
-def _head_by_name(model: nn.Module, name: str) -> nn.Linear:
+def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
+    """The head that an argument `head` means: a layer of `model`, by its name or itself; None: `find_head(model)`."""
+    if head is None:
+        return find_head(model)
+    if isinstance(head, str):
+        return _head_by_name(model, head, "head")
+    checks.instance("head", head, nn.Linear, "the name of a layer or an nn.Linear")
+    if all(module is not head for module in model.modules()):
+        raise ValueError(f"head: the nn.Linear given is no layer of {type(model).__name__}")
+    return head
+
+
+def _head_by_name(model: nn.Module, name: str, argument: str) -> nn.Linear:
     modules = dict(model.named_modules())
     if name not in modules:
         linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(f"name: {checks.unknown(f'layer of {type(model).__name__}', name, linears)}")
+        raise ValueError(f"{argument}: {checks.unknown(f'layer of {type(model).__name__}', name, linears)}")
     if not isinstance(modules[name], nn.Linear):
-        raise ValueError(f"name: {name!r} is a {type(modules[name]).__name__}, expected an nn.Linear")
+        raise ValueError(f"{argument}: {name!r} is a {type(modules[name]).__name__}, expected an nn.Linear")
     return modules[name]
 
 
@@ -127,9 +141,9 @@ class L2NormLinear(nn.Linear):
         tau=None:   training  f = W z / max(‖z‖₂, eps) + b             evaluation  f = W z + b
         tau=τ:      training  f = W z / (τ max(‖z‖₂, eps)) + b         evaluation  f = W z / τ + b
 
-    The first is the L2 normalisation of Haas, Yolland and Rabus, "Linking Neural Collapse and L2 Normalization with
-    Improved Out-of-Distribution Detection in Deep Neural Networks", TMLR 2023, arXiv 2209.08378; its score is ‖z‖₂. The
-    second is T2FNorm, Regmi et al., CVPR 2024 Workshops, arXiv 2305.17797, τ = 0.1.
+    The first is the L2 normalisation of Haas, Yolland and Rabus, "Exploring Simple, High Quality Out-of-Distribution
+    Detection with L2 Normalization", TMLR 2024, arXiv 2306.04072; its score is ‖z‖₂. The second is T2FNorm, Regmi et
+    al., CVPR 2024 Workshops, arXiv 2305.17797, τ = 0.1.
 
     Parameters and state_dict are those of `nn.Linear`, so that checkpoints of one load into the other.
 

@@ -361,12 +361,138 @@ def test_bad_parameters(call, error):
         call()
 
 
+# ---- the head of a model, and what is no model, no loader, no input
+
+
+class ConvolutionalHead(nn.Module):
+    """Its only linear layer is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, M)
+        self.logits = nn.Conv2d(M, C, 1)
+
+    def forward(self, x):
+        return self.logits(self.hidden(x)[..., None, None]).flatten(1)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, C)
+        self.aux = nn.Linear(6, C)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fit_refuses_a_hidden_layer(name):
+    message = rf"head: got a layer 6 → {M}, but the logits have shape \(20, {C}\); pass head="
+    with pytest.raises(ValueError, match=message):
+        make(name).fit(ConvolutionalHead(), [torch.randn(20, 6)])
+
+
+def test_score_refuses_a_hidden_layer():
+    model = ConvolutionalHead().train()
+    with pytest.raises(ValueError, match=rf"head: got a layer 6 → {M}, but the logits have shape \(3, {C}\)"):
+        detectors.FeatureNorm().score(model, torch.randn(3, 6))
+    assert model.training
+    assert not model.hidden._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_head_can_be_named_or_given(name):
+    model, x = TwoHeads(), torch.randn(20, 6)
+    with pytest.raises(ValueError, match=r"pass its name \(a detector takes it as head=\.\.\.\)"):
+        make(name).fit(model, [x])
+    named = make(name).fit(model, [x], head="fc")
+    with pytest.raises(ValueError, match="pass its name"):
+        named.score(model, x)
+    expected = make(name).fit_features(x, model.fc(x), head=model.fc).score_features(x, model.fc(x))
+    for head in ("fc", model.fc):
+        torch.testing.assert_close(make(name).fit(model, [x], head=head).score(model, x, head=head), expected)
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    [
+        ("fcc", ValueError, "head: unknown layer of TwoHeads 'fcc'; known: aux, fc; did you mean 'fc'"),
+        (3, TypeError, r"head: got int 3, expected the name of a layer or an nn\.Linear"),
+        (nn.Linear(6, C), ValueError, r"head: the nn\.Linear given is no layer of TwoHeads"),
+    ],
+)
+def test_a_head_that_is_none(head, error, message):
+    for call in (detectors.KNN(k=1).fit, detectors.FeatureNorm().score):
+        with pytest.raises(error, match=message):
+            call(TwoHeads(), torch.randn(2, 6) if call.__name__ == "score" else [torch.randn(2, 6)], head=head)
+
+
+@pytest.mark.parametrize("name", ["MSP", "MaxLogit", "Energy"])
+@pytest.mark.parametrize("model", [ConvolutionalHead(), TwoHeads(), nn.Flatten()], ids=lambda m: type(m).__name__)
+def test_what_reads_logits_only_needs_no_head(name, model):
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(make(name).score(model, x), make(name).score_features(None, model(x)))
+
+
+def test_targets_that_are_no_tensor_are_left_out():
+    net, x = Net().eval(), torch.randn(9, 6)
+    expected = detectors.KNN(k=1).fit(net, [x]).bank
+    assert torch.equal(detectors.KNN(k=1).fit(net, [(x, ["a.png"] * 9)]).bank, expected)
+
+
+X = torch.randn(8, 6)
+DATASET = torch.utils.data.TensorDataset(X)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda detector: detector.fit(None, [X]), r"model: got NoneType, expected an nn\.Module"),
+        (lambda detector: detector.score(None, X), r"model: got NoneType, expected an nn\.Module"),
+        (lambda detector: detector.fit(Net(), X), "loader: got Tensor, expected an iterable of batches"),
+        (lambda detector: detector.fit(Net(), DATASET), "loader: got TensorDataset, expected an iterable of batches"),
+        (lambda detector: detector.fit(Net(), 8), "loader: got int, expected an iterable of batches"),
+        (lambda detector: detector.score(Net(), torch.utils.data.DataLoader(DATASET)), "x: got DataLoader, expected"),
+        (lambda detector: detector.score(Net(), X.numpy()), "x: got ndarray, expected a tensor, one batch of inputs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["MSP", "KNN"])
+def test_what_is_no_model_no_loader_or_no_input(name, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(make(name))
+
+
+@pytest.mark.parametrize("batch", [{"pixel_values": X}, [], X.numpy(), (X.numpy(), X)])
+def test_batches_without_a_tensor(batch):
+    net = Net().train()
+    with pytest.raises(TypeError, match=r"loader: x of a batch: got .*, expected a tensor; batches are x or"):
+        detectors.KNN().fit(net, [batch])
+    assert net.training
+
+
+def test_a_data_set_that_yields_batches_is_a_loader():
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([X])
+
+    net = Net()
+    assert torch.equal(detectors.KNN(k=1).fit(net, Batches()).bank, detectors.KNN(k=1).fit(net, [X]).bank)
+
+
 # ---- registry
 
 
 def test_names_are_found_in_any_case():
     assert isinstance(detectors.create("fdbd"), detectors.FDBD)
     assert detectors.create("KNN", k=3).k == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_names_too(name):
+    cls = detectors.find(name)
+    for written in (cls.label, cls.label.upper(), f" {cls.label.lower()} ", cls.label.replace(" ", "")):
+        assert detectors.find(written) is cls
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
@@ -386,5 +512,7 @@ def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):
 
     assert "SecondLogit" in detectors.known()
     assert SecondLogit.label == "SecondLogit"
+    monkeypatch.setattr(SecondLogit, "label", "Runner-up")
+    assert detectors.find("runner-up") is SecondLogit
     scores = detectors.create("secondlogit").score_features(None, torch.tensor([[1.0, 5.0, 3.0]]))
     assert scores.tolist() == [-3.0]

@@ -104,6 +104,11 @@ def test_model_without_a_linear_layer():
         find_head(nn.Sequential(nn.Conv2d(3, 10, 1), nn.Flatten()))
 
 
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"model: got NoneType, expected an nn\.Module"):
+        find_head(None)
+
+
 def test_capture_features():
     """What enters the head, of the last pass; logits = head(features); nothing is left behind on the model."""
     model = Named(body=mlp(), fc=linear())

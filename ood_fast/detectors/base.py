@@ -18,14 +18,15 @@ it does nothing. Statistics are summed in float64 as the data passes; only detec
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
-from ..heads import capture_features, find_head
+from ..heads import capture_features, given_head
 
 FIT_CHUNK = 65536  # rows of stored features per partial_fit: bounds the float64 copy that the sums make
 
@@ -59,14 +60,17 @@ class Detector(nn.Module):
 
     # ---- fitting
 
-    def fit(self, model: nn.Module, loader: Iterable) -> Detector:
+    def fit(self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None = None) -> Detector:
         """Run `model` once over `loader` (batches x, or (x, y, ...)) in eval mode and fit on what enters its head.
 
-        Batches are moved to the device of the head. The mode of the model is restored. Returns self.
+        `head` is the layer that makes the logits, or its name; without it, the one that `heads.find_head` finds.
+        Batches are moved to the device of the model. The mode of the model is restored. Returns self.
         """
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        _check_loader(loader)
         if not self.state:
             return self
-        head = find_head(model)
+        head = given_head(model, head)
         self._fitting = False
         with closing(run_model(model, loader, head)) as batches:  # also when partial_fit raises, the model is set back
             for features, logits, targets in batches:
@@ -134,10 +138,16 @@ class Detector(nn.Module):
     # ---- scoring
 
     @torch.no_grad()
-    def score(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Scores (n,) of one input batch; the model runs once, in eval mode, and its mode is restored."""
+    def score(self, model: nn.Module, x: Tensor, head: str | nn.Linear | None = None) -> Tensor:
+        """Scores (n,) of one input batch; the model runs once, in eval mode, and its mode is restored.
+
+        `head` as in `fit`. A detector that reads nothing but logits looks for none.
+        """
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        checks.instance("x", x, Tensor, "a tensor, one batch of inputs")
         self._require_fitted()
-        ((features, logits, _),) = run_model(model, [x], find_head(model))
+        read_from = given_head(model, head) if self.needs_features else None
+        ((features, logits, _),) = run_model(model, [x], read_from)
         return self.score_features(features, logits)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
@@ -225,26 +235,58 @@ class RunningMean:
 
 
 @torch.no_grad()
-def run_model(model: nn.Module, loader: Iterable, head: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def run_model(
+    model: nn.Module, loader: Iterable, head: nn.Linear | None
+) -> Iterator[tuple[Tensor | None, Tensor, Tensor | None]]:
     """For each batch of `loader` (x, or (x, y, ...)): what enters `head` (n, m), the logits (n, c), and y or None.
 
     One forward pass a batch, in eval mode, without gradients; the mode of the model is restored, also when it raises.
+    Without a head the features are None.
     """
-    device = next(head.parameters()).device
+    parameter = next((model if head is None else head).parameters(), None)
+    device = None if parameter is None else parameter.device  # None: everything stays where it is
     was_training = model.training
     model.eval()
     try:
-        with capture_features(head) as captured:
+        with nullcontext() if head is None else capture_features(head) as captured:
             for batch in loader:
-                x, targets = (
-                    (batch[0], batch[1] if len(batch) > 1 else None)
-                    if isinstance(batch, (tuple, list))
-                    else (batch, None)
-                )
+                x, targets = _inputs_and_targets(batch)
                 logits = model(x.to(device))
-                yield captured.features, logits, None if targets is None else targets.to(device)
+                if head is not None:
+                    _check_head(head, logits)
+                features = None if head is None else captured.features
+                yield features, logits, None if targets is None else targets.to(device)
     finally:
         model.train(was_training)
+
+
+def _inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """x and y of a batch x or (x, y, ...); what is no tensor, such as file names, is no y."""
+    x, targets = batch, None
+    if isinstance(batch, (tuple, list)) and batch:
+        x, targets = batch[0], batch[1] if len(batch) > 1 else None
+    checks.instance("loader: x of a batch", x, Tensor, "a tensor; batches are x or (x, y, ...)")
+    return x, targets if isinstance(targets, Tensor) else None
+
+
+def _check_loader(loader: object) -> None:
+    """TypeError for what looks like a loader and gives single samples: a tensor, or a data set without a DataLoader."""
+    single = isinstance(loader, Tensor) or (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset))
+    if single or not isinstance(loader, Iterable):
+        raise TypeError(
+            f"loader: got {type(loader).__name__}, expected an iterable of batches x or (x, y, ...), such as a "
+            "DataLoader or [x]"
+        )
+
+
+def _check_head(head: nn.Linear, logits: object) -> None:
+    """ValueError for a layer that cannot have made the logits: the features would be those of a hidden layer."""
+    if isinstance(logits, Tensor) and logits.dim() > 1 and logits.shape[1] != head.out_features:
+        raise ValueError(
+            f"head: got a layer {head.in_features} → {head.out_features}, but the logits have shape "
+            f"{tuple(logits.shape)}; pass head=..., the nn.Linear that makes them or its name; with a head of "
+            "another kind, use fit_features and score_features"
+        )
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -256,8 +298,8 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def register(cls: D) -> D:
-    """Class decorator: makes the detector known by its class name, in any case, to `create` and `compare`."""
-    _REGISTRY[cls.__name__.lower()] = cls
+    """Class decorator: makes the detector known by its class name and its label to `create` and `compare`."""
+    _REGISTRY[_key(cls.__name__)] = cls
     return cls
 
 
@@ -267,13 +309,20 @@ def known() -> list[str]:
 
 
 def create(name: str, **parameters: Any) -> Detector:
-    """A new detector by its class name (in any case); ValueError with the known names and the nearest one otherwise."""
+    """A new detector by name, see `find`; ValueError with the known names and the nearest one otherwise."""
     return find(name)(**parameters)
 
 
 def find(name: str) -> type[Detector]:
-    """The detector class of that name (in any case)."""
-    try:
-        return _REGISTRY[name.lower()]
-    except KeyError:
-        raise checks.UserError(checks.unknown("detector", name, known())) from None
+    """The detector class of that name, or with that label, in any case and with or without spaces."""
+    key = _key(name)
+    if key in _REGISTRY:
+        return _REGISTRY[key]
+    for cls in _REGISTRY.values():
+        if _key(cls.label) == key:
+            return cls
+    raise checks.UserError(checks.unknown("detector", name, known()))
+
+
+def _key(name: str) -> str:
+    return "".join(name.lower().split())
