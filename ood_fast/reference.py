@@ -157,8 +157,8 @@ def nci_score(
 def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     """Features scaled to unit length, and their length before: (z / max(‖z‖₂, eps), ‖z‖₂), shapes (n, m) and (n,).
 
-    The first is `torch.nn.functional.normalize(z, eps=eps)`. Haas, Yolland and Rabus, "Linking Neural Collapse and L2
-    Normalization with Improved Out-of-Distribution Detection in Deep Neural Networks", TMLR 2023.
+    The first is `torch.nn.functional.normalize(z, eps=eps)`. Haas, Yolland and Rabus, "Exploring Simple, High Quality
+    Out-of-Distribution Detection with L2 Normalization", TMLR 2024.
     """
     norms = torch.linalg.vector_norm(z, dim=1)
     return z / norms.clamp(min=eps)[:, None], norms

@@ -14,8 +14,8 @@ from .base import CentredDetector, Detector, at_least_float32, register
 class FeatureNorm(Detector):
     """The p-norm of the features: ‖z‖_p. A head that normalises its input is scored on z before normalisation.
 
-    p = 2: Haas et al., "Linking Neural Collapse and L2 Normalization with Improved Out-of-Distribution Detection in
-    Deep Neural Networks", TMLR 2023, arXiv:2209.08378. p = 1 is the filter term of NCI (Liu and Qin, CVPR 2025).
+    p = 2: Haas, Yolland and Rabus, "Exploring Simple, High Quality Out-of-Distribution Detection with L2
+    Normalization", TMLR 2024, arXiv:2306.04072. p = 1 is the filter term of NCI (Liu and Qin, CVPR 2025).
 
     Args:
         p: order of the norm, 1 <= p <= inf.
@@ -44,7 +44,8 @@ class NCI(CentredDetector):
     Liu and Qin, "Detecting Out-of-Distribution through the Lens of Neural Collapse", CVPR 2025, arXiv:2311.01479.
 
     Args:
-        alpha: weight of the norm; chosen from `ALPHAS` on validation data.
+        alpha: weight of the norm. Fitting keeps the one given; the papers choose it from `ALPHAS` on validation data,
+            as `ood_fast.evaluate.best_alpha` and `ood-fast compare` do.
     """
 
     ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)  # the papers' grid
