@@ -69,9 +69,22 @@ def float_tensor(argument: str, value: object, n_dims: int, shape_text: str) -> 
 
 
 def same_device(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
-    """ValueError unless both tensors live on one device."""
+    """ValueError unless both tensors live on one device; TypeError where only one of them is a DTensor."""
     if value.device != other.device:
         raise ValueError(f"{argument}: is on {value.device}, expected {other.device}, where {other_argument} is")
+    if type(value) in _PLAIN and type(other) in _PLAIN:
+        return
+    sharded = [hasattr(t, "full_tensor") for t in (value, other)]
+    if any(sharded) and not all(sharded):
+        (argument, value), (other_argument, _) = sorted(
+            ((argument, value), (other_argument, other)), key=lambda pair: not hasattr(pair[1], "full_tensor")
+        )
+        raise TypeError(
+            f"{argument}: got a DTensor with placements {value.placements}, expected a plain tensor, which "
+            f"{other_argument} is; ELogitNormLoss(model, 'fc') gathers a head that fully_shard has sharded, as "
+            "model.fc.unshard() before a function (the gradient through W.full_tensor() would not be averaged over "
+            "the processes)"
+        )
 
 
 def logits(value: object, *, dense: bool = False) -> None:
@@ -93,12 +106,6 @@ def head_weight(weight: object, logits_: Tensor) -> None:
             f"one row for each of the {logits_.shape[1]} classes of logits {tuple(logits_.shape)}"
         )
     same_device("W", weight, "logits", logits_)
-    if type(weight) not in _PLAIN and hasattr(weight, "full_tensor") and not hasattr(logits_, "full_tensor"):
-        raise TypeError(
-            f"W: got a DTensor with placements {weight.placements}, expected a plain tensor, which logits is; "
-            "ELogitNormLoss(model, 'fc') gathers a head that fully_shard has sharded, as model.fc.unshard() before "
-            "a loss function (the gradient through W.full_tensor() would not be averaged over the processes)"
-        )
 
 
 def head_bias(bias: object | None, weight: Tensor) -> None:

@@ -120,6 +120,7 @@ class _Targets:
     ):
         self.class_weight = None if class_weight is None else class_weight.to(dtype)
         self.smoothing = smoothing
+        self.dtype = dtype
         self.ignored: Tensor | None = None  # (n,) samples with ignore_index
         self.invalid: Tensor | None = None  # (n,) class indices out of range; on the CPU those raise instead
         self.index: Tensor | None = None  # (n, 1)
@@ -154,7 +155,7 @@ class _Targets:
         if live is None:
             share: Tensor | float = self.smoothing / n_classes
             return share if self.class_weight is None else (self.class_weight * share).unsqueeze(0)
-        share = live * (self.smoothing / live.sum(1, keepdim=True).clamp_(min=1))
+        share = live * (self.smoothing / live.sum(1, keepdim=True).clamp_(min=1).to(self.dtype))
         return share if self.class_weight is None else share * self.class_weight
 
     def total(self, rows: slice | None, live: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor | float:
@@ -406,7 +407,8 @@ def _boundary_gaps(
     live, gap = _mask_gaps(logits, gap, top)
     inverse.masked_fill_(~live, 0.0)
     count = (inverse > 0).sum(1)
-    shares = torch.where(count > 0, 1.0 / (count + average_offset), 0.0).to(gap.dtype)
+    # In the dtype of the arithmetic: a quotient of integers would be float32 whatever that is.
+    shares = torch.where(count > 0, (count + average_offset).to(gap.dtype).reciprocal(), 0.0)
     distance = torch.mul(inverse, gap, out=product).sum(1).mul_(shares)
     return gap, product, distance, shares, live
 

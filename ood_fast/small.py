@@ -18,6 +18,7 @@ from . import checks
 
 MAX_CLASSES = 128  # pdist's order is undone through a cached table of c^2 positions: 128 KiB here
 MAX_ELEMENTS = 1 << 18  # of the logits: above, `eager.py` works in chunks that stay in cache
+CLOSEST = 1e-12  # rows nearer to each other than this: R^3 would come near the end of float32
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _nll_loss = torch.ops.aten.nll_loss_forward.default
@@ -66,15 +67,19 @@ def forward(
     eps: float,
     average_offset: int,
 ) -> tuple[Tensor, ...]:
-    """(reduced loss, D, and what `backward` takes: log-probabilities, total weight, p, D, the table R).
+    """(reduced loss, D, and what `backward` takes: u = -g / D, log-probabilities, total weight, p, D, the table R).
 
     Raises NotPlainError, or IndexError for a target out of range.
     """
     n_classes = logits.shape[1]
     positions, zero = _square_from_condensed(n_classes, logits.dtype)
-    table = torch.cat((torch.pdist(head_weight).reciprocal_(), zero)).take(positions)
+    condensed = torch.pdist(head_weight)
+    # Rows that coincide are 0 * inf in `backward`, also where neither of them is predicted and D does not show it.
+    if not condensed.min().item() > CLOSEST:
+        raise NotPlainError
+    table = torch.cat((condensed.reciprocal_(), zero)).take(positions)
     top, predicted = logits.max(1, keepdim=True)
-    scaled = logits - top  # -g, and below -g / D
+    scaled = logits - top  # -g, and below u = -g / D
     distance = table.index_select(0, predicted.view(-1)).mul_(scaled).sum(1, keepdim=True)
     distance.mul_(-1.0 / (n_classes - 1 + average_offset))
     low, high = torch.aminmax(distance)
@@ -86,7 +91,7 @@ def forward(
     except IndexError:
         checks.index_range(target, n_classes, ignore_index)  # raises, and names the value
         raise
-    return loss, distance.view(-1), log_probability, total, predicted, distance, table
+    return loss, distance.view(-1), scaled, log_probability, total, predicted, distance, table
 
 
 def backward(
@@ -95,6 +100,7 @@ def backward(
     head_weight: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
+    scaled: Tensor,
     log_probability: Tensor,
     total: Tensor,
     predicted: Tensor,
@@ -110,9 +116,10 @@ def backward(
     gradient = _nll_loss_backward(
         grad_loss, log_probability, target, class_weight, _REDUCTIONS[reduction], ignore_index, total
     )
-    gradient = _log_softmax_backward(gradient, log_probability, 1, log_probability.dtype)  # by -g / D
-    # dL/dD = sum_j gradient_j g_j / D^2. The rows of `gradient` sum to 0, so the log-probability may stand for -g / D.
-    slope = (gradient * log_probability).sum(1, keepdim=True)
+    gradient = _log_softmax_backward(gradient, log_probability, 1, log_probability.dtype)  # by u
+    # dL/dD = -sum_j dL/du_j u_j / D. The log-probabilities, u less a constant, would do as well, but for their rounding
+    # where all u are small: rows of W that are close together.
+    slope = (gradient * scaled).sum(1, keepdim=True)
     slope.mul_(-1.0 / (n_classes - 1 + average_offset)).div_(distance)
     gradient.div_(distance)
     p = predicted.view(-1)

@@ -171,6 +171,7 @@ def fsdp_errors(rank: int):
         lambda: by_layer(model, x, y),
         lambda: ood_fast.elogitnorm(model(x), None, model.fc.weight, None, y),
         lambda: ood_fast.boundary_distance(model(x), model.fc.weight),
+        lambda: ood_fast.linear_elogitnorm(model(x).new_zeros(len(x), 8), model.fc.weight, None, y),
     ):
         try:
             call()

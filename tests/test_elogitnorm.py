@@ -144,6 +144,11 @@ def corner_batches() -> dict[str, tuple[Batch, dict]]:
     batch.W[3] = batch.W[1]
     corners["two rows of W coincide"] = batch, {}
 
+    batch = Batch.of(7, 5, 6)
+    batch.W[3] = batch.W[1]
+    batch.logits[:, 2] = batch.logits.max() + 1
+    corners["two rows of W coincide that no sample predicts"] = batch, {}
+
     batch = Batch.of(4, 9, 6)
     batch.W[:] = batch.W[0]
     corners["all rows of W coincide, n < c"] = batch, {}

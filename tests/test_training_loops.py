@@ -434,7 +434,7 @@ def test_frozen_head_computes_no_weight_gradient(model, batches, n_samples, monk
     train_both(model, [(x[:n_samples], y[:n_samples]) for x, y in batches])
     assert not products
     monkeypatch.undo()
-    # The matrix products of forward and backward: frozen, the one of the distances between rows.
+    # The matrix products of forward and backward: without a weight gradient, those of the distances alone.
     x, y = (t[:n_samples] for t in batches[0])
     logits = model(x).detach().requires_grad_()
     n_products = {}
@@ -442,8 +442,7 @@ def test_frozen_head_computes_no_weight_gradient(model, batches, n_samples, monk
         model.fc.requires_grad_(not frozen)
         criterion = ood_fast.ELogitNormLoss(model.fc, detach_geometry=detach_geometry)
         n_products[frozen, detach_geometry] = count_products(lambda c=criterion: c(logits, y).backward())
-    assert n_products[True, False] == n_products[False, True] == 1
-    assert n_products[False, False] > 1
+    assert n_products[True, False] == n_products[False, True] < n_products[False, False]
 
 
 def count_products(step) -> int:
