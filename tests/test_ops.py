@@ -63,7 +63,8 @@ def test_opcheck(name, backend):
 
 
 def test_the_operator_differentiates_as_the_function_does(backend):
-    batch = Batch.of(5, 4, 3, device=backend.device)
+    """The same bits: one code, n < c because small heads with n >= c have a form of their own on the CPU."""
+    batch = Batch.of(3, 4, 3, device=backend.device)
     logits, W = batch.logits.requires_grad_(), batch.W.requires_grad_()
     by_operator = torch.ops.ood_fast.elogitnorm(logits, W, batch.y, None, -100, "mean", 0.0, 1e-6, 0, True)[0]
     by_function = ood_fast.elogitnorm(logits, None, W, None, batch.y)

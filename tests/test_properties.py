@@ -17,7 +17,7 @@ import ood_fast
 from ood_fast import ops, reference
 
 COMMON = settings(
-    max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=70, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
