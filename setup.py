@@ -15,9 +15,9 @@ from setuptools.command.editable_wheel import editable_wheel
 class EditableWheel(editable_wheel):
     """An editable install that also works in the folder that holds the checkout.
 
-    Because of the mapping, setuptools serves an editable install by an import hook, which comes after the path. A script
-    beside a checkout named ``ood_fast`` would then find that folder first, as an empty namespace package. A path entry
-    for the checkout itself wins against it; the hook still serves ``ood_fast.kernels``.
+    Because of the mapping, setuptools serves an editable install by an import hook, which comes after the path. Then a
+    script beside a checkout named ``ood_fast`` finds that folder first, as an empty namespace package. A path entry for
+    the checkout itself wins against it; the hook still serves ``ood_fast.kernels``.
     """
 
     def run(self):

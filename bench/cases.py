@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +88,13 @@ def skip_unless_reference_fits(case: Case, device: torch.device) -> None:
         pytest.skip(
             f"reference at {case}: 3 × {c}×{c}×{m} floats are {needed / 1e9:.1f} GB, limit {limit / 1e9:.1f} GB"
         )
+
+
+def machine() -> str:
+    """The processor by name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{platform.system()} {platform.machine()} {platform.processor()}".strip()

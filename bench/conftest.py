@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import timeit
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .cases import CASES, Case, Inputs
+from .cases import CASES, Case, Inputs, machine
 
 # Some thirty rows within a minute, set-up included. The plugin's own calibration fixes the number of rounds by the
 # fastest call: on a busy machine one row then took 38 s. A cap on the rounds bounds it.
@@ -54,7 +52,7 @@ def measure(benchmark: Any, case: Case, inputs: Inputs, device: torch.device) ->
             torch=torch.__version__,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            machine=_machine(),
+            machine=machine(),
         )
         timed(step)  # kernels are compiled and buffers made before the clock runs
         once = min(timeit.repeat(lambda: timed(step), number=1, repeat=3))
@@ -75,15 +73,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"left out: {report.head_line}: {report.longrepr[2].removeprefix('Skipped: ')}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     terminalreporter.write_line(
-        f"measured with torch {torch.__version__} on {device}, {torch.get_num_threads()} threads, {_machine()}"
+        f"measured with torch {torch.__version__} on {device}, {torch.get_num_threads()} threads, {machine()}"
     )
-
-
-def _machine() -> str:
-    """The processor by name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return f"{platform.system()} {platform.machine()} {platform.processor()}".strip()

@@ -720,13 +720,10 @@ def linear_elogitnorm(
 
 
 def _linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:
-    """logits = z W^T + b; a W of another dtype is converted tile by tile."""
-    if head_weight.dtype == logits.dtype:
-        torch.addmm(bias, z, head_weight.t(), out=logits)
-        return
+    """logits = z W^T + b, tile by tile of W: in one product the matrix library would pack half of W beside it."""
     for columns in _slices(head_weight.shape[0], WEIGHT_TILE_ELEMENTS // max(1, z.shape[1])):
         tile_bias = bias[columns] if bias.dim() else bias
-        logits[:, columns] = torch.addmm(tile_bias, z, head_weight[columns].to(logits.dtype).t())
+        torch.addmm(tile_bias, z, head_weight[columns].to(logits.dtype).t(), out=logits[:, columns])
 
 
 def _linear_backward(
