@@ -1,0 +1,175 @@
+"""What the loss costs beside the head that it belongs to, on the CPU: ratios within one run, and peak memory.
+
+    python -m bench.ratios                 # every table, about two minutes on two cores
+    python -m bench.ratios dense small     # some of them
+
+Times are medians of rounds in which the candidates take turns, so that what else the machine does meets all of them.
+Peak memory is the growth of the resident set over the inputs, less the gradients returned, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+import ood_fast
+
+from .cases import machine
+
+DENSE = ((256, 1000, 2048), (64, 21841, 768))
+SMALL = ((128, 10, 512), (128, 100, 512))
+LINEAR = (512, 100_000, 512)
+
+
+def alternate(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds a call of each candidate, measured in turns for about `seconds`."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def leaves(shape: tuple[int, int, int], distinct: int | None = None) -> tuple[torch.Tensor, ...]:
+    """z, W, b, logits as leaves, and y; `distinct` sets the number of distinct predictions."""
+    n, c, m = shape
+    torch.manual_seed(0)
+    z, W, b = torch.randn(n, m), torch.randn(c, m) / m**0.5, torch.zeros(c)
+    logits = F.linear(z, W, b)
+    if distinct is not None:
+        rows = torch.arange(n)
+        logits[rows, rows % distinct] = logits.max() + 1
+    return *(t.requires_grad_() for t in (z, W, b, logits)), torch.randint(0, c, (n,))
+
+
+def steps(shape: tuple[int, int, int], distinct: int | None) -> dict[str, Callable[[], object]]:
+    """Forward and backward of each loss for given logits, and of the head that makes them."""
+    z, W, b, logits, y = leaves(shape, distinct)
+    upstream = torch.randn_like(logits)
+    return {
+        "cross-entropy": lambda: torch.autograd.grad(F.cross_entropy(logits, y), logits),
+        "elogitnorm": lambda: torch.autograd.grad(ood_fast.elogitnorm(logits, z, W, b, y), (logits, W)),
+        "detached": lambda: torch.autograd.grad(ood_fast.elogitnorm(logits, z, W, b, y, detach_geometry=True), logits),
+        "head": lambda: torch.autograd.grad(F.linear(z, W, b), (z, W, b), upstream),
+    }
+
+
+def dense() -> None:
+    """The extra over cross-entropy, as a share of the head's own forward and backward."""
+    print("\n(n, c, m)               u   head ms   extra / head   detached extra / head   peak MB")
+    for shape in DENSE:
+        for distinct in (shape[0], shape[0] // 2):
+            t = alternate(steps(shape, distinct), seconds=6)
+            extra, detached = ((t[k] - t["cross-entropy"]) / t["head"] for k in ("elogitnorm", "detached"))
+            peak = in_process(_dense_peak, shape, distinct)
+            name = str(shape)
+            print(f"{name:20} {distinct:4d} {1e3 * t['head']:9.1f} {extra:14.2f} {detached:23.2f} {peak:9.0f}")
+
+
+def small() -> None:
+    """All of the loss beside all of F.cross_entropy, where calls are the cost."""
+    print("\n(n, c, m)            cross-entropy us   elogitnorm / cross-entropy   detached / cross-entropy")
+    for shape in SMALL:
+        t = alternate(steps(shape, None), seconds=3)
+        ce, name = t["cross-entropy"], str(shape)
+        print(f"{name:20} {1e6 * ce:16.0f} {t['elogitnorm'] / ce:28.1f} {t['detached'] / ce:26.1f}")
+
+
+def linear() -> None:
+    """Without logits, beside the head and cross-entropy through them, and torch's chunked form where it exists."""
+    z, W, b, y = linear_leaves()
+    candidates = {
+        name: (lambda f=f: torch.autograd.grad(f(z, W, b, y), (z, W, b))) for name, f in linear_losses().items()
+    }
+    t = alternate(candidates, seconds=20)
+    print(f"\n{LINEAR}                       s   / unfused   peak MB")
+    for name, seconds in t.items():
+        peak = in_process(_linear_peak, name)
+        print(f"{name:36} {seconds:6.2f} {seconds / t['unfused linear + cross-entropy']:9.2f} {peak:9.0f}")
+
+
+def linear_leaves() -> tuple[torch.Tensor, ...]:
+    """z, W, b as leaves, and y; no logits."""
+    n, c, m = LINEAR
+    torch.manual_seed(0)
+    leaves = torch.randn(n, m), torch.randn(c, m).div_(m**0.5), torch.zeros(c)
+    return *(t.requires_grad_() for t in leaves), torch.randint(0, c, (n,))
+
+
+def linear_losses() -> dict[str, Callable]:
+    losses = {
+        "unfused linear + cross-entropy": lambda z, W, b, y: F.cross_entropy(F.linear(z, W, b), y),
+        "linear_elogitnorm": ood_fast.linear_elogitnorm,
+        "linear_elogitnorm, detached": lambda z, W, b, y: ood_fast.linear_elogitnorm(z, W, b, y, detach_geometry=True),
+    }
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses["torch's linear_cross_entropy"] = lambda z, W, b, y: F.linear_cross_entropy(
+            z, W, y, linear_bias=b, options=options
+        )
+    return losses
+
+
+def in_process(measure: Callable[..., float], *arguments: object) -> float:
+    """`measure(*arguments)` in a fresh process; NaN where the system does not tell the peak (it is Linux that does)."""
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(measure, arguments)
+    except FileNotFoundError:
+        return float("nan")
+
+
+def _dense_peak(shape: tuple[int, int, int], distinct: int) -> float:
+    return _peak(steps(shape, distinct)["elogitnorm"])
+
+
+def _linear_peak(name: str) -> float:
+    z, W, b, y = linear_leaves()
+    return _peak(lambda: torch.autograd.grad(linear_losses()[name](z, W, b, y), (z, W, b)))
+
+
+def _peak(step: Callable[[], Sequence[torch.Tensor]]) -> float:
+    """MB that one step takes at its peak beyond what was there before and the gradients that it returns."""
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the library's own buffers
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # sets the high-water mark to what is resident now
+    before = _resident("VmRSS")
+    returned = step()
+    peak = _resident("VmHWM")
+    return (peak - before - sum(t.numel() * t.element_size() for t in returned)) / 1e6
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+TABLES = {"dense": dense, "small": small, "linear": linear}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "tables", nargs="*", choices=[*TABLES, []], metavar="TABLE", help=f"{', '.join(TABLES)}; all of them by default"
+    )
+    chosen = parser.parse_args().tables or list(TABLES)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
+    for name in chosen:
+        TABLES[name]()
+
+
+if __name__ == "__main__":
+    main()
