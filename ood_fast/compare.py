@@ -35,10 +35,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.data not in data.BENCHMARKS:
             raise checks.UserError(checks.unknown("data set", self.data, data.BENCHMARKS))
+        # Names as they are written, whatever the case they came in; a frozen dataclass is set this way.
         for loss in self.losses:
-            if loss not in LOSSES:
+            if loss.lower() not in LOSSES:
                 raise checks.UserError(checks.unknown("loss", loss, LOSSES))
-        # The class names as they are written, whatever the case they came in; a frozen dataclass is set this way.
+        object.__setattr__(self, "losses", tuple(loss.lower() for loss in self.losses))
         object.__setattr__(self, "detectors", tuple(detectors.find(name).__name__ for name in self.detectors))
         for argument in ("losses", "detectors", "seeds"):
             values = getattr(self, argument)

@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -83,6 +84,17 @@ def check_folder(path: str | Path) -> Path:
     It may be missing, empty, or hold an earlier comparison. Tried out, because permissions do not tell about read-only
     and virtual file systems.
     """
+    if not str(path):
+        raise checks.UserError("--out: got '', expected a folder")
+    try:
+        return _tried_out(path)
+    except OSError as error:
+        raise checks.UserError(f"--out: cannot write to {path}: {error.strerror}") from error
+    except RuntimeError as error:  # ~ of an unknown user
+        raise checks.UserError(f"--out: got {str(path)!r}: {error}") from error
+
+
+def _tried_out(path: str | Path) -> Path:
     folder = checks.writable_folder("--out", path)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if found and not _holds_comparison(folder):
@@ -93,11 +105,9 @@ def check_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=folder).cleanup()
-    except OSError as error:
-        raise checks.UserError(f"--out: cannot write to {folder}: {error.strerror}") from error
     finally:
         for parent in missing:
-            if parent.is_dir():
+            if os.path.isdir(parent):  # unlike Path.is_dir, False for a name that is too long
                 parent.rmdir()
     return folder
 
@@ -148,16 +158,21 @@ def _interrupts_wait() -> Iterator[None]:
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #666b72; --line: #dcdfe3;
-  --best: #0a7d55; --worse: #b3261e; }
+  --best: #0a7d55; --worse: #b3261e; --shade: #0003; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #d6d9dd; --soft: #9aa1a9; --line: #3a3f46;
-    --best: #4fd1a1; --worse: #ff8a80; }
+    --best: #4fd1a1; --worse: #ff8a80; --shade: #000a; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 90rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-.scroll { overflow-x: auto; }
+/* A shade at the edge where there is more to scroll to: phones show no scroll bar. Paper that moves along hides it. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .86rem; }
 th, td { padding: .22rem .55rem; text-align: right; } th { font-weight: 500; text-align: left; }
 thead th { text-align: right; border-bottom: 2px solid var(--line); color: var(--soft); }
@@ -166,11 +181,12 @@ th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
 .best, .worse { font-weight: 700; color: var(--best); } .worse { color: var(--worse); }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); gap: 0 2.5rem; }
-section { min-width: 0; }
+section { min-width: 0; } summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }
 code, pre { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { overflow-x: auto; padding: .7rem 1rem; border: 1px solid var(--line); border-radius: 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem; border: 1px solid var(--line);
+  border-radius: 6px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -188,7 +204,7 @@ def _page(
     captions = plots.captions(comparison)
     figures = "".join(
         f"<section><h2>{html.escape(title)}</h2>"
-        f"<div class='scroll{' wide' if name in plots.WIDE else ''}'><picture>"
+        f"<div class='scroll{' wide' if name in plots.WIDE else ''}' tabindex=0><picture>"
         f"<source media='(prefers-color-scheme: dark)' srcset='{_data_uri(dark[name])}'>"
         f"<img src='{_data_uri(light[name])}' alt='{html.escape(title)}'></picture></div>"
         f"<p class=caption>{html.escape(captions[name])}</p></section>"
@@ -205,7 +221,7 @@ def _page(
         "cosine",
         "detectors": ", ".join(_detector_text(name, given) for name, given in settings.as_dict()["detectors"].items()),
         "versions": ", ".join(f"{package} {version}" for package, version in context["versions"].items()),
-        "machine": ", ".join(f"{key} {value}" for key, value in context["machine"].items()),
+        "machine": ", ".join(context["machine"].values()),
         "run": f"{context['started']}, {context['seconds']:.0f} s, device {settings.device}",
         **CONVENTIONS,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import sys
 from collections.abc import Callable
@@ -34,10 +35,13 @@ class Table:
     columns: tuple[str, ...]
     sections: tuple[Section, ...]
     on_terminal: bool = True
+    folded: bool = False  # on the page: to be opened with a click
 
 
 def build(comparison: Comparison) -> list[Table]:
-    """The tables of a comparison: AUROC, FPR95, differences to the baseline, accuracy and calibration."""
+    """The tables of a comparison: AUROC, FPR95, differences to the baseline, accuracy and calibration; then, folded and
+    not on terminals, FPR95 in the other convention and AUPR in both.
+    """
     settings = comparison.settings
     several = len(settings.seeds) > 1
     over = f"Mean ± std over {len(settings.seeds)} seeds" if several else "One seed"
@@ -78,6 +82,24 @@ def build(comparison: Comparison) -> list[Table]:
             )
             result.append(replace(table, on_terminal=on_terminal))
     result.append(_calibration(comparison, over))
+    for metric, title, best, what in (
+        (
+            "fpr95_id_positive",
+            "FPR95 (%), ID positive, lower is better",
+            min,
+            "The other convention: the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
+        ),
+        ("aupr_in", "AUPR (%), ID positive", max, "Area under precision-recall; depends on how many images there are."),
+        (
+            "aupr_out",
+            "AUPR (%), OOD positive",
+            max,
+            "Area under precision-recall; depends on how many images there are.",
+        ),
+    ):
+        cells_of = functools.partial(_values, best=best)
+        table = _by_set(comparison, settings.losses, metric, cells_of, title=title, caption=f"{over}. {what}")
+        result.append(replace(table, on_terminal=False, folded=True))
     return result
 
 
@@ -142,34 +164,62 @@ def _difference(summary: Summary, better: int) -> Cell:
     return Cell(text, bold=summary.low > 0 or summary.high < 0, worse=summary.difference * better < 0)
 
 
+GAP = "  "  # between the columns on a terminal
+
+
 def print_tables(comparison: Comparison) -> None:
-    """The tables on standard output, with rich: colour and bold on a terminal, plain text elsewhere."""
+    """The tables on standard output, with rich: colour and bold on a terminal, plain text with * elsewhere.
+
+    Columns that find no room stand below the others, with the names repeated.
+    """
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    marks = console.color_system is None  # no colour, then no bold either
     for table in build(comparison):
         if not table.on_terminal:
             continue
-        rows = [row for section in table.sections for row in section.rows]
-        # All sections of a table in the same columns, so that they read as one; headings may be wider than a column.
-        name_width = max(len(name) for name, _ in rows)
-        widths = [max(len(cells[i].text) for _, cells in rows) for i in range(len(table.columns))]
         console.print(Text(table.title, style="bold underline"))
+        rows = [row for section in table.sections for row in section.rows]
+        # All sections of a table in the same columns, so that they read as one.
+        name_width = max(len(name) for name, _ in rows)
+        widths = [
+            max(len(column), *(len(cells[i].text) + marks for _, cells in rows))
+            for i, column in enumerate(table.columns)
+        ]
         for section in table.sections:
             if section.heading:
                 console.print(Text(section.heading, style="italic"))
-            grid = RichTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-            grid.add_column("", min_width=name_width, no_wrap=True)
-            for column, width in zip(table.columns, widths, strict=True):
-                grid.add_column(Text(column), justify="right", min_width=min(width, 12))
-            for name, cells in section.rows:
-                grid.add_row(name, *(Text(cell.text, style=_style(cell)) for cell in cells))
-            console.print(grid)
-            console.print()
-        console.print(Text(table.caption, style="dim"))
+            for block in _blocks(widths, console.width - name_width):
+                header = "".join(GAP + table.columns[i].rjust(widths[i] - marks) + " " * marks for i in block)
+                lines = [Text(" " * name_width + header, style="dim")]
+                for name, cells in section.rows:
+                    line = Text(name.ljust(name_width))
+                    for i in block:
+                        # The mark has a column of its own, so that the digits stay below each other.
+                        text = cells[i].text + ("*" if cells[i].bold else " ") * marks
+                        line.append(GAP + text.rjust(widths[i]), style=_style(cells[i]))
+                    lines.append(line)
+                for line in lines:
+                    line.rstrip()
+                    console.print(line, no_wrap=True, overflow="ignore", crop=False)
+                console.print()
+        console.print(Text(table.caption.replace("bold", "marked *") if marks else table.caption, style="dim"))
         console.print()
+
+
+def _blocks(widths: list[int], room: int) -> list[list[int]]:
+    """The columns in groups that fit into `room`, at least one in each."""
+    blocks: list[list[int]] = []
+    left = 0
+    for i, width in enumerate(widths):
+        left -= len(GAP) + width
+        if left < 0 or not blocks:
+            blocks.append([])
+            left = room - len(GAP) - width
+        blocks[-1].append(i)
+    return blocks
 
 
 def _style(cell: Cell) -> str:
@@ -204,8 +254,12 @@ def as_html(table: Table) -> str:
             body.append(f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
         for name, cells in section.rows:
             body.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(map(cell_html, cells))}</tr>")
-    return (
-        f"<section><h2>{html.escape(table.title)}</h2>"
-        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"<p class=caption>{html.escape(table.caption)}</p></section>"
+    title = html.escape(table.title)
+    content = (
+        f"<div class=scroll tabindex=0><table><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<p class=caption>{html.escape(table.caption)}</p>"
     )
+    if table.folded:
+        return f"<section><details><summary>{title}</summary>{content}</details></section>"
+    return f"<section><h2>{title}</h2>{content}</section>"

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import signal
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -327,6 +328,14 @@ def test_settings_that_make_no_sense(settings, message):
         Settings(**settings)
 
 
+def test_names_are_known_in_any_case_and_by_label():
+    settings = Settings(losses=("CE", "ELogitNorm"), detectors=("feature Norm", "fDBD", "msp"))
+    assert settings.losses == ("ce", "elogitnorm")
+    assert settings.detectors == ("FeatureNorm", "FDBD", "MSP")
+    with pytest.raises(checks.UserError, match="losses: got ce, ce, expected each only once"):
+        Settings(losses=("ce", "CE"))
+
+
 # ---- tables
 
 
@@ -341,7 +350,7 @@ def cells(table: tables.Table) -> dict[tuple[str, str, str], tables.Cell]:
 
 def test_tables_hold_the_summaries(comparison):
     summaries = {(s.loss, s.detector, s.ood_set, s.metric): s for s in comparison.summaries()}
-    auroc, fpr95, auroc_difference, fpr95_difference, calibration = tables.build(comparison)
+    auroc, fpr95, auroc_difference, fpr95_difference, calibration, *folded = tables.build(comparison)
     summary = summaries["elogitnorm", "FDBD", "near", "auroc"]
     where = ("near-OOD: other digits", "fDBD", "elogitnorm")
     assert cells(auroc)[where].text == f"{100 * summary.mean:.1f} ± {100 * summary.std:.1f}"
@@ -355,6 +364,33 @@ def test_tables_hold_the_summaries(comparison):
     assert ("far-OOD: photographs", "KNN", "logitnorm") in cells(fpr95_difference)
     accuracy = 100 * summaries["l2norm", "", "", "accuracy"].mean
     assert cells(calibration)["", "l2norm", "accuracy"].text.startswith(f"{accuracy:.1f}")
+    for table, metric in zip(folded, ("fpr95_id_positive", "aupr_in", "aupr_out"), strict=True):
+        assert table.folded
+        assert not table.on_terminal
+        mean = 100 * summaries["ce", "KNN", "near", metric].mean
+        assert cells(table)["near-OOD: other digits", "KNN", "ce"].text.startswith(f"{mean:.1f}")
+
+
+@pytest.mark.parametrize("width", [24, 50, 80, 100])
+def test_every_column_is_printed_at_every_width(width, comparison, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    tables.print_tables(comparison)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert width < 40 or max(map(len, printed.splitlines())) <= width
+    rows = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()]
+    for table in tables.build(comparison):
+        if table.on_terminal:
+            for column in table.columns:
+                assert any(column in row for row in rows), column
+            for (_, name, _), cell in cells(table).items():
+                assert any(row[0] == name and cell.text.lstrip("*") in [c.rstrip("*") for c in row] for row in rows)
+
+
+def test_columns_are_grouped_to_fit():
+    assert tables._blocks([10, 10, 10], room=36) == [[0, 1, 2]]
+    assert tables._blocks([10, 10, 10], room=35) == [[0, 1], [2]]
+    assert tables._blocks([10, 40, 10], room=20) == [[0], [1], [2]]
 
 
 def test_the_best_is_bold_in_its_direction():
@@ -387,6 +423,9 @@ def test_without_the_baseline_there_are_no_differences():
         "AUROC (%)",
         "FPR95 (%), lower is better",
         "Accuracy and expected calibration error (%)",
+        "FPR95 (%), ID positive, lower is better",
+        "AUPR (%), ID positive",
+        "AUPR (%), OOD positive",
     ]
 
 
@@ -462,8 +501,10 @@ def test_page_is_self_contained_and_shows_everything(folder, comparison):
         assert (folder / name).read_bytes() in images
     assert len(images) == 2 * len(plots.TITLES)  # on light and on dark paper
     for table in tables.build(comparison):
+        assert table.title in page.text
         for cell in cells(table).values():
             assert cell.text in page.text
+    assert source.count("<details>") == sum(table.folded for table in tables.build(comparison)) == 3
     assert "ood-fast compare <test>" in page.text  # escaped in the source
 
 
