@@ -6,14 +6,17 @@
     loss = ood_fast.elogitnorm(logits, z, W, b, y)    # the same as a function
     scores = ood_fast.nci_score(z, W, b, mean)        # higher = more in-distribution
 
-`ood_fast.detectors`, `ood_fast.reference` and the other modules are imported when they are first used.
+Every name is imported when it is first used, and torch with it: the command line can so report what goes wrong in that
+import. A program that runs the operators by their registered names alone imports `ood_fast.ops`.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
-from .heads import L2NormLinear
-from .losses import ELogitNormLoss, LogitNormLoss
+if TYPE_CHECKING:
+    from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
+    from .heads import L2NormLinear
+    from .losses import ELogitNormLoss, LogitNormLoss
 
 __version__ = "0.1.0"
 
@@ -29,14 +32,31 @@ __all__ = [
     "nci_score",
 ]
 
-_MODULES = ("data", "detectors", "diagnostics", "heads", "metrics", "models", "ops", "reference")
+_MODULES = (
+    "data",
+    "detectors",
+    "diagnostics",
+    "evaluate",
+    "functional",
+    "heads",
+    "losses",
+    "metrics",
+    "models",
+    "ops",
+    "reference",
+)
+_HOMES = {"L2NormLinear": "heads", "ELogitNormLoss": "losses", "LogitNormLoss": "losses"}  # the others: functional
 
 
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'functional')}"), name)
+        globals()[name] = value  # the next time it is found without coming here
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,11 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
     output = capsys.readouterr()
     for part in ("AUROC (%)", "FPR95 (%)", "OpenOOD", "paired difference to ce", "ECE f/D", "near-OOD: other digits"):
         assert part in output.out
-    assert "runs/compare-digits" in output.out
+    assert "runs/compare-digits/report.html" in output.out
+    assert "bold" not in output.out
+    assert "The best loss of each row is marked *." in " ".join(output.out.split())
+    assert re.search(r"^MSP +.*\d\*", output.out, re.MULTILINE)
+    assert not re.search(r"^MSP .* $", output.out, re.MULTILINE)
     assert "\x1b[" not in output.out + output.err, "colours belong on a terminal"
     assert [line.split(":")[0] for line in output.err.splitlines()] == [
         "[1/4] seed 0 ce",
@@ -53,6 +58,9 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert results["command"] == "ood-fast compare --losses ce,elogitnorm --detectors msp,knn --seeds 2 --epochs 1"
     assert results["versions"]["ood_fast"] == ood_fast.__version__
+    told = f"{results['seconds']:.0f} s"  # one time, on the terminal and in the report
+    assert f"Trained and scored in {told}." in output.out
+    assert f"{told}, device cpu" in (folder / "report.html").read_text(encoding="utf-8")
     assert results["settings"]["losses"] == ["ce", "elogitnorm"]
     assert list(results["settings"]["detectors"]) == ["MSP", "KNN"]
     assert results["settings"]["seeds"] == [0, 1]
@@ -64,7 +72,7 @@ def test_compare_again_gives_the_same_numbers_also_in_another_process(tmp_path):
     again = run(*arguments, "second")
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
-    assert again.stdout.count("\n") == 1
+    assert again.stdout == ""
     first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second"))
     assert first["results"] == second["results"]
     assert first["summary"] == second["summary"]
@@ -89,9 +97,15 @@ BAD = {
     "an empty list of seeds": (["--seeds", ","], ["seeds: got none"]),
     "seeds in words": (["--seeds", "five"], ["--seeds: got 'five'"]),
     "no epochs": (["--epochs", "0"], ["epochs: got 0"]),
-    "epochs in words": (["--epochs", "many"], ["--epochs", "many"]),
-    "unknown device": (["--device", "abacus"], ["--device: cannot use 'abacus'"]),
-    "no such GPU": (["--device", "cuda:99"], ["--device: cannot use 'cuda:99'"]),
+    "epochs in words": (["--epochs", "many"], ["--epochs: got 'many', expected a number of epochs"]),
+    "unknown device": (["--device", "abacus"], ["--device: cannot use 'abacus', PyTorch knows no such device"]),
+    "no such GPU": (["--device", "cuda:99"], ["--device: cannot use 'cuda:99', PyTorch finds", "use --device cpu"]),
+    "a device without numbers": (["--device", "meta"], ["--device: cannot use 'meta', PyTorch cannot compute on it"]),
+    "no option value": (["--out"], ["--out", "see ood-fast compare --help"]),
+    "out is nothing": (["--out", ""], ["--out: got '', expected a folder"]),
+    "out is too long": (["--out", "x" * 300], ["--out: cannot write to xxx", "name too long"]),
+    "out is too long inside": (["--out", f"new/{'x' * 300}/y"], ["--out: cannot write to new/xxx", "name too long"]),
+    "out is at nobody's": (["--out", "~nobody-at-all/x"], ["--out"]),
     "unknown option": (["--loss", "ce", "--nonsense"], ["--nonsense"]),
     "out is a file": (["--out", "taken"], ["--out", "is a file"]),
     "out below a file": (["--out", "taken/deeper"], ["--out", "is a file"]),
@@ -109,8 +123,8 @@ def test_bad_input_is_told_and_nothing_is_written(arguments, messages, tmp_path,
     assert cli.main(["compare", *arguments]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert "error: " in output.err
-    assert "Traceback" not in output.err
+    assert output.err.startswith("ood-fast: error: ")
+    assert output.err.count("\n") == 1
     for message in messages:
         assert message in output.err
     assert sorted(tmp_path.rglob("*")) == before
@@ -182,7 +196,94 @@ def test_the_bar_counts_every_epoch(monkeypatch):
     assert task.description.split() == ["run", "2/2", "seed", "1", "ce"]
 
 
+@pytest.mark.parametrize("width", [30, 50, 80, 200])
+def test_the_bar_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    from rich.console import Console
+
+    from ood_fast.compare import Settings
+
+    progress = cli._Progress(Settings(), quiet=False)
+    progress.bar.add_task("run 10/20  seed 4  elogitnorm", total=1200, completed=1199)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(progress.bar.get_renderable())
+    (line,) = capture.get().splitlines()
+    assert len(line.rstrip()) <= width
+    if width >= 50:
+        assert "run 10/20  seed 4  elogitnorm" in line
+        assert "1199/1200" in line
+
+
+def test_the_bar_says_that_plots_are_drawn(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    drawn_under = []
+    write = report.write
+
+    def spy(*args):
+        drawn_under.append(shown.bar.tasks[0].description)
+        write(*args)
+
+    class Kept(cli._Progress):
+        def __enter__(self):
+            nonlocal shown
+            shown = super().__enter__()
+            return shown
+
+    shown = None
+    monkeypatch.setattr(cli, "_Progress", Kept)
+    monkeypatch.setattr(report, "write", spy)
+    assert cli.main(["compare", *SHORT]) == 0
+    assert drawn_under == ["drawing the plots"]
+
+
 # ---- the rest
+
+
+def test_an_unknown_backend_is_told_in_one_line():
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent),
+        "OOD_FAST_BACKEND": "foo",
+    }
+    for arguments in (["info"], ["compare"]):
+        command = [sys.executable, "-m", "ood_fast", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 2
+        assert result.stderr == ("ood-fast: error: OOD_FAST_BACKEND: got 'foo', expected one of auto, eager, triton\n")
+
+
+def test_a_backend_that_does_not_run_on_the_device(capsys, monkeypatch):
+    monkeypatch.setattr("ood_fast.ops._chosen", "triton")
+    monkeypatch.setattr("ood_fast.ops.has_triton", lambda: False)
+    assert cli.main(["compare"]) == 2
+    assert capsys.readouterr().err.startswith("ood-fast: error: OOD_FAST_BACKEND=triton, but triton is not installed")
+    assert cli.main(["info"]) == 0
+    assert "cpu: none (OOD_FAST_BACKEND=triton, but" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(ood_fast.__file__).parent.parent}"}
+    command = [sys.executable, "-m", "ood_fast", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "ood-fast: interrupted\n")
+
+
+def test_version_and_help_need_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(ood_fast.__file__).parent.parent}"}
+    for option in ("--version", "--help"):
+        assert subprocess.run([sys.executable, "-m", "ood_fast", option], env=environment).returncode == 0
+
+
+def test_every_public_name_is_found():
+    assert set(ood_fast.__all__) <= set(dir(ood_fast))
+    for name in (*ood_fast.__all__, *ood_fast._MODULES):
+        assert getattr(ood_fast, name).__name__.rpartition(".")[2] == name
+    with pytest.raises(AttributeError, match="no attribute 'elogitnrm'"):
+        _ = ood_fast.elogitnrm
 
 
 def test_version(capsys):
@@ -195,7 +296,11 @@ def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "usage: ood-fast" in text
+    assert "None" not in text
+    assert "False" not in text
     if "compare" in arguments:
+        assert "(default: runs/compare-DATA)" in text
+        assert f"(default: {recipes.Recipe.epochs})" in text
         for loss in recipes.LOSSES:
             assert loss in text
 
@@ -212,7 +317,8 @@ def test_info_names_versions_devices_losses_and_detectors(capsys):
     assert lines["devices"].startswith("cpu")
     assert lines["backend"].startswith("cpu: ")
     assert lines["losses"] == ", ".join(recipes.LOSSES)
-    assert set(recipes.DETECTORS) <= set(lines["detectors"].split(", "))
+    assert lines["detectors"] == ", ".join(recipes.DETECTORS)
+    assert lines["machine"].endswith(f", {os.cpu_count()} CPUs")
 
 
 def test_info_works_without_the_optional_packages():
