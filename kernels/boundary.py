@@ -256,7 +256,9 @@ def distance_table(head_weight: Tensor, row_class: Tensor) -> Tensor:
     head_weight = unit_stride(head_weight)
     n_classes, n_features = head_weight.shape
     n_rows = row_class.shape[0]
-    table = torch.empty(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
+    # Zeros where rows may stay unused: they are returned, and an operator must give the same twice.
+    new = torch.empty if n_rows == n_classes else torch.zeros
+    table = new(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
     tile = tile_config(target_of(head_weight))
     launch(
         distance_gram_kernel,

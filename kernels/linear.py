@@ -45,6 +45,13 @@ def linear_elogitnorm(
     grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and need_weight else None
     grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and need_bias else None
     step = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
+    scale = 1.0
+    if grads and dtype == torch.float16:
+        # The gradient of the logits is formed before a loss scale arrives, and 1/n of it would fall below fp16's range:
+        # a power of two brings the largest incoming gradient to 1, and is taken out of the fp32 sums.
+        largest = sample_grad.abs().max().float().clamp_min(2.0**-60)
+        scale = torch.exp2(-torch.ceil(torch.log2(largest)))
+        sample_grad = sample_grad * scale
     for start in range(0, n_samples, step):
         rows = slice(start, start + step)
         z = features[rows].to(dtype)
@@ -67,4 +74,8 @@ def linear_elogitnorm(
                 grad_weight += d_weight
         if need_bias:
             grad_bias += d_logits.sum(0, dtype=torch.float32)
+    if isinstance(scale, Tensor):
+        for grad in (grad_features, grad_weight, grad_bias):
+            if grad is not None:
+                grad.div_(scale)
     return loss, distance, grad_features, grad_weight, grad_bias

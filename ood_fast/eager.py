@@ -36,6 +36,8 @@ WEIGHT_TILE_ELEMENTS = 1 << 20
 # below 100 MB. Fewer rows than MIN_LINEAR_ROWS would stream W from memory for too little arithmetic.
 LINEAR_BUFFER_ELEMENTS = 1 << 24
 MIN_LINEAR_ROWS = 16
+# Classes of a tile in which a prediction is looked for, at least: fewer make thin products.
+PREDICTION_CLASSES = 256
 # Elements gathered at a time for direct differences.
 DIFFERENCE_ELEMENTS = 1 << 18
 # The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
@@ -373,7 +375,8 @@ def _distance_table(
     """(table_row, table, row_class), rows of all classes when n >= c, of the distinct predictions when n < c;
     and whether none of them coincides with another row of W."""
     n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
-    table = torch.empty(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
+    # Zeros, not empty: rows that no prediction uses are returned too, and an operator must give the same twice.
+    table = torch.zeros(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
     if n_samples >= n_classes:
         distinct = _inverse_distances(head_weight, None, table)
         # A copy: an operator may not return one tensor twice.
@@ -538,7 +541,8 @@ def _boundary_backward(
     dtype = table.dtype
     gap_sums = torch.zeros_like(table) if need_weight else None
     d_distance = sample_grad * slope
-    chunks = []
+    # Written in place where there are several chunks: joining them would hold the gradient twice.
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else None
     for rows in _row_chunks(*logits.shape):
         chunk = _take(logits, rows).to(dtype)
         p = _take(predicted, rows).unsqueeze(1)
@@ -569,13 +573,15 @@ def _boundary_backward(
             _add_distance_gradient(gradient, inverse, p, push)
             if targets is not None:
                 targets.silence(gradient, rows)
-            chunks.append((gradient.to(logits.dtype),))
+            if rows is None:
+                grad_logits = gradient.to(logits.dtype).contiguous()
+            else:
+                grad_logits[rows] = gradient
         if need_weight:
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
             gap_sums.index_add_(0, table_rows, gap.mul_(push), alpha=-1)
-    grad_logits = _join(chunks)[0].contiguous() if need_logits else None
     grad_weight = None
     if need_weight:
         with full_precision(logits.device):
@@ -903,14 +909,26 @@ def logitnorm_backward(
 
 def _predict_from_features(
     features: Tensor, head_weight: Tensor, head_bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """arg-max_j of (z W^T + b)_j, first index on ties, without holding (n, c)."""
-    weight = head_weight.to(dtype)
+) -> tuple[Tensor, Tensor]:
+    """(max, arg-max) over j of (z W^T + b)_j, (n,), first index on ties; NaN wins; in tiles, no (n, c)."""
+    n_classes, n_features = head_weight.shape
+    tiles = list(_slices(n_classes, max(PREDICTION_CLASSES, WEIGHT_TILE_ELEMENTS // max(1, n_features))))
     chunks = []
-    bias = None if head_bias is None else head_bias.to(dtype)
-    for rows in _row_chunks(features.shape[0], head_weight.shape[0]):
-        chunks.append((torch.nn.functional.linear(_take(features, rows).to(dtype), weight, bias).argmax(1),))
-    return _join(chunks)[0]
+    for rows in _slices(features.shape[0], TABLE_TILE_ELEMENTS // (tiles[0].stop - tiles[0].start)):
+        z = features[rows].to(dtype)
+        top = predicted = None
+        for columns in tiles:
+            bias = None if head_bias is None else head_bias[columns].to(dtype)
+            logits = torch.nn.functional.linear(z, head_weight[columns].to(dtype), bias)
+            highest, index = logits.max(1)
+            if top is None:
+                top, predicted = highest, index
+                continue
+            better = (highest > top) | (highest.isnan() & ~top.isnan())
+            predicted = torch.where(better, index + columns.start, predicted)
+            top = torch.where(better, highest, top)
+        chunks.append((top, predicted))
+    return _join(chunks)
 
 
 def nci_forward(
@@ -925,8 +943,7 @@ def nci_forward(
     dtype = compute_dtype(features, head_weight, mean)
     with full_precision(features.device):
         if logits is None:
-            predicted = _predict_from_features(features, head_weight, head_bias, dtype)
-            top = None
+            top, predicted = _predict_from_features(features, head_weight, head_bias, dtype)
         else:
             top, predicted = logits.max(1)
         mean = mean.to(dtype)
@@ -940,8 +957,7 @@ def nci_forward(
             score = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha).add_(projection)
             chunks.append((score, projection, inverse_norm))
         score, projection, inverse_norm = _join(chunks)
-    if top is not None:
-        score.masked_fill_(top.isnan(), math.nan)
+    score.masked_fill_(top.isnan(), math.nan)
     return score, predicted, projection, inverse_norm
 
 

@@ -135,6 +135,13 @@ def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
         handle.remove()
 
 
+def inference_head(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """(W, b) with which the layer makes its logits from z in evaluation: W/τ for an `L2NormLinear` with τ."""
+    if isinstance(head, L2NormLinear) and head.tau is not None and head.scale_at_test:
+        return head.weight / head.tau, head.bias
+    return head.weight, head.bias
+
+
 class L2NormLinear(nn.Linear):
     """A head that is trained on features of unit length, and sees them as they are at test time.
 

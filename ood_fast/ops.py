@@ -318,11 +318,15 @@ def _normalizer(
     return (weight * counted).sum()
 
 
-def _sample_grad(grad_loss: Tensor, normalizer: Tensor, reduction: str, n_samples: int) -> Tensor:
+def _sample_grad(grad_loss: Tensor, normalizer: Tensor, reduction: str, target: Tensor, ignore_index: int) -> Tensor:
     """The gradient of each unreduced loss, (n,)."""
-    if reduction == "mean":
-        grad_loss = grad_loss / normalizer
-    return grad_loss if reduction == "none" else grad_loss.expand(n_samples)
+    if reduction != "mean":
+        return grad_loss if reduction == "none" else grad_loss.expand(target.shape[0])
+    grad_loss = (grad_loss / normalizer).expand(target.shape[0])
+    if target.is_floating_point():
+        return grad_loss
+    # Where every sample is ignored the mean divides by 0, and 0 * inf would be NaN in the gradient of W.
+    return grad_loss.masked_fill(target == ignore_index, 0.0)
 
 
 def _fake_reduced(logits: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
@@ -389,7 +393,7 @@ def _elogitnorm_backward(
     need_weight,
 ):
     normalizer, *saved = saved
-    sample_grad = _sample_grad(grad_loss, normalizer, reduction, logits.shape[0])
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
     grads = _backend(logits, head_weight).elogitnorm_backward(
         sample_grad,
         logits,
@@ -536,7 +540,8 @@ def _linear_elogitnorm(
     normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
     sample_grad = None
     if reduction != "none" and (need_features or need_weight or need_bias):
-        sample_grad = normalizer.reciprocal().expand(features.shape[0])
+        one = torch.ones_like(normalizer)
+        sample_grad = _sample_grad(one, normalizer, reduction, target, ignore_index)
     loss, distance, *grads = backend.linear_elogitnorm(
         *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
         *(sample_grad, need_features, need_weight, need_bias, detach_geometry),
@@ -562,7 +567,7 @@ def _linear_elogitnorm_backward(
     """The gradients from the start again: for reduction "none", and when a graph is walked a second time."""
     label_smoothing, eps, average_offset, detach_geometry, *needs = rest
     normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
-    sample_grad = _sample_grad(grad_loss, normalizer, reduction, features.shape[0])
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
     _, distance, *grads = _backend(features, head_weight).linear_elogitnorm(
         *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
         *(sample_grad, *needs, detach_geometry),
@@ -693,7 +698,7 @@ def _logitnorm_fake(logits, target, class_weight, ignore_index, reduction, *rest
 
 def _logitnorm_backward(grad_loss, logits, target, class_weight, saved, ignore_index, reduction, label_smoothing):
     normalizer, *saved = saved
-    sample_grad = _sample_grad(grad_loss, normalizer, reduction, logits.shape[0])
+    sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
     return _backend(logits).logitnorm_backward(
         sample_grad, logits, target, class_weight, ignore_index, label_smoothing, *saved
     )

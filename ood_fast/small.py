@@ -51,10 +51,10 @@ def applies(
 @functools.lru_cache(maxsize=16)
 def _square_from_condensed(n_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions that turn pdist's order, followed by one 0 for the diagonal, into a square; and that 0."""
-    positions = torch.full((n_classes, n_classes), n_classes * (n_classes - 1) // 2)
-    row, column = torch.triu_indices(n_classes, n_classes, 1)
-    positions[row, column] = positions[column, row] = torch.arange(row.shape[0])
-    return positions, torch.zeros(1, dtype=dtype)
+    positions = torch.full((n_classes, n_classes), n_classes * (n_classes - 1) // 2, device="cpu")
+    row, column = torch.triu_indices(n_classes, n_classes, 1, device="cpu")
+    positions[row, column] = positions[column, row] = torch.arange(row.shape[0], device="cpu")
+    return positions, torch.zeros(1, dtype=dtype, device="cpu")
 
 
 def forward(
@@ -91,7 +91,7 @@ def forward(
     except IndexError:
         checks.index_range(target, n_classes, ignore_index)  # raises, and names the value
         raise
-    return loss, distance.view(-1), scaled, log_probability, total, predicted, distance, table
+    return loss, distance.view(-1).clone(), scaled, log_probability, total, predicted, distance, table
 
 
 def backward(

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import ood_fast
 from ood_fast import checks, detectors
 from ood_fast.detectors.base import Detector, RunningMean
 
@@ -516,3 +518,36 @@ def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):
     assert detectors.find("runner-up") is SecondLogit
     scores = detectors.create("secondlogit").score_features(None, torch.tensor([[1.0, 5.0, 3.0]]))
     assert scores.tolist() == [-3.0]
+
+
+def test_layers_keep_their_own_modes():
+    """A BatchNorm that is frozen inside a training model is still frozen afterwards."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3))
+    model.train()
+    model[1].eval()
+    detectors.NCI().fit(model, [torch.randn(8, 4)])
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_a_head_with_a_temperature_predicts_as_it_does_in_evaluation():
+    head = ood_fast.L2NormLinear(5, 4, tau=0.1).eval()
+    with torch.no_grad():
+        head.bias.copy_(torch.randn(4) * 3)
+    z = torch.randn(200, 5)
+    nci = detectors.NCI().fit_features(z, head=head)
+    torch.testing.assert_close(nci.score_features(z), nci.score_features(z, head(z)))
+
+
+def test_nothing_to_fit_on():
+    with pytest.raises(ValueError, match="expected at least one"):
+        detectors.NCI().partial_fit(torch.empty(0, 3)).finalize(torch.nn.Linear(3, 2))
+
+
+def test_knn_tells_close_neighbours_apart():
+    """Unit features 1e-4 apart, as classes have them when they collapse: the right neighbour, to float32's digits."""
+    bank = F.normalize(torch.randn(16), dim=0) + 1e-4 * torch.randn(500, 16)
+    queries = bank[:20] + 1e-4 * torch.randn(20, 16)
+    scores = detectors.KNN(k=10).fit_features(bank).score_features(queries)
+    unit_bank, unit = (F.normalize(t, dim=1).double() for t in (bank, queries))
+    expected = -(unit[:, None] - unit_bank).square().sum(2).kthvalue(10, dim=1).values
+    torch.testing.assert_close(scores.double(), expected, rtol=2e-3, atol=0)

@@ -123,10 +123,20 @@ def test_keywords_mean_what_cross_entropy_means(spec, backend):
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_every_sample_ignored_is_nan_as_in_cross_entropy(backend):
-    batch = Batch.of(4, 3, 2, device=backend.device)
-    y = torch.full((4,), -100, device=backend.device)
-    assert ood_fast.elogitnorm(batch.logits, batch.z, batch.W, batch.b, y).isnan()
+@pytest.mark.parametrize("keywords", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("shape", [(4, 3, 2), (3, 8, 2)], ids=["n>=c", "n<c"])
+def test_every_sample_ignored(shape, keywords, backend):
+    """The mean is NaN, as in F.cross_entropy, and the gradients are 0: one such batch must not destroy the head."""
+    batch = Batch.of(*shape, device=backend.device)
+    y = torch.full(shape[:1], -100, device=backend.device)
+    loss, d_logits, d_weight = loss_and_gradients(ood_fast.elogitnorm, batch, y=y, **keywords)
+    assert loss.isnan()
+    assert (d_logits == 0).all()
+    assert (d_weight == 0).all()
+    z, W = batch.z.detach().requires_grad_(), batch.W.detach().requires_grad_()
+    ood_fast.linear_elogitnorm(z, W, batch.b, y, **keywords).backward()
+    assert (z.grad == 0).all()
+    assert (W.grad == 0).all()
     assert ood_fast.elogitnorm(batch.logits, batch.z, batch.W, batch.b, y, reduction="sum") == 0
 
 
@@ -241,7 +251,7 @@ def test_corner(name, backend):
 
 
 def test_corner_values_by_hand(backend):
-    """The values that DESIGN states outright, not by way of the reference."""
+    """Values worked out by hand, not by way of the reference."""
     eye = torch.eye(3, device=backend.device)
     y = torch.tensor([0, 1], device=backend.device)
     tied = torch.zeros(2, 3, device=backend.device)
@@ -271,7 +281,7 @@ def test_empty_batch(reduction, backend):
 
 @pytest.mark.parametrize("n_samples", [6, 3], ids=["n>=c", "n<c"])
 def test_close_rows_keep_their_digits(n_samples, backend):
-    """D to 1e-4 and dW to 1e-3 relative in float32: all rows 1e-3 apart, and one pair 1e-4 apart (DESIGN, accuracy)."""
+    """D to 1e-4 and dW to 1e-3 relative in float32: all rows 1e-3 apart, and one pair 1e-4 apart."""
     for kind in ("all rows", "a pair"):
         batch = Batch.of(n_samples, 5, 64)
         if kind == "all rows":

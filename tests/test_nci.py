@@ -155,3 +155,9 @@ def test_gradcheck_in_float64():
         lambda z, W, mean: ood_fast.nci_score(z, W, None, mean, logits=batch.logits, alpha=0.1),
         (batch.z.requires_grad_(), batch.W.requires_grad_(), mean),
     )
+
+
+def test_nan_in_the_bias_is_not_a_finite_score(backend):
+    batch = Batch.of(3, 600, 5, device=backend.device)
+    batch.b[500] = math.nan
+    assert ood_fast.nci_score(batch.z, batch.W, batch.b, batch.z.mean(0)).isnan().all()

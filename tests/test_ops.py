@@ -16,14 +16,15 @@ import ood_fast
 from ood_fast import ops
 
 
-def operator_calls(device) -> dict[str, tuple]:
-    """Name -> sample arguments of every operator in the library."""
-    batch = Batch.of(5, 4, 3, device=device)
+def operator_calls(device, n_classes: int = 4) -> dict[str, tuple]:
+    """Name -> sample arguments of every operator in the library; two samples have the same prediction."""
+    batch = Batch.of(5, n_classes, 3, device=device)
+    batch.logits[1] = batch.logits[0]
     logits, W, y = batch.logits, batch.W, batch.y
     mean = torch.randn(3, device=device)
     calls = {
         "elogitnorm": (logits, W, y, None, -100, "mean", 0.1, 1e-6, 0, True),
-        "logitnorm": (logits, y, torch.rand(4, device=device), -100, "sum", 0.0, 0.04, True),
+        "logitnorm": (logits, y, torch.rand(n_classes, device=device), -100, "sum", 0.0, 0.04, True),
         "boundary_distance": (logits, W, 1),
         "nci_score": (batch.z, W, batch.b, mean, None, 1e-3),
         "linear_elogitnorm": (batch.z, W, batch.b, y, None, -100, "mean", 0.1, 1e-6, 0, False, True, True, True),
@@ -52,8 +53,9 @@ def test_every_operator_is_in_the_list():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name, backend):
-    args = operator_calls(backend.device)[name]
+@pytest.mark.parametrize("n_classes", [4, 9], ids=["n>=c", "n<c"])
+def test_opcheck(name, n_classes, backend):
+    args = operator_calls(backend.device, n_classes)[name]
     if name in DIFFERENTIABLE:
         args = tuple(
             a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() and i < 2 else a
@@ -231,7 +233,7 @@ def test_environment_switch():
 
 
 def test_environment_switch_errors():
-    unknown = run_python("import ood_fast", OOD_FAST_BACKEND="tritn")
+    unknown = run_python("import ood_fast.ops", OOD_FAST_BACKEND="tritn")
     assert "OOD_FAST_BACKEND: got 'tritn', expected one of auto, eager, triton" in unknown.stderr
     if ops.has_triton():
         not_interpreted = run_python(TRAIN_STEP, OOD_FAST_BACKEND="triton")

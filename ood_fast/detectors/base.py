@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
-from ..heads import capture_features, given_head
+from ..heads import capture_features, given_head, inference_head
 
 FIT_CHUNK = 65536  # rows of stored features per partial_fit: bounds the float64 copy that the sums make
 
@@ -123,7 +123,7 @@ class Detector(nn.Module):
                 raise ValueError(
                     f"{self.label}: head: got None, expected the nn.Linear that made the logits, or (W, b)"
                 )
-            weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
+            weight, bias = head if isinstance(head, tuple) else inference_head(head)
             self.head_weight = weight.detach().clone()
             self.head_bias = None if bias is None else bias.detach().clone()
         self._finish()
@@ -231,6 +231,8 @@ class RunningMean:
 
     def mean(self) -> Tensor:
         """The mean of all rows, in the dtype of the rows (float32 at least) and where they were."""
+        if self.count == 0:
+            raise ValueError("features: got no rows to fit on, expected at least one")
         return (self.total / self.count).to(self.like)
 
 
@@ -245,7 +247,7 @@ def run_model(
     """
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # frozen layers may differ from the model
     model.eval()
     try:
         with nullcontext() if head is None else capture_features(head) as captured:
@@ -257,7 +259,8 @@ def run_model(
                 features = None if head is None else captured.features
                 yield features, logits, None if targets is None else targets.to(device)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..eager import full_precision
 from ..functional import l2_normalize
 from .base import Detector, at_least_float32, register
 
@@ -17,8 +18,10 @@ class KNN(Detector):
 
         −‖ z/‖z‖ − z_(k)/‖z_(k)‖ ‖²
 
-    Keeps every training feature. Exact; works through the (queries, bank) table in blocks of bounded size. A zero
-    feature stays zero and lies at distance 1 from every unit vector.
+    Keeps every training feature; works through the (queries, bank) table in blocks of bounded size. Neighbours are
+    ranked by the expanded square, in float64 on the CPU and in the dtype of the bank, about its mean, elsewhere; the
+    distance of the one found is measured by its difference. A zero feature stays zero and lies at distance 1 from
+    every unit vector.
 
     Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, arXiv:2204.06507.
 
@@ -52,13 +55,16 @@ class KNN(Detector):
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         queries = l2_normalize(at_least_float32(features))[0].to(self.bank.dtype)
-        bank_squares = self.bank.square().sum(dim=1)
+        # Features of one class lie close together: differences are what counts, and the mean takes no part in them.
+        ranked = self.bank.double() if self.bank.device.type == "cpu" else self.bank - self.bank.mean(dim=0)
+        shift = 0.0 if ranked.dtype == torch.float64 else self.bank.mean(dim=0)
+        squares = ranked.square().sum(dim=1)
         rows = max(1, CHUNK_ELEMENTS // len(self.bank))
-        return torch.cat([-self._kth_squared_distance(chunk, bank_squares) for chunk in queries.split(rows)])
-
-    def _kth_squared_distance(self, queries: Tensor, bank_squares: Tensor) -> Tensor:
-        # ‖q‖² is the same for the whole row: the order of the neighbours does not need it.
-        ranked = torch.addmm(bank_squares, queries, self.bank.T, alpha=-2)
-        kth = ranked.topk(self.k, dim=1, largest=False).indices[:, -1]
-        # The expanded square cancels where q is close to its neighbour: take the distance itself from the difference.
-        return (queries - self.bank[kth]).square().sum(dim=1)
+        scores = []
+        with full_precision(self.bank.device):
+            for chunk in queries.split(rows):
+                # ‖q‖² is the same for the whole row: the order of the neighbours does not need it.
+                table = torch.addmm(squares, (chunk - shift).to(ranked.dtype), ranked.T, alpha=-2)
+                kth = table.topk(self.k, dim=1, largest=False).indices[:, -1]
+                scores.append(-(chunk - self.bank[kth]).square().sum(dim=1))
+        return torch.cat(scores)
