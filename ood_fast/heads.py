@@ -68,14 +68,32 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     return head
 
 
+# What DistributedDataParallel and torch.compile put before the names of the model that they wrap.
+_WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+
+
+def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]:
+    """The layer `name` and the modules around it from the inside out, `model` the last; looked for inside wrappers too.
+
+    Raises ValueError, naming `argument`, where there is none; lists the linear layers.
+    """
+    for prefix in _WRAPPERS:
+        path = [model]
+        try:
+            for part in f"{prefix}{name}".split("."):
+                path.append(path[-1].get_submodule(part))
+        except AttributeError:
+            continue
+        return path[::-1]
+    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    raise ValueError(f"{argument}: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
+
+
 def _head_by_name(model: nn.Module, name: str, argument: str) -> nn.Linear:
-    modules = dict(model.named_modules())
-    if name not in modules:
-        linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(f"{argument}: {checks.unknown(f'layer of {type(model).__name__}', name, linears)}")
-    if not isinstance(modules[name], nn.Linear):
-        raise ValueError(f"{argument}: {name!r} is a {type(modules[name]).__name__}, expected an nn.Linear")
-    return modules[name]
+    head = path_to_layer(model, name, argument)[0]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{argument}: {name!r} is a {type(head).__name__}, expected an nn.Linear")
+    return head
 
 
 def _search(module: nn.Module) -> nn.Linear | None:

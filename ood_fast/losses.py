@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
+from .heads import path_to_layer
 
 
 class _Loss(nn.Module):
@@ -131,7 +132,7 @@ class ELogitNormLoss(_Loss):
     def _path(self) -> list[nn.Module]:
         """The head, and from the inside out the modules around it that this criterion knows of."""
         (owner,) = self._owner
-        return [owner] if self.name is None else _find(owner, self.name)
+        return [owner] if self.name is None else path_to_layer(owner, self.name, "name")
 
     def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The weight that FSDP has gathered, and the module that holds it; any other weight as it is."""
@@ -155,26 +156,6 @@ class ELogitNormLoss(_Loss):
 def _is_linear(head: nn.Module, head_weight: Tensor) -> bool:
     """Whether a convolution is a linear layer at every place: (c, m, 1, ...), all channels in one group."""
     return head_weight.dim() > 2 and head_weight.shape[2:].numel() == 1 and getattr(head, "groups", 1) == 1
-
-
-def _find(model: nn.Module, name: str) -> list[nn.Module]:
-    """The layer `name`, and the modules around it from the inside out, `model` the last."""
-    for wrapped in (
-        name,
-        f"module.{name}",
-        f"_orig_mod.{name}",
-        f"module._orig_mod.{name}",
-        f"_orig_mod.module.{name}",
-    ):
-        path = [model]
-        try:
-            for part in wrapped.split("."):
-                path.append(path[-1].get_submodule(part))
-        except AttributeError:
-            continue
-        return path[::-1]
-    linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    raise ValueError("name: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
 
 
 class LogitNormLoss(_Loss):

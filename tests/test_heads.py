@@ -227,3 +227,10 @@ def test_l2norm_linear_under_autocast():
 def test_l2norm_linear_refuses(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: got {value}"):
         L2NormLinear(6, 4, **{argument: value})
+
+
+def test_names_are_found_inside_wrappers():
+    model = nn.Sequential()
+    model.fc = nn.Linear(3, 2)
+    assert find_head(torch.compile(model, backend="eager"), "fc") is model.fc
+    assert find_head(nn.DataParallel(model), "fc") is model.fc
