@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import diagnostics, metrics
 from .data import Benchmark
 from .detectors import NCI, Detector
-from .detectors.base import run_model
+from .detectors.run import run_model
 from .functional import boundary_distance
 from .heads import find_head
 from .recipes import TAU
@@ -65,7 +65,7 @@ def evaluate(model: nn.Module, benchmark: Benchmark, detectors: Mapping[str, Det
     Scores are computed in float64 from what the model gives, on the CPU: in float32 the softmax of a confident model is
     exactly 1 for most images (LogitNorm's logits are large), and the ties would decide the metrics.
 
-    An NCI among the detectors gets the α of `NCI.ALPHAS` that best tells the validation images from scrambled copies of
+    An NCI among the detectors gets the α of `NCI.grid["alpha"]` that best tells the validation images from scrambled copies of
     themselves: no OOD image takes part in the choice.
     """
     weight, bias = (_in_float64(parameter) for parameter in (find_head(model).weight, find_head(model).bias))
@@ -105,7 +105,7 @@ def evaluate(model: nn.Module, benchmark: Benchmark, detectors: Mapping[str, Det
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Outputs:
     """Features and logits of all `images`, in eval mode."""
-    batches = [(features, logits) for features, logits, _ in run_model(model, images.split(BATCH), find_head(model))]
+    batches = [(batch.features, batch.logits) for batch in run_model(model, images.split(BATCH), find_head(model))]
     features, logits = zip(*batches, strict=True)
     return Outputs(_in_float64(torch.cat(features)), _in_float64(torch.cat(logits)))
 
@@ -137,7 +137,7 @@ def scramble_pixels(images: Tensor, seed: int) -> Tensor:
 
 
 def best_alpha(
-    detector: NCI, inside: Outputs, outside: Outputs, grid: Iterable[float] = NCI.ALPHAS
+    detector: NCI, inside: Outputs, outside: Outputs, grid: Iterable[float] = NCI.grid["alpha"]
 ) -> tuple[float, float]:
     """The α of `grid` with the best AUROC of `inside` against `outside`, the smallest among equals, and that AUROC."""
     best = (-1.0, 0.0)

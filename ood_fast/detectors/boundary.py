@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ..functional import boundary_distance
-from .base import CentredDetector, at_least_float32, register
+from . import streaming
+from .base import Detector
+from .registry import register
+from .streaming import at_least_float32
 
 
 @register
-class FDBD(CentredDetector):
+class FDBD(Detector):
     """Distances to the decision boundaries of the predicted class p, relative to the distance from the training mean:
 
         Σ_j |f_p − f_j| / ‖w_p − w_j‖ / ‖z − μ‖₂  =  (c − 1) · D / ‖z − μ‖₂
@@ -22,7 +25,16 @@ class FDBD(CentredDetector):
     """
 
     label = "fDBD"
+    needs_features = True
     needs_logits = True
+    needs_head = True
+    state = ("mean",)
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"mean": streaming.FeatureMean()}
+
+    def _finish(self, mean: streaming.FeatureMean) -> None:
+        self.mean = mean.value()
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         distance_from_mean = torch.linalg.vector_norm(at_least_float32(features) - self.mean, dim=1)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..functional import nci_score
-from .base import CentredDetector, Detector, at_least_float32, register
+from . import streaming
+from .base import Detector
+from .registry import register
+from .streaming import at_least_float32
 
 
 @register
@@ -29,12 +35,20 @@ class FeatureNorm(Detector):
         checks.real("p", p, 1.0)
         self.p = float(p)
 
+    def statistics(self) -> tuple[str, ...]:
+        return {1.0: ("norm1",), 2.0: ("norm2",)}.get(self.p, ())
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return statistics[self.statistics()[0]]
+
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        if self.statistics():
+            return super()._score(features, logits)
         return torch.linalg.vector_norm(at_least_float32(features), ord=self.p, dim=1)
 
 
 @register
-class NCI(CentredDetector):
+class NCI(Detector):
     """Proximity of the centred feature to the weight of its predicted class, plus the L1 norm of the feature:
 
         w_p · (z − μ) / ‖z − μ‖₂ + α ‖z‖₁        p = argmax_j f_j,  μ = mean of the training features
@@ -44,16 +58,38 @@ class NCI(CentredDetector):
     Liu and Qin, "Detecting Out-of-Distribution through the Lens of Neural Collapse", CVPR 2025, arXiv:2311.01479.
 
     Args:
-        alpha: weight of the norm. Fitting keeps the one given; the papers choose it from `ALPHAS` on validation data,
-            as `ood_fast.evaluate.best_alpha` and `ood-fast compare` do.
+        alpha: weight of the norm. Fitting keeps the one given; the papers choose it from `grid` on validation data, see
+            `ood_fast.detectors.tune`.
     """
 
-    ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)  # the papers' grid
+    needs_features = True
+    needs_head = True
+    state = ("mean",)
+    grid: ClassVar = {"alpha": (1e-4, 1e-3, 1e-2, 1e-1)}
 
-    def __init__(self, alpha: float = 1e-3) -> None:
+    def __init__(self, alpha: float = 1e-4) -> None:
         super().__init__()
         checks.real("alpha", alpha, 0.0)
         self.alpha = alpha
 
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"mean": streaming.FeatureMean()}
+
+    def _finish(self, mean: streaming.FeatureMean) -> None:
+        self.mean = mean.value()
+
+    def statistics(self) -> tuple[str, ...]:
+        return ("predicted", "norm1", "centred_norm", "projection")
+
+    def constants(self) -> dict[str, Any]:
+        return {"W": self.head_weight, "mean": self.mean}
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        length = statistics["centred_norm"]
+        proximity = torch.where(length > 0, statistics["projection"] / length, 0.0)  # z = μ has pScore 0
+        return proximity + self.alpha * statistics["norm1"]
+
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        return nci_score(features, self.head_weight, self.head_bias, self.mean, logits, self.alpha)
+        if logits is None:
+            return nci_score(features, self.head_weight, self.head_bias, self.mean, None, self.alpha)
+        return super()._score(features, logits)

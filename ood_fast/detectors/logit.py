@@ -1,12 +1,16 @@
-"""Detectors that read nothing but the logits f (n, c). None needs fitting."""
+"""Detectors that read nothing but the logits f (n, c)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from .base import Detector, at_least_float32, register
+from .base import Detector
+from .registry import register
+from .streaming import at_least_float32
 
 
 @register
@@ -19,10 +23,11 @@ class MSP(Detector):
 
     needs_logits = True
 
-    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        logits = at_least_float32(logits)
-        # exp(max - logsumexp): one pass, and the (n, c) probabilities are never stored
-        return (logits.amax(dim=1) - torch.logsumexp(logits, dim=1)).exp()
+    def statistics(self) -> tuple[str, ...]:
+        return ("max", "logsumexp")
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return (statistics["max"] - statistics["logsumexp"]).exp()
 
 
 @register
@@ -34,8 +39,11 @@ class MaxLogit(Detector):
 
     needs_logits = True
 
-    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        return at_least_float32(logits).amax(dim=1)
+    def statistics(self) -> tuple[str, ...]:
+        return ("max",)
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return statistics["max"]
 
 
 @register
@@ -55,5 +63,13 @@ class Energy(Detector):
         checks.real("temperature", temperature, 0.0, open_low=True)
         self.temperature = temperature
 
+    def statistics(self) -> tuple[str, ...]:
+        return ("logsumexp",) if self.temperature == 1 else ()
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return statistics["logsumexp"]
+
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return super()._score(features, logits)
         return self.temperature * torch.logsumexp(at_least_float32(logits) / self.temperature, dim=1)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from ..eager import full_precision
 from ..functional import l2_normalize
-from .base import Detector, at_least_float32, register
+from . import streaming
+from .base import Detector
+from .registry import register
+from .streaming import at_least_float32
 
 CHUNK_ELEMENTS = 1 << 24  # entries of one block of the distance table: 64 MiB in fp32, whatever the numbers of rows
 
@@ -38,20 +41,16 @@ class KNN(Detector):
             raise ValueError(f"k: got {k!r}, expected an int >= 1")
         self.k = k
 
-    def _start(self) -> None:
-        self._batches: list[Tensor] = []
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"bank": streaming.Bank("unit")}
 
-    def _update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
-        self._batches.append(l2_normalize(at_least_float32(features))[0])
-
-    def _finish(self) -> None:
-        bank = torch.cat(self._batches)
-        if self.k > len(bank):
+    def _finish(self, bank: streaming.Bank) -> None:
+        rows = bank.value()
+        if self.k > len(rows):
             raise ValueError(
-                f"k: got {self.k}, expected at most {len(bank)}, the number of training features; take a smaller k"
+                f"k: got {self.k}, expected at most {len(rows)}, the number of training features; take a smaller k"
             )
-        self.bank = bank
-        del self._batches
+        self.bank = rows
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         queries = l2_normalize(at_least_float32(features))[0].to(self.bank.dtype)

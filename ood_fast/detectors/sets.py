@@ -1,0 +1,204 @@
+"""Many detectors, one pass: the model runs once over the data, each statistic is taken once, each row is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checks
+from ..heads import given_head
+from ..statistics import row_statistics
+from . import run
+from .base import Detector
+from .registry import create
+from .run import Batch, Head
+
+
+class DetectorSet(nn.Module):
+    """Detectors that are fitted and scored together; a mapping from their names to them.
+
+        detectors = DetectorSet(["MSP", "NCI", KNN(k=10)]).fit(model, train_loader)
+        scores = detectors.score(model, x)  # {"MSP": (n,), "NCI": (n,), "KNN": (n,)}
+
+    Args:
+        detectors: detectors or their names, which are then called by their class; or a mapping from names of your own.
+    """
+
+    def __init__(self, detectors: Iterable[Detector | str] | Mapping[str, Detector | str]) -> None:
+        super().__init__()
+        if isinstance(detectors, Mapping):
+            named = dict(detectors)
+        else:
+            listed = [create(given) if isinstance(given, str) else given for given in detectors]
+            named = {type(detector).__name__: detector for detector in listed}
+            if len(named) < len(listed):
+                raise ValueError(
+                    f"detectors: got {', '.join(type(d).__name__ for d in listed)}, expected different classes; "
+                    "give a mapping from names to tell two of one class apart"
+                )
+        if not named:
+            raise ValueError("detectors: got none, expected at least one")
+        named = {name: create(given) if isinstance(given, str) else given for name, given in named.items()}
+        for name, detector in named.items():
+            checks.instance(f"detectors[{name!r}]", detector, Detector, "a Detector or the name of one")
+        self.names = tuple(named)
+        self.detectors = nn.ModuleList(named.values())
+        self._share()
+
+    def __getitem__(self, name: str) -> Detector:
+        return dict(self.items())[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def items(self) -> Iterator[tuple[str, Detector]]:
+        return zip(self.names, self.detectors, strict=True)
+
+    # ---- fitting
+
+    def fit(
+        self,
+        model: nn.Module,
+        loader: Iterable,
+        head: str | nn.Linear | None = None,
+        group: dist.ProcessGroup | None = None,
+        validation: Iterable | None = None,
+    ) -> DetectorSet:
+        """Fit every detector; the model runs once over `loader`, and once over `validation` if that is given.
+
+        Args:
+            validation: in-distribution data on which the detectors with `fits_on = "validation"` (ReAct, KL matching)
+                are fitted, as their papers do; without it they take `loader`.
+            model, loader, head, group: as in `Detector.fit`.
+        """
+        on_train = [d for d in self.detectors if validation is None or d.fits_on == "train"]
+        run.fit(on_train, model, loader, head, group)
+        if validation is not None:
+            run.fit([d for d in self.detectors if d.fits_on != "train"], model, validation, head, group)
+        return self._share()
+
+    def fit_features(
+        self,
+        features: Tensor | None,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        head: Head | None = None,
+    ) -> DetectorSet:
+        """As `Detector.fit_features`, for all of them."""
+        run.fit_features(self.detectors, features, logits, targets, head)
+        return self._share()
+
+    def partial_fit(
+        self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
+    ) -> DetectorSet:
+        """As `Detector.partial_fit`, for all of them."""
+        run.partial_fit(self.detectors, features, logits, targets)
+        return self
+
+    def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> DetectorSet:
+        """As `Detector.finalize`, for all of them."""
+        run.finalize(self.detectors, head, group)
+        return self._share()
+
+    def _share(self) -> DetectorSet:
+        """Let equal buffers be one tensor: less memory, and detectors that may share a read are known by it."""
+        kept: dict[tuple, list[Tensor]] = {}
+        for detector in self.detectors:
+            for name, buffer in detector.named_buffers(recurse=False):
+                seen = kept.setdefault((name, buffer.shape, buffer.dtype, buffer.device), [])
+                equal = next((other for other in seen if other is buffer or torch.equal(other, buffer)), None)
+                if equal is None:
+                    seen.append(buffer)
+                elif name != "threshold":
+                    setattr(detector, name, equal)
+        return self
+
+    def _apply(
+        self, *args: Any, **keywords: Any
+    ) -> DetectorSet:  # .to(device), .half(), ... copy each buffer by itself
+        super()._apply(*args, **keywords)
+        return self._share()
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> dict[str, Tensor]:
+        """Scores (n,) of one input batch by every detector; the model runs once."""
+        checks.instance("x", x, (Tensor, Mapping), "a tensor, one batch of inputs")
+        ((_, scores),) = self.score_loader(model, [x], head)
+        return scores
+
+    @torch.no_grad()
+    def score_loader(
+        self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None = None
+    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """For each batch of `loader`: what the model made of it, and its scores by every detector.
+
+        The model runs once a batch, and again only for detectors that pass inputs of their own through it (ODIN).
+        """
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        run.check_loader(loader)
+        for detector in self.detectors:
+            detector._require_fitted()
+        head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
+        for batch in run.run_model(model, loader, head):
+            scores = self.score_features(batch.features, batch.logits, skip_models=True)
+            for name, detector in self.items():
+                if detector.needs_model:
+                    scores[name] = detector.score(model, batch.inputs)
+            yield batch, {name: scores[name] for name in self}
+
+    def score_features(
+        self, features: Tensor | None, logits: Tensor | None = None, *, skip_models: bool = False
+    ) -> dict[str, Tensor]:
+        """Scores (n,) by every detector from features (n, m) and logits (n, c).
+
+        Those that are functions of row statistics share one read of both.
+
+        Args:
+            skip_models: leave out the detectors that need the model; otherwise they raise.
+        """
+        scores: dict[str, Tensor] = {}
+        shared: list[tuple[dict[str, Any], list[tuple[str, Detector]]]] = []
+        for name, detector in self.items():
+            if detector.needs_model and skip_models:
+                continue
+            if not detector.statistics() or (detector.needs_features and logits is None):
+                scores[name] = detector.score_features(features, logits)
+                continue
+            detector._check_scored(features, logits)
+            _place(shared, name, detector)
+        for constants, members in shared:
+            names = {statistic for _, detector in members for statistic in detector.statistics()}
+            statistics = row_statistics(names, logits, features, **constants)
+            for name, detector in members:
+                scores[name] = detector._combine(statistics)
+                detector._check_scores(scores[name], features, logits)
+        return {name: scores[name] for name in self if name in scores}
+
+    def forward(self, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
+        """As `score_features`."""
+        return self.score_features(features, logits)
+
+
+def _place(shared: list, name: str, detector: Detector) -> None:
+    """Add a detector to the first read whose constants (W, mean, ...) agree with its own, or to a new one."""
+    wanted = detector.constants()
+    for constants, members in shared:
+        if all(key not in constants or _same(constants[key], value) for key, value in wanted.items()):
+            constants.update(wanted)
+            members.append((name, detector))
+            return
+    shared.append((dict(wanted), [(name, detector)]))
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equal constants. Tensors are compared by identity: the set shares those that are equal."""
+    return left is right or (not isinstance(left, Tensor) and not isinstance(right, Tensor) and left == right)

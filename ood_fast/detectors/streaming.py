@@ -1,0 +1,370 @@
+"""What fitting gathers while the data passes: sums in float64, counts, and, only where a method needs them, rows.
+
+Each class takes in batches (`update`), joins what another process gathered (`merge`) and gives its result at the end.
+Two detectors that gather the same thing (equal class, equal settings) share one of them, see `DetectorSet`: that is why
+each reads the batch itself. Memory does not grow with the number of rows, except in a `Bank` without a budget, and in
+`Percentiles` and `Bank` up to a stated size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..functional import l2_normalize
+
+# Values up to which percentiles are exact: 128 MiB in float32. OpenOOD's 5,000 validation images of 2,048 features are
+# 10 million.
+EXACT_PERCENTILE_VALUES = 1 << 25
+# Above it, the leading bits of a float32 that are counted apart: sign, exponent and 11 bits of the mantissa, so that a
+# percentile is off by at most 2**-12 of its value. The counts take 8 MiB.
+SKETCH_BITS = 20
+# Values that a `Bank` keeps where only an average is taken of them: 128 MiB in float32.
+SAMPLE_VALUES = 1 << 25
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half-precision values as float32: statistics and scores are computed in float32 or better."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def _double(values: Tensor) -> Tensor:
+    return (values.cpu() if values.device.type == "mps" else values).double()  # no float64 on MPS
+
+
+class Gathered:
+    """Base class. A subclass is a dataclass, whose fields are its settings; other attributes are what was gathered."""
+
+    reads: tuple[str, ...] = ("features",)  # of "features", "logits", "targets": what a batch must hold
+    rows = 0  # taken in so far, before the batch that `update` is called with
+
+    def key(self) -> tuple:
+        """Equal for two that gather the same thing."""
+        return (type(self), *(getattr(self, setting.name) for setting in fields(self)))
+
+    def take(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch: features (n, m), logits (n, c), targets (n,). What `reads` does not name may be None."""
+        n_rows = len(features if logits is None else logits)
+        if n_rows:
+            self.update(features, logits, targets)
+            self.rows += n_rows
+
+    def join(self, other: Gathered) -> None:
+        """Take in what `other`, of equal class and settings, gathered from other rows. `other` is spent."""
+        if other.rows and self.rows:
+            self.merge(other)
+            self.rows += other.rows
+        elif other.rows:
+            vars(self).update(vars(other))
+
+    def to(self, device: torch.device | str) -> Gathered:
+        """Move what was gathered; returns self."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+            elif isinstance(value, list):
+                setattr(self, name, [item.to(device) for item in value])
+        return self
+
+    # ---- what a subclass supplies; never called with no rows
+
+    def update(self, features: Tensor, logits: Tensor, targets: Tensor) -> None:
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> None:
+        raise NotImplementedError
+
+
+def gather(parts: Sequence[Gathered], group: dist.ProcessGroup) -> None:
+    """Make every process of `group` hold in `parts` what all of them gathered, joined in the order of the ranks."""
+    devices = [part.like.device if part.rows else "cpu" for part in parts]
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, [part.to("cpu") for part in parts], group)
+    for part, device, of_ranks in zip(parts, devices, zip(*everyone, strict=True), strict=True):
+        first, *others = of_ranks
+        for other in others:
+            first.join(other)
+        vars(part).update(vars(first.to(device)))
+
+
+@dataclass
+class Scatter(Gathered):
+    """Mean μ and scatter Σ (z − μ)(z − μ)ᵀ of the features: Chan, Golub and LeVeque's pairwise update, in float64."""
+
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        self.like = at_least_float32(features[:0])
+        rows = _double(features)
+        mean = rows.mean(dim=0)
+        rows = rows - mean
+        self._add(len(rows), mean, rows.T @ rows)
+
+    def merge(self, other: Scatter) -> None:
+        self._add(other.rows, other.mean, other.scatter)
+
+    def _add(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.rows == 0:
+            self.mean, self.scatter = mean, scatter
+            return
+        total = self.rows + rows
+        shift = mean - self.mean
+        self.scatter.add_(scatter).addr_(shift, shift, alpha=self.rows * rows / total)
+        self.mean = self.mean + shift * (rows / total)
+
+    def covariance(self) -> Tensor:
+        """Σ (z − μ)(z − μ)ᵀ / N, (m, m) in float64."""
+        return self.scatter / self.rows
+
+
+@dataclass
+class FeatureMean(Gathered):
+    """The mean of the features."""
+
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        self.like = at_least_float32(features[:0])
+        total = (features.cpu() if features.device.type == "mps" else features).sum(dim=0, dtype=torch.float64)
+        self.total = self.total + total if self.rows else total
+
+    def merge(self, other: FeatureMean) -> None:
+        self.total = self.total + other.total
+
+    def value(self) -> Tensor:
+        """μ (m,), in the dtype of the features (float32 at least) and where they were."""
+        return (self.total / self.rows).to(self.like)
+
+
+@dataclass
+class MeanMaxLogit(Gathered):
+    """The mean of max_j f_j."""
+
+    reads = ("logits",)
+
+    def update(self, features: Tensor | None, logits: Tensor, targets: Tensor | None) -> None:
+        self.like = at_least_float32(logits[:0])
+        total = _double(logits.amax(dim=1)).sum()
+        self.total = self.total + total if self.rows else total
+
+    def merge(self, other: MeanMaxLogit) -> None:
+        self.total = self.total + other.total
+
+    def value(self) -> Tensor:
+        """(), in float64."""
+        return self.total / self.rows
+
+
+@dataclass
+class ClassMeans(Gathered):
+    """The mean over the rows of each class, of the features or of the softmax.
+
+    Settings:
+        by: what the class of a row is: "target", "correct" (the target, rows classified wrongly left out) or
+            "predicted" (argmax, first index on ties).
+        of: "features" or "softmax".
+    """
+
+    by: str = "target"
+    of: str = "features"
+
+    def __post_init__(self) -> None:
+        self.count = torch.zeros(0, dtype=torch.int64)
+        self.total = torch.zeros(0, 0, dtype=torch.float64)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        by = {"target": ("targets",), "correct": ("logits", "targets"), "predicted": ("logits",)}[self.by]
+        return (*by, "features" if self.of == "features" else "logits")
+
+    def update(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+        classes = targets if self.by == "target" else logits.max(dim=1).indices  # argmax need not give the first of ties
+        rows = features if self.of == "features" else torch.softmax(at_least_float32(logits), dim=1)
+        if self.by != "predicted":
+            self._check(targets, None if logits is None else logits.shape[1])
+        if self.by == "correct":
+            right = classes == targets
+            classes, rows = classes[right], rows[right]
+        self.like = at_least_float32(rows[:0])
+        rows = _double(rows)
+        classes = classes.to(rows.device)
+        n_classes = int(targets.max()) + 1 if logits is None else logits.shape[1]
+        self._widen(max(n_classes, len(self.count)), rows)
+        # index_put_ adds in a fixed order on a GPU too; index_add_ does not.
+        self.total.index_put_((classes,), rows, accumulate=True)
+        self.count += torch.bincount(classes, minlength=len(self.count))
+
+    @staticmethod
+    def _check(targets: Tensor, n_classes: int | None) -> None:
+        outside = (targets < 0) if n_classes is None else (targets < 0) | (targets >= n_classes)
+        if outside.any():
+            row = int(outside.int().argmax())
+            bound = "c" if n_classes is None else n_classes
+            raise ValueError(f"targets: got {int(targets[row])} in row {row}, expected class indices in [0, {bound})")
+
+    def _widen(self, n_classes: int, rows: Tensor) -> None:
+        """Room for `n_classes` classes of rows like these."""
+        total = torch.zeros(n_classes, rows.shape[1], dtype=torch.float64, device=rows.device)
+        count = torch.zeros(n_classes, dtype=torch.int64, device=rows.device)
+        if len(self.count) == n_classes and self.total.shape == total.shape:
+            return
+        if len(self.count):
+            total[: len(self.count)], count[: len(self.count)] = self.total, self.count
+        self.total, self.count = total, count
+
+    def merge(self, other: ClassMeans) -> None:
+        n_classes = max(len(self.count), len(other.count))
+        self._widen(n_classes, other.total)
+        self.total[: len(other.count)] += other.total
+        self.count[: len(other.count)] += other.count
+
+    def value(self) -> Tensor:
+        """(c, m) in float64, or (c, c) of the softmax; zero for a class without rows, see `count` (c,)."""
+        return self.total / self.count.clamp(min=1).unsqueeze(1)
+
+    def within(self, scatter: Scatter) -> Tensor:
+        """Scatter about the class means, Σ (z − μ_y)(z − μ_y)ᵀ (m, m), from that about the mean of the same rows."""
+        offset = (self.value() - scatter.mean) * self.count.sqrt().unsqueeze(1)
+        return scatter.scatter - offset.T @ offset
+
+
+@dataclass
+class Percentiles(Gathered):
+    """Percentiles of all features pooled, each value of each row counted alike.
+
+    Exact (linear interpolation between order statistics, as `numpy.percentile`) up to `exact` values. Beyond, counts of
+    float32 values by their leading `SKETCH_BITS` bits: a percentile is then off by at most 2**-12 of its value.
+    """
+
+    exact: int = EXACT_PERCENTILE_VALUES
+
+    def __post_init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.size = 0
+        self.counts: Tensor | None = None
+
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        self.like = at_least_float32(features[:0])
+        self._take(at_least_float32(features).flatten().cpu())
+
+    def merge(self, other: Percentiles) -> None:
+        for values in other.kept:
+            self._take(values)
+        if other.counts is not None:
+            self._sketch()
+            self.counts += other.counts
+            self.size += int(other.counts.sum())
+
+    def _take(self, values: Tensor) -> None:
+        self.size += values.numel()
+        if self.counts is None and self.size <= self.exact:
+            self.kept.append(values.clone())
+            return
+        self._sketch()
+        self._count(values)
+
+    def _sketch(self) -> None:
+        """Go over from values to counts."""
+        if self.counts is None:
+            self.counts = torch.zeros(1 << SKETCH_BITS, dtype=torch.int64)
+            while self.kept:
+                self._count(self.kept.pop())
+
+    def _count(self, values: Tensor) -> None:
+        bits = values.float().view(torch.int32).long()
+        # As integers, floats are in order once the negative ones are turned round.
+        ordered = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
+        self.counts += torch.bincount(ordered >> (32 - SKETCH_BITS), minlength=1 << SKETCH_BITS)
+
+    def percentile(self, p: float) -> float:
+        """The value that p percent of all lie below."""
+        if self.counts is None:
+            self.kept = [torch.cat(self.kept)]
+            return float(np.percentile(self.kept[0].numpy(), p))
+        rank = p / 100 * (self.size - 1)
+        below = self.counts.cumsum(0)
+        cell = int(torch.searchsorted(below, torch.tensor(rank), right=True))
+        edges = (torch.tensor([cell, cell + 1]) << (32 - SKETCH_BITS)).clamp(max=0xFFFFFFFF)
+        bits = torch.where(edges >= 1 << 31, edges - (1 << 31), ~edges)  # the inverse of the order above
+        low, high = bits.to(torch.int32).view(torch.float32).tolist()
+        return (low + high) / 2
+
+
+@dataclass
+class Bank(Gathered):
+    """Rows that are kept: the features, all of them or a random sample.
+
+    Settings:
+        kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j.
+        budget: at most so many rows, every one of the stream with the same chance (None: no limit).
+        values: a budget in numbers instead of rows: at most values // m rows.
+        fraction: each row is kept with this chance.
+        dtype: what they are stored in (None: as they come, float32 at least).
+        seed: of the choice.
+    """
+
+    kind: str = "raw"
+    budget: int | None = None
+    values: int | None = None
+    fraction: float = 1.0
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.keys: list[Tensor] = []  # a random number a row; the rows with the smallest stay
+        self.size = 0
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._random = np.random.default_rng([self.seed, rank])  # its numbers do not depend on how batches are cut
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("features", "logits") if self.kind == "energy" else ("features",)
+
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        z = at_least_float32(features)
+        self.like = z[:0]
+        if self.kind != "raw":
+            z = l2_normalize(z)[0]
+        if self.kind == "energy":
+            z = z * torch.logsumexp(at_least_float32(logits), dim=1, keepdim=True)
+        keys = torch.from_numpy(self._random.random(len(z))) if self._samples else torch.empty(0)
+        if self.fraction < 1:
+            chosen = (keys < self.fraction).nonzero().squeeze(1)
+            z, keys = z[chosen.to(z.device)], keys[chosen]
+        self._keep(z.to(self.dtype or z.dtype), keys)
+
+    @property
+    def _samples(self) -> bool:
+        return self.fraction < 1 or self.budget is not None or self.values is not None
+
+    def merge(self, other: Bank) -> None:
+        for rows, keys in zip(other.kept, other.keys, strict=True):
+            self._keep(rows, keys)
+
+    def _keep(self, rows: Tensor, keys: Tensor) -> None:
+        self.kept.append(rows.clone())
+        self.keys.append(keys)
+        self.size += len(rows)
+        limit = self._limit(rows.shape[1])
+        if limit is not None and self.size > 2 * limit:  # twice: each row is then moved twice on average, not always
+            self._shrink(limit)
+
+    def _limit(self, n_features: int) -> int | None:
+        return self.budget if self.values is None else max(1, self.values // n_features)
+
+    def _shrink(self, limit: int) -> None:
+        rows, keys = torch.cat(self.kept), torch.cat(self.keys)
+        if len(rows) > limit:
+            chosen = keys.topk(limit, largest=False).indices.sort().values  # in the order in which they came
+            rows, keys = rows[chosen.to(rows.device)], keys[chosen]
+        self.kept, self.keys, self.size = [rows], [keys], len(rows)
+
+    def value(self) -> Tensor:
+        """The rows kept, (k, m), in the order in which they came; one tensor for all who ask."""
+        limit = self._limit(self.like.shape[1])
+        if len(self.kept) > 1 or (limit is not None and self.size > limit):
+            self._shrink(self.size if limit is None else limit)
+        return self.kept[0]
