@@ -1,6 +1,9 @@
 """Data sets: one in-distribution classification task, and the sets that are to be told from it.
 
-`load(name, seed)` gives a `Benchmark`; the names are in `BENCHMARKS`.
+- `open_benchmark(name, root)` gives an `ImageBenchmark`, map-style data sets read from the disk: CIFAR, ImageNet, own
+  folders (`benchmarks.py`, with the readers in `readers.py`).
+- `load(name, seed)` gives a `Benchmark`, tensors that fit in memory, for `ood-fast compare`; the names are in
+  `BENCHMARKS`.
 """
 
 from __future__ import annotations
@@ -59,6 +62,12 @@ class Benchmark:
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         ood = {name: replace(ood_set, images=ood_set.images.to(device)) for name, ood_set in self.ood.items()}
         return replace(self, **splits, ood=ood)
+
+
+def __getattr__(name: str):
+    if name in ("ImageBenchmark", "open_benchmark"):
+        return getattr(importlib.import_module(".benchmarks", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(name: str, seed: int) -> Benchmark:

@@ -1,0 +1,453 @@
+"""Benchmarks as data: which images are in-distribution, which are not, and how all of them are prepared.
+
+    benchmark = open_benchmark("cifar10", "~/data")
+    benchmark.train[0]                    # (x, y), augmented
+    benchmark.ood["svhn"][0]              # (x, -1)
+
+Sets are read when they are first asked for: training needs no OOD images on the disk. `benchmark.check()` reads all of
+them and names everything that is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import checks
+from . import readers
+from .images import NO_CLASS, ImageDataset, Noise, Scrambled, Source, Tensors, augmentation, preparation
+from .readers import DATA_SETS, OPENOOD
+
+LAYOUTS = ("auto", "torchvision", "openood")
+SPLIT_SEED = 0  # of what is held out: the same for every run, so that test sets do not change with a run's seed
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A benchmark. Set names are those of `readers.DATA_SETS`; the OOD sets are tested in this order.
+
+    Of every set the short side is scaled to `resize` and the middle `crop`×`crop` cut out, then normalised by `mean`
+    and `std`, the statistics of the ID images. Training images are augmented instead, see `images.augmentation`.
+    """
+
+    title: str
+    id_set: str
+    n_classes: int
+    near: tuple[str, ...]
+    far: tuple[str, ...]
+    validation_ood: str
+    resize: int
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augment: str
+    flip: bool = True
+    openood_images: str | None = None  # OpenOOD's folder of images; None: OpenOOD has no such benchmark
+
+
+_CIFAR = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
+_IMAGENET = {
+    "near": ("ssb_hard", "ninco"),
+    "far": ("inaturalist", "textures", "openimage_o"),
+    "validation_ood": "openimage_o",
+    "resize": 256,
+    "crop": 224,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "augment": "resized_crop",
+    "openood_images": "images_largescale",
+}
+
+# The first four are OpenOOD's (v1.5), sets, sizes and statistics; `gtsrb` and `tin` are trained on by Haas et al.
+# (TMLR 2024, tables 5 and 6), whose statistics are not told: these are the channels' own over the training images.
+SPECS = {
+    "cifar10": Spec(
+        "CIFAR-10",
+        "cifar10",
+        10,
+        near=("cifar100", "tin"),
+        far=("mnist", "svhn", "texture", "places365"),
+        validation_ood="tin",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        **_CIFAR,
+    ),
+    "cifar100": Spec(
+        "CIFAR-100",
+        "cifar100",
+        100,
+        near=("cifar10", "tin"),
+        far=("mnist", "svhn", "texture", "places365"),
+        validation_ood="tin",
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        **_CIFAR,
+    ),
+    "imagenet200": Spec("ImageNet-200", "imagenet200", 200, **_IMAGENET),
+    "imagenet": Spec("ImageNet-1K", "imagenet", 1000, **_IMAGENET),
+    "gtsrb": Spec(
+        "GTSRB",
+        "gtsrb",
+        43,
+        near=(),
+        far=("svhn", "cifar100", "tin"),
+        validation_ood="tin",
+        resize=32,
+        crop=32,
+        mean=(0.3403, 0.3121, 0.3214),
+        std=(0.2724, 0.2608, 0.2669),
+        augment="pad_crop",
+        flip=False,  # a mirrored sign is another sign
+    ),
+    "tin": Spec(
+        "Tiny ImageNet",
+        "tin",
+        200,
+        near=("cifar100",),
+        far=("svhn",),
+        validation_ood="cifar100",
+        resize=64,
+        crop=64,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        augment="pad_crop",
+    ),
+}
+SMALL_IMAGE = 64  # own folders: up to this size images are cropped as CIFAR's, above as ImageNet's
+
+
+def known() -> list[str]:
+    """The names that `open_benchmark` takes."""
+    return sorted([*SPECS, "digits", "folder"])
+
+
+class ImageBenchmark:
+    """One in-distribution task, and the sets that are to be told from it; see `open_benchmark`.
+
+    Attributes:
+        name, n_classes.
+        image_shape: (channels, height, width) of every x.
+        train: the training images, augmented; `train.set_epoch(e)` chooses the random numbers.
+        fit: the training images prepared as the test images are, for fitting detectors.
+        validation, test: ID images with their classes.
+        validation_ood: OOD images for choosing parameters, none of them among those of `ood`.
+        ood: name -> data set; `.group` is "near", "far" or "synthetic".
+        class_names: what the classes are called, or their numbers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_classes: int,
+        image_shape: tuple[int, int, int],
+        parts: Mapping[str, Callable[[], ImageDataset]],
+        ood: Mapping[str, Callable[[], ImageDataset]],
+    ) -> None:
+        self.name, self.n_classes, self.image_shape = name, n_classes, image_shape
+        self._parts, self._ood = parts, ood
+
+    @functools.cached_property
+    def train(self) -> ImageDataset:
+        return self._parts["train"]()
+
+    @functools.cached_property
+    def fit(self) -> ImageDataset:
+        return self._parts["fit"]()
+
+    @functools.cached_property
+    def validation(self) -> ImageDataset:
+        return self._parts["validation"]()
+
+    @functools.cached_property
+    def test(self) -> ImageDataset:
+        return self._parts["test"]()
+
+    @functools.cached_property
+    def validation_ood(self) -> ImageDataset:
+        return self._parts["validation_ood"]()
+
+    @functools.cached_property
+    def ood(self) -> dict[str, ImageDataset]:
+        return {name: opened() for name, opened in self._ood.items()}
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return self.fit.source.classes or tuple(map(str, range(self.n_classes)))
+
+    def check(self) -> None:
+        """Read every set; one `UserError` with all that is missing."""
+        problems = []
+        for opened in [*self._parts.values(), *self._ood.values()]:
+            try:
+                opened()
+            except checks.UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise checks.UserError("\n".join(dict.fromkeys(problems)))
+
+
+def open_benchmark(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    download: bool = False,
+    layout: str = "auto",
+    ood: Sequence[str] | None = None,
+    ood_folders: Mapping[str, str | Path] | None = None,
+    synthetic: bool = False,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> ImageBenchmark:
+    """The benchmark of that name from the files below `root`.
+
+    Args:
+        name: one of `known()`. "digits" needs no files. "folder" is a task of your own: `root/train/<class>/`,
+            `root/test/<class>/`, if there is one `root/val/<class>/` (else a tenth of the training images), and the OOD
+            sets `root/ood/<name>/` (far) and `root/near/<name>/`, or `ood_folders`.
+        root: the folder of the data sets.
+        download: fetch what is missing, where torchvision can.
+        layout: "torchvision" (what its data sets leave below `root`), "openood" (its image lists: `root` or `root/data`
+            holds `benchmark_imglist`), or "auto": OpenOOD's if there are such lists.
+        ood: which OOD sets, default all.
+        ood_folders: more OOD sets, name -> folder of images; group "far".
+        synthetic: also Gaussian noise and ID test images with scrambled pixels, as in Haas et al.; group "synthetic".
+        image_size: of "folder" only, default 224.
+        seed: of the augmentation and of synthetic images. Splits are the same for every seed, except for "digits".
+
+    In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
+    of the classes. OpenOOD also leaves out OOD images whose subject is an ID class (of Tiny ImageNet, Places365): for
+    its numbers use its lists.
+
+    Raises:
+        UserError: an unknown name; here or when a set is first used, files that are missing or cannot be read.
+    """
+    if name not in known():
+        raise checks.UserError(checks.unknown("benchmark", name, known()))
+    if layout not in LAYOUTS:
+        raise checks.UserError(checks.unknown("layout", layout, LAYOUTS))
+    if name == "digits":
+        return _digits(seed, ood)
+    if root is None:
+        raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
+    root = Path(root).expanduser()
+    if name == "folder":
+        spec, read = _own_folders(root, image_size or 224)
+    else:
+        if image_size is not None:
+            raise checks.UserError(f"image_size: benchmark {name} has images of {SPECS[name].crop} pixels")
+        spec = SPECS[name]
+        read = _reader(name, spec, root, layout, download)
+    groups = dict.fromkeys(spec.near, "near") | dict.fromkeys(spec.far, "far")
+
+    prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std)
+    augmented = functools.partial(
+        augmentation, spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip
+    )
+
+    def id_part(split: str) -> ImageDataset:
+        return ImageDataset(read(spec.id_set, split), prepared(), title=spec.title)
+
+    def training_images() -> ImageDataset:
+        return ImageDataset(read(spec.id_set, "train"), augmented(), title=spec.title, augment_seed=seed)
+
+    def outside(set_name: str, split: str, group: str) -> ImageDataset:
+        source = _without_classes(read(set_name, split))
+        title = DATA_SETS[set_name].title if set_name in DATA_SETS else set_name
+        return ImageDataset(source, prepared(), title=title, group=group)
+
+    def given(folder: str | Path, title: str) -> ImageDataset:
+        source = readers.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images")
+        return ImageDataset(source, prepared(), title=title, group="far")
+
+    def noise() -> ImageDataset:
+        source = Noise(len(id_part("test")), (3, spec.crop, spec.crop), spec.mean, spec.std, seed)
+        return ImageDataset(source, title="Gaussian noise", group="synthetic")
+
+    def scrambled(split: str, group: str) -> ImageDataset:
+        return ImageDataset(Scrambled(id_part(split), seed), title="scrambled pixels", group=group)
+
+    ood_parts = {
+        set_name: functools.partial(outside, set_name, "test", group)
+        for set_name, group in groups.items()
+        if ood is None or set_name in ood
+    }
+    ood_parts |= {title: functools.partial(given, folder, title) for title, folder in (ood_folders or {}).items()}
+    if synthetic:
+        ood_parts |= {"noise": noise, "scrambled": functools.partial(scrambled, "test", "synthetic")}
+    _check_chosen(ood, [*groups, *ood_parts])
+    parts = {
+        "train": training_images,
+        "fit": functools.partial(id_part, "train"),
+        "validation": functools.partial(id_part, "val"),
+        "test": functools.partial(id_part, "test"),
+        "validation_ood": functools.partial(outside, spec.validation_ood, "val", "validation")
+        if spec.validation_ood
+        else functools.partial(scrambled, "val", "validation"),
+    }
+    return ImageBenchmark(name, spec.n_classes, (3, spec.crop, spec.crop), parts, ood_parts)
+
+
+def _check_chosen(chosen: Sequence[str] | None, names: Sequence[str]) -> None:
+    for name in chosen or ():
+        if name not in names:
+            raise checks.UserError(checks.unknown("OOD set", name, names))
+
+
+def _without_classes(source: Source) -> Source:
+    blind = source.take(np.arange(len(source)))
+    blind.labels, blind.classes = np.full(len(source), NO_CLASS), None
+    return blind
+
+
+def hold_out(source: Source, n_held_out: int) -> tuple[Source, Source]:
+    """(held out, rest), drawn by `SPLIT_SEED`, in equal parts of the classes; both in the order of the source.
+
+    At most a tenth of a source is held out.
+    """
+    n_held_out = min(n_held_out, len(source) // 10)
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(source))
+    by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
+    labels = source.labels[by_class]
+    first_of_class = np.searchsorted(labels, labels)
+    rank = np.arange(len(labels)) - first_of_class  # within its class: one of each class comes before a second of any
+    chosen = by_class[np.argsort(rank, kind="stable")]
+    return source.take(np.sort(chosen[:n_held_out])), source.take(np.sort(chosen[n_held_out:]))
+
+
+def _reader(name: str, spec: Spec, root: Path, layout: str, download: bool) -> Callable[[str, str], Source]:
+    """read(set name, "train" | "val" | "test") for the layout of `root`; each file is read once."""
+    lists = next((folder for folder in (root, root / "data") if (folder / "benchmark_imglist").is_dir()), None)
+    if layout == "openood" or (layout == "auto" and lists is not None):
+        if spec.openood_images is None:
+            raise checks.UserError(f"benchmark {name}: OpenOOD has no lists for it; pass layout='torchvision'")
+        return _openood_reader(name, spec, lists or root)
+    if not root.is_dir() and not download:
+        raise checks.UserError(f"benchmark {name}: no folder {root} (--data-root)")
+
+    @functools.cache
+    def whole(set_name: str, split: str) -> Source:
+        data_set = DATA_SETS[set_name]
+
+        def attempt() -> Source:
+            return data_set.read(root, split, data_set.title, data_set.how)
+
+        if not download or data_set.download is None:
+            return attempt()
+        try:
+            return attempt()
+        except checks.UserError:
+            try:
+                data_set.download(root, split)
+            except (OSError, RuntimeError) as error:  # no network, or not what was expected
+                what = f"{data_set.title}: the download failed ({error})"
+                raise checks.UserError(f"{what}; get it from {data_set.where}") from error
+            return attempt()
+
+    @functools.cache
+    def read(set_name: str, split: str) -> Source:
+        n_held_out = DATA_SETS[set_name].n_held_out
+        if split == "train" or not n_held_out:
+            return whole(set_name, split)
+        held_out, rest = hold_out(whole(set_name, "test"), n_held_out)
+        return held_out if split == "val" else rest
+
+    return read
+
+
+def _openood_reader(name: str, spec: Spec, root: Path) -> Callable[[str, str], Source]:
+    @functools.cache
+    def read(set_name: str, split: str) -> Source:
+        images = "images_classic" if set_name == "textures" else spec.openood_images
+        path = root / "benchmark_imglist" / name / f"{split}_{set_name}.txt"
+        title = DATA_SETS[set_name].title
+        n_classes = spec.n_classes if set_name == spec.id_set else None
+        return readers.read_image_list(path, root / images, title, f"get it from {OPENOOD}", n_classes)
+
+    return read
+
+
+def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Source]]:
+    """The benchmark in `root`: train, test and val with a folder for each class; near and ood with one for each set."""
+    if not root.is_dir():
+        raise checks.UserError(f"benchmark folder: no folder {root} (--data-root)")
+    where = f"expected {root}/train/<class>/, {root}/test/<class>/, {root}/ood/<name>/"
+
+    @functools.cache
+    def training() -> Source:
+        return readers.read_image_folder(root / "train", "benchmark folder", where)
+
+    classes = training().classes
+
+    def inside(folder: str) -> Source:
+        return readers.read_image_folder(root / folder, "benchmark folder", where, classes, all_of_them=False)
+
+    @functools.cache
+    def read(set_name: str, split: str) -> Source:
+        if set_name in near or set_name in far:
+            folder = root / ("near" if set_name in near else "ood") / set_name
+            return readers.read_flat_folder(folder, set_name, where)
+        if split == "test":
+            return inside("test")
+        if (root / "val").is_dir():
+            return training() if split == "train" else inside("val")
+        held_out, rest = hold_out(training(), len(training()))
+        return held_out if split == "val" else rest
+
+    near, far = (_folders(root / folder) for folder in ("near", "ood"))
+    if twice := sorted(set(near) & set(far)):
+        raise checks.UserError(f"benchmark folder: {twice[0]} is below both {root / 'near'} and {root / 'ood'}")
+    small = size <= SMALL_IMAGE
+    spec = Spec(
+        root.resolve().name,
+        "",
+        len(classes),
+        near,
+        far,
+        "",
+        resize=size if small else round(size * 256 / 224),
+        crop=size,
+        mean=_IMAGENET["mean"],
+        std=_IMAGENET["std"],
+        augment="pad_crop" if small else "resized_crop",
+    )
+    return spec, read
+
+
+def _folders(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _digits(seed: int, ood: Sequence[str] | None) -> ImageBenchmark:
+    """The benchmark `digits` in this form; its OOD images for validation are scrambled validation images."""
+    from . import load
+
+    benchmark = load("digits", seed)
+
+    def id_part(split: str, title: str = "digits") -> ImageDataset:
+        images = getattr(benchmark, split)
+        return ImageDataset(Tensors(images.images, images.targets, benchmark.class_names), title=title)
+
+    def outside(name: str) -> ImageDataset:
+        ood_set = benchmark.ood[name]
+        labels = np.full(len(ood_set.images), NO_CLASS)
+        return ImageDataset(Tensors(ood_set.images, labels), title=ood_set.title, group=ood_set.group)
+
+    def scrambled() -> ImageDataset:
+        return ImageDataset(Scrambled(id_part("validation"), seed), title="scrambled pixels", group="validation")
+
+    _check_chosen(ood, list(benchmark.ood))
+    parts = {
+        "train": functools.partial(id_part, "train"),
+        "fit": functools.partial(id_part, "train"),
+        "validation": functools.partial(id_part, "validation"),
+        "test": functools.partial(id_part, "test"),
+        "validation_ood": scrambled,
+    }
+    ood_parts = {name: functools.partial(outside, name) for name in benchmark.ood if ood is None or name in ood}
+    return ImageBenchmark("digits", benchmark.n_classes, tuple(benchmark.train.images.shape[1:]), parts, ood_parts)

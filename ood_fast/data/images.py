@@ -1,0 +1,292 @@
+"""Map-style data sets of images: where the pixels come from (a source), and what is done to them (a transform).
+
+Every data set gives `(x, y)`: x float32 (channels, height, width), normalised; y int, −1 for images without a class.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+
+NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
+
+
+def torchvision():
+    """The module; `UserError` says how to get it."""
+    try:
+        import torchvision
+    except ImportError as error:
+        raise checks.UserError("image data sets need torchvision: pip install torchvision") from error
+    return torchvision
+
+
+# ---- sources: images by number, before any transform
+
+
+class Source:
+    """Images by number. Subclasses give `image(i)` (a PIL image in RGB, or a tensor that is ready), and `take(rows)`.
+
+    Attributes:
+        labels: (n,) int64.
+        classes: the name of each class, or None where nobody has named them.
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, classes: Sequence[str] | None = None) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = None if classes is None else tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int):
+        raise NotImplementedError
+
+    def path(self, index: int) -> str | None:
+        """The file of an image; None where one file holds many."""
+        return None
+
+    def take(self, rows: np.ndarray) -> Source:
+        """The source of these rows, in this order."""
+        raise NotImplementedError
+
+    def update(self, digest) -> None:
+        """Feed what identifies the images to a hash."""
+        raise NotImplementedError
+
+
+class Pixels(Source):
+    """Images in memory: uint8 (n, height, width), grey, or (n, height, width, 3)."""
+
+    def __init__(self, pixels: np.ndarray, labels, classes=None) -> None:
+        super().__init__(labels, classes)
+        self.pixels = pixels
+
+    def image(self, index: int):
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def take(self, rows: np.ndarray) -> Pixels:
+        return Pixels(self.pixels[rows], self.labels[rows], self.classes)
+
+    def update(self, digest) -> None:
+        digest.update(np.ascontiguousarray(self.pixels))
+
+
+class Files(Source):
+    """Image files below one folder.
+
+    The names are one NumPy array of bytes, not a list of strings: data-loader workers are forked, and touching a
+    million Python objects would copy all of their pages into each worker.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str] | np.ndarray, labels, classes=None) -> None:
+        super().__init__(labels, classes)
+        self.root = Path(root)
+        self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], "S")
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.names[index])))
+
+    def image(self, index: int):
+        from PIL import Image
+
+        path = self.path(index)
+        try:
+            with Image.open(path) as file:
+                return file.convert("RGB")
+        except FileNotFoundError as error:
+            raise checks.UserError(f"image {path}: no such file") from error
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # as decoders fail
+            raise checks.UserError(f"image {path}: cannot be read ({error})") from error
+
+    def take(self, rows: np.ndarray) -> Files:
+        return Files(self.root, self.names[rows], self.labels[rows], self.classes)
+
+    def update(self, digest) -> None:
+        digest.update(b"\n".join(self.names.tolist()))
+        for index in range(len(self)):
+            status = os.stat(self.path(index))
+            digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+
+
+class Tensors(Source):
+    """Images that are prepared: float32 (n, channels, height, width)."""
+
+    def __init__(self, images: Tensor, labels, classes=None) -> None:
+        super().__init__(labels, classes)
+        self.images = images
+
+    def image(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def take(self, rows: np.ndarray) -> Tensors:
+        return Tensors(self.images[torch.from_numpy(rows)], self.labels[rows], self.classes)
+
+    def update(self, digest) -> None:
+        digest.update(self.images.contiguous().numpy())
+
+
+class Noise(Source):
+    """Gaussian noise with the mean and deviation of each channel of the ID images, clipped to what a pixel can be."""
+
+    def __init__(self, n_images: int, shape: tuple[int, int, int], mean, std, seed: int) -> None:
+        super().__init__(np.full(n_images, NO_CLASS))
+        self.shape, self.seed = shape, seed
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.low, self.high = -mean / std, (1 - mean) / std
+
+    def image(self, index: int) -> Tensor:
+        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
+        return noise.clamp(self.low, self.high)
+
+    def update(self, digest) -> None:
+        digest.update(f"noise {len(self)} {self.shape} {self.seed} {self.low.tolist()} {self.high.tolist()}".encode())
+
+
+class Scrambled(Source):
+    """The images of a data set, prepared, with the pixels of each in an order of its own; channels stay together."""
+
+    def __init__(self, dataset: ImageDataset, seed: int) -> None:
+        super().__init__(np.full(len(dataset), NO_CLASS))
+        self.dataset, self.seed = dataset, seed
+
+    def image(self, index: int) -> Tensor:
+        x, _ = self.dataset[index]
+        n_places = x.shape[1] * x.shape[2]
+        order = torch.randperm(n_places, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
+        return x.flatten(1)[:, order].view_as(x)
+
+    def path(self, index: int) -> str | None:
+        return self.dataset.source.path(index)
+
+    def update(self, digest) -> None:
+        digest.update(f"scrambled {self.seed} {self.dataset.fingerprint()}".encode())
+
+
+def mixed(*numbers: int) -> int:
+    """32 bits that depend on all the numbers (all that torch's CPU generator takes from a seed)."""
+    text = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+
+
+# ---- the data set
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """A map-style data set: `dataset[i]` is (x, y), x float32 (channels, height, width), y int.
+
+    With `augment_seed`, `transform` draws random numbers: those of image i in epoch e depend on (seed, e, i) alone, not
+    on the number of workers, the order of the images or what ran before. So a resumed run sees what the uninterrupted
+    one would have seen. `set_epoch(e)` reaches workers that live on.
+
+    Attributes:
+        title, group: what tables call it; "id", "near", "far" or "synthetic".
+        targets: (n,) int64 tensor, read without loading an image.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable | None = None,
+        *,
+        title: str = "",
+        group: str = "id",
+        augment_seed: int | None = None,
+    ) -> None:
+        self.source, self.transform = source, transform
+        self.title, self.group = title, group
+        self.augment_seed = augment_seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = int(self.source.labels[index])  # IndexError past the end, before an image is made
+        image = self.source.image(index)
+        if self.transform is not None:
+            randomness = nullcontext() if self.augment_seed is None else self._random_numbers_of(index)
+            with randomness:
+                image = self.transform(image)
+        return image, label
+
+    def _random_numbers_of(self, index: int):
+        return _global_generator_seeded(mixed(self.augment_seed, int(self._epoch), index))
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, also in running workers, augment as in that epoch."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def targets(self) -> Tensor:
+        return torch.from_numpy(self.source.labels)
+
+    def path(self, index: int) -> str | None:
+        """The file of an image; None where one file holds many."""
+        return self.source.path(index)
+
+    def fingerprint(self) -> str:
+        """A key for what was computed from these images: their content or, of single files, name, size and time of
+        change; the labels; the transform.
+        """
+        digest = hashlib.sha256(f"{self.transform!r} {self.augment_seed} {int(self._epoch)}".encode())
+        digest.update(self.source.labels.tobytes())
+        self.source.update(digest)
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"ImageDataset({self.title!r}, {self.group}, {len(self)} images)"
+
+
+@contextmanager
+def _global_generator_seeded(seed: int):
+    """torchvision's transforms draw from torch's global generator: seed it, and give it back as it was."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+# ---- transforms
+
+
+@functools.lru_cache
+def preparation(resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]):
+    """PIL image -> normalised tensor: short side to `resize` (bilinear), the middle `crop`×`crop`."""
+    transforms = torchvision().transforms
+    steps = (transforms.Resize(resize), transforms.CenterCrop(crop))  # Resize is bilinear if not told otherwise
+    return transforms.Compose([*steps, *_normalised(mean, std)])
+
+
+@functools.lru_cache
+def augmentation(kind: str, resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...], flip: bool = True):
+    """The same with random crops and flips. `kind`: "pad_crop" pads by 4 and cuts `crop`×`crop`; "resized_crop" cuts
+    8 to 100 % of the area and scales it.
+    """
+    transforms = torchvision().transforms
+    if kind == "pad_crop":
+        steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.RandomCrop(crop, padding=4)]
+    else:
+        steps = [transforms.RandomResizedCrop(crop)]
+    if flip:
+        steps.append(transforms.RandomHorizontalFlip())
+    return transforms.Compose([*steps, *_normalised(mean, std)])
+
+
+def _normalised(mean, std) -> tuple:
+    transforms = torchvision().transforms
+    return transforms.ToTensor(), transforms.Normalize(mean, std)

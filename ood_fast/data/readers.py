@@ -1,0 +1,447 @@
+"""Readers of the files that data sets come in: torchvision's layouts, image folders, OpenOOD's image lists.
+
+A reader takes the folder and a split, "train" or "test", and gives a `Source`. What is missing is a `UserError` that
+names the files and where to get them. `DATA_SETS` is the table of all of them. Nothing here runs code that a file
+brings along.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .. import checks
+from .images import NO_CLASS, Files, Pixels, Source, torchvision
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
+N_NAMED = 5  # files that a message names before it counts the others
+
+
+def require(title: str, root: Path, names: Iterable[str], where: str) -> None:
+    """UserError that names the files missing below `root`. Each folder is listed once, no file is touched."""
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        wanted.setdefault(folder, []).append(file)
+    missing = []
+    for folder, files in wanted.items():
+        try:
+            present = set(os.listdir(root / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            present = set()
+        missing += [f"{folder}/{file}" if folder else file for file in files if file not in present]
+    if missing:
+        named = ", ".join(missing[:N_NAMED])
+        more = f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
+        raise checks.UserError(f"{title}: missing in {root}: {named}{more}; {where}")
+
+
+def _first_folder(root: Path, *candidates: str, holds: str) -> Path:
+    """The first of the candidate folders below `root` that holds a file; the first of all if none does."""
+    return next((root / name for name in candidates if (root / name / holds).exists()), root / candidates[0])
+
+
+# ---- CIFAR: pickles of Python 2
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays among plain lists, dicts, strings and numbers, and refuses every other name."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        # NumPy 2 moved numpy.core to numpy._core; `_reconstruct` makes an empty array that is filled afterwards.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.ndarray.__reduce__(np.empty(0))[0]
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for protocol 2
+            return _latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, expected only NumPy arrays")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}, expected latin1")
+    return text.encode("latin1")
+
+
+def safe_unpickle(path: Path) -> dict:
+    """The dict in a pickle of arrays, lists, strings and numbers; UserError for anything else."""
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a broken pickle can raise anything: IndexError, UnicodeDecodeError, MemoryError, ...
+        if isinstance(error, OSError):
+            raise
+        raise checks.UserError(f"{path}: cannot be read as a pickle of arrays ({error})") from error
+    if not isinstance(content, dict):
+        raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a dict")
+    return content
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    n_classes: int
+    meta: tuple[str, str]  # file and key of the class names
+
+
+_CIFAR10 = _Cifar(
+    "cifar-10-batches-py",
+    tuple(f"data_batch_{number}" for number in range(1, 6)),
+    ("test_batch",),
+    "labels",
+    10,
+    ("batches.meta", "label_names"),
+)
+_CIFAR100 = _Cifar("cifar-100-python", ("train",), ("test",), "fine_labels", 100, ("meta", "fine_label_names"))
+
+
+def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -> Source:
+    """CIFAR-10 or -100 "python version", as torchvision unpacks it: data uint8 (n, 3·32·32), planes R, G, B."""
+    files = getattr(layout, split)
+    require(title, root, [f"{layout.folder}/{file}" for file in (*files, layout.meta[0])], where)
+    pixels, labels = [], []
+    for file in files:
+        path = root / layout.folder / file
+        batch = safe_unpickle(path)
+        data, targets = batch.get("data"), batch.get(layout.labels)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+            raise checks.UserError(f"{path}: expected 'data' to be uint8 of shape (n, 3072)")
+        _check_labels(path, targets, len(data), layout.n_classes)
+        pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += targets
+    names = safe_unpickle(root / layout.folder / layout.meta[0]).get(layout.meta[1])
+    return Pixels(np.concatenate(pixels), labels, names)
+
+
+def _check_labels(path: Path, labels: Sequence[int] | None, n_images: int, n_classes: int) -> None:
+    if labels is None or len(labels) != n_images:
+        n_labels = "no" if labels is None else len(labels)
+        raise checks.UserError(f"{path}: {n_labels} labels for {n_images} images")
+    outside = [label for label in labels if not 0 <= label < n_classes]
+    if outside:
+        raise checks.UserError(f"{path}: label {outside[0]}, expected one in [0, {n_classes})")
+
+
+# ---- MNIST, SVHN
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes, also gzipped: 0 0 8 n_dims, each extent as a big-endian int32, the values."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise checks.UserError(f"{path}: cannot be read ({error})") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise checks.UserError(f"{path}: does not begin as an idx file of unsigned bytes does")
+    n_dims = content[3]
+    values = content[4 + 4 * n_dims :]
+    shape = np.frombuffer(content, ">i4", n_dims, offset=4).tolist() if len(content) >= 4 + 4 * n_dims else [-1]
+    if len(values) != int(np.prod(shape)):
+        raise checks.UserError(f"{path}: {len(values)} values for shape {tuple(shape)}; the file is not complete")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def read_mnist(root: Path, split: str, title: str, where: str) -> Source:
+    """`MNIST/raw` as torchvision leaves it. The test split is all 70,000 images, as in OpenOOD."""
+    folder = _first_folder(root, "MNIST/raw", "mnist", holds="t10k-images-idx3-ubyte")
+    parts = ("train",) if split == "train" else ("train", "t10k")
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    zipped = not folder.joinpath(f"{parts[0]}-{kinds[0]}").exists() and any(folder.glob("*-ubyte.gz"))
+    names = [[f"{part}-{kind}{'.gz' if zipped else ''}" for part in parts] for kind in kinds]
+    require(title, folder, [*names[0], *names[1]], where)
+    images, labels = (np.concatenate([read_idx(folder / name) for name in group]) for group in names)
+    _check_labels(folder / names[1][0], labels, len(images), 10)
+    return Pixels(images, labels, map(str, range(10)))
+
+
+def read_svhn(root: Path, split: str, title: str, where: str) -> Source:
+    """`test_32x32.mat` (MATLAB): X uint8 (32, 32, 3, n), y in 1 … 10, where 10 is the digit 0."""
+    from scipy.io import loadmat
+
+    name = f"{split}_32x32.mat"
+    folder = _first_folder(root, "svhn", ".", holds=name)
+    require(title, folder, [name], where)
+    path = folder / name
+    try:
+        content = loadmat(path, variable_names=("X", "y"))
+    except Exception as error:  # scipy's reader fails in many ways on a file that was cut off
+        raise checks.UserError(f"{path}: cannot be read as a MATLAB file ({error})") from error
+    pixels, digits = content.get("X"), content.get("y")
+    if pixels is None or digits is None or pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3):
+        raise checks.UserError(f"{path}: expected X, uint8 of shape (32, 32, 3, n), and y")
+    labels = digits.ravel().astype(np.int64) % 10
+    _check_labels(path, labels, pixels.shape[3], 10)
+    return Pixels(pixels.transpose(3, 0, 1, 2), labels, map(str, range(10)))
+
+
+# ---- files beside a list
+
+
+def read_gtsrb(root: Path, split: str, title: str, where: str) -> Source:
+    """German traffic signs as torchvision unpacks them: `Training/000xx/*.ppm`; a table for the test images."""
+    folder = root / "gtsrb"
+    classes = [f"{label:05d}" for label in range(43)]
+    if split == "train":
+        return read_image_folder(folder / "GTSRB" / "Training", title, where, classes)
+    table, images = "GT-final_test.csv", "GTSRB/Final_Test/Images"
+    require(title, folder, [table], where)
+    with open(folder / table, newline="") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    try:
+        names, labels = [f"{images}/{row['Filename']}" for row in rows], [int(row["ClassId"]) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise checks.UserError(f"{folder / table}: expected columns Filename and ClassId, separated by ';'") from error
+    _check_labels(folder / table, labels, len(names), 43)
+    require(title, folder, names, where)
+    return Files(folder, names, labels, classes)
+
+
+def read_dtd(root: Path, split: str, title: str, where: str) -> Source:
+    """Describable textures as torchvision unpacks them. The test split is all 5,640 images, as in OpenOOD."""
+    folder = _first_folder(root, "dtd/dtd", "dtd", holds="labels")
+    lists = [f"labels/{part}1.txt" for part in (("train",) if split == "train" else ("train", "val", "test"))]
+    require(title, folder, lists, where)
+    names = [f"images/{line}" for name in lists for line in (folder / name).read_text().split()]
+    require(title, folder, names, where)
+    classes = sorted({name.split("/")[1] for name in names})
+    return Files(folder, names, [classes.index(name.split("/")[1]) for name in names], classes)
+
+
+def read_places365(root: Path, split: str, title: str, where: str) -> Source:
+    """Validation images of Places365 as torchvision unpacks them, in 256×256 or full size; there is no other split."""
+    table = "places365_val.txt"
+    folder = _first_folder(root, "places365", ".", holds=table)
+    require(title, folder, [table], where)
+    images = "val_256" if (folder / "val_256").is_dir() else "val_large"
+    lines = [line.split() for line in (folder / table).read_text().splitlines() if line.strip()]
+    names = [f"{images}/{line[0].lstrip('/')}" for line in lines]
+    require(title, folder, names, where)
+    return Files(folder, names, [int(line[1]) for line in lines])
+
+
+def read_tiny_imagenet(root: Path, split: str, title: str, where: str) -> Source:
+    """`tiny-imagenet-200/` as it is unpacked: `train/<class>/images`, and a table for the `val` images (our test)."""
+    folder = root / "tiny-imagenet-200"
+    require(title, folder, ["wnids.txt"], where)
+    classes = sorted((folder / "wnids.txt").read_text().split())
+    if split == "train":
+        return read_image_folder(folder / "train", title, where, classes)
+    require(title, folder, ["val/val_annotations.txt"], where)
+    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in lines if line.strip()]
+    names = [f"val/images/{row[0]}" for row in rows]
+    require(title, folder, names, where)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number.get(row[1], -1) if len(row) > 1 else -1 for row in rows]
+    _check_labels(folder / "val/val_annotations.txt", labels, len(names), len(classes))
+    return Files(folder, names, labels, classes)
+
+
+# ---- folders
+
+
+def read_image_folder(
+    folder: Path, title: str, where: str, classes: Sequence[str] | None = None, *, all_of_them: bool = True
+) -> Files:
+    """`folder/<class>/**`: the classes in the order of their names, as torchvision's ImageFolder, or those given.
+
+    Every class needs images; with `all_of_them` False (a test set), those given may lack some.
+    """
+    if not folder.is_dir():
+        raise checks.UserError(f"{title}: no folder {folder}; expected one folder of images for each class; {where}")
+    present = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = present if classes is None else list(classes)
+    strange = sorted(set(present) - set(classes))
+    if strange:
+        raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {len(classes)} classes of the training")
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        found = [f"{name}/{file}" for file in image_files(folder / name)]
+        if not found and all_of_them:
+            raise checks.UserError(f"{title}: no images in {folder / name} ({', '.join(IMAGE_SUFFIXES)}); {where}")
+        names += found
+        labels += [label] * len(found)
+    if not names:
+        raise checks.UserError(f"{title}: no images in the folders of {folder} ({', '.join(IMAGE_SUFFIXES)}); {where}")
+    return Files(folder, names, labels, classes)
+
+
+def read_flat_folder(folder: Path, title: str, where: str) -> Files:
+    """All images below a folder, whatever its folders are called; without classes."""
+    names = list(image_files(folder))
+    if not names:
+        raise checks.UserError(f"{title}: no images in {folder} ({', '.join(IMAGE_SUFFIXES)}); {where}")
+    return Files(folder, names, [NO_CLASS] * len(names))
+
+
+def image_files(folder: Path) -> Iterable[str]:
+    """The image files below a folder, relative to it, sorted; links are followed, hidden files left out."""
+    for path, _, files in sorted(os.walk(folder, followlinks=True)):
+        for file in sorted(files):
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
+                yield os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/")
+
+
+def read_image_list(path: Path, images: Path, title: str, where: str, n_classes: int | None) -> Files:
+    """OpenOOD's lists: `relative/path label` a line, split at the first space; CRLF and LF.
+
+    `n_classes` None: an OOD set, whatever its labels say.
+    """
+    if not path.is_file():
+        raise checks.UserError(f"{title}: missing: {path}; {where}")
+    names, labels = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        name, _, label = line.strip().partition(" ")
+        if not name:
+            continue
+        try:
+            labels.append(int(label))
+        except ValueError:
+            raise checks.UserError(f"{path}, line {number}: got {line.strip()!r}, expected 'path label'") from None
+        if name.startswith("/") or ".." in name.split("/"):
+            raise checks.UserError(f"{path}, line {number}: {name} is not below the folder of the images")
+        if n_classes is not None and not 0 <= labels[-1] < n_classes:
+            raise checks.UserError(f"{path}, line {number}: label {label}, expected one in [0, {n_classes})")
+        names.append(name)
+    if not names:
+        raise checks.UserError(f"{path}: no images in it")
+    require(title, images, names, where)
+    if n_classes is None:
+        return Files(images, names, [NO_CLASS] * len(names))
+    return Files(images, names, labels, _folder_names(names, labels, n_classes))
+
+
+def _folder_names(names: Sequence[str], labels: Sequence[int], n_classes: int) -> list[str] | None:
+    """What the folders of the classes are called, if each class lies in one folder of its own."""
+    found: dict[int, str] = {}
+    for name, label in zip(names, labels, strict=True):
+        folder = name.rpartition("/")[0].rpartition("/")[2]
+        if found.setdefault(label, folder) != folder:
+            return None
+    if len(set(found.values())) != n_classes:
+        return None
+    return [found[label] for label in range(n_classes)]
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`read(root, split, title, where)` gives the images; `download(root, split)` fetches them, if anything can.
+
+    `n_held_out` images of the test split make the split "val"; "test" is the rest. The sizes are OpenOOD's; which
+    images its lists hold only the lists know.
+    """
+
+    title: str
+    read: Callable[[Path, str, str, str], Source]
+    where: str
+    n_held_out: int = 0
+    download: Callable[[Path, str], object] | None = None
+
+    @property
+    def how(self) -> str:
+        return f"get it from {self.where}" + (", or ask for the download (--download)" if self.download else "")
+
+
+def _torchvision_download(name: str, folder: str = ".", **keywords) -> Callable[[Path, str], object]:
+    """A download by the data set of that name in torchvision, which checks what arrives."""
+
+    def download(root: Path, split: str) -> object:
+        splits = {"train": split == "train"} if name in ("CIFAR10", "CIFAR100", "MNIST") else {"split": split}
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        return getattr(torchvision().datasets, name)(str(root / folder), download=True, **(keywords or splits))
+
+    return download
+
+
+def _download_tiny_imagenet(root: Path, split: str) -> None:
+    torchvision().datasets.utils.download_and_extract_archive(TINY_IMAGENET, str(root), md5=TINY_IMAGENET_MD5)
+
+
+def _folder(name: str) -> Callable[[Path, str, str, str], Source]:
+    return lambda root, split, title, where: read_flat_folder(root / name, title, where)
+
+
+def _class_folders(name: str, n_classes: int) -> Callable[[Path, str, str, str], Source]:
+    def read(root: Path, split: str, title: str, where: str) -> Source:
+        source = read_image_folder(root / name / ("train" if split == "train" else "val"), title, where)
+        if len(source.classes) != n_classes:
+            found = len(source.classes)
+            raise checks.UserError(f"{title}: {found} folders in {source.root}, expected {n_classes}; {where}")
+        return source
+
+    return read
+
+
+TINY_IMAGENET, TINY_IMAGENET_MD5 = (
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",
+)
+OPENOOD = "https://github.com/Jingkang50/OpenOOD (scripts/download)"
+_TEXTURES = DataSet(
+    "Textures", read_dtd, "https://www.robots.ox.ac.uk/~vgg/data/dtd", download=_torchvision_download("DTD")
+)
+
+DATA_SETS = {
+    "cifar10": DataSet(
+        "CIFAR-10",
+        partial(read_cifar, _CIFAR10),
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        1000,
+        _torchvision_download("CIFAR10"),
+    ),
+    "cifar100": DataSet(
+        "CIFAR-100",
+        partial(read_cifar, _CIFAR100),
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        1000,
+        _torchvision_download("CIFAR100"),
+    ),
+    "tin": DataSet("Tiny ImageNet", read_tiny_imagenet, TINY_IMAGENET, 1000, _download_tiny_imagenet),
+    "mnist": DataSet(
+        "MNIST", read_mnist, "https://ossci-datasets.s3.amazonaws.com/mnist/", download=_torchvision_download("MNIST")
+    ),
+    "svhn": DataSet(
+        "SVHN",
+        read_svhn,
+        "http://ufldl.stanford.edu/housenumbers",
+        download=_torchvision_download("SVHN", "svhn"),
+    ),
+    "gtsrb": DataSet("GTSRB", read_gtsrb, "https://benchmark.ini.rub.de", 1000, _torchvision_download("GTSRB")),
+    "texture": _TEXTURES,
+    "textures": _TEXTURES,
+    "places365": DataSet(
+        "Places365",
+        read_places365,
+        "http://places2.csail.mit.edu (val_256.tar and the list places365_val.txt)",
+        download=_torchvision_download("Places365", "places365", split="val", small=True),
+    ),
+    "imagenet": DataSet(
+        "ImageNet-1K", _class_folders("imagenet", 1000), "https://image-net.org (imagenet/train, imagenet/val)", 5000
+    ),
+    "imagenet200": DataSet(
+        "ImageNet-200",
+        _class_folders("imagenet200", 200),
+        "https://image-net.org (the 200 classes of ImageNet-R)",
+        1000,
+    ),
+    "ssb_hard": DataSet("SSB-hard", _folder("ssb_hard"), OPENOOD),
+    "ninco": DataSet("NINCO", _folder("ninco"), OPENOOD),
+    "inaturalist": DataSet("iNaturalist", _folder("inaturalist"), OPENOOD),
+    "openimage_o": DataSet("OpenImage-O", _folder("openimage_o"), OPENOOD, 1763),
+}
