@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from . import diagnostics, metrics
 from .data import Benchmark
-from .detectors import NCI, Detector
+from .detectors import NCI, Detector, DetectorSet
 from .detectors.run import run_model
+from .detectors.tune import Search
 from .functional import boundary_distance
 from .heads import find_head
 from .recipes import TAU
@@ -65,7 +66,7 @@ def evaluate(model: nn.Module, benchmark: Benchmark, detectors: Mapping[str, Det
     Scores are computed in float64 from what the model gives, on the CPU: in float32 the softmax of a confident model is
     exactly 1 for most images (LogitNorm's logits are large), and the ties would decide the metrics.
 
-    An NCI among the detectors gets the α of `NCI.grid["alpha"]` that best tells the validation images from scrambled copies of
+    An NCI among the detectors gets the α of its grid that best tells the validation images from scrambled copies of
     themselves: no OOD image takes part in the choice.
     """
     weight, bias = (_in_float64(parameter) for parameter in (find_head(model).weight, find_head(model).bias))
@@ -85,20 +86,36 @@ def evaluate(model: nn.Module, benchmark: Benchmark, detectors: Mapping[str, Det
     for index, value in enumerate(result.singular_values.tolist(), start=1):
         result.add(f"singular_value_{index:02d}", value)
 
-    for name, detector in detectors.items():
-        detector.fit_features(train.features, train.logits, train_targets, (weight, bias))
+    validation = outputs(model, benchmark.validation.images)
+    scrambled = outputs(model, scramble_pixels(benchmark.validation.images, benchmark.seed))
+    targets = benchmark.validation.targets.cpu()
+    chosen = DetectorSet(detectors)
+    search = Search(chosen, {name: {} for name, detector in chosen.items() if not isinstance(detector, NCI)})
+    search.fit_features(
+        *(train.features, train.logits, train_targets, (weight, bias)),
+        validation=(validation.features, validation.logits, targets),
+    )
+    fitted, trials = search.choose(
+        search.score_features(validation.features, validation.logits),
+        {"scrambled": search.score_features(scrambled.features, scrambled.logits)},
+    )
+    for name, detector in fitted.items():
         if isinstance(detector, NCI):
-            validation = outputs(model, benchmark.validation.images)
-            scrambled = outputs(model, scramble_pixels(benchmark.validation.images, benchmark.seed))
-            detector.alpha, chosen_auroc = best_alpha(detector, validation, scrambled)
             result.add("alpha", detector.alpha, name)
-            result.add("alpha_validation_auroc", chosen_auroc, name)
-        scores = {ID: detector.score_features(test.features, test.logits)}
-        for ood_set, out in ood.items():
-            scores[ood_set] = detector.score_features(out.features, out.logits)
+            result.add("alpha_validation_auroc", max(trial.auroc for trial in trials[name]), name)
+    images = {ID: benchmark.test.images, **{name: ood_set.images for name, ood_set in benchmark.ood.items()}}
+    scores = {
+        ood_set: fitted.score_features(out.features, out.logits, skip_models=True)
+        for ood_set, out in {ID: test, **ood}.items()
+    }
+    for name, detector in fitted.items():
+        if detector.needs_model:
+            for ood_set, of_set in scores.items():
+                of_set[name] = torch.cat([detector.score(model, x).cpu() for x in images[ood_set].split(BATCH)])
+        result.scores[name] = {ood_set: of_set[name] for ood_set, of_set in scores.items()}
+        for ood_set in ood:
             for metric, function in DETECTION_METRICS.items():
-                result.add(metric, function(scores[ID], scores[ood_set]), name, ood_set)
-        result.scores[name] = scores
+                result.add(metric, function(scores[ID][name], scores[ood_set][name]), name, ood_set)
     return result
 
 
@@ -134,21 +151,3 @@ def scramble_pixels(images: Tensor, seed: int) -> Tensor:
     n_images, n_channels, height, width = images.shape
     order = torch.rand(n_images, height * width, generator=generator).argsort(dim=1).to(images.device)
     return images.flatten(2).gather(2, order.unsqueeze(1).expand(-1, n_channels, -1)).view_as(images)
-
-
-def best_alpha(
-    detector: NCI, inside: Outputs, outside: Outputs, grid: Iterable[float] = NCI.grid["alpha"]
-) -> tuple[float, float]:
-    """The α of `grid` with the best AUROC of `inside` against `outside`, the smallest among equals, and that AUROC."""
-    best = (-1.0, 0.0)
-    before = detector.alpha
-    for alpha in sorted(grid):
-        detector.alpha = alpha
-        value = metrics.auroc(
-            detector.score_features(inside.features, inside.logits),
-            detector.score_features(outside.features, outside.logits),
-        )
-        if value > best[0]:
-            best = (value, alpha)
-    detector.alpha = before
-    return best[1], best[0]

@@ -188,18 +188,6 @@ def test_scrambled_images_keep_their_pixels_and_lose_their_order():
     assert not torch.equal(one_order[0], one_order[1])
 
 
-def test_best_alpha_is_that_of_the_best_auroc_and_the_smallest_of_equals():
-    nci = detectors.NCI(alpha=5.0)
-    nci.mean = torch.zeros(2)
-    nci.head_weight = torch.eye(2)
-    # pScore is 1 for all four, and the norm decides: any alpha above 0 separates perfectly.
-    inside = evaluate.Outputs(torch.tensor([[9.0, 0.0], [0.0, 8.0]]), torch.eye(2))
-    outside = evaluate.Outputs(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2))
-    assert evaluate.best_alpha(nci, inside, outside) == (1e-4, 1.0)
-    assert evaluate.best_alpha(nci, inside, outside, grid=(0.0, 0.1)) == (0.1, 1.0)
-    assert nci.alpha == 5.0
-
-
 def test_alpha_is_chosen_without_any_ood_image(digits):
     model = model_for("ce", 6, seed=0)
 
@@ -236,7 +224,7 @@ def test_every_number_is_there_and_finite(comparison):
         for seed in SETTINGS.seeds:
             for metric in ("accuracy", "ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance", "effective_rank"):
                 assert (loss, seed, "", "", metric) in rows
-            assert rows[loss, seed, "NCI", "", "alpha"] in detectors.NCI.ALPHAS
+            assert rows[loss, seed, "NCI", "", "alpha"] in detectors.NCI.grid["alpha"]
             for detector in recipes.DETECTORS:
                 for ood_set in ("near", "photographs", "noise"):
                     for metric in evaluate.DETECTION_METRICS:

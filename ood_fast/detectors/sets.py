@@ -78,10 +78,10 @@ class DetectorSet(nn.Module):
                 are fitted, as their papers do; without it they take `loader`.
             model, loader, head, group: as in `Detector.fit`.
         """
-        on_train = [d for d in self.detectors if validation is None or d.fits_on == "train"]
+        on_train, on_validation = self._by_data(validation is not None)
         run.fit(on_train, model, loader, head, group)
         if validation is not None:
-            run.fit([d for d in self.detectors if d.fits_on != "train"], model, validation, head, group)
+            run.fit(on_validation, model, validation, head, group)
         return self._share()
 
     def fit_features(
@@ -90,10 +90,25 @@ class DetectorSet(nn.Module):
         logits: Tensor | None = None,
         targets: Tensor | None = None,
         head: Head | None = None,
+        validation: tuple[Tensor | None, ...] | None = None,
     ) -> DetectorSet:
-        """As `Detector.fit_features`, for all of them."""
-        run.fit_features(self.detectors, features, logits, targets, head)
+        """As `Detector.fit_features`, for all of them.
+
+        Args:
+            validation: features, logits and targets of the in-distribution data on which the detectors with
+                `fits_on = "validation"` are fitted; None: on the same as all others.
+            features, logits, targets, head: as in `Detector.fit_features`.
+        """
+        on_train, on_validation = self._by_data(validation is not None)
+        run.fit_features(on_train, features, logits, targets, head)
+        if validation is not None:
+            run.fit_features(on_validation, *validation, head)
         return self._share()
+
+    def _by_data(self, has_validation: bool) -> tuple[list[Detector], list[Detector]]:
+        """The detectors that are fitted on training data, and those on validation data, if there is any."""
+        on_validation = [d for d in self.detectors if has_validation and d.fits_on == "validation"]
+        return [d for d in self.detectors if d not in on_validation], on_validation
 
     def partial_fit(
         self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None

@@ -1,0 +1,118 @@
+"""The search for the parameters of detectors, on validation data, without a second pass of the model.
+
+Every candidate of every detector is fitted and scored together, as any `DetectorSet` is: candidates share what fitting
+gathers and what scoring reads, so a search costs arithmetic on features and logits only (ODIN excepted, which passes
+inputs of its own through the model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, metrics
+from .base import Detector
+from .sets import DetectorSet
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: the parameters that were tried, and the mean AUROC (0 to 1) over the OOD validation sets."""
+
+    settings: dict[str, Any]
+    auroc: float
+
+
+class Search(DetectorSet):
+    """Every candidate of the detectors of a set: fit and score it like any other, then `choose`.
+
+    Args:
+        detectors: what to tune. One whose grid is empty is its own only candidate.
+        grids: name -> grid (parameter -> candidates), in place of the grid of the class, OpenOOD's.
+    """
+
+    def __init__(self, detectors: DetectorSet, grids: Mapping[str, Mapping[str, Iterable]] | None = None) -> None:
+        grids = {} if grids is None else grids
+        for name in grids:
+            if name not in detectors.names:
+                raise checks.UserError(f"grids: {checks.unknown('detector of the set', name, detectors.names)}")
+        candidates: dict[tuple[str, int], Detector] = {}
+        for name, detector in detectors.items():
+            for index, variant in enumerate(detector.variants(grids.get(name))):
+                candidates[name, index] = variant
+        super().__init__({f"{name} {index}": variant for (name, index), variant in candidates.items()})
+        self.tuned = {name: [f"{name} {i}" for of, i in candidates if of == name] for name in detectors}
+        self.grids = {name: tuple(grids.get(name, detector.grid)) for name, detector in detectors.items()}
+
+    def choose(
+        self, inside: Mapping[str, Tensor], outside: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[DetectorSet, dict[str, list[Trial]]]:
+        """The best candidate of each detector, and all that were tried, if there was a choice, in the order of the grid.
+
+        Best is the largest mean AUROC over the sets of `outside`, the first of equals.
+
+        Args:
+            inside: scores of in-distribution validation data, as `score_features` gives them: candidate -> (n,).
+            outside: the same for each OOD validation set: set -> candidate -> (n,).
+        """
+        if not outside:
+            raise ValueError("outside: got no OOD validation set, expected at least one")
+        winners, trials = {}, {}
+        for name, candidates in self.tuned.items():
+            if len(candidates) == 1:  # nothing to choose: its scores need not be there
+                winners[name], trials[name] = self[candidates[0]], []
+                continue
+            aurocs = [
+                fmean(metrics.auroc(inside[candidate], scores[candidate]) for scores in outside.values())
+                for candidate in candidates
+            ]
+            best = max(range(len(aurocs)), key=aurocs.__getitem__)  # the first of equals
+            winners[name] = self[candidates[best]]
+            settings = ({p: getattr(self[candidate], p) for p in self.grids[name]} for candidate in candidates)
+            trials[name] = [Trial(*pair) for pair in zip(settings, aurocs, strict=True)]
+        return DetectorSet(winners), trials
+
+
+def tune(
+    detectors: DetectorSet,
+    model: nn.Module,
+    train: Iterable,
+    validation: Iterable,
+    ood_validation: Mapping[str, Iterable],
+    head: str | nn.Linear | None = None,
+    grids: Mapping[str, Mapping[str, Iterable]] | None = None,
+) -> tuple[DetectorSet, dict[str, list[Trial]]]:
+    """Fit detectors and choose their parameters: one pass of the model over each loader, whatever is searched.
+
+    The parameters are those with the best AUROC of `validation` against the OOD validation sets, as in OpenOOD's
+    search. Tables are only honest when no test image takes part in it.
+
+    Args:
+        detectors: what to tune; not changed.
+        model, head: as in `Detector.fit`.
+        train: what the detectors are fitted on.
+        validation: in-distribution images that were not trained on; detectors with `fits_on = "validation"` are fitted
+            on it.
+        ood_validation: name -> loader of OOD images that are not tested with, near and far ones.
+        grids: as in `Search`.
+
+    Returns:
+        (the fitted winners under the same names, name -> every `Trial`, none where there was no choice).
+    """
+    if not ood_validation:
+        raise ValueError("ood_validation: got no set, expected at least one")
+    search = Search(detectors, grids)
+    search.fit(model, train, head, validation=validation)
+
+    def scores_of(loader: Iterable) -> dict[str, Tensor]:
+        batches = [scores for _, scores in search.score_loader(model, loader, head)]
+        if not batches:
+            raise ValueError("loader: got no batch, expected images to tune on")
+        return {name: torch.cat([scores[name] for scores in batches]) for name in search}
+
+    return search.choose(scores_of(validation), {name: scores_of(loader) for name, loader in ood_validation.items()})
