@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import ood_fast
-from ood_fast import cli, recipes, report
+from ood_fast import cli, detectors, recipes, report
+from ood_fast.commands import compare as compare_command
 from ood_fast.train import DivergedError
 
 SHORT = ["--losses", "ce,elogitnorm", "--detectors", "msp,knn", "--seeds", "2", "--epochs", "1"]
@@ -188,7 +189,7 @@ def test_the_bar_counts_every_epoch(monkeypatch):
     from ood_fast.compare import Settings, compare
 
     settings = Settings(losses=("ce",), detectors=("MSP",), seeds=(0, 1), recipe=recipes.Recipe(epochs=3))
-    progress = cli._Progress(settings, quiet=False)
+    progress = compare_command.Progress(settings, quiet=False)
     with progress:
         compare(settings, progress.on_start, progress.on_epoch, progress.on_run)
     (task,) = progress.bar.tasks
@@ -204,7 +205,7 @@ def test_the_bar_fits_the_terminal(width, monkeypatch):
 
     from ood_fast.compare import Settings
 
-    progress = cli._Progress(Settings(), quiet=False)
+    progress = compare_command.Progress(Settings(), quiet=False)
     progress.bar.add_task("run 10/20  seed 4  elogitnorm", total=1200, completed=1199)
     console = Console(width=width)
     with console.capture() as capture:
@@ -225,14 +226,14 @@ def test_the_bar_says_that_plots_are_drawn(monkeypatch):
         drawn_under.append(shown.bar.tasks[0].description)
         write(*args)
 
-    class Kept(cli._Progress):
+    class Kept(compare_command.Progress):
         def __enter__(self):
             nonlocal shown
             shown = super().__enter__()
             return shown
 
     shown = None
-    monkeypatch.setattr(cli, "_Progress", Kept)
+    monkeypatch.setattr(compare_command, "Progress", Kept)
     monkeypatch.setattr(report, "write", spy)
     assert cli.main(["compare", *SHORT]) == 0
     assert drawn_under == ["drawing the plots"]
@@ -317,7 +318,9 @@ def test_info_names_versions_devices_losses_and_detectors(capsys):
     assert lines["devices"].startswith("cpu")
     assert lines["backend"].startswith("cpu: ")
     assert lines["losses"] == ", ".join(recipes.LOSSES)
-    assert lines["detectors"] == ", ".join(recipes.DETECTORS)
+    listed = lines["detectors"].split(", ")
+    assert listed[: len(recipes.DETECTORS)] == list(recipes.DETECTORS)
+    assert sorted(listed) == sorted(detectors.known())
     assert lines["machine"].endswith(f", {os.cpu_count()} CPUs")
 
 

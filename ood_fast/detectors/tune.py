@@ -52,7 +52,7 @@ class Search(DetectorSet):
     def choose(
         self, inside: Mapping[str, Tensor], outside: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[DetectorSet, dict[str, list[Trial]]]:
-        """The best candidate of each detector, and all that were tried, if there was a choice, in the order of the grid.
+        """The best candidate of each detector; and where there was a choice, all that were tried, in order.
 
         Best is the largest mean AUROC over the sets of `outside`, the first of equals.
 

@@ -1,0 +1,8 @@
+"""The commands of `ood-fast`, one module each: `add(commands)` makes the parser, `run(options, command)` does the work.
+
+Nothing here imports torch before a command runs: `ood-fast --help` answers at once.
+"""
+
+from . import compare, info
+
+COMMANDS = (compare, info)
