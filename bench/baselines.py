@@ -1,14 +1,32 @@
-"""What a careful user would write in plain PyTorch: no (c, c, m) tensor, gradients by autograd."""
+"""The rows of the loss tables: ours, and what a user would otherwise run, each as a function of the same inputs."""
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ood_fast
+from ood_fast import reference
+
+from .cases import CIFAR10, CIFAR100, IMAGENET, Case, Inputs
+
+# Above this the reference takes seconds a step on a CPU, and the whole run should take minutes.
+CPU_REFERENCE_LIMIT = 2**30
+
 
 def gram_elogitnorm(logits: Tensor, W: Tensor, y: Tensor) -> Tensor:
-    """ELogitNorm with ‖w_p − w_j‖² = ‖w_p‖² + ‖w_j‖² − 2 w_p·w_j for the predicted rows only, (n, c)."""
+    """ELogitNorm with ‖w_p − w_j‖² = ‖w_p‖² + ‖w_j‖² − 2 w_p·w_j for the predicted rows only, (n, c).
+
+    What a careful user would write in plain PyTorch: no (c, c, m) tensor, gradients by autograd, float32 inside.
+    """
+    logits, W = _wide(logits), _wide(W)
     top, predicted = logits.max(1, keepdim=True)
     rows = W[predicted[:, 0]]
     squared = rows.square().sum(1, keepdim=True) + W.square().sum(1) - 2 * rows @ W.T
@@ -17,3 +35,239 @@ def gram_elogitnorm(logits: Tensor, W: Tensor, y: Tensor) -> Tensor:
     length = squared.masked_fill(itself, 1).clamp_min(1e-12).sqrt()
     D = ((top - logits) / length).sum(1, keepdim=True) / (logits.shape[1] - 1)
     return F.cross_entropy(logits / D, y)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: a difference of weight rows in bfloat16 has no digits left."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a function of `Inputs`, the inputs that it is differentiated for, and its own truth."""
+
+    name: str
+    run: Callable[[Inputs], Tensor]
+    wants: tuple[str, ...]
+    counts: str  # of bench/counts.py
+    truth: Callable[[Inputs], Tensor]  # the same function, for float64 inputs
+    left_out: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    forward_only: bool = True  # also in the table of the forward pass
+
+    def forward(self, x: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            return [self.run(x)]
+
+    def step(self, x: Inputs) -> list[Tensor]:
+        """The value and its gradients. One that is no loss (the head) gets ones for incoming gradients."""
+        return self._step(self.run, x)
+
+    def true_step(self, x: Inputs) -> list[Tensor]:
+        return self._step(self.truth, x)
+
+    def _step(self, function: Callable[[Inputs], Tensor], x: Inputs) -> list[Tensor]:
+        value = function(x)
+        incoming = None if value.dim() == 0 else torch.ones_like(value)
+        return [value.detach(), *torch.autograd.grad(value, [getattr(x, name) for name in self.wants], incoming)]
+
+
+def reference_bytes(case: Case) -> int:
+    """What the literal definition needs: three tensors (c, c, m) at once, by arithmetic.
+
+    They are the differences of all pairs of rows of W, kept for the backward pass; there their gradient; a temporary.
+    """
+    return 3 * case.n_classes**2 * case.n_features * 4
+
+
+def _reference_left_out(case: Case, device: torch.device) -> str | None:
+    needed = reference_bytes(case)
+    limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_REFERENCE_LIMIT
+    if needed <= limit:
+        return None
+    c, m = case.n_classes, case.n_features
+    return f"out of memory at {needed / 1e9:.1f} GB: 3 × {c}×{c}×{m} numbers, limit {limit / 1e9:.1f} GB"
+
+
+def _compiled_left_out(case: Case, device: torch.device) -> str | None:
+    """Compilation takes ten seconds or more a case on a CPU: once there is enough to see what it brings."""
+    if device.type == "cuda":
+        return None if case.name in (CIFAR10.name, CIFAR100.name, IMAGENET.name) else "compiled at three cases only"
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler, and there is none"
+    fits = case.name == IMAGENET.name and case.dtype == torch.float32
+    return None if fits else f"compiled at {IMAGENET.name} in float32 only: it takes ten seconds a case"
+
+
+@functools.cache
+def _compiled_gram() -> Callable:
+    return torch.compile(gram_elogitnorm, dynamic=False)
+
+
+def _liger_left_out(case: Case, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "Liger's kernels run on a GPU only"
+    return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+
+
+def _liger_cross_entropy(x: Inputs) -> Tensor:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy(x.logits.clone(), x.y)  # a copy: it overwrites the logits
+
+
+def _liger_linear(x: Inputs) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x.z, x.W, x.y, x.b)
+
+
+def _torch_linear_left_out(case: Case, device: torch.device) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else "F.linear_cross_entropy came with torch 2.13"
+
+
+def _torch_linear(x: Inputs) -> Tensor:
+    return F.linear_cross_entropy(x.z, x.W, x.y, linear_bias=x.b, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _true_elogitnorm(x: Inputs) -> Tensor:
+    return gram_elogitnorm(x.logits, x.W, x.y)  # float64 needs no care with rows as far apart as these
+
+
+def _true_detached(x: Inputs) -> Tensor:
+    return gram_elogitnorm(x.logits, x.W.detach(), x.y)
+
+
+def _cross_entropy(x: Inputs) -> Tensor:
+    return F.cross_entropy(x.logits, x.y)
+
+
+def _logits(x: Inputs) -> Tensor:
+    return F.linear(x.z, x.W, x.b)
+
+
+def _true_linear(x: Inputs) -> Tensor:
+    return gram_elogitnorm(_logits(x), x.W, x.y)
+
+
+def _true_linear_detached(x: Inputs) -> Tensor:
+    return gram_elogitnorm(_logits(x), x.W.detach(), x.y)
+
+
+def _linear_cross_entropy(x: Inputs) -> Tensor:
+    return F.cross_entropy(_logits(x), x.y)
+
+
+def _logits_left_out(case: Case, device: torch.device) -> str | None:
+    """Half a dozen copies of the logits is what the form with logits takes at its peak."""
+    needed = 6 * 4 * case.n_samples * case.n_classes
+    limit = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * 2**30
+    return (
+        None if needed <= limit else f"out of memory at {needed / 1e9:.1f} GB: six (n, c), limit {limit / 1e9:.1f} GB"
+    )
+
+
+_BOTH, _LOGITS, _HEAD = ("logits", "W"), ("logits",), ("z", "W", "b")
+
+# Given logits. The first row is what the others are compared with.
+LOSSES = (
+    Row(
+        "elogitnorm",
+        lambda x: ood_fast.elogitnorm(x.logits, x.z, x.W, x.b, x.y),
+        _BOTH,
+        "elogitnorm",
+        _true_elogitnorm,
+    ),
+    Row(
+        "elogitnorm, detached",
+        lambda x: ood_fast.elogitnorm(x.logits, x.z, x.W, x.b, x.y, detach_geometry=True),
+        _LOGITS,
+        "elogitnorm, detached",
+        _true_detached,
+        forward_only=False,
+    ),
+    Row(
+        "literal definition",
+        lambda x: reference.elogitnorm(_wide(x.logits), x.z, _wide(x.W), x.b, x.y),
+        _BOTH,
+        "elogitnorm",
+        _true_elogitnorm,
+        _reference_left_out,
+    ),
+    Row(
+        "Gram form, autograd",
+        lambda x: gram_elogitnorm(x.logits, x.W, x.y),
+        _BOTH,
+        "elogitnorm",
+        _true_elogitnorm,
+    ),
+    Row(
+        "Gram form, torch.compile",
+        lambda x: _compiled_gram()(x.logits, x.W, x.y),
+        _BOTH,
+        "elogitnorm",
+        _true_elogitnorm,
+        _compiled_left_out,
+        forward_only=False,
+    ),
+    Row(
+        "logitnorm",
+        lambda x: ood_fast.logitnorm(x.logits, x.y),
+        _LOGITS,
+        "logitnorm",
+        lambda x: reference.logitnorm(x.logits, x.y),
+    ),
+    Row("F.cross_entropy", _cross_entropy, _LOGITS, "cross_entropy", _cross_entropy),
+    Row("Liger cross-entropy", _liger_cross_entropy, _LOGITS, "cross_entropy", _cross_entropy, _liger_left_out),
+    Row("F.linear (the head)", _logits, _HEAD, "head", _logits),
+)
+
+# From features: the logits are never stored by ours and by the two peers.
+LINEAR_LOSSES = (
+    Row(
+        "linear_elogitnorm",
+        lambda x: ood_fast.linear_elogitnorm(x.z, x.W, x.b, x.y),
+        _HEAD,
+        "linear_elogitnorm",
+        _true_linear,
+    ),
+    Row(
+        "linear_elogitnorm, detached",
+        lambda x: ood_fast.linear_elogitnorm(x.z, x.W, x.b, x.y, detach_geometry=True),
+        _HEAD,
+        "linear_elogitnorm, detached",
+        _true_linear_detached,
+    ),
+    Row(
+        "F.linear + elogitnorm",
+        lambda x: ood_fast.elogitnorm(_logits(x), x.z, x.W, x.b, x.y),
+        _HEAD,
+        "linear_elogitnorm",
+        _true_linear,
+        _logits_left_out,
+    ),
+    Row(
+        "F.linear + F.cross_entropy",
+        _linear_cross_entropy,
+        _HEAD,
+        "linear_cross_entropy",
+        _linear_cross_entropy,
+        _logits_left_out,
+    ),
+    Row(
+        "F.linear_cross_entropy",
+        _torch_linear,
+        _HEAD,
+        "linear_cross_entropy",
+        _linear_cross_entropy,
+        _torch_linear_left_out,
+    ),
+    Row(
+        "Liger fused linear cross-entropy",
+        _liger_linear,
+        _HEAD,
+        "linear_cross_entropy",
+        _linear_cross_entropy,
+        _liger_left_out,
+    ),
+)
+ROWS = {row.name: row for row in LOSSES + LINEAR_LOSSES}

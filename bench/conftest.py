@@ -1,31 +1,59 @@
-"""Fixtures of the benchmarks: the device, timing of one step, and what is written down about it."""
+"""Fixtures of the benchmarks: the device, what a row measures, and what is written down about it.
+
+A bench test asks for `measure` and calls it once:
+
+    measure("NCI from logits", step)                 # a table "NCI from logits, <case>" with this test as a row
+
+`case` and `inputs` follow the three usual cases; a file with others defines a `case` fixture of its own.
+"""
 
 from __future__ import annotations
 
-import timeit
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from .cases import CASES, Case, Inputs, machine
+from . import counts as formulas
+from .baselines import Row
+from .cases import CASES, SHORT_NAMES, Case, Inputs, cases, machine
+from .measure import DeviceTimer, ceilings, environment, gpu_state, input_sets, peak_megabytes, synchronizer
 
-# Some thirty rows within a minute, set-up included. The plugin's own calibration fixes the number of rounds by the
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TIMER = DeviceTimer()
+# Four minutes for everything, set-up included. The plugin's own calibration fixes the number of rounds by the
 # fastest call: on a busy machine one row then took 38 s. A cap on the rounds bounds it.
-SECONDS_A_ROW = 0.3
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+SECONDS_A_ROW = 0.2
+MOST_ROUNDS = 100
+LONG_STEP = 0.25  # seconds: such a step is timed once; shorter ones in 5 rounds at least
+# ‖actual − truth‖ / ‖truth‖ of the loss and of each gradient, beyond which no ratio is reported. The tests of the
+# package are far stricter: this one tells that the right thing was timed.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+LEFT_OUT: list[dict[str, str]] = []
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=[case.on(DEVICE) for case in CASES], ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
+
+
+def over(which: Sequence[Case]) -> dict[str, Any]:
+    """Arguments of a `case` fixture over other cases, each in its dtypes: `@pytest.fixture(**over(DENSE))`."""
+    return {
+        "scope": "module",
+        "params": cases(tuple(which), DEVICE),
+        "ids": lambda case: f"{case.name}-{SHORT_NAMES[case.dtype]}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +61,155 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs.of(case, device)
 
 
+Measure = Callable[..., None]
+
+
 @pytest.fixture
-def measure(benchmark: Any, case: Case, inputs: Inputs, device: torch.device) -> Callable[[str, Callable], None]:
-    """measure(what, step): time `step()` to the end of its work on the device, in the table of `what` for this case."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def measure(benchmark: Any, case: Case, device: torch.device, request: pytest.FixtureRequest) -> Measure:
+    """measure(what, step): time `step()` to the end of its work on the device, in the table of `what` for this case.
 
-    def timed(step: Callable[[], Any]) -> None:
-        step()
-        synchronize()
+    `step` may be a list of steps that do the same with other inputs: a GPU takes turns with them. `row` names the line
+    (the test's name otherwise), `counts` an operation of bench/counts.py, `error` is what a comparison with float64
+    gave; every further keyword is written down as it is.
+    """
 
-    def measure(what: str, step: Callable[[], Any]) -> None:
+    def measure(
+        what: str,
+        step: Callable[[], Any] | Sequence[Callable[[], Any]],
+        *,
+        row: str | None = None,
+        counts: str | None = None,
+        error: float | None = None,
+        distinct: int | None = None,
+        **more: object,
+    ) -> None:
+        steps = [step] if callable(step) else list(step)
         benchmark.group = f"{what}, {case}"
         benchmark.extra_info.update(
+            what=what,
+            row=row or request.node.name,
+            case=case.name,
             n=case.n_samples,
             c=case.n_classes,
             m=case.n_features,
-            distinct_predictions=inputs.distinct_predictions,
-            torch=torch.__version__,
+            dtype=SHORT_NAMES[case.dtype],
+            distinct_predictions=distinct,
+            error=error,
+            correct=None if error is None else error <= TOLERANCE[case.dtype],
+            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),
-            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             machine=machine(),
+            torch=torch.__version__,
+            **more,
         )
-        timed(step)  # kernels are compiled and buffers made before the clock runs
-        once = min(timeit.repeat(lambda: timed(step), number=1, repeat=3))
-        rounds = int(SECONDS_A_ROW / once)
-        benchmark.pedantic(timed, (step,), rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
+        _time(benchmark, steps, device)
+        if counts is not None and benchmark.stats is not None:
+            sizes = formulas.Sizes.of(case.shape, case.dtype, distinct)
+            benchmark.extra_info.update(_rates(formulas.operation(counts, sizes), benchmark, case.dtype, device))
+        if not benchmark.extra_info["correct"] and error is not None:
+            pytest.fail(
+                f"{benchmark.group}: {row}: error {error:.1e} > {TOLERANCE[case.dtype]:.0e}; no ratio is reported"
+            )
 
     return measure
+
+
+def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) -> None:
+    """Warm-up, then rounds. Kernels are compiled and buffers made before the clock runs."""
+    synchronize = synchronizer(device)
+    if benchmark.disabled:  # --benchmark-disable: once, to see that it runs
+        benchmark(steps[0])
+        synchronize()
+        return
+    launched, once = _seconds(steps[0], synchronize)
+    if once < LONG_STEP:  # a longer one has been compared with float64, so it is warm
+        for step in steps:
+            step()
+        launched, once = _seconds(steps[0], synchronize)
+    TIMER.reset(wait=launched)
+    at_least = 1 if once > LONG_STEP else 5
+    rounds = min(max(int(SECONDS_A_ROW / once), at_least), MOST_ROUNDS)
+    turn = iter(range(rounds + 1))
+    benchmark.pedantic(lambda: steps[next(turn) % len(steps)](), rounds=rounds, warmup_rounds=0)
+
+
+def _seconds(step: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[float, float]:
+    """How long the call takes to return, and to be done."""
+    start = time.perf_counter()
+    step()
+    launched = time.perf_counter() - start
+    synchronize()
+    return launched, time.perf_counter() - start
+
+
+def _rates(needed: formulas.Counts, benchmark: Any, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Bytes, flops, what was achieved of them, and that as a share of what this machine can do at best."""
+    most = ceilings(str(device))
+    seconds = benchmark.stats.stats.median
+    product = most[SHORT_NAMES[dtype]]
+    return {
+        "bytes": needed.bytes,
+        "flops": needed.flops,
+        "GB_per_s": needed.bytes / seconds / 1e9,
+        "GFLOP_per_s": needed.flops / seconds / 1e9,
+        "share_of_ceiling": needed.floor(most["copy"] * 1e9, product * 1e9) / seconds,
+    }
+
+
+@pytest.fixture
+def leave_out() -> Callable[[str, Case, str, str | None], None]:
+    """leave_out(what, case, row, reason): skip, and write the reason where the row would have stood."""
+
+    def leave_out(what: str, case: Case, row: str, reason: str | None) -> None:
+        if reason is not None:
+            LEFT_OUT.append({"group": f"{what}, {case}", "what": what, "case": case.name, "row": row, "reason": reason})
+            pytest.skip(f"{what}, {case}: {row}: {reason}")
+
+    return leave_out
+
+
+def relative_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest ‖actual − truth‖ / ‖truth‖; infinity for NaN, so that it never passes."""
+    worst = 0.0
+    for a, t in zip(actual, truth, strict=True):
+        error = torch.linalg.vector_norm(a.detach().double() - t) / torch.linalg.vector_norm(t).clamp_min(1e-300)
+        worst = max(worst, error.item() if error.isfinite() else float("inf"))
+    return worst
+
+
+@functools.lru_cache(maxsize=2)
+def _truth(truth: Callable[[Inputs], Tensor], wants: tuple[str, ...], case: Case, samples: int | None) -> list[Tensor]:
+    x = Inputs.of(case, DEVICE, with_logits="logits" in wants)
+    x = x if samples is None else x.first(samples)
+    return Row("", truth, wants, "", truth).true_step(x.double())
+
+
+@pytest.fixture
+def measure_row(case: Case, device: torch.device, measure: Measure, leave_out, benchmark: Any) -> Callable[..., None]:
+    """measure_row(what, row, x, forward, samples): compare the row with float64, on its first samples only if `samples`
+    says so, then measure its time and its memory."""
+
+    def measure_row(what: str, row: Row, x: Inputs, *, forward: bool = False, samples: int | None = None) -> None:
+        leave_out(what, case, row.name, row.left_out(case, device))
+        actual = row.step(x if samples is None else x.first(samples))
+        truth = _truth(row.truth, row.wants, case, samples)
+        error = relative_error(*((values[:1] for values in (actual, truth)) if forward else (actual, truth)))
+        del actual
+        peak = None
+        if not forward and not benchmark.disabled:
+            peak = peak_megabytes(row.name, case, device)
+        run = row.forward if forward else row.step
+        measure(
+            what,
+            [functools.partial(run, one) for one in input_sets(x, device)],
+            row=row.name,
+            counts=f"{row.counts} forward" if forward else row.counts,
+            error=error,
+            distinct=x.distinct_predictions,
+            peak_MB=peak,
+        )
+
+    return measure_row
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,10 +217,30 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_columns = config.option.benchmark_columns or ["min", "median", "iqr", "rounds"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU its own clock, for every benchmark that does not bring another."""
+    if DEVICE.type == "cuda":
+        for item in items:
+            if "benchmark" in getattr(item, "fixturenames", ()) and item.get_closest_marker("benchmark") is None:
+                item.add_marker(pytest.mark.benchmark(timer=TIMER))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["environment"] = environment()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """What bench/report.py reads besides the rows: this machine's ceilings, what was left out, the clocks at the end."""
+    output_json["ceilings"] = ceilings(str(DEVICE)) if benchmarks else {}
+    output_json["left_out"] = LEFT_OUT
+    if DEVICE.type == "cuda":
+        output_json["gpu_state_at_end"] = gpu_state()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What the tables leave out, and on what they were measured."""
     for report in terminalreporter.stats.get("skipped", []):
-        terminalreporter.write_line(f"left out: {report.head_line}: {report.longrepr[2].removeprefix('Skipped: ')}")
+        terminalreporter.write_line(f"left out: {report.longrepr[2].removeprefix('Skipped: ')}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     terminalreporter.write_line(
         f"measured with torch {torch.__version__} on {device}, {torch.get_num_threads()} threads, {machine()}"

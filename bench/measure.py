@@ -1,0 +1,223 @@
+"""How things are measured: time on the device, peak memory, this machine's ceilings, and what machine it is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib.metadata
+import math
+import multiprocessing
+import multiprocessing.pool
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import baselines
+from .cases import Case, Inputs, machine
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DeviceTimer:
+    """A clock for pytest-benchmark that reads the GPU's own: called before and after a step, it returns 0 and the
+    seconds between two events on the stream.
+
+    The first event waits behind a kernel that sleeps for longer than Python takes to launch the step, so the gaps
+    between launches are not counted where they would be hidden in a training step too. `wait` is that time in seconds.
+    """
+
+    CYCLES_A_SECOND = 1.5e9  # of the sleeping kernel; a GPU that runs faster waits less, so `wait` has a reserve
+    LONGEST = 0.05
+
+    def __init__(self) -> None:
+        self.wait = 0.0
+        self._start = None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        if self._start is None:
+            torch.cuda._sleep(int(min(2 * self.wait + 1e-5, self.LONGEST) * self.CYCLES_A_SECOND))
+            event.record()
+            self._start = event
+            return 0.0
+        event.record()
+        event.synchronize()
+        start, self._start = self._start, None
+        return start.elapsed_time(event) / 1e3
+
+    def reset(self, wait: float) -> None:
+        self.wait, self._start = wait, None
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def median_seconds(step: Callable[[], object], device: torch.device, seconds: float, rounds: int = 100) -> float:
+    """Median time of a step, in at least 3 rounds, more as far as `seconds` allow."""
+    timer = DeviceTimer() if device.type == "cuda" else time.perf_counter
+    step()
+    synchronizer(device)()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or (len(times) < rounds and time.perf_counter() < end):
+        start = timer()
+        step()
+        times.append(timer() - start)
+    return statistics.median(times)
+
+
+def input_sets(x: Inputs, device: torch.device) -> list[Inputs]:
+    """Copies of the inputs to take turns with, together larger than twice the GPU's L2 cache: a step must find its
+    inputs in memory. On a CPU one set: there a loss finds in the caches what the head has just written."""
+    if device.type != "cuda":
+        return [x]
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    count = min(max(math.ceil(2 * cache / x.n_bytes), 2), 32)
+    return [x] + [x.copy() for _ in range(count - 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def peak_megabytes(row: str, case: Case, device: torch.device) -> float | None:
+    """MB that one step of a row of bench/baselines.py takes at its peak, beyond its inputs and what it returns.
+
+    On a GPU torch's allocator tells. On a CPU it is the growth of the resident set in a fresh process: in an old one
+    freed memory that the allocator kept would hide it. None where the system does not tell (it is Linux that does).
+    """
+    if device.type == "cuda":
+        return _gpu_peak(baselines.ROWS[row], case, device)
+    with contextlib.suppress(FileNotFoundError):
+        return _workers().apply(_cpu_peak, (row, case))
+    return None
+
+
+@functools.cache
+def _workers() -> multiprocessing.pool.Pool:
+    """Fresh processes, forked from one that has imported torch and this package but never computed anything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context.Pool(1, maxtasksperchild=1)
+
+
+def _inputs(row: baselines.Row, case: Case, device: torch.device) -> Inputs:
+    return Inputs.of(case, device, with_logits="logits" in row.wants)
+
+
+def _gpu_peak(row: baselines.Row, case: Case, device: torch.device) -> float:
+    x = _inputs(row, case, device)
+    row.step(x)  # compiles, and makes the libraries' own buffers
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    returned = row.step(x)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated(device) - before - _bytes(returned)) / 1e6
+
+
+def _cpu_peak(name: str, case: Case) -> float:
+    row = baselines.ROWS[name]
+    # The libraries' own buffers, and the code of this row.
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    n, c, m = 16, 8 if case.n_samples >= case.n_classes else 32, 16
+    row.step(Inputs.of(Case("warm-up", n, c, m, dtype=case.dtype), "cpu"))
+    x = _inputs(row, case, torch.device("cpu"))
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc only: give back what making the inputs has left
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # sets the high-water mark to what is resident now
+    before = _resident("VmRSS")
+    returned = row.step(x)
+    return max((_resident("VmHWM") - before - _bytes(returned)) / 1e6, 0.0)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ceilings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ceilings(device_name: str) -> dict[str, float]:
+    """What this machine reaches at best, measured now: GB/s of a copy that no cache holds, bytes read plus bytes
+    written, and GFLOP/s of a large matrix product of random numbers in each dtype."""
+    device = torch.device(device_name)
+    gpu = device.type == "cuda"
+    source = torch.randn(2**30 if gpu else 2**26, device=device)  # 4 GB, or 256 MB
+    target = torch.empty_like(source)
+    measured = {"copy": 2 * _bytes([source]) / median_seconds(lambda: target.copy_(source), device, 0.5) / 1e9}
+    del source, target
+    size = 8192 if gpu else 1536
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 0.5)
+        measured[name] = 2 * size**3 / seconds / 1e9
+    return measured
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, object]:
+    """Processor, GPU, versions, commit: what a number must be quoted with."""
+    found: dict[str, object] = {
+        "machine": machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
+        "changed_files": len((_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    for package in ("torch", "triton", "numpy", "pytorch-ood", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found |= gpu_state()
+    return found
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, power and temperature as nvidia-smi reads them now; {} without it."""
+    fields = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "power.draw",
+        "temperature.gpu",
+        "clocks_throttle_reasons.active",
+    )
+    values = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+    return dict(zip(fields, (v.strip() for v in values.split(",")), strict=False)) if values else {}
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished.stdout.strip() if finished.returncode == 0 else None

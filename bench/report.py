@@ -1,0 +1,362 @@
+"""From the JSON of pytest-benchmark to tables and plots.
+
+    python -m pytest bench/ --benchmark-only --benchmark-json=results.json
+    python -m bench.report results.json              # writes bench/results/<machine>/
+
+Into the folder of the machine: README.md (environment, tables of times, ratios, memory and rates), results.json (every
+row that the tables are made of), time-memory.png and roofline.png. Files of one machine are joined; where a row occurs
+twice the last file wins. A ratio stands only where both of its rows agreed with float64 in the run that timed them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .latency import LATENCY, OURS
+
+Row = dict[str, Any]
+FIRST = ("elogitnorm", "linear_elogitnorm", "nci_score", "boundary_distance")  # ours: what ratios are taken to
+KEPT = (
+    *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
+    *("bytes", "flops", "GB_per_s", "GFLOP_per_s", "share_of_ceiling", "detector", "library", "images", "device"),
+)
+
+
+class Results:
+    """The rows of one machine, and what they were measured on."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], Row] = {}
+        self.left_out: dict[tuple[str, str], str] = {}
+        self.ceilings: dict[str, float] = {}
+        self.environment: dict[str, Any] = {}
+        self.clocks: dict[str, Any] = {}
+
+    def add(self, document: dict[str, Any]) -> None:
+        """The JSON of a run, or a results.json that `write` has left."""
+        self.ceilings = document.get("ceilings") or self.ceilings
+        self.environment = document.get("environment") or document["machine_info"]["environment"]
+        self.clocks = document.get("gpu_state_at_end") or self.clocks
+        for entry in document.get("left_out", ()):
+            self.left_out[entry["group"], entry["row"]] = entry["reason"]
+        for entry in document["benchmarks"]:
+            row = entry if "seconds" in entry else _row(entry)
+            self.rows[row["group"], row["row"]] = row
+            self.left_out.pop((row["group"], row["row"]), None)
+
+    def groups(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows.values():
+            found.setdefault(row["group"], []).append(row)
+        return found
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "ceilings": self.ceilings,
+            "gpu_state_at_end": self.clocks,
+            "benchmarks": list(self.rows.values()),
+            "left_out": [{"group": g, "row": r, "reason": reason} for (g, r), reason in self.left_out.items()],
+        }
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    extra, stats = entry["extra_info"], entry["stats"]
+    kept = {name: extra[name] for name in KEPT if extra.get(name) is not None}
+    what, _, _ = (entry["group"] or "").partition(",")
+    return (
+        {"group": entry["group"] or entry["name"], "what": what, "row": entry["name"]}
+        | kept
+        | {
+            "seconds": stats["median"],
+            "iqr": stats["iqr"],
+            "rounds": stats["rounds"],
+        }
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ratio(row: Row | None, other: Row | None) -> float | None:
+    """Time of `row` over time of `other`; None unless both were compared with float64 in their run, and agreed."""
+    if row is None or other is None or not (row.get("correct") and other.get("correct")):
+        return None
+    return row["seconds"] / other["seconds"]
+
+
+def extra_over_head(rows: dict[str, Row], name: str) -> float | None:
+    """(loss − cross-entropy) / head: what the loss adds to a step, in units of the head's own forward and backward."""
+    loss, plain, head = (rows.get(key) for key in (name, "F.cross_entropy", "F.linear (the head)"))
+    if ratio(loss, head) is None or ratio(plain, head) is None:
+        return None
+    return (loss["seconds"] - plain["seconds"]) / head["seconds"]
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" if ms >= 1 else f"{ms:.2g}" if ms >= 0.01 else f"{ms:.1e}"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    align = "|---" + "|---:" * (len(header) - 1) + "|"
+    return [f"| {' | '.join(header)} |", align, *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[str]:
+    """Every row of one group: time, ratio to ours, memory, rates, share of the ceiling, error."""
+    ours = next((row for row in rows if row["row"] in FIRST), None)
+    plain = next((row for row in rows if row["row"] == "F.cross_entropy"), None)
+    header = ["row", "ms", "IQR", "÷ ours", "÷ cross-entropy", "peak MB", "GB/s", "GFLOP/s", "of ceiling", "error"]
+    lines = []
+    for row in rows:
+        wrong = row.get("correct") is False
+        share = row.get("share_of_ceiling")
+        lines.append(
+            [
+                row["row"] + (" **(wrong result: no ratio)**" if wrong else ""),
+                milliseconds(row["seconds"]),
+                milliseconds(row["iqr"]),
+                _number(ratio(row, ours)),
+                _number(ratio(row, plain)),
+                _number(row.get("peak_MB"), ".1f"),
+                _number(row.get("GB_per_s"), ".1f"),
+                _number(row.get("GFLOP_per_s"), ".0f"),
+                "" if share is None else f"{share:.0%}",
+                _number(row.get("error"), ".0e"),
+            ]
+        )
+    lines += [[name, reason, *[""] * (len(header) - 2)] for name, reason in left_out.items()]
+    u = next((row["distinct_predictions"] for row in rows if row.get("distinct_predictions")), None)
+    return [f"### {group}" + (f", u = {u}" if u else ""), "", *_table(header, lines)]
+
+
+def loss_table(results: Results) -> list[str]:
+    """One line a case: what the loss costs beside cross-entropy and the head."""
+    lines = []
+    for group, rows in results.groups().items():
+        if rows[0]["what"] != "loss forward + backward":
+            continue
+        by_name = {row["row"]: row for row in rows}
+        ours = by_name.get("elogitnorm")
+        if ours is None:
+            continue
+        literal = by_name.get("literal definition")
+        reason = results.left_out.get((group, "literal definition"), "").partition(":")[0]
+        lines.append(
+            [
+                f"{ours['case']} ({ours['n']}, {ours['c']}, {ours['m']}) {ours['dtype']}",
+                *(milliseconds(by_name[k]["seconds"]) if k in by_name else "" for k in _LOSS_COLUMNS),
+                milliseconds(literal["seconds"]) if literal else reason,
+                _number(ratio(ours, by_name.get("F.cross_entropy"))),
+                _number(extra_over_head(by_name, "elogitnorm")),
+                _number(extra_over_head(by_name, "elogitnorm, detached")),
+            ]
+        )
+    if not lines:
+        return []
+    header = ["case (n, c, m)", "cross-entropy", "head", "**elogitnorm**", "detached", "Gram form", "compiled"]
+    header += ["literal definition", "÷ cross-entropy", "extra ÷ head", "detached extra ÷ head"]
+    text = "Milliseconds. Extra: the time beyond cross-entropy's, over that of the head's own forward + backward."
+    return ["## The loss, forward + backward", "", text, "", *_table(header, lines)]
+
+
+_LOSS_COLUMNS = (
+    *("F.cross_entropy", "F.linear (the head)", "elogitnorm", "elogitnorm, detached"),
+    *("Gram form, autograd", "Gram form, torch.compile"),
+)
+
+
+def latency_table(results: Results) -> list[str]:
+    """One line a detector: ms an image, ours and each other library's, and how many times ours is faster."""
+    text: list[str] = []
+    for group, rows in results.groups().items():
+        if rows[0]["what"] != LATENCY:
+            continue
+        cells = {(row["detector"], row["library"]): row for row in rows if "detector" in row}
+        others = sorted({library for _, library in cells} - {OURS})
+        lines = []
+        for detector in dict.fromkeys(name for name, _ in cells):
+            ours = cells.get((detector, OURS))
+            line = [detector, milliseconds(ours and ours["seconds"] / ours["images"])]
+            for library in others:
+                other = cells.get((detector, library))
+                line.append(milliseconds(other and other["seconds"] / other["images"]))
+                faster = ours and other and ratio(other, ours)
+                line.append(_number(faster or None))
+            lines.append(line)
+        header = ["detector", OURS, *(name for library in others for name in (library, f"{library} ÷ ours"))]
+        text += [f"## Latency: ms an image from stored features and logits, {group.partition(', ')[2]}", ""]
+        text += _table(header, lines)
+    return text
+
+
+def markdown(results: Results, command: str, plots: Sequence[str]) -> str:
+    what = results.environment
+    text = [f"# {title(results)}", "", f"Written by `{command}`; every number is in `results.json`.", ""]
+    text += _table(["", ""], [[name, str(value)] for name, value in what.items()])
+    if results.clocks:
+        text += ["GPU at the end: " + ", ".join(f"{k} {v}" for k, v in results.clocks.items()), ""]
+    if results.ceilings:
+        c = results.ceilings
+        text += [
+            f"Ceilings measured in the same run: copy {c['copy']:,.1f} GB/s (read + written), matrix product "
+            f"{c['fp32']:,.0f} GFLOP/s in float32, {c['bf16']:,.0f} in bfloat16. Bytes and flops are those of "
+            "`bench/counts.py`: what the operation needs, whoever computes it. The share of the ceiling is the longer "
+            "of the two times that its bytes and its flops take at best, over the time measured; what stays in the "
+            "caches can beat the copy.",
+            "",
+        ]
+    text += loss_table(results) + latency_table(results)
+    text += [line for plot in plots for line in (f"![{plot}]({plot})", "")]
+    text += ["## Every group", ""]
+    for group, rows in results.groups().items():
+        if rows[0]["what"] == LATENCY:
+            continue
+        left_out = {row: reason for (g, row), reason in results.left_out.items() if g == group}
+        text += group_table(group, rows, left_out)
+    return "\n".join(text).rstrip() + "\n"
+
+
+def title(results: Results) -> str:
+    """The machine: its GPU where it has one, else its processor with the number of threads."""
+    what = results.environment
+    return what["device"] if what["device"] != "cpu" else f"{what['machine']}, {what['threads']} threads"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plots
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw(results: Results, folder: Path) -> list[str]:
+    """The plots that the rows allow, by file name."""
+    drawn = {"time-memory.png": _time_and_memory(results), "roofline.png": _roofline(results)}
+    for name, figure in drawn.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=110, metadata={"Software": None})
+    return [name for name, figure in drawn.items() if figure is not None]
+
+
+def _axes(count: int, width: float = 5.2):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, 4.2), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(which="both", linewidth=0.3)
+        axis.set(xscale="log", yscale="log")
+    return figure, axes
+
+
+COLORS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#444444", "#999999", "#f0e442", "#000000")
+
+
+def _time_and_memory(results: Results):
+    """Time and peak memory against c, a curve for each row of the loss tables with and without logits.
+
+    Where cases share a class count (two widths of ImageNet), the one with the most features is drawn.
+    """
+    curves: dict[str, dict[int, Row]] = {}
+    main = "bf16" if results.environment["device"] != "cpu" else "fp32"
+    for row in results.rows.values():
+        if row["what"] in ("loss forward + backward", "head and loss, forward + backward") and row["dtype"] == main:
+            curve = curves.setdefault(row["row"], {})
+            if row["c"] not in curve or curve[row["c"]]["m"] < row["m"]:
+                curve[row["c"]] = row
+    if not curves:
+        return None
+    figure, (time, memory) = _axes(2, 6.0)
+    for number, (name, curve) in enumerate(curves.items()):
+        style = dict(
+            color=COLORS[number % len(COLORS)], marker="o", markersize=3, linewidth=1.8 if name in FIRST else 0.9,
+            linestyle="--" if "linear" in name.lower() and "head" not in name else "-",
+        )  # fmt: skip
+        points = sorted(curve.items())
+        time.plot([c for c, _ in points], [row["seconds"] * 1e3 for _, row in points], label=name, **style)
+        points = [(c, row["peak_MB"]) for c, row in points if row.get("peak_MB", 0) > 0]
+        memory.plot([c for c, _ in points], [peak for _, peak in points], **style)
+    time.set(xlabel="classes c", ylabel="ms, forward + backward", title="Time")
+    memory.set(xlabel="classes c", ylabel="MB", title="Peak memory beyond inputs and gradients")
+    figure.suptitle(f"{title(results)} (dashed: from features, head included; n and m differ by case)", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _roofline(results: Results):
+    """GFLOP/s against flops a byte, under what this machine reaches at best."""
+    rows = [row for row in results.rows.values() if row.get("bytes") and row.get("flops")]
+    if not rows or not results.ceilings:
+        return None
+    figure, (axis,) = _axes(1, 7.5)
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    lowest = min(row["flops"] / row["bytes"] for row in rows) / 2
+    highest = max(row["flops"] / row["bytes"] for row in rows) * 2
+    for dtype, style in (("fp32", "-"), ("bf16", "--")):
+        top = results.ceilings[dtype]
+        corner = top / results.ceilings["copy"]
+        xs = sorted({lowest, min(max(corner, lowest), highest), highest})
+        axis.plot(
+            xs, [min(top, results.ceilings["copy"] * x) for x in xs], color="black", linestyle=style, linewidth=1,
+            label=f"measured ceilings, {dtype}",
+        )  # fmt: skip
+    for number, name in enumerate(names):
+        points = [(row["flops"] / row["bytes"], row["GFLOP_per_s"]) for row in rows if row["row"] == name]
+        marker = "os^vD*P"[number // len(COLORS) % 7]
+        axis.scatter(*zip(*points, strict=True), s=14, color=COLORS[number % len(COLORS)], marker=marker, label=name)
+    axis.set(xlabel="flops a byte", ylabel="GFLOP/s", title=f"Roofline, {title(results)}")
+    figure.legend(loc="outside right upper", fontsize=6)
+    return figure
+
+
+def write(results: Results, folder: Path, command: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = draw(results, folder)
+    (folder / "results.json").write_text(json.dumps(results.document(), indent=1) + "\n")
+    (folder / "README.md").write_text(markdown(results, command, plots))
+    return folder
+
+
+def load(paths: Sequence[Path]) -> Results:
+    results = Results()
+    for path in paths:
+        try:
+            results.add(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise SystemExit(f"{path}: no such file; make one with pytest bench/ --benchmark-json={path}") from None
+        except (json.JSONDecodeError, KeyError) as error:
+            raise SystemExit(f"{path}: not the JSON of a run of bench/ ({error!r})") from None
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--out", type=Path, help="folder to write into (default: bench/results/<machine>)")
+    arguments = parser.parse_args()
+    results = load(arguments.results)
+    folder = arguments.out or Path(__file__).parent / "results" / slug(title(results))
+    command = "python -m bench.report " + " ".join(path.name for path in arguments.results)
+    print(markdown(results, command, []))
+    print(f"written: {write(results, folder, command)}")
+
+
+if __name__ == "__main__":
+    main()
