@@ -1,4 +1,4 @@
-"""Classifiers. Every model ends in a linear layer named `fc`; what enters it are the features."""
+"""A classifier for images as small as scikit-learn's digits, and for trying things out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class SmallCNN(nn.Module):
     """Three 3×3 convolutions with BatchNorm, 64 features by global average pooling, and the head `fc`. For 8×8 grey
     images.
 
-    Input (n, 1, 8, 8), output: logits (n, n_classes).
+    Input (n, in_channels, 8, 8) or larger, output: logits (n, n_classes).
     """
 
-    def __init__(self, n_classes: int, head: type[nn.Linear] = nn.Linear) -> None:
+    def __init__(self, n_classes: int, head: type[nn.Linear] = nn.Linear, in_channels: int = 1) -> None:
         super().__init__()
         first, second, n_features = SMALL_CNN_CHANNELS
         self.backbone = nn.Sequential(
-            *_block(1, first, stride=1),
+            *_block(in_channels, first, stride=1),
             *_block(first, second, stride=2),
             *_block(second, n_features, stride=2),
             nn.AdaptiveAvgPool2d(1),

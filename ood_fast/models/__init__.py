@@ -1,0 +1,198 @@
+"""Classifiers by name, their options, and their checkpoints.
+
+    model = models.create("resnet18_32x32", 10, head=L2NormLinear)
+    models.load_checkpoint(model, "best.ckpt")
+
+Every model ends in one linear layer, its head, which `heads.find_head` finds; what enters it are the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import util
+from pathlib import Path
+
+from torch import nn
+
+from .. import checks
+from ..heads import find_head
+from . import vision
+from .cct import CCT
+from .checkpoints import load_checkpoint, openood_keys, save_checkpoint, torchvision_keys
+from .small import SmallCNN
+
+__all__ = [
+    "CCT",
+    "SmallCNN",
+    "create",
+    "known",
+    "load_checkpoint",
+    "openood_keys",
+    "save_checkpoint",
+    "torchvision_keys",
+]
+
+ACTIVATIONS = ("relu", "leaky_relu")
+TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """`build(n_classes, in_channels, image_size)` and, for small images, `build_small` with the same arguments.
+
+    relu: every activation is an `nn.ReLU` module, so that it can be exchanged. convolutional: spectral normalisation
+    means something. weights: the name in torchvision of weights trained on ImageNet.
+    """
+
+    build: Callable[[int, int, int | None], nn.Module] | None
+    build_small: Callable[[int, int, int | None], nn.Module] | None = None
+    relu: bool = False
+    convolutional: bool = False
+    weights: str | None = None
+
+
+def _small_cnn(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    return SmallCNN(n_classes, in_channels=in_channels)
+
+
+def _cct(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    return CCT(n_classes, in_channels, image_size or 32)
+
+
+_CNN = {"relu": True, "convolutional": True}
+MODELS = {
+    "small_cnn": _Model(_small_cnn, _small_cnn, **_CNN),
+    "resnet18_32x32": _Model(None, vision.resnet18_32x32, **_CNN),
+    "cct_7_3x1": _Model(None, _cct),
+    "resnet18": _Model(*vision.both("resnet18", vision.small_resnet), **_CNN, weights="ResNet18_Weights"),
+    "resnet50": _Model(*vision.both("resnet50", vision.small_resnet), **_CNN, weights="ResNet50_Weights"),
+    "vgg16": _Model(vision.large("vgg16"), vision.small_vgg16, **_CNN, weights="VGG16_Weights"),
+    "densenet121": _Model(
+        *vision.both("densenet121", vision.small_densenet), convolutional=True, weights="DenseNet121_Weights"
+    ),
+    "vit_b_16": _Model(vision.vit_b_16, vision.small_vit, weights="ViT_B_16_Weights"),
+    "swin_t": _Model(vision.large("swin_t"), partial(vision.small_swin, "swin_t"), weights="Swin_T_Weights"),
+    "swin_v2_t": _Model(
+        vision.large("swin_v2_t"), partial(vision.small_swin, "swin_v2_t"), weights="Swin_V2_T_Weights"
+    ),
+    "convnext_tiny": _Model(
+        *vision.both("convnext_tiny", vision.small_convnext), convolutional=True, weights="ConvNeXt_Tiny_Weights"
+    ),
+}
+
+
+def known() -> list[str]:
+    """The names that `create` takes, besides "timm:NAME"."""
+    return sorted(MODELS)
+
+
+def create(
+    name: str,
+    n_classes: int,
+    *,
+    head: Callable[[int, int], nn.Linear] = nn.Linear,
+    small_images: bool = False,
+    spectral_norm: bool = False,
+    activation: str = "relu",
+    pretrained: bool | str | Path = False,
+    in_channels: int = 3,
+    image_size: int | None = None,
+) -> nn.Module:
+    """An untrained (or pretrained) classifier.
+
+    The weights come from torch's global generator. For a given state of it they do not depend on `head`: the heads take
+    over the weights of the model's own, so that losses can be compared from the same start.
+
+    Args:
+        name: one of `known()`, or "timm:NAME" if timm is installed.
+        head: makes the last layer from (m, n_classes): `nn.Linear`, `L2NormLinear`, `partial(L2NormLinear, tau=0.1)`.
+        small_images: the form for images of about 32×32 (see `vision.py` for what changes). `resnet18_32x32` and
+            `cct_7_3x1` have no other, `small_cnn` no second.
+        spectral_norm: divide the weight of each convolution by its largest singular value, as
+            `torch.nn.utils.parametrizations.spectral_norm`: the weight as a matrix (channels out, all others).
+        activation: "relu", or "leaky_relu" (slope 0.01) in place of every ReLU.
+        pretrained: True: torchvision's weights `IMAGENET1K_V1` (timm's default), from torch.hub's cache or downloaded;
+            a path: that checkpoint. With other than 1000 classes the head is new.
+        in_channels: 1 for grey images; torchvision's models take 3.
+        image_size: height and width, for transformers that must know; default 224, or 32 for small images.
+
+    Raises:
+        UserError: an unknown name; an option that the model does not have; torchvision or timm is not installed.
+    """
+    checks.one_of("activation", activation, ACTIVATIONS)
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
+        raise ValueError(f"n_classes: got {n_classes!r}, expected a whole number of at least 1")
+    if name.startswith(TIMM):
+        model, kind = _timm(name.removeprefix(TIMM), n_classes, in_channels, pretrained is True, small_images), None
+    elif name in MODELS:
+        kind = MODELS[name]
+        model = _build(name, kind, n_classes, small_images, pretrained is True, in_channels, image_size)
+    else:
+        raise checks.UserError(checks.unknown("model", name, [*known(), "timm:NAME"]))
+    if activation == "leaky_relu":
+        _check_option("activation", name, kind is None or kind.relu, "all of whose activations are ReLU modules")
+        _exchange(model, nn.ReLU, lambda relu: nn.LeakyReLU(inplace=relu.inplace))
+    if spectral_norm:
+        _check_option("spectral_norm", name, kind is None or kind.convolutional, "made of convolutions")
+        for module in list(model.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(module)
+    _replace_head(model, n_classes, head)
+    if not isinstance(pretrained, bool):
+        load_checkpoint(model, pretrained)
+    return model
+
+
+def _build(
+    name: str, kind: _Model, n_classes: int, small_images: bool, pretrained: bool, in_channels: int, size: int | None
+) -> nn.Module:
+    build = kind.build_small if small_images or kind.build is None else kind.build
+    if build is None:
+        raise checks.UserError(f"small_images: {name} has no form for small images")
+    if not pretrained:
+        return build(n_classes, in_channels, size)
+    if kind.weights is None or build is not kind.build:
+        raise checks.UserError(f"pretrained: there are no weights for {name}{' for small images' * small_images}")
+    return vision.with_weights(build(1000, in_channels, size), kind.weights)
+
+
+def _check_option(option: str, name: str, possible: bool, expected: str) -> None:
+    if not possible:
+        raise checks.UserError(f"{option}: not for {name}, only for models {expected}")
+
+
+def _exchange(module: nn.Module, kind: type[nn.Module], other: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `other(child)` in the place of each child of that kind, however deep."""
+    for name, child in module.named_children():
+        if isinstance(child, kind):
+            setattr(module, name, other(child))
+        else:
+            _exchange(child, kind, other)
+
+
+def _replace_head(model: nn.Module, n_classes: int, head: Callable[[int, int], nn.Linear]) -> None:
+    """Make the last layer by `head`; it keeps the weights of the old one if that has as many classes."""
+    old = find_head(model)
+    if head is nn.Linear and old.out_features == n_classes:
+        return
+    new = head(old.in_features, n_classes)
+    checks.instance("head", new, nn.Linear, "a function (n_features, n_classes) -> nn.Linear")
+    if old.out_features == n_classes and new.state_dict().keys() == old.state_dict().keys():
+        new.load_state_dict(old.state_dict())
+    path = next(path for path, module in model.named_modules() if module is old)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def _timm(name: str, n_classes: int, in_channels: int, pretrained: bool, small_images: bool) -> nn.Module:
+    if util.find_spec("timm") is None:
+        raise checks.UserError(f"model timm:{name} needs timm, which is not installed: pip install timm")
+    import timm
+
+    if small_images:
+        raise checks.UserError(f"small_images: not for timm:{name}; timm has models for small images by other names")
+    if not timm.is_model(name):
+        raise checks.UserError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists them")
+    return timm.create_model(name, num_classes=n_classes, in_chans=in_channels, pretrained=pretrained)

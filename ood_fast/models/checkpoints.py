@@ -1,0 +1,184 @@
+"""Checkpoints: written so that the last good one survives, read without running code from the file.
+
+OpenOOD writes `layer2.0.shortcut.0.weight` where torchvision says `layer2.0.downsample.0.weight`; here models have
+torchvision's names, and `load_checkpoint` takes both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
+N_LISTED = 20  # keys that a message lists before it counts the others
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def openood_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict under the names of OpenOOD's ResNet18_32x32."""
+    return {key.replace(".downsample.", ".shortcut."): value for key, value in state.items()}
+
+
+def torchvision_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: torchvision's names, which the models here have."""
+    return {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
+
+
+def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a model's state_dict (without the prefixes of wrappers), or the mapping given, to `path`.
+
+    The file appears under its name when all of it is on the disk: a full disk or a killed process leaves the one that
+    was there before. What torch.load reads with `weights_only=True`; safetensors if the name ends so (tensors only).
+
+    Raises:
+        OSError: it cannot be written; nothing but the old file remains.
+    """
+    path = Path(path)
+    state = unwrapped(contents).state_dict() if isinstance(contents, nn.Module) else contents
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            if path.suffix == ".safetensors":
+                file.write(_safetensors().save({key: value.contiguous() for key, value in state.items()}))
+            else:
+                torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # how torch's writer reports a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name, too, is on the disk after this; not every system can open a folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load weights into `model` from a state_dict, one inside a larger checkpoint, or safetensors.
+
+    Prefixes of wrappers and OpenOOD's names are understood. On the CPU first; `model` stays where it is.
+
+    Raises:
+        UserError: no such file; not read, because it holds more than tensors and plain values; keys or shapes that do
+            not fit, all listed. Then `model` is as before.
+    """
+    model = unwrapped(model)
+    own = model.state_dict()
+    state = _fitting(_state_dict(read_checkpoint(path), path), own, path)
+    for key, value in own.items():  # checkpoints from before PyTorch 0.4.1 and some exports lack these counters
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, value)
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+        raise checks.UserError(f"{path} does not fit {type(model).__name__}: {listed}")
+    model.load_state_dict(state)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU; tensors and plain values only (`weights_only=True`)."""
+    path = Path(path)
+    if not path.is_file():
+        raise checks.UserError(f"no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors().load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except checks.UserError:
+        raise
+    except Exception as error:  # a file that is no checkpoint fails in any way: pickle, zip, struct, KeyError, ...
+        reason = str(error).strip().split("\n")[0]
+        raise checks.UserError(f"{path}: cannot be read as tensors and plain values ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
+    return dict(content)
+
+
+def _safetensors():
+    try:
+        from safetensors import torch as safetensors
+    except ImportError as error:
+        raise checks.UserError("safetensors files need safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def _state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+    for key in STATE_KEYS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state or len(state) < len(content):
+        strange = [str(key) for key in content if key not in state]
+        raise checks.UserError(f"{path}: holds no state_dict; got {_listed(strange) if strange else 'nothing'}")
+    return state
+
+
+def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state under the names of the model, as far as there is one for a key."""
+    fitting: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = _own_name(key, own)
+        if name in fitting:
+            raise checks.UserError(f"{path}: more than one key means {name}")
+        fitting[name] = value
+    return fitting
+
+
+def _own_name(key: str, own: Mapping[str, Tensor]) -> str:
+    if key in own:
+        return key
+    stripped = key
+    while stripped.startswith(WRAPPERS):
+        stripped = stripped.partition(".")[2]
+    candidates = [stripped, stripped.partition(".")[2]] if stripped.startswith(OWNERS) else [stripped]
+    for name in candidates:
+        for renamed in (name, *torchvision_keys({name: None}), *openood_keys({name: None})):
+            if renamed in own:
+                return renamed
+    return stripped
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - N_LISTED} more" if len(keys) > N_LISTED else ""
+    return ", ".join(keys[:N_LISTED]) + more

@@ -1,0 +1,157 @@
+"""torchvision's models, and their forms for images of about 32×32, whose stems would throw most of the image away.
+
+What changes for small images:
+
+- ResNet: a 3×3 convolution with stride 1 in place of the 7×7 with stride 2, and no max-pooling behind it (He et al.,
+  section 4.2). DenseNet: the same.
+- VGG16: with batch normalisation, global average pooling and one linear layer in place of three.
+- ViT: patches of 4×4. Swin: patches of 2×2, windows of 4×4.
+- ConvNeXt: first kernel 4 → 3, its stride 4 → 2, all 7×7 kernels 3×3 (Haas et al., TMLR 2024, appendix A.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .. import checks
+
+Build = Callable[[int, int, "int | None"], nn.Module]
+
+
+def _models():
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise checks.UserError("this model needs torchvision: pip install torchvision") from error
+    return models
+
+
+def _colour_only(in_channels: int) -> None:
+    if in_channels != 3:
+        raise checks.UserError(f"in_channels: got {in_channels}, expected 3, which torchvision's models take")
+
+
+def large(name: str) -> Build:
+    """torchvision's model of that name as it is."""
+
+    def build(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+        _colour_only(in_channels)
+        return getattr(_models(), name)(weights=None, num_classes=n_classes)
+
+    return build
+
+
+def both(name: str, shrink: Callable[[nn.Module], None]) -> tuple[Build, Build]:
+    """torchvision's model as it is, and the same with `shrink` applied."""
+    build = large(name)
+
+    def build_small(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+        model = build(n_classes, in_channels, image_size)
+        shrink(model)
+        return model
+
+    return build, build_small
+
+
+def with_weights(model: nn.Module, enum: str) -> nn.Module:
+    """torchvision's weights `IMAGENET1K_V1`, from torch.hub's cache or downloaded into it."""
+    import torch
+
+    weights = getattr(_models(), enum).IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise checks.UserError(
+            f"pretrained: cannot get the weights ({error}); put {weights.url} into {folder}/ yourself"
+        ) from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # a ViT for another image size
+        raise checks.UserError(f"pretrained: the weights do not fit: {error}") from error
+    return model
+
+
+def small_resnet(model: nn.Module) -> None:
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
+    model.maxpool = nn.Identity()
+
+
+def resnet18_32x32(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    """OpenOOD's ResNet18_32x32: torchvision's layers and names (`downsample` where OpenOOD says `shortcut`), and
+    PyTorch's own initialisation of convolutions.
+    """
+    model = large("resnet18")(n_classes, 3, image_size)
+    model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    return model
+
+
+def small_densenet(model: nn.Module) -> None:
+    model.features.conv0 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    model.features.pool0 = nn.Identity()
+
+
+def small_vgg16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    model = large("vgg16_bn")(n_classes, in_channels, image_size)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, n_classes)
+    return model
+
+
+def vit_b_16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    _colour_only(in_channels)
+    return _models().vit_b_16(weights=None, num_classes=n_classes, image_size=image_size or 224)
+
+
+def small_vit(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    _colour_only(in_channels)
+    return _models().VisionTransformer(
+        image_size=image_size or 32,
+        patch_size=4,
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        mlp_dim=3072,
+        num_classes=n_classes,
+    )
+
+
+def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    _colour_only(in_channels)
+    swin = _models().swin_transformer
+    version = {}
+    if name == "swin_v2_t":
+        version = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer(
+        patch_size=[2, 2],
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.2,
+        num_classes=n_classes,
+        **version,
+    )
+
+
+def small_convnext(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.kernel_size in ((4, 4), (7, 7)):
+                setattr(module, name, _three_by_three(child))
+
+
+def _three_by_three(conv: nn.Conv2d) -> nn.Conv2d:
+    stride = 2 if conv.kernel_size == (4, 4) else 1
+    new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=stride, padding=1, groups=conv.groups)
+    nn.init.trunc_normal_(new.weight, std=0.02)  # as torchvision initialises its ConvNeXt
+    nn.init.zeros_(new.bias)
+    return new
