@@ -230,7 +230,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
-    """What bench/report.py reads besides the rows: this machine's ceilings, what was left out, the clocks at the end."""
+    """What bench/report.py reads besides the rows: this machine's ceilings, what was left out, the last clocks."""
     output_json["ceilings"] = ceilings(str(DEVICE)) if benchmarks else {}
     output_json["left_out"] = LEFT_OUT
     if DEVICE.type == "cuda":

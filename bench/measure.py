@@ -164,10 +164,7 @@ def ceilings(device_name: str) -> dict[str, float]:
     written, and GFLOP/s of a large matrix product of random numbers in each dtype."""
     device = torch.device(device_name)
     gpu = device.type == "cuda"
-    source = torch.randn(2**30 if gpu else 2**26, device=device)  # 4 GB, or 256 MB
-    target = torch.empty_like(source)
-    measured = {"copy": 2 * _bytes([source]) / median_seconds(lambda: target.copy_(source), device, 0.5) / 1e9}
-    del source, target
+    measured = {"copy": _copy_bandwidth(2**30 if gpu else 2**26, device)}  # 4 GB, or 256 MB
     size = 8192 if gpu else 1536
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -175,6 +172,12 @@ def ceilings(device_name: str) -> dict[str, float]:
         seconds = median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 0.5)
         measured[name] = 2 * size**3 / seconds / 1e9
     return measured
+
+
+def _copy_bandwidth(n_elements: int, device: torch.device) -> float:
+    source = torch.randn(n_elements, device=device)
+    target = torch.empty_like(source)
+    return 2 * _bytes([source]) / median_seconds(lambda: target.copy_(source), device, 0.5) / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .latency import LATENCY, OURS
 
 Row = dict[str, Any]
 FIRST = ("elogitnorm", "linear_elogitnorm", "nci_score", "boundary_distance")  # ours: what ratios are taken to
+MEMORY = "out of memory"
 KEPT = (
     *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
     *("bytes", "flops", "GB_per_s", "GFLOP_per_s", "share_of_ceiling", "detector", "library", "images", "device"),
@@ -139,9 +140,12 @@ def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[s
                 _number(row.get("error"), ".0e"),
             ]
         )
-    lines += [[name, reason, *[""] * (len(header) - 2)] for name, reason in left_out.items()]
+    # What does not fit stands where its time would; what this machine just does not have, below.
+    lines += [[name, why, *[""] * (len(header) - 2)] for name, why in left_out.items() if why.startswith(MEMORY)]
+    absent = [f"{name}: {why}." for name, why in left_out.items() if not why.startswith(MEMORY)]
     u = next((row["distinct_predictions"] for row in rows if row.get("distinct_predictions")), None)
-    return [f"### {group}" + (f", u = {u}" if u else ""), "", *_table(header, lines)]
+    text = [f"### {group}" + (f", u = {u}" if u else ""), "", *_table(header, lines)]
+    return text + (["Left out. " + " ".join(absent), ""] if absent else [])
 
 
 def loss_table(results: Results) -> list[str]:
@@ -285,10 +289,14 @@ def _time_and_memory(results: Results):
         return None
     figure, (time, memory) = _axes(2, 6.0)
     for number, (name, curve) in enumerate(curves.items()):
-        style = dict(
-            color=COLORS[number % len(COLORS)], marker="o", markersize=3, linewidth=1.8 if name in FIRST else 0.9,
-            linestyle="--" if "linear" in name.lower() and "head" not in name else "-",
-        )  # fmt: skip
+        from_features = "linear" in name.lower() and "head" not in name
+        style = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": "o",
+            "markersize": 3,
+            "linewidth": 1.8 if name in FIRST else 0.9,
+            "linestyle": "--" if from_features else "-",
+        }
         points = sorted(curve.items())
         time.plot([c for c, _ in points], [row["seconds"] * 1e3 for _, row in points], label=name, **style)
         points = [(c, row["peak_MB"]) for c, row in points if row.get("peak_MB", 0) > 0]

@@ -1,5 +1,5 @@
-"""A training step beyond the backbone, for given logits: loss and gradients for the logits, and for W where the loss has
-one; and the forward pass alone.
+"""A training step beyond the backbone, for given logits: loss and gradients for the logits, and for W where
+the loss has one; and the forward pass alone.
 
 Rows: `LOSSES` of bench/baselines.py. Each is compared with float64 before it is timed.
 """
