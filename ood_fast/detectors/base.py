@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 from .. import checks
 from ..heads import given_head
 from ..statistics import row_statistics
-from . import run, streaming
+from . import run, store, streaming, threshold
 from .run import Head
+from .threshold import Calibration
 
 
 class Detector(nn.Module):
@@ -49,7 +51,9 @@ class Detector(nn.Module):
     fits_on: ClassVar[str] = "train"  # or "validation": the in-distribution data that the paper fits on
     grid: ClassVar[Mapping[str, tuple]] = {}  # parameter -> the candidates of OpenOOD's search
 
-    threshold: Tensor | None  # scores below are OOD, see `predict`; set by `ood_fast.detectors.calibrate`
+    threshold: Tensor | None  # scores below are OOD, see `predict`; set by `calibrate`
+    calibration: Calibration | None  # what `calibrate` set it from
+    class_names: tuple[str, ...] | None  # of the classes, kept in files
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -60,6 +64,7 @@ class Detector(nn.Module):
         super().__init__()
         for name in self.buffer_names():
             self.register_buffer(name, None)
+        self.calibration = self.class_names = None
         self._gathered: dict[str, streaming.Gathered] | None = None  # a fit that has begun
 
     @classmethod
@@ -167,12 +172,19 @@ class Detector(nn.Module):
             )
         return scores < self.threshold
 
-    def calibrate(self, scores: Tensor, tpr: float = 0.95) -> Detector:
-        """Set `threshold` so that the share `tpr` of these in-distribution scores is kept. Returns self."""
-        from .threshold import tpr_threshold
+    def calibrate(self, scores: Tensor, tpr: float | None = None, alpha: float | None = None) -> Detector:
+        """Set `threshold` from scores (n,) of in-distribution data that took no part in the fit. Returns self.
 
-        self.threshold = tpr_threshold(scores, tpr)
+        Args:
+            tpr: keep at least this share of the scores given (0.95 if neither is given), see `tpr_threshold`.
+            alpha: flag a new in-distribution input with a chance of at most alpha, see `conformal_threshold`.
+        """
+        self.threshold, self.calibration = threshold.calibration(scores, tpr, alpha)
         return self
+
+    def save(self, path: str | os.PathLike, class_names: Iterable[str] | None = None) -> None:
+        """Write the fitted detector to a safetensors file, see `store`; `ood_fast.detectors.load(path)` reads it."""
+        store.save(self, path, class_names)
 
     def _check_scored(self, features: Tensor | None, logits: Tensor | None) -> None:
         self._require_fitted()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..heads import given_head
 from ..statistics import row_statistics
-from . import run
+from . import run, store
 from .base import Detector
 from .registry import create
 from .run import Batch, Head
@@ -60,6 +61,10 @@ class DetectorSet(nn.Module):
 
     def items(self) -> Iterator[tuple[str, Detector]]:
         return zip(self.names, self.detectors, strict=True)
+
+    def save(self, path: str | os.PathLike, class_names: Iterable[str] | None = None) -> None:
+        """Write the fitted detectors to one safetensors file, see `store`; `ood_fast.detectors.load(path)` reads it."""
+        store.save(self, path, class_names)
 
     # ---- fitting
 
