@@ -1,4 +1,4 @@
-"""Triton kernels of ELogitNorm, LogitNorm, boundary distances and NCI, imported as ``ood_fast.kernels``.
+"""Triton kernels of ELogitNorm, LogitNorm, boundary distances, NCI and row statistics: ``ood_fast.kernels``.
 
 Nothing is imported until a name is used: ``import ood_fast.kernels`` needs neither Triton nor a GPU. The functions
 offered here are those of ``ood_fast.eager``, with the same arguments and results; ``ood_fast.ops`` chooses between
@@ -50,6 +50,8 @@ _HOME = {
     "nci_forward": "nci",
     "nci_backward": "nci",
     "linear_elogitnorm": "linear",
+    "row_statistics": "statistics",
+    "distance_table": "statistics",
     "launches": "launch",
 }
 

@@ -18,7 +18,9 @@ What is worth knowing before reading:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +40,8 @@ LINEAR_BUFFER_ELEMENTS = 1 << 24
 MIN_LINEAR_ROWS = 16
 # Classes of a tile in which a prediction is looked for, at least: fewer make thin products.
 PREDICTION_CLASSES = 256
+# Multiply-adds from which a product goes to oneDNN; below, its call costs more than it saves.
+ONEDNN_PRODUCT = 1 << 20
 # Elements gathered at a time for direct differences.
 DIFFERENCE_ELEMENTS = 1 << 18
 # The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
@@ -73,6 +77,35 @@ def _full_precision(device: torch.device, matmul: object) -> Iterator[None]:
             yield
     finally:
         matmul.fp32_precision = chosen
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether oneDNN can multiply float32 matrices with AVX-512 here, at full precision."""
+    modes = (os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT") for name in ("ONEDNN", "DNNL"))
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and all(mode.upper() == "STRICT" for mode in modes)
+    )
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, fresh.
+
+    MKL, which torch.mm calls, leaves AVX-512 unused on AMD's processors and takes twice the time of oneDNN there; this
+    is the operator that torch's own compiler calls for a linear layer.
+    """
+    if (
+        left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.shape[0] * right.numel() >= ONEDNN_PRODUCT
+        and _has_onednn()
+        and torch.backends.mkldnn.enabled
+    ):
+        return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
+    return left @ right
 
 
 def _row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:
@@ -300,10 +333,21 @@ def _mask_gaps(logits: Tensor, gap: Tensor, top: Tensor) -> tuple[Tensor, Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _centered(weight: Tensor, mean_row: Tensor) -> Tensor:
-    """W less its mean row: differences stay as they are, and products of the rest lose no digits to a common offset."""
-    centered = torch.empty(weight.shape, dtype=mean_row.dtype, device=weight.device)
-    return torch.sub(weight, mean_row, out=centered)
+def _centered(weight: Tensor, mean_row: Tensor, out: Tensor | None = None) -> Tensor:
+    """W less its mean row: differences stay as they are, and products of the rest lose no digits to a common offset.
+
+    Written over the first rows of `out` where it is given: a fresh tile costs more in page faults than in arithmetic.
+    """
+    if out is None:
+        out = torch.empty(weight.shape, dtype=mean_row.dtype, device=weight.device)
+    return torch.sub(weight, mean_row, out=out[: weight.shape[0]])
+
+
+def _weight_tile(head_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a tile of rows of W: as many as WEIGHT_TILE_ELEMENTS holds."""
+    n_classes, n_features = head_weight.shape
+    n_rows = min(n_classes, max(1, WEIGHT_TILE_ELEMENTS // max(1, n_features)))
+    return torch.empty(n_rows, n_features, dtype=dtype, device=head_weight.device)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -324,13 +368,14 @@ def _inverse_distances(head_weight: Tensor, classes: Tensor | None, out: Tensor)
         classes = torch.arange(n_classes, device=out.device)
     left = _centered(head_weight if square else head_weight[classes], mean_row)
     left_norms = torch.linalg.vector_norm(left, dim=1).square_()
+    buffer = left if square else _weight_tile(head_weight, out.dtype)
     distinct = True
-    for columns in _slices(n_classes, n_classes if square else WEIGHT_TILE_ELEMENTS // max(1, left.shape[1])):
-        right = left if square else _centered(head_weight[columns], mean_row)
+    for columns in _slices(n_classes, buffer.shape[0]):
+        right = left if square else _centered(head_weight[columns], mean_row, buffer)
         norms = left_norms if square else torch.linalg.vector_norm(right, dim=1).square_()
         for rows in _slices(n_rows, TABLE_TILE_ELEMENTS // (columns.stop - columns.start)):
-            tile = out[rows, columns]
-            torch.addmm(left_norms[rows].unsqueeze(1) + norms, left[rows], right.t(), alpha=-2, out=tile)
+            tile = torch.add(left_norms[rows].unsqueeze(1), norms, out=out[rows, columns])
+            tile.sub_(_product(left[rows], right.t()), alpha=2)
             own = classes[rows] - columns.start
             if square:
                 tile.scatter_(1, own.unsqueeze(1), math.inf)
@@ -345,6 +390,10 @@ def _finish_tile(
     tile: Tensor, left_norms: Tensor, norms: Tensor, head_weight: Tensor, own: Tensor, columns: slice
 ) -> bool:
     """Turn squared distances into inverse distances in place, close pairs recomputed; whether no pair coincides."""
+    # Most heads are settled by their extremes: one pass instead of three.
+    if tile.amin() > (left_norms.amax() + norms.amax()) * CLOSE_PAIR:
+        tile.rsqrt_()
+        return True
     bound = left_norms.unsqueeze(1) + norms
     close = tile <= bound * CLOSE_PAIR
     if not close.any():
@@ -581,7 +630,7 @@ def _boundary_backward(
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
-            gap_sums.index_add_(0, table_rows, gap.mul_(push), alpha=-1)
+            gap_sums.index_add_(0, table_rows, gap.mul_(push))
     grad_weight = None
     if need_weight:
         with full_precision(logits.device):
@@ -596,29 +645,30 @@ def _add_distance_gradient(gradient: Tensor, inverse: Tensor, predicted: Tensor,
 
 
 def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_class: Tensor) -> Tensor:
-    """dW from the summed gaps of each table row: S = R^3 * gap_sums, then the pull of every pair along its difference.
+    """dW from the summed gaps of each table row: S = -R^3 * gap_sums, then the pull of every pair along its difference.
 
-    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. `gap_sums` is spent.
+    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. `gap_sums` is spent; it becomes -S,
+    the sign in which the products are added.
     """
     n_rows, n_classes = table.shape
     mean_row = head_weight.mean(0, dtype=table.dtype)
     if n_rows == n_classes:
-        pull = gap_sums.mul_(table).mul_(table).mul_(table)
-        pull = (pull + pull.t()).neg_()
-        pull.diagonal().sub_(pull.sum(1))
-        return (pull @ _centered(head_weight, mean_row)).to(head_weight.dtype)
+        push = gap_sums.mul_(table).mul_(table).mul_(table)
+        push = push + push.t()
+        push.diagonal().sub_(push.sum(1))
+        return _product(push, _centered(head_weight, mean_row)).to(head_weight.dtype)
     n_distinct = int((row_class >= 0).sum())
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
-    pull = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
+    push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
     left = _centered(head_weight[classes], mean_row)
-    own = left * pull.sum(1, keepdim=True)
-    grad_weight = torch.empty(head_weight.shape, dtype=table.dtype, device=table.device)
-    for columns in _slices(n_classes, WEIGHT_TILE_ELEMENTS // max(1, left.shape[1])):
-        # Centred in the place of the result, which overwrites it once both products have read it.
-        right = torch.sub(head_weight[columns], mean_row, out=grad_weight[columns])
-        part = pull[:, columns]
-        own.addmm_(part, right, alpha=-1)
-        right.mul_(part.sum(0).unsqueeze(1)).addmm_(part.t(), left, alpha=-1)
+    grad_weight = _product(push.t(), left)
+    own = left.mul_(push.sum(1, keepdim=True).neg_())
+    buffer = _weight_tile(head_weight, table.dtype)
+    for columns in _slices(n_classes, buffer.shape[0]):
+        right = _centered(head_weight[columns], mean_row, buffer)
+        part = push[:, columns]
+        own.add_(_product(part, right))
+        grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1), value=-1)
     return grad_weight.index_add_(0, classes, own).to(head_weight.dtype)
 
 
@@ -649,7 +699,7 @@ def linear_elogitnorm(
     needed or without `sample_grad`, and in the dtype of the arithmetic (they may still be scaled).
 
     A chunk of rows works in place: the logits become their gradient G, and with n < c the inverse distances R, a row
-    for each sample, become S = -sample_grad slope g R^3 (`_weight_gradient`). Then one product with [G; S] gives dz and
+    for each sample, become -S = sample_grad slope g R^3 (`_weight_gradient`). Then one product with [G; -S] gives dz and
     another dW, tile by tile of W. With n >= c the distances are a table of all classes as usual.
     """
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
@@ -707,14 +757,16 @@ def linear_elogitnorm(
                 if geometry:
                     if live is not None:
                         gap.masked_fill_(push == 0, 0.0)
-                    gap.mul_(push.neg_())
+                    gap.mul_(push)
                     if square:
                         gap_sums.index_add_(0, p, gap)
                     else:
                         inverse.mul_(torch.mul(inverse, inverse, out=scratch)).mul_(gap)
             if grads:
-                pull = inverses if geometry and not square else None
-                dz = _linear_backward(logits, pull, z, predicted, head_weight, mean_row, grad_weight, need_features)
+                pair_push = inverses if geometry and not square else None
+                dz = _linear_backward(
+                    logits, pair_push, z, predicted, head_weight, mean_row, grad_weight, need_features
+                )
                 if need_features:
                     grad_features[chunk] = dz
                 if need_bias:
@@ -729,12 +781,12 @@ def _linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -
     """logits = z W^T + b, tile by tile of W: in one product the matrix library would pack half of W beside it."""
     for columns in _slices(head_weight.shape[0], WEIGHT_TILE_ELEMENTS // max(1, z.shape[1])):
         tile_bias = bias[columns] if bias.dim() else bias
-        torch.addmm(tile_bias, z, head_weight[columns].to(logits.dtype).t(), out=logits[:, columns])
+        torch.add(_product(z, head_weight[columns].to(logits.dtype).t()), tile_bias, out=logits[:, columns])
 
 
 def _linear_backward(
     gradient: Tensor,
-    pull: Tensor | None,
+    push: Tensor | None,
     z: Tensor,
     predicted: Tensor,
     head_weight: Tensor,
@@ -742,30 +794,31 @@ def _linear_backward(
     grad_weight: Tensor | None,
     need_features: bool,
 ) -> Tensor | None:
-    """dz = G W, (r, m), from the logit gradient G (r, c); adds to `grad_weight` G^T z and what the pull S (r, c) says.
+    """dz = G W, (r, m), from the logit gradient G (r, c); adds to `grad_weight` G^T z and what `push` (r, c) says.
 
-    `pull` is the second half of the buffer that `gradient` begins, so that both are one operand. W is read once, in
-    centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.
+    `push` is -S of `_weight_gradient`, the second half of the buffer that `gradient` begins, so that both are one
+    operand. W is read once, in centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.
     """
     n_rows, n_features = z.shape
-    n_used = n_rows if pull is None else 2 * n_rows
+    n_used = n_rows if push is None else 2 * n_rows
     both = gradient.as_strided((n_used, gradient.shape[1]), gradient.stride())
-    read_weight = need_features or pull is not None
+    read_weight = need_features or push is not None
     product = z.new_zeros(n_used, n_features)
     outer = z
-    if pull is not None:
+    if push is not None:
         left = _centered(head_weight[predicted], mean_row)
-        outer = torch.cat([z, -left])
-    for columns in _slices(both.shape[1], WEIGHT_TILE_ELEMENTS // max(1, n_features)):
+        outer = torch.cat([z, left])
+    buffer = _weight_tile(head_weight, z.dtype)
+    for columns in _slices(both.shape[1], buffer.shape[0]):
         if read_weight:
-            right = _centered(head_weight[columns], mean_row)
-            product.addmm_(both[:, columns], right)
+            right = _centered(head_weight[columns], mean_row, buffer)
+            product.add_(_product(both[:, columns], right))
         if grad_weight is not None:
-            grad_weight[columns].addmm_(both[:, columns].t(), outer)
-            if pull is not None:
-                grad_weight[columns].addcmul_(right, pull[:, columns].sum(0).unsqueeze(1))
-    if pull is not None:
-        own = left.mul_(pull.sum(1, keepdim=True)).sub_(product[n_rows:])
+            grad_weight[columns].add_(_product(both[:, columns].t(), outer))
+            if push is not None:
+                grad_weight[columns].addcmul_(right, push[:, columns].sum(0).unsqueeze(1), value=-1)
+    if push is not None:
+        own = product[n_rows:].sub_(left.mul_(push.sum(1, keepdim=True)))
         grad_weight.index_add_(0, predicted, own)
     if not need_features:
         return None
@@ -1004,3 +1057,172 @@ def nci_backward(
         None if grad_weight is None else grad_weight.to(head_weight.dtype),
         None if grad_mean is None else grad_mean.to(mean.dtype),
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Row statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+_LOG2_E = 1 / math.log(2)
+
+
+def row_statistics(
+    names: list[str],
+    logits: Tensor | None,
+    features: Tensor | None,
+    head_weight: Tensor | None,
+    mean: Tensor | None,
+    table: Tensor | None,
+    gamma: float,
+) -> list[Tensor]:
+    """The statistics `names`, each (n,), in that order; `ood_fast.statistics.row_statistics` defines them.
+
+    What none of them needs is None.
+    """
+    n_samples = (features if logits is None else logits).shape[0]
+    width = max(0 if t is None else t.shape[1] for t in (logits, features))
+    chunks = []
+    for rows in _row_chunks(n_samples, width):
+        chunk = (None if t is None else _take(t, rows) for t in (logits, features))
+        chunks.append(tuple(statistics_of_rows(names, *chunk, head_weight, mean, table, gamma)))
+    return list(_join(chunks))
+
+
+def statistics_of_rows(
+    names: list[str],
+    logits: Tensor | None,
+    features: Tensor | None,
+    head_weight: Tensor | None,
+    mean: Tensor | None,
+    table: Tensor | None,
+    gamma: float,
+    *,
+    traced: bool = False,
+) -> list[Tensor]:
+    """`row_statistics` of rows that stay in cache. `traced`: nothing but what an exported graph can hold, so no look at
+    the values, and D may come from W instead of the table."""
+    dtype = compute_dtype(logits, features, head_weight, mean, table)
+    found = {}
+    if logits is not None:
+        found = _logit_statistics(set(names), logits.to(dtype), head_weight, table, gamma, traced)
+    if features is not None:
+        found |= _feature_statistics(set(names), features.to(dtype), head_weight, mean, found)
+    return [found[name] for name in names]
+
+
+def _logit_statistics(
+    names: set[str],
+    logits: Tensor,
+    head_weight: Tensor | None,
+    table: Tensor | None,
+    gamma: float,
+    traced: bool,
+) -> dict[str, Tensor]:
+    """With e_j = exp(-g_j), rest = sum_{j != p} e_j and Z = 1 + rest:
+
+        logsumexp = f_p + log Z      entropy = log Z + sum_j e_j g_j / Z      gen = sum_j (e_j u_j / Z^2)^gamma
+
+    where u_j = Z - e_j is taken as (1 - e_j) + rest, so that neither u_p = rest nor log Z = log(1 + rest) loses its
+    digits when the prediction is certain. A masked class has g = inf, e = 0 and adds nothing. A row with NaN or +inf,
+    or without a live class, has g_p = NaN.
+    """
+    found = {}
+    if names - {"logit_norm1", "logit_norm2"}:
+        top = logits.amax(1, keepdim=True)
+        found["max"] = top.squeeze(1)
+    if names & {"predicted", "distance", "projection"}:
+        found["predicted"] = logits.argmax(1) if traced else _first_equal(logits, top)
+    if names & {"logsumexp", "entropy", "gen", "distance"}:
+        gap = top - logits
+    if names & {"logsumexp", "entropy", "gen"}:
+        # PyTorch's exp2 on the CPU takes a third of the time of its exp.
+        exponential = (gap * -_LOG2_E).exp2_()
+        partition = exponential.sum(1)
+        # frac leaves out what is exactly 1: the prediction, and what ties with it. With a tie rest >= 1.
+        rest = torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
+        log_partition = rest.log1p()
+        found["logsumexp"] = found["max"] + log_partition
+    if "entropy" in names:
+        finite_gap = gap.clamp(max=torch.finfo(gap.dtype).max)  # 0 * inf would be NaN
+        found["entropy"] = finite_gap.mul_(exponential).sum(1) / (1 + rest) + log_partition
+    if "gen" in names:
+        log2_term = (1 - exponential).add_(rest.unsqueeze(1)).log2_().sub_(gap, alpha=_LOG2_E)
+        log2_term.sub_((2 * _LOG2_E * log_partition).unsqueeze(1))
+        found["gen"] = log2_term.mul_(gamma).exp2_().sum(1)
+    if "distance" in names:
+        inverse = _inverse_rows(head_weight, table, found["predicted"], gap.dtype)
+        distance = _mean_over_boundaries(gap, inverse)
+        if traced or not distance.isfinite().all():
+            masked = gap == math.inf
+            distance = _mean_over_boundaries(gap.masked_fill(masked, 0.0), inverse.masked_fill(masked, 0.0))
+        found["distance"] = distance
+    if names & {"logit_norm1", "logit_norm2"}:
+        live = logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+        found["logit_norm2"] = torch.linalg.vector_norm(live, dim=1)
+        found["logit_norm1"] = _norm1(live)
+    return found
+
+
+def _feature_statistics(
+    names: set[str],
+    features: Tensor,
+    head_weight: Tensor | None,
+    mean: Tensor | None,
+    of_logits: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    found = {}
+    if "norm1" in names:
+        found["norm1"] = _norm1(features)
+    if "norm2" in names:
+        found["norm2"] = torch.linalg.vector_norm(features, dim=1)
+    if names & {"centred_norm", "projection"}:
+        centred = features - mean.to(features.dtype)
+    if "centred_norm" in names:
+        found["centred_norm"] = torch.linalg.vector_norm(centred, dim=1)
+    if "projection" in names:
+        projection = centred.mul_(head_weight.index_select(0, of_logits["predicted"])).sum(1)
+        # The prediction of a row of logits with NaN means nothing.
+        found["projection"] = projection.masked_fill_(of_logits["max"].isnan(), math.nan)
+    return found
+
+
+def _norm1(rows: Tensor) -> Tensor:
+    """vector_norm(ord=1), which takes seven times as long on the CPU."""
+    return rows.abs().sum(1)
+
+
+def _first_equal(logits: Tensor, top: Tensor) -> Tensor:
+    """argmax where the maximum `top` (n, 1) is known; of a row with NaN, some class.
+
+    On the CPU three vectorised passes take a third of the time of argmax, which is scalar there: the first class is the
+    largest of the descending places of the maximum, which float32 holds exactly up to 2^24.
+    """
+    n_classes = logits.shape[1]
+    if logits.device.type != "cpu" or n_classes > 1 << 24:
+        return logits.argmax(1)
+    place = torch.eq(logits, top, out=torch.empty_like(logits))
+    place.mul_(torch.arange(n_classes, 0, -1, dtype=place.dtype))
+    return n_classes - place.amax(1).clamp_min_(1).long()
+
+
+def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: Tensor, dtype: torch.dtype) -> Tensor:
+    """R_p of each sample, (n, c)."""
+    if table is not None:
+        return table.index_select(0, predicted).to(dtype)
+    weight = head_weight.to(dtype)
+    distance = torch.cdist(weight.index_select(0, predicted), weight, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.reciprocal().masked_fill(distance == 0, 0.0)
+
+
+def _mean_over_boundaries(gap: Tensor, inverse: Tensor) -> Tensor:
+    """D; both are 0 where a class is masked."""
+    return (gap * inverse).sum(1) / inverse.sign().sum(1).clamp(min=1)
+
+
+def distance_table(head_weight: Tensor) -> Tensor:
+    """R of all pairs of classes, (c, c), 0 on the diagonal and where rows coincide."""
+    n_classes = head_weight.shape[0]
+    table = torch.empty(n_classes, n_classes, dtype=compute_dtype(head_weight), device=head_weight.device)
+    with full_precision(head_weight.device):
+        _inverse_distances(head_weight, None, table)
+    return table

@@ -1,4 +1,5 @@
-"""An operator each for ELogitNorm, LogitNorm, the boundary distance and NCI: autograd, registration, backend.
+"""An operator each for ELogitNorm, LogitNorm, the boundary distance, NCI and row statistics: autograd, registration,
+backend.
 
 Eager calls go straight through a `torch.autograd.Function` (the dispatcher costs a registered operator some 30
 microseconds a call); under `torch.compile`, export and for tensor subclasses the same functions run as operators of the
@@ -916,3 +917,49 @@ def nci_score(
 ) -> Tensor:
     """The NCI score, (n,). Arguments are checked by the caller; n >= 1."""
     return _call(_NCIScore, _nci_score_operator, features, head_weight, head_bias, mean, logits, alpha)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Row statistics: forward only
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _row_statistics(names, logits, features, head_weight, mean, table, gamma):
+    given = [t for t in (logits, features, head_weight, mean, table) if t is not None]
+    return _backend(*given).row_statistics(names, logits, features, head_weight, mean, table, gamma)
+
+
+def _row_statistics_fake(names, logits, features, head_weight, mean, table, gamma):
+    dtype = eager.compute_dtype(logits, features, head_weight, mean, table)
+    like = features if logits is None else logits
+    return _vectors(like, *(torch.int64 if name == "predicted" else dtype for name in names))
+
+
+_row_statistics_operator = _operator(
+    "row_statistics",
+    "(str[] names, Tensor? logits, Tensor? features, Tensor? head_weight, Tensor? mean, Tensor? table, float gamma)"
+    " -> Tensor[]",
+    _row_statistics,
+    _row_statistics_fake,
+)
+
+
+def row_statistics(
+    names: list[str],
+    logits: Tensor | None,
+    features: Tensor | None,
+    head_weight: Tensor | None,
+    mean: Tensor | None,
+    table: Tensor | None,
+    gamma: float,
+) -> list[Tensor]:
+    """The statistics `names`, each (n,), in that order. Arguments are checked and detached by the caller, None where no
+    statistic needs them; n >= 1."""
+    traced = _is_traced(logits, features, head_weight, mean, table)
+    run = _row_statistics_operator if traced else _row_statistics
+    return run(names, logits, features, head_weight, mean, table, gamma)
+
+
+def distance_table(head_weight: Tensor) -> Tensor:
+    """R of all pairs of classes, (c, c)."""
+    return _backend(head_weight).distance_table(head_weight)

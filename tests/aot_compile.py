@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
-from ood_fast.kernels import boundary, nci, tempered
+from ood_fast.kernels import boundary, nci, statistics, tempered
 
 MODULES = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 TARGETS = {
@@ -43,6 +43,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Disassembling takes 0.2 s a kernel: once. The loads of the other NVIDIA targets come from the same PTX.
+SASS_TARGET = "sm_90"
 TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -150,6 +152,16 @@ def run_nci(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: torch.d
     )  # fmt: skip
 
 
+def run_statistics(
+    n: int, c: int, m: int, dtype: torch.dtype, names: tuple[str, ...] = statistics.OF_LOGITS + statistics.OF_FEATURES
+) -> None:
+    """All statistics unless `names` are given; m = 0 or c = 0: without features or logits."""
+    logits, features = (meta(n, width, dtype=dtype) if width else None for width in (c, m))
+    head_weight, mean = (meta(c, m, dtype=dtype), meta(m)) if "projection" in names else (None, None)
+    table = meta(c, c) if "distance" in names else None
+    statistics.row_statistics([*names], logits, features, head_weight, mean, table, 0.1)
+
+
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     """The launches to compile: real heads, and the widest row of each form, in each dtype that changes the code."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -167,6 +179,13 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
         yield "looped", part(run_logitnorm, 16, 21841, dtype, heavy=True)
         yield "imagenet", part(run_nci, 256, 1000, 2048, dtype, weight_dtype=dtype, from_features=False)
         yield "imagenet", part(run_nci, 256, 1000, 2048, dtype, weight_dtype=dtype, from_features=True)
+        yield "imagenet", part(run_statistics, 256, 1000, 2048, dtype)
+        yield "widest", part(run_statistics, 16, 8192, 2048, dtype)
+        yield "looped", part(run_statistics, 16, 21841, 768, dtype)
+        yield "shared rows", part(run_statistics, 100_000, 10, 0, dtype, statistics.OF_LOGITS)
+        yield "MSP", part(run_statistics, 256, 1000, 0, dtype, ("max", "logsumexp"))
+        yield "NCI", part(run_statistics, 256, 1000, 2048, dtype, ("predicted", *statistics.OF_FEATURES))
+        yield "norms", part(run_statistics, 256, 0, 2048, dtype, ("norm1", "norm2"))
     yield "widest", part(run_logitnorm, 16, 4096, fp32, heavy=True)
     yield "imagenet", part(run_logitnorm, 256, 1000, bf16, heavy=False)
     yield "imagenet", part(run_boundary_distance, 256, 1000, 2048, bf16)
@@ -185,20 +204,40 @@ def jobs(target: str) -> list[Job]:
             job = job_of(kernel, target, "", arguments, options)
             found.setdefault(job, _label)
 
-        for module in (boundary, nci, tempered):
+        for module in (boundary, nci, statistics, tempered):
             module.launch = record
             module.target_of = lambda tensor: "hip" if target == "gfx942" else target
         run()
     return [job._replace(label=label) for job, label in found.items()]
 
 
-def cuda_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes of a cubin, from the cuobjdump that Triton ships."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def nvidia_tool(cubin: bytes, name: str, *options: str) -> str:
+    """What one of the tools that Triton ships (cuobjdump, nvdisasm) prints about a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def sass_usage(cubin: bytes) -> dict[str, Any]:
+    """From the machine code: global loads by width in bits, accesses of local memory, atomic instructions."""
+    text = nvidia_tool(cubin, "nvdisasm", "-ndf", "-c")  # without its data-flow analysis, which takes half of the time
+    widths = collections.Counter()
+    for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.(\S+)", text):
+        width = re.search(r"\b[US]?(8|16|64|128|256)\b", modifiers.replace(".", " "))
+        widths[width.group(1) if width else "32"] += 1
+    widths["tensor"] = len(re.findall(r"\bUTMALDG\b", text))  # the copy engine: whole tiles
+    return {
+        "load_bits": {width: count for width, count in widths.items() if count},
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "atomics": sorted(set(re.findall(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\.\S*", text))),
+    }
+
+
+def cuda_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes of a cubin."""
+    text = nvidia_tool(cubin, "cuobjdump", "-res-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": usage["REG"], "spilled_bytes": usage["STACK"] + usage["LOCAL"]}
 
@@ -233,13 +272,16 @@ def compile_job(job: Job) -> dict[str, Any]:
     if job.target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         atomics = re.findall(r"\b(?:global|flat|buffer)_atomic_\w+", assembly)
-        return record | hip_usage(assembly) | {"atomics": sorted(set(atomics))}
+        loads = collections.Counter(re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly))
+        return record | hip_usage(assembly) | {"atomics": sorted(set(atomics)), "accesses": dict(loads)}
     ptx = compiled.asm["ptx"]
     vectors = collections.Counter(re.findall(r"(?:ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?\.((?:v\d\.)?b\d+)\b", ptx))
+    cubin = compiled.asm["cubin"]
     return (
         record
-        | cuda_usage(compiled.asm["cubin"])
+        | cuda_usage(cubin)
         | {"atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.]+", ptx))), "accesses": dict(vectors)}
+        | ({"sass": sass_usage(cubin)} if job.target == SASS_TARGET else {})
     )
 
 
@@ -265,7 +307,8 @@ def main() -> None:
     if arguments.table:
         print(table(records))
     else:
-        json.dump({"kernels": sorted(kernels()), "unused": unused(), "records": records}, sys.stdout)
+        found = {"triton": triton.__version__, "kernels": sorted(kernels()), "unused": unused(), "records": records}
+        json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
