@@ -53,6 +53,10 @@ class ELogitNormLoss(_Loss):
     gradient is averaged over the processes together with that of the layer. Where a module around the head is the
     sharded one, pass that model and the head's `name`.
 
+    A head that tensor parallelism shards over classes (`ColwiseParallel(output_layouts=Shard(-1))`, with or without DDP
+    or FSDP around it) is left where it is: `ood_fast.distributed.elogitnorm` computes the loss, on every rank of its
+    mesh. `weight` is then that of all classes.
+
     Raises:
         TypeError: `head` is not a module, or without `name` has no 2-D `weight`; in a call, the weight is sharded and
         no module at hand can gather it. ValueError: there is no layer called `name`.
@@ -111,20 +115,23 @@ class ELogitNormLoss(_Loss):
         gathered = None
         if type(head_weight) not in (Tensor, nn.Parameter):
             head_weight, gathered = self._gathered(head_weight)
-        if head_weight.dim() > 2:
-            head_weight = head_weight.flatten(1)
-        output = functional.elogitnorm(
-            logits,
-            None,
-            head_weight,
-            None,
-            y,
-            eps=self.eps,
-            average=self.average,
-            detach_geometry=self.detach_geometry,
-            return_distance=self.return_distance,
+        keywords = {
+            "eps": self.eps,
+            "average": self.average,
+            "detach_geometry": self.detach_geometry,
+            "return_distance": self.return_distance,
             **self._keywords(),
-        )
+        }
+        shards = _class_shards(logits, head_weight, y)
+        if shards is not None:
+            from . import distributed
+
+            *inputs, mesh = shards
+            output = distributed.elogitnorm(*inputs, group=mesh, **keywords)
+        else:
+            if head_weight.dim() > 2:
+                head_weight = head_weight.flatten(1)
+            output = functional.elogitnorm(logits, None, head_weight, None, y, **keywords)
         if gathered is not None and not torch.is_grad_enabled():
             gathered.reshard()  # with a backward pass to come, FSDP does so after it
         return output
@@ -135,7 +142,10 @@ class ELogitNormLoss(_Loss):
         return [owner] if self.name is None else path_to_layer(owner, self.name, "name")
 
     def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
-        """The weight that FSDP has gathered, and the module that holds it; any other weight as it is."""
+        """The weight that FSDP has gathered, and the module that holds it; any other weight as it is.
+
+        Of a head that tensor parallelism shards as well, FSDP gathers what belongs to this rank's classes.
+        """
         if hasattr(head_weight, "full_tensor"):
             from torch.distributed.fsdp import FSDPModule
 
@@ -143,7 +153,7 @@ class ELogitNormLoss(_Loss):
             for module in path:
                 if isinstance(module, FSDPModule):
                     module.unshard()
-                    if not hasattr(path[0].weight, "full_tensor"):
+                    if path[0].weight is not head_weight:
                         return path[0].weight, module
         return head_weight, None
 
@@ -151,6 +161,15 @@ class ELogitNormLoss(_Loss):
         where = f"name={self.name!r}, " if self.name else ""
         own = f"eps={self.eps}, average={self.average!r}, detach_geometry={self.detach_geometry}"
         return f"{where}{super().extra_repr()}, {own}"
+
+
+def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple | None:
+    """(logits, W, y, mesh) of this rank's classes, where tensor parallelism shards the head; None otherwise."""
+    if not hasattr(head_weight, "full_tensor"):
+        return None
+    from .distributed.dtensors import local_shards
+
+    return local_shards(logits, head_weight, y)
 
 
 def _is_linear(head: nn.Module, head_weight: Tensor) -> bool:

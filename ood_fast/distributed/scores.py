@@ -1,0 +1,281 @@
+"""Scores of a head whose classes are sharded: the boundary distance, NCI, and statistics of each row of logits.
+
+Higher scores mean more in-distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, eager
+from ..ops import _backward
+from . import boundary
+from .losses import _needs, _offset, gradients
+from .shards import Call, Shards, agree
+
+
+def boundary_distance(
+    logits_shard: Tensor,
+    W_shard: Tensor,
+    *,
+    group: object = None,
+    average: str = "boundaries",
+    shards: Sequence[int] | None = None,
+    check: bool = True,
+) -> Tensor:
+    """`ood_fast.boundary_distance` where each rank holds c_r classes: D, (n,), the same on every rank.
+
+    Args:
+        logits_shard: (n, c_r), any float dtype; -inf marks a masked class.
+        W_shard: (c_r, m). Both receive the gradient that one process would give them.
+        average: as in `ood_fast.elogitnorm`. group, shards, check: as in `elogitnorm`.
+
+    Raises:
+        As `elogitnorm`.
+    """
+
+    def examine() -> Call:
+        _check_logits(logits_shard)
+        checks.head_weight(W_shard, logits_shard)
+        checks.one_of("average", average, checks.AVERAGES)
+        facts = _facts("boundary_distance", logits_shard, W_shard, average=repr(average))
+        return Call(
+            W_shard.shape[0],
+            len(logits_shard),
+            -1,
+            {**facts, "average": repr(average), "W_shard": f"{W_shard.shape[1]} columns"},
+        )
+
+    layout, *_ = agree(group, examine, W_shard, shards, check)
+    logits, W = logits_shard, W_shard
+    if logits.shape[0] == 0:
+        return logits.new_empty(0, dtype=eager.compute_dtype(logits, W))
+    if W.shape[0] == 0:
+        W, logits = boundary.masked_class(W, logits)
+    return _BoundaryDistance.apply(logits, W, layout, _offset(average))
+
+
+def nci_score(
+    z: Tensor,
+    W_shard: Tensor,
+    b_shard: Tensor | None,
+    mean: Tensor,
+    logits_shard: Tensor | None = None,
+    alpha: float = 1e-3,
+    *,
+    group: object = None,
+    shards: Sequence[int] | None = None,
+    check: bool = True,
+) -> Tensor:
+    """`ood_fast.nci_score` where each rank holds c_r classes: (n,), the same on every rank.
+
+    Args:
+        z, mean: (n, m) and (m,), the same on every rank. They receive the whole gradient, W_shard that of its rows.
+        W_shard, b_shard: (c_r, m) and (c_r,) or None; b_shard is used only when `logits_shard` is None.
+        logits_shard: (n, c_r); None: the prediction is found from the features, in chunks of rows.
+        alpha: weight of ||z||_1. group, shards, check: as in `elogitnorm`.
+
+    Raises:
+        As `elogitnorm`.
+    """
+
+    def examine() -> Call:
+        checks.float_tensor("W_shard", W_shard, 2, "(c_r, m)")
+        checks.features(z, W_shard)
+        checks.head_bias(b_shard, W_shard)
+        checks.feature_mean(mean, z)
+        checks.real("alpha", alpha, -float("inf"))
+        if logits_shard is not None:
+            _check_logits(logits_shard)
+            checks.head_weight(W_shard, logits_shard)
+            checks.features(z, W_shard, logits_shard.shape[0])
+        facts = _facts("nci_score", z, W_shard, mean, logits_shard)
+        return Call(
+            W_shard.shape[0], len(z), -1, {**facts, "alpha": float(alpha), "W_shard": f"{W_shard.shape[1]} columns"}
+        )
+
+    layout, *_ = agree(group, examine, W_shard, shards, check)
+    dtype = eager.compute_dtype(z, W_shard, mean)
+    if z.shape[0] == 0:
+        return z.new_empty(0, dtype=dtype)
+    W, b, logits = W_shard, b_shard, logits_shard
+    if W.shape[0] == 0:
+        W, b = boundary.masked_class(W, b)
+        logits = None if logits is None else boundary.masked_class(W_shard, logits)[1]
+    with torch.no_grad(), eager.full_precision(z.device):
+        if logits is None:
+            step = max(eager.MIN_LINEAR_ROWS, eager.LINEAR_BUFFER_ELEMENTS // max(layout.counts))
+            chunks = [
+                boundary.predict(boundary.linear(z[rows].to(dtype), W, b), layout, dtype)
+                for rows in eager._slices(len(z), step)
+            ]
+            top, predicted = eager._join(chunks)
+        else:
+            top, predicted = boundary.predict(logits, layout, dtype)
+        mine, place = layout.locate(predicted)
+
+    # As `ood_fast.reference.nci_score`, but that w_p.(z - mu) is known to one rank, and its gradient for z as well.
+    features = z.to(dtype)
+    centered = features - mean.to(dtype)
+    norm = torch.linalg.vector_norm(centered, dim=1)
+    shared = _Shared.apply(centered, layout) if _needs(centered) else centered
+    product = (W[place].to(dtype) * shared).sum(1).masked_fill(~mine, 0.0)
+    projection = _Sum.apply(product, layout)
+    at_mean = norm == 0
+    p_score = projection.masked_fill(at_mean, 0.0) / norm.masked_fill(at_mean, 1.0)
+    score = p_score + alpha * features.abs().sum(1)
+    return score.masked_fill(top.isnan(), torch.nan)
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of each row of logits over the classes of all ranks, (n,) each; p = softmax(f)."""
+
+    max: Tensor
+    argmax: Tensor
+    """int64, among all classes; the first index on ties"""
+    logsumexp: Tensor
+    entropy: Tensor
+    """-sum_j p_j log p_j"""
+    gen: Tensor
+    """sum_j p_j^gamma (1 - p_j)^gamma over all classes, of which the GEN score is the negative"""
+
+
+def row_statistics(
+    logits_shard: Tensor,
+    *,
+    group: object = None,
+    gamma: float = 0.1,
+    shards: Sequence[int] | None = None,
+    check: bool = True,
+) -> RowStatistics:
+    """What MSP, MaxLogit, energy, entropy and GEN are made of, where each rank holds c_r columns of the logits.
+
+        max f,  argmax f,  log sum_j exp f_j,  -sum_j p_j log p_j,  sum_j p_j^gamma (1 - p_j)^gamma
+
+    Four collectives of n-vectors. Not differentiable.
+
+    Args:
+        logits_shard: (n, c_r), any float dtype; a class at -inf adds nothing. gamma: exponent of GEN, > 0.
+        group, shards, check: as in `elogitnorm`.
+
+    Returns:
+        The statistics in float32 (float64 for float64 logits), the same on every rank. A row that holds NaN or +inf, or
+        only -inf, has entropy and gen NaN, and the logsumexp that torch gives it.
+
+    Raises:
+        As `elogitnorm`.
+    """
+
+    def examine() -> Call:
+        _check_logits(logits_shard)
+        checks.real("gamma", gamma, 0.0, open_low=True)
+        facts = _facts("row_statistics", logits_shard, gamma=float(gamma))
+        return Call(logits_shard.shape[1], len(logits_shard), -1, facts)
+
+    layout, *_ = agree(group, examine, logits_shard, shards, check)
+    with torch.no_grad():
+        logits = logits_shard.detach()
+        dtype = eager.compute_dtype(logits)
+        n_samples = logits.shape[0]
+        if n_samples == 0:
+            nothing = logits.new_empty(0, dtype=dtype)
+            return RowStatistics(nothing, nothing.long(), nothing, nothing, nothing)
+        if logits.shape[1] == 0:
+            logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+        top, predicted = boundary.predict(logits, layout, dtype)
+        sums = top.new_empty(2, n_samples)
+        for rows, gap, live in boundary.gaps(logits, top):
+            weight = _weights(gap, live)
+            sums[0, rows], sums[1, rows] = weight.sum(1), weight.mul_(gap).sum(1)
+        partition, mean_gap = layout.sum(sums)
+        log_partition = partition.log()
+        gen = torch.empty_like(top)
+        for rows, gap, live in boundary.gaps(logits, top):
+            p = _weights(gap, live).div_(partition[rows].unsqueeze(1))
+            gen[rows] = (p * (1 - p)).clamp_(min=0.0).pow_(gamma).sum(1)
+        layout.sum(gen)
+        logsumexp = torch.where(top.isfinite(), top + log_partition, top)
+    return RowStatistics(top, predicted, logsumexp, log_partition + mean_gap / partition, gen)
+
+
+def _weights(gap: Tensor, live: Tensor | None) -> Tensor:
+    """exp(-g), 0 for masked classes."""
+    weight = gap.neg().exp_()
+    return weight if live is None else weight.masked_fill_(~live & ~gap.isnan(), 0.0)
+
+
+def _check_logits(logits: object) -> None:
+    checks.float_tensor("logits_shard", logits, 2, "(n, c_r)")
+
+
+def _facts(function: str, *tensors: Tensor | None, **keywords: object) -> dict[str, object]:
+    """What every rank must give alike; the first tensor has a row for each sample."""
+    return {
+        "function": function,
+        "samples": tensors[0].shape[0],
+        "dtypes": tuple(None if t is None else t.dtype for t in tensors),
+        "device": tensors[0].device.type,
+        "requires_grad": tuple(_needs(t) for t in tensors),
+        **keywords,
+    }
+
+
+class _BoundaryDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, head_weight, shards, average_offset):
+        dtype = eager.compute_dtype(logits, head_weight)
+        with eager.full_precision(logits.device):
+            mean = boundary.mean_row(head_weight, shards, dtype)
+            top, predicted = boundary.predict(logits, shards, dtype)
+            head = boundary.geometry(predicted, head_weight, mean, shards)
+        found = boundary.distances(logits, top, head, average_offset, shards)
+        ctx.save_for_backward(logits, head_weight, top, predicted, *head, *found)
+        ctx.shards = shards
+        return found.distance.clone()
+
+    @staticmethod
+    def backward(ctx, grad_distance):
+        logits, head_weight, top, predicted, *rest = ctx.saved_tensors
+        n_head = len(boundary.Geometry._fields)
+        head, found = boundary.Geometry(*rest[:n_head]), boundary.Distances(*rest[n_head:])
+
+        def run(grad_distance):
+            return gradients(
+                *(grad_distance, logits, head_weight, top, predicted, head, found, None, None),
+                *(ctx.shards, ctx.needs_input_grad),
+            )
+
+        inputs = logits, head_weight
+        return *_backward("distributed.boundary_distance", (run, run), (grad_distance,), None, inputs), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks. Backward, each keeps the gradient of the sum, which is the same on all of them."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, shards: Shards) -> Tensor:
+        return shards.sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Shared(torch.autograd.Function):
+    """The same tensor on every rank, whose gradient is the sum of what the ranks do with it."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def run(grad):
+            return (ctx.shards.sum(grad.clone()),)
+
+        return *_backward("distributed.nci_score", (run, run), (grad,), None, (grad,)), None
