@@ -12,7 +12,7 @@ from . import diagnostics, metrics
 from .data import Benchmark
 from .detectors import NCI, Detector, DetectorSet
 from .detectors.run import run_model
-from .detectors.tune import Search
+from .detectors.search import Search
 from .functional import boundary_distance
 from .heads import find_head
 from .recipes import TAU

@@ -1,7 +1,7 @@
 """Stored features: what a model made of data, in files that any tool can write.
 
-A file holds, under these names, `features` (n, m) and, as far as there are any, `logits` (n, c), `targets` (n,) integer,
-`paths` (n,) text, and the head of the model: `W` (c, m), `b` (c,).
+A file holds, under these names, `features` (n, m) and, as far as there are any, `logits` (n, c), `targets` (n,) of
+integers, `paths` (n,) of text, and the head of the model: `W` (c, m), `b` (c,).
 
     .npz        NumPy, arrays of those names; read without pickle
     .pt, .pth   torch.save of a dict of tensors (and a list of paths); read with weights_only
@@ -88,6 +88,16 @@ def batches(path: str | Path, size: int = 8192) -> Iterator[Stored]:
             yield stored.rows(slice(start, start + size))
 
 
+def load_head(file: str | Path) -> tuple[Tensor, Tensor | None] | None:
+    """(W, b) of a feature file, which need not hold features; None if it holds no head."""
+    file = Path(file)
+    held = {} if file.suffix == ".parquet" else _held(file)
+    if not isinstance(held, dict) or "W" not in held:
+        return None
+    stored = _checked(file, {"features": torch.zeros(0, 1), "W": held["W"], "b": held.get("b")})
+    return stored.W, stored.b
+
+
 def load(file: str | Path) -> Stored:
     """All samples of one file; UserError if it cannot be read or does not hold what it should."""
     file = Path(file)
@@ -101,18 +111,21 @@ def load(file: str | Path) -> Stored:
             joined[name] = None if values[0] is None else torch.cat(values)
         paths = None if parts[0].paths is None else tuple(path for part in parts for path in part.paths)
         return Stored(**joined, paths=paths)
+    return _checked(file, _held(file))
+
+
+def _held(file: Path) -> object:
+    """What a .npz or .pt file holds, as far as its names are known."""
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as archive:
-                held = {name: archive[name] for name in _NAMES if name in archive}
-        else:
-            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return {name: archive[name] for name in _NAMES if name in archive}
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise checks.UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise checks.UserError(f"{file}: is damaged, or not a file of {file.suffix} ({reason})") from error
-    return _checked(file, held)
 
 
 def _checked(file: Path, held: object) -> Stored:
@@ -167,7 +180,7 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
                     if name == "path":
                         held["paths"] = column.to_pylist()
                     elif name == "target":
-                        held["targets"] = column.to_numpy(zero_copy_only=False)
+                        held["targets"] = column.to_numpy(zero_copy_only=False).copy()
                     else:
                         flat = column.flatten().to_numpy(zero_copy_only=False)
                         if len(batch) and len(flat) % len(batch):

@@ -70,7 +70,7 @@ def test_rows_are_read_once(monkeypatch):
     monkeypatch.setattr(sets, "row_statistics", counted)
     fitted.score(net, X)
     assert len(calls) == 1
-    assert set(calls[0]) == {"max", "logsumexp", "predicted", "norm1", "norm2", "centred_norm", "projection"}
+    assert set(calls[0]) == {"max", "logsumexp", "norm1", "norm2", "centred_norm", "projection"}
     # Sharing is found again after a move and after loading, which copy every buffer.
     fitted.double().float()
     fitted.load_state_dict({name: value.clone() for name, value in fitted.state_dict().items()})

@@ -9,7 +9,7 @@ from torch import nn
 
 from ood_fast import checks, detectors, metrics
 from ood_fast.detectors import NCI, DetectorSet
-from ood_fast.detectors.tune import Search, tune
+from ood_fast.detectors.search import Search, tune
 
 X = torch.randn(60, 6)
 Y = torch.arange(60) % C

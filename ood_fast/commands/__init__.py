@@ -3,6 +3,6 @@
 Nothing here imports torch before a command runs: `ood-fast --help` answers at once.
 """
 
-from . import compare, info
+from . import compare, fit, info, score
 
-COMMANDS = (compare, info)
+COMMANDS = (compare, fit, score, info)

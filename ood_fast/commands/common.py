@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata, util
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from ..detectors import DetectorSet
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "rich")
 
@@ -71,3 +83,131 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     return {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count()} CPUs"}
+
+
+# ---- what `fit`, `score` and their like share
+
+
+def import_plugins(modules: list[str]) -> None:
+    """Import the user's modules, whose detectors register themselves."""
+    sys.path.insert(0, os.getcwd())
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise refusal(
+                f"--plugin: cannot import {name!r} ({error}), looked for it here and where packages are"
+            ) from error
+
+
+def detector_set(names: str, settings: list[str], on_features: bool) -> DetectorSet:
+    """The `DetectorSet` of "A,B" (or "all" that can be used) and "A.k=3"; for stored features or for images."""
+    from .. import checks
+    from ..detectors import DetectorSet, find, known
+
+    chosen = {}
+    usable = [name for name in known() if not (on_features and find(name).needs_model)]
+    for name in usable if names == "all" else listed(names):
+        cls = find(name)
+        if cls.__name__ not in usable:
+            raise refusal(f"--detectors: {cls.label} passes images through the model, features do not suffice")
+        chosen[cls.__name__] = (cls, {})
+    if not chosen:
+        raise refusal("--detectors: got none, expected at least one")
+    for text in settings:
+        path, equals, value = text.partition("=")
+        name, dot, setting = path.strip().partition(".")
+        if not equals or not dot:
+            raise refusal(f"--set: got {text!r}, expected DETECTOR.PARAMETER=VALUE, as in KNN.k=10")
+        cls = find(name)
+        if cls.__name__ not in chosen:
+            raise refusal(f"--set {text}: {cls.__name__} is not among the detectors {', '.join(chosen)}")
+        parameters = list(inspect.signature(cls).parameters)
+        if setting not in parameters:
+            raise refusal(f"--set {text}: {checks.unknown(f'parameter of {cls.__name__}', setting, parameters)}")
+        chosen[cls.__name__][1][setting] = literal(value.strip())
+    try:
+        return DetectorSet({name: cls(**given) for name, (cls, given) in chosen.items()})
+    except (TypeError, ValueError) as error:
+        raise refusal(f"--set: {error}") from error
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """ "A, B" -> ("A", "B")."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def literal(text: str) -> Any:
+    """A Python number, True, None, ... or, if it is none of these, the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+class Bar:
+    """Progress over samples on stderr: a bar with samples/s and time left on a terminal, else one line at the end."""
+
+    def __init__(self, what: str, total: int | None, quiet: bool) -> None:
+        self.what, self.total, self.quiet = what, total, quiet
+        self.done, self.start, self.bar = 0, time.perf_counter(), None
+        if quiet or not sys.stderr.isatty() or util.find_spec("rich") is None:
+            return
+        from rich import progress
+        from rich.console import Console
+
+        columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()]
+        columns += [progress.TextColumn("{task.fields[rate]}"), progress.TimeRemainingColumn()]
+        self.bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> Bar:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=self.total, rate="")
+        return self
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        if self.bar:
+            self.bar.update(self.task, advance=n, rate=f"{self.rate():,.0f}/s")
+
+    def rate(self) -> float:
+        return self.done / max(time.perf_counter() - self.start, 1e-9)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        if not self.quiet and error is None:
+            seconds = time.perf_counter() - self.start
+            print(f"{self.what}: {self.done} in {seconds:.1f} s ({self.rate():,.0f}/s)", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def share(self, n: int) -> range:
+        """The samples of this process: a contiguous part, none twice, none left out."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Process]:
+    """Join the processes that `torchrun` started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Process()
+        return
+    import torch
+    import torch.distributed as dist
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

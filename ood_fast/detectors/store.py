@@ -9,6 +9,7 @@ it, under the names "KNN/bank", "NCI/mean". Its metadata, all text:
     detectors                 JSON: name -> {method, settings, calibration,
                               tensors: {buffer: {key, dtype, shape, crc32}}}
     class_names               JSON: a list, or null
+    notes                     JSON: what the caller wants to remember, such as how images are prepared
     crc32                     of all of the above
 
 The settings are the keywords of the class, in JSON, where {"dtype": "float16"}, {"tuple": [...]}, {"float": "inf"} and
@@ -39,12 +40,18 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "ood_fast detectors", 1
 
 
-def save(detectors: Detector | DetectorSet, path: str | os.PathLike, class_names: Iterable[str] | None = None) -> None:
+def save(
+    detectors: Detector | DetectorSet,
+    path: str | os.PathLike,
+    class_names: Iterable[str] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
     """Write a fitted detector or a set of them. The file appears under its name once it is complete, or not at all.
 
     Args:
         path: the file, an older one is replaced; the suffix .safetensors is usual.
         class_names: one a class, in the order of the logits; None: the `class_names` of the detector.
+        notes: numbers, strings, lists and mappings of your own, which `notes` reads back.
 
     Raises:
         OSError: the path is a folder, or its folder does not exist or cannot be written to.
@@ -74,6 +81,7 @@ def save(detectors: Detector | DetectorSet, path: str | os.PathLike, class_names
         "kind": "set" if hasattr(detectors, "items") else "detector",
         "detectors": json.dumps(entries),
         "class_names": json.dumps(class_names),
+        "notes": json.dumps(dict(notes or {})),
     }
     metadata["crc32"] = _checksum_of_text(metadata)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -110,6 +118,12 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detecto
     from .sets import DetectorSet
 
     return DetectorSet(detectors)
+
+
+def notes(path: str | os.PathLike) -> dict[str, Any]:
+    """The notes that were saved with the detectors; raises as `load`."""
+    metadata, _ = _read(Path(path))
+    return json.loads(metadata.get("notes", "{}"))
 
 
 # ---- writing

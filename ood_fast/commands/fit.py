@@ -1,0 +1,252 @@
+"""`ood-fast fit`: fit detectors on image folders or stored features, and write them to one file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import images
+from .common import Bar, Process, RunError, detector_set, device, import_plugins, processes, refusal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..detectors import DetectorSet
+
+
+def add(commands: Any) -> None:
+    """The parser of the command."""
+    parser = commands.add_parser(
+        "fit",
+        help="fit detectors on images or stored features, and save them",
+        description="Fit any number of detectors in one pass over images (--model, --data) or stored features "
+        "(--features), choose their parameters (--tune) and thresholds on validation data, and save them as one "
+        "safetensors file. Under torchrun, each process takes a part of the data.",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write, as in detectors.safetensors")
+    parser.add_argument(
+        "--detectors", default="MSP,Energy,KNN,NCI,FDBD", metavar="A,B", help="or all (default: %(default)s)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="A.k=3", help="a parameter of a detector")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
+    data = parser.add_argument_group("data: folders of images, or feature files with --features")
+    data.add_argument("--data", metavar="PATH", help="training images, a folder for each class")
+    data.add_argument("--features", metavar="PATH", help="training features: .npz, .pt, .parquet, or a folder of them")
+    data.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
+    data.add_argument("--validation", metavar="PATH", help="in-distribution data that was not trained on")
+    data.add_argument(
+        "--ood-validation", action="append", default=[], metavar="PATH", help="OOD data for --tune; may be repeated"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="choose parameters by AUROC on --validation and --ood-validation"
+    )
+    threshold = parser.add_mutually_exclusive_group()
+    threshold.add_argument(
+        "--tpr", type=float, metavar="P", help="thresholds that keep P of --validation (default 0.95)"
+    )
+    threshold.add_argument("--alpha", type=float, metavar="A", help="thresholds that flag new ID data with chance <= A")
+    images.add_options(parser)
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    from .. import checks
+    from ..detectors import store
+
+    _check(options)
+    import_plugins(options.plugin)
+    detectors = detector_set(options.detectors, options.set, bool(options.features))
+    out = Path(options.out).expanduser()
+    checks.writable_folder("--out", out.parent)
+    where = device(options.device)
+    with processes(where) as process:
+        options.quiet |= process.rank > 0
+        open_data = _open_features(options) if options.features else _open_images(options, where, process)
+        try:
+            fitted = _fit(detectors, open_data, options, process)
+        except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
+            raise refusal(str(error)) from error
+        if process.rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                store.save(fitted, out, open_data.class_names, notes=open_data.notes)
+            except OSError as error:
+                raise RunError(f"cannot write {out}: {error}") from error
+            if not options.quiet:
+                _tell(fitted, out)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if bool(options.data) == bool(options.features):
+        raise refusal("--data, --features: expected one of them, training images or training features")
+    if options.tune and not (options.validation and options.ood_validation):
+        raise refusal("--tune: needs --validation and --ood-validation")
+    if options.ood_validation and not options.tune:
+        raise refusal("--ood-validation: only used with --tune")
+    if (options.tpr is not None or options.alpha is not None) and not options.validation:
+        raise refusal("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
+    if options.tune:
+        for path in [options.validation, *options.ood_validation]:
+            if "test" in (part.lower() for part in Path(path).parts):
+                raise refusal(
+                    f"--tune: {path} looks like test data; parameters that were chosen on it make its results "
+                    "worthless, choose on validation data"
+                )
+
+
+# ---- one interface to images and to features
+
+
+class _Data:
+    """Fitting and scoring on what a path names. `class_names` and `notes` go into the file."""
+
+    class_names: tuple[str, ...] | None = None
+    notes: dict[str, Any]
+
+    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        raise NotImplementedError
+
+    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
+        raise NotImplementedError
+
+
+class _ImageData(_Data):
+    def __init__(
+        self, model: torch.nn.Module, prepared: dict[str, Any], options: argparse.Namespace, names: Any
+    ) -> None:
+        self.model, self.prepared, self.options, self.class_names = model, prepared, options, names
+        self.notes = {"model": options.model, "checkpoint": options.checkpoint, "head": options.head, **prepared}
+
+    def _batches(self, path: str, process: Process, bar: Bar, with_classes: bool) -> images.Images:
+        source = images.read_folder(path, with_classes)
+        rows = process.share(len(source))
+        bar.total = len(rows)
+        return images.Images(source, self.prepared, rows, self.options, bar.advance)
+
+    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
+            batches = self._batches(path, process, bar, with_classes=True)
+            detectors.fit(self.model, batches, self.options.head, process.group)
+
+    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
+        with Bar(f"scoring {path}", None, self.options.quiet) as bar:
+            batches = self._batches(path, process, bar, with_classes=False)
+            for _, scores in detectors.score_loader(self.model, batches, self.options.head):
+                yield scores
+
+
+class _FeatureData(_Data):
+    def __init__(self, head: tuple | None, options: argparse.Namespace) -> None:
+        self.head, self.options, self.notes = head, options, {}
+
+    def _batches(self, path: str, process: Process, bar: Bar) -> Iterable:
+        from .. import features
+
+        for index, stored in enumerate(features.batches(path)):
+            if index % process.size == process.rank:
+                yield stored.with_logits(self.head)
+                bar.advance(len(stored))
+
+    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
+            for stored in self._batches(path, process, bar):
+                detectors.partial_fit(stored.features, stored.logits, stored.targets)
+            detectors.finalize(self.head, process.group)
+
+    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
+        with Bar(f"scoring {path}", None, self.options.quiet) as bar:
+            for stored in self._batches(path, process, bar):
+                yield detectors.score_features(stored.features, stored.logits)
+
+
+def _open_images(options: argparse.Namespace, where: str, process: Process) -> _Data:
+    source = images.read_folder(options.data, with_classes=True)
+    n_classes = None if source.classes is None else len(source.classes)
+    model = images.load_model(options, n_classes, where)
+    names = source.classes if source.classes and n_classes == _n_outputs(model, options.head) else None
+    return _ImageData(model, images.preparation_of(options), options, names)
+
+
+def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
+    from ..heads import given_head
+
+    try:
+        return given_head(model, head).out_features
+    except ValueError:
+        return None
+
+
+def _open_features(options: argparse.Namespace) -> _Data:
+    from .. import features
+
+    holder = features.files(options.head_file or options.features)[0]
+    head = features.load_head(holder)
+    if head is None and options.head_file:
+        raise refusal(f"--head-file {holder}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
+    return _FeatureData(head, options)
+
+
+# ---- what is done with it
+
+
+def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, process: Process) -> DetectorSet:
+    from ..detectors import DetectorSet
+    from ..detectors.search import Search
+
+    fitting = Search(detectors) if options.tune else detectors
+    on_validation = {n: d for n, d in fitting.items() if options.validation and d.fits_on == "validation"}
+    on_train = {name: detector for name, detector in fitting.items() if name not in on_validation}
+    if on_train:
+        data.fit(DetectorSet(on_train), options.data or options.features, process)
+    if on_validation:
+        data.fit(DetectorSet(on_validation), options.validation, process)
+    if not options.validation:
+        return fitting
+    inside = _joined(data.scores(fitting, options.validation, process), process)
+    if options.tune:
+        outside = {path: _joined(data.scores(fitting, path, process), process) for path in options.ood_validation}
+        chosen, trials = fitting.choose(inside, outside)
+        kept = {name: next(n for n, d in fitting.items() if d is detector) for name, detector in chosen.items()}
+        inside = {name: inside[candidate] for name, candidate in kept.items()}
+        fitting = chosen
+        if not options.quiet:
+            for name, tried in trials.items():
+                if tried:
+                    best = max(tried, key=lambda trial: trial.auroc)
+                    found = ", ".join(f"{key}={value}" for key, value in best.settings.items())
+                    print(f"{name}: {found} (AUROC {100 * best.auroc:.2f} %, best of {len(tried)})")
+    for name, detector in fitting.items():
+        detector.calibrate(inside[name], tpr=options.tpr, alpha=options.alpha)
+    return fitting
+
+
+def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:
+    """The scores of all batches, and of all processes, in the order of the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    with closing(batches):
+        parts = [{name: scores.cpu() for name, scores in batch.items()} for batch in batches]
+    if process.group is not None:
+        everyone: list = [None] * process.size
+        dist.all_gather_object(everyone, parts, process.group)
+        parts = [part for of_rank in everyone for part in of_rank]
+    if not parts:
+        raise refusal("--validation, --ood-validation: got no samples")
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _tell(fitted: DetectorSet, out: Path) -> None:
+    for name, detector in fitted.items():
+        threshold = "none" if detector.threshold is None else f"{float(detector.threshold):.6g}"
+        print(f"{name}: {detector}, threshold {threshold}")
+    if all(detector.threshold is None for detector in fitted.detectors):
+        print("no thresholds: pass --validation (in-distribution data that was not trained on) to set them")
+    print(f"Wrote {out}; score with: ood-fast score --detectors {out} ...", file=sys.stdout)

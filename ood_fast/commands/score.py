@@ -1,0 +1,146 @@
+"""`ood-fast score`: score images or stored features with fitted detectors, into a table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import images
+from .common import Bar, Process, RunError, device, import_plugins, processes, refusal
+from .table import SUFFIXES, Table, require_pyarrow
+
+if TYPE_CHECKING:
+    from ..detectors import DetectorSet
+
+
+def add(commands: Any) -> None:
+    """The parser of the command."""
+    parser = commands.add_parser(
+        "score",
+        help="score images or stored features with fitted detectors",
+        description="Score every image below a folder (--data, with the --model that the detectors were fitted on) or "
+        "stored features (--features), and write path, prediction, score and is_ood of each to a CSV or Parquet file. "
+        "An interrupted run goes on where it stopped. Under torchrun, each process takes a part of the data.",
+    )
+    parser.add_argument("--detectors", required=True, metavar="FILE", help="what `ood-fast fit` wrote")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the table: .csv or .parquet")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of images, at any depth")
+    parser.add_argument("--features", metavar="PATH", help="stored features: .npz, .pt, .parquet, or a folder of them")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
+    images.add_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    from .. import checks
+    from ..detectors import DetectorSet, store
+
+    if bool(options.data) == bool(options.features):
+        raise refusal("--data, --features: expected one of them, images or stored features")
+    out = Path(options.out).expanduser()
+    if out.suffix not in SUFFIXES:
+        raise refusal(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
+    if out.suffix == ".parquet":
+        require_pyarrow()
+    checks.writable_folder("--out", out.parent)
+    if out.exists() and not options.overwrite:
+        raise refusal(f"--out: {out} exists; pass --overwrite to replace it")
+    import_plugins(options.plugin)
+    where = device(options.device)
+    try:
+        loaded, notes = store.load(options.detectors, where), store.notes(options.detectors)
+    except (OSError, ValueError) as error:
+        raise refusal(f"--detectors: {error}") from error
+    detectors = loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded])
+    seeing = [d.label for d in detectors.detectors if d.needs_model]
+    if options.features and seeing:
+        raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
+    with processes(where) as process:
+        options.quiet |= process.rank > 0
+        table = Table(out, detectors, _identity(options), process, options.overwrite)
+        with Bar(f"scoring {options.data or options.features}", None, options.quiet) as bar:
+            try:
+                if options.features:
+                    _score_features(detectors, table, options, process, bar)
+                else:
+                    _score_images(detectors, table, options, notes, process, bar, where)
+            except ValueError as error:  # what the detectors say of the data: NaN, features of another width
+                raise RunError(f"{error}; what was scored before is kept") from error
+        counts = table.finish()
+    if counts and not options.quiet:
+        n_rows, n_ood, n_bad = counts
+        print(f"{n_rows} rows in {out}")
+        for name, count in n_ood.items():
+            print(f"  {name}: {count} ({100 * count / max(1, n_rows):.1f} %) are out-of-distribution")
+        if n_bad:
+            print(f"  {n_bad} images could not be read and were skipped")
+
+
+def _identity(options: argparse.Namespace) -> str:
+    """A key of all that decides the rows: an interrupted run with another one is not continued."""
+    digest = hashlib.sha256(Path(options.detectors).read_bytes())
+    names = ("data", "features", "model", "checkpoint", "head", "n_classes", "size", "resize", "mean", "std")
+    chosen = {name: getattr(options, name) for name in names}
+    for name in ("data", "features", "checkpoint"):
+        if chosen[name]:
+            chosen[name] = str(Path(chosen[name]).resolve())
+    digest.update(json.dumps(chosen, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _score_features(
+    detectors: DetectorSet, table: Table, options: argparse.Namespace, process: Process, bar: Bar
+) -> None:
+    from .. import features
+    from ..checks import UserError
+
+    end = 0
+    head = next(((d.head_weight, d.head_bias) for d in detectors.detectors if d.needs_head), None)
+    for index, stored in enumerate(features.batches(options.features)):
+        first, end = end, end + len(stored)
+        if index % process.size != process.rank:
+            continue
+        bar.advance(len(stored))
+        if end <= table.start:
+            continue
+        stored = stored.rows(slice(max(0, table.start - first), None))
+        first = max(first, table.start)
+        stored = stored.with_logits(None if stored.W is not None else head)
+        if stored.logits is None and any(d.needs_logits for d in detectors.detectors):
+            raise UserError(f"--features {options.features}: holds no logits and no head W, b to make them with")
+        positions = range(first, end)
+        paths = stored.paths or [str(row) for row in positions]
+        predicted = None if stored.logits is None else stored.logits.max(dim=1).indices
+        table.write(positions, paths, predicted, detectors.score_features(stored.features, stored.logits))
+
+
+def _score_images(
+    detectors: DetectorSet,
+    table: Table,
+    options: argparse.Namespace,
+    notes: dict[str, Any],
+    process: Process,
+    bar: Bar,
+    where: str,
+) -> None:
+    for name in ("model", "checkpoint", "head"):
+        if getattr(options, name) is None:
+            setattr(options, name, notes.get(name))
+    source = images.read_folder(options.data, with_classes=False)
+    n_classes = next((len(d.head_weight) for d in detectors.detectors if d.needs_head), None)
+    model = images.load_model(options, n_classes, where)
+    rows = process.share(len(source))
+    bar.total = len(rows)
+    rest = range(max(rows.start, table.start), rows.stop)
+    bar.advance(len(rows) - len(rest))
+    prepared = images.preparation_of(options, notes)
+    batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)
+    for batch, scores in detectors.score_loader(model, batches, options.head):
+        positions, paths = batch.given[2:]
+        table.write(positions, paths, batch.logits.max(dim=1).indices, scores)

@@ -1,0 +1,187 @@
+"""The table that `ood-fast score` writes: complete under its name or not there, and continued after an interruption.
+
+While scoring, each process appends its rows to `.NAME.part<rank>`, one JSON array a line: what was written before an
+interruption stays, and a line that was cut off is dropped. At the end the parts are merged in the order of the samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import Process, RunError, refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..detectors import DetectorSet
+
+SUFFIXES = (".csv", ".parquet")
+GROUP_ROWS = 65536  # rows of one group of a Parquet file
+
+
+class Table:
+    """Rows of samples by their position in the data, which only grows.
+
+    Attributes:
+        start: the first position that is not in the table yet.
+    """
+
+    def __init__(self, out: Path, detectors: DetectorSet, identity: str, process: Process, overwrite: bool) -> None:
+        self.out, self.detectors, self.process = out, detectors, process
+        self.header = json.dumps({"identity": identity, "processes": process.size})
+        self.class_names = next((d.class_names for d in detectors.detectors if d.class_names), None)
+        part = self._part(process.rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        self.start = 0
+        try:
+            if part.exists() and not overwrite:
+                self.start = self._resumed(part)
+                self.file = open(part, "a", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
+            else:
+                self.file = open(part, "w", encoding="utf-8")  # noqa: SIM115
+                self.file.write(self.header + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {part}: {error.strerror}") from error
+
+    def _part(self, rank: int) -> Path:
+        return self.out.with_name(f".{self.out.name}.part{rank}")
+
+    def _resumed(self, part: Path) -> int:
+        """Cut off a line that is not complete; the position after the last one that is."""
+        with open(part, "rb+") as file:
+            content_end, start = 0, 0
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):
+                    break
+                content_end += len(line)
+                if number == 0 and line.decode().rstrip("\n") != self.header:
+                    raise refusal(
+                        f"--out: {part} is what an interrupted run with other options or data left; pass --overwrite "
+                        "to begin anew"
+                    )
+                if number > 0:
+                    start = json.loads(line)[0] + 1
+            file.truncate(content_end)
+            if content_end == 0:
+                file.write(self.header.encode() + b"\n")
+        return start
+
+    def write(
+        self, positions: Sequence[int], paths: Sequence[str], predicted: Tensor | None, scores: dict[str, Tensor]
+    ) -> None:
+        """Add the rows of one batch."""
+        predictions = [None] * len(paths) if predicted is None else predicted.tolist()
+        columns = [scores[name].tolist() for name in self.detectors]
+        rows = zip(positions, paths, predictions, zip(*columns, strict=True), strict=True)
+        self._append(json.dumps(row) for row in rows)
+
+    def write_bad(self, position: int, path: str) -> None:
+        """Remember an image that cannot be read: it is not tried again, and counted at the end."""
+        self._append([json.dumps([position, path])])
+
+    def _append(self, lines) -> None:
+        try:
+            self.file.writelines(line + "\n" for line in lines)
+            self.file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self._part(self.process.rank)}: {error.strerror}") from error
+
+    def finish(self) -> tuple[int, dict[str, int], int] | None:
+        """Close the parts, and make the table of them in the first process.
+
+        Returns there (rows, detector with a threshold -> rows that are OOD, images that could not be read).
+        """
+        self.file.close()
+        if self.process.group is not None:
+            import torch.distributed as dist
+
+            dist.barrier(self.process.group)
+        if self.process.rank > 0:
+            return None
+        self.n_bad, self.n_rows = 0, 0
+        self.n_ood = {name: 0 for name, d in self.detectors.items() if d.threshold is not None}
+        unfinished = self.out.with_name(f".{self.out.name}.{os.getpid()}")
+        try:
+            (self._write_csv if self.out.suffix == ".csv" else self._write_parquet)(unfinished)
+            os.replace(unfinished, self.out)
+        except OSError as error:
+            raise RunError(f"cannot write {self.out}: {error.strerror}; run the same command again") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        for rank in range(self.process.size):
+            self._part(rank).unlink(missing_ok=True)
+        return self.n_rows, self.n_ood, self.n_bad
+
+    def columns(self) -> list[str]:
+        """path, prediction, score, is_ood; with several detectors NAME and NAME_is_ood for each."""
+        names = list(self.detectors)
+        pairs = [("score", "is_ood")] if len(names) == 1 else [(name, f"{name}_is_ood") for name in names]
+        return ["path", "prediction", *(column for pair in pairs for column in pair)]
+
+    def _rows(self) -> Iterator[list[Any]]:
+        """All parts merged, without the images that could not be read."""
+        thresholds = [None if d.threshold is None else float(d.threshold) for d in self.detectors.detectors]
+        for row in heapq.merge(*(self._lines(rank) for rank in range(self.process.size)), key=lambda row: row[0]):
+            if len(row) == 2:
+                self.n_bad += 1
+                continue
+            _, path, prediction, scores = row
+            cells: list[Any] = []
+            for name, score, threshold in zip(self.detectors, scores, thresholds, strict=True):
+                is_ood = None if threshold is None else score < threshold
+                cells += [score, is_ood]
+                if is_ood:
+                    self.n_ood[name] += 1
+            if prediction is not None and self.class_names is not None:
+                prediction = self.class_names[prediction]
+            self.n_rows += 1
+            yield [path, prediction, *cells]
+
+    def _lines(self, rank: int) -> Iterator[list[Any]]:
+        with open(self._part(rank), encoding="utf-8") as file:
+            next(file)
+            for line in file:
+                yield json.loads(line)
+
+    def _write_csv(self, path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns())
+            writer.writerows(self._rows())
+
+    def _write_parquet(self, path: Path) -> None:
+        pyarrow = require_pyarrow()
+        from pyarrow import parquet
+
+        kinds = {"path": pyarrow.string(), "prediction": pyarrow.string() if self.class_names else pyarrow.int64()}
+        columns = self.columns()
+        schema = pyarrow.schema(
+            [(c, kinds.get(c, pyarrow.bool_() if c.endswith("is_ood") else pyarrow.float64())) for c in columns]
+        )
+        with parquet.ParquetWriter(path, schema) as writer:
+            group: list[list[Any]] = []
+
+            def flush() -> None:
+                values = [list(column) for column in zip(*group, strict=True)] or [[] for _ in columns]
+                writer.write_table(pyarrow.table(values, schema=schema))
+                group.clear()
+
+            for row in self._rows():
+                group.append(row)
+                if len(group) == GROUP_ROWS:
+                    flush()
+            flush()
+
+
+def require_pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise refusal("--out: writing Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
+    return pyarrow

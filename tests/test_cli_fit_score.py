@@ -1,0 +1,369 @@
+"""`ood-fast fit` and `ood-fast score` as a user runs them: on image folders and on stored features."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ood_fast import cli, detectors, features
+
+pytest.importorskip("torchvision")
+from PIL import Image
+
+C, SIZE = 3, 16
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)).eval()
+"""
+PLUGIN = """
+from ood_fast.detectors import Detector, register
+
+@register
+class SecondLogit(Detector):
+    needs_logits = True
+
+    def _score(self, features, logits):
+        return -logits.topk(2, dim=1).values[:, 1]
+"""
+ON_IMAGES = ["--model", "mymodel:build", "--size", str(SIZE), "--resize", str(SIZE), "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("mymodel", None)
+    Path("mymodel.py").write_text(MODEL)
+    return tmp_path
+
+
+@pytest.fixture
+def photos() -> None:
+    """train/<class>, val, ood: 20 + 12 + 6 images of 16×16, each class of a colour of its own."""
+    random = np.random.default_rng(0)
+
+    def draw(folder: str, name: str, colour: int | None) -> None:
+        pixels = random.integers(0, 120, (SIZE, SIZE, 3), dtype=np.uint8)
+        if colour is not None:
+            pixels[..., colour] += 130
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(f"{folder}/{name}.png")
+
+    for index in range(21):
+        draw(f"train/{'rgb'[index % C]}", f"{index:02d}", index % C)
+    for index in range(12):
+        draw("val", f"{index:02d}", index % C)
+    for index in range(6):
+        draw("ood", f"{index:02d}", None)
+
+
+def rows_of(path: str) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def fit(*arguments: str) -> int:
+    return cli.main(["fit", *arguments, "--quiet"])
+
+
+def score(*arguments: str) -> int:
+    return cli.main(["score", *arguments, "--quiet"])
+
+
+# ---- images
+
+
+def test_fit_and_score_image_folders(photos, capsys):
+    fitted = ["fit", "--data", "train", "--validation", "val", "--detectors", "MSP,KNN,NCI", "--set", "KNN.k=3"]
+    assert cli.main([*fitted, "--out", "out/d.safetensors", *ON_IMAGES]) == 0
+    told = capsys.readouterr()
+    assert "Wrote out/d.safetensors" in told.out
+    assert "fitting on train: 21 in" in told.err
+    # The model and how its images are prepared are remembered.
+    assert (
+        cli.main(["score", "--detectors", "out/d.safetensors", "--data", "ood", "--out", "s.csv", "--workers", "0"])
+        == 0
+    )
+    assert "6 rows in s.csv" in capsys.readouterr().out
+    rows = rows_of("s.csv")
+    assert [Path(row["path"]).name for row in rows] == [f"{index:02d}.png" for index in range(6)]
+    assert list(rows[0]) == ["path", "prediction", "MSP", "MSP_is_ood", "KNN", "KNN_is_ood", "NCI", "NCI_is_ood"]
+    assert {row["prediction"] for row in rows} <= {"r", "g", "b"}
+
+    # The same by hand.
+    sys.path.insert(0, "")
+    import mymodel
+
+    from ood_fast.data.images import preparation
+
+    loaded = detectors.load("out/d.safetensors")
+    prepare = preparation(SIZE, SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = torch.stack([prepare(Image.open(f"ood/{index:02d}.png").convert("RGB")) for index in range(6)])
+    for name, expected in loaded.score(mymodel.build(), x).items():
+        torch.testing.assert_close(torch.tensor([float(row[name]) for row in rows]), expected.float())
+        flagged = [row[f"{name}_is_ood"] == "True" for row in rows]
+        assert flagged == loaded[name].is_ood(expected).tolist()
+    assert not list(Path().glob(".*part*"))
+
+
+def test_one_detector_has_the_columns_score_and_is_ood(photos):
+    assert fit("--data", "train", "--detectors", "NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
+    assert score("--detectors", "d.safetensors", "--data", "val", "--out", "s.csv", "--workers", "0") == 0
+    assert list(rows_of("s.csv")[0]) == ["path", "prediction", "score", "is_ood"]
+    assert {row["is_ood"] for row in rows_of("s.csv")} == {""}, "without a threshold nothing is decided"
+
+
+def test_a_bad_image_is_told_by_its_path_and_skipped_only_when_asked(photos, capsys):
+    Path("ood/02.png").write_bytes(b"no image")
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
+    arguments = ["score", "--detectors", "d.safetensors", "--data", "ood", "--out", "s.csv", "--workers", "2"]
+    assert cli.main([*arguments, "--batch-size", "2", "--model", "mymodel:build"]) == 1
+    error = capsys.readouterr().err
+    assert "ood/02.png" in error
+    assert "--skip-bad" in error
+    assert "Traceback" not in error
+    assert not Path("s.csv").exists()
+    assert cli.main([*arguments, "--batch-size", "2", "--model", "mymodel:build", "--skip-bad"]) == 0
+    told = capsys.readouterr()
+    assert "skipped image" in told.err
+    assert "1 images could not be read" in told.out
+    assert [Path(row["path"]).name for row in rows_of("s.csv")] == ["00.png", "01.png", "03.png", "04.png", "05.png"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
+    assert fit("--data", "train", "--detectors", "MSP,NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
+    arguments = ["--detectors", "d.safetensors", "--data", "val", "--workers", "0", "--batch-size", "2"]
+    assert score(*arguments, "--out", "whole.csv") == 0
+
+    from ood_fast.commands.table import Table
+
+    write, n_calls = Table.write, []
+
+    def interrupted(self, *args):
+        if len(n_calls) == 3:
+            raise KeyboardInterrupt
+        n_calls.append(1)
+        write(self, *args)
+
+    monkeypatch.setattr(Table, "write", interrupted)
+    assert score(*arguments, "--out", "s.csv") == 130
+    assert not Path("s.csv").exists()
+    part = Path(".s.csv.part0")
+    assert len(part.read_text().splitlines()) == 1 + 6
+    with open(part, "a") as file:
+        file.write('[6, "val/06')  # the line that a killed process did not finish
+    positions = []
+    monkeypatch.setattr(Table, "write", lambda self, at, *args: positions.extend(at) or write(self, at, *args))
+    assert score(*arguments, "--out", "s.csv") == 0
+    assert positions == list(range(6, 12)), "what was scored is not scored again"
+    assert Path("s.csv").read_bytes() == Path("whole.csv").read_bytes()
+
+    # With other data, what is left of a run is not continued.
+    part.write_text(json.dumps({"identity": "other", "processes": 1}) + "\n")
+    assert score(*arguments, "--out", "s.csv", "--overwrite") == 0
+    Path("s.csv").unlink()
+    part.write_text(json.dumps({"identity": "other", "processes": 1}) + "\n")
+    assert score(*arguments, "--out", "s.csv") == 2
+
+
+def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys):
+    arguments = ["fit", "--data", "train", "--detectors", "NCI,KNN", "--set", "KNN.k=2", *ON_IMAGES]
+    tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]
+    # OpenOOD's candidates for k need at least 1000 features; a user with few of them says so.
+    assert cli.main([*arguments, *tuned]) == 2
+    assert "k: got 50, expected at most 21" in capsys.readouterr().err
+    arguments[4] = "NCI"
+    arguments = [argument for argument in arguments if argument not in ("--set", "KNN.k=2")]
+    assert cli.main([*arguments, *tuned]) == 0
+    assert "NCI: alpha=" in capsys.readouterr().out
+    assert detectors.load("d.safetensors")["NCI"].threshold is not None
+    Path("val").rename("test")
+    assert cli.main([*arguments, "--tune", "--validation", "test", "--ood-validation", "ood", "--out", "e"]) == 2
+    assert "looks like test data" in capsys.readouterr().err
+
+
+# ---- stored features
+
+
+@pytest.fixture
+def stored() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    z, W, b = torch.randn(50, 8).relu(), torch.randn(C, 8), torch.randn(C)
+    f = torch.nn.functional.linear(z, W, b)
+    return {"features": z, "logits": f, "targets": f.argmax(1), "W": W, "b": b}
+
+
+def write(path: str, held: dict) -> str:
+    if path.endswith(".npz"):
+        np.savez(path, **{name: np.asarray(value) for name, value in held.items()})
+    elif path.endswith(".pt"):
+        torch.save(held, path)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        names = {"features": "features", "logits": "logits", "targets": "target", "paths": "path"}
+        columns = {names[name]: list(np.asarray(value)) for name, value in held.items() if name in names}
+        parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".parquet"])
+@pytest.mark.parametrize("out", ["s.csv", "s.parquet"])
+def test_features_in_every_format(suffix, out, stored):
+    train = write(f"train{suffix}", stored)
+    head = write("head.npz", {"W": stored["W"], "b": stored["b"]})
+    test = {"features": stored["features"][:7] + 0.1, "paths": [f"image {i}, a\nb" for i in range(7)]}
+    names = "MSP,NCI,FDBD"
+    assert fit("--features", train, "--head-file", head, "--detectors", names, "--out", "d.safetensors") == 0
+    assert score("--detectors", "d.safetensors", "--features", write(f"test{suffix}", test), "--out", out) == 0
+    if out.endswith(".csv"):
+        rows = rows_of(out)
+    else:
+        from pyarrow import parquet
+
+        rows = parquet.read_table(out).to_pylist()
+    assert [row["path"] for row in rows] == test["paths"]
+    expected = detectors.DetectorSet(names.split(","))
+    expected.fit_features(stored["features"], stored["logits"], stored["targets"], (stored["W"], stored["b"]))
+    logits = torch.nn.functional.linear(test["features"], stored["W"], stored["b"])
+    assert [int(row["prediction"]) for row in rows] == logits.argmax(1).tolist()
+    for name, scores in expected.score_features(test["features"], logits).items():
+        torch.testing.assert_close(torch.tensor([float(row[name]) for row in rows]), scores, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_feature_files_is_one_data_set(stored):
+    for part in range(5):
+        rows = slice(10 * part, 10 * part + 10)
+        Path("parts").mkdir(exist_ok=True)
+        held = {name: stored[name][rows] for name in ("features", "logits", "targets")}
+        write(f"parts/{part}.npz", {**held, "W": stored["W"], "b": stored["b"]})
+    whole = write("whole.pt", stored)
+    for source, out in (("parts", "a"), (whole, "b")):
+        assert fit("--features", source, "--detectors", "all", "--out", f"{out}.safetensors", *SMALL) == 0
+        assert score("--detectors", f"{out}.safetensors", "--features", "parts", "--out", f"{out}.csv") == 0
+    for one, other in zip(rows_of("a.csv"), rows_of("b.csv"), strict=True):
+        for column, value in one.items():
+            if column in detectors.known():
+                assert float(value) == pytest.approx(float(other[column]), rel=1e-4, abs=1e-5), column
+
+
+SMALL = [
+    argument
+    for setting in ("KNN.k=5", "NNGuide.k=5", "NNGuide.fraction=1.0", "ViM.dim=3", "NECO.dim=3")
+    if setting.partition(".")[0] in detectors.known()
+    for argument in ("--set", setting)
+]
+
+
+def test_own_detectors(stored):
+    Path("mydetector.py").write_text(PLUGIN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    base = [sys.executable, "-m", "ood_fast"]
+    train = write("train.npz", stored)
+    own = ["--plugin", "mydetector"]
+    fitted = [*base, "fit", "--features", train, "--detectors", "SecondLogit", *own, "--out", "d.safetensors"]
+    subprocess.run(fitted, check=True, env=environment)
+    scored = [*base, "score", "--detectors", "d.safetensors", "--features", train, "--out", "s.csv"]
+    refused = subprocess.run(scored, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert "SecondLogit" in refused.stderr
+    subprocess.run([*scored, *own], check=True, env=environment)
+    expected = -stored["logits"].topk(2, dim=1).values[:, 1]
+    torch.testing.assert_close(torch.tensor([float(row["score"]) for row in rows_of("s.csv")]), expected)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_file_and_table(stored):
+    train = write("train.pt", stored)
+    Path("parts").mkdir()
+    for part in range(3):
+        held = {name: stored[name][20 * part : 20 * part + 20] for name in ("features", "logits", "targets")}
+        write(f"parts/{part}.pt", {**held, "W": stored["W"], "b": stored["b"]})
+    names = ["--detectors", "MSP,NCI,KNN,FDBD", "--set", "KNN.k=5"]
+    assert fit("--features", train, *names, "--validation", train, "--out", "one.safetensors") == 0
+    assert score("--detectors", "one.safetensors", "--features", "parts", "--out", "one.csv") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ood_fast"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    fitted = [*launch, "fit", "--features", "parts", *names, "--validation", "parts", "--out", "two.safetensors"]
+    subprocess.run(fitted, check=True, env=environment)
+    subprocess.run(
+        [*launch, "score", "--detectors", "two.safetensors", "--features", "parts", "--out", "two.csv"],
+        check=True,
+        env=environment,
+    )
+    for one, other in zip(rows_of("one.csv"), rows_of("two.csv"), strict=True):
+        assert one["path"] == other["path"]
+        for name in ("MSP", "NCI", "KNN", "FDBD"):
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5, abs=1e-6)
+            assert one[f"{name}_is_ood"] == other[f"{name}_is_ood"]
+
+
+# ---- what cannot be done
+
+
+def test_bad_requests(stored, capsys, photos):
+    train = write("train.npz", stored)
+    no_head = write("bare.npz", {"features": stored["features"]})
+    Path("torn.npz").write_bytes(Path("train.npz").read_bytes()[:200])
+    Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    wrong = write("wrong.npz", {"features": np.arange(3)})
+    nan = write("nan.npz", {**stored, "features": stored["features"] * float("nan")})
+    out = ["--out", "d.safetensors"]
+    cases = [
+        (["fit", *out], "expected one of them"),
+        (["fit", "--features", "nowhere.npz", *out], "nowhere.npz: no such file"),
+        (["fit", "--features", "mymodel.py", *out], "ending in '.py', expected .npz"),
+        (["fit", "--features", "torn.npz", *out], "torn.npz: is damaged"),
+        (["fit", "--features", "evil.pt", *out], "evil.pt: is damaged, or not"),
+        (["fit", "--features", wrong, *out], "features: got torch.int64 (3,)"),
+        (["fit", "--features", no_head, "--detectors", "NCI", *out], "NCI: head: got None"),
+        (["fit", "--features", nan, "--detectors", "NCI", *out], "features: got NaN in 50 of 50 rows"),
+        (["fit", "--features", train, "--detectors", "NCJ", *out], "did you mean 'NCI'?"),
+        (["fit", "--features", train, "--set", "KNN.q=1", *out], "unknown parameter of KNN 'q'"),
+        (["fit", "--features", train, "--set", "KNN.k=zero", *out], "k: got 'zero'"),
+        (["fit", "--features", train, "--tune", *out], "--tune: needs --validation"),
+        (["fit", "--features", train, "--tpr", "0.9", *out], "need --validation"),
+        (["fit", "--data", "nowhere", "--model", "resnet18", *out], "no folder nowhere"),
+        (["fit", "--data", "train", *out], "--model: got none"),
+        (["fit", "--data", "train", "--model", "mymodel:nothing", *out], "has no attribute 'nothing'"),
+        (["fit", "--data", "train", "--model", "resnet18", *out], "--checkpoint: needed"),
+        (["fit", "--data", "train", "--model", "mymodel:build", "--mean", "1,2", *out], "expected three numbers"),
+        (["score", "--detectors", "none", "--features", train, "--out", "s.csv"], "none"),
+        (["score", "--detectors", train, "--features", train, "--out", "s.csv"], "train.npz"),
+        (["score", "--detectors", "d", "--features", train, "--out", "s.txt"], "ending in .csv or .parquet"),
+    ]
+    for arguments, message in cases:
+        assert cli.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error, (arguments, error)
+        assert "Traceback" not in error
+    assert not Path("hacked").exists()
+    assert not Path("d.safetensors").exists()
+    assert fit("--features", train, "--detectors", "NCI", *out) == 0
+    Path("s.csv").write_text("mine")
+    assert score("--detectors", "d.safetensors", "--features", train, "--out", "s.csv") == 2
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert Path("s.csv").read_text() == "mine"
+    narrow = write("narrow.npz", {"features": torch.randn(3, 5), "logits": torch.randn(3, C)})
+    assert score("--detectors", "d.safetensors", "--features", narrow, "--out", "t.csv") == 1
+    assert "expected (n, 8)" in capsys.readouterr().err
+
+
+def test_batches_of_stored_features_keep_the_head(stored):
+    (first, second) = list(features.batches(write("train.pt", stored), size=30))
+    assert (len(first), len(second)) == (30, 20)
+    assert torch.equal(second.W, stored["W"])
+    assert torch.equal(second.with_logits(None).logits, stored["logits"][30:])
