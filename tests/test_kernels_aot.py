@@ -1,20 +1,17 @@
 """Every kernel compiles for every target, in the shapes it is launched in, within the resources of the target.
 Needs no GPU.
 
-`aot_compile.py` does the work, once, in another process: this one may have imported Triton as an interpreter.
+`aot_compile.py` does the work, once for this file and test_gates.py, in another process: this one may have imported
+Triton as an interpreter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import gates
 import pytest
 
 pytestmark = [
@@ -32,11 +29,7 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    worker = Path(__file__).with_name("aot_compile.py")
-    process = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return gates.compiled()
 
 
 def offenders(compiled: dict[str, Any], target: str, is_bad: Callable[[Record], bool]) -> list[Record]:
