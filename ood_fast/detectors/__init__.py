@@ -4,29 +4,48 @@ One file a family: `logit` (nothing but logits), `feature` (norms, proximity to 
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `subspace` (directions that the data does not use), `neighbour` (kept training features), `gradient` (passes of their
 own through the model). What fitting gathers is in `streaming`, the pass over the data in `run`, many detectors at once
-in `sets`, the search for parameters in `tune`, thresholds in `threshold`, files in `store`.
+in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
+from .activation import ASH, SCALE, ReAct
 from .base import Detector
-from .boundary import FDBD
+from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .feature import NCI, FeatureNorm
-from .logit import MSP, Energy, MaxLogit
+from .gradient import ODIN
+from .logit import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
 from .neighbour import KNN
 from .registry import create, find, known, register
+from .search import tune
 from .sets import DetectorSet
+from .store import load
+from .threshold import conformal_pvalue, conformal_threshold, tpr_threshold
 
 __all__ = [
+    "ASH",
     "FDBD",
+    "GEN",
     "KNN",
     "MSP",
     "NCI",
+    "ODIN",
+    "SCALE",
+    "BoundaryDistance",
     "Detector",
     "DetectorSet",
     "Energy",
+    "Entropy",
     "FeatureNorm",
+    "KLMatching",
     "MaxLogit",
+    "ReAct",
+    "TemperedMSP",
+    "conformal_pvalue",
+    "conformal_threshold",
     "create",
     "find",
     "known",
+    "load",
     "register",
+    "tpr_threshold",
+    "tune",
 ]

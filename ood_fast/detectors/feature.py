@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..functional import nci_score
+from ..statistics import row_statistics
 from . import streaming
 from .base import Detector
 from .registry import register
@@ -18,33 +19,42 @@ from .streaming import at_least_float32
 
 @register
 class FeatureNorm(Detector):
-    """The p-norm of the features: ‖z‖_p. A head that normalises its input is scored on z before normalisation.
+    """The p-norm of the features, ‖z‖_p, or of the logits, ‖f‖_p. A head that normalises its input is scored on z and f
+    without normalisation.
 
     p = 2: Haas, Yolland and Rabus, "Exploring Simple, High Quality Out-of-Distribution Detection with L2
-    Normalization", TMLR 2024, arXiv:2306.04072. p = 1 is the filter term of NCI (Liu and Qin, CVPR 2025).
+    Normalization", TMLR 2024, arXiv:2306.04072; its norm of logits is of="logits", its scaled softmax is
+    TemperedMSP(T, of="features"). p = 1 is the filter term of NCI (Liu and Qin, CVPR 2025).
 
     Args:
         p: order of the norm, 1 <= p <= inf.
+        of: "features" or "logits"; logits of −inf, masked classes, count as 0.
     """
 
     label = "Feature norm"
     needs_features = True
 
-    def __init__(self, p: float = 2.0) -> None:
+    def __init__(self, p: float = 2.0, of: str = "features") -> None:
         super().__init__()
         checks.real("p", p, 1.0)
-        self.p = float(p)
+        checks.one_of("of", of, ("features", "logits"))
+        self.p, self.of = float(p), of
+        self.needs_features, self.needs_logits = of == "features", of == "logits"
 
     def statistics(self) -> tuple[str, ...]:
-        return {1.0: ("norm1",), 2.0: ("norm2",)}.get(self.p, ())
+        name = "norm" if self.of == "features" else "logit_norm"
+        return (f"{name}{self.p:.0f}",) if self.p in (1, 2) else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         return statistics[self.statistics()[0]]
 
-    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+    def _score(self, features: Tensor | None, logits: Tensor | None) -> Tensor:
         if self.statistics():
             return super()._score(features, logits)
-        return torch.linalg.vector_norm(at_least_float32(features), ord=self.p, dim=1)
+        values = at_least_float32(features if self.of == "features" else logits)
+        if self.of == "logits":
+            values = values.masked_fill(values.isneginf(), 0.0)
+        return torch.linalg.vector_norm(values, ord=self.p, dim=1)
 
 
 @register
@@ -59,18 +69,23 @@ class NCI(Detector):
 
     Args:
         alpha: weight of the norm. Fitting keeps the one given; the papers choose it from `grid` on validation data, see
-            `ood_fast.detectors.tune`.
+            `ood_fast.detectors.tune`. 0 is the proximity (pScore) alone, as in the paper's ablation and by default in
+            pytorch-ood.
+        p: 1, or 2 for the L2 norm of the ablation.
+        proximity: False leaves the first term out, for the ablation: the score is α ‖z‖_p.
     """
 
     needs_features = True
     needs_head = True
     state = ("mean",)
-    grid: ClassVar = {"alpha": (1e-4, 1e-3, 1e-2, 1e-1)}
+    grid = {"alpha": (1e-4, 1e-3, 1e-2, 1e-1)}
 
-    def __init__(self, alpha: float = 1e-4) -> None:
+    def __init__(self, alpha: float = 1e-4, p: int = 1, proximity: bool = True) -> None:
         super().__init__()
         checks.real("alpha", alpha, 0.0)
-        self.alpha = alpha
+        checks.one_of("p", p, (1, 2))
+        checks.one_of("proximity", proximity, (True, False))
+        self.alpha, self.p, self.proximity = alpha, p, proximity
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         return {"mean": streaming.FeatureMean()}
@@ -79,17 +94,21 @@ class NCI(Detector):
         self.mean = mean.value()
 
     def statistics(self) -> tuple[str, ...]:
-        return ("predicted", "norm1", "centred_norm", "projection")
+        norm = (f"norm{self.p:.0f}",)
+        return (*norm, "centred_norm", "projection") if self.proximity else norm
 
     def constants(self) -> dict[str, Any]:
         return {"W": self.head_weight, "mean": self.mean}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        norm = self.alpha * statistics[f"norm{self.p:.0f}"]
+        if not self.proximity:
+            return norm
         length = statistics["centred_norm"]
-        proximity = torch.where(length > 0, statistics["projection"] / length, 0.0)  # z = μ has pScore 0
-        return proximity + self.alpha * statistics["norm1"]
+        return torch.where(length > 0, statistics["projection"] / length, 0.0) + norm  # z = μ has pScore 0
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        if logits is None:
-            return nci_score(features, self.head_weight, self.head_bias, self.mean, None, self.alpha)
-        return super()._score(features, logits)
+        if logits is not None or not self.proximity:
+            return super()._score(features, logits)
+        proximity = nci_score(features, self.head_weight, self.head_bias, self.mean, None, alpha=0.0)
+        return proximity + self.alpha * row_statistics((f"norm{self.p:.0f}",), None, features)[f"norm{self.p:.0f}"]

@@ -1,33 +1,57 @@
-"""Detectors that read nothing but the logits f (n, c)."""
+"""Detectors that read nothing but the logits f (n, c). A logit of −inf is a masked class, which none of them counts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..statistics import row_statistics
+from . import streaming
 from .base import Detector
+from .precision import linear
 from .registry import register
 from .streaming import at_least_float32
 
 
+def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """max_j softmax(f / T)_j, (n,), with T > 0 a number or (n, 1); from gaps, so that f / T cannot overflow."""
+    gap = logits.amax(dim=1, keepdim=True) - logits
+    return (gap / temperature).neg().exp().sum(dim=1).reciprocal()
+
+
 @register
 class MSP(Detector):
-    """Maximum softmax probability: max_j softmax(f)_j.
+    """Maximum softmax probability: max_j softmax(f / T)_j.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
     ICLR 2017, arXiv:1610.02136.
+
+    Args:
+        temperature: T > 0, the same for all samples; `TemperedMSP` has those that differ.
     """
 
     needs_logits = True
 
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        checks.real("temperature", temperature, 0.0, open_low=True)
+        self.temperature = temperature
+
     def statistics(self) -> tuple[str, ...]:
-        return ("max", "logsumexp")
+        return ("max", "logsumexp") if self.temperature == 1 else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         return (statistics["max"] - statistics["logsumexp"]).exp()
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return super()._score(features, logits)
+        return confidence(at_least_float32(logits), self.temperature)
 
 
 @register
@@ -73,3 +97,116 @@ class Energy(Detector):
         if self.temperature == 1:
             return super()._score(features, logits)
         return self.temperature * torch.logsumexp(at_least_float32(logits) / self.temperature, dim=1)
+
+
+@register
+class Entropy(Detector):
+    """Negative entropy of the softmax P: Σ_j P_j log P_j, with 0 log 0 = 0.
+
+    Chan et al., "Entropy Maximization and Meta Classification for Out-of-Distribution Detection in Semantic
+    Segmentation", ICCV 2021, arXiv:2012.06575.
+    """
+
+    needs_logits = True
+
+    def statistics(self) -> tuple[str, ...]:
+        return ("entropy",)
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return -statistics["entropy"]
+
+
+@register
+class GEN(Detector):
+    """Negative generalised entropy of the M largest softmax probabilities: −Σ P_j^γ (1 − P_j)^γ.
+
+    1 − P_j keeps its digits where P_j is nearly 1, so that certain predictions are told apart.
+
+    Liu, Lochman and Zach, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR 2023.
+
+    Args:
+        gamma: γ > 0.
+        M: how many classes; None, or as many as there are: all. All with the other defaults shares the read of the
+            other logit detectors.
+        reduction: "sum" as OpenOOD has it, or "mean" over the M classes as pytorch-ood.
+        clamp: probabilities count as [clamp, 1 − clamp]. 0 as in the paper and OpenOOD; pytorch-ood's value is 1e-7.
+            GEN(M=None, reduction="mean", clamp=1e-7) is pytorch-ood's default.
+    """
+
+    needs_logits = True
+    grid = {"gamma": (0.01, 0.1, 0.5, 1, 2, 5, 10), "M": (10, 50, 100, 200, 500, 1000)}
+
+    def __init__(self, gamma: float = 0.1, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
+        super().__init__()
+        checks.real("gamma", gamma, 0.0, open_low=True)
+        if M is not None and (isinstance(M, bool) or not isinstance(M, int) or M < 1):
+            raise ValueError(f"M: got {M!r}, expected an int >= 1, or None for all classes")
+        checks.one_of("reduction", reduction, ("sum", "mean"))
+        checks.real("clamp", clamp, 0.0, 0.5)
+        self.gamma, self.M, self.reduction, self.clamp = gamma, M, reduction, clamp
+
+    def statistics(self) -> tuple[str, ...]:
+        return ("gen",) if self.M is None and self.reduction == "sum" and not self.clamp else ()
+
+    def constants(self) -> dict[str, Any]:
+        return {"gamma": self.gamma}
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return -statistics["gen"]
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        n_largest = logits.shape[1] if self.M is None else min(self.M, logits.shape[1])
+        if n_largest == logits.shape[1] and not self.clamp:
+            total = row_statistics(("gen",), logits, gamma=self.gamma)["gen"]
+        else:
+            total = self._largest_terms(at_least_float32(logits), n_largest).sum(dim=1)
+        return -total / n_largest if self.reduction == "mean" else -total
+
+    def _largest_terms(self, logits: Tensor, n_largest: int) -> Tensor:
+        """(n, M). With e_j = exp(f_j − f_p) and rest = Σ_{j≠p} e_j: P_j = e_j / (1 + rest), and 1 − P_j is
+        ((1 − e_j) + rest) / (1 + rest), which does not cancel at j = p. Logarithms, as P_j itself underflows."""
+        gap = logits.amax(dim=1, keepdim=True) - logits
+        first = gap.argmin(dim=1, keepdim=True)
+        rest = gap.neg().exp().scatter(1, first, 0.0).sum(dim=1, keepdim=True)
+        gap = gap.topk(n_largest, dim=1, largest=False).values
+        log_p = -gap - rest.log1p()
+        log_other = (rest - torch.expm1(-gap)).log() - rest.log1p()
+        if self.clamp:
+            low, high = math.log(self.clamp), math.log1p(-self.clamp)
+            log_p, log_other = log_p.clamp(low, high), log_other.clamp(low, high)
+        return (self.gamma * (log_p + log_other)).exp()
+
+
+@register
+class KLMatching(Detector):
+    """Minus the smallest Kullback-Leibler divergence of the softmax P from the typical softmax of a class:
+
+        −min_k Σ_j P_j log(P_j / d_kj),    d_k = mean softmax of the validation samples that are predicted as k
+
+    Classes that are never predicted in fitting have no d_k and are left out of the minimum. A d_kj below the smallest
+    normal float counts as that: a class that fitting never saw possible costs much, not infinity.
+
+    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022, arXiv:1911.11132.
+    """
+
+    label = "KL matching"
+    needs_logits = True
+    state = ("log_typical",)  # log d_k, a row for each class that was predicted, (k, c)
+    fits_on = "validation"
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"typical": streaming.ClassMeans(by="predicted", of="softmax")}
+
+    def _finish(self, typical: streaming.ClassMeans) -> None:
+        means = typical.value()[typical.count > 0]
+        self.log_typical = means.clamp_min(torch.finfo(typical.like.dtype).tiny).log().to(typical.like)
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        if logits.shape[1] != self.log_typical.shape[1]:
+            raise ValueError(
+                f"logits: got shape {tuple(logits.shape)}, expected (n, {self.log_typical.shape[1]}), the classes that "
+                f"this {self.label} was fitted on"
+            )
+        probability = torch.softmax(at_least_float32(logits), dim=1)
+        entropy = row_statistics(("entropy",), logits)["entropy"]
+        return entropy + linear(probability, self.log_typical).amax(dim=1)  # the KL is −entropy − Σ_j P_j log d_kj

@@ -1,0 +1,112 @@
+"""Detectors that pass inputs of their own through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+from . import run
+from .base import Detector
+from .logit import confidence
+from .registry import register
+from .streaming import at_least_float32
+
+
+@register
+class ODIN(Detector):
+    """Maximum softmax probability at temperature T of an input moved to where the prediction is more certain:
+
+        max_j softmax(f(x̂) / T)_j,    x̂ = x − ε · sign(∂L/∂x) / std,    L = −log softmax(f(x) / T)_p,  p = argmax_j f_j
+
+    Two forward passes and one backward pass of the model, in eval mode; no gradients are left in its parameters.
+
+    Liang, Li and Srikant, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
+    ICLR 2018, arXiv:1706.02690.
+
+    Args:
+        temperature: T > 0.
+        eps: ε >= 0, in the unit of inputs before they were divided by `std`.
+        std: what the channels of x were divided by in preprocessing, one number each, for x (n, channels, ...); None:
+            1. OpenOOD always takes the data set's.
+        sign_of_zero: how sign(0) counts: 0, or 1 as OpenOOD has it.
+    """
+
+    needs_logits = True
+    needs_model = True
+    grid = {"temperature": (1, 10, 100, 1000), "eps": (0.0014, 0.0028)}
+
+    def __init__(
+        self,
+        temperature: float = 1000.0,
+        eps: float = 0.0014,
+        std: Sequence[float] | None = None,
+        sign_of_zero: int = 0,
+    ) -> None:
+        super().__init__()
+        checks.real("temperature", temperature, 0.0, open_low=True)
+        checks.real("eps", eps, 0.0)
+        checks.one_of("sign_of_zero", sign_of_zero, (0, 1))
+        for value in () if std is None else std:
+            checks.real("std", value, 0.0, open_low=True)
+        self.temperature, self.eps, self.sign_of_zero = temperature, eps, sign_of_zero
+        self.std = None if std is None else tuple(std)
+
+    def score(self, model: nn.Module, x: Tensor, head: str | nn.Linear | None = None) -> Tensor:
+        """Scores (n,) of a batch of inputs x (n, ...), floating point; `head` is not needed.
+
+        Works inside `torch.no_grad` and `torch.inference_mode`.
+        """
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        checks.instance("x", x, Tensor, "a tensor, one batch of inputs; ODIN moves them along their gradient")
+        if not x.is_floating_point():
+            raise TypeError(f"x: got dtype {x.dtype}, expected floating point: ODIN moves inputs by their gradient")
+        if self.std is not None and (x.dim() < 2 or x.shape[1] != len(self.std)):
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected (n, {len(self.std)}, ...), a channel for each std"
+            )
+        parameter = next(model.parameters(), None)
+        x = x.detach() if parameter is None else x.detach().to(parameter.device)
+        with torch.inference_mode(False), _evaluating(model):
+            step = self._direction(model, x)
+            with torch.no_grad():
+                logits = at_least_float32(run.logits_of(model(x - self.eps * step)))
+            scores = confidence(logits, self.temperature)
+        run.refuse_nan("logits", logits, scores)
+        return scores
+
+    def _direction(self, model: nn.Module, x: Tensor) -> Tensor:
+        """sign(∂L/∂x) / std."""
+        with torch.enable_grad():
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            logits = at_least_float32(run.logits_of(model(x)))
+            loss = F.cross_entropy(logits / self.temperature, logits.max(dim=1).indices, reduction="sum")
+            # T times the loss: the sign is the same, and in half precision a gradient divided by T would be 0.
+            (gradient,) = torch.autograd.grad(loss * self.temperature, x)
+        sign = gradient.sign()
+        if self.sign_of_zero:
+            sign = sign.masked_fill(sign == 0, 1.0)
+        if self.std is not None:
+            sign = sign / sign.new_tensor(self.std).view(1, -1, *[1] * (sign.dim() - 2))
+        return sign
+
+    def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """RuntimeError: the score is a function of the inputs and the model, not of features."""
+        raise RuntimeError(f"{self.label} scores inputs, not features or logits: call score(model, x)")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every layer is in the mode that it was in."""
+    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,187 @@
+"""What every detector here can do as a module: state_dict, casts, compilation, export, variants over its grid."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from ood_fast.detectors import (
+    ASH,
+    FDBD,
+    GEN,
+    MSP,
+    NCI,
+    SCALE,
+    BoundaryDistance,
+    Detector,
+    Energy,
+    Entropy,
+    FeatureNorm,
+    KLMatching,
+    MaxLogit,
+    ReAct,
+    TemperedMSP,
+    boundary,
+)
+
+N, C, M = 12, 5, 10
+DETECTORS = [
+    MSP(),
+    MSP(temperature=3.0),
+    MaxLogit(),
+    Energy(),
+    Energy(temperature=2.0),
+    Entropy(),
+    GEN(),
+    GEN(M=3),
+    GEN(M=3, reduction="mean", clamp=1e-7),
+    KLMatching(),
+    FeatureNorm(),
+    FeatureNorm(p=1, of="logits"),
+    FeatureNorm(p=3),
+    NCI(),
+    NCI(p=2),
+    NCI(proximity=False),
+    FDBD(),
+    FDBD(reduction="mean", denominator="norm"),
+    BoundaryDistance(),
+    BoundaryDistance(average="classes"),
+    TemperedMSP(),
+    TemperedMSP("norm"),
+    TemperedMSP(2.0, of="features"),
+    ReAct(),
+    ASH(),
+    ASH(variant="s"),
+    ASH(variant="p"),
+    SCALE(),
+]
+detectors = pytest.mark.parametrize("prototype", DETECTORS, ids=repr)
+
+
+def copy(detector: Detector) -> Detector:
+    return type(detector)(**detector.settings())
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    return nn.Linear(M, C).requires_grad_(False)
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    z = torch.randn(N, M).relu()
+    z[0] = 0
+    return z
+
+
+def fitted(prototype: Detector, head: nn.Linear) -> Detector:
+    z = torch.randn(60, M, generator=torch.Generator().manual_seed(1), dtype=torch.float64).relu().to(head.weight.dtype)
+    return copy(prototype).fit_features(z, head(z), head=head)
+
+
+@detectors
+def test_state_dict_restores_a_fresh_detector(prototype, head, features):
+    detector, fresh = fitted(prototype, head), copy(prototype)
+    fresh.load_state_dict(detector.state_dict())
+    assert fresh.fitted
+    logits = head(features)
+    assert torch.equal(fresh.score_features(features, logits), detector.score_features(features, logits))
+
+
+@detectors
+def test_casting_the_module_casts_what_it_keeps(prototype, head, features):
+    head, features = head.double(), features.double()
+    features = features[1:]  # fDBD divides by the machine epsilon where its denominator is 0
+    detector = fitted(prototype, head)
+    expected = detector.score_features(features, head(features))
+    scores = detector.float().score_features(features.float(), head(features).float())
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
+    assert copy(prototype).to("cpu", torch.float64).needs_fit == detector.needs_fit  # nothing to cast yet
+
+
+@detectors
+@pytest.mark.parametrize("table_bytes", [boundary.TABLE_BYTES, 0])
+def test_compiled_scores_are_the_eager_ones(prototype, table_bytes, head, features, monkeypatch):
+    if table_bytes == 0 and not isinstance(prototype, boundary.BoundaryDetector):
+        return
+    monkeypatch.setattr(boundary, "TABLE_BYTES", table_bytes)
+    detector = fitted(prototype, head)
+    torch.compiler.reset()
+    compiled = torch.compile(detector.score_features, fullgraph=True, backend="aot_eager")
+    logits = head(features)
+    torch.testing.assert_close(compiled(features, logits), detector.score_features(features, logits))
+
+
+@pytest.mark.slow
+def test_inductor_compiles_one_of_each_family(head, features):
+    torch.compiler.reset()
+    families = (GEN(M=3), KLMatching(), NCI(), FDBD(), ASH(variant="s"))
+    fitted_detectors = [fitted(prototype, head) for prototype in families]
+    compiled = torch.compile(lambda z, f: [d.score_features(z, f) for d in fitted_detectors], fullgraph=True)
+    logits = head(features)
+    for detector, scores in zip(fitted_detectors, compiled(features, logits), strict=True):
+        torch.testing.assert_close(scores, detector.score_features(features, logits), msg=repr(detector))
+
+
+@detectors
+def test_exported_scores_are_the_eager_ones(prototype, head, features):
+    detector, logits = fitted(prototype, head), head(features)
+    rows = torch.export.Dim("n", min=2)
+    dynamic = {
+        "features": {0: rows} if detector.needs_features else None,
+        "logits": {0: rows} if detector.needs_logits else None,
+    }
+    inputs = (features if detector.needs_features else None, logits if detector.needs_logits else None)
+    program = torch.export.export(detector, inputs, dynamic_shapes=dynamic).module()
+    for n in (N, 5):
+        given = [None if value is None else value[:n] for value in inputs]
+        torch.testing.assert_close(program(*given), detector.score_features(*given))
+
+
+@detectors
+def test_variants_are_what_their_settings_construct(prototype, head, features):
+    z = torch.randn(60, M).relu()
+    begun = copy(prototype)
+    if begun.needs_fit:
+        begun.partial_fit(z, head(z))
+    logits = head(features)
+    candidates = list(itertools.product(*begun.grid.values()))
+    variants = list(begun.variants())
+    assert len(variants) == len(candidates)
+    for variant, values in zip(variants, candidates, strict=True):
+        settings = {**prototype.settings(), **dict(zip(begun.grid, values, strict=True))}
+        assert variant.settings() == settings
+        constructed = type(prototype)(**settings).fit_features(z, head(z), head=head)
+        variant.finalize(head)
+        expected = constructed.score_features(features, logits)
+        assert torch.equal(variant.score_features(features, logits), expected)
+
+
+@detectors
+def test_no_rows_have_no_scores(prototype, head):
+    scores = fitted(prototype, head).score_features(torch.empty(0, M), torch.empty(0, C))
+    assert scores.shape == (0,)
+    assert scores.dtype == torch.float32
+
+
+@detectors
+def test_scoring_changes_no_input(prototype, head, features):
+    logits = head(features)
+    before = features.clone(), logits.clone()
+    fitted(prototype, head).score_features(features, logits)
+    assert torch.equal(features, before[0])
+    assert torch.equal(logits, before[1])
+
+
+@detectors
+def test_unfitted_says_what_to_call(prototype, features):
+    detector = copy(prototype)
+    if detector.needs_fit:
+        with pytest.raises(RuntimeError, match="is not fitted: call fit"):
+            detector.score_features(features, torch.randn(N, C))
+    else:
+        assert detector.fitted
