@@ -55,7 +55,7 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
                 x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
                 logits = logits_of(model(x) if isinstance(x, Tensor) else model(**x))
                 if head is not None:
-                    _check_head(head, logits)
+                    check_head(head, logits)
                 features = None if head is None else captured.features
                 yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
     finally:
@@ -102,7 +102,7 @@ def check_loader(loader: object) -> None:
         )
 
 
-def _check_head(head: nn.Linear, logits: Tensor) -> None:
+def check_head(head: nn.Linear, logits: Tensor) -> None:
     """ValueError for a layer that cannot have made the logits: the features would be those of a hidden layer."""
     if logits.shape[1] != head.out_features:
         raise ValueError(

@@ -1,0 +1,124 @@
+"""A classifier and a fitted detector as one module, for servers, `torch.export` and ONNX.
+
+deployed = ood_fast.deploy(model, detector)
+logits, score, is_ood = deployed(x)
+
+program = torch.export.export(deployed, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+torch.onnx.export(deployed, (x,), "model.onnx", dynamo=True, dynamic_shapes=({0: "batch"},),
+                  input_names=["x"], output_names=["logits", "score", "is_ood"])
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .detectors.base import Detector
+from .detectors.run import check_head, logits_of
+from .heads import given_head
+
+
+def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:
+    """One module in eval mode: x -> (logits (n, c), score (n,), is_ood (n,) bool); it needs neither model nor detector.
+
+    The model is copied, so that training it further changes nothing here, and its parameters take no gradient. The
+    buffers of the detector, which may be large, are shared until one of the two is moved; a new fit or threshold of the
+    detector changes nothing here. Nothing is moved.
+
+    Args:
+        model: a classifier; what it returns is read as in `Detector.fit`.
+        detector: fitted, with a threshold: call its `calibrate` first. Not one that needs passes of its own through the
+            model (ODIN), which no exported program could make.
+        head: as in `Detector.fit`. A detector that reads nothing but logits looks for none.
+
+    Raises:
+        RuntimeError: the detector is not fitted or has no threshold.
+        ValueError: it needs the model, is on another device, or the head cannot be told.
+    """
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.instance("detector", detector, Detector, "a Detector")
+    if detector.needs_model:
+        raise ValueError(
+            f"detector: {detector.label} passes inputs of its own through the model, expected one that scores features "
+            "and logits"
+        )
+    detector._require_fitted()
+    if detector.threshold is None:
+        raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
+    model = _unwrapped(model)
+    path = None
+    if detector.needs_features:
+        layer = given_head(model, head)
+        path = next(name for name, module in model.named_modules() if module is layer)
+    parameter = next(model.parameters(), None)
+    for name, buffer in detector.named_buffers():
+        if parameter is not None:
+            checks.same_device(f"detector: {name}", buffer, "the model", parameter)
+    shared = {id(buffer): buffer for buffer in detector.buffers()}
+    return Deployed(copy.deepcopy(model), copy.deepcopy(detector, shared), path)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel, which cannot be exported or copied."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+class Deployed(nn.Module):
+    """What `deploy` makes. Always in eval mode."""
+
+    def __init__(self, model: nn.Module, detector: Detector, head: str | None) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.detector = detector
+        self.eval()
+        self._seen = None
+        self.head = head
+        if head is not None:
+            self._seen = _Seen()
+            self.model.get_submodule(head).register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
+        logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
+        features = None
+        if self._seen is not None:
+            check_head(self.model.get_submodule(self.head), logits)
+            features = self._seen.take()
+        score = self.detector.score_features(features, logits)
+        return logits, score, self.detector.is_ood(score)
+
+    def train(self, mode: bool = True) -> Deployed:
+        return super().train(False)
+
+
+class _Seen:
+    """Forward pre-hook of the head: keeps what entered it until it is taken.
+
+    A hook and not another module in its place, so that the model keeps its names; an object and not a function, so that
+    a copy of the module gets a store of its own.
+    """
+
+    def __init__(self) -> None:
+        self.features: dict[int, Tensor] = {}  # by thread: servers call one module from several
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        (self.features[self._place()],) = (*args, *kwargs.values())
+
+    def take(self) -> Tensor:
+        features = self.features.pop(self._place(), None)
+        if features is None:
+            raise RuntimeError(
+                "model: its head did not run as a module; pass head=..., the nn.Linear that makes the logits"
+            )
+        return features
+
+    @staticmethod
+    def _place() -> int:
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
