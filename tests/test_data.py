@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import ClassVar
@@ -370,12 +371,19 @@ def test_a_broken_image_is_named(tmp_path, damage):
     dataset = images.ImageDataset(readers.read_flat_folder(tmp_path, "own", ""), images.preparation(32, 32, MEAN, STD))
     with pytest.raises(checks.UserError, match=rf"image {path}: cannot be read"):
         dataset[0]
-    loader = torch.utils.data.DataLoader(dataset, num_workers=1)
-    with pytest.raises(checks.UserError, match=rf"image {path}: cannot be read"):
-        next(iter(loader))
     path.unlink()
     with pytest.raises(checks.UserError, match="no such file"):
         dataset[0]
+
+
+def test_a_broken_image_is_named_by_workers_too(tmp_path):
+    path = tmp_path / "1.jpg"
+    path.write_bytes(b"no image")
+    loader = torch.utils.data.DataLoader(
+        images.ImageDataset(readers.read_flat_folder(tmp_path, "own", "")), num_workers=1
+    )
+    with pytest.raises(checks.UserError, match=rf"image {path}: cannot be read"):
+        next(iter(loader))
 
 
 def test_download_only_when_asked_and_with_torchvision(tmp_path, monkeypatch):
@@ -613,6 +621,41 @@ def test_digits_in_this_form():
     assert list(open_benchmark("digits", ood=("near",)).ood) == ["near"]
 
 
+def test_imagenet_200_in_folders(tmp_path):
+    write_image(tmp_path / "one.jpg", (300, 280))
+
+    def put(name: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(tmp_path / "one.jpg", tmp_path / name)
+
+    for label in range(200):
+        put(f"imagenet200/train/n{label:08d}/a.jpg")
+        for row in range(10):
+            put(f"imagenet200/val/n{label:08d}/{row}.jpg")
+    for row in range(30):
+        put(f"openimage_o/{row}.jpg")
+    benchmark = open_benchmark("imagenet200", tmp_path, ood=("openimage_o",))
+    assert benchmark.class_names[7] == "n00000007"
+    assert [len(getattr(benchmark, part)) for part in ("train", "validation", "test")] == [200, 200, 1800]
+    assert set(np.bincount(benchmark.validation.targets)) == {1}
+    assert benchmark.train[0][0].shape == benchmark.test[0][0].shape == benchmark.image_shape == (3, 224, 224)
+    assert (len(benchmark.validation_ood), len(benchmark.ood["openimage_o"])) == (3, 27)
+    put("imagenet200/train/n99999999/a.jpg")
+    with pytest.raises(
+        checks.UserError, match=r"ImageNet-200: 201 folders in .*train, expected 200; get it from https"
+    ):
+        _ = open_benchmark("imagenet200", tmp_path).train
+
+
+def test_tiny_imagenet_as_the_id_set(root, tmp_path):
+    benchmark = open_benchmark("tin", root)
+    assert benchmark.n_classes == 200
+    assert benchmark.test[0][0].shape == (3, 64, 64)
+    assert list(benchmark.ood) == ["cifar100", "svhn"]
+    with pytest.raises(checks.UserError, match=r"Tiny ImageNet: no folder .*train; expected one folder of images"):
+        _ = benchmark.train
+
+
 # ---- OpenOOD's layout
 
 
@@ -797,7 +840,8 @@ def test_a_data_set_ends(root):
         test[36]
 
 
-def test_data_sets_reach_workers_of_either_kind(root):
+@pytest.mark.slow
+def test_data_sets_reach_workers_that_are_spawned(root):
     dataset = open_benchmark("cifar10", root).test
     expected = torch.stack([x for x, _ in dataset])
     loader = torch.utils.data.DataLoader(dataset, batch_size=9, num_workers=1, multiprocessing_context="spawn")

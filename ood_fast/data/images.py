@@ -225,7 +225,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return _global_generator_seeded(mixed(self.augment_seed, int(self._epoch), index))
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on, also in running workers, augment as in that epoch."""
+        """Augment as in that epoch, also in workers that live on; before the data loader is iterated anew."""
         self._epoch.fill_(epoch)
 
     @property
