@@ -234,3 +234,9 @@ def instance(argument: str, value: object, kind: type, expected: str) -> None:
     """TypeError unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: got {_describe(value)}, expected {expected}")
+
+
+def positive_int(argument: str, value: object, alternative: str = "") -> None:
+    """ValueError unless `value` is an int >= 1; `alternative` ends the sentence that says so."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument}: got {value!r}, expected an int >= 1{alternative}")

@@ -11,13 +11,15 @@ from .activation import ASH, SCALE, ReAct
 from .base import Detector
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .feature import NCI, FeatureNorm
+from .gaussian import RMDS, SHE, Mahalanobis
 from .gradient import ODIN
 from .logit import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
-from .neighbour import KNN
+from .neighbour import KNN, NNGuide
 from .registry import create, find, known, register
 from .search import tune
 from .sets import DetectorSet
 from .store import load
+from .subspace import NECO, ViM
 from .threshold import conformal_pvalue, conformal_threshold, tpr_threshold
 
 __all__ = [
@@ -27,8 +29,11 @@ __all__ = [
     "KNN",
     "MSP",
     "NCI",
+    "NECO",
     "ODIN",
+    "RMDS",
     "SCALE",
+    "SHE",
     "BoundaryDistance",
     "Detector",
     "DetectorSet",
@@ -36,9 +41,12 @@ __all__ = [
     "Entropy",
     "FeatureNorm",
     "KLMatching",
+    "Mahalanobis",
     "MaxLogit",
+    "NNGuide",
     "ReAct",
     "TemperedMSP",
+    "ViM",
     "conformal_pvalue",
     "conformal_threshold",
     "create",

@@ -25,6 +25,7 @@ EXACT_PERCENTILE_VALUES = 1 << 25
 # Above it, the leading bits of a float32 that are counted apart: sign, exponent and 11 bits of the mantissa, so that a
 # percentile is off by at most 2**-12 of its value. The counts take 8 MiB.
 SKETCH_BITS = 20
+COUNTED_AT_ONCE = 1 << 22  # values: as int64, 32 MiB for each of the temporaries
 # Values that a `Bank` keeps where only an average is taken of them: 128 MiB in float32.
 SAMPLE_VALUES = 1 << 25
 
@@ -34,7 +35,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-def _double(values: Tensor) -> Tensor:
+def double(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()  # no float64 on MPS
 
 
@@ -82,7 +83,11 @@ class Gathered:
 
 
 def gather(parts: Sequence[Gathered], group: dist.ProcessGroup) -> None:
-    """Make every process of `group` hold in `parts` what all of them gathered, joined in the order of the ranks."""
+    """Make every process of `group` hold in `parts` what all of them gathered, joined in the order of the ranks.
+
+    Everything passes through the memory of every process: little, except for a `Bank` without a budget. What a process
+    that had no data receives stays on the CPU.
+    """
     devices = [part.like.device if part.rows else "cpu" for part in parts]
     everyone: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, [part.to("cpu") for part in parts], group)
@@ -99,7 +104,7 @@ class Scatter(Gathered):
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
         self.like = at_least_float32(features[:0])
-        rows = _double(features)
+        rows = double(features)
         mean = rows.mean(dim=0)
         rows = rows - mean
         self._add(len(rows), mean, rows.T @ rows)
@@ -146,7 +151,7 @@ class MeanMaxLogit(Gathered):
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor | None) -> None:
         self.like = at_least_float32(logits[:0])
-        total = _double(logits.amax(dim=1)).sum()
+        total = double(logits.amax(dim=1)).sum()
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: MeanMaxLogit) -> None:
@@ -180,7 +185,9 @@ class ClassMeans(Gathered):
         return (*by, "features" if self.of == "features" else "logits")
 
     def update(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
-        classes = targets if self.by == "target" else logits.max(dim=1).indices  # argmax need not give the first of ties
+        classes = (
+            targets if self.by == "target" else logits.max(dim=1).indices
+        )  # argmax need not give the first of ties
         rows = features if self.of == "features" else torch.softmax(at_least_float32(logits), dim=1)
         if self.by != "predicted":
             self._check(targets, None if logits is None else logits.shape[1])
@@ -188,7 +195,7 @@ class ClassMeans(Gathered):
             right = classes == targets
             classes, rows = classes[right], rows[right]
         self.like = at_least_float32(rows[:0])
-        rows = _double(rows)
+        rows = double(rows)
         classes = classes.to(rows.device)
         n_classes = int(targets.max()) + 1 if logits is None else logits.shape[1]
         self._widen(max(n_classes, len(self.count)), rows)
@@ -234,8 +241,9 @@ class ClassMeans(Gathered):
 class Percentiles(Gathered):
     """Percentiles of all features pooled, each value of each row counted alike.
 
-    Exact (linear interpolation between order statistics, as `numpy.percentile`) up to `exact` values. Beyond, counts of
-    float32 values by their leading `SKETCH_BITS` bits: a percentile is then off by at most 2**-12 of its value.
+    Linear interpolation between order statistics, as `numpy.percentile`. Exact up to `exact` values. Beyond, counts of
+    float32 values by their leading `SKETCH_BITS` bits: each order statistic is then off by at most 2**-12 of its value,
+    and counts as 0 below the smallest normal number.
     """
 
     exact: int = EXACT_PERCENTILE_VALUES
@@ -273,10 +281,11 @@ class Percentiles(Gathered):
                 self._count(self.kept.pop())
 
     def _count(self, values: Tensor) -> None:
-        bits = values.float().view(torch.int32).long()
-        # As integers, floats are in order once the negative ones are turned round.
-        ordered = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
-        self.counts += torch.bincount(ordered >> (32 - SKETCH_BITS), minlength=1 << SKETCH_BITS)
+        for piece in values.split(COUNTED_AT_ONCE):
+            bits = piece.float().view(torch.int32).long()
+            # As integers, floats are in order once the negative ones are turned round.
+            ordered = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
+            self.counts += torch.bincount(ordered >> (32 - SKETCH_BITS), minlength=1 << SKETCH_BITS)
 
     def percentile(self, p: float) -> float:
         """The value that p percent of all lie below."""
@@ -284,17 +293,29 @@ class Percentiles(Gathered):
             self.kept = [torch.cat(self.kept)]
             return float(np.percentile(self.kept[0].numpy(), p))
         rank = p / 100 * (self.size - 1)
-        below = self.counts.cumsum(0)
-        cell = int(torch.searchsorted(below, torch.tensor(rank), right=True))
-        edges = (torch.tensor([cell, cell + 1]) << (32 - SKETCH_BITS)).clamp(max=0xFFFFFFFF)
+        below = int(rank)
+        ranks = torch.tensor([below, min(below + 1, self.size - 1)])
+        low, high = self._middle(torch.searchsorted(self.counts.cumsum(0), ranks, right=True)).tolist()
+        return low if low == high else low + (high - low) * (rank - below)  # equal: they may be infinite
+
+    @staticmethod
+    def _middle(cell: Tensor) -> Tensor:
+        """The middle of the values that are counted in each cell."""
+        edges = torch.stack([cell, cell + 1]) << (32 - SKETCH_BITS)
         bits = torch.where(edges >= 1 << 31, edges - (1 << 31), ~edges)  # the inverse of the order above
-        low, high = bits.to(torch.int32).view(torch.float32).tolist()
-        return (low + high) / 2
+        low, high = bits.to(torch.int32).view(torch.float32).double()
+        middle = (low + high) / 2
+        middle[middle.abs() < torch.finfo(torch.float32).tiny] = 0.0
+        infinite = torch.where(cell >> (SKETCH_BITS - 1) > 0, torch.inf, -torch.inf)
+        return torch.where(middle.isnan(), infinite, middle)  # beyond ±inf lie the bits of NaN
 
 
 @dataclass
 class Bank(Gathered):
     """Rows that are kept: the features, all of them or a random sample.
+
+    A row is drawn by a hash of its features and the seed: how the stream is ordered, cut into batches and spread over
+    processes does not change the sample. Equal rows share one fate.
 
     Settings:
         kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j.
@@ -314,10 +335,8 @@ class Bank(Gathered):
 
     def __post_init__(self) -> None:
         self.kept: list[Tensor] = []
-        self.keys: list[Tensor] = []  # a random number a row; the rows with the smallest stay
+        self.keys: list[Tensor] = []  # a number in [0, 1) a row; the rows with the smallest stay
         self.size = 0
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._random = np.random.default_rng([self.seed, rank])  # its numbers do not depend on how batches are cut
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -326,19 +345,34 @@ class Bank(Gathered):
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
         z = at_least_float32(features)
         self.like = z[:0]
+        keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64)
+        if self.fraction < 1:
+            chosen = (keys < self.fraction).nonzero().squeeze(1)
+            z, keys = z[chosen.to(z.device)], keys[chosen]
+            logits = logits[chosen.to(logits.device)] if self.kind == "energy" else None
         if self.kind != "raw":
             z = l2_normalize(z)[0]
         if self.kind == "energy":
             z = z * torch.logsumexp(at_least_float32(logits), dim=1, keepdim=True)
-        keys = torch.from_numpy(self._random.random(len(z))) if self._samples else torch.empty(0)
-        if self.fraction < 1:
-            chosen = (keys < self.fraction).nonzero().squeeze(1)
-            z, keys = z[chosen.to(z.device)], keys[chosen]
         self._keep(z.to(self.dtype or z.dtype), keys)
 
     @property
     def _samples(self) -> bool:
         return self.fraction < 1 or self.budget is not None or self.values is not None
+
+    def _draw(self, z: Tensor) -> Tensor:
+        """A number in [0, 1) for each row (n,), float64: its bits times random odd factors, summed, and mixed.
+
+        Sums of products modulo 2**64 tell rows apart; the mixing is the finaliser of SplitMix64 (Steele, Lea and Flood,
+        2014), which makes uniform numbers of them.
+        """
+        offset, *factors = np.random.default_rng(self.seed).integers(-(1 << 63), 1 << 63, z.shape[1] + 1) | 1
+        bits = z.contiguous().view(torch.int64 if z.dtype == torch.float64 else torch.int32).long()
+        total = (bits * torch.tensor(factors, device=z.device)).sum(dim=1) + int(offset)
+        x = total.cpu().numpy().view(np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def merge(self, other: Bank) -> None:
         for rows, keys in zip(other.kept, other.keys, strict=True):

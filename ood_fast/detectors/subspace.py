@@ -1,0 +1,163 @@
+"""Detectors that tell the directions that the training features use from those that they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..eager import full_precision
+from . import streaming
+from .base import Detector
+from .registry import register
+from .streaming import at_least_float32
+
+NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0
+
+
+def principal_directions(matrix: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix (m, m), as columns, those of the largest eigenvalues first.
+
+    The component of largest size is positive: processes that sum in another order get the same signs.
+    """
+    vectors = torch.linalg.eigh(matrix).eigenvectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def check_dim(dim: int, n_features: int) -> None:
+    if dim >= n_features:
+        raise ValueError(
+            f"dim: got {dim}, expected less than {n_features}, the number of features; take a smaller dim, such as "
+            f"{n_features // 2}"
+        )
+
+
+@register
+class ViM(Detector):
+    """Virtual-logit matching: the energy less the length of the residual, the part of z outside the principal space,
+
+        log Σ_j exp f_j − α ‖r‖₂        r = x − V Vᵀ x,  x = z − u,  u = −W⁺b
+
+    V (m, dim): the eigenvectors of the largest eigenvalues of the second moment Σ x xᵀ / N of the training features;
+    α = mean of max_j f_j / mean of ‖r‖₂ over the training samples. The latter mean is taken over all of them up to
+    2²⁵ numbers of features, and over a random sample of that size above: a relative standard error of v / √k, with v
+    the coefficient of variation of ‖r‖ and k = 2²⁵ / m rows. Fitted on features, logits and head.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, arXiv:2203.10807.
+
+    Args:
+        dim: dimensions of the principal space, 1 <= dim < m.
+    """
+
+    needs_features = True
+    needs_logits = True
+    needs_head = True
+    state = ("origin", "principal", "alpha")
+    grid: ClassVar[Mapping[str, tuple]] = {"dim": (256, 1000)}
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        checks.positive_int("dim", dim)
+        self.dim = dim
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {
+            "scatter": streaming.Scatter(),
+            "max_logit": streaming.MeanMaxLogit(),
+            "sample": streaming.Bank(values=streaming.SAMPLE_VALUES),
+        }
+
+    def _finish(self, scatter: streaming.Scatter, max_logit: streaming.MeanMaxLogit, sample: streaming.Bank) -> None:
+        check_dim(self.dim, len(scatter.mean))
+        weight = streaming.double(self.head_weight).to(scatter.mean.device)
+        origin = torch.zeros_like(scatter.mean)
+        if self.head_bias is not None:
+            origin = -torch.linalg.pinv(weight) @ self.head_bias.to(weight)
+        moment = scatter.covariance().addr(scatter.mean - origin, scatter.mean - origin)
+        principal = principal_directions(moment)[:, : self.dim].contiguous()
+        residual, length = self._mean_lengths(sample.value(), origin, principal)
+        if residual <= NO_RESIDUAL * length:
+            raise ValueError(
+                f"dim: got {self.dim}, but the training features lie in {self.dim} dimensions and leave no residual; "
+                "take a smaller dim, or more training data"
+            )
+        self.origin, self.principal = origin.to(scatter.like), principal.to(scatter.like)
+        self.alpha = (max_logit.value().to(residual.device) / residual).to(scatter.like)
+
+    @staticmethod
+    def _mean_lengths(rows: Tensor, origin: Tensor, principal: Tensor) -> Tensor:
+        """The means of ‖r‖ and of ‖x‖, in float64."""
+        total = origin.new_zeros(2)
+        for chunk in rows.split(8192):
+            x = streaming.double(chunk) - origin
+            lengths = [torch.linalg.vector_norm(t, dim=1).sum() for t in (x - x @ principal @ principal.T, x)]
+            total += torch.stack(lengths)
+        return total / len(rows)
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        x = at_least_float32(features).to(self.origin.dtype) - self.origin
+        with full_precision(x.device):
+            residual = torch.addmm(x, x @ self.principal, self.principal.T, alpha=-1)
+        energy = torch.logsumexp(at_least_float32(logits), dim=1)
+        return energy - self.alpha * torch.linalg.vector_norm(residual, dim=1)
+
+
+@register
+class NECO(Detector):
+    """Share of the feature's length that lies in the principal space of the training features, times the largest logit:
+
+        ‖V_dᵀ x‖₂ / ‖x‖₂ · max_j f_j        x = (z − μ) / σ
+
+    μ, σ: mean and standard deviation (÷N) of each training feature, σ = 1 for one that does not vary; V_d (m, dim): the
+    first principal directions of x. x = 0 has the share 0. Fitted on features.
+
+    Ben Ammar et al., "NECO: NEural Collapse Based Out-of-distribution detection", ICLR 2024, arXiv:2310.06823.
+
+    Args:
+        dim: d, 1 <= dim < m.
+        standardize: False leaves σ out.
+        use_max_logit: False leaves out the largest logit, as the authors do for ResNets; then no logits are needed.
+        raw_length: divide by ‖z‖₂ in place of ‖x‖₂, as the authors do for DeiT and Swin; z = 0 has the share 0.
+    """
+
+    needs_features = True
+    needs_logits = True
+    state = ("mean", "deviation", "principal")
+
+    def __init__(
+        self, dim: int = 100, *, standardize: bool = True, use_max_logit: bool = True, raw_length: bool = False
+    ) -> None:
+        super().__init__()
+        checks.positive_int("dim", dim)
+        self.dim, self.standardize, self.use_max_logit, self.raw_length = dim, standardize, use_max_logit, raw_length
+        self.needs_logits = use_max_logit
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"scatter": streaming.Scatter()}
+
+    def _finish(self, scatter: streaming.Scatter) -> None:
+        check_dim(self.dim, len(scatter.mean))
+        if self.dim >= scatter.rows:
+            raise ValueError(
+                f"dim: got {self.dim}, but {scatter.rows} training features span less; take a smaller dim, or more data"
+            )
+        covariance = scatter.covariance()
+        variance = covariance.diagonal()
+        rounding = scatter.rows * torch.finfo(variance.dtype).eps  # of a mean: what a constant feature seems to vary by
+        varies = (variance > (rounding * scatter.mean).square()) & self.standardize
+        deviation = torch.where(varies, variance.sqrt(), 1.0)
+        principal = principal_directions(covariance / torch.outer(deviation, deviation))[:, : self.dim].contiguous()
+        self.mean, self.deviation, self.principal = (t.to(scatter.like) for t in (scatter.mean, deviation, principal))
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        z = at_least_float32(features).to(self.mean.dtype)
+        x = (z - self.mean) / self.deviation
+        with full_precision(x.device):
+            inside = torch.linalg.vector_norm(x @ self.principal, dim=1)
+        length = torch.linalg.vector_norm(z if self.raw_length else x, dim=1)
+        share = torch.where(length == 0, 0.0, inside / length)
+        return share * at_least_float32(logits).amax(dim=1) if self.use_max_logit else share
