@@ -43,7 +43,12 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
         return _head_by_name(model, name, "name")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
-        raise ValueError(f"model: {type(model).__name__} has no nn.Linear, expected a classifier that ends in one")
+        raise ValueError(
+            f"model: {type(model).__name__} has no nn.Linear, expected a classifier that ends in one. With logits made "
+            f"otherwise{_last_convolution(model)}, take features (n, m) and logits (n, c) from the model yourself and "
+            "call fit_features(features, logits, targets, head=(W, b)) and score_features(features, logits) of the "
+            "detector; one that reads nothing but logits needs no head"
+        )
     head = _search(model)
     if head is None:
         candidates = ", ".join(
@@ -104,9 +109,12 @@ def _search(module: nn.Module) -> nn.Linear | None:
     own = [child for child in parts.values() if isinstance(child, nn.Linear)]
     named = [parts[name] for name in HEAD_NAMES if name in parts]
     if len(named) == 1:
-        # A sibling with as many outputs is a second head (timm's distilled DeiT averages two): the name proves nothing.
-        twins = [sibling for sibling in own if sibling.out_features == getattr(named[0], "out_features", None)]
-        return _search(named[0]) if len(twins) <= 1 else None
+        head = _search(named[0])
+        # A sibling of its kind with as many outputs is a second head, and the logits are made of both (distilled DeiT,
+        # LeViT and RepViT average two): the name proves nothing.
+        kin = [child for child in parts.values() if type(child) is type(named[0]) or child in own]
+        rivals = [_search(child) for child in kin if child is not named[0] and type(child) is not nn.Sequential]
+        return None if head and any(rival and rival.out_features == head.out_features for rival in rivals) else head
     if named:
         return None
     last = list(parts.values())[-1]
@@ -114,6 +122,14 @@ def _search(module: nn.Module) -> nn.Linear | None:
         return _search(last)
     chained = all(first.out_features == second.in_features for first, second in pairwise(own))
     return last if own and last is own[-1] and chained else None
+
+
+def _last_convolution(model: nn.Module) -> str:
+    convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        return ""
+    path, last = convolutions[-1]
+    return f" (the last convolution is {path}, {last.in_channels} → {last.out_channels})"
 
 
 def _holds_linear(module: nn.Module) -> bool:

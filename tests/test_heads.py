@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ood_fast import detectors
+from ood_fast.detectors.run import run_model
 from ood_fast.heads import L2NormLinear, capture_features, find_head
 
 
@@ -86,6 +88,11 @@ AMBIGUOUS = {
     "two heads of one width": lambda: Named(body=mlp(), head=linear(), head_dist=linear()),
     "linear layers that do not fit": lambda: Named(a=linear(8, 4), b=linear(8, 3)),
     "a block comes last": lambda: Named(a=linear(8, 8), block=mlp()),
+    "two heads behind normalisations, as LeViT has them": lambda: Named(
+        body=mlp(),
+        head=Named(norm=nn.LayerNorm(8), linear=linear()),
+        head_dist=Named(norm=nn.LayerNorm(8), linear=linear()),
+    ),
 }
 
 
@@ -100,8 +107,15 @@ def test_ambiguous_head_lists_the_candidates(name):
 
 
 def test_model_without_a_linear_layer():
-    with pytest.raises(ValueError, match=r"Sequential has no nn\.Linear"):
-        find_head(nn.Sequential(nn.Conv2d(3, 10, 1), nn.Flatten()))
+    """Torchvision's SqueezeNet, some of timm's: the layer that may make the logits, and the way without a head."""
+    with pytest.raises(
+        ValueError,
+        match=r"Sequential has no nn\.Linear.*\(the last convolution is 1, 8 → 10\).*"
+        r"fit_features\(features, logits, targets, head=\(W, b\)\)",
+    ):
+        find_head(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 10, 1), nn.Flatten()))
+    with pytest.raises(ValueError, match="With logits made otherwise, take features"):
+        find_head(nn.Flatten())
 
 
 def test_what_is_no_model():
@@ -133,6 +147,208 @@ def test_capture_features_removes_its_hook_when_the_model_fails():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capture_features(model.fc):
         model(torch.randn(4, 7))
     assert not model.fc._forward_pre_hooks
+
+
+# The zoos. On the meta device a model of any size is made and run at once; the head is the right one if what it returns
+# is the very tensor that the model returns.
+
+
+def assert_head_makes_the_logits(model: nn.Module, x: torch.Tensor | dict[str, torch.Tensor]) -> nn.Linear:
+    head = find_head(model)
+    returned = []
+    handle = head.register_forward_hook(lambda module, args, output: returned.append(output))
+    ((_, features, logits, *_),) = run_model(model, [x], head)
+    handle.remove()
+    assert returned[-1] is logits
+    assert features.shape == (2, head.in_features)
+    return head
+
+
+TORCHVISION = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnext50_32x4d", "wide_resnet50_2"),
+    *("shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_16"),
+]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name):
+    models = pytest.importorskip("torchvision").models
+    settings = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None, **settings)
+        head = assert_head_makes_the_logits(model, torch.empty(2, 3, 299 if name == "inception_v3" else 224, 224))
+    assert head.out_features == 1000
+
+
+def test_torchvision_is_covered():
+    """Every family of classifiers that torchvision lists, but for those two, is in the test above."""
+    models = pytest.importorskip("torchvision").models
+    families = {models.get_model_builder(name).__module__ for name in models.list_models(module=models)}
+    covered = {models.get_model_builder(name).__module__ for name in TORCHVISION}
+    left = {family.rpartition(".")[2] for family in families - covered}
+    assert left <= {"regnet", "squeezenet"}  # neither is made on the meta device; see below
+
+
+def test_torchvision_regnet_and_squeezenet():
+    models = pytest.importorskip("torchvision").models
+    assert_head_makes_the_logits(models.regnet_y_400mf(), torch.randn(2, 3, 32, 32))
+    with pytest.raises(
+        ValueError, match=r"SqueezeNet has no nn\.Linear.*the last convolution is classifier\.1, 512 → 1000"
+    ):
+        find_head(models.squeezenet1_1())
+
+
+TIMM = [
+    *("resnet18", "resnetv2_50", "convnext_atto", "convnextv2_atto", "vit_tiny_patch16_224", "deit_tiny_patch16_224"),
+    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "efficientnet_b0", "tf_efficientnetv2_b0"),
+    *("mobilenetv3_small_050", "mixer_s32_224", "coatnet_nano_rw_224", "maxvit_tiny_rw_224", "regnetx_002", "vgg11"),
+    *("beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "poolformer_s12"),
+    *("caformer_s18", "densenet121", "nfnet_f0", "hrnet_w18_small", "tiny_vit_5m_224", "edgenext_xx_small"),
+    *("efficientvit_b0", "pvt_v2_b0", "davit_tiny", "fastvit_t8", "mambaout_femto", "hiera_tiny_224"),
+]
+TIMM_CONVOLUTION = {"resnetv2_50": "head.fc"}  # a 1 × 1 convolution makes the logits
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=7)
+        if name in TIMM_CONVOLUTION:
+            with pytest.raises(ValueError, match=rf"the last convolution is {TIMM_CONVOLUTION[name]}, \d+ → 7\)"):
+                find_head(model)
+            return
+        head = assert_head_makes_the_logits(model, torch.empty(2, *model.pretrained_cfg["input_size"]))
+    assert head.out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates"),
+    [
+        ("deit_tiny_distilled_patch16_224", ("head (192 → 7)", "head_dist (192 → 7)")),
+        ("levit_128s", ("head.linear (384 → 7)", "head_dist.linear (384 → 7)")),
+        ("repvit_m0_9", ("head.head.l (384 → 7)", "head.head_dist.l (384 → 7)")),
+        ("swiftformer_xs", ("head (220 → 7)", "head_dist (220 → 7)")),
+        ("crossvit_tiny_240", ("head.0 (96 → 7)", "head.1 (192 → 7)")),
+    ],
+)
+def test_timm_models_that_average_two_heads(name, candidates):
+    """No one layer makes their logits, whatever the names say."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=7)
+    with pytest.raises(ValueError, match="cannot tell which layer") as error:
+        find_head(model)
+    for candidate in candidates:
+        assert candidate in str(error.value)
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+STAGES = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+TRANSFORMERS = {
+    "ViT": {**TINY, "image_size": 32, "patch_size": 16},
+    "Deit": {**TINY, "image_size": 32, "patch_size": 16},
+    "Beit": {**TINY, "image_size": 32, "patch_size": 16},
+    "Dinov2": {**TINY, "image_size": 32, "patch_size": 16},
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "ConvNext": STAGES,
+    "Swin": WINDOWS,
+    "RegNet": {**STAGES, "embedding_size": 8, "groups_width": 8},
+    "PoolFormer": STAGES,
+}
+
+
+def hugging_face(name: str, suffix: str = "ForImageClassification") -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    known = {known.lower(): known for known in dir(transformers)}
+    config = getattr(transformers, known[f"{name}config".lower()])(num_labels=5, **TRANSFORMERS[name])
+    return getattr(transformers, known[f"{name}{suffix}".lower()])(config)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_hugging_face(name):
+    """Batches are the mappings that their processors and data sets make; the output is an object with logits."""
+    model = hugging_face(name)
+    assert_head_makes_the_logits(model, {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 4])})
+
+
+def test_hugging_face_model_that_averages_two_heads():
+    with pytest.raises(ValueError, match=r"cls_classifier \(16 → 5\), distillation_classifier \(16 → 5\)"):
+        find_head(hugging_face("Deit", "ForImageClassificationWithTeacher"))
+
+
+def test_hugging_face_from_fit_to_score():
+    """Targets are found under "labels", also in what a data set with names of files gives."""
+    model = hugging_face("ViT")
+    x, y = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
+    loader = [{"pixel_values": x[:4], "labels": y[:4]}, {"pixel_values": x[4:], "labels": y[4:], "path": ["a", "b"]}]
+    plain = [(x[:4], y[:4]), (x[4:], y[4:])]
+    for name in ("NCI", "KNN"):
+        settings = {"k": 2} if name == "KNN" else {}
+        detector = detectors.create(name, **settings).fit(model, loader)
+        scores = detector.score(model, {"pixel_values": x})
+        assert torch.equal(scores, detectors.create(name, **settings).fit(model, plain).score(model, x))
+    assert not model.classifier._forward_pre_hooks
+    (batch,) = run_model(model, loader[:1], model.classifier)
+    assert torch.equal(batch.targets, y[:4])
+    assert set(batch.inputs) == {"pixel_values"}
+
+
+# What running a model leaves behind: nothing
+
+
+def test_modes_and_hooks_are_restored_when_the_model_raises():
+    model = Named(body=mlp(), frozen=nn.BatchNorm1d(8), fc=linear())
+    model.train()
+    model.frozen.eval()
+    modes = [module.training for module in model.modules()]
+    batches = run_model(model, [torch.randn(3, 8), torch.randn(3, 7)], model.fc)
+    assert not next(batches).features.requires_grad
+    assert not model.fc.training
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        next(batches)
+    assert [module.training for module in model.modules()] == modes
+    assert not model.fc._forward_pre_hooks
+
+
+def test_modes_and_hooks_are_restored_when_the_loader_raises():
+    def loader():
+        yield torch.randn(3, 8)
+        raise OSError("disk gone")
+
+    model = Named(body=mlp(), fc=linear())
+    with pytest.raises(OSError, match="disk gone"):
+        detectors.NCI().fit(model, loader())
+    assert model.training
+    assert not model.fc._forward_pre_hooks
+
+
+def test_batches_go_to_the_model_and_the_model_stays():
+    model = Named(body=mlp(), fc=linear()).to("meta")
+    (batch,) = run_model(model, [(torch.randn(3, 8), torch.arange(3))], model.fc)
+    assert {t.device.type for t in (batch.inputs, batch.features, batch.logits, batch.targets)} == {"meta"}
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    """Features as the head sees them, in the reduced precision; scores in float32, near those without autocast."""
+    torch.manual_seed(0)
+    model = Named(body=mlp(), fc=linear()).eval()
+    x, y = torch.randn(50, 8), torch.arange(50) % 3
+    for name in ("MSP", "NCI", "FDBD", "KNN"):
+        detector = detectors.create(name, **({"k": 3} if name == "KNN" else {})).fit(model, [(x, y)])
+        exact = detector.score(model, x)
+        with torch.autocast("cpu", dtype=dtype):
+            with capture_features(model.fc) as captured:
+                model(x)
+            assert captured.features.dtype == dtype
+            scores = detector.score(model, x)
+            assert detectors.create(name, **detector.settings()).fit(model, [(x, y)]).score(model, x).isfinite().all()
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, exact, rtol=0.05, atol=0.1 * exact.abs().max().item())
 
 
 # L2NormLinear
