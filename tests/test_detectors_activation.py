@@ -130,6 +130,18 @@ def test_half_precision_features_are_scored_in_float32(make, reshape, form, head
 
 
 @forms
+def test_scores_have_gradients(make, reshape, form, head, train_features):
+    """The score of an adversarial or a synthetic feature, say."""
+    head, train_features = head.float(), train_features.float()
+    detector = make(**form).fit_features(train_features, head=head)
+    z = torch.rand(6, M, requires_grad=True)
+    (gradient,) = torch.autograd.grad(detector.score_features(z).sum(), z)
+    detector, leaf = detector.double(), z.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(detector.score_features(leaf).sum(), leaf)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@forms
 def test_nan_is_refused_and_named(make, reshape, form, head, train_features):
     detector = make(**form).fit_features(train_features, head=head)
     z = torch.rand(4, M, dtype=torch.float64)

@@ -71,9 +71,9 @@ class PrunedEnergy(ReshapedEnergy):
         self.p = p
 
     def _largest(self, z: Tensor) -> Tensor:
-        """(n, k), in descending order."""
+        """(n, k), in no order."""
         n_features = z.shape[1]
-        return z.topk(max(1, n_features - round(n_features * self.p / 100)), dim=1).values
+        return z.topk(max(1, n_features - round(n_features * self.p / 100)), dim=1, sorted=False).values
 
     @staticmethod
     def _factor(z: Tensor, largest: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ASH(PrunedEnergy):
 
     def _reshape(self, z: Tensor) -> Tensor:
         largest = self._largest(z)
-        smallest = largest[:, -1:]
+        smallest = largest.amin(dim=1, keepdim=True)
         above, tied = z > smallest, z == smallest
         n_tied = largest.shape[1] - above.sum(dim=1, keepdim=True)  # how many of the tied ones stay
         keep = (above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= n_tied))).to(z.dtype)

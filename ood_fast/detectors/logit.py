@@ -168,7 +168,7 @@ class GEN(Detector):
         gap = logits.amax(dim=1, keepdim=True) - logits
         first = gap.argmin(dim=1, keepdim=True)
         rest = gap.neg().exp().scatter(1, first, 0.0).sum(dim=1, keepdim=True)
-        gap = gap.topk(n_largest, dim=1, largest=False).values
+        gap = gap.topk(n_largest, dim=1, largest=False, sorted=False).values
         log_p = -gap - rest.log1p()
         log_other = (rest - torch.expm1(-gap)).log() - rest.log1p()
         if self.clamp:
