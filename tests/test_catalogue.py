@@ -1,0 +1,32 @@
+"""The table of detectors in the README is the one that the code gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ood_fast import detectors
+from ood_fast.detectors import catalogue
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_readme_has_the_table_of_this_code():
+    assert catalogue.table() in README.read_text(encoding="utf-8"), (
+        "run python -m ood_fast.detectors.catalogue and paste its output into README.md"
+    )
+
+
+def test_every_detector_has_its_paper_and_its_cost():
+    built_in = [name for name in detectors.known() if detectors.find(name).__module__.startswith("ood_fast.")]
+    assert set(catalogue.COSTS) == set(built_in)
+    for line in catalogue.table().splitlines()[2:]:
+        _, name, paper, fitted_on, keeps, cost, *_ = (cell.strip() for cell in line.split("|"))
+        assert paper, name
+        assert (fitted_on == "–") == (keeps == "–"), name
+        assert cost, name
+
+
+def test_what_is_kept_is_read_off_a_fit():
+    rows = {line.split("|")[1].strip(" `"): line for line in catalogue.table().splitlines()[2:]}
+    assert "| features, head | m, c·m | c + m |" in rows["NCI"]
+    assert "N·m" in rows["KNN"]
