@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one run of less than 9 minutes, on a machine with torch and triton and no
+# network:
+#
+#     bench/gpu.sh OUTDIR             # results into OUTDIR, written as they come
+#     bench/gpu.sh --dry-run OUTDIR   # only says what it would do
+#
+# The most important steps come first. A step that would begin after the deadline is left out, one that is still running
+# at its limit is stopped, and the summary (OUTDIR/summary.txt, printed last too) says so for each. Exit code: 0 if all
+# steps that ran passed, 1 if one failed, 2 without a GPU. GPU settings (clocks, power, modes) are read, never changed.
+#
+# PYTHON (default python3) and DEADLINE (seconds, default 510) can be set.
+set -uo pipefail
+
+python=${PYTHON:-python3}
+deadline=${DEADLINE:-510}
+dry=""
+if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
+  echo "usage: bench/gpu.sh [--dry-run] OUTDIR" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+summary="$out/summary.txt"
+: > "$summary"
+failed=0
+export PYTHONUNBUFFERED=1
+
+say() { echo "$*" | tee -a "$summary"; }
+
+# step NAME LIMIT COMMAND...: run it with at most LIMIT seconds, and no longer than the deadline; log to OUTDIR/NAME.log.
+step() {
+  local name=$1 limit=$2 left status began
+  shift 2
+  left=$((deadline - SECONDS))
+  if [ -n "$dry" ]; then
+    say "would run $name (at most $limit s): $*"
+    return 0
+  fi
+  if [ "$left" -lt 15 ]; then
+    say "$name: LEFT OUT, $left s left"
+    return 0
+  fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
+  began=$SECONDS
+  timeout --signal=INT --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1
+  status=$?
+  if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
+    say "$name: STOPPED after $((SECONDS - began)) s, its limit; what it wrote until then is kept"
+    failed=1
+  elif [ "$status" -ne 0 ]; then
+    say "$name: FAILED with exit code $status after $((SECONDS - began)) s; the end of its log:"
+    tail -n 15 "$out/$name.log" | tee -a "$summary"
+    failed=1
+  else
+    say "$name: ok, $((SECONDS - began)) s: $(grep -v '^ *$' "$out/$name.log" | tail -n 1 | cut -c 1-150)"
+  fi
+}
+
+has() { command -v "$1" > /dev/null 2>&1; }
+
+bench() { # bench NAME LIMIT PYTEST-ARGUMENTS...: one JSON a step, so that a limit costs no more than that step
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$python" -m pytest "$@" --benchmark-only --benchmark-json="$out/$name.json" -q -p no:cacheprovider
+}
+
+if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> "$out/gpu.log"; then
+  say "no GPU found by torch ($python): nothing was run"
+  exit 2
+fi
+
+# ---- what this is
+
+if has nvidia-smi; then
+  step environment 20 nvidia-smi -q -d CLOCK,MEMORY,POWER,TEMPERATURE,PERFORMANCE
+fi
+step versions 60 "$python" -c 'import json; from bench.measure import environment; print(json.dumps(environment()))'
+step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e .
+
+# ---- is it right
+
+# -x: after the first failure the time is better spent on the measurements, which compare with float64 themselves.
+step tests 150 "$python" -m pytest tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py \
+  tests/test_linear_elogitnorm.py tests/test_losses.py tests/test_ops.py tests/test_training_loops.py \
+  -m gpu -q -x -p no:cacheprovider
+# `backend` runs every test of these files on the GPU too; by its name, since the mark is on the parameter.
+step small_step 60 "$python" -m bench.gpu_smoke
+
+# ---- how fast is it, the targets first
+
+step kernel_times 60 "$python" -m bench.kernel_times --out "$out/kernel_times.json"
+bench targets 60 bench/test_gpu_targets.py
+bench imagenet 90 bench/test_loss.py -k "ImageNet-1K-bf16 and not compile and not literal"
+bench linear 60 bench/test_linear.py -k "100k"
+
+# ---- does it touch memory that is not its own, and do its threads race
+
+if has compute-sanitizer; then
+  for tool in memcheck racecheck; do
+    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.gpu_smoke --once
+  done
+else
+  say "memcheck, racecheck: LEFT OUT, compute-sanitizer is not installed"
+fi
+
+# ---- the rest of the tables
+
+bench scores 45 bench/test_nci.py
+bench loss 90 bench/test_loss.py -k "not ImageNet-1K-bf16 and not compile"
+bench linear_others 45 bench/test_linear.py -k "not 100k"
+bench compiled 60 bench/test_loss.py -k "compile"
+for others in detectors statistics; do
+  if [ -f "bench/test_$others.py" ]; then bench "$others" 45 "bench/test_$others.py"; fi
+done
+
+# ---- tables and plots of what there is
+
+if [ -z "$dry" ]; then
+  mapfile -t results < <(find "$out" -maxdepth 1 -name '*.json' ! -name kernel_times.json -size +0 | sort)
+  deadline=$((deadline + 15)) # a second or two; without it there would be no tables
+  if [ "${#results[@]}" -gt 0 ]; then
+    step report 15 "$python" -m bench.report "${results[@]}" --out "$out/report"
+  fi
+  if has nvidia-smi; then nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >> "$summary"; fi
+fi
+echo
+echo "==== $SECONDS s; everything is in $out"
+cat "$summary"
+exit "$failed"

@@ -1,0 +1,378 @@
+"""The benchmarks' own arithmetic: counts, memory, errors, tables, and the script for a machine with a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:  # where the package is not installed as an editable checkout
+    sys.path.insert(0, str(ROOT))
+
+from bench import baselines, cases, conftest, counts, gpu_smoke, kernel_times, measure, report, scaling  # noqa: E402
+
+CPU = torch.device("cpu")
+on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+
+
+# ---- counts
+
+
+def test_counts_by_hand():
+    """n = 2 < c = 3, m = 4, fp32: every number worked out on paper."""
+    sizes = counts.Sizes.of((2, 3, 4), torch.float32)
+    assert counts.of("predict", sizes) == (4 * 6, 24)
+    assert counts.of("distance_gram", sizes) == (4 * (2 + 3) * 4 + 4 * 6, 2 * 2 * 3 * 4)
+    assert counts.of("weight_gradient_all", sizes) == (24 + 48 + 32 + 48, 48)
+    assert counts.of("head backward", sizes).flops == 4 * 24
+    assert counts.operation("cross_entropy", sizes) == (3 * 24, 7 * 6)
+    half = counts.Sizes.of((2, 3, 4), torch.bfloat16, u=1)
+    assert counts.of("tempered_forward, ELogitNorm", half).bytes == 2 * 6 + 4 * 3
+    assert counts.Counts(10.0, 100.0).floor(1.0, 50.0) == 10.0
+
+
+def test_every_row_has_counts():
+    sizes = counts.Sizes.of((256, 1000, 64), torch.float32)
+    for row in baselines.ROWS.values():
+        needed = counts.operation(row.counts, sizes)
+        assert needed.bytes > 0
+        assert needed.flops > 0
+        if row.forward_only and row in baselines.LOSSES:
+            forward = counts.operation(f"{row.counts} forward", sizes)
+            assert 0 < forward.bytes < needed.bytes
+
+
+def plain(cell: str) -> str:
+    """A cell of the README without notes, dots and spaces."""
+    cell = re.sub(r" \([^)]*\)", "", cell).partition(", and ")[0]
+    return re.sub(r"[·\s]", "", cell) or "0"
+
+
+def rendered(expression: str) -> str:
+    expression = re.sub(r"ceil\(([^)]*)\)", r"⌈\1⌉", expression.replace("c*c", "c²"))
+    return re.sub(r"[*\s]", "", expression)
+
+
+def test_kernels_readme_has_the_same_formulas():
+    """Section 6 of kernels/README.md against `counts.KERNELS`, cell by cell; cells of words are skipped."""
+    section = (ROOT / "kernels" / "README.md").read_text().partition("## 6.")[2].partition("## 7.")[0]
+    compared = 0
+    for line in section.splitlines():
+        if not line.startswith("| `"):
+            continue
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        names = re.findall(r"`(\w+)`", name)
+        for kernel in names:
+            kernel = f"{kernel}, {name.partition(', ')[2]}" if kernel.startswith("tempered_forward") else kernel
+            if kernel not in counts.KERNELS:
+                continue
+            for cell, expression in zip(cells, counts.KERNELS[kernel], strict=True):
+                if re.search(r"[a-zA-Z]{4,}", plain(cell)) is None and "/" not in re.sub("⌈.*⌉", "", cell):
+                    assert plain(cell) == rendered(expression), (
+                        f"{kernel}: {cell} in the README, {expression} in counts"
+                    )
+                    compared += 1
+    assert compared >= 36
+
+
+# ---- inputs, errors, memory
+
+
+def test_inputs_are_the_case():
+    case = cases.CIFAR10
+    assert case.on("cuda").n_samples > case.on("cpu").n_samples == 128
+    x = cases.Inputs.of(case, CPU)
+    assert (x.logits.shape, x.W.shape, x.z.shape) == ((128, 10), (10, 512), (128, 512))
+    assert all(t.requires_grad and t.is_leaf for t in (x.logits, x.z, x.W, x.b))
+    assert torch.equal(x.logits, cases.Inputs.of(case, CPU).logits)
+    assert x.first(8).logits.shape == (8, 10)
+    exact = x.double()
+    assert exact.W.dtype == torch.float64
+    assert torch.equal(exact.W.float(), x.W)
+    assert x.distinct_predictions == 10
+
+
+def test_relative_error_never_passes_nan():
+    truth = [torch.ones(3, dtype=torch.float64)]
+    assert conftest.relative_error([torch.ones(3)], truth) == 0.0
+    assert conftest.relative_error([torch.tensor([1.0, 1.0, 2.0])], truth) == pytest.approx(3**-0.5)
+    assert conftest.relative_error([torch.tensor([1.0, 1.0, torch.nan])], truth) == float("inf")
+
+
+def test_literal_definition_is_left_out_by_arithmetic():
+    row = baselines.ROWS["literal definition"]
+    assert row.left_out(cases.CIFAR100, CPU) is None
+    assert row.left_out(cases.IMAGENET, CPU).startswith("out of memory at 24.6 GB: 3 × 1000×1000×2048")
+
+
+@on_linux
+@pytest.mark.slow
+def test_peak_is_measured():
+    """The definition keeps c × c × m numbers three times, which arithmetic knows; ours nothing of the kind."""
+    literal, ours = (measure.peak_megabytes(name, cases.CIFAR100, CPU) for name in ("literal definition", "elogitnorm"))
+    assert literal == pytest.approx(baselines.reference_bytes(cases.CIFAR100) / 1e6, rel=0.1)
+    assert 0 <= ours < 10
+
+
+def test_device_timer_reads_events(monkeypatch):
+    """0, then the time between two events; the sleep in front is longer than the launch, up to a limit."""
+    slept = []
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now += 2.5
+            self.at = Event.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    timer = measure.DeviceTimer()
+    timer.reset(wait=1e-3)
+    start = timer()
+    assert (start, timer() - start) == (0.0, pytest.approx(2.5e-3))
+    assert slept[0] == pytest.approx(2e-3 * timer.CYCLES_A_SECOND, rel=0.1)
+    timer.reset(wait=1.0)
+    timer()
+    assert slept[1] == pytest.approx(timer.LONGEST * timer.CYCLES_A_SECOND, rel=0.1)
+
+
+def test_kernel_times_by_name():
+    events = [("predict_kernel", 1e-6), ("predict_kernel", 3e-6), ("predict_kernel", 2e-6), ("void cub::sort", 5e-6)]
+    found = kernel_times.by_kernel(events, rounds=3)
+    assert found["predict"] == {"launches": 1.0, "seconds": pytest.approx(2e-6)}
+    assert found["torch"]["seconds"] == pytest.approx(5e-6 / 3)
+    sizes = counts.Sizes.of((2, 3, 4), torch.float32)
+    measured = {"predict": {"launches": 1, "seconds": 24e-9}} | {
+        name: {"launches": 1, "seconds": 24e-9} for name in kernel_times.ROW_KERNELS
+    }
+    lines = {line["kernel"]: line for line in kernel_times.table(measured, sizes, {"copy": 2.0, "fp32": 1e6}, "fp32")}
+    assert lines["predict"]["GB_per_s"] == pytest.approx(1.0)
+    assert lines["predict"]["share_of_copy"] == pytest.approx(0.5)
+    assert lines["row kernels, one read and one write"]["GB_per_s"] == pytest.approx(1.0)  # 48 bytes in 48 ns
+
+
+def test_smoke_agrees_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke", "--once", "--device", "cpu"])
+    monkeypatch.setattr(gpu_smoke, "ONCE", ((33, 37, 19),))
+    gpu_smoke.main()
+    assert re.match(r"(\d+) of \1 agree", capsys.readouterr().out)
+
+
+# ---- scaling
+
+
+def test_model_grows_as_it_says():
+    constant = {"calls": 1.0, "calls_small": 0.5, "element": 1e-3, "rate": 1e3}
+    step = scaling.model(constant, "elogitnorm", (10, 1000, 8), 10) - 1.0
+    assert step == pytest.approx(3 * 2 * 10 * 1000 * 8 / 1e3 + 10 * 1000 * 1e-3)
+    detached = scaling.model(constant, "detached", (10, 1000, 8), 5) - 1.0
+    assert detached == pytest.approx(2 * 5 * 1000 * 8 / 1e3 + 10 * 1000 * 1e-3)
+    assert scaling.products("elogitnorm", (128, 10, 512)) == 2 * 2 * 10 * 10 * 512
+    assert scaling.model(constant | {"rate": 1e30}, "elogitnorm", (128, 10, 512)) == pytest.approx(0.5 + 1280e-3)
+
+
+# ---- the report
+
+
+def entry(group: str, row: str, seconds: float, **extra) -> dict:
+    info = {
+        "row": row,
+        "case": "Case",
+        "n": 4,
+        "c": 10,
+        "m": 8,
+        "dtype": "fp32",
+        "correct": True,
+        "error": 1e-7,
+    } | extra
+    return {
+        "group": group,
+        "name": f"test[{row}]",
+        "stats": {"median": seconds, "iqr": 0.0, "rounds": 5},
+        "extra_info": {"what": group.partition(",")[0]} | info,
+    }
+
+
+def document(*entries: dict, left_out: tuple[dict, ...] = ()) -> dict:
+    environment = {"machine": "Test CPU", "device": "cpu", "threads": 2, "torch": "2.15", "commit": "abc"}
+    return {
+        "machine_info": {"environment": environment},
+        "ceilings": {"copy": 20.0, "fp32": 100.0, "bf16": 200.0},
+        "benchmarks": list(entries),
+        "left_out": list(left_out),
+    }
+
+
+LOSS = "loss forward + backward, Case (4, 10, 8)"
+
+
+def three_rows(**ours) -> list[dict]:
+    rates = {"bytes": 100.0, "flops": 50.0, "GB_per_s": 1.0, "GFLOP_per_s": 0.5, "share_of_ceiling": 0.25}
+    return [
+        entry(LOSS, "elogitnorm", 3e-3, peak_MB=1.5, **rates, **ours),
+        entry(LOSS, "F.cross_entropy", 1e-3, **rates),
+        entry(LOSS, "F.linear (the head)", 4e-3, **rates),
+    ]
+
+
+def results_of(*documents: dict) -> report.Results:
+    results = report.Results()
+    for one in documents:
+        results.add(one)
+    return results
+
+
+def test_ratios():
+    reason = {"group": LOSS, "row": "literal definition", "reason": "out of memory at 9.9 GB: 3 × much, limit 1 GB"}
+    absent = {"group": LOSS, "row": "Liger cross-entropy", "reason": "Liger's kernels run on a GPU only"}
+    text = report.markdown(results_of(document(*three_rows(), left_out=(reason, absent))), "command", [])
+    loss_line = next(line for line in text.splitlines() if line.startswith("| Case (4, 10, 8) fp32"))
+    cells = [cell.strip() for cell in loss_line.strip("|").split("|")]
+    assert cells[1:4] == ["1", "4", "3"]
+    assert cells[7:10] == ["out of memory at 9.9 GB", "3.00", "0.50"]  # (3 − 1) / 4
+    ours = next(line for line in text.splitlines() if line.startswith("| elogitnorm |"))
+    assert [cell.strip() for cell in ours.strip("|").split("|")][3:] == [
+        *("1.00", "3.00", "1.5", "1.0", "0", "25%", "1e-07")
+    ]
+    assert "| literal definition | out of memory at 9.9 GB: 3 × much" in text
+    assert "Left out. Liger cross-entropy: Liger's kernels run on a GPU only." in text
+
+
+@pytest.mark.parametrize("correct", [False, None])
+def test_no_ratio_without_a_right_result(correct):
+    """A wrong result, or one that nothing was compared with, keeps its time and loses every ratio."""
+    results = results_of(document(*three_rows(correct=correct)))
+    rows = {row["row"]: row for row in results.groups()[LOSS]}
+    assert report.ratio(rows["elogitnorm"], rows["F.cross_entropy"]) is None
+    assert report.extra_over_head(rows, "elogitnorm") is None
+    assert report.ratio(rows["F.cross_entropy"], rows["F.linear (the head)"]) == 0.25
+    line = next(line for line in report.markdown(results, "", []).splitlines() if line.startswith("| elogitnorm"))
+    assert [cell.strip() for cell in line.strip("|").split("|")][3:5] == ["", ""]
+    assert ("wrong result" in line) == (correct is False)
+
+
+def test_latency_table():
+    group = "latency, Case (4, 10, 8)"
+    cells = [
+        entry(group, "NCI, ood_fast", 2e-3, detector="NCI", library="ood_fast", images=4),
+        entry(group, "NCI, pytorch-ood", 8e-3, detector="NCI", library="pytorch-ood", images=4),
+        entry(group, "NECO, ood_fast", 4e-3, detector="NECO", library="ood_fast", images=4),
+        entry(group, "KNN, ood_fast", 4e-3, detector="KNN", library="ood_fast", images=4, correct=False),
+        entry(group, "KNN, pytorch-ood", 8e-3, detector="KNN", library="pytorch-ood", images=4),
+    ]
+    text = report.markdown(results_of(document(*cells)), "", [])
+    assert "| NCI | 0.5 | 2 | 4.00 |" in text
+    assert "| NECO | 1 |  |  |" in text
+    assert "| KNN | 1 | 2 |  |" in text
+
+
+def test_written_results_can_be_read_again(tmp_path):
+    """Files are joined, the last one wins, plots are drawn, and results.json gives the same tables."""
+    later = document(entry(LOSS, "elogitnorm", 5e-3))
+    results = results_of(document(*three_rows()), later)
+    assert results.rows[LOSS, "elogitnorm"]["seconds"] == 5e-3
+    folder = report.write(results, tmp_path / "machine", "command")
+    assert {file.name for file in folder.iterdir()} == {"README.md", "results.json", "time-memory.png", "roofline.png"}
+    again = report.load([folder / "results.json"])
+    assert report.markdown(again, "command", []) == report.markdown(results, "command", [])
+    assert report.slug(report.title(results)) == "test-cpu-2-threads"
+    with pytest.raises(SystemExit, match="no such file"):
+        report.load([tmp_path / "none.json"])
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="not the JSON of a run"):
+        report.load([tmp_path / "other.json"])
+
+
+@pytest.mark.slow
+def test_a_run_from_pytest_to_tables(tmp_path):
+    file = tmp_path / "run.json"
+    names = ("elogitnorm", "F.cross_entropy", "literal definition")
+    chosen = [f"bench/test_loss.py::test_loss[CIFAR-10-fp32-{name}]" for name in names]
+    command = [sys.executable, "-m", "pytest", *chosen, "-q", "--benchmark-only", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    results = report.load([file])
+    (rows,) = results.groups().values()
+    rows = {row["row"]: row for row in rows}
+    assert set(rows) == set(names)
+    assert report.ratio(rows["elogitnorm"], rows["F.cross_entropy"]) > 0
+    for row in rows.values():
+        assert row["seconds"] > 0
+        assert row["GB_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["error"] < 1e-5
+    assert results.ceilings.keys() == {"copy", "fp32", "bf16"}
+    assert results.environment["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+# ---- the script for a GPU machine
+
+
+def gpu_script(tmp_path, *arguments: str, python: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHON": python or sys.executable} | environment,
+    )  # fmt: skip
+
+
+def fake_python(tmp_path, body: str) -> str:
+    file = tmp_path / "python"
+    file.write_text(f"#!/bin/bash\n{body}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
+def test_gpu_script_needs_a_gpu(tmp_path):
+    run = gpu_script(tmp_path, str(tmp_path / "out"))
+    assert run.returncode == 2
+    assert "no GPU found" in run.stdout
+    assert gpu_script(tmp_path).returncode == 2
+    assert "usage" in gpu_script(tmp_path, "--nonsense").stderr
+
+
+def test_gpu_script_dry_run_names_every_step(tmp_path):
+    run = gpu_script(tmp_path, "--dry-run", str(tmp_path / "out"))
+    assert run.returncode == 0
+    steps = re.findall(r"would run (\w+)", (tmp_path / "out" / "summary.txt").read_text())
+    wanted = ["install", "tests", "small_step", "kernel_times", "targets", "imagenet", "linear", "scores", "loss"]
+    assert [step for step in steps if step in wanted] == wanted
+    for target in re.findall(r"-m pytest (bench/\S+)", run.stdout):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_gpu_script_keeps_going_and_keeps_what_was_written(tmp_path):
+    """A step that fails is reported and the next one runs; a step at its limit is stopped; the rest is left out."""
+    python = fake_python(
+        tmp_path,
+        'case "$*" in *pip*) echo "no pip" >&2; exit 3;; *kernel_times*) echo "{}" > "${@: -1}"; sleep 60;; '
+        "*cuda.is_available*) exit 0;; *) echo fine;; esac",
+    )
+    out = tmp_path / "out"
+    run = gpu_script(tmp_path, str(out), python=python, DEADLINE="18")
+    assert run.returncode == 1
+    summary = (out / "summary.txt").read_text()
+    assert "versions: ok" in summary
+    assert re.search(r"install: FAILED with exit code 3 .*\nno pip", summary)
+    assert "tests: ok" in summary
+    assert re.search(r"kernel_times: STOPPED", summary)
+    assert "imagenet: LEFT OUT" in summary
+    assert json.loads((out / "kernel_times.json").read_text()) == {}
