@@ -1,0 +1,164 @@
+"""Detectors of this package as OpenOOD v1.5 postprocessors, for its evaluators.
+
+    from ood_fast.interop.openood import Postprocessor
+
+    evaluator = openood.evaluation_api.Evaluator(net, id_name="cifar10", postprocessor=Postprocessor(NCI()), ...)
+    evaluator.eval_ood()
+
+The sign is theirs and ours: higher = more in-distribution. Any classifier will do as `net`, with or without their
+`return_feature`; the data stay on the device of `net`.
+
+OpenOOD is not on the package index. Where it can be imported the class derives from its `BasePostprocessor`, which its
+`Evaluator` asks for; without it the class works the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..detectors import Detector, DetectorSet
+
+try:
+    from openood.postprocessors import BasePostprocessor
+except ImportError:
+    BasePostprocessor = object
+
+
+class Postprocessor(BasePostprocessor):
+    """One of our detectors as one of theirs.
+
+    With `APS_mode`, their automatic parameter search: `setup` fits the detector for every combination of `args_dict`
+    in one pass, and the search runs `net` once over each validation set, where theirs runs it for each combination.
+
+    Args:
+        detector: fitted or not; `setup` fits a copy for each combination of parameters.
+        head: the layer of the net that makes the logits, or its name; None: the one found.
+        APS_mode: None: where the detector has parameters to search.
+        args_dict: parameter -> candidates; None: the grid of the detector, OpenOOD's own. Each must fit the data: for
+            ViM, whose grid has 1000 directions, give others where there are fewer features.
+
+    Attributes:
+        args: the parameters in use, by name, as their configurations give them.
+        hyperparam_search_done: set by their evaluator after the search.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        head: str | nn.Linear | None = None,
+        APS_mode: bool | None = None,
+        args_dict: Mapping[str, Iterable] | None = None,
+    ) -> None:
+        checks.instance("detector", detector, Detector, "a detector of ood_fast")
+        self.config = None
+        self.detector = detector
+        self.head = head
+        self.args_dict = {name: list(values) for name, values in (args_dict or detector.grid).items()}
+        self.APS_mode = bool(self.args_dict) if APS_mode is None else APS_mode
+        self.hyperparam_search_done = False
+        self._candidates: dict[tuple, Detector] = {}
+        self._searched: dict[tuple[int, int], tuple] = {}  # of net and loader -> both, and what the pass gave
+
+    @property
+    def args(self) -> SimpleNamespace:
+        return SimpleNamespace(**self.detector.settings())
+
+    def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Iterable], ood_loader_dict: Mapping | None) -> None:
+        """Fit on the "train" loader, or the "val" loader where the method says so (ReAct, KL matching).
+
+        The loaders give mappings with "data" and "label"; OOD data are not looked at. A detector that is fitted already
+        and has no parameters to search stays as it is.
+        """
+        self._candidates, self._searched = {}, {}
+        if self.APS_mode:
+            values = itertools.product(*self.args_dict.values())
+            self._candidates = dict(zip(values, self.detector.variants(self.args_dict), strict=True))
+        if self._candidates or not self.detector.fitted:
+            named = _set(self._candidates or {(): self.detector})
+            validation = _Pairs(id_loader_dict["val"]) if "val" in id_loader_dict else None
+            named.fit(net, _Pairs(id_loader_dict["train"]), self.head, validation=validation)
+        current = tuple(self._values())
+        self.detector = self._candidates.get(current) or next(iter(self._candidates.values()), self.detector)
+
+    def postprocess(self, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
+        """(predicted class (n,), score (n,)) of a batch of inputs."""
+        ((predicted, scores, _),) = self._score(net, [{"data": data}], {(): self.detector})
+        return predicted, scores[()]
+
+    def inference(self, net: nn.Module, data_loader: Iterable, progress: bool = True) -> tuple[np.ndarray, ...]:
+        """(predicted classes, scores, labels) of all data, as NumPy arrays.
+
+        Before `hyperparam_search_done` all candidates are scored in one pass and kept, so that the next candidate on
+        the same loader costs nothing.
+        """
+        if self.APS_mode and not self.hyperparam_search_done and self._candidates:
+            key = (id(net), id(data_loader))
+            if key not in self._searched:
+                result = self._collect(net, data_loader, self._candidates, progress)
+                self._searched[key] = (net, data_loader, result)  # keeps both alive, and so their ids
+            predicted, scores, labels = self._searched[key][2]
+            return predicted, scores[tuple(self._values())], labels
+        self._searched.clear()
+        predicted, scores, labels = self._collect(net, data_loader, {(): self.detector}, progress)
+        return predicted, scores[()], labels
+
+    def set_hyperparam(self, hyperparam: list) -> None:
+        """The parameters in the order of `args_dict`. After `setup` they are among its candidates."""
+        values = tuple(hyperparam)
+        if self._candidates and values not in self._candidates:
+            raise ValueError(f"hyperparam: got {hyperparam}, expected one of {list(map(list, self._candidates))}")
+        (new,) = self.detector.variants({name: [value] for name, value in zip(self.args_dict, values, strict=True)})
+        self.detector = self._candidates.get(values, new)
+
+    def get_hyperparam(self) -> Any:
+        """The parameter in use, a list of them if they are several."""
+        values = self._values()
+        return values[0] if len(values) == 1 else values
+
+    def _values(self) -> list:
+        settings = self.detector.settings()
+        return [settings[name] for name in self.args_dict]
+
+    @torch.no_grad()
+    def _score(
+        self, net: nn.Module, loader: Iterable, detectors: Mapping[tuple, Detector]
+    ) -> Iterator[tuple[Tensor, dict[tuple, Tensor], Tensor | None]]:
+        """For each batch: predicted classes, scores by each detector, labels."""
+        for batch, scores in _set(detectors).score_loader(net, _Pairs(loader), self.head):
+            yield batch.logits.argmax(dim=1), dict(zip(detectors, scores.values(), strict=True)), batch.targets
+
+    def _collect(self, net: nn.Module, loader: Iterable, detectors: Mapping[tuple, Detector], progress: bool) -> tuple:
+        from rich.progress import track
+
+        scored = self._score(net, loader, detectors)
+        total = len(loader) if hasattr(loader, "__len__") else None
+        batches = [
+            (predicted.cpu(), {key: score.cpu() for key, score in scores.items()}, labels.cpu())
+            for predicted, scores, labels in track(scored, "Inference", total, disable=not progress)
+        ]
+        predicted, scores, labels = zip(*batches, strict=True)
+        scores = {key: torch.cat([batch[key] for batch in scores]).float().numpy() for key in detectors}
+        return torch.cat(predicted).numpy(), scores, torch.cat(labels).numpy().astype(int)
+
+
+def _set(detectors: Mapping[tuple, Detector]) -> DetectorSet:
+    return DetectorSet({str(key): detector for key, detector in detectors.items()})
+
+
+class _Pairs:
+    """Their batches, mappings with "data", "label" and more, as (x, y)."""
+
+    def __init__(self, loader: Iterable) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in self.loader:
+            yield batch["data"], batch.get("label")

@@ -1,0 +1,153 @@
+"""Detectors of this package as pytorch-ood detectors (pytorch-ood >= 0.4), for its metrics, benchmarks and searches.
+
+    from ood_fast.interop.pytorch_ood import PytorchOOD
+
+    detector = PytorchOOD(ood_fast.detectors.NCI(), model).fit(train_loader)
+    CIFAR10_OpenOOD(root, transform).evaluate(detector, loader_kwargs={"batch_size": 128})
+
+The sign is theirs: **higher = out-of-distribution**, the negative of `Detector.score`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks, detectors
+from ..detectors.run import run_model
+from ..heads import find_head, given_head, inference_head
+
+try:
+    from pytorch_ood import api
+except ImportError as error:
+    raise ImportError("this adapter needs pytorch-ood 0.4 or newer: pip install pytorch-ood") from error
+
+
+class PytorchOOD(api.FeaturesDetector):
+    """One of our detectors as one of theirs. Of a subclass named like the detector, as their tables print the class.
+
+    `encoder` maps inputs to features, one for all adapters of a model: their benchmarks and `GridSearch` run it once
+    for all detectors and candidates. Without a linear head (a detector of logits alone) or where a detector passes
+    inputs of its own through the model (ODIN) it is None, and they run the model for each.
+
+    Args:
+        detector: fitted or not.
+        model: the classifier; None: only `fit_features` and `predict_features` work.
+        head: the layer that makes the logits, or its name; None: the one found. Without a model, an `nn.Linear`.
+    """
+
+    info = api.DetectorInfo(tasks={api.Task.CLASSIFICATION})
+
+    def __new__(cls, detector: detectors.Detector, *args: Any, **keywords: Any) -> PytorchOOD:
+        return super().__new__(type(type(detector).__name__, (cls,), {}) if cls is PytorchOOD else cls)
+
+    def __init__(
+        self, detector: detectors.Detector, model: nn.Module | None = None, head: str | nn.Linear | None = None
+    ) -> None:
+        checks.instance("detector", detector, detectors.Detector, "a detector of ood_fast")
+        self.detector = detector
+        self.model = model
+        self.head = _head(detector, model, head)
+        self.encoder = None
+        if model is not None and self.head is not None and not detector.needs_model:
+            self.encoder = _encoder(model, self.head)
+        self.requires_fit = detector.needs_fit
+        self.hyperparameter_space = {name: list(values) for name, values in detector.grid.items()}
+
+    def fit(self, data_loader: Iterable) -> PytorchOOD:
+        """Fit on batches (x, y) in one pass of the model; samples with y < 0, their mark of OOD data, are left out."""
+        if self.requires_fit:
+            self._require_model()
+            self.detector.fit(self.model, _known(data_loader), self.head)
+        return self
+
+    def fit_features(self, x: Tensor, y: Tensor | None = None) -> PytorchOOD:
+        """Fit on features (n, m) and class indices (n,); the logits come from the head. y < 0 is left out."""
+        if self.requires_fit:
+            if y is not None:
+                x, y = x[y >= 0], y[y >= 0]
+            head = None if self.head is None else inference_head(self.head)
+            self.detector.fit_features(x, self._logits(x), y, head)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Outlier scores (n,) of a batch of inputs; the model runs once, in eval mode, and its modes are restored."""
+        self._require_model()
+        self._require_fitted()
+        return -self.detector.score(self.model, x, self.head)
+
+    @torch.no_grad()
+    def predict_features(self, x: Tensor) -> Tensor:
+        """Outlier scores (n,) of features (n, m)."""
+        self._require_fitted()
+        return -self.detector.score_features(x, self._logits(x))
+
+    def get_hyperparameters(self) -> dict[str, Any]:
+        return {name: value for name, value in self.detector.settings().items() if name in self.hyperparameter_space}
+
+    def set_hyperparameters(self, **hyperparameters: Any) -> PytorchOOD:
+        """As theirs. The fit is dropped with the parameters that it was made with: fit again, as `GridSearch` does."""
+        for name in hyperparameters:
+            if name not in self.hyperparameter_space:
+                raise ValueError(checks.unknown("hyperparameter", name, self.hyperparameter_space))
+        device = self.device
+        self.detector = type(self.detector)(**{**self.detector.settings(), **hyperparameters})
+        return self if device is None else self.to(device)
+
+    def _logits(self, features: Tensor) -> Tensor | None:
+        return None if self.head is None else F.linear(features, *inference_head(self.head))
+
+    def _require_model(self) -> None:
+        if self.model is None:
+            raise api.ModelNotSetException
+
+    def _require_fitted(self) -> None:
+        if not self.detector.fitted:
+            raise api.RequiresFittingException
+
+
+def _head(detector: detectors.Detector, model: nn.Module | None, head: str | nn.Linear | None) -> nn.Linear | None:
+    if model is None:
+        if head is not None:
+            checks.instance("head", head, nn.Linear, "an nn.Linear where there is no model")
+        return head
+    if head is not None or detector.needs_features or detector.needs_head:
+        return given_head(model, head)
+    try:
+        return find_head(model)
+    except ValueError:  # none that can be told; scoring inputs does without
+        return None
+
+
+class _Encoder(nn.Module):
+    """x -> what enters the head of `model`, in eval mode and without gradients."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        (batch,) = run_model(self.model, [x], self.head)
+        return batch.features
+
+
+_ENCODERS: weakref.WeakValueDictionary[tuple[int, int], _Encoder] = weakref.WeakValueDictionary()
+
+
+def _encoder(model: nn.Module, head: nn.Linear) -> _Encoder:
+    """One for all adapters of a model that are alive: their caches go by the identity of the encoder."""
+    encoder = _ENCODERS.get((id(model), id(head)))
+    if encoder is None:
+        _ENCODERS[id(model), id(head)] = encoder = _Encoder(model, head)
+    return encoder
+
+
+def _known(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, y in loader:
+        known = y >= 0
+        yield (x, y) if known.all() else (x[known], y[known])
