@@ -33,7 +33,7 @@ ROW_CHUNK_ELEMENTS = 1 << 18
 # Elements of a tile of the distance table: bounds the two temporaries of the Gram form at 8 MiB in float32 each.
 TABLE_TILE_ELEMENTS = 1 << 21
 # Elements of a tile of centred rows of W where only some rows of the table are wanted: W itself is never copied whole.
-WEIGHT_TILE_ELEMENTS = 1 << 20
+WEIGHT_TILE_ELEMENTS = 1 << 19
 # Elements of the buffer in which the form without logits works: 64 MiB in float32, so that with the tiles it stays
 # below 100 MB. Fewer rows than MIN_LINEAR_ROWS would stream W from memory for too little arithmetic.
 LINEAR_BUFFER_ELEMENTS = 1 << 24
@@ -343,6 +343,11 @@ def _centered(weight: Tensor, mean_row: Tensor, out: Tensor | None = None) -> Te
     return torch.sub(weight, mean_row, out=out[: weight.shape[0]])
 
 
+def _centered_rows(head_weight: Tensor, classes: Tensor, mean_row: Tensor) -> Tensor:
+    """`_centered` rows W[classes]: in the place of what was gathered."""
+    return head_weight[classes].to(mean_row.dtype).sub_(mean_row)
+
+
 def _weight_tile(head_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for a tile of rows of W: as many as WEIGHT_TILE_ELEMENTS holds."""
     n_classes, n_features = head_weight.shape
@@ -366,7 +371,7 @@ def _inverse_distances(head_weight: Tensor, classes: Tensor | None, out: Tensor)
     square = classes is None
     if square:
         classes = torch.arange(n_classes, device=out.device)
-    left = _centered(head_weight if square else head_weight[classes], mean_row)
+    left = _centered(head_weight, mean_row) if square else _centered_rows(head_weight, classes, mean_row)
     left_norms = torch.linalg.vector_norm(left, dim=1).square_()
     buffer = left if square else _weight_tile(head_weight, out.dtype)
     distinct = True
@@ -660,7 +665,7 @@ def _weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_c
     n_distinct = int((row_class >= 0).sum())
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
     push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
-    left = _centered(head_weight[classes], mean_row)
+    left = _centered_rows(head_weight, classes, mean_row)
     grad_weight = _product(push.t(), left)
     own = left.mul_(push.sum(1, keepdim=True).neg_())
     buffer = _weight_tile(head_weight, table.dtype)
@@ -699,8 +704,8 @@ def linear_elogitnorm(
     needed or without `sample_grad`, and in the dtype of the arithmetic (they may still be scaled).
 
     A chunk of rows works in place: the logits become their gradient G, and with n < c the inverse distances R, a row
-    for each sample, become -S = sample_grad slope g R^3 (`_weight_gradient`). Then one product with [G; -S] gives dz and
-    another dW, tile by tile of W. With n >= c the distances are a table of all classes as usual.
+    for each sample, become -S = sample_grad slope g R^3 (`_weight_gradient`). Then one product with [G; -S] gives dz
+    and another dW, tile by tile of W. With n >= c the distances are a table of all classes as usual.
     """
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = compute_dtype(features, head_weight)
@@ -806,7 +811,7 @@ def _linear_backward(
     product = z.new_zeros(n_used, n_features)
     outer = z
     if push is not None:
-        left = _centered(head_weight[predicted], mean_row)
+        left = _centered_rows(head_weight, predicted, mean_row)
         outer = torch.cat([z, left])
     buffer = _weight_tile(head_weight, z.dtype)
     for columns in _slices(both.shape[1], buffer.shape[0]):

@@ -70,6 +70,10 @@ def elogitnorm(
     Paper: Ding, Liu, Unger, Eilertsen, "Enhancing Out-of-Distribution Detection with Extended Logit Normalization",
     CVPR 2026, arXiv:2504.11434.
     """
+    if logits is None:
+        raise TypeError(
+            "logits: got None, expected a tensor; without logits it is ood_fast.linear_elogitnorm(z, W, b, y)"
+        )
     checks.logits(logits, dense=True)
     checks.head_weight(W, logits)
     checks.head_bias(b, W)

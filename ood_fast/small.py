@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, eager
 
 MAX_CLASSES = 128  # pdist's order is undone through a cached table of c^2 positions: 128 KiB here
 MAX_ELEMENTS = 1 << 18  # of the logits: above, `eager.py` works in chunks that stay in cache
@@ -67,7 +67,9 @@ def forward(
     eps: float,
     average_offset: int,
 ) -> tuple[Tensor, ...]:
-    """(reduced loss, D, and what `backward` takes: u = -g / D, log-probabilities, total weight, p, D, the table R).
+    """(reduced loss, D, and what `backward` takes: -g, u = -g / D, log-probabilities, total weight, p, D, table).
+
+    The table holds -R / (K + offset): the sign and the share once for its c^2 elements, not for everything made of it.
 
     Raises NotPlainError, or IndexError for a target out of range.
     """
@@ -77,21 +79,22 @@ def forward(
     # Rows that coincide are 0 * inf in `backward`, also where neither of them is predicted and D does not show it.
     if not condensed.min().item() > CLOSEST:
         raise NotPlainError
-    table = torch.cat((condensed.reciprocal_(), zero)).take(positions)
+    condensed.reciprocal_().mul_(-1.0 / (n_classes - 1 + average_offset))
+    table = torch.cat((condensed, zero)).take(positions)
     top, predicted = logits.max(1, keepdim=True)
-    scaled = logits - top  # -g, and below u = -g / D
-    distance = table.index_select(0, predicted.view(-1)).mul_(scaled).sum(1, keepdim=True)
-    distance.mul_(-1.0 / (n_classes - 1 + average_offset))
+    minus_gap = logits - top
+    distance = table.index_select(0, predicted.view(-1)).mul_(minus_gap).sum(1, keepdim=True)
     low, high = torch.aminmax(distance)
     if not (low.item() > eps and high.item() < math.inf):
         raise NotPlainError
-    log_probability = torch.log_softmax(scaled.div_(distance), 1)
+    scaled = minus_gap / distance
+    log_probability = torch.log_softmax(scaled, 1)
     try:
         loss, total = _nll_loss(log_probability, target, class_weight, _REDUCTIONS[reduction], ignore_index)
     except IndexError:
         checks.index_range(target, n_classes, ignore_index)  # raises, and names the value
         raise
-    return loss, distance.view(-1).clone(), scaled, log_probability, total, predicted, distance, table
+    return loss, distance.view(-1).clone(), minus_gap, scaled, log_probability, total, predicted, distance, table
 
 
 def backward(
@@ -100,6 +103,7 @@ def backward(
     head_weight: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
+    minus_gap: Tensor,
     scaled: Tensor,
     log_probability: Tensor,
     total: Tensor,
@@ -117,19 +121,20 @@ def backward(
         grad_loss, log_probability, target, class_weight, _REDUCTIONS[reduction], ignore_index, total
     )
     gradient = _log_softmax_backward(gradient, log_probability, 1, log_probability.dtype)  # by u
+    gradient.div_(distance)
     # dL/dD = -sum_j dL/du_j u_j / D. The log-probabilities, u less a constant, would do as well, but for their rounding
     # where all u are small: rows of W that are close together.
-    slope = (gradient * scaled).sum(1, keepdim=True)
-    slope.mul_(-1.0 / (n_classes - 1 + average_offset)).div_(distance)
-    gradient.div_(distance)
+    minus_slope = (gradient * scaled).sum(1, keepdim=True)
     p = predicted.view(-1)
     inverse = table.index_select(0, p)
-    gradient.addcmul_(inverse, slope, value=-1)
-    gradient.scatter_add_(1, predicted, inverse.sum(1, keepdim=True).mul_(slope))
+    gradient.addcmul_(inverse, minus_slope, value=-1)
+    gradient.scatter_add_(1, predicted, inverse.sum(1, keepdim=True).mul_(minus_slope))
     if not need_weight:
         return gradient, None
-    pull = torch.zeros_like(table).index_add_(0, p, (logits - logits.gather(1, predicted)).mul_(slope))
+    # The table's cube is -(R / share)^3, and the slope lacks its share: share^2 is left over.
+    share = n_classes - 1 + average_offset
+    pull = torch.zeros_like(table).index_add_(0, p, minus_gap.mul(minus_slope), alpha=share * share)
     pull.mul_(table.pow(3))
     pull = pull + pull.t()
     centered = head_weight - head_weight.mean(0)
-    return gradient, torch.diag_embed(pull.sum(1)).sub_(pull) @ centered
+    return gradient, (centered * pull.sum(1, keepdim=True)).sub_(eager._product(pull, centered))

@@ -27,6 +27,12 @@ def chunks(request, monkeypatch):
     return request.param
 
 
+def test_elogitnorm_without_logits_names_this_function():
+    batch = Batch.of(4, 3, 2)
+    with pytest.raises(TypeError, match=r"logits: got None, expected a tensor; .*linear_elogitnorm\(z, W, b, y\)"):
+        ood_fast.elogitnorm(None, batch.z, batch.W, batch.b, batch.y)
+
+
 def run(function, batch, upstream=None, y=None, **keywords):
     z, W, b = (t.detach().requires_grad_() for t in (batch.z, batch.W, batch.b))
     loss = function(z, W, b, batch.y if y is None else y, **keywords)
