@@ -239,8 +239,18 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What the tables leave out, and on what they were measured."""
-    for report in terminalreporter.stats.get("skipped", []):
-        terminalreporter.write_line(f"left out: {report.longrepr[2].removeprefix('Skipped: ')}")
+    # What does not fit is said for each case, what this machine does not have once.
+    for reason in dict.fromkeys(
+        f"{entry['group']}: {entry['row']}: {entry['reason']}"
+        if entry["reason"].startswith("out of memory")
+        else f"{entry['row']}: {entry['reason']}"
+        for entry in LEFT_OUT
+    ):
+        terminalreporter.write_line(f"left out: {reason}")
+    said = {f"{entry['group']}: {entry['row']}: {entry['reason']}" for entry in LEFT_OUT}
+    reasons = (report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    for reason in dict.fromkeys(reason for reason in reasons if reason not in said):
+        terminalreporter.write_line(f"left out: {reason}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     terminalreporter.write_line(
         f"measured with torch {torch.__version__} on {device}, {torch.get_num_threads()} threads, {machine()}"

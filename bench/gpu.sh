@@ -82,11 +82,11 @@ step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-ind
 
 # ---- is it right
 
-# -x: after the first failure the time is better spent on the measurements, which compare with float64 themselves.
+# The files of the loss and NCI: `backend` in tests/conftest.py runs each of their tests on the GPU too, odd shapes
+# included. -x: after a failure the time is better spent on the measurements, which compare with float64 themselves.
 step tests 150 "$python" -m pytest tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py \
   tests/test_linear_elogitnorm.py tests/test_losses.py tests/test_ops.py tests/test_training_loops.py \
   -m gpu -q -x -p no:cacheprovider
-# `backend` runs every test of these files on the GPU too; by its name, since the mark is on the parameter.
 step small_step 60 "$python" -m bench.gpu_smoke
 
 # ---- how fast is it, the targets first
@@ -115,6 +115,12 @@ bench compiled 60 bench/test_loss.py -k "compile"
 for others in detectors statistics; do
   if [ -f "bench/test_$others.py" ]; then bench "$others" 45 "bench/test_$others.py"; fi
 done
+
+# ---- what else is marked gpu
+
+step other_tests 120 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --ignore=tests/test_elogitnorm.py \
+  --ignore=tests/test_nci.py --ignore=tests/test_logitnorm.py --ignore=tests/test_linear_elogitnorm.py \
+  --ignore=tests/test_losses.py --ignore=tests/test_ops.py --ignore=tests/test_training_loops.py
 
 # ---- tables and plots of what there is
 

@@ -4,9 +4,11 @@ A bench test measures one cell:
 
     x = stored(case, device)
     detector = ood_fast.detectors.NCI().fit_features(x.train_features, x.train_logits, x.train_targets, head=(x.W, x.b))
-    cell(measure, "NCI", OURS, lambda: detector.score_features(x.features, x.logits), len(x.features))
+    step = lambda: detector.score_features(x.features, x.logits)
+    cell(measure, "NCI", OURS, step, len(x.features), error=relative_error([step()], [truth]))
 
-and bench/report.py joins the cells of a case to a row for each detector.
+and bench/report.py joins the cells of a case to a row for each detector. Without `error`, the comparison with a truth in
+the same run, a cell has its time and no ratio.
 """
 
 from __future__ import annotations
