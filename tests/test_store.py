@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ood_fast import detectors
-from ood_fast.detectors import KNN, MSP, NCI, Detector, DetectorSet, FeatureNorm, register, registry, streaming
+from ood_fast.detectors import MSP, NCI, Detector, DetectorSet, FeatureNorm, register, registry, streaming
 from ood_fast.detectors.store import load
 
 N, M, C = 60, 12, 4
+SETTINGS = {"KNN": {"k": 3}, "NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 3}, "NECO": {"dim": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,7 @@ def data():
 
 def fitted(name: str, data) -> Detector:
     features, logits, targets, head = data
-    settings = {"k": 5} if name in ("KNN", "NNGuide") else {"dim": 3} if name in ("ViM", "NECO") else {}
-    return detectors.create(name, **settings).fit_features(features, logits, targets, head)
+    return detectors.create(name, **SETTINGS.get(name, {})).fit_features(features, logits, targets, head)
 
 
 def metadata_of(path) -> dict[str, str]:
@@ -97,9 +97,9 @@ def test_metadata_say_what_it_is(data, tmp_path):
     }
 
 
-def test_a_set_is_one_file_that_holds_shared_buffers_once(data, tmp_path):
+def test_a_set_is_one_file_that_holds_shared_buffers_once(odd, data, tmp_path):
     features, logits, targets, head = data
-    written = DetectorSet({"a": NCI(), "b": NCI(alpha=0.1), "msp": MSP(), "knn": KNN(k=3)})
+    written = DetectorSet({"a": NCI(), "b": NCI(alpha=0.1), "msp": MSP(), "centre": Odd()})
     written.fit_features(features, logits, targets, head)
     written["b"].calibrate(torch.randn(30))
     written.save(tmp_path / "set.safetensors", ["w", "x", "y", "z"])
@@ -108,7 +108,7 @@ def test_a_set_is_one_file_that_holds_shared_buffers_once(data, tmp_path):
         "a/head_weight",
         "a/mean",
         "b/threshold",
-        "knn/bank",
+        "centre/kept",
     ]
     back = load(tmp_path / "set.safetensors")
     assert isinstance(back, DetectorSet)
@@ -137,10 +137,10 @@ def test_views_and_empty_buffers(data, tmp_path):
     assert torch.equal(back.mean, both[:M])
     assert torch.equal(back.head_bias, both[M : M + C])
     assert back.calibration is None
-    knn = KNN(k=1)
-    knn.bank = torch.zeros(0, M)
-    knn.save(tmp_path / "empty")
-    assert load(tmp_path / "empty").bank.shape == (0, M)
+    detector.mean, detector.head_bias = torch.zeros(0, M), torch.zeros(0)
+    detector.save(tmp_path / "empty")
+    assert load(tmp_path / "empty").mean.shape == (0, M)
+    assert load(tmp_path / "empty").head_bias.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
