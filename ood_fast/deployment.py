@@ -1,11 +1,13 @@
 """A classifier and a fitted detector as one module, for servers, `torch.export` and ONNX.
 
-deployed = ood_fast.deploy(model, detector)
-logits, score, is_ood = deployed(x)
+    deployed = ood_fast.deploy(model, detector)
+    logits, score, is_ood = deployed(x)
 
-program = torch.export.export(deployed, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
-torch.onnx.export(deployed, (x,), "model.onnx", dynamo=True, dynamic_shapes=({0: "batch"},),
-                  input_names=["x"], output_names=["logits", "score", "is_ood"])
+    program = torch.export.export(deployed, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+    torch.onnx.export(deployed, (x,), "model.onnx", dynamo=True, dynamic_shapes=({0: "batch"},),
+                      input_names=["x"], output_names=["logits", "score", "is_ood"])
+
+What is exported runs without this package.
 """
 
 from __future__ import annotations
