@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager import full_precision
 from . import streaming
 from .base import Detector
+from .precision import linear
 from .registry import register
 from .streaming import at_least_float32
 
@@ -72,10 +72,9 @@ class Mahalanobis(Detector):
         return at_least_float32(features).to(self.mean.dtype) - self.mean
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        with full_precision(self.mean.device):
-            z = self._centred(features) @ self.root
-            # ‖z‖² is the same for every class: their order does not need it.
-            table = torch.addmm(self.class_means.square().sum(dim=1), z, self.class_means.T, alpha=-2)
+        z = linear(self._centred(features), self.root)
+        # ‖z‖² is the same for every class: their order does not need it.
+        table = self.class_means.square().sum(dim=1) - 2 * linear(z, self.class_means)
         return -(z - self.class_means[table.argmin(dim=1)]).square().sum(dim=1)
 
 
@@ -99,8 +98,7 @@ class RMDS(Mahalanobis):
         self.common_root = self._root(scatter.scatter, scatter).to(scatter.like)
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        with full_precision(self.mean.device):
-            common = (self._centred(features) @ self.common_root).square().sum(dim=1)
+        common = linear(self._centred(features), self.common_root).square().sum(dim=1)
         return super()._score(features, logits) + common
 
 

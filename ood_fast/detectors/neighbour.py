@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager import _product, full_precision
 from ..functional import l2_normalize
 from . import streaming
 from .base import Detector
+from .precision import linear
 from .registry import register
 from .streaming import at_least_float32
 
@@ -37,7 +37,7 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     grouped = n_groups * size
     groups = table[:, :grouped].unflatten(1, (size, n_groups)).amax(dim=1).topk(k, dim=1, sorted=False).indices
     columns = (groups.unsqueeze(2) + torch.arange(0, grouped, n_groups, device=table.device)).flatten(1)
-    rest = torch.arange(grouped, n_columns, device=table.device).expand(len(table), -1)
+    rest = torch.arange(grouped, n_columns, device=table.device).expand(table.shape[0], -1)
     columns = torch.cat([columns, rest], dim=1)
     values, places = table.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, places)
@@ -45,10 +45,9 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def products(queries: Tensor, bank: Tensor, dtype: torch.dtype) -> Tensor:
     """queries @ bank.T, (n, N), in `dtype`."""
-    if bank.dtype == dtype:
-        compiling = torch.compiler.is_compiling()
-        return queries.to(dtype) @ bank.T if compiling else _product(queries.to(dtype), bank.T)
-    return torch.cat([queries.to(dtype) @ tile.to(dtype).T for tile in bank.split(BANK_TILE)], dim=1)
+    tiles = [bank] if bank.dtype == dtype else bank.split(BANK_TILE)
+    columns = [linear(queries.to(dtype), tile.to(dtype)) for tile in tiles]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
@@ -121,13 +120,11 @@ class KNN(Detector):
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         unit = l2_normalize(z)[0]
-        with full_precision(z.device):
-            squared, unsure = self._ranked(unit, self.mean.dtype)
-            if not (
-                torch.compiler.is_compiling() or self.mean.dtype == torch.float64 or self.mean.device.type == "mps"
-            ):
-                again = unsure.nonzero().squeeze(1)
-                squared[again] = self._ranked(unit[again], torch.float64)[0]
+        squared, unsure = self._ranked(unit, self.mean.dtype)
+        # A compiled program cannot choose by its numbers, and MPS has no float64.
+        if not torch.compiler.is_compiling() and z.dtype == torch.float32 and z.device.type != "mps":
+            again = unsure.nonzero().squeeze(1)
+            squared[again] = self._ranked(unit[again], torch.float64)[0]
         score = -squared if self.squared else -squared.sqrt()
         return score + self.alpha * torch.linalg.vector_norm(z, ord=1, dim=1) if self.alpha else score
 
@@ -211,9 +208,8 @@ class NNGuide(Detector):
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         dtype = at_least_float32(self.bank[:0]).dtype
         unit = l2_normalize(at_least_float32(features).to(dtype))[0]
-        with full_precision(unit.device):
-            chunks = query_chunks(unit, len(self.bank))
-            guidance = torch.cat([largest(products(q, self.bank, dtype), self.k)[0].mean(dim=1) for q in chunks])
+        chunks = query_chunks(unit, len(self.bank))
+        guidance = torch.cat([largest(products(q, self.bank, dtype), self.k)[0].mean(dim=1) for q in chunks])
         return guidance * torch.logsumexp(at_least_float32(logits), dim=1)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager import full_precision
 from . import streaming
 from .base import Detector
+from .precision import linear
 from .registry import register
 from .streaming import at_least_float32
 
@@ -100,8 +100,7 @@ class ViM(Detector):
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         x = at_least_float32(features).to(self.origin.dtype) - self.origin
-        with full_precision(x.device):
-            residual = torch.addmm(x, x @ self.principal, self.principal.T, alpha=-1)
+        residual = x - linear(linear(x, self.principal.T), self.principal)
         energy = torch.logsumexp(at_least_float32(logits), dim=1)
         return energy - self.alpha * torch.linalg.vector_norm(residual, dim=1)
 
@@ -156,8 +155,7 @@ class NECO(Detector):
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         x = (z - self.mean) / self.deviation
-        with full_precision(x.device):
-            inside = torch.linalg.vector_norm(x @ self.principal, dim=1)
+        inside = torch.linalg.vector_norm(linear(x, self.principal.T), dim=1)
         length = torch.linalg.vector_norm(z if self.raw_length else x, dim=1)
         share = torch.where(length == 0, 0.0, inside / length)
         return share * at_least_float32(logits).amax(dim=1) if self.use_max_logit else share
