@@ -7,8 +7,8 @@ A bench test measures one cell:
     step = lambda: detector.score_features(x.features, x.logits)
     cell(measure, "NCI", OURS, step, len(x.features), error=relative_error([step()], [truth]))
 
-and bench/report.py joins the cells of a case to a row for each detector. Without `error`, the comparison with a truth in
-the same run, a cell has its time and no ratio.
+and bench/report.py joins the cells of a case to a row for each detector. Without `error`, the comparison with a truth
+in the same run, a cell has its time and no ratio.
 """
 
 from __future__ import annotations
