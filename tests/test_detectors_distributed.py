@@ -1,0 +1,151 @@
+"""Detectors fitted by two gloo processes, each on its part of the data, beside one process with all of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from ood_fast import detectors
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("torch is built without gloo", allow_module_level=True)
+
+N_PROCESSES = 2
+TIMEOUT = 120  # seconds for everything; a lost process must not stop the suite
+N, C = 300, 4
+SETTINGS = {
+    "KNN": {"k": 5},
+    "KNN of a sample": {"k": 5, "budget": 40},
+    "NNGuide": {"k": 5, "fraction": 0.3},
+    "ViM": {"dim": 3},
+    "NECO": {"dim": 3},
+}
+NAMES = [name for name in detectors.known() if detectors.create(name, **SETTINGS.get(name, {})).needs_fit]
+NAMES += ["KNN of a sample"]
+SPLITS = {"uneven": 221, "nothing in the second": N, "nothing in the first": 0}
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.fc = nn.Linear(8, C)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.body(x)))
+
+
+def problem() -> tuple[Classifier, torch.Tensor, torch.Tensor]:
+    """A model that gets most of the inputs right, the inputs and their classes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Classifier().double().eval()
+    x = torch.randn(N, 6, generator=generator, dtype=torch.float64)
+    y = model(x).argmax(1)
+    y[::7] = torch.randint(C, (len(y[::7]),), generator=generator)
+    return model, x, y
+
+
+def new_set() -> detectors.DetectorSet:
+    def make(name: str) -> detectors.Detector:
+        return detectors.create(name.split()[0], **SETTINGS.get(name, {}))
+
+    return detectors.DetectorSet({name: make(name) for name in NAMES})
+
+
+def buffers(fitted: detectors.DetectorSet) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: detector.state_dict() for name, detector in fitted.items()}
+
+
+def fitted_here(split: str) -> dict:
+    """All processes of the group: batches of 50 rows of one's own part."""
+    model, x, y = problem()
+    at = SPLITS[split]
+    part = slice(0, at) if dist.get_rank() == 0 else slice(at, N)
+    batches = list(zip(x[part].split(50), y[part].split(50), strict=True)) if len(x[part]) else []
+    return buffers(new_set().fit(model, batches, group=dist.group.WORLD))
+
+
+def fitted_by_hand(_: str) -> dict:
+    """partial_fit and finalize, and a second fit of the same detectors."""
+    model, x, y = problem()
+    fitted = new_set()
+    for first in (False, True):
+        rows = torch.arange(dist.get_rank(), N, 2) if not first else torch.arange(N).chunk(2)[dist.get_rank()]
+        z = torch.relu(model.body(x[rows])).detach()
+        fitted.partial_fit(z, model.fc(z).detach(), y[rows])
+        fitted.finalize(model.fc, group=dist.group.WORLD)
+    return buffers(fitted)
+
+
+SCENARIOS: dict[str, Callable[[str], dict]] = {**dict.fromkeys(SPLITS, fitted_here), "by hand, twice": fitted_by_hand}
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",  # no port that another process could take first
+        rank=rank,
+        world_size=N_PROCESSES,
+        timeout=timedelta(seconds=30),
+    )
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            results[name] = scenario(name)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    """What each process brought back."""
+    folder = str(tmp_path_factory.mktemp("gloo"))
+    with pytest.MonkeyPatch.context() as environment:
+        if sys.platform == "linux":  # this machine alone: a network that is down must not matter
+            environment.setenv("GLOO_SOCKET_IFNAME", "lo")
+        context = mp.spawn(process, args=(folder,), nprocs=N_PROCESSES, join=False)
+        deadline = time.monotonic() + TIMEOUT
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for child in context.processes:
+                    child.kill()
+                pytest.fail(f"the processes did not end within {TIMEOUT} s")
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(N_PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    model, x, y = problem()
+    return buffers(new_set().fit(model, list(zip(x.split(50), y.split(50), strict=True))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_fit_what_one_does(scenario, name, results, alone):
+    for rank, result in enumerate(results):
+        assert not isinstance(result[scenario], str), f"process {rank}: {result[scenario]}"
+        fitted, expected = result[scenario][name], alone[name]
+        assert fitted.keys() == expected.keys()
+        for buffer, values in expected.items():
+            torch.testing.assert_close(fitted[buffer], values, rtol=1e-6, atol=1e-6, msg=f"process {rank}: {buffer}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_both_processes_hold_the_same_bits(scenario, name, results):
+    first, second = (result[scenario][name] for result in results)
+    assert all(torch.equal(first[buffer], second[buffer]) for buffer in first)
