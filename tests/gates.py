@@ -119,6 +119,7 @@ def _show(line: Line) -> str:
 # Calls, passes and products on the CPU
 # ----------------------------------------------------------------------------------------------------------------------
 
+OF_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2")
 CALL_COLUMNS = ("function", "n", "c", "m", "calls", "passes", "products")
 # One for each path of the CPU: small heads; n >= c; n < c; n < c in several chunks of rows.
 SHAPES = ((128, 10, 512), (128, 100, 512), (384, 300, 128), (256, 1000, 2048), (96, 5000, 64))
@@ -156,6 +157,7 @@ class Passes(TorchDispatchMode):
 def functions(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
     """A step of every public function, forward and backward unless its name says otherwise."""
     import ood_fast
+    from ood_fast.statistics import row_statistics
 
     n, c, m = shape
     torch.manual_seed(0)
@@ -177,6 +179,8 @@ def functions(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
         "logitnorm": lambda: grad(ood_fast.logitnorm(logits, y), logits),
         "boundary_distance forward": no_grad(lambda: ood_fast.boundary_distance(logits, W)),
         "nci_score forward": no_grad(lambda: ood_fast.nci_score(z, W, b, mean, logits)),
+        "row_statistics max, logsumexp": lambda: row_statistics(["max", "logsumexp"], logits),
+        "row_statistics of logits": lambda: row_statistics(OF_LOGITS, logits),
         "nci_score forward, from features": no_grad(lambda: ood_fast.nci_score(z, W, b, mean)),
     }
 
