@@ -299,7 +299,8 @@ def _time_and_memory(results: Results):
         }
         points = sorted(curve.items())
         time.plot([c for c, _ in points], [row["seconds"] * 1e3 for _, row in points], label=name, **style)
-        points = [(c, row["peak_MB"]) for c, row in points if row.get("peak_MB", 0) > 0]
+        # Pages are counted: below a tenth of a megabyte there is nothing to tell apart.
+        points = [(c, max(row["peak_MB"], 0.1)) for c, row in points if row.get("peak_MB") is not None]
         memory.plot([c for c, _ in points], [peak for _, peak in points], **style)
     time.set(xlabel="classes c", ylabel="ms, forward + backward", title="Time")
     memory.set(xlabel="classes c", ylabel="MB", title="Peak memory beyond inputs and gradients")
