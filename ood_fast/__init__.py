@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .deployment import deploy
     from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
     from .heads import L2NormLinear
     from .losses import ELogitNormLoss, LogitNormLoss
@@ -25,6 +26,7 @@ __all__ = [
     "L2NormLinear",
     "LogitNormLoss",
     "boundary_distance",
+    "deploy",
     "elogitnorm",
     "l2_normalize",
     "linear_elogitnorm",
@@ -34,18 +36,30 @@ __all__ = [
 
 _MODULES = (
     "data",
+    "deployment",
     "detectors",
     "diagnostics",
+    "distributed",
     "evaluate",
+    "features",
     "functional",
     "heads",
+    "interop",
     "losses",
     "metrics",
     "models",
     "ops",
+    "recipes",
     "reference",
+    "statistics",
+    "train",
 )
-_HOMES = {"L2NormLinear": "heads", "ELogitNormLoss": "losses", "LogitNormLoss": "losses"}  # the others: functional
+_HOMES = {  # the others: functional
+    "ELogitNormLoss": "losses",
+    "L2NormLinear": "heads",
+    "LogitNormLoss": "losses",
+    "deploy": "deployment",
+}
 
 
 def __getattr__(name: str):

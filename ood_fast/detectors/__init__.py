@@ -20,7 +20,7 @@ from .search import tune
 from .sets import DetectorSet
 from .store import load
 from .subspace import NECO, ViM
-from .threshold import conformal_pvalue, conformal_threshold, tpr_threshold
+from .threshold import Calibration, conformal_pvalue, conformal_threshold, tpr_threshold
 
 __all__ = [
     "ASH",
@@ -35,6 +35,7 @@ __all__ = [
     "SCALE",
     "SHE",
     "BoundaryDistance",
+    "Calibration",
     "Detector",
     "DetectorSet",
     "Energy",
