@@ -1,4 +1,6 @@
-"""Training on a data set that fits in memory."""
+"""Training: `fit_recipe` and `Run` for recipes and data on the disk, and `train` for what `ood-fast compare` holds in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,22 @@ from torch import Tensor, nn
 
 from .data import Split
 from .heads import L2NormLinear
-from .losses import ELogitNormLoss, LogitNormLoss
 from .models import SmallCNN
-from .recipes import TAU, Recipe
+from .recipes import Recipe, TrainingRecipe
+from .training import DivergedError, Interrupted, Run, Watcher, criterion_of, fit_recipe, load_run
+from .training.schedules import cosine
 
-
-class DivergedError(RuntimeError):
-    """The training loss is no longer a finite number."""
+__all__ = [
+    "DivergedError",
+    "Interrupted",
+    "Run",
+    "Watcher",
+    "criterion_for",
+    "fit_recipe",
+    "load_run",
+    "model_for",
+    "train",
+]
 
 
 def model_for(loss: str, n_classes: int, seed: int) -> nn.Module:
@@ -28,12 +39,7 @@ def model_for(loss: str, n_classes: int, seed: int) -> nn.Module:
 
 def criterion_for(loss: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The training loss (logits, targets) -> scalar for a name of `recipes.LOSSES`."""
-    return {
-        "ce": nn.CrossEntropyLoss,
-        "logitnorm": lambda: LogitNormLoss(tau=TAU),
-        "elogitnorm": lambda: ELogitNormLoss(model.fc),
-        "l2norm": nn.CrossEntropyLoss,  # the head does the normalising
-    }[loss]()
+    return criterion_of(TrainingRecipe(loss="ce" if loss == "l2norm" else loss), model)  # its head normalises
 
 
 def train(
@@ -75,7 +81,7 @@ def train(
             epoch_loss = torch.zeros((), device=data.images.device)
             for step in range(steps_an_epoch):
                 rows = order[step * batch_size : (step + 1) * batch_size]
-                optimizer.param_groups[0]["lr"] = _cosine(recipe, epoch * steps_an_epoch + step, total_steps)
+                optimizer.param_groups[0]["lr"] = cosine(recipe, epoch * steps_an_epoch + step, total_steps)
                 optimizer.zero_grad()
                 loss = criterion(model(data.images[rows]), data.targets[rows])
                 loss.backward()
@@ -87,9 +93,3 @@ def train(
             on_epoch(epoch + 1, history[-1])
     model.eval()
     return history
-
-
-def _cosine(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Learning rate at `step`: half a cosine from the first to the final rate."""
-    low, high = recipe.final_learning_rate, recipe.learning_rate
-    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * step / total_steps))

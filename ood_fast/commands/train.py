@@ -1,0 +1,255 @@
+"""`ood-fast train`: train a recipe, in a folder that the run can be continued from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import RunError, device, import_plugins, machine, processes, refusal, versions
+
+if TYPE_CHECKING:
+    from ..recipes import TrainingRecipe
+    from ..train import Run
+
+
+def add(commands: Any) -> None:
+    """The parser of the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a classifier by a recipe, to be left alone and continued",
+        description="Train a classifier by a recipe. Checkpoints are written after each epoch, every --save-minutes, "
+        "and on SIGTERM and Ctrl-C; --resume continues. Under torchrun, processes train together "
+        "(DistributedDataParallel), each with the recipe's batch size.",
+        epilog="Exit codes: 130 and 143 after Ctrl-C and SIGTERM, when the run has been saved; 1 if the loss diverges "
+        "or a file cannot be written.",
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe, FILE.json, or list: print them")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="lr=0.05", help="change a setting of the recipe; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
+    parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-root", metavar="DIR", help="the folder of the data sets")
+    data.add_argument("--download", action="store_true", help="download what is missing, where torchvision can")
+    data.add_argument("--layout", default="auto", metavar="L", help="auto (default), torchvision, openood")
+    data.add_argument("--image-size", type=int, metavar="PIXELS", help="of benchmark=folder (default: 224)")
+    workers = min(4, os.cpu_count() or 1)
+    data.add_argument("--workers", type=int, default=workers, metavar="N", help="loading processes, of each process")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    speed.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: as the recipe says)")
+    speed.add_argument("--compile", action="store_true", help="torch.compile the model")
+    speed.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
+    speed.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (GPUs)")
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--diagnostics", action="store_true", help="write diagnostics.csv: what the features look like")
+    kept.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, in RUN/tensorboard")
+    kept.add_argument("--keep-every", type=int, metavar="N", help="keep the weights of each N-th epoch, in RUN/epochs")
+    kept.add_argument(
+        "--save-minutes", type=float, default=15.0, metavar="M", help="save within epochs too (default: %(default)g)"
+    )
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import it first: own models")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    from ..recipes import RECIPES, find, override
+
+    if options.recipe == "list":
+        width = max(map(len, RECIPES))
+        print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
+        return
+    recipe = override(find(options.recipe), options.set)
+    recipe = replace(recipe, amp=options.amp or recipe.amp)
+    _check(options)
+    import_plugins(options.plugin)
+    from ..data import open_benchmark
+    from ..train import DivergedError, Interrupted, Run
+
+    out = Path(options.out if options.out is not None else Path("runs") / recipe.name / f"s{options.seed}")
+    where = device(options.device)
+    with processes(where) as process:
+        options.quiet |= process.rank > 0
+        benchmark = open_benchmark(
+            recipe.benchmark,
+            options.data_root,
+            download=options.download,
+            layout=options.layout,
+            image_size=options.image_size,
+            seed=options.seed,
+        )
+        progress = Progress(options, process.size)
+        training = Run(
+            recipe,
+            benchmark,
+            out,
+            options.seed,
+            device=where,
+            resume=options.resume,
+            workers=options.workers,
+            compile=options.compile,
+            channels_last=options.channels_last,
+            sync_bn=options.sync_bn,
+            diagnostics=options.diagnostics,
+            keep_every=options.keep_every,
+            save_minutes=options.save_minutes or None,
+            context=_context(options, command),
+            watcher=progress,
+        )
+        _note(options, recipe, process.size)
+        try:
+            with progress:
+                training.train()
+        except Interrupted as stop:
+            if process.rank == 0:
+                again = command if options.resume else f"{command} --resume"
+                if process.size > 1:
+                    again = f"torchrun as before, with --resume ({again})"
+                print(f"ood-fast: {stop}; saved. To continue: {again}", file=sys.stderr)
+            raise SystemExit(128 + stop.signum) from None
+        except (DivergedError, OSError) as error:
+            raise RunError(f"{error}; {_kept(training)}") from error
+    if not options.quiet:
+        best = training.best
+        print(
+            f"Trained {recipe.epochs} epochs: validation accuracy {100 * best['validation_accuracy']:.2f} % at best "
+            f"(epoch {best['epoch']}). The run is in {out}"
+        )
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise refusal(f"--seed: got {options.seed}, expected a number that is not negative")
+    if options.workers < 0:
+        raise refusal(f"--workers: got {options.workers}, expected 0 or more")
+    if options.save_minutes < 0:
+        raise refusal(f"--save-minutes: got {options.save_minutes:g}, expected 0 (after epochs only) or more")
+    if options.keep_every is not None and options.keep_every < 1:
+        raise refusal(f"--keep-every: got {options.keep_every}, expected at least 1")
+    if options.out is not None and not options.out.strip():
+        raise refusal(f"--out: got {options.out!r}, expected a folder")
+    if options.tensorboard and util.find_spec("tensorboard") is None:
+        raise refusal("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
+
+
+def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """For run.json; what `data.open_benchmark` was called with, so that the evaluation can do the same."""
+    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
+    return {
+        "command": command,
+        "data": {"root": root, "layout": options.layout, "image_size": options.image_size},
+        "plugins": options.plugin,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _note(options: argparse.Namespace, recipe: TrainingRecipe, n_processes: int) -> None:
+    if options.quiet or recipe.n_processes == n_processes:
+        return
+    print(
+        f"note: this recipe's learning rate {recipe.learning_rate:g} was made for {recipe.n_processes} × "
+        f"{recipe.batch_size} images a step; here are {n_processes} × {recipe.batch_size} "
+        "(--set batch_size=..., --set lr=...)",
+        file=sys.stderr,
+    )
+
+
+def _kept(training: Run) -> str:
+    if (training.out / "last.ckpt").is_file():
+        return f"the checkpoints before it are kept in {training.out}"
+    return f"there is no checkpoint yet in {training.out}"
+
+
+class Progress:
+    """A `train.Watcher`. A bar over the images of all epochs on a terminal, otherwise a line for each epoch; and
+    TensorBoard.
+    """
+
+    REFRESH = 0.5  # seconds: each look at the loss waits for the GPU
+
+    def __init__(self, options: argparse.Namespace, n_processes: int) -> None:
+        self.quiet, self.tensorboard = options.quiet, options.tensorboard
+        self.bar = self.writer = None
+        self.next_look = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.writer:
+            self.writer.close()
+
+    def on_start(self, run: Run) -> None:
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.epoch + 1)
+        self.images_an_epoch = run.steps_an_epoch * run.images_a_step
+        if self.quiet:
+            return
+        if not sys.stderr.isatty() or util.find_spec("rich") is None:
+            if 0 < run.epoch + run.step and run.epoch < run.recipe.epochs:
+                print(f"continuing in epoch {run.epoch + 1} after step {run.step}", file=sys.stderr, flush=True)
+            return
+        from rich import progress
+        from rich.console import Console
+        from rich.table import Column
+
+        console = Console(stderr=True)
+        text = [progress.TextColumn("{task.description}", table_column=Column(no_wrap=True))]
+        if console.width >= 80:
+            text.append(progress.BarColumn())
+        text += [progress.TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True))]
+        text += [progress.TimeRemainingColumn(elapsed_when_finished=True)]
+        self.bar = progress.Progress(*text, console=console, transient=True)
+        self.bar.start()
+        total = run.recipe.epochs * self.images_an_epoch
+        done = run.epoch * self.images_an_epoch + run.step * run.images_a_step
+        self.task = self.bar.add_task("", total=total, completed=done, numbers="")
+
+    def on_step(self, run: Run) -> None:
+        if self.bar is None or time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + self.REFRESH
+        now = run.progress()
+        self.bar.update(
+            self.task,
+            description=f"epoch {run.epoch + 1}/{run.recipe.epochs}",
+            completed=run.epoch * self.images_an_epoch + run.step * run.images_a_step,
+            numbers=f"loss {now['loss']:.4f}  accuracy {100 * now['train_accuracy']:.1f} %  "
+            f"{now['images_per_second']:,.0f} images/s",
+        )
+
+    def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
+        self._log(run.epoch, row)
+        line = (
+            f"epoch {run.epoch}/{run.recipe.epochs}: loss {row['loss']:.4f}, accuracy {100 * row['train_accuracy']:.2f}"
+            f" %, validation {100 * row['validation_accuracy']:.2f} %, {row['images_per_second']:,.0f} images/s, "
+            f"{row['seconds']:.1f} s"
+        )
+        if self.bar:
+            self.bar.console.print(line, highlight=False)
+        elif not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
+        self._log(run.epoch, {f"diagnostics/{name}": value for name, value in row.items() if name != "epoch"})
+
+    def _log(self, epoch: int, row: Mapping[str, float]) -> None:
+        if self.writer:
+            for name, value in row.items():
+                if name != "epoch":
+                    self.writer.add_scalar(name, value, epoch)

@@ -1,0 +1,63 @@
+"""What a recipe says, as objects: model, loss, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..heads import L2NormLinear, find_head
+from ..losses import ELogitNormLoss, LogitNormLoss
+from ..recipes import TrainingRecipe
+
+
+def model_of(
+    recipe: TrainingRecipe, n_classes: int, image_shape: tuple[int, int, int], pretrained: bool | None = None
+) -> nn.Module:
+    """The classifier before training, drawn from torch's global generator.
+
+    `pretrained=False`: for weights that a checkpoint brings, whatever the recipe says.
+    """
+    channels, *_, size = image_shape
+    return models.create(
+        recipe.model,
+        n_classes,
+        head=nn.Linear if recipe.head == "linear" else partial(L2NormLinear, tau=recipe.head_tau),
+        small_images=recipe.small_images,
+        spectral_norm=recipe.spectral_norm,
+        activation=recipe.activation,
+        pretrained=recipe.pretrained if pretrained is None else pretrained,
+        in_channels=channels,
+        image_size=size,
+    )
+
+
+def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`."""
+    smoothing = {"label_smoothing": recipe.label_smoothing}
+    if recipe.loss == "logitnorm":
+        return LogitNormLoss(recipe.tau, **smoothing)
+    if recipe.loss == "elogitnorm":
+        keywords = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
+        return ELogitNormLoss(find_head(model), **keywords, **smoothing)
+    return nn.CrossEntropyLoss(**smoothing)
+
+
+def optimizer_of(recipe: TrainingRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD decays every parameter; AdamW, as timm trains, matrices and kernels only: no biases and norms."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
+        )
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate)

@@ -1,0 +1,144 @@
+"""A run on the disk. Every file appears under its name when all of it is written; see `models.save_checkpoint`.
+
+run.json          recipe, seed, benchmark, how far it is; what `load_run` needs
+log.csv           a row for each epoch; diagnostics.csv likewise, if asked for
+last.ckpt         all that `--resume` needs, the rows of both tables included
+best.ckpt         state_dict with the best validation accuracy, the later of equals (as OpenOOD keeps it)
+final.ckpt        state_dict of the last epoch
+epochs/0010.ckpt  state_dicts, if asked for
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import checks, models, recipes
+from ..models.checkpoints import read_checkpoint
+from .build import model_of
+
+RUN, LOG, DIAGNOSTICS = "run.json", "log.csv", "diagnostics.csv"
+LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
+COMPLETE = "complete"
+# of run.json, besides the recipe: a run is only continued where these are the same
+DECIDING = ("seed", "processes", "sync_bn", "class_names", "image_shape", "training_images", "validation_images")
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path).expanduser()
+
+    def claim(self, info: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+        """What `last.ckpt` holds, for the run that `info` tells of to continue from; None to start anew. Writes nothing.
+
+        Raises:
+            UserError: the folder holds something else, a run with other settings, or this run without `resume`.
+        """
+        checks.writable_folder("--out", self.path)
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return None
+        if not (self.path / RUN).is_file():
+            raise checks.UserError(f"--out: {self.path} is not empty and holds no run; pass another folder")
+        there = read_info(self.path)
+        if differences := _differences(_deciding(there), _deciding(info)):
+            raise checks.UserError(
+                f"--out: {self.path} holds a run with other settings ({'; '.join(differences)}); pass another "
+                "--out, or these settings and --resume to continue it"
+            )
+        if not resume:
+            done, wanted = there.get("epochs", 0), there["recipe"]["epochs"]
+            raise checks.UserError(
+                f"--out: {self.path} holds this run, {done} of {wanted} epochs done; pass --resume to continue it, or "
+                "another --out"
+            )
+        return read_checkpoint(self.path / LAST) if (self.path / LAST).is_file() else None
+
+    def write_info(self, info: Mapping[str, Any]) -> None:
+        self._write(RUN, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """All rows anew: after a resume, none is there twice."""
+        text = io.StringIO()
+        columns = dict.fromkeys(column for row in rows for column in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(name, text.getvalue())
+
+    def write_checkpoint(self, name: str, contents: nn.Module | Mapping[str, Any]) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        models.save_checkpoint(contents, path)
+
+    def _write(self, name: str, text: str) -> None:
+        part = self.path / f".{name}.part"
+        try:
+            with open(part, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path / name)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source")}
+    return recipe | {name: info.get(name) for name in DECIDING}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_info(path: str | os.PathLike) -> dict[str, Any]:
+    """What `run.json` in the folder of a run says; `UserError` where there is none."""
+    file = Path(path).expanduser() / RUN
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise checks.UserError(f"{path}: no run ({RUN}: {error.strerror})") from error
+    except ValueError as error:
+        raise checks.UserError(f"{file}: no JSON ({error})") from error
+    if not isinstance(info, dict) or "recipe" not in info:
+        raise checks.UserError(f"{file}: says nothing of a recipe, expected what `ood-fast train` writes")
+    return info
+
+
+def load_run(
+    path: str | os.PathLike, checkpoint: str = "best"
+) -> tuple[nn.Module, recipes.TrainingRecipe, dict[str, Any]]:
+    """(model, recipe, info) of the run in the folder `path`; the model on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: "best", "final", "last", or a file in the folder, as "epochs/0010.ckpt".
+
+    Raises:
+        UserError: no run, no such checkpoint, or one that does not fit.
+    """
+    folder = Path(path).expanduser()
+    info = read_info(folder)
+    recipe = recipes.from_dict(info["recipe"])
+    model = model_of(recipe, info["n_classes"], tuple(info["image_shape"]), pretrained=False)
+    named = {"best": BEST, "final": FINAL, "last": LAST}
+    models.load_checkpoint(model, folder / named.get(checkpoint, checkpoint))
+    return model.eval(), recipe, info

@@ -1,0 +1,594 @@
+"""The training loop: one process or many, interrupted and continued without a trace in the weights.
+
+What a step computes depends on the weights, the optimiser, the random state and (seed, epoch, step, rank): the first
+three are in a checkpoint, the last is its position. On the CPU, a run that was continued ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .. import checks, recipes
+from ..data.images import mixed
+from .build import criterion_of, model_of, optimizer_of
+from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder
+from .mixing import Mixing
+from .order import Batches
+from .schedules import learning_rate
+
+if TYPE_CHECKING:
+    from ..data import ImageBenchmark
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CHECK_EVERY = 50  # steps between looks at the loss on a GPU, each of which waits for it; the CPU looks at every step
+NEVER = 2**62  # the step of a loss that was not finite, while all were
+SAVE_MINUTES = 15.0
+DIAGNOSED_IMAGES = 50_000  # of training, at most, evenly over the set: diagnostics run on one process while others wait
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """Training was stopped by the signal `signum`, and `last.ckpt` written."""
+
+    def __init__(self, signum: int, epoch: int, step: int) -> None:
+        self.signum, self.epoch, self.step = signum, epoch, step
+        super().__init__(f"stopped by {signal.Signals(signum).name} in epoch {epoch}, after step {step}")
+
+
+class Watcher:
+    """What a run tells while it runs; every method may be left out. Called in the process of rank 0 only."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, at the position `run.epoch`, `run.step`."""
+
+    def on_step(self, run: Run) -> None:
+        """After each step; `run.progress()` has the numbers, and waits for a GPU."""
+
+    def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
+        """After each epoch, with its row of log.csv."""
+
+    def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
+        """After each epoch, with its row of diagnostics.csv."""
+
+
+class Run:
+    """One training run, in a folder of its own; `train()` begins or continues it.
+
+    Under an initialised `torch.distributed`, one of its processes: DistributedDataParallel, `recipe.batch_size` images
+    on each. Rank 0 alone reads and writes the folder.
+
+    Args:
+        recipe: what to train, see `recipes.TrainingRecipe`; `recipes.find(name)`.
+        benchmark: the images, of `data.open_benchmark`.
+        out: the folder, see `folder.py` for the files.
+        seed: of the first weights, the order of the images, mixing and dropout. Augmentation has that of `benchmark`.
+        device: "cpu", "cuda", ...
+        resume: continue what is in `out`, if anything is.
+        workers: processes that load images; 0 loads in this one.
+        compile: `torch.compile` the model. channels_last: memory format. sync_bn: SyncBatchNorm (GPUs only).
+        diagnostics: write `diagnostics.epoch_diagnostics` after each epoch to diagnostics.csv.
+        keep_every: keep the weights of each so many epochs in `epochs/`.
+        save_minutes: write `last.ckpt` as often within an epoch too; None: after epochs only.
+        context: more for run.json: the command, where the data is, versions.
+        watcher: is told of the progress.
+
+    Attributes:
+        model: the model without wrappers. epoch, step: how many are complete, the steps of the epoch at hand.
+        history: rows of log.csv. best: epoch and validation accuracy of best.ckpt.
+
+    Raises:
+        UserError: `out` cannot be used, or holds something else; an option that the device or the model does not have.
+    """
+
+    def __init__(
+        self,
+        recipe: recipes.TrainingRecipe,
+        benchmark: ImageBenchmark,
+        out: str | os.PathLike,
+        seed: int = 0,
+        *,
+        device: str | torch.device = "cpu",
+        resume: bool = False,
+        workers: int = 0,
+        compile: bool = False,
+        channels_last: bool = False,
+        sync_bn: bool = False,
+        diagnostics: bool = False,
+        keep_every: int | None = None,
+        save_minutes: float | None = SAVE_MINUTES,
+        context: Mapping[str, Any] | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        checks.instance("recipe", recipe, recipes.TrainingRecipe, "a TrainingRecipe, as recipes.find(name) gives")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise checks.UserError(f"seed: got {seed!r}, expected a number that is not negative")
+        if keep_every is not None:
+            checks.positive_int("keep_every", keep_every, " or None")
+        self.recipe, self.benchmark, self.seed, self.device = recipe, benchmark, seed, torch.device(device)
+        self.folder, self.resume, self.workers = RunFolder(out), resume, workers
+        self.channels_last, self.compile, self.sync_bn = channels_last, compile, sync_bn
+        self.keep_every, self.save_minutes = keep_every, save_minutes
+        self.diagnose = _diagnostics() if diagnostics else None
+        self.context, self.watcher = dict(context or {}), watcher or Watcher()
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.n_processes = dist.get_world_size() if distributed else 1
+        if sync_bn and self.device.type == "cpu":
+            raise checks.UserError("sync_bn: PyTorch's SyncBatchNorm runs on GPUs, not on the CPU")
+        self.batches = Batches(len(benchmark.train), recipe.batch_size, seed, self.rank, self.n_processes)
+        self.epoch = self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.diagnosed: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+
+    # ---- from the outside
+
+    @property
+    def out(self) -> Path:
+        return self.folder.path
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return self.batches.steps_an_epoch
+
+    @property
+    def images_a_step(self) -> int:
+        """Of all processes."""
+        return self.batches.batch_size * self.n_processes
+
+    def progress(self) -> dict[str, float]:
+        """Loss and training accuracy (of this process) and images/s (of all) in the epoch at hand, so far."""
+        loss, correct = self._sums.tolist()
+        seconds = self._seconds + time.perf_counter() - self._since
+        n_images = self.step * self.images_a_step
+        return {
+            "loss": loss / max(self.step, 1),
+            "train_accuracy": correct / max(self.step * self.batches.batch_size, 1),
+            "images_per_second": n_images / max(seconds, 1e-9),
+        }
+
+    def info(self, status: str) -> dict[str, Any]:
+        """What run.json says. `folder.DECIDING` names what decides the outcome."""
+        benchmark = self.benchmark
+        return {
+            "status": status,
+            "epochs": self.epoch,
+            "best": self.best,
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "recipe": recipes.as_dict(self.recipe),
+            "seed": self.seed,
+            "processes": self.n_processes,
+            "sync_bn": self.sync_bn,
+            "benchmark": benchmark.name,
+            "n_classes": benchmark.n_classes,
+            "class_names": list(benchmark.class_names),
+            "image_shape": list(benchmark.image_shape),
+            "training_images": len(benchmark.train),
+            "validation_images": len(benchmark.validation),
+            "device": str(self.device),
+            "workers": self.workers,
+            "compile": self.compile,
+            "channels_last": self.channels_last,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **self.context,
+        }
+
+    def train(self) -> None:
+        """Train to the last epoch.
+
+        SIGTERM and SIGINT are taken at the next step: the run is saved and `Interrupted` raised; a second SIGINT is a
+        KeyboardInterrupt at once.
+
+        Raises:
+            UserError: see the class. DivergedError: the loss is not finite; the checkpoints before it are kept.
+            Interrupted. OSError: a file cannot be written; the one before it is kept.
+        """
+        with _random_state_kept(self.device), _convolutions_timed(), Signals() as self._signals:
+            state = self._claim()
+            self._build(state)
+            if self.rank == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._write_tables("running")
+                self.watcher.on_start(self)
+            try:
+                while self.epoch < self.recipe.epochs:
+                    self._train_epoch()
+            except BaseException as error:
+                with suppress(OSError):  # a full disk must not hide the reason
+                    self._write_status(_status(error))
+                raise
+            if self.rank == 0:
+                self.folder.write_checkpoint(FINAL, self.model)
+            self._write_status(COMPLETE)
+            self.model.eval()
+
+    # ---- before the first step
+
+    def _claim(self) -> dict[str, Any] | None:
+        """The checkpoint to continue from; what rank 0 reads, or its error, reaches every process."""
+        answer: list = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = self.folder.claim(self.info("new"), self.resume)
+            except checks.UserError as error:
+                answer[1] = str(error)
+        if self.n_processes > 1:
+            dist.broadcast_object_list(answer, 0)
+        state, refusal = answer
+        if refusal is not None:
+            raise checks.UserError(refusal)
+        return state
+
+    def _build(self, state: dict[str, Any] | None) -> None:
+        benchmark, recipe = self.benchmark, self.recipe
+        torch.manual_seed(self.seed)
+        pretrained = None if state is None else False  # weights that would be overwritten need no download
+        self.model = model_of(recipe, benchmark.n_classes, benchmark.image_shape, pretrained)
+        if self.sync_bn:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self._format = {"memory_format": torch.channels_last} if self.channels_last else {}
+        self.model.to(self.device, **self._format)
+        self.criterion = criterion_of(recipe, self.model)
+        self.optimizer = optimizer_of(recipe, self.model.parameters())
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.mixing = Mixing(recipe, benchmark.n_classes, self.seed)
+        self.network: nn.Module = self.model  # as it is trained; `model` shares its parameters
+        if self.n_processes > 1:
+            devices = None if self.device.type == "cpu" else [_index(self.device)]
+            self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
+        if self.compile:
+            self.network = torch.compile(self.network)
+        self.loader = self._loader(benchmark.train, batch_sampler=self.batches, persistent_workers=self.workers > 0)
+        self._begin_epoch()
+        self._saved = time.monotonic()
+        if state is None:
+            own = mixed(self.seed, self.rank, 1)  # no two processes draw the same dropout
+            random.seed(own)
+            np.random.seed(own)
+            torch.manual_seed(own)
+        else:
+            self._restore(state)
+
+    def _loader(self, dataset: Dataset, **keywords: Any) -> DataLoader:
+        """Loads without a trace in the global random state: `generator` is where the seeds of workers come from."""
+        return DataLoader(
+            dataset,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_trainer,
+            generator=torch.Generator().manual_seed(mixed(self.seed, self.rank, 2)),
+            **keywords,
+        )
+
+    # ---- an epoch
+
+    def _begin_epoch(self) -> None:
+        self.step = 0
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=dtype, device=self.device)  # of the losses of steps, of correct images
+        self._first_bad = torch.tensor(NEVER, device=self.device)
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    def _train_epoch(self) -> None:
+        set_epoch = getattr(self.benchmark.train, "set_epoch", lambda epoch: None)
+        set_epoch(self.epoch)
+        self.batches.epoch, self.batches.first_step = self.epoch, self.step
+        self.network.train()
+        self._since = time.perf_counter()
+        for x, y in self.loader:
+            self._train_step(x, y)
+            self.step += 1
+            if self.rank == 0:
+                self.watcher.on_step(self)
+            if (self.device.type == "cpu" and self.n_processes == 1) or self.step % CHECK_EVERY == 0:
+                self._check_finite()
+            self._attend()
+        self._check_finite()
+        self._end_epoch()
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.to(self.device, non_blocking=True, **self._format), y.to(self.device, non_blocking=True)
+        x, target = self.mixing(x, y, self.epoch, self.step, self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        self.optimizer.zero_grad()
+        with self._autocast():
+            logits = self.network(x)
+            loss = self.criterion(logits, target)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self._sums += torch.stack([loss.detach(), _n_correct(logits, target)]).to(self._sums)
+            self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=self.step + 1))
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.recipe, self.epoch * self.steps_an_epoch + step, self.steps_an_epoch)
+
+    def _autocast(self):
+        dtype = AUTOCAST.get(self.recipe.amp)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def _end_epoch(self) -> None:
+        loss, correct = self._summed(self._sums).tolist()  # waits for the GPU: the time of the training is known now
+        seconds = self._seconds + time.perf_counter() - self._since
+        n_images = self.steps_an_epoch * self.images_a_step
+        self._share_buffers()
+        row = {
+            "epoch": self.epoch + 1,
+            "learning_rate": self._learning_rate(self.step - 1),
+            "loss": loss / (self.steps_an_epoch * self.n_processes),
+            "train_accuracy": correct / n_images,
+            "validation_accuracy": self._accuracy(self.benchmark.validation),
+            "images_per_second": round(n_images / seconds, 1),
+            "seconds": round(self._seconds + time.perf_counter() - self._since, 3),
+        }
+        self.history.append(row)
+        self._diagnose()
+        self.epoch += 1
+        self._begin_epoch()
+        accuracy = row["validation_accuracy"]
+        improved = not accuracy < self.best.get("validation_accuracy", -math.inf)  # also without validation images
+        if improved:
+            self.best = {"epoch": self.epoch, "validation_accuracy": accuracy}
+        if self.rank == 0:
+            # Before `last`: killed in between, the epoch is trained again, and these are written again.
+            if improved:
+                self.folder.write_checkpoint(BEST, self.model)
+            if self.keep_every and self.epoch % self.keep_every == 0:
+                self.folder.write_checkpoint(f"{EPOCHS}/{self.epoch:04d}.ckpt", self.model)
+        self._save()
+        if self.rank == 0:
+            self._write_tables("running")
+            self.watcher.on_epoch(self, row)
+            if self.diagnose:
+                self.watcher.on_diagnostics(self, self.diagnosed[-1])
+
+    @torch.no_grad()
+    def _accuracy(self, dataset: Dataset) -> float:
+        """Of the model in evaluation mode; each process looks at its share."""
+        rows = range(self.rank * len(dataset) // self.n_processes, (self.rank + 1) * len(dataset) // self.n_processes)
+        n_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.model.eval()
+        for x, y in self._loader(Subset(dataset, rows), batch_size=self.recipe.batch_size):
+            with self._autocast():
+                logits = self.model(x.to(self.device, non_blocking=True, **self._format))
+            n_correct += _n_correct(logits, y.to(self.device, non_blocking=True))
+        return self._summed(n_correct).item() / len(dataset) if len(dataset) else math.nan
+
+    def _diagnose(self) -> None:
+        if not self.diagnose:
+            return
+        row: dict[str, float] = {}
+        if self.rank == 0:
+            fit = self.benchmark.fit
+            stride = math.ceil(len(fit) / DIAGNOSED_IMAGES)
+            sets = (Subset(fit, range(0, len(fit), stride)), self.benchmark.validation, self.benchmark.validation_ood)
+            loaders = [self._loader(dataset, batch_size=self.recipe.batch_size) for dataset in sets]
+            self.model.eval()
+            with _random_state_kept(self.device), torch.no_grad():
+                row = {"epoch": self.epoch + 1, **self.diagnose(self.model, *loaders)}
+        self.diagnosed.append(row)
+
+    # ---- many processes
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        if self.n_processes > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _share_buffers(self) -> None:
+        """Each process saw its own batches: the running means of rank 0 are the model's, as in the forward pass."""
+        if self.n_processes > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _check_finite(self) -> None:
+        """DivergedError in every process if the loss of any was not finite; called at the same steps in each."""
+        first = self._first_bad
+        if self.n_processes > 1:
+            first = first.clone()
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if (step := first.item()) < NEVER:
+            raise DivergedError(f"the training loss became NaN or infinite in epoch {self.epoch + 1} at step {step}")
+
+    def _attend(self) -> None:
+        """Save if it is time; save and stop if a signal has come to any of the processes."""
+        due = self.save_minutes is not None and time.monotonic() - self._saved > 60 * self.save_minutes
+        wishes = [self._signals.received, int(due and self.rank == 0)]
+        if self.n_processes > 1:  # small and on the host, where no GPU waits for it
+            tensor = torch.tensor(wishes)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            wishes = tensor.tolist()
+        signum, save = wishes
+        if not (signum or save):
+            return
+        self._check_finite()
+        self._save()
+        if signum:
+            raise Interrupted(signum, self.epoch + 1, self.step)
+
+    # ---- state
+
+    def _save(self) -> None:
+        """Write `last.ckpt`; returns in every process when it is on the disk."""
+        now = time.perf_counter()
+        own: dict[str, Any] = {"random": random_state(self.device), "sums": self._sums.cpu()}
+        of_ranks = [own]
+        if self.n_processes > 1:
+            of_ranks = [{} for _ in range(self.n_processes)]
+            dist.all_gather_object(of_ranks, own)
+        if self.rank == 0:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "seconds": self._seconds + (now - self._since if self.step else 0.0),
+                "history": self.history,
+                "diagnostics": self.diagnosed,
+                "best": self.best,
+                "ranks": of_ranks,
+            }
+            self.folder.write_checkpoint(LAST, state)
+        if self.n_processes > 1:
+            dist.barrier()
+        self._saved = time.monotonic()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self._seconds = state["epoch"], state["step"], state["seconds"]
+        self.history, self.diagnosed, self.best = state["history"], state["diagnostics"], state["best"]
+        own = state["ranks"][self.rank]
+        self._sums.copy_(own["sums"])
+        set_random_state(own["random"], self.device)
+
+    def _write_tables(self, status: str) -> None:
+        self.folder.write_table(LOG, self.history)
+        if self.diagnose:
+            self.folder.write_table(DIAGNOSTICS, self.diagnosed)
+        self._write_status(status)
+
+    def _write_status(self, status: str) -> None:
+        if self.rank == 0:
+            self.folder.write_info(self.info(status))
+
+
+def fit_recipe(
+    recipe: recipes.TrainingRecipe, benchmark: ImageBenchmark, out: str | os.PathLike, seed: int = 0, **options: Any
+) -> Run:
+    """Train `recipe` in the folder `out`, and return the finished `Run`, whose arguments `options` are."""
+    run = Run(recipe, benchmark, out, seed, **options)
+    run.train()
+    return run
+
+
+def _n_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """How many predictions are right; of probabilities, the sum of those of the predicted classes."""
+    predicted = logits.argmax(dim=1)
+    if target.is_floating_point():
+        return target.gather(1, predicted[:, None]).sum()
+    return (predicted == target).sum()
+
+
+def _status(error: BaseException) -> str:
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return "interrupted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
+
+
+def _diagnostics():
+    try:
+        from ..diagnostics import epoch_diagnostics
+    except ImportError as error:
+        raise checks.UserError(f"diagnostics: this installation has none by epoch ({error})") from error
+    return epoch_diagnostics
+
+
+def _index(device: torch.device) -> int:
+    return torch.get_device_module(device).current_device() if device.index is None else device.index
+
+
+# ---- random numbers
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy, torch and the device, as what torch.load reads safely."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Back to a `random_state`; of a device of another kind, its generator stays as it is."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *others = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
+    torch.set_rng_state(state["torch"])
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
+
+
+@contextmanager
+def _convolutions_timed() -> Iterator[None]:
+    """cuDNN tries its algorithms once for each shape, of which training has one."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+# ---- signals
+
+
+class Signals:
+    """While this context is open, the first SIGTERM or SIGINT is noted in `received` (0: none), not acted upon."""
+
+    HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in self.HANDLED}
+        return self
+
+    def _note(self, signum: int, _: object) -> None:
+        if self.received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signum
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """In a worker: a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too, whose images are still needed."""
+    for number in Signals.HANDLED:
+        signal.signal(number, signal.SIG_IGN)
