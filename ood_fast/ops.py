@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, eager, small
+from . import checks, eager, eager_statistics, small
 
 BACKENDS = ("auto", "eager", "triton")
 _chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
@@ -926,7 +926,13 @@ def nci_score(
 
 def _row_statistics(names, logits, features, head_weight, mean, table, gamma):
     given = [t for t in (logits, features, head_weight, mean, table) if t is not None]
-    return _backend(*given).row_statistics(names, logits, features, head_weight, mean, table, gamma)
+    backend = _statistics_backend(*given)
+    return backend.row_statistics(names, logits, features, head_weight, mean, table, gamma)
+
+
+def _statistics_backend(*tensors: Tensor) -> ModuleType:
+    backend = _backend(*tensors)
+    return eager_statistics if backend is eager else backend
 
 
 def _row_statistics_fake(names, logits, features, head_weight, mean, table, gamma):
@@ -962,4 +968,4 @@ def row_statistics(
 
 def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c)."""
-    return _backend(head_weight).distance_table(head_weight)
+    return _statistics_backend(head_weight).distance_table(head_weight)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from . import checks, eager, ops
+from . import checks, eager, eager_statistics, ops
 
 FROM_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
 FROM_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
@@ -83,7 +83,10 @@ def row_statistics(
     given = {"logits": logits, "features": features, "W": W, "mean": mean, "table": table}
     for argument, because in needs.items():
         if given[argument] is None:
-            raise ValueError(f"{argument}: got None, but {_listed(because)} needs it; pass {_CURES[argument]}")
+            raise ValueError(
+                f"{argument}: got None, but it is needed by {' and '.join(map(repr, because))}; "
+                f"pass {_CURES[argument]}{' or table=distance_table(W)' if because == ['distance'] else ''}"
+            )
     used = {argument: value if argument in needs else None for argument, value in given.items()}
     _check(names, **used)
     checks.real("gamma", gamma, 0.0, open_low=True)
@@ -91,7 +94,7 @@ def row_statistics(
         return {}
     used = {argument: None if value is None else value.detach() for argument, value in used.items()}
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        values = eager.statistics_of_rows(names, *used.values(), float(gamma), traced=True)
+        values = eager_statistics.row_statistics(names, *used.values(), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
     return _computed(names, *used.values(), float(gamma))
 
@@ -165,10 +168,6 @@ def _needs(names: list[str], has_table: bool) -> dict[str, list[str]]:
     }
     needs = {argument: [name for name in names if name in read] for argument, read in readers.items()}
     return {argument: because for argument, because in needs.items() if because}
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(map(repr, names))
 
 
 def _check(
