@@ -540,24 +540,36 @@ def nci():
 
 
 @scenario
-def statistics():
+def row_statistics():
+    names = ood_fast.statistics.STATISTICS
     for counts in every_shard():
-        f = batch_of(n=8, dtype=torch.float64).logits * 3
-        f[2, [0, 5]] = -torch.inf
-        f[4, 6] = torch.nan
-        f[5, 2] = torch.inf
-        f[6] = -torch.inf
-        f[7, 1:] = -torch.inf
-        got = distributed.row_statistics(f[:, own_slice(counts)], gamma=0.3)
-        top, index = f.max(1)
-        log_p = torch.log_softmax(f, 1)
-        p = log_p.exp()
-        close(got.max, top, "max")
-        assert torch.equal(got.argmax, index)
-        close(got.logsumexp, torch.logsumexp(f, 1), "logsumexp")
-        close(got.entropy, -(p * log_p.masked_fill(p == 0, 0.0)).sum(1), "entropy")
-        close(got.gen, (p * (1 - p)).clamp(min=0).pow(0.3).sum(1), "gen")
-    assert distributed.row_statistics(f[:0, own_slice(counts)]).max.shape == (0,)
+        own = own_slice(counts)
+        for dtype in (torch.float32, torch.float64):
+            batch = batch_of(n=9, dtype=dtype)
+            f = batch.logits * 3
+            f[0, 8] = 60.0  # certain: 1 - P_p and the entropy are tiny
+            f[1] *= 40  # e_j underflows, its power does not
+            f[2, [0, 5]] = -torch.inf
+            f[4, 6] = torch.nan
+            f[5, 2] = torch.inf
+            f[6] = -torch.inf
+            f[7, 1:] = -torch.inf
+            expected = ood_fast.statistics.row_statistics(names, f, batch.z, W=batch.W, mean=batch.b[:5], gamma=0.3)
+            shard = {"W_shard": batch.W[own], "mean": batch.b[:5], "gamma": 0.3}
+            got = distributed.row_statistics(names, f[:, own], batch.z, **shard)
+            assert list(got) == list(expected)
+            usable = torch.tensor([0, 1, 2, 3, 5, 7, 8])  # of a row without a number in it "predicted" is some class
+            assert torch.equal(got["predicted"][usable], expected["predicted"][usable])
+            for name in names:
+                if name == "projection":
+                    close(got[name][usable], expected[name][usable], name)
+                elif name != "predicted":
+                    close(got[name], expected[name], f"{name} {counts}", atol=0 if name in ("gen", "entropy") else 2e-6)
+            few = distributed.row_statistics(["entropy", "max"], f[:, own])
+            assert list(few) == ["max", "entropy"]
+            close(few["entropy"], expected["entropy"])
+        nothing = distributed.row_statistics(names, f[:0, own], batch.z[:0], **shard)
+        assert {tuple(t.shape) for t in nothing.values()} == {(0,)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -836,7 +848,9 @@ def bad_input():
         lambda: distributed.boundary_distance(f, W, average="all" if last else "classes"), "ValueError", "average"
     )
     same_error(lambda: distributed.nci_score(z, W, b, z[0], alpha=0.1 * rank), "ValueError", "alpha: got 0.0 on rank 0")
-    same_error(lambda: distributed.row_statistics(f, gamma=0 if last else 1), "ValueError", "gamma: got 0")
+    same_error(lambda: distributed.row_statistics(["gen"], f, gamma=0 if last else 1), "ValueError", "gamma: got 0")
+    same_error(lambda: distributed.row_statistics(["gen", "max"][: rank + 1], f), "ValueError", "names: got ['gen'] on")
+    same_error(lambda: distributed.row_statistics(["distance"], f), "ValueError", "W: got None, but 'distance' needs")
     assert "group: got 3, expected a process group" in error_of(loss(group=3))
     close(loss()(), ood_fast.elogitnorm(batch.logits, None, batch.W, None, y))  # nobody lags behind
 

@@ -18,11 +18,10 @@ of the group.
 """
 
 from .losses import elogitnorm, linear_elogitnorm
-from .scores import RowStatistics, boundary_distance, nci_score, row_statistics
+from .scores import boundary_distance, nci_score, row_statistics
 from .shards import Shards, Traffic, communication_bytes
 
 __all__ = [
-    "RowStatistics",
     "Shards",
     "Traffic",
     "boundary_distance",

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import eager
-from ..eager import _centered, _differences_into, _mask_gaps, _row_chunks, _slices
+from ..eager import _centered, _differences_into, _mask_gaps, _product, _row_chunks, _slices, _weight_tile
 from .shards import Shards
 
 
@@ -65,7 +65,7 @@ def linear(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
     zero = z.new_zeros(())
     for columns in _tiles(head_weight):
         tile_bias = zero if bias is None else bias[columns].to(z.dtype)
-        torch.addmm(tile_bias, z, head_weight[columns].to(z.dtype).t(), out=logits[:, columns])
+        logits[:, columns] = _product(z, head_weight[columns].to(z.dtype).t()).add_(tile_bias)
     return logits
 
 
@@ -78,11 +78,12 @@ def linear_backward(
     grad_weight: Tensor | None,
 ) -> None:
     """grad_z += G (W - mean row), and grad_weight += G^T z, from the gradient G of the logits; tile by tile of W."""
+    buffer = _weight_tile(head_weight, mean.dtype)
     for columns in _tiles(head_weight):
         if grad_z is not None:
-            grad_z.addmm_(gradient[:, columns], _centered(head_weight[columns], mean))
+            grad_z.add_(_product(gradient[:, columns], _centered(head_weight[columns], mean, buffer)))
         if grad_weight is not None:
-            grad_weight[columns].addmm_(gradient[:, columns].t(), z)
+            grad_weight[columns].add_(_product(gradient[:, columns].t(), z))
 
 
 def _tiles(head_weight: Tensor) -> Iterator[slice]:
@@ -124,14 +125,15 @@ def _inverse_distances(rows: Tensor, head_weight: Tensor, mean: Tensor) -> Tenso
     inverse = rows.new_empty(rows.shape[0], head_weight.shape[0])
     left = rows - mean
     left_norms = left.square().sum(1)
+    buffer = _weight_tile(head_weight, mean.dtype)
     for columns in _tiles(head_weight):
-        right = _centered(head_weight[columns], mean)
+        right = _centered(head_weight[columns], mean, buffer)
         norms = right.square().sum(1)
         for some in _slices(rows.shape[0], eager.TABLE_TILE_ELEMENTS // right.shape[0]):
             tile = inverse[some, columns]
             bound = left_norms[some].unsqueeze(1) + norms
-            torch.addmm(bound, left[some], right.t(), alpha=-2, out=tile)
-            close = tile <= bound * eager.CLOSE_PAIR
+            torch.sub(bound, _product(left[some], right.t()), alpha=2, out=tile)
+            close = bound.mul_(eager.CLOSE_PAIR) >= tile
             if close.any():
                 row, other = (close & (bound > 0)).nonzero(as_tuple=True)
                 tile.masked_fill_(close, 0.0)
@@ -383,11 +385,12 @@ def pull_weights(pull: Tensor, head: Geometry, head_weight: Tensor, grad_weight:
     """
     left = head.rows - head.mean_row
     own = left * pull.sum(1, keepdim=True)
+    buffer = _weight_tile(head_weight, left.dtype)
     for columns in _tiles(head_weight):
-        right = _centered(head_weight[columns], head.mean_row)
+        right = _centered(head_weight[columns], head.mean_row, buffer)
         part = pull[:, columns]
-        own.addmm_(part, right, alpha=-1)
-        grad_weight[columns].addmm_(part.t(), left, alpha=-1).addcmul_(right, part.sum(0).unsqueeze(1))
+        own.sub_(_product(part, right))
+        grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1)).sub_(_product(part.t(), left))
     return own
 
 

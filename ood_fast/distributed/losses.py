@@ -14,6 +14,10 @@ from ..ops import _backward, _sample_grad
 from . import boundary
 from .shards import SAMPLES, Call, Shards, agree, fingerprint
 
+# Elements of the four buffers of a chunk of rows on a GPU: 2 GiB in float32, where a shard of W and its gradient are as
+# much each at a million classes. Fewer rows would read W from memory for too little arithmetic.
+_GPU_BUFFER_ELEMENTS = 1 << 29
+
 
 class _Keywords(NamedTuple):
     ignore_index: int
@@ -384,6 +388,12 @@ class _LinearELogitNorm(torch.autograd.Function):
         return *_backward("distributed.linear_elogitnorm", (run, run), (grad_loss,), None, inputs), *[None] * 8
 
 
+def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
+    """Rows of a chunk, the same on every rank: (rows, c_r) of logits, of distances, and of the gradients of both."""
+    elements = eager.LINEAR_BUFFER_ELEMENTS if device.type == "cpu" else _GPU_BUFFER_ELEMENTS
+    return max(eager.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
+
+
 def _linear(
     z, head_weight, bias, y, class_weight, shards, keywords, counts, detach_geometry, needs, sample_grad
 ) -> tuple[Tensor | None, ...]:
@@ -402,8 +412,7 @@ def _linear(
     grad_bias = z.new_zeros(n_classes, dtype=dtype) if need_bias else None
     target = boundary.Target(y, class_weight, keywords.ignore_index, keywords.label_smoothing, shards, dtype)
     mean = boundary.mean_row(head_weight, shards, dtype)
-    # Logits, distances, and the gradients of both: four buffers of (step, c_r), as large as the largest shard says.
-    step = max(eager.MIN_LINEAR_ROWS, eager.LINEAR_BUFFER_ELEMENTS // (4 * max(shards.counts)))
+    step = chunk_rows(shards.counts, z.device)
     results, pulled = [], []
     with eager.full_precision(z.device):
         for rows in eager._slices(n_samples, step):

@@ -5,16 +5,15 @@ Higher scores mean more in-distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import checks, eager
+from .. import checks, eager, statistics
 from ..ops import _backward
 from . import boundary
-from .losses import _needs, _offset, gradients
+from .losses import _needs, _offset, chunk_rows, gradients
 from .shards import Call, Shards, agree
 
 
@@ -108,7 +107,7 @@ def nci_score(
         logits = None if logits is None else boundary.masked_class(W_shard, logits)[1]
     with torch.no_grad(), eager.full_precision(z.device):
         if logits is None:
-            step = max(eager.MIN_LINEAR_ROWS, eager.LINEAR_BUFFER_ELEMENTS // max(layout.counts))
+            step = chunk_rows(layout.counts, z.device)
             chunks = [
                 boundary.predict(boundary.linear(z[rows].to(dtype), W, b), layout, dtype)
                 for rows in eager._slices(len(z), step)
@@ -131,75 +130,128 @@ def nci_score(
     return score.masked_fill(top.isnan(), torch.nan)
 
 
-class RowStatistics(NamedTuple):
-    """Statistics of each row of logits over the classes of all ranks, (n,) each; p = softmax(f)."""
-
-    max: Tensor
-    argmax: Tensor
-    """int64, among all classes; the first index on ties"""
-    logsumexp: Tensor
-    entropy: Tensor
-    """-sum_j p_j log p_j"""
-    gen: Tensor
-    """sum_j p_j^gamma (1 - p_j)^gamma over all classes, of which the GEN score is the negative"""
-
-
 def row_statistics(
+    names: Collection[str],
     logits_shard: Tensor,
+    features: Tensor | None = None,
     *,
-    group: object = None,
+    W_shard: Tensor | None = None,
+    mean: Tensor | None = None,
     gamma: float = 0.1,
+    group: object = None,
     shards: Sequence[int] | None = None,
     check: bool = True,
-) -> RowStatistics:
-    """What MSP, MaxLogit, energy, entropy and GEN are made of, where each rank holds c_r columns of the logits.
-
-        max f,  argmax f,  log sum_j exp f_j,  -sum_j p_j log p_j,  sum_j p_j^gamma (1 - p_j)^gamma
-
-    Four collectives of n-vectors. Not differentiable.
+) -> dict[str, Tensor]:
+    """`ood_fast.statistics.row_statistics` where each rank holds c_r columns: what most scores are made of.
 
     Args:
-        logits_shard: (n, c_r), any float dtype; a class at -inf adds nothing. gamma: exponent of GEN, > 0.
-        group, shards, check: as in `elogitnorm`.
+        names: any of those of `ood_fast.statistics.row_statistics`, which defines them.
+        logits_shard: (n, c_r), any float dtype; -inf marks a masked class.
+        features, mean: (n, m) and (m,), the same on every rank; W_shard: (c_r, m). Needed as there.
+        gamma: exponent of "gen". group, shards, check: as in `elogitnorm`.
 
     Returns:
-        The statistics in float32 (float64 for float64 logits), the same on every rank. A row that holds NaN or +inf, or
-        only -inf, has entropy and gen NaN, and the logsumexp that torch gives it.
+        {name: (n,)}, as there, the same on every rank; constants to autograd.
+
+    Collectives: all-reduces of n-vectors; for "distance" also the rows of the predicted classes.
 
     Raises:
-        As `elogitnorm`.
+        As `elogitnorm`; ValueError where a name is unknown, or what it needs is missing.
     """
 
     def examine() -> Call:
         _check_logits(logits_shard)
+        known = statistics._known(names)
         checks.real("gamma", gamma, 0.0, open_low=True)
-        facts = _facts("row_statistics", logits_shard, gamma=float(gamma))
+        given = {"logits": logits_shard, "features": features, "W": W_shard, "mean": mean}
+        needs = statistics._needs(known, False)
+        for argument, because in needs.items():
+            if given[argument] is None:
+                raise ValueError(f"{argument}: got None, but {', '.join(map(repr, because))} needs it")
+        if "W" in needs:
+            checks.head_weight(W_shard, logits_shard)
+        if "features" in needs:
+            checks.float_tensor("features", features, 2, "(n, m)")
+            if features.shape[0] != logits_shard.shape[0]:
+                raise ValueError(f"features: got {features.shape[0]} rows, expected {logits_shard.shape[0]}")
+            if "W" in needs:
+                checks.features(features, W_shard)
+        if "mean" in needs:
+            checks.feature_mean(mean, features)
+        facts = _facts("row_statistics", logits_shard, features, W_shard, mean, gamma=float(gamma), names=sorted(known))
         return Call(logits_shard.shape[1], len(logits_shard), -1, facts)
 
     layout, *_ = agree(group, examine, logits_shard, shards, check)
+    names = statistics._known(names)
+    tensors = (None if t is None else t.detach() for t in (logits_shard, features, W_shard, mean))
     with torch.no_grad():
-        logits = logits_shard.detach()
-        dtype = eager.compute_dtype(logits)
-        n_samples = logits.shape[0]
-        if n_samples == 0:
-            nothing = logits.new_empty(0, dtype=dtype)
-            return RowStatistics(nothing, nothing.long(), nothing, nothing, nothing)
-        if logits.shape[1] == 0:
-            logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
-        top, predicted = boundary.predict(logits, layout, dtype)
-        sums = top.new_empty(2, n_samples)
-        for rows, gap, live in boundary.gaps(logits, top):
-            weight = _weights(gap, live)
-            sums[0, rows], sums[1, rows] = weight.sum(1), weight.mul_(gap).sum(1)
-        partition, mean_gap = layout.sum(sums)
-        log_partition = partition.log()
+        found = _row_statistics(set(names), *tensors, gamma, layout)
+    return {name: found[name] for name in names}
+
+
+def _row_statistics(
+    names: set[str],
+    logits: Tensor,
+    features: Tensor | None,
+    head_weight: Tensor | None,
+    mean: Tensor | None,
+    gamma: float,
+    shards: Shards,
+) -> dict[str, Tensor]:
+    """Of what is asked for; the formulas, and why `rest` leaves out e_p = 1, are those of `eager._logit_statistics`."""
+    dtype = eager.compute_dtype(logits, features, head_weight, mean)
+    n_samples = logits.shape[0]
+    own = [name for name in names if name in ("norm1", "norm2", "centred_norm")]  # of features, which every rank has
+    found = statistics.row_statistics(own, features=features, mean=mean) if own else {}
+    if n_samples == 0:
+        nothing = logits.new_empty(0, dtype=dtype)
+        return {name: nothing.long() if name == "predicted" else nothing for name in names} | found
+    if logits.shape[1] == 0:
+        like = logits.new_zeros(0, 1) if head_weight is None else head_weight
+        head_weight, logits = boundary.masked_class(like, logits)
+    logits = logits.to(dtype)
+    top, predicted = boundary.predict(logits, shards, dtype)
+    mine, place = shards.locate(predicted)
+    broken = ~top.isfinite()
+
+    sums = top.new_zeros(5, n_samples)  # rest, sum_j e_j g_j, the two norms, the projection
+    for rows, gap, live in boundary.gaps(logits, top):
+        weight = _weights(gap, live)
+        sums[1, rows] = (weight * gap).sum(1)
+        weight.scatter_(
+            1, place[rows].unsqueeze(1), weight.gather(1, place[rows].unsqueeze(1)) * ~mine[rows].unsqueeze(1)
+        )
+        sums[0, rows] = weight.sum(1)
+        live_logits = logits[rows].nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+        sums[2, rows], sums[3, rows] = live_logits.abs().sum(1), live_logits.square().sum(1)
+    if "projection" in names:
+        product = (head_weight[place].to(dtype) * (features.to(dtype) - mean.to(dtype))).sum(1)
+        sums[4] = product.masked_fill(~mine, 0.0).masked_fill(top.isnan(), torch.nan)
+    rest, mean_gap, norm1, squares, projection = shards.sum(sums)
+    log_partition = rest.log1p()
+    found |= {
+        "max": top,
+        "predicted": predicted,
+        "logsumexp": (top + log_partition).masked_fill_(broken, torch.nan),
+        "entropy": mean_gap / (1 + rest) + log_partition,
+        "logit_norm1": norm1,
+        "logit_norm2": squares.sqrt(),
+        "projection": projection,
+    }
+    if "gen" in names:
         gen = torch.empty_like(top)
         for rows, gap, live in boundary.gaps(logits, top):
-            p = _weights(gap, live).div_(partition[rows].unsqueeze(1))
-            gen[rows] = (p * (1 - p)).clamp_(min=0.0).pow_(gamma).sum(1)
-        layout.sum(gen)
-        logsumexp = torch.where(top.isfinite(), top + log_partition, top)
-    return RowStatistics(top, predicted, logsumexp, log_partition + mean_gap / partition, gen)
+            # In logarithms: e_j is 0 long before its power gamma is.
+            log_term = (1 - _weights(gap, live)).add_(rest[rows].unsqueeze(1)).log_().sub_(gap)
+            term = log_term.sub_(2 * log_partition[rows].unsqueeze(1)).mul_(gamma).exp_()
+            gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
+        found["gen"] = shards.sum(gen)
+    if "distance" in names:
+        with eager.full_precision(logits.device):
+            mean_row = boundary.mean_row(head_weight, shards, dtype)
+            head = boundary.geometry(predicted, head_weight, mean_row, shards)
+        found["distance"] = boundary.distances(logits, top, head, 0, shards).distance
+    return found
 
 
 def _weights(gap: Tensor, live: Tensor | None) -> Tensor:
