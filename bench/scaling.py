@@ -2,7 +2,8 @@
 
     python -m bench.scaling                       # writes scaling.json and scaling.png into bench/results/<machine>/
     python -m bench.scaling --sweeps n c --seconds 0.2
-    python -m bench.scaling --plot-only           # draws the points that scaling.json holds
+    python -m bench.scaling --docs docs/performance.md    # and puts the tables into that page
+    python -m bench.scaling --plot-only           # draws and prints what scaling.json holds
 
 The model has three constants, each measured apart from the points that it is drawn through:
 
@@ -40,13 +41,14 @@ from . import counts
 from .cases import Case
 from .measure import ceilings, environment, peak_megabytes
 from .ratios import alternate
-from .report import slug
+from .report import milliseconds, slug
 
 Shape = tuple[int, int, int]
 BASE = (256, 1000, 768)
 PRODUCTS = ("distance_gram", "weight_gradient_table", "weight_gradient_own", "weight_gradient_all")
 # Collectives of one step of ood_fast.distributed.elogitnorm with its gradients: those of its `communication_bytes`.
 COLLECTIVES = 8
+BEGIN, END = "<!-- bench.scaling: begin -->", "<!-- bench.scaling: end -->"
 
 
 def leaves(shape: Shape, distinct: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,7 +301,7 @@ def draw(found: dict[str, Any]):
     drawn = {axis: found["sweeps"][axis] for axis in LABELS if found["sweeps"].get(axis)}
     figure = Figure(figsize=(4.2 * min(3, len(drawn)), 3.6 * (-(-len(drawn) // 3)) + 0.6), layout="constrained")
     places = figure.subplots(-(-len(drawn) // 3), min(3, len(drawn)), squeeze=False).flat
-    for plot, (axis, points) in zip(places, drawn.items(), strict=False):
+    for (axis, points), plot in zip(drawn.items(), places, strict=False):
         xs = [place(axis, point) for point in points]
         for name in points[0]["seconds"]:
             color, label = STYLES[name]
@@ -321,25 +323,61 @@ def draw(found: dict[str, Any]):
     return figure
 
 
-def report(found: dict[str, Any]) -> str:
-    lines = []
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    align = "|---" + "|---:" * (len(header) - 1) + "|"
+    return [f"| {' | '.join(header)} |", align, *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Every point, as Markdown: what docs/performance.md holds between its markers."""
+    what = found["environment"]
+    text = [
+        f"Measured on {what['machine']}, {what['threads']} threads, torch {what['torch']}, commit {what['commit']}, "
+        f"{what['date']}; float32, forward + backward, medians in ms, candidates taking turns.",
+        "",
+    ]
     for axis, points in found["sweeps"].items():
-        lines.append(f"\n{LABELS[axis]} ({fixed(axis, points)}): ms, and the model's")
+        names = list(points[0]["seconds"])
+        text += [f"**{LABELS[axis]}** ({fixed(axis, points)})", ""]
+        header = [axis] + [title for n in names for title in ([n, "model"] if n in points[0]["model"] else [n])]
+        saved = "detached" in names
+        lines = []
         for point in points:
-            cells = [
-                f"{name} {seconds * 1e3:9.3f}"
-                + (f" ({point['model'][name] * 1e3:8.3f})" if name in point["model"] else "")
-                for name, seconds in point["seconds"].items()
-            ]
-            lines.append(f"{place(axis, point):8g}  " + "   ".join(cells))
-    for title in ("small_or_general", "with_or_without_logits"):
-        if found.get(title):
-            lines.append(f"\n{title.replace('_', ' ')}: ms")
-        for point in found.get(title, ()):
-            cells = [f"{name} {seconds * 1e3:9.3f}" for name, seconds in point["seconds"].items()]
-            cells += [f"{name} {peak:.0f} MB" for name, peak in point.get("peak_MB", {}).items() if peak is not None]
-            lines.append(f"{tuple(point['shape'])}  " + "   ".join(cells))
-    return "\n".join(lines)
+            line = [f"{place(axis, point):,}"]
+            for name in names:
+                line.append(milliseconds(point["seconds"][name]))
+                if name in point["model"]:
+                    line.append(milliseconds(point["model"][name]))
+            if saved:
+                line.append(f"{1 - point['seconds']['detached'] / point['seconds']['elogitnorm']:.0%}")
+            lines.append(line)
+        text += table(header + ["detaching saves"] * saved, lines)
+    if found.get("small_or_general"):
+        lines = [
+            [str(tuple(p["shape"])), *(milliseconds(p["seconds"][name]) for name in ("small", "general"))]
+            for p in found["small_or_general"]
+        ]
+        text += ["**The form for small heads against the general one**", ""]
+        text += table(["(n, c, m)", "`small.py`", "`eager.py`"], lines)
+    if found.get("with_or_without_logits"):
+        lines = []
+        for p in found["with_or_without_logits"]:
+            peaks = [p["peak_MB"][name] for name in p["seconds"]]
+            times = [milliseconds(seconds) for seconds in p["seconds"].values()]
+            lines.append([str(tuple(p["shape"])), *times, *("" if peak is None else f"{peak:.0f}" for peak in peaks)])
+        names = list(found["with_or_without_logits"][0]["seconds"])
+        text += ["**With logits and without: ms, and peak MB beyond inputs and gradients**", ""]
+        text += table(["(n, c, m)", *names, *(f"{name}, MB" for name in names)], lines)
+    return "\n".join(text).rstrip() + "\n"
+
+
+def embed(text: str, page: Path) -> None:
+    """Put the tables between the markers of the page."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    if not marker:
+        raise SystemExit(f"{page}: expected the lines {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def main() -> None:
@@ -347,6 +385,7 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="+", choices=[*LABELS, "paths"], default=[*LABELS, "paths"])
     parser.add_argument("--seconds", type=float, default=0.6, help="for each point (default 0.6)")
     parser.add_argument("--out", type=Path, help="folder (default: bench/results/<machine>)")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are to be replaced: docs/performance.md")
     parser.add_argument("--plot-only", action="store_true", help="draw what scaling.json holds")
     arguments = parser.parse_args()
     what = environment()
@@ -370,7 +409,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
     draw(found).savefig(folder / "scaling.png", dpi=110, metadata={"Software": None})
-    print(report(found))
+    print(tables(found))
+    if arguments.docs:
+        embed(tables(found), arguments.docs)
     print(f"\nwritten: {file}, {folder / 'scaling.png'}")
 
 
