@@ -59,6 +59,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
+    if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's
+        return _NOTHING_TO_DO
     matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
     if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
         return _NOTHING_TO_DO
