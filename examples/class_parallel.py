@@ -41,7 +41,7 @@ def main() -> None:
     if rank == 0:
         traffic = distributed.communication_bytes(n, m, n_ranks, without_logits=True, samples="sharded")
         print(f"{options.classes} classes on {n_ranks} processes: {counts}, {device.type}")
-        print(f"at most {traffic.per_rank / 2**20:.2f} MiB sent by each process and step, whatever the number of classes")
+        print(f"the loss sends at most {traffic.per_rank / 2**20:.2f} MiB a process and step for any number of classes")
 
     # A class is a direction of the input; a sample is that direction and noise.
     directions = torch.randn(options.classes, m, generator=torch.Generator().manual_seed(0))
