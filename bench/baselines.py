@@ -122,7 +122,11 @@ def _liger_linear(x: Inputs) -> Tensor:
 
 
 def _torch_linear_left_out(case: Case, device: torch.device) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else "F.linear_cross_entropy came with torch 2.13"
+    if not hasattr(F, "linear_cross_entropy"):
+        return "F.linear_cross_entropy came with torch 2.13"
+    if device.type == "cpu" and case.n_classes == 100_000:
+        return "several seconds a step at 100,000 classes: `python -m bench.ratios linear` times it"
+    return None
 
 
 def _torch_linear(x: Inputs) -> Tensor:
