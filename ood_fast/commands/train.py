@@ -69,7 +69,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         width = max(map(len, RECIPES))
         print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
         return
-    recipe = override(find(options.recipe), options.set)
+    original = find(options.recipe)
+    recipe = override(original, options.set)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
     _check(options)
     import_plugins(options.plugin)
@@ -106,7 +107,8 @@ def run(options: argparse.Namespace, command: str) -> None:
             context=_context(options, command),
             watcher=progress,
         )
-        _note(options, recipe, process.size)
+        if not options.quiet:
+            _note_batch(original, recipe, process.size)
         try:
             with progress:
                 training.train()
@@ -154,15 +156,14 @@ def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     }
 
 
-def _note(options: argparse.Namespace, recipe: TrainingRecipe, n_processes: int) -> None:
-    if options.quiet or recipe.n_processes == n_processes:
-        return
-    print(
-        f"note: this recipe's learning rate {recipe.learning_rate:g} was made for {recipe.n_processes} × "
-        f"{recipe.batch_size} images a step; here are {n_processes} × {recipe.batch_size} "
-        "(--set batch_size=..., --set lr=...)",
-        file=sys.stderr,
-    )
+def _note_batch(original: TrainingRecipe, recipe: TrainingRecipe, n_processes: int) -> None:
+    there, here = original.n_processes * original.batch_size, n_processes * recipe.batch_size
+    if there != here and recipe.learning_rate == original.learning_rate:
+        print(
+            f"note: the learning rate {recipe.learning_rate:g} was made for {there} images a step, here are {here}: "
+            f"{recipe.batch_size} on each process (--set batch_size=..., --set lr=...)",
+            file=sys.stderr,
+        )
 
 
 def _kept(training: Run) -> str:

@@ -38,7 +38,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
 
     def claim(self, info: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-        """What `last.ckpt` holds, for the run that `info` tells of to continue from; None to start anew. Writes nothing.
+        """What `last.ckpt` holds of the run that `info` tells of, to continue from; None to start anew. Writes nothing.
 
         Raises:
             UserError: the folder holds something else, a run with other settings, or this run without `resume`.
