@@ -29,7 +29,7 @@ TIMER = DeviceTimer()
 # fastest call: on a busy machine one row then took 38 s. A cap on the rounds bounds it.
 SECONDS_A_ROW = 0.2
 MOST_ROUNDS = 100
-LONG_STEP = 0.25  # seconds: such a step is timed once; shorter ones in 5 rounds at least
+LONG_STEP = 0.25  # seconds: such a step is timed in 3 rounds, above four times that once; shorter ones in 5 at least
 # ‖actual − truth‖ / ‖truth‖ of the loss and of each gradient, beyond which no ratio is reported. The tests of the
 # package are far stricter: this one tells that the right thing was timed.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -127,7 +127,7 @@ def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) 
             step()
         launched, once = _seconds(steps[0], synchronize)
     TIMER.reset(wait=launched)
-    at_least = 1 if once > LONG_STEP else 5
+    at_least = 5 if once < LONG_STEP else 3 if once < 4 * LONG_STEP else 1
     rounds = min(max(int(SECONDS_A_ROW / once), at_least), MOST_ROUNDS)
     turn = iter(range(rounds + 1))
     benchmark.pedantic(lambda: steps[next(turn) % len(steps)](), rounds=rounds, warmup_rounds=0)
