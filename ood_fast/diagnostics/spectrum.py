@@ -1,4 +1,4 @@
-"""What the features of a trained model look like."""
+"""How many directions the features use."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def singular_values(features: Tensor) -> Tensor:
     """
     centred = features.double() - features.double().mean(dim=0)
     return torch.linalg.svdvals(centred / len(features) ** 0.5)
+
+
+def spectrum(covariance: Tensor) -> Tensor:
+    """The singular values of `singular_values` from the covariance Σ (z − μ)(z − μ)ᵀ / n (m, m), where no features are
+    kept: σ_i = √λ_i, largest first, (m,) in float64.
+
+    An eigenvalue is known to about m · 2⁻⁵² of the largest: those below count as 0, so that σ_i is 0 where it would be
+    smaller than about 1e-7 σ_1 (at m = 512). Beyond min(n − 1, m) they are 0 in any case.
+    """
+    values = torch.linalg.eigvalsh(covariance.double()).flip(0)
+    noise = len(values) * torch.finfo(torch.float64).eps * values[:1].clamp(min=0)
+    return torch.where(values > noise, values, 0.0).sqrt()
 
 
 def effective_rank(values: Tensor) -> float:

@@ -1,0 +1,96 @@
+"""How far the features of an image move from checkpoint to checkpoint.
+
+Haas, Yolland and Rabus, TMLR 2024, arXiv:2306.04072, equation 8 and figures 3 and 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from ..detectors.run import run_model
+from ..detectors.streaming import double
+from ..heads import find_head
+
+
+@dataclass(frozen=True)
+class FeatureChange:
+    """Change of the features by groups of the norm that they have in the last checkpoint.
+
+        Δ_m = Σ_t 1/N_m Σ_{i in group m} ‖z_{i,t} − z_{i,t−1}‖²          (eq. 8), t over the checkpoints
+
+    Attributes:
+        edges: of the groups: group m holds edges[m] ≤ ‖z‖₂ < edges[m + 1], (g + 1,); the last is +inf.
+        count: N_m, (g,).
+        steps: the term of each t, (k − 1, g): their sum over t is Δ_m. NaN for an empty group.
+    """
+
+    edges: Tensor
+    count: Tensor
+    steps: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Δ_m, (g,)."""
+        return self.steps.sum(dim=0)
+
+
+def squared_change(previous: Iterable[Tensor], current: Iterable[Tensor]) -> Tensor:
+    """‖z_{i,t} − z_{i,t−1}‖² of each sample, (n,) in float64, from the features of the same samples in equal chunks."""
+    parts = []
+    for before, after in zip_longest(previous, current):
+        if before is None or after is None or before.shape != after.shape:
+            shapes = [None if chunk is None else tuple(chunk.shape) for chunk in (before, after)]
+            raise ValueError(f"current: got a chunk of shape {shapes[1]}, expected {shapes[0]}, as in `previous`")
+        parts.append((double(after) - double(before)).square().sum(dim=1).cpu())
+    return torch.cat(parts)
+
+
+def change_by_norm(changes: Tensor, norm: Tensor, edges: Sequence[float] | None = None) -> FeatureChange:
+    """`FeatureChange` from the squared change of each sample at each step, (k − 1, n), and its last norm (n,).
+
+    Args:
+        edges: lower edges of the groups, ascending; samples below the first are left out. (The paper's are 0, 10, 20,
+            30 for a model trained with L2 normalisation and 0, 5, 7, 9 for one without.) None: the quartiles.
+    """
+    norm = norm.double()
+    if edges is None:
+        edges = [0.0, *torch.quantile(norm, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()]
+    if list(edges) != sorted(edges):
+        raise ValueError(f"edges: got {list(edges)}, expected ascending numbers")
+    bounds = torch.tensor([*edges, math.inf], dtype=torch.float64)
+    group = torch.bucketize(norm, bounds[:-1], right=True) - 1
+    inside = group >= 0
+    member = torch.nn.functional.one_hot(group[inside], len(edges)).double()
+    count = member.sum(dim=0)
+    return FeatureChange(bounds, count.long(), changes.double()[:, inside] @ member / count)
+
+
+@torch.no_grad()
+def feature_change(
+    models: Iterable[nn.Module], loader: Iterable, edges: Sequence[float] | None = None
+) -> FeatureChange:
+    """`FeatureChange` over the checkpoints `models`, the first first; each is run twice, beside its two neighbours.
+
+    Args:
+        models: different objects, at least two; made one by one, of which two are held.
+        loader: gives the same images in the same order each time it is iterated over: no shuffling, no augmentation.
+    """
+    changes, previous = [], None
+    for model in models:
+        if previous is not None:
+            changes.append(squared_change(_features(previous, loader), _features(model, loader)))
+        previous = model
+    if not changes:
+        raise ValueError("models: got fewer than two, expected at least two checkpoints")
+    norm = torch.cat([torch.linalg.vector_norm(double(z), dim=1).cpu() for z in _features(previous, loader)])
+    return change_by_norm(torch.stack(changes), norm, edges)
+
+
+def _features(model: nn.Module, loader: Iterable) -> Iterable[Tensor]:
+    return (batch.features for batch in run_model(model, loader, find_head(model)))
