@@ -13,9 +13,11 @@ All functions take 1-D tensors (or anything `torch.as_tensor` takes) and compute
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 POSITIVES = ("ood", "id")
@@ -33,19 +35,25 @@ def roc_curve(id_scores: Any, ood_scores: Any, positive: str = "ood") -> tuple[T
 
 def auroc(id_scores: Any, ood_scores: Any) -> float:
     """Area under the ROC curve = P(ID score > OOD score) + ½ P(equal). The same for either positive class."""
-    return torch.trapezoid(*reversed(roc_curve(id_scores, ood_scores))).item()
+    return _auroc(*_counts(id_scores, ood_scores, "ood")).item()
 
 
-def fpr_at_tpr(id_scores: Any, ood_scores: Any, tpr: float = 0.95, positive: str = "ood") -> float:
+def fpr_at_tpr(
+    id_scores: Any, ood_scores: Any, tpr: float = 0.95, positive: str = "ood", *, drop_intermediate: bool = False
+) -> float:
     """False-positive rate at the first ROC point whose true-positive rate is at least `tpr`; no interpolation.
 
-    `positive="ood"` is OpenOOD's FPR@95; see the module docstring. Every distinct score is a point here; scikit-learn's
-    default, which OpenOOD calls, leaves out points on straight pieces, which can only matter among tied scores.
+    `positive="ood"` is OpenOOD's FPR@95; see the module docstring. Every distinct score is a point here.
+    `drop_intermediate=True` leaves out points in the middle of straight pieces, as scikit-learn's default and so
+    OpenOOD do: among tied scores the first point that is left can lie further up.
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr: got {tpr}, expected a number in (0, 1]")
-    false_positive_rate, true_positive_rate = roc_curve(id_scores, ood_scores, positive)
-    return false_positive_rate[int((true_positive_rate >= tpr).int().argmax())].item()
+    false_positives, true_positives = _counts(id_scores, ood_scores, positive)
+    if drop_intermediate:
+        kept = _corners(false_positives, true_positives)
+        false_positives, true_positives = false_positives[kept], true_positives[kept]
+    return _fpr_at_tpr(false_positives, true_positives, tpr).item()
 
 
 def aupr(id_scores: Any, ood_scores: Any, positive: str = "ood") -> float:
@@ -53,10 +61,18 @@ def aupr(id_scores: Any, ood_scores: Any, positive: str = "ood") -> float:
 
     `positive="id"` is AUPR_IN, `positive="ood"` is AUPR_OUT. The curve starts at recall 0 with precision 1.
     """
-    false_positives, true_positives = _counts(id_scores, ood_scores, positive)
-    predicted_positive = true_positives + false_positives
-    precision = torch.where(predicted_positive > 0, true_positives / predicted_positive, 1.0)
-    return torch.trapezoid(precision, true_positives / true_positives[-1]).item()
+    return _aupr(*_counts(id_scores, ood_scores, positive)).item()
+
+
+def detection(id_scores: Any, ood_scores: Any) -> dict[str, float]:
+    """All five from one sort: AUROC, AUPR and FPR95 as OpenOOD's `compute_all_metrics` gives them, ties included, and
+    FPR95 in the other convention: {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out"}.
+    """
+    id_counts, ood_counts = _counts(id_scores, ood_scores, "ood")
+    result = _detection(id_counts, ood_counts)
+    corners = _corners(id_counts, ood_counts)
+    result["fpr95_ood_positive"] = _fpr_at_tpr(id_counts[corners], ood_counts[corners], 0.95)
+    return {name: value.item() for name, value in result.items()}
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
@@ -74,12 +90,132 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, n_bins: in
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
     """
     confidence, predicted = probabilities.double().max(dim=1)
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
-    bins = torch.bucketize(confidence, edges[1:-1])  # right=False: a value on an edge belongs to the bin below it
-    gap = (predicted == target).double() - confidence
+    return calibration_error(confidence, predicted == target, n_bins)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BINS) -> float:
+    """`expected_calibration_error` from the confidence (n,) and whether the prediction is right, (n,) bool."""
+    bins, gap = _gaps(confidence, correct, n_bins)
     return (
         torch.zeros(n_bins, dtype=torch.float64, device=gap.device).index_add_(0, bins, gap).abs().sum() / len(gap)
     ).item()
+
+
+def _gaps(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
+    """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64."""
+    confidence = confidence.double()
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
+    bins = torch.bucketize(confidence, edges[1:-1])  # right=False: a value on an edge belongs to the bin below it
+    return bins, correct.double() - confidence
+
+
+# ---- intervals: the metrics of samples drawn anew
+
+
+class Bootstrap:
+    """The metrics of `n_draws` samples drawn with replacement from the ID test images and from each OOD set.
+
+    Stratified: each draw has as many images of each set as there are. The draws of a set depend on the seed, its name
+    and its size alone. So all detectors, and all runs that are tested on the same images, see the same draws: means
+    over sets and runs can be taken draw by draw, and differences are paired. An image drawn k times counts k times;
+    nothing is sorted anew.
+
+    Args:
+        n_draws: B >= 1.
+        seed: of the draws.
+    """
+
+    POINTS = 1 << 12  # of a curve; with more distinct scores every k-th is one, k <= images of both sets / POINTS + 1
+    BLOCK = 256  # draws that are worked on at a time
+
+    def __init__(self, n_draws: int, seed: int = 0) -> None:
+        self.n_draws, self.seed = n_draws, seed
+        self._counts: dict[tuple[str, int], Tensor] = {}
+
+    def counts(self, name: str, n_images: int) -> Tensor:
+        """How often each image of the set is in each draw, (B, n) uint8 (int32 if one is drawn more than 255 times)."""
+        if (name, n_images) not in self._counts:
+            key = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+            draws = []
+            for _ in range(self.n_draws):
+                rows = torch.randint(n_images, (n_images,), generator=generator)
+                counts = torch.bincount(rows, minlength=n_images)
+                draws.append(counts.byte() if counts.max() < 256 else counts.int())
+            self._counts[name, n_images] = torch.stack(draws)
+        return self._counts[name, n_images]
+
+    def below(self, scores: Any, name: str) -> tuple[Tensor, Tensor]:
+        """The scores (n,) of a set in ascending order, and how many of each draw are among the first k, (B, n + 1)."""
+        scores, order = _scores("scores", scores).sort()
+        return scores, F.pad(self.counts(name, len(scores))[:, order].cumsum(1, dtype=torch.int32), (1, 0))
+
+    def detection(self, id_below: tuple[Tensor, Tensor], ood_below: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The metrics of `detection` for each draw, {name: (B,)}, from what `below` gives for the two sets."""
+        points = torch.cat([id_below[0], ood_below[0]]).unique()
+        step = -(-len(points) // self.POINTS)
+        points = points.flip(0)[::step].flip(0)  # the last one is always there
+        at_id, at_ood = (F.pad(torch.searchsorted(s, points, right=True), (1, 0)) for s, _ in (id_below, ood_below))
+        parts = []
+        for start in range(0, self.n_draws, self.BLOCK):
+            rows = slice(start, start + self.BLOCK)
+            parts.append(_detection(id_below[1][rows][:, at_id].double(), ood_below[1][rows][:, at_ood].double()))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def mean(self, values: Tensor, name: str) -> Tensor:
+        """The mean of `values` (n,) over each draw from that set, (B,): of what is right, the accuracy."""
+        return self.counts(name, len(values)).double() @ values.double() / len(values)
+
+    def calibration_error(self, confidence: Tensor, correct: Tensor, name: str, n_bins: int = ECE_BINS) -> Tensor:
+        """`calibration_error` of each draw, (B,)."""
+        bins, gap = _gaps(confidence, correct, n_bins)
+        by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64).scatter_(1, bins.unsqueeze(1), gap.unsqueeze(1))
+        return (self.counts(name, len(gap)).double() @ by_bin).abs().sum(dim=1) / len(gap)
+
+
+def percentile_interval(draws: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap interval: the (1 − level)/2 and (1 + level)/2 quantiles of the draws (B,)."""
+    low, high = torch.quantile(draws.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return low.item(), high.item()
+
+
+# ---- from counts (..., points): the samples that count as positive at each threshold, with a leading 0
+
+
+def _detection(id_counts: Tensor, ood_counts: Tensor) -> dict[str, Tensor]:
+    """All metrics from the ID and OOD samples up to each distinct score, the lowest first."""
+    # With ID positive the thresholds come from the other end.
+    id_above, ood_above = ((counts[..., -1:] - counts).flip(-1) for counts in (id_counts, ood_counts))
+    return {
+        "auroc": _auroc(id_counts, ood_counts),
+        "fpr95_ood_positive": _fpr_at_tpr(id_counts, ood_counts, 0.95),
+        "fpr95_id_positive": _fpr_at_tpr(ood_above, id_above, 0.95),
+        "aupr_in": _aupr(ood_above, id_above),
+        "aupr_out": _aupr(id_counts, ood_counts),
+    }
+
+
+def _auroc(false_positives: Tensor, true_positives: Tensor) -> Tensor:
+    return torch.trapezoid(true_positives / true_positives[..., -1:], false_positives / false_positives[..., -1:])
+
+
+def _fpr_at_tpr(false_positives: Tensor, true_positives: Tensor, tpr: float) -> Tensor:
+    first = (true_positives / true_positives[..., -1:] >= tpr).int().argmax(dim=-1, keepdim=True)
+    return (false_positives.gather(-1, first) / false_positives[..., -1:]).squeeze(-1)
+
+
+def _aupr(false_positives: Tensor, true_positives: Tensor) -> Tensor:
+    predicted_positive = true_positives + false_positives
+    precision = torch.where(predicted_positive > 0, true_positives / predicted_positive, 1.0)
+    return torch.trapezoid(precision, true_positives / true_positives[..., -1:])
+
+
+def _corners(false_positives: Tensor, true_positives: Tensor) -> Tensor:
+    """Which points scikit-learn's `drop_intermediate` keeps: the first, which it adds, and of the others the first, the
+    last and those where a step differs from the step before it."""
+    turns = (false_positives[1:].diff(n=2) != 0) | (true_positives[1:].diff(n=2) != 0)
+    one = torch.ones(1, dtype=torch.bool, device=turns.device)
+    return torch.cat([one, one, turns, one])[: len(false_positives)]
 
 
 def _counts(id_scores: Any, ood_scores: Any, positive: str) -> tuple[Tensor, Tensor]:

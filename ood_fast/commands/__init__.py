@@ -3,6 +3,6 @@
 Nothing here imports torch before a command runs: `ood-fast --help` answers at once.
 """
 
-from . import compare, fit, info, score, train
+from . import compare, evaluate, fit, info, score, train
 
-COMMANDS = (compare, train, fit, score, info)
+COMMANDS = (compare, train, fit, score, evaluate, info)

@@ -1,0 +1,39 @@
+"""The evaluation of trained models on a benchmark of image files.
+
+    run = open_run("runs/cifar10-elogitnorm-s0", benchmark.n_classes, benchmark.image_shape)
+    results = evaluate_runs([run], benchmark, device="cuda")
+    results.runs[0].value("auroc", "MSP", "farood")
+    write("out", results, {})
+
+`cache.py` keeps what the model makes of images, `run.py` fits, tunes and measures, `results.py` says what was found,
+`write.py` writes and prints it, `trained.py` opens what training left.
+"""
+
+from .cache import FeatureCache, Outputs, read_head, read_outputs
+from .results import ID, Measurement, Results, RunResult, Summary
+from .run import evaluate_run, evaluate_runs
+from .trained import Trained, open_run, paths_of
+from .write import build, check_folder, print_tables, read, read_scores, write
+
+__all__ = [
+    "ID",
+    "FeatureCache",
+    "Measurement",
+    "Outputs",
+    "Results",
+    "RunResult",
+    "Summary",
+    "Trained",
+    "build",
+    "check_folder",
+    "evaluate_run",
+    "evaluate_runs",
+    "open_run",
+    "paths_of",
+    "print_tables",
+    "read",
+    "read_head",
+    "read_outputs",
+    "read_scores",
+    "write",
+]

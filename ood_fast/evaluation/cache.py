@@ -1,0 +1,356 @@
+"""What a model makes of data sets, kept on the disk: a second evaluation reads it and runs no model.
+
+    cache/<model>/head.npz                                           W, b
+    cache/<model>/<set>-<data>/features.npy  logits.npy  targets.npy  meta.json  ODIN-<settings>.npy
+
+<model> is a hash of the weights, the layers with their settings and the place of the head; <data> one of the images,
+their labels and their preparation (`ImageDataset.fingerprint`). So nothing stale is ever read: other weights or other
+images have another name. Features (n, m) and logits (n, c) are float32, and mapped into memory when read. A folder
+appears under its name when all of it is written. Under `torchrun` every process writes its rows of the same files: they
+must lie on a disk that all of them see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checks
+from ..detectors import Detector
+from ..detectors.run import run_model
+from ..heads import given_head, inference_head
+
+META, HEAD = "meta.json", "head.npz"
+WRITING = ".writing-"
+CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of one data set. Features and logits are maps of files: rows that are not read take no memory.
+
+    Attributes:
+        name: "fit", "validation", "validation_ood", "test", or the name of an OOD set.
+        title, group: as of the `ImageDataset`.
+        features, logits: (n, m) and (n, c), float32.
+        targets: (n,) int64, −1 for images without a class.
+        scores: (n,) float64 of the detectors that need the model, by the key of `score_key`.
+        path: the folder in the cache; `read_outputs(path)` gives this again.
+    """
+
+    name: str
+    title: str
+    group: str
+    features: Tensor
+    logits: Tensor
+    targets: Tensor
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def chunks(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features, logits and targets, as many rows at a time as `CHUNK_VALUES` allows, in order."""
+        rows = max(1, CHUNK_VALUES // (self.features.shape[1] + self.logits.shape[1]))
+        for start in range(0, len(self), rows):
+            part = slice(start, start + rows)
+            yield (
+                self.features[part].to(device=device, dtype=dtype),
+                self.logits[part].to(device=device, dtype=dtype),
+                self.targets[part].to(device),
+            )
+
+
+def read_outputs(path: str | os.PathLike) -> Outputs:
+    """What a folder of the cache holds; UserError if it holds nothing."""
+    path = Path(path)
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise checks.UserError(f"{path}: no features of a model there ({error})") from error
+    features, logits, targets = (_mapped(path / f"{file}.npy") for file in ("features", "logits", "targets"))
+    scores = {file.stem: _mapped(file) for file in path.glob("*-*.npy")}
+    return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
+
+
+def read_head(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
+    """W (c, m) and b (c,) or None, with which the model made the outputs in a folder of the cache; as the model has
+    them."""
+    with np.load(Path(path).parent / HEAD) as held:
+        return torch.from_numpy(held["W"]), torch.from_numpy(held["b"]) if "b" in held else None
+
+
+def model_key(model: nn.Module, head: nn.Linear) -> str:
+    """A hash of what decides features and logits: the weights, the layers with their settings, which layer is the
+    head."""
+    place = next(path for path, module in model.named_modules() if module is head)
+    digest = hashlib.sha256(f"{model!r} {place}".encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def score_key(detector: Detector) -> str:
+    """The name of the scores of a detector that needs the model."""
+    settings = hashlib.sha256(repr(sorted(detector.settings().items())).encode()).hexdigest()
+    return f"{type(detector).__name__}-{settings[:16]}"
+
+
+class FeatureCache:
+    """The outputs of one model, from `folder` or, where they are not there, from one pass of the model.
+
+    Args:
+        folder: may be missing.
+        model: on the device where it shall run.
+        head: as in `Detector.fit`.
+        batch_size, workers: of the data loader.
+        progress: `progress(what, total)` gives a context with `advance(n)`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: nn.Module,
+        head: str | nn.Linear | None = None,
+        *,
+        batch_size: int = 256,
+        workers: int = 0,
+        progress: Callable[[str, int], Any] = lambda what, total: nullcontext(),
+    ) -> None:
+        self.model, self.head = model, given_head(model, head)
+        self.key = model_key(model, self.head)
+        self.folder = Path(folder).expanduser() / self.key[:16]
+        self.batch_size, self.workers, self.progress = batch_size, workers, progress
+        self.images_per_second: dict[str, float] = {}  # of the sets that the model ran over
+
+    def outputs(self, name: str, dataset: Any, detectors: Sequence[Detector] = ()) -> Outputs:
+        """What the model makes of `dataset`, and the scores of `detectors`, which need the model.
+
+        Collective: under torch.distributed every process calls it, and runs the model over its share of the images.
+
+        Raises:
+            UserError: an image cannot be read; the disk has no room.
+            OSError: it cannot be written. RuntimeError: another process failed.
+        """
+        plan = _everyone(self._plan(name, dataset, detectors) if _rank() == 0 else None)[0]
+        if isinstance(plan, str):
+            raise checks.UserError(plan)
+        if plan.missing:
+            error = None
+            try:
+                self._run(plan, dataset, detectors)
+            except BaseException as raised:
+                error = raised
+            failures = [text for text in _everyone(None if error is None else f"{error}") if text is not None]
+            if failures:
+                if _rank() == 0:
+                    shutil.rmtree(plan.staging, ignore_errors=True)
+                raise error or RuntimeError(f"another process failed: {failures[0]}")
+            if _rank() == 0:
+                self._publish(plan)
+            _everyone(None)
+        return read_outputs(plan.folder)
+
+    def _plan(self, name: str, dataset: Any, detectors: Sequence[Detector]) -> _Plan | str:
+        """What is missing, and where it goes; the message of a UserError if there is no room."""
+        data = dataset.fingerprint()
+        folder = self.folder / f"{name}-{data[:16]}"
+        shapes = {"features": (len(dataset), self.head.in_features), "logits": (len(dataset), self.head.out_features)}
+        missing: dict[str, tuple[tuple[int, ...], str]] = {}
+        if not (folder / META).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            missing = {file: (shape, "<f4") for file, shape in shapes.items()}
+        for key in map(score_key, detectors):
+            if not (folder / f"{key}.npy").is_file():
+                missing[key] = ((len(dataset),), "<f8")
+        staging = self.folder / f"{WRITING}{socket.gethostname()}-{os.getpid()}-{name}"
+        meta = {"set": name, "title": dataset.title, "group": dataset.group, "data": data, "model": self.key}
+        plan = _Plan(folder, staging, missing, meta)
+        if not missing:
+            return plan
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_left_behind()
+            needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
+            free = shutil.disk_usage(self.folder).free
+            if needed > free:
+                return (
+                    f"--cache: {self.folder} has {free / 2**30:.1f} GiB free, but features and logits of {name} take "
+                    f"{needed / 2**30:.1f} GiB"
+                )
+            staging.mkdir()
+            for file, (shape, dtype) in missing.items():
+                np.lib.format.open_memmap(staging / f"{file}.npy", "w+", np.dtype(dtype), shape).flush()
+            if "features" in missing:
+                np.save(staging / "targets.npy", dataset.targets.numpy())
+            self._write_head()
+        except OSError as error:
+            return f"--cache: cannot write to {self.folder}: {error.strerror or error}"
+        return plan
+
+    def _write_head(self) -> None:
+        if (self.folder / HEAD).is_file():
+            return
+        weight, bias = inference_head(self.head)
+        held = {"W": weight} if bias is None else {"W": weight, "b": bias}
+        part = self.folder / f".{HEAD}-{os.getpid()}.npz"
+        np.savez(part, **{name: value.detach().cpu().numpy() for name, value in held.items()})
+        os.replace(part, self.folder / HEAD)
+
+    def _remove_left_behind(self) -> None:
+        """What processes of this machine that are no longer there were writing."""
+        for entry in self.folder.glob(f"{WRITING}{socket.gethostname()}-*"):
+            pid = entry.name.removeprefix(f"{WRITING}{socket.gethostname()}-").partition("-")[0]
+            if not _alive(int(pid)) or int(pid) == os.getpid():
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
+        """One pass over the share of this process; its rows into the files."""
+        rank, size = _rank(), _size()
+        rows = range(rank * len(dataset) // size, (rank + 1) * len(dataset) // size)
+        loader = torch.utils.data.DataLoader(
+            _Items(dataset, rows),
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            collate_fn=_joined,
+            pin_memory=next(self.model.parameters()).device.type == "cuda",
+        )
+        wanted = [d for d in detectors if score_key(d) in plan.missing]
+        writers = {file: _Rows(plan.staging / f"{file}.npy", rows.start) for file in plan.missing}
+        try:
+            with self.progress(plan.meta["set"], len(rows)) as bar:
+                for batch in run_model(self.model, map(_checked, loader), self.head):
+                    if "features" in writers:
+                        writers["features"].write(batch.features)
+                        writers["logits"].write(batch.logits)
+                    for detector in wanted:
+                        writers[score_key(detector)].write(detector.score(self.model, batch.inputs))
+                    if bar is not None:
+                        bar.advance(len(batch.logits))
+        finally:
+            for writer in writers.values():
+                writer.close()
+        if bar is not None:
+            self.images_per_second[plan.meta["set"]] = bar.rate()
+
+    def _publish(self, plan: _Plan) -> None:
+        if "features" in plan.missing:
+            (plan.staging / META).write_text(json.dumps(plan.meta, indent=1, ensure_ascii=False), encoding="utf-8")
+            try:
+                os.replace(plan.staging, plan.folder)
+            except OSError:
+                if not (plan.folder / META).is_file():  # there if another evaluation was sooner
+                    raise
+                shutil.rmtree(plan.staging)
+            return
+        for file in plan.missing:
+            os.replace(plan.staging / f"{file}.npy", plan.folder / f"{file}.npy")
+        plan.staging.rmdir()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    folder: Path
+    staging: Path
+    missing: dict[str, tuple[tuple[int, ...], str]]  # file -> shape, dtype
+    meta: dict[str, Any]
+
+
+class _Rows:
+    """Consecutive rows of a .npy file that exists, from row `first`.
+
+    Written, not mapped: on a full disk a write raises, a store into a map kills the process.
+    """
+
+    def __init__(self, path: Path, first: int) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.dtype, self.row = mapped.dtype, mapped.shape[1:]
+        self.file = open(path, "r+b")  # noqa: SIM115 (see close)
+        self.file.seek(mapped.offset + first * mapped.dtype.itemsize * int(np.prod(self.row)))
+
+    def write(self, values: Tensor) -> None:
+        rows = values.detach().cpu().numpy().astype(self.dtype)
+        if rows.shape[1:] != self.row:
+            raise ValueError(f"model: got outputs of shape {rows.shape}, expected (n, {', '.join(map(str, self.row))})")
+        self.file.write(rows.tobytes())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Items:
+    """The images of some rows. One that cannot be read is an item too: a worker that raises would wrap the message."""
+
+    def __init__(self, dataset: Any, rows: range) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        if position >= len(self.rows):
+            raise IndexError(position)
+        try:
+            return self.dataset[self.rows[position]][0]
+        except checks.UserError as error:
+            return error
+
+
+def _joined(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, Exception)), None) or torch.stack(items)
+
+
+def _checked(batch: Any) -> Tensor:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": pages are shared until somebody writes, in memory only
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":  # signal 0 is Ctrl-C on Windows
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _everyone(value: Any) -> list[Any]:
+    """What each process gives, in the order of the ranks; all wait for each other."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

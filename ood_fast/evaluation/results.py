@@ -1,0 +1,180 @@
+"""What an evaluation found: numbers of runs, and over the seeds of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import metrics, published
+from .cache import Outputs
+from .trained import Trained, unchanged
+
+ID = "id"  # the in-distribution test set among the score sets
+GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean, as in OpenOOD's tables
+DETECTION = ("auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out")
+ECE = ("ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of one run, 0 to 1. `detector`, `ood_set` and `group` are empty where it does not belong to one;
+    `ood_set` "nearood" and "farood" are the means over the sets of a group. `low`, `high`: its bootstrapped interval.
+    """
+
+    metric: str
+    value: float
+    detector: str = ""
+    ood_set: str = ""
+    group: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What is tested with. `group` is "id", "near", "far" or "synthetic"."""
+
+    title: str
+    group: str
+    n_images: int
+
+
+@dataclass
+class RunResult:
+    """All that was found of one model.
+
+    Attributes:
+        trained: the run, with its model and recipe.
+        model_key: see `cache.model_key`.
+        sets: by name; `ID` is the in-distribution test set.
+        settings: detector -> its parameters, as tuned. trials: detector -> [{**parameters, "auroc": on validation}].
+        notes: what was left out, and why.
+        scores: detector -> set -> (n,) float64.
+        outputs: what the model makes of "fit", "validation", "validation_ood", "test" and each OOD set.
+        head: W (c, m), b (c,) or None, float64.
+        draws: (metric, detector, ood_set) -> (B,), the bootstrap.
+    """
+
+    trained: Trained
+    model_key: str
+    sets: dict[str, TestSet]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    head: tuple[Tensor, Tensor | None] | None = None
+    draws: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    images_per_second: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        metric: str,
+        value: float,
+        draws: Tensor | None = None,
+        *,
+        detector: str = "",
+        ood_set: str = "",
+        group: str = "",
+    ) -> None:
+        low, high = (None, None) if draws is None else metrics.percentile_interval(draws)
+        self.measurements.append(Measurement(metric, value, detector, ood_set, group, low, high))
+        if draws is not None:
+            self.draws[metric, detector, ood_set] = draws
+
+    def value(self, metric: str, detector: str = "", ood_set: str = "") -> float:
+        """One number; KeyError if it was not measured."""
+        for found in self.measurements:
+            if (found.metric, found.detector, found.ood_set) == (metric, detector, ood_set):
+                return found.value
+        raise KeyError((metric, detector, ood_set))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric over the runs of a method: mean ± standard deviation (of the runs themselves, ddof 0, as OpenOOD).
+
+    `low`, `high`: the bootstrapped 95 % interval of the mean over these runs, from drawing the test images anew; it
+    says nothing of other seeds. `published`, if someone has: the number for this recipe, benchmark and detector, and
+    its `source`; `difference` = mean − published.
+    """
+
+    method: str
+    metric: str
+    detector: str
+    ood_set: str
+    group: str
+    mean: float
+    std: float
+    n_runs: int
+    low: float | None = None
+    high: float | None = None
+    published: float | None = None
+    source: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.published is None else self.mean - self.published
+
+
+@dataclass
+class Results:
+    """The evaluation of some runs on one benchmark."""
+
+    benchmark: str
+    runs: list[RunResult]
+    n_bootstrap: int
+    tuned: bool
+
+    @property
+    def methods(self) -> dict[str, list[RunResult]]:
+        """The runs of each method, its seeds, in the order in which they were given."""
+        found: dict[str, list[RunResult]] = {}
+        for run in self.runs:
+            found.setdefault(run.trained.method, []).append(run)
+        return found
+
+    @property
+    def sets(self) -> dict[str, TestSet]:
+        return self.runs[0].sets
+
+    @property
+    def detectors(self) -> list[str]:
+        """Those that scored at least one run."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.scores))
+
+    def summaries(self) -> Iterator[Summary]:
+        """Every metric over the runs of each method, in the order in which the numbers came."""
+        for method, runs in self.methods.items():
+            found: dict[tuple[str, str, str], list[tuple[RunResult, Measurement]]] = {}
+            for run in runs:
+                for number in run.measurements:
+                    found.setdefault((number.metric, number.detector, number.ood_set), []).append((run, number))
+            known = self._published(runs)
+            for (metric, detector, ood_set), pairs in found.items():
+                values = [number.value for _, number in pairs]
+                draws = [run.draws.get((metric, detector, ood_set)) for run, _ in pairs]
+                low, high = None, None
+                if all(drawn is not None for drawn in draws):
+                    low, high = metrics.percentile_interval(torch.stack(draws).mean(dim=0))
+                elsewhere = known.get((metric, detector, ood_set))
+                yield Summary(
+                    *(method, metric, detector, ood_set, pairs[0][1].group),
+                    *(fmean(values), pstdev(values), len(values), low, high),
+                    published=None if elsewhere is None else elsewhere.value / 100,
+                    source="" if elsewhere is None else elsewhere.source,
+                )
+
+    def _published(self, runs: list[RunResult]) -> Mapping[tuple[str, str, str], published.Published]:
+        """Only for the unchanged recipe, or weights that somebody else published."""
+        trained = runs[0].trained
+        if trained.recipe is not None and not unchanged(trained.recipe):
+            return {}
+        return published.of(self.benchmark, trained.method)

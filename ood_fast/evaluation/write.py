@@ -1,0 +1,347 @@
+"""The folder that an evaluation leaves behind, and its tables.
+
+results.json         everything but the scores: numbers, intervals, published numbers, settings, trials, notes
+results.csv          one number of one run a line; summary.csv: one of a method, over its runs
+results.md           the tables
+openood/KNN.csv      OpenOOD's form and names (knn.csv, ebo.csv, ...), in a folder for each method if there are several
+scores/<run>/X.npz   the scores of detector X, an array for each set, "id" the in-distribution test images
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import checks, recipes
+from ..detectors import find
+from ..tables import Cell, Section, Table, as_markdown
+from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
+
+FORMAT = "ood_fast evaluate 1"
+JSON = "results.json"
+FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)  # the last vouches for the others
+
+CONVENTIONS = {
+    "direction": "higher score = more in-distribution",
+    "precision": "scores and metrics in float64, from the model's float32 features and logits",
+    "unit": "0 to 1 in CSV and JSON, percent in tables",
+    "std": "standard deviation over the runs of a method, ddof 0",
+    "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs",
+    "nearood, farood": "unweighted means over the sets of the group",
+    "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
+    "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images",
+    "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
+    "aupr_out": "area under precision-recall with OOD positive, trapezoid over recall",
+    "ece_softmax": "expected calibration error of softmax(f) on the ID test images, 15 equal bins (lo, hi]",
+    "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
+    "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
+}
+
+# How OpenOOD calls the detectors in its file names; others by their own name in lower case.
+OPENOOD_NAMES = {
+    "MaxLogit": "mls",
+    "Energy": "ebo",
+    "KLMatching": "klm",
+    "Mahalanobis": "mds",
+}
+OPENOOD_COLUMNS = {
+    "FPR@95": "fpr95_ood_positive",
+    "AUROC": "auroc",
+    "AUPR_IN": "aupr_in",
+    "AUPR_OUT": "aupr_out",
+    "ACC": "accuracy",
+}
+
+
+# ---- files
+
+
+def check_folder(path: str | os.PathLike) -> Path:
+    """The folder `path` if results can be written there; UserError if not. It may be missing, empty, or hold what an
+    earlier evaluation wrote; other files in it are left alone.
+    """
+    if not str(path):
+        raise checks.UserError("--out: got '', expected a folder")
+    folder = checks.writable_folder("--out", path)
+    taken = [name for name in FILES if (folder / name).exists()]
+    if taken and not _holds_results(folder):
+        raise checks.UserError(f"--out: {folder} holds {taken[0]}, which no evaluation wrote; choose another folder")
+    return folder
+
+
+def _holds_results(folder: Path) -> bool:
+    try:
+        return json.loads((folder / JSON).read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any]) -> None:
+    """Write all of `FILES` into `folder`, in place of what an earlier evaluation left there.
+
+    All of it is written beside its place first. results.json goes first and comes last: a folder that has one is whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        _write_csv(staging / "results.csv", _long(results))
+        _write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
+        (staging / "results.md").write_text("\n".join(map(as_markdown, build(results))), encoding="utf-8")
+        _write_openood(staging / "openood", results)
+        for run, name in zip(results.runs, run_names(results), strict=True):
+            (staging / "scores" / name).mkdir(parents=True)
+            for detector, scores in run.scores.items():
+                np.savez(staging / "scores" / name / f"{detector}.npz", **scores)
+        text = json.dumps(as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
+        (staging / JSON).write_text(text, encoding="utf-8")
+        for name in reversed(FILES):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        for name in FILES:
+            (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read(folder: str | os.PathLike) -> dict[str, Any]:
+    """results.json of a folder that `write` wrote; UserError if it is none."""
+    if not _holds_results(Path(folder)):
+        raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
+    return json.loads((Path(folder) / JSON).read_text(encoding="utf-8"))
+
+
+def read_scores(folder: str | os.PathLike, run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """detector -> set -> (n,), of one of the `runs` of `read(folder)`."""
+    files = {name: Path(folder) / run["scores"] / f"{name}.npz" for name in run["detectors"]}
+    return {name: dict(np.load(file)) for name, file in files.items()}
+
+
+def run_names(results: Results) -> list[str]:
+    """A name for the scores of each run: the last part of its path, with a number where that is not enough."""
+    names = [Path(run.trained.name).name.replace(":", "-") or "run" for run in results.runs]
+    return [name if names.count(name) == 1 else f"{index}-{name}" for index, name in enumerate(names)]
+
+
+def as_dict(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of results.json. `context` says how it was run (command, versions, machine, times)."""
+    return {
+        "format": FORMAT,
+        **context,
+        "benchmark": results.benchmark,
+        "tuned": results.tuned,
+        "bootstrap": results.n_bootstrap,
+        "conventions": CONVENTIONS,
+        "sets": {name: asdict(part) for name, part in results.sets.items()},
+        "runs": [_run_dict(run, name) for run, name in zip(results.runs, run_names(results), strict=True)],
+        "summary": [_summary_row(summary) for summary in results.summaries()],
+    }
+
+
+def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
+    trained = run.trained
+    return {
+        "run": trained.name,
+        "scores": f"scores/{name}",
+        "method": trained.method,
+        "seed": trained.seed,
+        "checkpoint": trained.checkpoint,
+        "model": run.model_key,
+        "recipe": None if trained.recipe is None else recipes.as_dict(trained.recipe),
+        "images_per_second": run.images_per_second,
+        "outputs": {name: str(outputs.path.resolve()) for name, outputs in run.outputs.items()},
+        "detectors": run.settings,
+        "trials": run.trials,
+        "notes": run.notes,
+        "measurements": [asdict(number) for number in run.measurements],
+    }
+
+
+def _summary_row(summary: Summary) -> dict[str, Any]:
+    return {**asdict(summary), "difference": summary.difference}
+
+
+def _long(results: Results) -> Iterable[dict[str, Any]]:
+    for run in results.runs:
+        of_run = {"method": run.trained.method, "run": run.trained.name, "seed": run.trained.seed}
+        names = [field.name for field in fields(Measurement)]
+        for number in run.measurements:
+            yield {**of_run, **{name: getattr(number, name) for name in names}}
+
+
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_openood(folder: Path, results: Results) -> None:
+    """What OpenOOD's scripts save: a file for each detector, a row for each set and group, `mean ± std` in percent."""
+    methods = results.methods
+    for index, (method, runs) in enumerate(methods.items()):
+        inside = folder if len(methods) == 1 else folder / _file_name(method, index)
+        inside.mkdir(parents=True)
+        for detector in dict.fromkeys(name for run in runs for name in run.scores):
+            rows = openood_rows([run for run in runs if detector in run.scores], detector)
+            name = OPENOOD_NAMES.get(detector, detector.lower())
+            with (inside / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _file_name(method: str, index: int) -> str:
+    safe = "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in method)
+    return safe if safe == method else f"{index}-{safe}"
+
+
+def openood_rows(runs: list[RunResult], detector: str) -> list[list[str]]:
+    """OpenOOD's table of one detector over the seeds: a header and rows of text."""
+    sets = runs[0].sets
+    rows = [["", *OPENOOD_COLUMNS]]
+    for group, mean_name in GROUPS.items():
+        members = [name for name, part in sets.items() if part.group == group]
+        for ood_set in [*members, mean_name] if members else ():
+            cells = []
+            for metric in OPENOOD_COLUMNS.values():
+                where = () if metric == "accuracy" else (detector, ood_set)
+                values = [100 * run.value(metric, *where) for run in runs]
+                cells.append(f"{np.mean(values):.2f} \u00b1 {np.std(values):.2f}")
+            rows.append([ood_set, *cells])
+    return rows
+
+
+# ---- tables
+
+
+def build(results: Results) -> list[Table]:
+    """The tables: AUROC beside published numbers, FPR95 in both conventions, AUROC by set, AUPR, accuracy and
+    calibration."""
+    found = {(s.method, s.metric, s.detector, s.ood_set): s for s in results.summaries()}
+    groups = [mean for group, mean in GROUPS.items() if any(part.group == group for part in results.sets.values())]
+    means = groups or [name for name, part in results.sets.items() if part.group not in ("id", *GROUPS)]
+    n_runs = sorted({len(runs) for runs in results.methods.values()})
+    over = "One run" if n_runs == [1] else f"Mean ± std over {' or '.join(map(str, n_runs))} runs"
+    tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
+    interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
+    several = [name for name, part in results.sets.items() if name != ID]
+
+    def by_detector(title: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
+        sections = []
+        for method, runs in results.methods.items():
+            names = dict.fromkeys(name for run in runs for name in run.scores)
+            rows = tuple((find(name).label, tuple(cell(method, name) for _, cell in columns)) for name in names)
+            sections.append(Section(method, rows))
+        return Table(title, caption, tuple(name for name, _ in columns), tuple(sections), **keywords)
+
+    def column(title: str, metric: str, ood_set: str, with_interval: bool = False) -> tuple[str, Any]:
+        return title, lambda method, detector: _cell(found.get((method, metric, detector, ood_set)), with_interval)
+
+    def against(ood_set: str) -> list[tuple[str, Any]]:
+        """What is published, and ours less that; nothing if nothing is."""
+        known = any(s.published is not None for s in found.values() if (s.metric, s.ood_set) == ("auroc", ood_set))
+        summary = lambda method, detector: found.get((method, "auroc", detector, ood_set))  # noqa: E731
+        columns = [
+            (f"{ood_set} published", lambda method, detector: _published(summary(method, detector))),
+            ("difference", lambda method, detector: _difference(summary(method, detector))),
+        ]
+        return columns if known else []
+
+    auroc = [c for name in means for c in (column(name, "auroc", name, True), *against(name))]
+    tables = [
+        by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
+        by_detector(
+            "FPR95 (%), lower is better",
+            f"{over}. OOD positive, as OpenOOD: share of ID images rejected by the threshold that catches 95 % of the "
+            "OOD images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of "
+            "the ID images.",
+            [
+                column(f"{name}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
+                for name in means
+                for positive in ("OOD", "ID")
+            ],
+        ),
+    ]
+    if len(several) > 1:
+        columns = [c for name in several for c in (column(name, "auroc", name), *against(name))]
+        tables.append(by_detector("AUROC by set (%)", f"{over}.", columns))
+    aupr = [column(f"{name}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
+    caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
+    tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
+    tables.append(_calibration(results, found, over))
+    return tables
+
+
+def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table:
+    titles = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
+    rows, columns = [], []
+    known = {m for m in titles for method in results.methods if found[method, m, "", ""].published is not None}
+    for metric, title in titles.items():
+        columns += [title, "published", "difference"] if metric in known else [title]
+    for method in results.methods:
+        cells: list[Cell] = []
+        for metric in titles:
+            summary = found[method, metric, "", ""]
+            cells.append(_cell(summary, True))
+            cells += [_published(summary), _difference(summary)] if metric in known else []
+        rows.append((method, tuple(cells)))
+    caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
+    return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
+
+
+def _cell(summary: Summary | None, with_interval: bool = False) -> Cell:
+    if summary is None:
+        return Cell("–")
+    text = f"{100 * summary.mean:.2f}" + (f" ± {100 * summary.std:.2f}" if summary.n_runs > 1 else "")
+    if with_interval and summary.low is not None:
+        text += f" [{100 * summary.low:.2f}, {100 * summary.high:.2f}]"
+    return Cell(text)
+
+
+def _published(summary: Summary | None) -> Cell:
+    return Cell("–" if summary is None or summary.published is None else f"{100 * summary.published:.2f}")
+
+
+def _difference(summary: Summary | None) -> Cell:
+    if summary is None or summary.difference is None or math.isnan(summary.difference):
+        return Cell("–")
+    return Cell(f"{100 * summary.difference:+.2f}")
+
+
+def print_tables(results: Results) -> None:
+    """The tables on standard output, by rich."""
+    import sys
+
+    from rich import box, table
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for built in build(results):
+        if not built.on_terminal:
+            continue
+        drawn = table.Table(title=built.title, caption=built.caption, box=box.SIMPLE_HEAD, title_justify="left")
+        drawn.add_column("")
+        for name in built.columns:
+            drawn.add_column(name, justify="right")
+        for section in built.sections:
+            if section.heading:
+                drawn.add_row(Text(section.heading, style="italic"))
+            for name, cells in section.rows:
+                drawn.add_row(name, *(cell.text for cell in cells))
+        console.print(drawn, markup=False)
+    for run in results.runs:
+        for note in run.notes:
+            console.print(Text(f"{run.trained.name}: {note}", style="yellow"))
