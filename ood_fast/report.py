@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from . import checks, plots, tables
+from . import checks, pages, plots, tables
 from .compare import Comparison
 from .recipes import LOSSES, TAU
 
@@ -156,42 +156,6 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #666b72; --line: #dcdfe3;
-  --best: #0a7d55; --worse: #b3261e; --shade: #0003; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16191d; --ink: #d6d9dd; --soft: #9aa1a9; --line: #3a3f46;
-    --best: #4fd1a1; --worse: #ff8a80; --shade: #000a; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 90rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-/* A shade at the edge where there is more to scroll to: phones show no scroll bar. Paper that moves along hides it. */
-.scroll { overflow-x: auto; background:
-  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
-  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
-  linear-gradient(to right, var(--shade), transparent) 0 0 / 1rem 100% no-repeat scroll,
-  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .86rem; }
-th, td { padding: .22rem .55rem; text-align: right; } th { font-weight: 500; text-align: left; }
-thead th { text-align: right; border-bottom: 2px solid var(--line); color: var(--soft); }
-tbody tr + tr:not(.section) > * { border-top: 1px solid var(--line); }
-th[scope=row] { position: sticky; left: 0; background: var(--paper); }
-.section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
-.best, .worse { font-weight: 700; color: var(--best); } .worse { color: var(--worse); }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); gap: 0 2.5rem; }
-section { min-width: 0; } summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
-.caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
-img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }
-code, pre { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem; border: 1px solid var(--line);
-  border-radius: 6px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .92rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-
 def _page(
     comparison: Comparison,
     context: dict,
@@ -225,19 +189,14 @@ def _page(
         "run": f"{context['started']}, {context['seconds']:.0f} s, device {settings.device}",
         **CONVENTIONS,
     }
-    listed = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ood_fast compare: {html.escape(settings.data)}</title><style>{STYLE}</style></head><body>
-<h1>Training losses × detectors on {html.escape(settings.data)}</h1>
-<p class=lead>{len(settings.losses)} losses, {len(settings.detectors)} detectors, seeds {
-        ", ".join(map(str, settings.seeds))
-    }. Every number is in results.csv and results.json beside this page.</p>
-<pre>{html.escape(context["command"])}</pre> <div class=tables>{"".join(map(tables.as_html, all_tables))}</div> {
-        figures
-    } <section><h2>How it was
-run</h2><dl>{listed}</dl></section> </body></html>
-"""
+    seeds = ", ".join(map(str, settings.seeds))
+    body = f"""<h1>Training losses × detectors on {html.escape(settings.data)}</h1>
+<p class=lead>{len(settings.losses)} losses, {len(settings.detectors)} detectors, seeds {seeds}. Every number is in
+results.csv and results.json beside this page.</p>
+<pre>{html.escape(context["command"])}</pre>
+<div class=tables>{"".join(map(tables.as_html, all_tables))}</div> {figures}
+<section><h2>How it was run</h2>{pages.definitions(facts)}</section>"""
+    return pages.document(f"ood_fast compare: {settings.data}", body)
 
 
 def _detector_text(name: str, parameters: dict) -> str:

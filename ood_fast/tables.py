@@ -36,6 +36,8 @@ class Table:
     sections: tuple[Section, ...]
     on_terminal: bool = True
     folded: bool = False  # on the page: to be opened with a click
+    corner: str = ""  # what the names of the rows are
+    sortable: bool = False  # on a page with `pages.SORTING`
 
 
 def build(comparison: Comparison) -> list[Table]:
@@ -247,17 +249,21 @@ def as_html(table: Table) -> str:
         return f"<td{mark}>{html.escape(cell.text)}</td>"
 
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in table.columns)
-    body = []
+    bodies = []
     for section in table.sections:
+        rows = [
+            f"<tr><th scope=row>{html.escape(name)}</th>{''.join(map(cell_html, cells))}</tr>"
+            for name, cells in section.rows
+        ]
         if section.heading:
             span = len(table.columns) + 1
-            body.append(f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
-        for name, cells in section.rows:
-            body.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(map(cell_html, cells))}</tr>")
+            rows.insert(0, f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     title = html.escape(table.title)
+    kind = " class=sortable" if table.sortable else ""
     content = (
-        f"<div class=scroll tabindex=0><table><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<div class=scroll tabindex=0><table{kind}><thead><tr><th>{html.escape(table.corner)}</th>{head}</tr></thead>"
+        f"{''.join(bodies)}</table></div>"
         f"<p class=caption>{html.escape(table.caption)}</p>"
     )
     if table.folded:
