@@ -181,7 +181,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
 def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys):
     arguments = ["fit", "--data", "train", "--detectors", "NCI,KNN", "--set", "KNN.k=2", *ON_IMAGES]
     tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]
-    # OpenOOD's candidates for k need at least 1000 features; a user with few of them says so.
+    # OpenOOD's candidates for k need at least 50 features.
     assert cli.main([*arguments, *tuned]) == 2
     assert "k: got 50, expected at most 21" in capsys.readouterr().err
     arguments[4] = "NCI"

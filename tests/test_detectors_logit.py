@@ -266,3 +266,13 @@ def test_bad_parameters(call, error):
 def test_all_are_registered():
     for name in ("MSP", "MaxLogit", "Energy", "Entropy", "GEN", "KLMatching", "KL matching"):
         assert detectors.create(name).label.lower().startswith(name.lower()[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 7, 9])
+def test_the_k_smallest_are_those_of_topk(k, dtype):
+    from ood_fast.detectors.selection import k_smallest
+
+    values = torch.randint(0, 4, (20, 14), dtype=dtype)[:, ::2]  # ties; not contiguous
+    expected = values.sort(dim=1).values[:, :k]
+    torch.testing.assert_close(k_smallest(values, k).sort(dim=1).values, expected)

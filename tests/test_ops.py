@@ -30,6 +30,7 @@ def operator_calls(device, n_classes: int = 4) -> dict[str, tuple]:
         "linear_elogitnorm": (batch.z, W, batch.b, y, None, -100, "mean", 0.1, 1e-6, 0, False, True, True, True),
     }
     out = {name: getattr(torch.ops.ood_fast, name)(*args) for name, args in calls.items()}
+    calls["row_statistics"] = (["max", "entropy", "norm1"], logits, batch.z, None, None, None, 0.1)
     one, each = torch.ones((), device=device), torch.rand(5, device=device)
     saved = list(out["elogitnorm"][2:])
     calls["elogitnorm_backward"] = (one, logits, W, y, None, saved, -100, "mean", 0.1, True, True)
@@ -41,7 +42,7 @@ def operator_calls(device, n_classes: int = 4) -> dict[str, tuple]:
 
 
 DIFFERENTIABLE = ("elogitnorm", "linear_elogitnorm", "logitnorm", "boundary_distance", "nci_score")
-OPERATORS = [name + suffix for name in DIFFERENTIABLE for suffix in ("", "_backward")]
+OPERATORS = [*(name + suffix for name in DIFFERENTIABLE for suffix in ("", "_backward")), "row_statistics"]
 
 
 def test_every_operator_is_in_the_list():

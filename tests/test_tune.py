@@ -87,3 +87,17 @@ def test_what_cannot_be_tuned():
         Search(DetectorSet(["KNN"]), {"KNNN": {"k": (1,)}})
     with pytest.raises(ValueError, match="ood_validation: got no set"):
         tune(DetectorSet(["MSP"]), nn.Linear(M, C), [X], [X], {})
+
+
+def test_candidates_that_do_not_fit_the_data_take_no_part():
+    """60 training features: of OpenOOD's k only 50 has as many neighbours; of ViM's dimensions none is below 12."""
+    net = Net()
+    far = {"far": [torch.randn(10, 6) * 3]}
+    fitted, trials = tune(DetectorSet(["KNN"]), net, [(X, Y)], [(X, Y)], far)
+    assert fitted["KNN"].k == 50
+    assert trials["KNN"] == []  # one candidate is no choice
+    fitted.fit(net, [(X, Y)])
+    with pytest.raises(ValueError, match="k: got 50, expected at most 40"):
+        fitted.fit(net, [(X[:40], Y[:40])])
+    with pytest.raises(ValueError, match="dim"):
+        tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far)

@@ -66,6 +66,7 @@ class Detector(nn.Module):
             self.register_buffer(name, None)
         self.calibration = self.class_names = None
         self._gathered: dict[str, streaming.Gathered] | None = None  # a fit that has begun
+        self._is_candidate, self._failure = False, None  # of a search, see `search.Search`
 
     @classmethod
     def buffer_names(cls) -> tuple[str, ...]:

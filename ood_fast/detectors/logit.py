@@ -15,6 +15,7 @@ from . import streaming
 from .base import Detector
 from .precision import linear
 from .registry import register
+from .selection import k_smallest
 from .streaming import at_least_float32
 
 
@@ -168,7 +169,7 @@ class GEN(Detector):
         gap = logits.amax(dim=1, keepdim=True) - logits
         first = gap.argmin(dim=1, keepdim=True)
         rest = gap.neg().exp().scatter(1, first, 0.0).sum(dim=1, keepdim=True)
-        gap = gap.topk(n_largest, dim=1, largest=False, sorted=False).values
+        gap = k_smallest(gap, n_largest)
         log_p = -gap - rest.log1p()
         log_other = (rest - torch.expm1(-gap)).log() - rest.log1p()
         if self.clamp:

@@ -189,7 +189,12 @@ def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.Proce
                         f"{detector.label}: head: got None, expected the nn.Linear that made the logits, or (W, b)"
                     )
                 detector.head_weight, detector.head_bias = head
-            detector._finish(**detector._gathered)
+            try:
+                detector._finish(**detector._gathered)
+            except ValueError as error:  # a candidate that does not fit the data (k, dim) takes no part in a search
+                if not detector._is_candidate:
+                    raise
+                detector._failure = error
     finally:
         for detector in fitting:
             detector._gathered = None

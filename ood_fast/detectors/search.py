@@ -7,7 +7,7 @@ inputs of its own through the model).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import checks, metrics
 from .base import Detector
+from .run import Batch
 from .sets import DetectorSet
 
 
@@ -32,7 +33,8 @@ class Search(DetectorSet):
     """Every candidate of the detectors of a set: fit and score it like any other, then `choose`.
 
     Args:
-        detectors: what to tune. One whose grid is empty is its own only candidate.
+        detectors: what to tune. One whose grid is empty is its own only candidate. Candidates that do not fit the data
+            (KNN's k above the number of training features, ViM's dim above m) take no part.
         grids: name -> grid (parameter -> candidates), in place of the grid of the class, OpenOOD's.
     """
 
@@ -45,9 +47,35 @@ class Search(DetectorSet):
         for name, detector in detectors.items():
             for index, variant in enumerate(detector.variants(grids.get(name))):
                 candidates[name, index] = variant
+        for variant in candidates.values():
+            variant._is_candidate = True
         super().__init__({f"{name} {index}": variant for (name, index), variant in candidates.items()})
         self.tuned = {name: [f"{name} {i}" for of, i in candidates if of == name] for name in detectors}
         self.grids = {name: tuple(grids.get(name, detector.grid)) for name, detector in detectors.items()}
+
+    def score_features(self, *args: Any, **keywords: Any) -> dict[str, Tensor]:
+        self._leave_out()
+        return super().score_features(*args, **keywords)
+
+    def score_loader(self, *args: Any, **keywords: Any) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        self._leave_out()
+        return super().score_loader(*args, **keywords)
+
+    def _leave_out(self) -> None:
+        """Drop candidates that did not fit the data, such as a k above the number of features kept.
+
+        ValueError, the first one's, where a detector has no candidate left.
+        """
+        failures = {name: detector._failure for name, detector in self.items() if detector._failure is not None}
+        for name, candidates in self.tuned.items():
+            self.tuned[name] = [candidate for candidate in candidates if candidate not in failures]
+            if not self.tuned[name]:
+                raise failures[candidates[0]]
+        if failures:
+            self.names, self.detectors = (
+                tuple(name for name in self.names if name not in failures),
+                nn.ModuleList(detector for name, detector in self.items() if name not in failures),
+            )
 
     def choose(
         self, inside: Mapping[str, Tensor], outside: Mapping[str, Mapping[str, Tensor]]
@@ -62,6 +90,7 @@ class Search(DetectorSet):
         """
         if not outside:
             raise ValueError("outside: got no OOD validation set, expected at least one")
+        self._leave_out()
         winners, trials = {}, {}
         for name, candidates in self.tuned.items():
             if len(candidates) == 1:  # nothing to choose: its scores need not be there
@@ -75,6 +104,8 @@ class Search(DetectorSet):
             winners[name] = self[candidates[best]]
             settings = ({p: getattr(self[candidate], p) for p in self.grids[name]} for candidate in candidates)
             trials[name] = [Trial(*pair) for pair in zip(settings, aurocs, strict=True)]
+        for winner in winners.values():
+            winner._is_candidate = False  # the next fit that fails raises
         return DetectorSet(winners), trials
 
 
