@@ -14,7 +14,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ class RunFolder:
 
     def write_checkpoint(self, name: str, contents: nn.Module | Mapping[str, Any]) -> None:
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        models.save_checkpoint(contents, path)
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            models.save_checkpoint(contents, path)
 
     def _write(self, name: str, text: str) -> None:
         part = self.path / f".{name}.part"
         try:
-            with open(part, "w", encoding="utf-8") as file:
+            with _named(self.path / name), open(part, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,6 +92,17 @@ class RunFolder:
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A failed write says of which file; the system's error knows its number alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it is told in words
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
