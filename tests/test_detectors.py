@@ -571,3 +571,49 @@ def test_knn_tells_close_neighbours_apart():
     unit_bank, unit = (F.normalize(t, dim=1).double() for t in (bank, queries))
     expected = -(unit[:, None] - unit_bank).square().sum(2).kthvalue(10, dim=1).values
     torch.testing.assert_close(scores.double(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", GATHERING)
+def test_infinite_training_data_names_the_row(name, head, train_features):
+    """Half precision overflows to it; means and covariances of it are NaN for every input."""
+    detector, logits = make(name), head(train_features)
+    targets = classes_of(logits)
+    argument = "features" if any("features" in part.reads for part in detector.gathers().values()) else "logits"
+    {"features": train_features, "logits": logits}[argument][7, 2] = float("inf")
+    with pytest.raises(ValueError, match=f"{argument}: got inf in 1 of 100 rows, the first is row 7"):
+        detector.fit_features(train_features, logits, targets, head)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_score_is_nan_in_silence(name, head, train_features, features):
+    """NaN is below no threshold: it would pass for in-distribution."""
+    detector = fitted(name, head, train_features)
+    for argument in ("features", "logits"):
+        given = {"features": features.clone(), "logits": head(features)}
+        given[argument][11, 3] = float("inf")
+        try:
+            assert not detector.score_features(**given).isnan().any()
+        except ValueError as error:
+            assert f"{argument}: got inf in 1 of {N} rows, the first is row 11" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if make(name).needs_features and make(name).needs_logits])
+@pytest.mark.parametrize(("n_features", "n_logits"), [(4, 3), (1, 4), (4, 1)])
+def test_features_and_logits_of_other_rows_are_refused(name, n_features, n_logits, head, train_features, features):
+    detector = fitted(name, head, train_features)
+    with pytest.raises(ValueError, match=f"features: got {n_features} rows, expected {n_logits}, one for each row"):
+        detector.score_features(features[:n_features], head(features)[:n_logits])
+
+
+@pytest.mark.parametrize("name", GATHERING)
+@pytest.mark.parametrize("width", [1, 3])
+def test_batches_of_other_widths_are_refused(name, width, head, train_features):
+    detector, logits = make(name), head(train_features)
+    given = {"features": train_features, "logits": logits, "targets": classes_of(logits).clamp(max=width - 1)}
+    reads = {read for part in detector.gathers().values() for read in part.reads}
+    argument = "features" if "features" in reads else "logits"
+    detector.partial_fit(**given)
+    with pytest.raises(
+        ValueError, match=rf"{argument}: got shape \(100, {width}\), expected \(n, \d+\) as in the batch"
+    ):
+        detector.partial_fit(**{**given, argument: given[argument][:, :width]})

@@ -150,7 +150,8 @@ class Detector(nn.Module):
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.
 
-        Raises ValueError, naming the first such row, for features or logits that hold NaN.
+        Raises ValueError, naming the first such row, for features or logits that hold NaN, or inf that makes NaN of
+        the score.
         """
         self._check_scored(features, logits)
         scores = self._score(features, logits)
@@ -203,6 +204,10 @@ class Detector(nn.Module):
                 raise ValueError(
                     f"logits: got shape {tuple(logits.shape)}, expected (n, {len(self.head_weight)}), the classes of "
                     f"the head that this {self.label} was fitted with"
+                )
+            if self.needs_features and features.shape[0] != logits.shape[0]:
+                raise ValueError(
+                    f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"
                 )
 
     def _check_scores(self, scores: Tensor, features: Tensor | None, logits: Tensor | None) -> None:

@@ -163,9 +163,8 @@ def partial_fit(
     """Take in one batch, each thing that is gathered once, whatever the number of detectors that want it."""
     fitting = [detector for detector in detectors if detector.needs_fit]
     _begin([detector for detector in fitting if detector._gathered is None])
-    parts = _parts(fitting)
     _check_batch(fitting, features, logits, targets)
-    for part in parts:
+    for part in _parts(fitting):
         part.take(features, logits, targets)
 
 
@@ -232,10 +231,10 @@ def _check_batch(
                 )
     if features is not None:
         checks.float_tensor("features", features, 2, "(n, m)")
-        refuse_nan("features", features, features.sum(dim=1))
+        refuse_nan("features", features, 0 * features.sum(dim=1))  # NaN where a row holds inf, too
     if logits is not None:
         checks.logits(logits)
-        refuse_nan("logits", logits, logits.amax(dim=1))
+        refuse_nan("logits", logits, 0 * logits.amax(dim=1))
     if targets is not None:
         checks.instance("targets", targets, Tensor, _EXPECTED["targets"])
         if targets.dtype != torch.int64 or targets.dim() != 1:
@@ -244,18 +243,27 @@ def _check_batch(
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{length} {name}" for name, length in lengths.items())
         raise ValueError(f"features, logits, targets: got {got}, expected as many of each")
+    for part in _parts(detectors):
+        for name, width in part.widths.items():
+            if given[name].shape[1] != width:
+                got = tuple(given[name].shape)
+                raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
 
 
 def refuse_nan(argument: str, values: Tensor, of_rows: Tensor) -> None:
-    """ValueError naming the first row of `values` with NaN; `of_rows` (n,) is NaN where a row holds any.
+    """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it;
+    `of_rows` (n,) is NaN where a row holds either.
 
     One word from the device; the rows are looked at only where something is wrong.
     """
     suspect = of_rows.isnan()
     if suspect.any():
-        rows = values.isnan().any(dim=1).nonzero()
+        found, rows = "NaN", values.isnan().any(dim=1)
+        if not rows.any():
+            found, rows = "inf", suspect & values.isinf().any(dim=1)
+        rows = rows.nonzero()
         if len(rows):
             raise ValueError(
-                f"{argument}: got NaN in {len(rows)} of {len(values)} rows, the first is row {int(rows[0])}, expected "
-                "numbers; look at that input, and at the model in reduced precision"
+                f"{argument}: got {found} in {len(rows)} of {len(values)} rows, the first is row {int(rows[0])}, "
+                "expected numbers; look at that input, and at the model in reduced precision"
             )

@@ -8,7 +8,7 @@ each reads the batch itself. Memory does not grow with the number of rows, excep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -45,6 +45,7 @@ class Gathered:
 
     reads: tuple[str, ...] = ("features",)  # of "features", "logits", "targets": what a batch must hold
     rows = 0  # taken in so far, before the batch that `update` is called with
+    widths: Mapping[str, int] = {}  # m of the "features" and c of the "logits" that were taken in
 
     def key(self) -> tuple:
         """Equal for two that gather the same thing."""
@@ -56,6 +57,8 @@ class Gathered:
         if n_rows:
             self.update(features, logits, targets)
             self.rows += n_rows
+            given = {"features": features, "logits": logits}
+            self.widths = {name: value.shape[1] for name, value in given.items() if name in self.reads}
 
     def join(self, other: Gathered) -> None:
         """Take in what `other`, of equal class and settings, gathered from other rows. `other` is spent."""
