@@ -101,3 +101,33 @@ def test_candidates_that_do_not_fit_the_data_take_no_part():
         fitted.fit(net, [(X[:40], Y[:40])])
     with pytest.raises(ValueError, match="dim"):
         tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far)
+
+
+def test_what_is_left_out_is_told():
+    """Of 60 training features with width 12, ViM has no candidate and KNN one of five; MSP has nothing to fit."""
+    z, head = torch.randn(60, M), nn.Linear(M, C).requires_grad_(False)
+    data = (z, head(z), Y, head)
+    search = Search(DetectorSet(["MSP", "KNN", "ViM"]), optional=True).fit_features(*data)
+    assert search.left_out == []
+    scores = search.score_features(z, head(z))
+    assert list(scores) == ["MSP 0", "KNN 0"]
+    assert [note.partition(": got ")[0] for note in search.left_out] == [
+        *(f"KNN: k={k} left out: k" for k in (100, 200, 500, 1000)),
+        "ViM: left out: dim",
+    ]
+    winners, _ = search.choose(scores, {"far": scores})
+    assert list(winners) == ["MSP", "KNN"]
+    search.leave_out()
+    assert len(search.left_out) == 5, "told once"
+    with pytest.raises(ValueError, match="ViM: dim: got 256"):
+        Search(DetectorSet(["MSP", "ViM"])).fit_features(*data).leave_out()
+
+
+def test_a_fit_in_parts_leaves_out_the_same():
+    """As `ood-fast fit` does: the candidates are fitted in sets of their own."""
+    z, head = torch.randn(60, M), nn.Linear(M, C).requires_grad_(False)
+    search = Search(DetectorSet(["KNN", "ReAct"]))
+    for name in ("KNN", "ReAct"):
+        part = {candidate: detector for candidate, detector in search.items() if candidate.startswith(name)}
+        DetectorSet(part).fit_features(z, head(z), Y, head)
+    assert list(search.score_features(z, head(z))) == ["KNN 0", *(f"ReAct {index}" for index in range(4))]

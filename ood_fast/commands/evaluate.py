@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from .common import Bar, RunError, detector_set, device, import_plugins, listed,
 
 if TYPE_CHECKING:
     from ..data import ImageBenchmark
-    from ..evaluation import Trained
+    from ..detectors import DetectorSet
+    from ..evaluation import Results, Trained
 
 
 def add(commands: Any) -> None:
@@ -25,18 +27,19 @@ def add(commands: Any) -> None:
         description="Run each model once over the images of a benchmark, fit and tune the detectors, and report AUROC, "
         "FPR95 in both conventions, AUPR, accuracy and calibration for near and far OOD sets, with intervals and "
         "beside published numbers. Runs of one recipe are its seeds. What a model makes of the images is kept: a "
-        "second evaluation runs no model. Under torchrun, each process takes a part of the images.",
+        "second evaluation runs no model. Under torchrun, each process takes a part of the images. With --features, "
+        "the same from stored features (.npz, .pt, .parquet, or folders of them) in place of runs and images.",
     )
     parser.add_argument(
         "runs",
-        nargs="+",
+        nargs="*",
         metavar="RUN",
         help="a folder of `ood-fast train`, OpenOOD's with s0/best.ckpt, ... in it, a checkpoint, or pretrained:NAME",
     )
     parser.add_argument("--benchmark", metavar="NAME", help="(default: the one that the first run was trained for)")
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", metavar="DIR", help="folder of the data sets")
-    data.add_argument("--layout", default="auto", metavar="L", help="auto (default), torchvision, openood")
+    data.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: where it was trained from)")
+    data.add_argument("--layout", metavar="L", help="auto (default), torchvision, openood")
     data.add_argument("--download", action="store_true", help="fetch what is missing, where torchvision can")
     data.add_argument("--ood", metavar="A,B", help="only these OOD sets")
     data.add_argument(
@@ -48,6 +51,25 @@ def add(commands: Any) -> None:
     )
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the benchmark folder (default: 224)")
+    stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
+    stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
+    stored.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
+    stored.add_argument("--test", metavar="PATH", help="of in-distribution test data")
+    stored.add_argument(
+        "--ood-features",
+        action="append",
+        default=[],
+        metavar="[near/]NAME=PATH",
+        help="of an OOD set, far unless near/ stands before its name; may be repeated",
+    )
+    stored.add_argument("--validation", metavar="PATH", help="of in-distribution data that was not trained on")
+    stored.add_argument(
+        "--ood-validation",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="of OOD data, by which parameters are chosen; may be repeated",
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint", default="best", metavar="C", help="best (default), final, last, or a file of RUN"
@@ -65,7 +87,7 @@ def add(commands: Any) -> None:
     scores.add_argument(
         "--no-tune",
         action="store_true",
-        help="take parameters as they are, instead of the best of OpenOOD's grids on validation images",
+        help="take parameters as they are, instead of the best of OpenOOD's grids on validation data",
     )
     scores.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
     scores.add_argument("--bootstrap", type=int, default=200, metavar="N", help="draws for intervals, 0: none (200)")
@@ -86,27 +108,20 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     _check(options)
     import_plugins(options.plugin)
-    chosen = detector_set(options.detectors, options.set, on_features=False)
-    paths = [path for given in options.runs for path in evaluation.paths_of(given)]
-    benchmark_of = _benchmarks(options, paths[0])
-    first = benchmark_of(_seed(paths[0]))
-    folder = evaluation.check_folder(_folder(options, paths, first.name))
-    where = device(options.device)
+    chosen = detector_set(options.detectors, options.set, on_features=bool(options.features))
+    folder, evaluate = (_on_features if options.features else _on_images)(options, chosen)
     started, start = datetime.now(timezone.utc), time.perf_counter()
+    where = device(options.device)
     with processes(where) as process:
         options.quiet |= process.rank > 0
+        if options.features and process.rank > 0:
+            return  # the first does it all: there is no model to run
         try:
-            results = evaluation.evaluate_runs(
-                _opened(options, paths, first),
-                lambda trained: benchmark_of(trained.seed),
-                chosen,
+            results = evaluate(
                 leave_out=options.detectors == "all",
                 tune=not options.no_tune,
                 grids=_grids(options.set, chosen),
-                cache=options.cache,
                 device=where,
-                batch_size=options.batch_size,
-                workers=options.workers,
                 bootstrap=options.bootstrap,
                 seed=options.seed,
                 progress=lambda what, total: Bar(what, total, options.quiet),
@@ -135,7 +150,70 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(f"Evaluated in {context['seconds']:.0f} s. Results: {folder}/, tables in {folder}/results.md")
 
 
+def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path, Callable[..., Results | None]]:
+    """The folder for the results, and what gives them."""
+    from .. import evaluation
+
+    paths = [path for given in options.runs for path in evaluation.paths_of(given)]
+    benchmark_of = _benchmarks(options, paths[0])
+    first = benchmark_of(_seed(paths[0]))
+    folder = evaluation.check_folder(_folder(options, paths, first.name))
+    return folder, functools.partial(
+        evaluation.evaluate_runs,
+        _opened(options, paths, first),
+        lambda trained: benchmark_of(trained.seed),
+        chosen,
+        cache=options.cache,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+
+
+def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path, Callable[..., Results]]:
+    """The same of stored features."""
+    from .. import evaluation, features
+
+    ood = {}
+    for text in options.ood_features:
+        title, path = _named_path("--ood-features", text, "[near/]NAME=PATH")
+        group, slash, name = title.rpartition("/")
+        if slash and group not in ("near", "far"):
+            raise refusal(f"--ood-features: got {text!r}, expected near/NAME=PATH, far/NAME=PATH or NAME=PATH")
+        if name in ood:
+            raise refusal(f"--ood-features: {name} is there twice")
+        ood[name] = (group or "far", path)
+    head = None
+    if options.head_file:
+        head = features.load_head(features.files(options.head_file)[0])
+        if head is None:
+            raise refusal(f"--head-file {options.head_file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
+    train = Path(options.features).expanduser()
+    default = (train if train.is_dir() else train.parent) / "eval"
+    return evaluation.check_folder(options.out or default), functools.partial(
+        evaluation.evaluate_features,
+        *(options.features, options.test, ood, chosen),
+        validation=options.validation,
+        ood_validation=options.ood_validation,
+        head=head,
+    )
+
+
+ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
+ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size")
+ONLY_IMAGES += ("model", "recipe", "head", "cache")
+
+
 def _check(options: argparse.Namespace) -> None:
+    if bool(options.runs) == bool(options.features):
+        raise refusal("RUN, --features: expected one of them, trained models or stored features")
+    for name in ONLY_IMAGES if options.features else ONLY_FEATURES:
+        if getattr(options, name):
+            other = "not used with --features" if options.features else "only used with --features"
+            raise refusal(f"--{name.replace('_', '-')}: {other}")
+    if options.features and not (options.test and options.ood_features):
+        raise refusal("--features: needs --test and --ood-features")
+    if options.ood_validation and not options.validation:
+        raise refusal("--ood-validation: needs --validation")
     if options.download and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise refusal("--download: every process would fetch the same files; download in one process first")
     for name, least in (("bootstrap", 0), ("batch_size", 1), ("workers", 0), ("seed", 0)):
@@ -161,15 +239,17 @@ def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None]
     """The benchmark, by the seed of a run: that of `digits` draws its classes by it."""
     from ..data import open_benchmark
 
-    name = options.benchmark or _info(path).get("benchmark")
+    info = _info(path)
+    name = options.benchmark or info.get("benchmark")
     if name is None:
         raise refusal(f"--benchmark: {path} does not say which; give one")
-    folders = {}
-    for text in options.ood_folder:
-        title, equals, folder = text.partition("=")
-        if not (title and equals and folder):
-            raise refusal(f"--ood-folder: got {text!r}, expected NAME=DIR")
-        folders[title] = folder
+    trained_on = (info.get("data") or {}) if name == info.get("benchmark") else {}
+    root = options.data_root or trained_on.get("root")
+    layout = options.layout or (trained_on.get("layout") if root == trained_on.get("root") else None) or "auto"
+    folders = dict(_named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
+    for title in folders:
+        if "/" in title:
+            raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
     opened: dict[int, ImageBenchmark] = {}
 
     def of(seed: int | None) -> ImageBenchmark:
@@ -177,18 +257,25 @@ def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None]
         if seed not in opened:
             opened[seed] = open_benchmark(
                 name,
-                options.data_root,
+                root,
                 download=options.download,
-                layout=options.layout,
+                layout=layout,
                 ood=None if options.ood is None else listed(options.ood),
                 ood_folders=folders,
                 synthetic=options.synthetic,
-                image_size=options.image_size,
+                image_size=options.image_size or trained_on.get("image_size"),
                 seed=seed,
             )
         return opened[seed]
 
     return of
+
+
+def _named_path(option: str, text: str, expected: str) -> tuple[str, str]:
+    title, equals, path = text.partition("=")
+    if not (title and equals and path):
+        raise refusal(f"{option}: got {text!r}, expected {expected}")
+    return title, path
 
 
 def _info(path: str) -> dict[str, Any]:

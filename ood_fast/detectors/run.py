@@ -188,9 +188,10 @@ def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.Proce
                         f"{detector.label}: head: got None, expected the nn.Linear that made the logits, or (W, b)"
                     )
                 detector.head_weight, detector.head_bias = head
+            detector._failure = None
             try:
                 detector._finish(**detector._gathered)
-            except ValueError as error:  # a candidate that does not fit the data (k, dim) takes no part in a search
+            except ValueError as error:  # k or dim does not fit the data: `Search.leave_out` drops the candidate
                 if not detector._is_candidate:
                     raise
                 detector._failure = error

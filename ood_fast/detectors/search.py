@@ -32,13 +32,21 @@ class Trial:
 class Search(DetectorSet):
     """Every candidate of the detectors of a set: fit and score it like any other, then `choose`.
 
+    Candidates that do not fit the data (KNN's k above the number of training features, ViM's dim above m) take no part;
+    `left_out` tells which, and why. They are also left out of a fit in parts, of `DetectorSet`s of some candidates.
+
     Args:
-        detectors: what to tune. One whose grid is empty is its own only candidate. Candidates that do not fit the data
-            (KNN's k above the number of training features, ViM's dim above m) take no part.
+        detectors: what to tune. One whose grid is empty is its own only candidate.
         grids: name -> grid (parameter -> candidates), in place of the grid of the class, OpenOOD's.
+        optional: a detector without a candidate that fits is left out too, instead of the ValueError of its first.
     """
 
-    def __init__(self, detectors: DetectorSet, grids: Mapping[str, Mapping[str, Iterable]] | None = None) -> None:
+    def __init__(
+        self,
+        detectors: DetectorSet,
+        grids: Mapping[str, Mapping[str, Iterable]] | None = None,
+        optional: bool = False,
+    ) -> None:
         grids = {} if grids is None else grids
         for name in grids:
             if name not in detectors.names:
@@ -52,30 +60,43 @@ class Search(DetectorSet):
         super().__init__({f"{name} {index}": variant for (name, index), variant in candidates.items()})
         self.tuned = {name: [f"{name} {i}" for of, i in candidates if of == name] for name in detectors}
         self.grids = {name: tuple(grids.get(name, detector.grid)) for name, detector in detectors.items()}
+        self.optional = optional
+        self.left_out: list[str] = []
 
     def score_features(self, *args: Any, **keywords: Any) -> dict[str, Tensor]:
-        self._leave_out()
+        self.leave_out()
         return super().score_features(*args, **keywords)
 
     def score_loader(self, *args: Any, **keywords: Any) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        self._leave_out()
+        self.leave_out()
         return super().score_loader(*args, **keywords)
 
-    def _leave_out(self) -> None:
-        """Drop candidates that did not fit the data, such as a k above the number of features kept.
+    def leave_out(self) -> None:
+        """After fitting: drop the candidates that do not fit the data. Scoring and `choose` begin with it.
 
-        ValueError, the first one's, where a detector has no candidate left.
+        ValueError, the first candidate's, for a detector that has none left and is not `optional`.
         """
-        failures = {name: detector._failure for name, detector in self.items() if detector._failure is not None}
-        for name, candidates in self.tuned.items():
-            self.tuned[name] = [candidate for candidate in candidates if candidate not in failures]
-            if not self.tuned[name]:
-                raise failures[candidates[0]]
-        if failures:
-            self.names, self.detectors = (
-                tuple(name for name in self.names if name not in failures),
-                nn.ModuleList(detector for name, detector in self.items() if name not in failures),
-            )
+        reasons = {name: detector._failure for name, detector in self.items() if detector._failure is not None}
+        if not reasons:
+            return
+        for name, candidates in list(self.tuned.items()):
+            failed = [candidate for candidate in candidates if candidate in reasons]
+            if failed and len(failed) == len(candidates):
+                if not self.optional:
+                    raise ValueError(f"{name}: {reasons[failed[0]]}") from reasons[failed[0]]
+                self.left_out.append(f"{name}: left out: {reasons[failed[0]]}")
+                del self.tuned[name]
+                continue
+            for candidate in failed:
+                tried = ", ".join(f"{key}={value}" for key, value in self._settings(name, candidate).items())
+                self.left_out.append(f"{name}: {tried} left out: {reasons[candidate]}")
+            self.tuned[name] = [candidate for candidate in candidates if candidate not in reasons]
+        kept = {name: detector for name, detector in self.items() if name not in reasons}
+        self.names, self.detectors = tuple(kept), nn.ModuleList(kept.values())
+
+    def _settings(self, name: str, candidate: str) -> dict[str, Any]:
+        """The parameters that are searched, as this candidate of detector `name` has them."""
+        return {parameter: getattr(self[candidate], parameter) for parameter in self.grids[name]}
 
     def choose(
         self, inside: Mapping[str, Tensor], outside: Mapping[str, Mapping[str, Tensor]]
@@ -90,7 +111,7 @@ class Search(DetectorSet):
         """
         if not outside:
             raise ValueError("outside: got no OOD validation set, expected at least one")
-        self._leave_out()
+        self.leave_out()
         winners, trials = {}, {}
         for name, candidates in self.tuned.items():
             if len(candidates) == 1:  # nothing to choose: its scores need not be there
@@ -102,7 +123,7 @@ class Search(DetectorSet):
             ]
             best = max(range(len(aurocs)), key=aurocs.__getitem__)  # the first of equals
             winners[name] = self[candidates[best]]
-            settings = ({p: getattr(self[candidate], p) for p in self.grids[name]} for candidate in candidates)
+            settings = [self._settings(name, candidate) for candidate in candidates]
             trials[name] = [Trial(*pair) for pair in zip(settings, aurocs, strict=True)]
         for winner in winners.values():
             winner._is_candidate = False  # the next fit that fails raises

@@ -5,13 +5,14 @@
     results.runs[0].value("auroc", "MSP", "farood")
     write("out", results, {})
 
-`cache.py` keeps what the model makes of images, `run.py` fits, tunes and measures, `results.py` says what was found,
-`write.py` writes and prints it, `trained.py` opens what training left.
+`cache.py` keeps what the model makes of images, `run.py` fits, tunes and measures, `stored.py` does so from feature
+files, `results.py` says what was found, `write.py` writes and prints it, `trained.py` opens what training left.
 """
 
 from .cache import FeatureCache, Outputs, read_head, read_outputs
 from .results import ID, Measurement, Results, RunResult, Summary
 from .run import evaluate_run, evaluate_runs
+from .stored import evaluate_features
 from .trained import Trained, open_run, paths_of
 from .write import build, check_folder, print_tables, read, read_scores, write
 
@@ -26,6 +27,7 @@ __all__ = [
     "Trained",
     "build",
     "check_folder",
+    "evaluate_features",
     "evaluate_run",
     "evaluate_runs",
     "open_run",

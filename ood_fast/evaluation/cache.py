@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -78,22 +79,28 @@ class Outputs:
 
 
 def read_outputs(path: str | os.PathLike) -> Outputs:
-    """What a folder of the cache holds; UserError if it holds nothing."""
+    """What a folder of the cache holds; UserError if it does not hold all of it."""
     path = Path(path)
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise checks.UserError(f"{path}: no features of a model there ({error})") from error
-    features, logits, targets = (_mapped(path / f"{file}.npy") for file in ("features", "logits", "targets"))
-    scores = {file.stem: _mapped(file) for file in path.glob("*-*.npy")}
-    return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
+        features, logits, targets = (_mapped(path / f"{file}.npy") for file in ("features", "logits", "targets"))
+        scores = {file.stem: _mapped(file) for file in path.glob("*-*.npy")}
+        if not {len(features), len(logits), len(targets), *map(len, scores.values())} == {len(targets)}:
+            raise ValueError("files of different lengths")
+        return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:  # as JSON and NumPy say of damaged files
+        raise checks.UserError(f"{path}: no features of a model there, or damaged ({error})") from error
 
 
 def read_head(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
     """W (c, m) and b (c,) or None, with which the model made the outputs in a folder of the cache; as the model has
-    them."""
-    with np.load(Path(path).parent / HEAD) as held:
-        return torch.from_numpy(held["W"]), torch.from_numpy(held["b"]) if "b" in held else None
+    them. UserError if they cannot be read."""
+    file = Path(path).parent / HEAD
+    try:
+        with np.load(file) as held:
+            return torch.from_numpy(held["W"]), torch.from_numpy(held["b"]) if "b" in held else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise checks.UserError(f"{file}: no head of a model there, or damaged ({error})") from error
 
 
 def model_key(model: nn.Module, head: nn.Linear) -> str:
@@ -105,6 +112,16 @@ def model_key(model: nn.Module, head: nn.Linear) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def refuse_nan(what: Callable[[int], str], **values: Tensor | None) -> None:
+    """ValueError for NaN in tensors (n, ...); `what(i)` is what row i, the first with NaN, is called."""
+    for name, rows in values.items():
+        if rows is not None and (bad := rows.isnan().any(dim=1)).any():
+            row = int(bad.int().argmax())
+            raise ValueError(
+                f"{what(row)}: {name}: got NaN, expected numbers; look at that input, and at the model in low precision"
+            )
 
 
 def score_key(detector: Detector) -> str:
@@ -174,20 +191,21 @@ class FeatureCache:
         folder = self.folder / f"{name}-{data[:16]}"
         shapes = {"features": (len(dataset), self.head.in_features), "logits": (len(dataset), self.head.out_features)}
         missing: dict[str, tuple[tuple[int, ...], str]] = {}
-        if not (folder / META).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+        if not _is_whole(folder, shapes):
             missing = {file: (shape, "<f4") for file, shape in shapes.items()}
         for key in map(score_key, detectors):
-            if not (folder / f"{key}.npy").is_file():
+            if missing or not (folder / f"{key}.npy").is_file():
                 missing[key] = ((len(dataset),), "<f8")
         staging = self.folder / f"{WRITING}{socket.gethostname()}-{os.getpid()}-{name}"
         meta = {"set": name, "title": dataset.title, "group": dataset.group, "data": data, "model": self.key}
         plan = _Plan(folder, staging, missing, meta)
-        if not missing:
-            return plan
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_head()
+            if not missing:
+                return plan
             self._remove_left_behind()
+            if "features" in missing and folder.exists():
+                shutil.rmtree(folder)
             needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
             free = shutil.disk_usage(self.folder).free
             if needed > free:
@@ -200,14 +218,16 @@ class FeatureCache:
                 np.lib.format.open_memmap(staging / f"{file}.npy", "w+", np.dtype(dtype), shape).flush()
             if "features" in missing:
                 np.save(staging / "targets.npy", dataset.targets.numpy())
-            self._write_head()
         except OSError as error:
             return f"--cache: cannot write to {self.folder}: {error.strerror or error}"
         return plan
 
     def _write_head(self) -> None:
-        if (self.folder / HEAD).is_file():
+        try:
+            read_head(self.folder / META)
             return
+        except checks.UserError:  # not there yet, or damaged
+            self.folder.mkdir(parents=True, exist_ok=True)
         weight, bias = inference_head(self.head)
         held = {"W": weight} if bias is None else {"W": weight, "b": bias}
         part = self.folder / f".{HEAD}-{os.getpid()}.npz"
@@ -218,7 +238,7 @@ class FeatureCache:
         """What processes of this machine that are no longer there were writing."""
         for entry in self.folder.glob(f"{WRITING}{socket.gethostname()}-*"):
             pid = entry.name.removeprefix(f"{WRITING}{socket.gethostname()}-").partition("-")[0]
-            if not _alive(int(pid)) or int(pid) == os.getpid():
+            if pid.isdigit() and (not _alive(int(pid)) or int(pid) == os.getpid()):
                 shutil.rmtree(entry, ignore_errors=True)
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
@@ -233,10 +253,13 @@ class FeatureCache:
             pin_memory=next(self.model.parameters()).device.type == "cuda",
         )
         wanted = [d for d in detectors if score_key(d) in plan.missing]
+        done = rows.start
         writers = {file: _Rows(plan.staging / f"{file}.npy", rows.start) for file in plan.missing}
         try:
             with self.progress(plan.meta["set"], len(rows)) as bar:
                 for batch in run_model(self.model, map(_checked, loader), self.head):
+                    refuse_nan(_image_of(plan.meta["set"], dataset, done), features=batch.features, logits=batch.logits)
+                    done += len(batch.logits)
                     if "features" in writers:
                         writers["features"].write(batch.features)
                         writers["logits"].write(batch.logits)
@@ -263,6 +286,16 @@ class FeatureCache:
         for file in plan.missing:
             os.replace(plan.staging / f"{file}.npy", plan.folder / f"{file}.npy")
         plan.staging.rmdir()
+
+
+def _is_whole(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether all is there that was published there: a disk may have lost some of it, a copy have ended early."""
+    try:
+        held = read_outputs(folder)
+    except checks.UserError:
+        return False
+    found = {name: (tuple(getattr(held, name).shape), getattr(held, name).dtype) for name in shapes}
+    return found == {name: (shape, torch.float32) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -292,7 +325,10 @@ class _Rows:
         self.file.write(rows.tobytes())
 
     def close(self) -> None:
-        self.file.close()
+        """With what was written on the disk: a file whose length is right must not lack its end after a crash."""
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 class _Items:
@@ -311,6 +347,16 @@ class _Items:
             return self.dataset[self.rows[position]][0]
         except checks.UserError as error:
             return error
+
+
+def _image_of(name: str, dataset: Any, first: int) -> Callable[[int], str]:
+    """What messages call an image of a batch that begins at `first`."""
+
+    def called(row: int) -> str:
+        path = dataset.path(first + row)
+        return f"{name}: image {first + row}" + ("" if path is None else f" ({path})")
+
+    return called
 
 
 def _joined(items: list[Any]) -> Any:

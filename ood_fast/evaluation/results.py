@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import metrics, published
+from ..data.benchmarks import SPECS
 from .cache import Outputs
-from .trained import Trained, unchanged
+from .trained import Trained, as_published
 
 ID = "id"  # the in-distribution test set among the score sets
 GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean, as in OpenOOD's tables
@@ -55,9 +56,10 @@ class RunResult:
         sets: by name; `ID` is the in-distribution test set.
         settings: detector -> its parameters, as tuned. trials: detector -> [{**parameters, "auroc": on validation}].
         notes: what was left out, and why.
+        standard: the detectors with default parameters, or searched over the default grids, as those of the papers.
         scores: detector -> set -> (n,) float64.
         outputs: what the model makes of "fit", "validation", "validation_ood", "test" and each OOD set.
-        head: W (c, m), b (c,) or None, float64.
+        head: W (c, m), b (c,) or None, float64; None if it is not known.
         draws: (metric, detector, ood_set) -> (B,), the bootstrap.
     """
 
@@ -67,6 +69,7 @@ class RunResult:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    standard: frozenset[str] = frozenset()
     measurements: list[Measurement] = field(default_factory=list)
     scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     outputs: dict[str, Outputs] = field(default_factory=dict)
@@ -102,8 +105,8 @@ class Summary:
     """One metric over the runs of a method: mean ± standard deviation (of the runs themselves, ddof 0, as OpenOOD).
 
     `low`, `high`: the bootstrapped 95 % interval of the mean over these runs, from drawing the test images anew; it
-    says nothing of other seeds. `published`, if someone has: the number for this recipe, benchmark and detector, and
-    its `source`; `difference` = mean − published.
+    says nothing of other seeds. `published`, if someone has and the setting is the same: the number for this recipe,
+    benchmark, detector and group of sets, and its `source`; `difference` = mean − published.
     """
 
     method: str
@@ -173,8 +176,18 @@ class Results:
                 )
 
     def _published(self, runs: list[RunResult]) -> Mapping[tuple[str, str, str], published.Published]:
-        """Only for the unchanged recipe, or weights that somebody else published."""
-        trained = runs[0].trained
-        if trained.recipe is not None and not unchanged(trained.recipe):
+        """What is published of a method, where the setting is the same: training, parameters, the sets of a group."""
+        if not all(as_published(run.trained) for run in runs):
             return {}
-        return published.of(self.benchmark, trained.method)
+        standard = frozenset.intersection(*(run.standard for run in runs)) | {""}
+        spec = SPECS.get(self.benchmark)
+        others = {  # the means over other sets than the benchmark's
+            mean_name
+            for group, mean_name in GROUPS.items()
+            if {name for name, part in self.sets.items() if part.group == group} != set(getattr(spec, group, ()))
+        }
+        return {
+            (metric, detector, ood_set): number
+            for (metric, detector, ood_set), number in published.of(self.benchmark, runs[0].trained.method).items()
+            if detector in standard and ood_set not in others
+        }

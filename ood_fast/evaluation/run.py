@@ -19,15 +19,15 @@ from torch import Tensor
 from .. import checks, detectors, metrics
 from ..data import ImageBenchmark
 from ..detectors import ODIN, Detector, DetectorSet
-from ..detectors import run as fitting
-from ..detectors.search import Search
+from ..detectors.search import Search, Trial
 from ..evaluate import temperatures
 from ..heads import inference_head
-from .cache import FeatureCache, Outputs, _rank
+from .cache import FeatureCache, Outputs, _rank, score_key
 from .results import DETECTION, GROUPS, ID, Results, RunResult, TestSet
 from .trained import Trained, same_training
 
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
+RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no OOD set can be called
 Progress = Callable[[str, int], Any]
 
 
@@ -124,6 +124,9 @@ def evaluate_run(
     """
     if check:
         benchmark.check()
+    for name in benchmark.ood:
+        if name in RESERVED:
+            raise checks.UserError(f"OOD set {name!r}: tables call something else by this name; choose another")
     given, optional = _given(chosen), chosen is None if leave_out is None else leave_out
     run.model.to(device)
     cached = FeatureCache(
@@ -135,46 +138,95 @@ def evaluate_run(
         progress=progress,
     )
     _check_fit(run, benchmark, cached.head.out_features)
-    grids = {name: {} for name in given} if not tune else {n: g for n, g in (grids or {}).items() if n in given}
-    given = {name: _prepared(detector, benchmark) for name, detector in given.items()}
+    grids = _grids(given, tune, grids)
+    prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
 
-    # ---- the model's part; the detectors that need it are tuned before the test images are seen
-    seeing = {name: detector for name, detector in given.items() if detector.needs_model}
-    search = Search(DetectorSet(seeing), {n: g for n, g in grids.items() if n in seeing}) if seeing else None
+    # The detectors that need the model are tuned before the test images are seen.
+    seeing = {name: detector for name, detector in prepared.items() if detector.needs_model}
+    search = Search(DetectorSet(seeing), _of(grids, seeing)) if seeing else None
     candidates = list(search.detectors) if search is not None and tune else []
     outputs = {
         FIT: cached.outputs(FIT, benchmark.fit),
         VALIDATION: cached.outputs(VALIDATION, benchmark.validation, candidates),
         VALIDATION_OOD: cached.outputs(VALIDATION_OOD, benchmark.validation_ood, candidates),
     }
-    tuned, trials = {}, {}
+    winners, trials = {}, {}
     if search is not None:
         inside, outside = (_kept_scores(search, outputs[part]) for part in (VALIDATION, VALIDATION_OOD))
-        winners, trials = search.choose(inside, {VALIDATION_OOD: outside})
-        tuned = dict(winners.items())
+        chosen_set, trials = search.choose(inside, {VALIDATION_OOD: outside})
+        winners = dict(chosen_set.items())
     outputs |= {
-        name: cached.outputs(name, part, list(tuned.values()))
+        name: cached.outputs(name, part, list(winners.values()))
         for name, part in {TEST: benchmark.test, **benchmark.ood}.items()
     }
     run.model.to("cpu")  # the next one may need the room
     if _rank() > 0:
         return None
 
-    # ---- arithmetic
-    where = "cpu" if torch.device(device).type == "mps" else device
-    result = RunResult(run, cached.key, _sets(benchmark), outputs=outputs, images_per_second=cached.images_per_second)
+    sets = {
+        name: TestSet(part.title, part.group, len(part)) for name, part in {ID: benchmark.test, **benchmark.ood}.items()
+    }
+    result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
     weight, bias = inference_head(cached.head)
     result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
+    result.standard = frozenset(name for name, detector in given.items() if _is_standard(detector, grids.get(name)))
+    measure(
+        result,
+        prepared,
+        [VALIDATION_OOD],
+        grids=grids,
+        winners=winners,
+        trials=trials,
+        optional=optional,
+        device="cpu" if torch.device(device).type == "mps" else device,
+        bootstrap=bootstrap,
+        seed=seed,
+        progress=progress,
+    )
+    return result
+
+
+# ---- arithmetic on what the model made
+
+
+def measure(
+    result: RunResult,
+    given: Mapping[str, Detector],
+    validation_ood: Iterable[str],
+    *,
+    grids: Mapping[str, Mapping[str, Iterable]],
+    winners: Mapping[str, Detector] | None = None,
+    trials: Mapping[str, list[Trial]] | None = None,
+    optional: bool,
+    device: torch.device | str,
+    bootstrap: int,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fit, tune and measure the detectors `given` on `result.outputs`, in float64 on `device`; fills in `result`.
+
+    Args:
+        validation_ood: the sets among the outputs by which parameters are chosen.
+        winners, trials: of the detectors that need the model: chosen already.
+        grids, optional, bootstrap, seed, progress: as in `evaluate_run`; `optional` is its `leave_out`.
+    """
+    tuned, trials = dict(winners or {}), dict(trials or {})
     blind = {name: detector for name, detector in given.items() if not detector.needs_model}
     if blind:
-        of_features = FittedSearch(DetectorSet(blind), {n: g for n, g in grids.items() if n in blind})
-        result.notes += of_features.fit_outputs(outputs[FIT], outputs[VALIDATION], result.head, where, optional)
-        inside, outside = {}, {}
-        if any(len(names) > 1 for names in of_features.tuned.values()):
-            inside, outside = (_scores(of_features, outputs[part], progress) for part in (VALIDATION, VALIDATION_OOD))
-        if of_features.names:
-            winners, more_trials = of_features.choose(inside, {VALIDATION_OOD: outside})
-            tuned, trials = {**tuned, **dict(winners.items())}, {**trials, **more_trials}
+        search = Search(DetectorSet(blind), _of(grids, blind), optional)
+        _fit(search, result, device)
+        try:
+            search.leave_out()
+        except ValueError as error:
+            raise checks.UserError(str(error)) from error
+        result.notes += search.left_out
+        inside, outside = {}, {"": {}}  # where there is nothing to choose, no scores are needed
+        if any(len(candidates) > 1 for candidates in search.tuned.values()):
+            inside = _scores(search, result.outputs[VALIDATION], progress)
+            outside = {name: _scores(search, result.outputs[name], progress) for name in validation_ood}
+        if search.names:
+            chosen, more_trials = search.choose(inside, outside)
+            tuned, trials = {**tuned, **dict(chosen.items())}, {**trials, **more_trials}
     tuned = {name: tuned[name] for name in given if name in tuned}
     if not tuned:
         raise checks.UserError("no detector could be fitted: " + "; ".join(result.notes))
@@ -182,15 +234,28 @@ def evaluate_run(
     result.trials = {
         name: [{**trial.settings, "auroc": trial.auroc} for trial in trials[name]] for name in tuned if trials.get(name)
     }
-    winners = DetectorSet(tuned)
-    for name in (TEST, *benchmark.ood):
-        of_set = _scores(winners, outputs[name], progress)
+    chosen = DetectorSet(tuned)
+    for name in result.sets:
+        of_set = _scores(chosen, result.outputs[TEST if name == ID else name], progress)
         for detector in tuned:
-            result.scores.setdefault(detector, {})[ID if name == TEST else name] = of_set[detector].numpy()
+            result.scores.setdefault(detector, {})[name] = of_set[detector].numpy()
     draws = metrics.Bootstrap(bootstrap, seed) if bootstrap else None
-    _classification(result, outputs[TEST], draws)
+    _classification(result, result.outputs[TEST], draws)
     _detection(result, draws, progress)
-    return result
+
+
+def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
+    """Fit all candidates, in float64 on `device`: those with `fits_on = "validation"` there, if there is any."""
+    head = result.head and tuple(None if tensor is None else tensor.to(device) for tensor in result.head)
+    on_validation = [n for n, d in search.items() if d.fits_on == "validation" and VALIDATION in result.outputs]
+    for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
+        if not names:
+            continue
+        fitting = DetectorSet({name: search[name] for name in names})
+        if any(detector.gathers() for detector in fitting.detectors):
+            for features, logits, targets in result.outputs[part].chunks(device):
+                fitting.partial_fit(features, logits, targets)
+        fitting.finalize(head)
 
 
 # ---- detectors
@@ -215,55 +280,25 @@ def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
     return detector
 
 
-class FittedSearch(Search):
-    """A search whose candidates that cannot be fitted on the data are left out."""
+def _grids(given: Iterable[str], tune: bool, grids: Mapping[str, Mapping] | None) -> dict[str, Mapping[str, Iterable]]:
+    """What is searched in place of OpenOOD's grids."""
+    return {name: {} for name in given} if not tune else _of(grids or {}, given)
 
-    def fit_outputs(
-        self, train: Outputs, validation: Outputs, head: tuple[Tensor, Tensor | None], device: Any, optional: bool
-    ) -> list[str]:
-        """Fit all candidates on what the model made of training and validation images, in float64 on `device`.
 
-        Returns what was left out and why. UserError for a detector without a candidate left, unless `optional`.
-        """
-        on_train, on_validation = self._by_data(True)
-        for part, members in ((train, on_train), (validation, on_validation)):
-            for features, logits, targets in part.chunks(device) if any(d.needs_fit for d in members) else ():
-                fitting.partial_fit(members, features, logits, targets)
-        weight, bias = (None if tensor is None else tensor.to(device) for tensor in head)
-        reasons: dict[str, str] = {}
-        for name, detector in self.items():
-            try:
-                fitting.finalize([detector], (weight, bias), None)
-                if detector.needs_head:  # one copy for all
-                    detector.head_weight, detector.head_bias = weight, bias
-            except ValueError as error:
-                reasons[name] = str(error)
-        notes = []
-        for name, candidates in self.tuned.items():
-            failed = [candidate for candidate in candidates if candidate in reasons]
-            if len(failed) == len(candidates):
-                note = f"{name}: left out: {reasons[failed[0]]}"
-                if not optional:
-                    raise checks.UserError(note)
-                notes.append(note)
-            else:
-                settings = {c: {p: getattr(self[c], p) for p in self.grids[name]} for c in failed}
-                notes += [f"{name}: candidate {settings[c]} left out: {reasons[c]}" for c in failed]
-        kept = {name: detector for name, detector in self.items() if name not in reasons}
-        self.tuned = {
-            name: left
-            for name, of in self.tuned.items()
-            if (left := [candidate for candidate in of if candidate in kept])
-        }
-        self.names, self.detectors = tuple(kept), torch.nn.ModuleList(kept.values())
-        self._share()
-        return notes
+def _of(grids: Mapping[str, Mapping], names: Iterable[str]) -> dict[str, Mapping[str, Iterable]]:
+    return {name: grids[name] for name in names if name in grids}
+
+
+def _is_standard(detector: Detector, grid: Mapping[str, Iterable] | None) -> bool:
+    """Whether its parameters are those of its class, apart from what is searched over OpenOOD's grid."""
+    if grid is not None and dict(grid) != dict(detector.grid):
+        return False
+    default = type(detector)().settings()
+    return all(value == default[name] for name, value in detector.settings().items() if name not in detector.grid)
 
 
 def _kept_scores(search: Search, outputs: Outputs) -> dict[str, Tensor]:
     """The scores of the candidates that need the model, as the cache keeps them."""
-    from .cache import score_key
-
     keys = {name: score_key(detector) for name, detector in search.items()}
     return {name: outputs.scores[key] for name, key in keys.items() if key in outputs.scores}
 
@@ -300,11 +335,6 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 # ---- what is measured
 
 
-def _sets(benchmark: ImageBenchmark) -> dict[str, TestSet]:
-    parts = {ID: benchmark.test, **benchmark.ood}
-    return {name: TestSet(part.title, part.group, len(part)) for name, part in parts.items()}
-
-
 def _check_fit(run: Trained, benchmark: ImageBenchmark, n_outputs: int) -> None:
     if n_outputs != benchmark.n_classes:
         raise checks.UserError(
@@ -319,12 +349,15 @@ def _check_fit(run: Trained, benchmark: ImageBenchmark, n_outputs: int) -> None:
 
 def _classification(result: RunResult, test: Outputs, draws: metrics.Bootstrap | None) -> None:
     """Accuracy, and the calibration error of the softmax of f, f/(τ‖f‖) and f/D, from the test images."""
-    weight = result.head[0]
     correct: list[Tensor] = []
     confidence: dict[str, list[Tensor]] = {}
     for _, logits, targets in test.chunks():
+        if logits is None or targets is None:
+            return
         correct.append(logits.max(dim=1).indices == targets)
-        for name, temperature in temperatures(logits, weight).items():
+        # without the head, D is not known
+        scales = temperatures(logits, result.head[0]) if result.head else {"ece_softmax": torch.ones(len(logits))}
+        for name, temperature in scales.items():
             probabilities = torch.softmax(logits / temperature.unsqueeze(1), dim=1)
             confidence.setdefault(name, []).append(probabilities.amax(dim=1))
     right = torch.cat(correct)

@@ -24,7 +24,7 @@ class Trained:
 
     Attributes:
         name: what tables call the run.
-        model: in evaluation mode; head: as in `Detector.fit`.
+        model: in evaluation mode; None where what it made of the images is stored. head: as in `Detector.fit`.
         method: runs of one method are seeds of each other: the recipe's name, or the model's.
         folder: where its results and its cache go.
         recipe: None if nobody said which. seed: None if unknown.
@@ -32,7 +32,7 @@ class Trained:
     """
 
     name: str
-    model: nn.Module
+    model: nn.Module | None
     method: str
     folder: Path
     checkpoint: str
@@ -120,6 +120,14 @@ def open_run(
     method = method_of(given) if given is not None else model if isinstance(model, str) else type(built).__name__
     folder = place if place.is_dir() else place.parent
     return Trained(str(path), built.eval(), method, folder, str(file), head, given, int(seed[1]) if seed else None)
+
+
+def as_published(run: Trained) -> bool:
+    """Whether numbers that are published of the run's method are of the same training: the recipe of that name without
+    changes, to its end; or weights that somebody else published."""
+    if run.recipe is not None and not unchanged(run.recipe):
+        return False
+    return run.info is None or (run.info.get("complete", False) and Path(run.checkpoint).name in CHECKPOINTS.values())
 
 
 def method_of(recipe: TrainingRecipe) -> str:

@@ -28,7 +28,7 @@ from ..tables import Cell, Section, Table, as_markdown
 from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
 
 FORMAT = "ood_fast evaluate 1"
-JSON = "results.json"
+JSON, WRITING = "results.json", ".writing-"
 FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)  # the last vouches for the others
 
 CONVENTIONS = {
@@ -93,7 +93,9 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    for left_behind in folder.glob(f"{WRITING}*"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
     try:
         _write_csv(staging / "results.csv", _long(results))
         _write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
@@ -161,7 +163,7 @@ def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
         "model": run.model_key,
         "recipe": None if trained.recipe is None else recipes.as_dict(trained.recipe),
         "images_per_second": run.images_per_second,
-        "outputs": {name: str(outputs.path.resolve()) for name, outputs in run.outputs.items()},
+        "outputs": {name: str(held.path.resolve()) for name, held in run.outputs.items() if held.path is not None},
         "detectors": run.settings,
         "trials": run.trials,
         "notes": run.notes,
@@ -217,7 +219,11 @@ def openood_rows(runs: list[RunResult], detector: str) -> list[list[str]]:
             cells = []
             for metric in OPENOOD_COLUMNS.values():
                 where = () if metric == "accuracy" else (detector, ood_set)
-                values = [100 * run.value(metric, *where) for run in runs]
+                try:
+                    values = [100 * run.value(metric, *where) for run in runs]
+                except KeyError:  # stored features may lack targets, and so the accuracy
+                    cells.append("")
+                    continue
                 cells.append(f"{np.mean(values):.2f} \u00b1 {np.std(values):.2f}")
             rows.append([ood_set, *cells])
     return rows
@@ -259,6 +265,10 @@ def build(results: Results) -> list[Table]:
         ]
         return columns if known else []
 
+    if any(summary.published is not None for summary in found.values()):
+        interval += (
+            " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its lists."
+        )
     auroc = [c for name in means for c in (column(name, "auroc", name, True), *against(name))]
     tables = [
         by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
@@ -280,23 +290,26 @@ def build(results: Results) -> list[Table]:
     aupr = [column(f"{name}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
-    tables.append(_calibration(results, found, over))
-    return tables
+    return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
 
 
-def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table:
+def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
+    """None where nothing of it was measured."""
     titles = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
+    measured = [metric for metric in titles if any((method, metric, "", "") in found for method in results.methods)]
+    known = {s.metric for s in found.values() if s.metric in titles and s.published is not None}
     rows, columns = [], []
-    known = {m for m in titles for method in results.methods if found[method, m, "", ""].published is not None}
-    for metric, title in titles.items():
-        columns += [title, "published", "difference"] if metric in known else [title]
+    for metric in measured:
+        columns += [titles[metric], "published", "difference"] if metric in known else [titles[metric]]
     for method in results.methods:
         cells: list[Cell] = []
-        for metric in titles:
-            summary = found[method, metric, "", ""]
+        for metric in measured:
+            summary = found.get((method, metric, "", ""))
             cells.append(_cell(summary, True))
             cells += [_published(summary), _difference(summary)] if metric in known else []
         rows.append((method, tuple(cells)))
+    if not measured:
+        return None
     caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
     return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
 
