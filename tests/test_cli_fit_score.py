@@ -178,6 +178,46 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
     assert score(*arguments, "--out", "s.csv") == 2
 
 
+def test_an_interruption_after_a_bad_image_loses_nothing(photos, monkeypatch):
+    """The bad image is known before its batch is scored: it must not hide that the rows before it are missing."""
+    Path("ood/04.png").write_bytes(b"no image")
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
+    arguments = ["--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--skip-bad", "--out", "s.csv"]
+
+    from ood_fast.commands.table import Table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert score(*arguments) == 130
+    assert score(*arguments) == 0
+    assert [Path(row["path"]).stem for row in rows_of("s.csv")] == ["00", "01", "02", "03", "05"]
+
+
+def test_a_batch_of_bad_images_only(photos, capsys):
+    for name in ("00", "01", "04", "05"):
+        Path(f"ood/{name}.png").write_bytes(b"no image")
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
+    capsys.readouterr()
+    arguments = ["--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--batch-size", "2", "--skip-bad"]
+    assert cli.main(["score", *arguments, "--out", "s.csv"]) == 0
+    assert "4 images could not be read" in capsys.readouterr().out
+    assert [Path(row["path"]).stem for row in rows_of("s.csv")] == ["02", "03"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+@pytest.mark.parametrize("out", ["s.csv", "s.parquet"])
+def test_file_names_that_are_no_text(out, photos):
+    name = os.fsdecode(b"ood/07 \xff \xc3\xa9.png")
+    os.rename("ood/05.png", name)
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
+    assert score("--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--out", out) == 0
+    if out == "s.csv":
+        assert Path(out).read_bytes().splitlines()[-1].startswith(os.fsencode(name))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        assert parquet.read_table(out).column("path").to_pylist()[-1] == "ood/07 \\udcff é.png"
+
+
 def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys):
     arguments = ["fit", "--data", "train", "--detectors", "NCI,KNN", "--set", "KNN.k=2", *ON_IMAGES]
     tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]

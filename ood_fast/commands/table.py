@@ -10,7 +10,7 @@ import csv
 import heapq
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Table:
         self.out, self.detectors, self.process = out, detectors, process
         self.header = json.dumps({"identity": identity, "processes": process.size})
         self.class_names = next((d.class_names for d in detectors.detectors if d.class_names), None)
+        self.bad: list[tuple[int, str]] = []  # not in the part yet
         part = self._part(process.rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         self.start = 0
@@ -78,14 +79,19 @@ class Table:
         """Add the rows of one batch."""
         predictions = [None] * len(paths) if predicted is None else predicted.tolist()
         columns = [scores[name].tolist() for name in self.detectors]
-        rows = zip(positions, paths, predictions, zip(*columns, strict=True), strict=True)
-        self._append(json.dumps(row) for row in rows)
+        self._append(zip(positions, paths, predictions, zip(*columns, strict=True), strict=True))
 
     def write_bad(self, position: int, path: str) -> None:
-        """Remember an image that cannot be read: it is not tried again, and counted at the end."""
-        self._append([json.dumps([position, path])])
+        """Remember an image that cannot be read, to be counted at the end.
 
-    def _append(self, lines) -> None:
+        It is written with the rows of its batch: an interrupted run goes on behind the last position in the part, so
+        that no position may come before a smaller one.
+        """
+        self.bad.append((position, path))
+
+    def _append(self, rows: Iterable[tuple]) -> None:
+        lines = [json.dumps(row) for row in sorted((*self.bad, *rows), key=lambda row: row[0])]
+        self.bad = []
         try:
             self.file.writelines(line + "\n" for line in lines)
             self.file.flush()
@@ -97,6 +103,7 @@ class Table:
 
         Returns there (rows, detector with a threshold -> rows that are OOD, images that could not be read).
         """
+        self._append(())  # a batch of bad images only comes without rows
         self.file.close()
         if self.process.group is not None:
             import torch.distributed as dist
@@ -150,7 +157,8 @@ class Table:
                 yield json.loads(line)
 
     def _write_csv(self, path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        # Names of files need not be UTF-8 on Linux: their bytes come out as they are.
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns())
             writer.writerows(self._rows())
@@ -172,8 +180,8 @@ class Table:
                 writer.write_table(pyarrow.table(values, schema=schema))
                 group.clear()
 
-            for row in self._rows():
-                group.append(row)
+            for path, *cells in self._rows():
+                group.append([path.encode(errors="backslashreplace").decode(), *cells])  # Parquet's strings are UTF-8
                 if len(group) == GROUP_ROWS:
                     flush()
             flush()
