@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import checks
 from .detectors.base import Detector
 from .detectors.run import check_head, logits_of
-from .heads import given_head
+from .heads import given_head, unwrapped
 
 
 def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:
@@ -52,7 +52,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     detector._require_fitted()
     if detector.threshold is None:
         raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
-    model = _unwrapped(model)
+    model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
     path = None
     if detector.needs_features:
         layer = given_head(model, head)
@@ -63,13 +63,6 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
     return Deployed(copy.deepcopy(model), copy.deepcopy(detector, shared), path)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel, which cannot be exported or copied."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
 
 
 class Deployed(nn.Module):

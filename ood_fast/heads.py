@@ -77,6 +77,18 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
 _WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]:
     """The layer `name` and the modules around it from the inside out, `model` the last; looked for inside wrappers too.
 

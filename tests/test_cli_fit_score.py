@@ -218,6 +218,31 @@ def test_file_names_that_are_no_text(out, photos):
         assert parquet.read_table(out).column("path").to_pylist()[-1] == "ood/07 \\udcff é.png"
 
 
+def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, capsys):
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
+    arguments = ["--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--batch-size", "2"]
+
+    from ood_fast.commands.table import Table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert score(*arguments, "--out", "s.csv") == 130
+    os.rename("ood/05.png", "ood/00b.png")  # before what was scored: it would never be looked at
+    capsys.readouterr()
+    assert score(*arguments, "--out", "s.csv") == 2
+    assert "interrupted run with other options or data" in capsys.readouterr().err
+    assert score(*arguments, "--out", "s.csv", "--overwrite") == 0
+    assert [Path(row["path"]).stem for row in rows_of("s.csv")] == ["00", "00b", "01", "02", "03", "04"]
+
+
+def test_odin_steps_by_the_deviation_that_images_are_divided_by(photos):
+    arguments = ["--data", "train", "--detectors", "ODIN", *ON_IMAGES]
+    assert fit(*arguments, "--std", "0.5,0.25,0.2", "--out", "d.safetensors") == 0
+    assert detectors.load("d.safetensors")["ODIN"].std == (0.5, 0.25, 0.2)
+    assert fit(*arguments, "--set", "ODIN.std=(1, 1, 1)", "--out", "d.safetensors") == 0
+    assert detectors.load("d.safetensors")["ODIN"].std == (1, 1, 1)
+
+
 def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys):
     arguments = ["fit", "--data", "train", "--detectors", "NCI,KNN", "--set", "KNN.k=2", *ON_IMAGES]
     tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]
@@ -400,6 +425,8 @@ def test_bad_requests(stored, capsys, photos):
     narrow = write("narrow.npz", {"features": torch.randn(3, 5), "logits": torch.randn(3, C)})
     assert score("--detectors", "d.safetensors", "--features", narrow, "--out", "t.csv") == 1
     assert "expected (n, 8)" in capsys.readouterr().err
+    assert score("--detectors", "d.safetensors", "--data", "ood", "--out", "u.csv") == 2
+    assert "--model: got none" in capsys.readouterr().err
 
 
 def test_batches_of_stored_features_keep_the_head(stored):

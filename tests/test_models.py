@@ -513,3 +513,12 @@ while True:
 def test_saving_where_nothing_can_be_written(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         models.save_checkpoint(cnn(), tmp_path / "nowhere" / "a.ckpt")
+
+
+@pytest.mark.parametrize(("wrapped", "suffix"), [(lambda s: s, ".safetensors"), (lambda s: {"model": s}, ".pt")])
+def test_number_of_classes_of_a_checkpoint(wrapped, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    checkpoints.save_checkpoint(wrapped(models.create("resnet18_32x32", 7).state_dict()), path)
+    assert checkpoints.n_classes_of(path) == 7
+    torch.save({"mean": torch.zeros(3)}, tmp_path / "flat.pt")
+    assert checkpoints.n_classes_of(tmp_path / "flat.pt") is None

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     with processes(where) as process:
         options.quiet |= process.rank > 0
         open_data = _open_features(options) if options.features else _open_images(options, where, process)
+        detectors = _prepared(detectors, open_data.notes)
         try:
             fitted = _fit(detectors, open_data, options, process)
         except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
@@ -99,6 +100,18 @@ def _check(options: argparse.Namespace) -> None:
                     f"--tune: {path} looks like test data; parameters that were chosen on it make its results "
                     "worthless, choose on validation data"
                 )
+
+
+def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
+    """ODIN steps by what the channels of images were divided by, as in OpenOOD, unless --set says otherwise."""
+    from ..detectors import ODIN, DetectorSet
+
+    def prepared(detector):
+        if not isinstance(detector, ODIN) or detector.std is not None:
+            return detector
+        return ODIN(**{**detector.settings(), "std": notes.get("std")})
+
+    return DetectorSet({name: prepared(detector) for name, detector in detectors.items()})
 
 
 # ---- one interface to images and to features

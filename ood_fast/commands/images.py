@@ -74,10 +74,12 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     from torch import nn
 
     from .. import models
+    from ..models import checkpoints
 
     if options.model is None:
         raise refusal("--model: got none, expected the model whose features the detectors read; or pass --features")
-    n_classes = options.n_classes or _classes_of(options.checkpoint) or n_classes
+    of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
+    n_classes = options.n_classes or of_checkpoint or n_classes
     if ":" in options.model and not options.model.startswith(models.TIMM):
         model = _call(options.model)
         if not isinstance(model, nn.Module):
@@ -92,17 +94,6 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     elif n_classes != 1000 and ":" not in options.model:
         raise refusal(f"--checkpoint: needed, there are no trained weights of {options.model} for {n_classes} classes")
     return model.to(torch.device(device)).eval()
-
-
-def _classes_of(checkpoint: str | None) -> int | None:
-    """Rows of the last matrix of a checkpoint with a bias of its length: the head of most classifiers."""
-    if checkpoint is None:
-        return None
-    from ..models import checkpoints
-
-    state = checkpoints._state_dict(checkpoints.read_checkpoint(checkpoint), checkpoint)
-    matrices = [value for key, value in state.items() if key.endswith("weight") and value.dim() == 2]
-    return len(matrices[-1]) if matrices else None
 
 
 def _call(path: str) -> Any:

@@ -63,13 +63,16 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
     with processes(where) as process:
         options.quiet |= process.rank > 0
-        table = Table(out, detectors, _identity(options), process, options.overwrite)
+        source = None if options.features else images.read_folder(options.data, with_classes=False)
+        table = Table(out, detectors, _identity(options, source), process, options.overwrite)
         with Bar(f"scoring {options.data or options.features}", None, options.quiet) as bar:
             try:
-                if options.features:
+                if source is None:
                     _score_features(detectors, table, options, process, bar)
                 else:
-                    _score_images(detectors, table, options, notes, process, bar, where)
+                    _score_images(detectors, source, table, options, notes, process, bar, where)
+            except checks.UserError:
+                raise
             except ValueError as error:  # what the detectors say of the data: NaN, features of another width
                 raise RunError(f"{error}; what was scored before is kept") from error
         counts = table.finish()
@@ -82,8 +85,10 @@ def run(options: argparse.Namespace, command: str) -> None:
             print(f"  {n_bad} images could not be read and were skipped")
 
 
-def _identity(options: argparse.Namespace) -> str:
+def _identity(options: argparse.Namespace, source: Any) -> str:
     """A key of all that decides the rows: an interrupted run with another one is not continued."""
+    from .. import features
+
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
     names = ("data", "features", "model", "checkpoint", "head", "n_classes", "size", "resize", "mean", "std")
     chosen = {name: getattr(options, name) for name in names}
@@ -91,6 +96,11 @@ def _identity(options: argparse.Namespace) -> str:
         if chosen[name]:
             chosen[name] = str(Path(chosen[name]).resolve())
     digest.update(json.dumps(chosen, sort_keys=True).encode())
+    if source is None:
+        stats = [(str(file), file.stat()) for file in features.files(options.features)]
+        digest.update(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+    else:
+        source.update(digest)
     return digest.hexdigest()
 
 
@@ -122,6 +132,7 @@ def _score_features(
 
 def _score_images(
     detectors: DetectorSet,
+    source: Any,
     table: Table,
     options: argparse.Namespace,
     notes: dict[str, Any],
@@ -132,7 +143,6 @@ def _score_images(
     for name in ("model", "checkpoint", "head"):
         if getattr(options, name) is None:
             setattr(options, name, notes.get(name))
-    source = images.read_folder(options.data, with_classes=False)
     n_classes = next((len(d.head_weight) for d in detectors.detectors if d.needs_head), None)
     model = images.load_model(options, n_classes, where)
     rows = process.share(len(source))

@@ -15,23 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..heads import unwrapped
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
 N_LISTED = 20  # keys that a message lists before it counts the others
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def openood_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +121,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     return dict(content)
+
+
+def n_classes_of(path: str | os.PathLike) -> int | None:
+    """How many classes the classifier in a checkpoint tells apart: rows of its last matrix, which is the head of most
+    models; None without a matrix. Raises as `load_checkpoint`."""
+    matrices = [value for value in _state_dict(read_checkpoint(path), path).values() if value.dim() == 2]
+    return len(matrices[-1]) if matrices else None
 
 
 def _safetensors():
