@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +70,7 @@ class ODIN(Detector):
             )
         parameter = next(model.parameters(), None)
         x = x.detach() if parameter is None else x.detach().to(parameter.device)
-        with torch.inference_mode(False), _evaluating(model):
+        with torch.inference_mode(False), run.evaluating(model):
             step = self._direction(model, x)
             with torch.no_grad():
                 logits = at_least_float32(run.logits_of(model(x - self.eps * step)))
@@ -98,15 +96,3 @@ class ODIN(Detector):
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """RuntimeError: the score is a function of the inputs and the model, not of features."""
         raise RuntimeError(f"{self.label} scores inputs, not features or logits: call score(model, x)")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every layer is in the mode that it was in."""
-    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,18 +46,24 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
     """
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
-    modes = [(module, module.training) for module in model.modules()]  # frozen layers may differ from the model
+    with evaluating(model), nullcontext() if head is None else capture_features(head) as captured:
+        for given in loader:
+            x, targets = _inputs_and_targets(given)
+            x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
+            logits = logits_of(model(x) if isinstance(x, Tensor) else model(**x))
+            if head is not None:
+                check_head(head, logits)
+            features = None if head is None else captured.features
+            yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every layer is in the mode that it was in: frozen ones may differ from the model."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with nullcontext() if head is None else capture_features(head) as captured:
-            for given in loader:
-                x, targets = _inputs_and_targets(given)
-                x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-                logits = logits_of(model(x) if isinstance(x, Tensor) else model(**x))
-                if head is not None:
-                    check_head(head, logits)
-                features = None if head is None else captured.features
-                yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
+        yield
     finally:
         for module, training in modes:
             module.training = training
