@@ -194,6 +194,41 @@ def _steps(epochs: int) -> dict[str, Any]:
     return {"epochs": epochs, "milestones": _STEPS[epochs]}
 
 
+_RESNET50 = {"model": "resnet50", "batch_size": 768}  # the batch of CIFAR-10; 512 for Tiny ImageNet
+_VGG16 = {"model": "vgg16", "spectral_norm": False, "activation": "relu"}
+_LARGE = {"small_images": False, "batch_size": 256}
+_NOT_THERE = "no such run in the paper"
+
+# benchmark and the rest of the name, settings, where it stands with L2 norm and without ("nol2"); None: not made
+_HAAS_RUNS: tuple[tuple[str, dict[str, Any], str | None, str | None], ...] = (
+    ("cifar10-60", _steps(60), "tables 1 to 4 and 8", "table 8"),
+    ("cifar10-100", _steps(100), _NOT_THERE, None),
+    ("cifar10-350", _steps(350), "table 4", "table 4"),
+    ("cifar10-resnet50-100", _RESNET50 | _steps(100), "tables 1, 2 and 4", None),
+    ("cifar10-resnet50-350", _RESNET50 | _steps(350), "table 4", "table 4"),
+    ("cifar10-vgg16-60", _VGG16 | _steps(60), "tables 2 and 4", None),
+    ("cifar10-vgg16-350", _VGG16 | _steps(350), None, "table 4, whose epochs are not told: as those of the ResNets"),
+    *((f"cifar100-{epochs}", _steps(epochs), f"{_NOT_THERE}, whose CIFAR-100 is table 7", None) for epochs in _STEPS),
+    (
+        "cifar100-resnet50-150",
+        _RESNET50 | {"epochs": 150, "milestones": (112, 135)},
+        "table 7, whose steps are not told: those of 100 epochs, in proportion",
+        None,
+    ),
+    ("cifar100-resnet50-350", _RESNET50 | _steps(350), None, "table 7"),
+    *((f"imagenet200-{epochs}", _LARGE | _steps(epochs), f"{_NOT_THERE}; batch 256", None) for epochs in _STEPS),
+    ("gtsrb-60", _steps(60), "table 5", "table 5"),
+    ("tin-60", _steps(60), "table 6", "table 6"),
+    ("tin-resnet50-60", _RESNET50 | _steps(60) | {"batch_size": 512}, "table 6", "table 6"),
+)
+
+_FINE_TUNED = {
+    "elogitnorm": f"{ELOGITNORM}, ImageNet-1K: 30 epochs from torchvision's IMAGENET1K_V1, 128 images on each of 2",
+    "logitnorm": f"{OPENOOD}, ImageNet-1K, with which {ELOGITNORM} compares: the same settings",
+    "ce": "the same with cross-entropy, for comparison; the papers' row is torchvision's weights as they are",
+}
+
+
 def _all_recipes() -> Iterable[TrainingRecipe]:
     for benchmark, base in BENCHMARKS.items():
         for method, settings in METHODS.items():
@@ -203,81 +238,25 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)
 
-    yield TrainingRecipe(
-        name="imagenet-finetune-elogitnorm",
-        source=f"{ELOGITNORM}, ImageNet-1K: 30 epochs from torchvision's weights IMAGENET1K_V1, 128 images on 2 GPUs",
-        benchmark="imagenet",
-        model="resnet50",
-        pretrained=True,
-        epochs=30,
-        learning_rate=1e-3,
-        n_processes=2,
-        **METHODS["elogitnorm"],
-    )
-    yield TrainingRecipe(
-        name="imagenet-finetune-ce",
-        source="the same with cross-entropy, for comparison",
-        benchmark="imagenet",
-        model="resnet50",
-        pretrained=True,
-        epochs=30,
-        learning_rate=1e-3,
-        n_processes=2,
-    )
-
-    for epochs in _STEPS:
-        yield replace(
-            _HAAS_RESNET, **_steps(epochs), name=f"cifar10-l2norm-{epochs}", source=f"{_A1}; tables 1, 4 and 8"
-        )
-        yield replace(
-            _HAAS_RESNET,
-            **_steps(epochs),
-            benchmark="cifar100",
-            name=f"cifar100-l2norm-{epochs}",
-            source=f"{_A1}; no such run in the paper, whose CIFAR-100 (table 7) is a ResNet-50 with 150 epochs",
-        )
-        yield replace(
-            _HAAS_RESNET,
-            **_steps(epochs),
-            benchmark="imagenet200",
-            small_images=False,
-            batch_size=256,
-            name=f"imagenet200-l2norm-{epochs}",
-            source=f"{_A1}; no such run in the paper; batch 256",
-        )
-    for epochs in (100, 350):
-        yield replace(
-            _HAAS_RESNET,
-            **_steps(epochs),
+    for method, source in _FINE_TUNED.items():
+        yield TrainingRecipe(
+            name=f"imagenet-finetune-{method}",
+            source=source,
+            benchmark="imagenet",
             model="resnet50",
-            batch_size=768,
-            name=f"cifar10-l2norm-resnet50-{epochs}",
-            source=f"{_A1}; tables 1 and 4",
+            pretrained=True,
+            epochs=30,
+            learning_rate=1e-3,
+            n_processes=2,
+            **METHODS[method],
         )
-    yield replace(
-        _HAAS_RESNET,
-        benchmark="cifar100",
-        model="resnet50",
-        batch_size=768,
-        epochs=150,
-        milestones=(112, 135),
-        name="cifar100-l2norm-resnet50-150",
-        source=f"{_A1}; table 7, whose steps are not told: those of 100 epochs, in proportion",
-    )
-    yield replace(
-        _HAAS_RESNET, **_steps(350), head="linear", name="cifar10-nol2-350", source=f"{_A1}; table 4, without L2"
-    )
-    yield replace(_HAAS_RESNET, head="linear", name="cifar10-nol2-60", source=f"{_A1}; table 8, without L2")
-    yield replace(
-        _HAAS_RESNET,
-        model="vgg16",
-        spectral_norm=False,
-        activation="relu",
-        name="cifar10-l2norm-vgg16-60",
-        source=f"{_A1}; tables 2 and 4",
-    )
-    yield replace(_HAAS_RESNET, benchmark="gtsrb", name="gtsrb-l2norm-60", source=f"{_A1}; table 5")
-    yield replace(_HAAS_RESNET, benchmark="tin", batch_size=512, name="tin-l2norm-60", source=f"{_A1}; table 6")
+
+    for name, settings, with_l2, without in _HAAS_RUNS:
+        benchmark, _, rest = name.partition("-")
+        for kind, head, where in (("l2norm", "l2norm", with_l2), ("nol2", "linear", without)):
+            if where is not None:
+                named = {"name": f"{benchmark}-{kind}-{rest}", "source": f"{_A1}; {where}", "head": head}
+                yield replace(_HAAS_RESNET, benchmark=benchmark, **settings, **named)
     yield replace(
         _HAAS_RESNET,
         head="linear",
@@ -289,37 +268,38 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         name="cifar10-logitnorm-plus",
         source=f"{HAAS}, table 1 (LogitNorm+); schedule of Wei et al., ICML 2022",
     )
-    yield TrainingRecipe(
-        name="cifar10-l2norm-cct",
-        source=f"{HAAS}, table 4: CCT-7/3x1 as its authors train it, without their RandAugment and mixup's end at 175",
-        benchmark="cifar10",
-        model="cct_7_3x1",
-        small_images=True,
-        head="l2norm",
-        epochs=300,
-        batch_size=128,
-        optimizer="adamw",
-        learning_rate=5.5e-4,
-        final_learning_rate=1e-5,
-        weight_decay=0.06,
-        warmup_epochs=10,
-        label_smoothing=0.1,
-        mixup=0.8,
-        cutmix=1.0,
-    )
-    yield TrainingRecipe(
-        name="cifar10-l2norm-convnext",
-        source=f"{HAAS}, table 4; A.1 says AdamW and one cosine; epochs, rate, decay and batch are ours",
-        benchmark="cifar10",
-        model="convnext_tiny",
-        small_images=True,
-        head="l2norm",
-        epochs=100,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        warmup_epochs=5,
-    )
+    for kind, head in (("l2norm", "l2norm"), ("nol2", "linear")):
+        yield TrainingRecipe(
+            name=f"cifar10-{kind}-cct",
+            source=f"{HAAS}, table 4: CCT-7/3x1 as its authors train it, without RandAugment and mixup's end at 175",
+            benchmark="cifar10",
+            model="cct_7_3x1",
+            small_images=True,
+            head=head,
+            epochs=300,
+            batch_size=128,
+            optimizer="adamw",
+            learning_rate=5.5e-4,
+            final_learning_rate=1e-5,
+            weight_decay=0.06,
+            warmup_epochs=10,
+            label_smoothing=0.1,
+            mixup=0.8,
+            cutmix=1.0,
+        )
+        yield TrainingRecipe(
+            name=f"cifar10-{kind}-convnext",
+            source=f"{HAAS}, table 4; A.1 says AdamW and one cosine; epochs, rate, decay and batch are ours",
+            benchmark="cifar10",
+            model="convnext_tiny",
+            small_images=True,
+            head=head,
+            epochs=100,
+            optimizer="adamw",
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            warmup_epochs=5,
+        )
 
     for method, settings in METHODS.items():
         yield TrainingRecipe(

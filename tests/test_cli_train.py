@@ -229,6 +229,24 @@ def test_stopped_saved_and_continued(signum, code, root, capsys, monkeypatch):
     assert_same_bits(final("run"), final("whole"))
 
 
+def test_a_download_that_fails(tmp_path, capsys, monkeypatch):
+    import torchvision
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    assert cli.main(arguments(tmp_path, "--download", "--out=run")) == 2
+    assert "CIFAR-10: the download failed (no network); get it from https://www.cs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_for_diagnostics_are_asked_for_before_the_first_epoch(root, tmp_path, capsys):
+    assert cli.main(arguments(root, "--diagnostics", "--out=run")) == 2
+    assert "Tiny ImageNet: missing in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- in processes of their own
 
 
@@ -279,10 +297,18 @@ def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_two_processes_train_as_one(root, tmp_path):
-    """Half the batch on each of two: the weights of one process with the whole batch, and the same on both."""
+    """Half the batch on each of two: the weights of one process with the whole batch, and the same on both. One of them
+    fetches the images.
+    """
     assert cli.main(arguments(root, "--out=one", "--quiet")) == 0
-    finished = torchrun(*arguments(root, "--out=two", batch_size=8), OOD_FAST_TEST_WEIGHTS="1")
+    (fetched := tmp_path / "fetched").mkdir()
+    finished = torchrun(
+        *arguments(fetched, "--out=two", "--download", batch_size=8),
+        OOD_FAST_TEST_WEIGHTS="1",
+        OOD_FAST_TEST_DOWNLOAD=f"{N_IMAGES}:40",
+    )
     assert finished.returncode == 0, finished.stderr
+    assert (fetched / "asked").read_text() == "rank 0\n"
     assert finished.stdout.count("Trained 2 epochs") == 1
     first, second = (torch.load(tmp_path / "two" / f"weights of rank {rank}.pt") for rank in (0, 1))
     assert_same_bits(first, second)

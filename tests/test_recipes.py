@@ -76,6 +76,10 @@ def test_fine_tuning_on_imagenet():
     recipe = RECIPES["imagenet-finetune-elogitnorm"]
     assert (recipe.model, recipe.pretrained, recipe.epochs, recipe.learning_rate) == ("resnet50", True, 30, 1e-3)
     assert (recipe.batch_size, recipe.n_processes) == (128, 2)
+    assert difference("imagenet-finetune-elogitnorm", "imagenet-finetune-logitnorm") == {
+        "loss": ("elogitnorm", "logitnorm"),
+        "average": ("classes", "boundaries"),
+    }
 
 
 def test_haas_et_al_appendix_a1():
@@ -86,8 +90,26 @@ def test_haas_et_al_appendix_a1():
         assert (recipe.spectral_norm, recipe.activation, recipe.small_images) == (True, "leaky_relu", True)
         assert (recipe.head, recipe.head_tau) == ("l2norm", None)
     assert RECIPES["cifar10-l2norm-resnet50-100"].batch_size == 768
+    assert RECIPES["tin-l2norm-resnet50-60"].batch_size == 512
+    assert RECIPES["tin-l2norm-60"].batch_size == 1024
+    vgg = RECIPES["cifar10-l2norm-vgg16-60"]
+    assert (vgg.spectral_norm, vgg.activation, vgg.milestones) == (False, "relu", (40, 50))  # "all ResNet models use"
     plus = RECIPES["cifar10-logitnorm-plus"]
     assert (plus.loss, plus.head, plus.batch_size, plus.spectral_norm) == ("logitnorm", "linear", 128, True)
+
+
+LONGER = {  # trained for longer without L2 than with it
+    "cifar10-nol2-vgg16-350": "cifar10-l2norm-vgg16-60",
+    "cifar100-nol2-resnet50-350": "cifar100-l2norm-resnet50-150",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "-nol2-" in name])
+def test_without_l2_nothing_else_differs(name):
+    found = difference(LONGER.get(name, name.replace("nol2", "l2norm")), name)
+    if name in LONGER:
+        assert (found.pop("epochs")[1], found.pop("milestones")[1]) == (350, [150, 250])
+    assert found == {"head": ("l2norm", "linear")}
 
 
 @pytest.mark.parametrize("method", recipes.LOSSES)

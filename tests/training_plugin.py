@@ -1,13 +1,15 @@
 """For `--plugin` in a process of its own: the tiny models, and deaths at a chosen step.
 
-`OOD_FAST_TEST_SIGNAL=SIGKILL:2:3` sends the process of the highest rank that signal in epoch 2 before step 3 (from 1);
-with `OOD_FAST_TEST_WEIGHTS` each rank leaves its weights in the folder of the run.
+`OOD_FAST_TEST_SIGNAL=SIGKILL:2:3` sends the process of the highest rank that signal in epoch 2 before step 3 (from 1).
+With `OOD_FAST_TEST_WEIGHTS` each rank leaves its weights in the folder of the run. `OOD_FAST_TEST_DOWNLOAD=70:40` stands
+for the network that CIFAR-10 comes from, with so many images, and notes who asked.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 from tiny_models import TINY
@@ -36,3 +38,14 @@ if "OOD_FAST_TEST_WEIGHTS" in os.environ:
         torch.save(run.model.state_dict(), run.out / f"weights of rank {run.rank}.pt")
 
     loop.Run.train = train_and_tell
+
+if "OOD_FAST_TEST_DOWNLOAD" in os.environ:
+    import torchvision
+    from test_data import write_cifar10
+
+    def download(root, **_):
+        write_cifar10(Path(root), *map(int, os.environ["OOD_FAST_TEST_DOWNLOAD"].split(":")))
+        with open(Path(root, "asked"), "a") as file:
+            file.write(f"rank {os.environ['RANK']}\n")
+
+    torchvision.datasets.CIFAR10 = download

@@ -12,9 +12,10 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import RunError, device, import_plugins, machine, processes, refusal, versions
+from .common import Process, RunError, device, import_plugins, machine, processes, refusal, versions
 
 if TYPE_CHECKING:
+    from ..data import ImageBenchmark
     from ..recipes import TrainingRecipe
     from ..train import Run
 
@@ -89,6 +90,8 @@ def run(options: argparse.Namespace, command: str) -> None:
             image_size=options.image_size,
             seed=options.seed,
         )
+        if options.download:
+            _download(benchmark, options.diagnostics, process)
         progress = Progress(options, process.size)
         training = Run(
             recipe,
@@ -142,6 +145,24 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal(f"--out: got {options.out!r}, expected a folder")
     if options.tensorboard and util.find_spec("tensorboard") is None:
         raise refusal("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
+
+
+def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) -> None:
+    """What training reads is fetched by one process, while the others wait; its error reaches all of them."""
+    from .. import checks
+
+    error = [None]
+    if process.rank == 0:
+        try:
+            _ = benchmark.train, benchmark.validation, diagnostics and benchmark.validation_ood
+        except checks.UserError as missing:
+            error = [str(missing)]
+    if process.size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(error, 0)
+    if error[0] is not None:
+        raise refusal(error[0])
 
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:

@@ -62,8 +62,9 @@ _IMAGENET = {
     "openood_images": "images_largescale",
 }
 
-# The first four are OpenOOD's (v1.5), sets, sizes and statistics; `gtsrb` and `tin` are trained on by Haas et al.
-# (TMLR 2024, tables 5 and 6), whose statistics are not told: these are the channels' own over the training images.
+# The first four are OpenOOD's (v1.5), sets, sizes and statistics. `gtsrb` and `tin` are trained on by Haas et al. (TMLR
+# 2024, tables 5 and 6), who tell the OOD sets and nothing more: what is near and far, the sizes and the images for
+# validation are ours. Their statistics are those in common use and were not counted again: check them if they matter.
 SPECS = {
     "cifar10": Spec(
         "CIFAR-10",

@@ -343,8 +343,8 @@ def _folder_names(names: Sequence[str], labels: Sequence[int], n_classes: int) -
 class DataSet:
     """`read(root, split, title, where)` gives the images; `download(root, split)` fetches them, if anything can.
 
-    `n_held_out` images of the test split make the split "val"; "test" is the rest. The sizes are OpenOOD's; which
-    images its lists hold only the lists know.
+    `n_held_out` images of the test split make the split "val"; "test" is the rest. The sizes are OpenOOD's (that of
+    GTSRB, which it does not have, is ours); which images its lists hold only the lists know.
     """
 
     title: str

@@ -129,6 +129,8 @@ class Run:
         self.channels_last, self.compile, self.sync_bn = channels_last, compile, sync_bn
         self.keep_every, self.save_minutes = keep_every, save_minutes
         self.diagnose = _diagnostics() if diagnostics else None
+        if diagnostics:  # read now: not after an epoch is it told that they are missing
+            _ = benchmark.fit, benchmark.validation_ood
         self.context, self.watcher = dict(context or {}), watcher or Watcher()
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
