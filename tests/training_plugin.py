@@ -1,8 +1,8 @@
 """For `--plugin` in a process of its own: the tiny models, and deaths at a chosen step.
 
 `OOD_FAST_TEST_SIGNAL=SIGKILL:2:3` sends the process of the highest rank that signal in epoch 2 before step 3 (from 1).
-With `OOD_FAST_TEST_WEIGHTS` each rank leaves its weights in the folder of the run. `OOD_FAST_TEST_DOWNLOAD=70:40` stands
-for the network that CIFAR-10 comes from, with so many images, and notes who asked.
+With `OOD_FAST_TEST_WEIGHTS` each rank leaves its weights in the folder of the run. `OOD_FAST_TEST_DOWNLOAD=70:40` is
+the network that CIFAR-10 comes from, with so many images, and notes who asked.
 """
 
 from __future__ import annotations
