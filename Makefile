@@ -25,7 +25,7 @@ format:  ## mend what can be mended of it
 	ruff check --fix .
 	ruff format .
 
-bench:  ## ours beside the reference and cross-entropy, under a minute
+bench:  ## ours beside the reference and cross-entropy, under four minutes
 	$(PYTHON) -m pytest bench/ --benchmark-only
 
 compare:  ## the main job: losses × detectors on real digits, with a report in runs/compare-digits/
