@@ -47,6 +47,56 @@ def test_auroc_and_aupr_are_those_of_openood(id_scores, ood_scores):
     assert metrics.aupr(id_scores, ood_scores) == pytest.approx(sk.auc(recall_out, precision_out), abs=1e-12)
 
 
+def compute_all_metrics(id_scores: torch.Tensor, ood_scores: torch.Tensor) -> dict[str, float]:
+    """OpenOOD's function of that name (v1.5, openood/evaluators/metrics.py), but for the accuracy: OOD is positive and
+    the confidence negated for the ROC curve, whose first point with 95 % recall counts; all areas are trapezoids."""
+    is_ood, confidence = as_openood(id_scores, ood_scores)
+    false_positive_rate, true_positive_rate, _ = sk.roc_curve(is_ood, -confidence)
+    precision_in, recall_in, _ = sk.precision_recall_curve(1 - is_ood, confidence)
+    precision_out, recall_out, _ = sk.precision_recall_curve(is_ood, -confidence)
+    return {
+        "auroc": sk.auc(false_positive_rate, true_positive_rate),
+        "fpr95_ood_positive": false_positive_rate[np.argmax(true_positive_rate >= 0.95)],
+        "aupr_in": sk.auc(recall_in, precision_in),
+        "aupr_out": sk.auc(recall_out, precision_out),
+    }
+
+
+def drawn_samples(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 to 150 scores a set; with odd seeds, few distinct ones."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 150, 2)
+    if seed % 2:
+        return tuple(torch.from_numpy(random.integers(0, 1 + seed % 7, size).astype(float)) for size in sizes)
+    return torch.from_numpy(random.normal(1, 1, sizes[0])), torch.from_numpy(random.normal(0, 2, sizes[1]))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_detection_is_openoods_compute_all_metrics(seed):
+    id_scores, ood_scores = drawn_samples(seed)
+    found = metrics.detection(id_scores, ood_scores)
+    other_convention = found.pop("fpr95_id_positive")
+    assert found == pytest.approx(compute_all_metrics(id_scores, ood_scores), abs=1e-9)
+    assert other_convention == metrics.fpr_at_tpr(id_scores, ood_scores, positive="id")
+
+
+@samples
+def test_detection_of_ties_and_corners_is_openoods(id_scores, ood_scores):
+    found = metrics.detection(id_scores, ood_scores)
+    expected = compute_all_metrics(id_scores, ood_scores)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_tied_scores_can_move_openoods_fpr95():
+    """Along a straight piece of the ROC curve scikit-learn keeps the ends alone, and 95 % may lie between them."""
+    id_scores = torch.arange(1.0, 21).repeat_interleave(5)
+    ood_scores = torch.arange(1.0, 21).repeat_interleave(5)
+    assert metrics.fpr_at_tpr(id_scores, ood_scores) == pytest.approx(0.95)
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, drop_intermediate=True) == 1.0
+    assert compute_all_metrics(id_scores, ood_scores)["fpr95_ood_positive"] == 1.0
+    assert metrics.detection(id_scores, ood_scores)["fpr95_ood_positive"] == 1.0
+
+
 @samples
 def test_fpr95_is_the_first_roc_point_of_openood(id_scores, ood_scores):
     labels, confidence = as_openood(id_scores, ood_scores)
@@ -129,6 +179,71 @@ def test_ece_of_certain_and_right_is_zero_and_of_certain_and_wrong_is_one():
 def test_accuracy():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [3.0, 2.0]])
     assert metrics.accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.75
+
+
+# ---- intervals
+
+
+@pytest.mark.parametrize("name", ["continuous", "ties", "apart"])
+def test_bootstrap_is_the_metrics_of_each_drawn_sample(name):
+    """A plain loop: the images that each draw holds, as often as it holds them, and the metrics of these samples."""
+    id_scores, ood_scores = (scores.double() for scores in SAMPLES[name])
+    draws = metrics.Bootstrap(20, seed=3)
+    found = draws.detection(draws.below(id_scores, "id"), draws.below(ood_scores, "far"))
+    counts = {set_name: draws.counts(set_name, len(s)) for set_name, s in (("id", id_scores), ("far", ood_scores))}
+    for draw in range(20):
+        inside, outside = (
+            torch.tensor([value for value, n in zip(scores.tolist(), row.tolist(), strict=True) for _ in range(n)])
+            for scores, row in ((id_scores, counts["id"][draw]), (ood_scores, counts["far"][draw]))
+        )
+        assert (len(inside), len(outside)) == (len(id_scores), len(ood_scores))
+        expected = {
+            "auroc": metrics.auroc(inside, outside),
+            "fpr95_ood_positive": metrics.fpr_at_tpr(inside, outside, positive="ood"),
+            "fpr95_id_positive": metrics.fpr_at_tpr(inside, outside, positive="id"),
+            "aupr_in": metrics.aupr(inside, outside, positive="id"),
+            "aupr_out": metrics.aupr(inside, outside, positive="ood"),
+        }
+        assert {metric: values[draw].item() for metric, values in found.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_draws_are_with_replacement_and_paired():
+    draws, again = metrics.Bootstrap(300, seed=1), metrics.Bootstrap(300, seed=1)
+    counts = draws.counts("id", 50).double()
+    assert (counts.sum(dim=1) == 50).all()
+    assert counts.mean(dim=0).sub(1).abs().max() < 0.3  # 5 standard errors of 300 draws: 0.29
+    assert counts.var(dim=0).mean().item() == pytest.approx(1 - 1 / 50, abs=0.05)  # as of a multinomial
+    assert torch.equal(counts, again.counts("id", 50).double())
+    assert not torch.equal(counts, draws.counts("far", 50).double())
+    assert not torch.equal(counts, metrics.Bootstrap(300, seed=2).counts("id", 50).double())
+
+
+def test_bootstrap_of_means_and_calibration_is_that_of_a_loop():
+    confidence = torch.rand(40, dtype=torch.float64)
+    right = torch.rand(40) < confidence
+    draws = metrics.Bootstrap(10)
+    means, errors = draws.mean(right, "id"), draws.calibration_error(confidence, right, "id")
+    for draw, row in enumerate(draws.counts("id", 40).tolist()):
+        rows = [index for index, n in enumerate(row) for _ in range(n)]
+        assert means[draw].item() == pytest.approx(right[rows].double().mean().item())
+        expected = ece_by_loop(confidence[rows].tolist(), right[rows].tolist())
+        assert errors[draw].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_of_many_images_takes_every_kth_point():
+    """Above `POINTS` distinct scores the curve has fewer points, and the metrics hardly change."""
+    id_scores, ood_scores = torch.randn(30_000, dtype=torch.float64) + 1, torch.randn(20_000, dtype=torch.float64)
+    draws = metrics.Bootstrap(3)
+    coarse = draws.detection(draws.below(id_scores, "id"), draws.below(ood_scores, "far"))
+    draws.POINTS = 1 << 20
+    exact = draws.detection(draws.below(id_scores, "id"), draws.below(ood_scores, "far"))
+    for metric, values in exact.items():
+        assert (coarse[metric] - values).abs().max() < 1e-3, metric
+
+
+def test_percentile_interval():
+    assert metrics.percentile_interval(torch.arange(101.0)) == pytest.approx((2.5, 97.5))
+    assert metrics.percentile_interval(torch.arange(101.0), 0.5) == pytest.approx((25, 75))
 
 
 @pytest.mark.parametrize(
