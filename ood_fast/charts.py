@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 WIDTH, HEIGHT = 360, 250  # in the units of the text, which is 11 high
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 36
 COLORS = 8  # --c0 to --c7 of the style; further series repeat them, dashed
+INK = -1  # the colour of text
 
 STYLE = """
 :root { --c0: #0072b2; --c1: #e08e00; --c2: #009e73; --c3: #d55e00; --c4: #9467bd; --c5: #7a7a7a; --c6: #c2185b;
@@ -22,6 +23,7 @@ STYLE = """
 }
 .k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color: var(--c3); }
 .k4 { color: var(--c4); } .k5 { color: var(--c5); } .k6 { color: var(--c6); } .k7 { color: var(--c7); }
+.ink { color: var(--ink); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 1.6rem; }
 figure { margin: 0; min-width: 0; display: flex; flex-direction: column; }
 figcaption { font-size: .9rem; font-weight: 600; overflow-wrap: anywhere; }
@@ -35,6 +37,7 @@ svg .line { stroke: currentColor; fill: none; stroke-width: 1.6; stroke-linejoin
 svg .dashed { stroke-dasharray: 5 3; } svg .guide { stroke: var(--soft); stroke-dasharray: 2 3; fill: none; }
 svg .area { fill: currentColor; fill-opacity: .14; } svg .points { stroke: currentColor; stroke-linecap: round;
   stroke-opacity: .55; stroke-width: 3; fill: none; }
+svg .crosses { stroke: currentColor; stroke-width: .8; stroke-opacity: .6; fill: none; }
 svg .region { fill: currentColor; fill-opacity: .16; stroke: var(--paper); stroke-width: 1; }
 """
 
@@ -45,8 +48,8 @@ class Series:
 
     Attributes:
         xs, ys: numbers; where either is not finite, nothing is drawn. Of "steps", xs are the n + 1 edges.
-        kind: "line", "points", or "steps".
-        color: number of the colour; as the position among the series if None.
+        kind: "line", "points", "crosses", or "steps".
+        color: number of the colour, or `INK`; as the position among the series if None.
         listed: whether the legend names it.
     """
 
@@ -98,7 +101,7 @@ class Chart:
         parts = [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(self.title)}">',
             *(
-                f'<polygon class="region k{number % COLORS}" points="'
+                f'<polygon class="region {_color(number)}" points="'
                 + " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
                 + '"/>'
                 for number, corners in self.regions
@@ -132,12 +135,12 @@ class Chart:
         named = [(index if s.color is None else s.color, s.name) for index, s in enumerate(self.series) if s.listed]
         if len(named) < 2:
             return ""
-        spans = (f"<span class=k{number % COLORS}><b>{html.escape(name)}</b></span>" for number, name in named)
+        spans = (f"<span class={_color(number)}><b>{html.escape(name)}</b></span>" for number, name in named)
         return f"<div class=legend>{''.join(spans)}</div>"
 
 
 def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
-    dashed = " dashed" if number >= COLORS else ""
+    color, dashed = _color(number), " dashed" if number >= COLORS else ""
     if series.kind == "steps":
         floor = y_axis.at(y_axis.low)
         path, last = f"M{x_axis.at(series.xs[0]):.1f} {floor:.1f}", x_axis.at(series.xs[-1])
@@ -145,20 +148,26 @@ def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
             at = y_axis.at(y) if y_axis.takes(y) else floor
             path += f"L{x_axis.at(left):.1f} {at:.1f}H{x_axis.at(right):.1f}"
         path += f"L{last:.1f} {floor:.1f}"
-        return f'<path class="area k{number % COLORS}" d="{path}"/><path class="line k{number % COLORS}" d="{path}"/>'
+        return f'<path class="area {color}" d="{path}"/><path class="line {color}" d="{path}"/>'
     places: list[list[str]] = [[]]  # a piece ends where a number is missing
     for x, y in zip(series.xs, series.ys, strict=True):
         if x_axis.takes(x) and y_axis.takes(y):
             places[-1].append(f"{x_axis.at(x):.1f} {y_axis.at(y):.1f}")
         elif places[-1]:
             places.append([])
-    if series.kind == "points":
-        path = "".join(f"M{place}h0" for piece in places for place in piece)
-        return f'<path class="points k{number % COLORS}" d="{path}"/>'
+    if series.kind in ("points", "crosses"):
+        mark = "h0" if series.kind == "points" else "m-2 -2l4 4m0 -4l-4 4"
+        path = "".join(f"M{place}{mark}" for piece in places for place in piece)
+        return f'<path class="{series.kind} {color}" d="{path}"/>'
     path = "".join("M" + "L".join(piece) for piece in places if piece)
     alone = "".join(f"M{piece[0]}h0" for piece in places if len(piece) == 1)
-    dots = f'<path class="points k{number % COLORS}" d="{alone}"/>' if alone else ""
-    return f'<path class="line{dashed} k{number % COLORS}" d="{path}"/>{dots}'
+    dots = f'<path class="points {color}" d="{alone}"/>' if alone else ""
+    return f'<path class="line{dashed} {color}" d="{path}"/>{dots}'
+
+
+def _color(number: int) -> str:
+    """The class of the style."""
+    return "ink" if number == INK else f"k{number % COLORS}"
 
 
 @dataclass(frozen=True)

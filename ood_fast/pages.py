@@ -36,6 +36,10 @@ th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 section { min-width: 0; } summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }
+thead button { all: unset; cursor: pointer; font: inherit; } thead button:focus-visible { outline: 2px solid; }
+thead button::after { content: " ↕"; opacity: .45; } [aria-sort] button::after { opacity: 1; }
+[aria-sort=descending] button::after { content: " ↓"; } [aria-sort=ascending] button::after { content: " ↑"; }
+.notes { margin: .4rem 0; padding-left: 1.2rem; font-size: .92rem; overflow-wrap: anywhere; }
 code, pre { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem; border: 1px solid var(--line);
   border-radius: 6px; }

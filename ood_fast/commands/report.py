@@ -1,0 +1,87 @@
+"""`ood-fast report`: one page about trained runs, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .common import Bar, RunError, device, import_plugins, machine, refusal, versions
+
+
+def add(commands: Any) -> None:
+    """The parser of the command."""
+    parser = commands.add_parser(
+        "report",
+        help="one page about trained runs: training, evaluation, diagnostics of the features",
+        description="Write a page, one HTML file, about runs of `ood-fast train`, side by side: settings, training "
+        "curves, what `ood-fast evaluate` found, and diagnostics of the features that it keeps. No model is run, but "
+        "with --feature-change.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder of `ood-fast train`, one with such runs as s0, s1, ..., or a results folder of `ood-fast "
+        "evaluate`, for the runs in it",
+    )
+    parser.add_argument("--out", metavar="FILE", help="(default: RUN/report.html; with several RUNs report.html here)")
+    change = parser.add_argument_group("change of the features by norm (Haas et al., eq. 8)")
+    change.add_argument(
+        "--feature-change",
+        action="store_true",
+        help="run the model of each checkpoint in RUN/epochs (train --keep-every) over the ID test images; kept for "
+        "later reports",
+    )
+    change.add_argument("--data-root", metavar="DIR", help="(default: the folder that the run was trained from)")
+    change.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    change.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    workers = min(4, os.cpu_count() or 1)
+    change.add_argument("--workers", type=int, default=workers, metavar="N", help="loading processes")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import own models and detectors from it"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise refusal(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least {least}")
+    from .. import run_report
+
+    import_plugins(options.plugin)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    records = run_report.open_records(options.runs)
+    default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()
+    file = run_report.check_file(default / "report.html" if options.out is None else options.out)
+
+    def progress(what: str, total: int) -> Bar:
+        return Bar(what, total, options.quiet)
+
+    if options.feature_change:
+        where = device(options.device)
+        for record in records:
+            run_report.measure_change(
+                record,
+                options.data_root,
+                device=where,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                progress=progress,
+            )
+    run_report.diagnose(records, progress)
+    context = {"command": command, "started": started, "versions": versions(), "machine": machine()}
+    try:
+        run_report.write(file, records, context)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror or error}") from error
+    if not options.quiet:
+        for record in records:
+            for note in record.missing:
+                print(f"not in the report: {record.name}: {note}", file=sys.stderr)
+        print(f"The report is in {file}")

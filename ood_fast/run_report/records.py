@@ -1,0 +1,370 @@
+"""What trained runs left on the disk. Nothing here runs a model but `measure_change`.
+
+records = open_records(["runs/cifar10-ce/s0", "runs/cifar10-elogitnorm/s0"])
+diagnose(records)            # from the features that `ood-fast evaluate` keeps; itself kept beside them
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks, evaluation
+from ..data import open_benchmark
+from ..diagnostics import Diagnosis, FeatureChange, feature_change
+from ..diagnostics import diagnose as diagnose_chunks
+from ..diagnostics.collapse import Chunk
+from ..evaluation.cache import Outputs
+from ..evaluation.run import FIT, TEST, VALIDATION, VALIDATION_OOD
+from ..training.folder import DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
+
+Progress = Callable[[str, int], Any]
+Columns = dict[str, list[float]]
+RESULTS = "results.json"  # of an evaluation
+DIAGNOSIS = "ood_fast diagnosis of features 1"  # part of the name of a kept one: another way to compute is another name
+CHANGE = "ood_fast change of features 1"
+
+
+def no_progress(what: str, total: int) -> Any:
+    return nullcontext()
+
+
+@dataclass
+class Evaluated:
+    """What an evaluation found of one run.
+
+    Attributes:
+        folder: of the evaluation. results: its results.json. run: the part of it that is about this run.
+        diagnosis: None until `diagnose`, or where the features are gone.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    run: dict[str, Any]
+    diagnosis: Diagnosis | None = None
+
+
+@dataclass
+class Record:
+    """What is known of one run.
+
+    Attributes:
+        name: what the report calls it; no two have the same.
+        path: its folder; None for a run that an evaluation tells of, whose folder is gone.
+        info: run.json, or nothing.
+        log, by_epoch: the columns of log.csv and of diagnostics.csv, or nothing.
+        evaluated: by benchmark.
+        change: of the features from checkpoint to checkpoint, and the epoch of each; None if it was not measured.
+        missing: what the report cannot show, and how to get it.
+    """
+
+    name: str
+    path: Path | None
+    info: dict[str, Any] = field(default_factory=dict)
+    log: Columns = field(default_factory=dict)
+    by_epoch: Columns = field(default_factory=dict)
+    evaluated: dict[str, Evaluated] = field(default_factory=dict)
+    change: FeatureChange | None = None
+    change_epochs: list[int] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The settings of the training, or nothing."""
+        told = (evaluated.run.get("recipe") for evaluated in self.evaluated.values())
+        return self.info.get("recipe") or next((recipe for recipe in told if recipe), {})
+
+
+# ---- finding what is there
+
+
+def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
+    """The runs that `paths` mean.
+
+    Args:
+        paths: folders of `ood-fast train`, with the evaluations below their `eval/`; folders with such runs as s0/,
+            s1/, ...; folders that `ood-fast evaluate` wrote, for the runs it was about. A run is taken once.
+
+    Raises:
+        UserError: a folder is missing or is none of these, or a file in it cannot be read.
+    """
+    found: dict[str, Record] = {}
+    for given in paths:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise checks.UserError(f"{given}: no such folder, expected one of `ood-fast train` or `ood-fast evaluate`")
+        if (folder / RESULTS).is_file():
+            results = evaluation.read(folder)
+            runs = [(_folder_of(run), run["run"]) for run in results["runs"]]
+            evaluations = [(folder, results)]
+        else:
+            runs = [(Path(path), path) for path in evaluation.paths_of(folder)]
+            evaluations = list(_evaluations(folder))
+        for path, name in runs:
+            key = str(path.resolve()) if path else name
+            record = found.setdefault(key, _read(path, name))
+            own = list(_evaluations(path)) if path and path != folder else []
+            for where, results in (*evaluations, *own):
+                run = _entry(results, path, name, where)
+                if run is not None and results["benchmark"] not in record.evaluated:
+                    record.evaluated[results["benchmark"]] = Evaluated(where, results, run)
+            if not record.info and not record.evaluated:
+                raise checks.UserError(
+                    f"{path}: neither a run of `ood-fast train` ({RUN}) nor evaluated (eval/); expected one of them"
+                )
+    records = list(found.values())
+    for record, name in zip(records, _short_names([record.name for record in records]), strict=True):
+        record.name = name
+        record.missing += _missing(record)
+    return records
+
+
+def _read(path: Path | None, name: str) -> Record:
+    record = Record(name, path)
+    if path is not None:
+        record.info = read_info(path) if (path / RUN).is_file() else {}
+        record.log, record.by_epoch = _columns(path / LOG), _columns(path / DIAGNOSTICS)
+        _read_change(record)
+    return record
+
+
+def _columns(file: Path) -> Columns:
+    """The columns of a table of numbers; nothing if it is not there. What is empty is NaN."""
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        return {name: [float(row[name] or math.nan) for row in rows] for name in (rows[0] if rows else ())}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a row with too many or too few entries
+        raise checks.UserError(f"{file}: cannot be read as a table of numbers ({error})") from error
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for file in sorted(folder.glob(f"eval/*/{RESULTS}")):
+        yield file.parent, evaluation.read(file.parent)
+
+
+def _folder_of(run: Mapping[str, Any]) -> Path | None:
+    """The folder of a run that an evaluation names; None if it is no longer there (seen from here)."""
+    folders = (Path(run["run"]).expanduser(), Path(run["checkpoint"]).expanduser().parent)
+    return next((folder for folder in folders if (folder / RUN).is_file()), None)
+
+
+def _entry(results: Mapping[str, Any], path: Path | None, name: str, where: Path) -> dict[str, Any] | None:
+    """What results.json, in the folder `where`, says of a run. Folders that were moved are known by their names."""
+    runs = results["runs"]
+    if path is not None:
+        same = [run for run in runs if Path(run["run"]).expanduser().resolve() == path.resolve()]
+        if not same and path in where.parents:  # RUN/eval/BENCHMARK
+            same = runs if len(runs) == 1 else []
+        same = same or [run for run in runs if Path(run["run"]).name == path.name]
+    else:
+        same = [run for run in runs if run["run"] == name]
+    return same[0] if len(same) == 1 else None
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart; of a seed's folder (s0) the one above too."""
+    parts = [Path(name).resolve().parts if Path(name).exists() else Path(name).parts for name in names]
+
+    def shortened(length: int) -> list[str]:
+        kept = [p[-max(length, 2 if p and p[-1][:1] == "s" and p[-1][1:].isdigit() else 1) :] for p in parts]
+        return ["/".join(part.strip("/") for part in of) for of in kept]
+
+    longest = max(map(len, parts))
+    candidates = map(shortened, range(1, longest + 1))
+    return next((short for short in candidates if len(set(short)) == len(short)), list(names))
+
+
+def _missing(record: Record) -> list[str]:
+    found = []
+    if not record.info:
+        found.append("training curves: there is no run.json, `ood-fast train` did not train it here")
+    elif not record.log.get("epoch"):
+        found.append("training curves: no epoch is complete")
+    elif not record.by_epoch.get("epoch"):
+        found.append("diagnostics by epoch: train with --diagnostics")
+    if not record.evaluated:
+        found.append(f"evaluation and diagnostics: run {_evaluate_command(record)}")
+    if record.info and record.change is None:
+        again = f"ood-fast report {shlex.quote(str(record.path))} --feature-change"
+        if len(_checkpoints(record.path)) < 2:
+            again = f"train with --keep-every 1, then {again}"
+        found.append(f"change of the features by norm (it runs the model of each checkpoint): {again}")
+    return found
+
+
+def _evaluate_command(record: Record) -> str:
+    data, arguments = record.info.get("data", {}), []
+    if data.get("root"):
+        arguments += ["--data-root", data["root"]]
+    if data.get("layout", "auto") != "auto":
+        arguments += ["--layout", data["layout"]]
+    if data.get("image_size"):
+        arguments += ["--image-size", str(data["image_size"])]
+    for plugin in record.info.get("plugins", ()):
+        arguments += ["--plugin", plugin]
+    return shlex.join(["ood-fast", "evaluate", str(record.path), *arguments])
+
+
+# ---- diagnoses, from the cached features
+
+
+def diagnose(records: Sequence[Record], progress: Progress = no_progress) -> None:
+    """The `Diagnosis` of each run on each benchmark that it was evaluated on, from the features in the cache of the
+    evaluation. What was found is kept there too: the next report reads it. Where it cannot be, `missing` says why.
+    """
+    for record in records:
+        for benchmark, evaluated in record.evaluated.items():
+            try:
+                outputs = _outputs(record, evaluated)
+                evaluated.diagnosis = _kept(outputs) or _diagnosed(outputs, f"{record.name} on {benchmark}", progress)
+            except checks.UserError as error:
+                again = evaluated.results["command"]
+                record.missing.append(f"diagnostics on {benchmark}: {error}; to make them again: {again}")
+            except (ValueError, FloatingPointError) as error:
+                record.missing.append(f"diagnostics on {benchmark}: {error}")
+
+
+def _outputs(record: Record, evaluated: Evaluated) -> dict[str, Path]:
+    """The folder of the cache of each set, which may have been moved with the run; UserError if one is not there."""
+    folders = {}
+    if FIT not in evaluated.run["outputs"]:
+        raise checks.UserError("evaluated from stored features, not from a run")
+    for name, told in evaluated.run["outputs"].items():
+        if name in (VALIDATION, VALIDATION_OOD):
+            continue
+        below = Path(*Path(told).parts[-2:])
+        own = [] if record.path is None else [record.path / "cache" / below]
+        places = [Path(told), *own, evaluated.folder.parent.parent / "cache" / below]
+        folders[name] = next((place for place in places if place.is_dir()), None)
+        if folders[name] is None:
+            raise checks.UserError(f"the features of {name} are no longer in {told}")
+    return folders
+
+
+def _kept_file(outputs: Mapping[str, Path]) -> Path:
+    """The names of folders in the cache stand for the weights of the model and the images of the sets."""
+    key = hashlib.sha256(repr([DIAGNOSIS, *((name, path.name) for name, path in outputs.items())]).encode())
+    return outputs[FIT].parent / f"diagnosis-{key.hexdigest()[:16]}.npz"
+
+
+def _kept(outputs: Mapping[str, Path]) -> Diagnosis | None:
+    file = _kept_file(outputs)
+    try:
+        return Diagnosis.load(file) if file.is_file() else None
+    except checks.UserError:  # damaged, or of another version: computed anew
+        return None
+
+
+def _diagnosed(folders: Mapping[str, Path], what: str, progress: Progress) -> Diagnosis:
+    outputs = {name: evaluation.read_outputs(folder) for name, folder in folders.items()}
+    weight, bias = evaluation.read_head(folders[FIT])
+    with progress(f"diagnosing {what}", sum(map(len, outputs.values()))) as bar:
+        chunks = {name: _counted(part, bar) for name, part in outputs.items()}
+        train, test = chunks.pop(FIT), chunks.pop(TEST)
+        found = diagnose_chunks(train, test, chunks, (weight, bias))
+    with suppress(OSError):  # a cache that cannot be written: it is computed again the next time
+        found.save(_kept_file(folders))
+    return found
+
+
+def _counted(outputs: Outputs, bar: Any) -> Iterator[Chunk]:
+    for chunk in outputs.chunks():
+        yield chunk
+        if bar is not None:
+            bar.advance(len(chunk[0]))
+
+
+# ---- change of the features; this one runs models
+
+
+def measure_change(
+    record: Record,
+    data_root: str | os.PathLike | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> None:
+    """`feature_change` over the checkpoints in `RUN/epochs`, on the ID test images (Haas et al., fig. 3, centre), kept
+    in `RUN/cache`.
+
+    Args:
+        data_root: None: the folder that the run was trained from.
+
+    Raises:
+        UserError: fewer than two checkpoints; images or checkpoints cannot be read.
+    """
+    if record.path is None or not record.info:
+        raise checks.UserError(f"{record.name}: no run of `ood-fast train`; its checkpoints cannot be opened")
+    files = _checkpoints(record.path)
+    if len(files) < 2:
+        raise checks.UserError(
+            f"{record.path / EPOCHS}: got {len(files)} checkpoints, expected two or more; train with --keep-every 1"
+        )
+    data = record.info.get("data", {})
+    benchmark = open_benchmark(
+        record.info["benchmark"],
+        data_root or data.get("root"),
+        layout=data.get("layout", "auto"),
+        image_size=data.get("image_size"),
+        seed=record.info.get("seed", 0),
+    )
+    loader = torch.utils.data.DataLoader(benchmark.test, batch_size, num_workers=workers)
+    with progress(f"change of the features of {record.name}", len(files)) as bar:
+
+        def models() -> Iterator[torch.nn.Module]:
+            for file in files:
+                yield load_run(record.path, f"{EPOCHS}/{file.name}")[0].to(device)
+                if bar is not None:
+                    bar.advance(1)
+
+        record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, files))
+    record.missing = [note for note in record.missing if not note.startswith("change of the features")]
+    kept = _change_file(record.path, files)
+    part = kept.with_name(f".{kept.name}.{os.getpid()}.part.npz")
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        np.savez(part, edges=record.change.edges, count=record.change.count, steps=record.change.steps)
+        os.replace(part, kept)
+    except OSError:  # measured again the next time
+        part.unlink(missing_ok=True)
+
+
+def _read_change(record: Record) -> None:
+    files = _checkpoints(record.path)
+    kept = _change_file(record.path, files)
+    if kept.is_file():
+        with np.load(kept) as held:
+            record.change = FeatureChange(*(torch.from_numpy(held[name]) for name in ("edges", "count", "steps")))
+        record.change_epochs = list(map(_epoch, files))
+
+
+def _change_file(path: Path, files: Sequence[Path]) -> Path:
+    """Where the change over these checkpoints is kept: other checkpoints have another name."""
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return path / "cache" / f"change-{hashlib.sha256(repr([CHANGE, told]).encode()).hexdigest()[:16]}.npz"
+
+
+def _checkpoints(path: Path | None) -> list[Path]:
+    """By epoch; the folder holds 0010.ckpt and the like."""
+    files = [] if path is None else [file for file in (path / EPOCHS).glob("*.ckpt") if file.stem.isdigit()]
+    return sorted(files, key=_epoch)
+
+
+def _epoch(file: Path) -> int:
+    return int(file.stem)
