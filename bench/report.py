@@ -25,6 +25,7 @@ MEMORY = "out of memory"
 KEPT = (
     *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
     *("bytes", "flops", "GB_per_s", "GFLOP_per_s", "share_of_ceiling", "detector", "library", "images", "device"),
+    *("ratio", "ratio_to"),
 )
 
 
@@ -93,6 +94,11 @@ def ratio(row: Row | None, other: Row | None) -> float | None:
     return row["seconds"] / other["seconds"]
 
 
+def in_turns(row: Row) -> str:
+    """The ratio to another step that was measured in turns with this one, where there is one."""
+    return f" ({row['ratio']:.3g} × {row['ratio_to']}, in turns)" if "ratio" in row else ""
+
+
 def extra_over_head(rows: dict[str, Row], name: str) -> float | None:
     """(loss − cross-entropy) / head: what the loss adds to a step, in units of the head's own forward and backward."""
     loss, plain, head = (rows.get(key) for key in (name, "F.cross_entropy", "F.linear (the head)"))
@@ -128,7 +134,7 @@ def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[s
         share = row.get("share_of_ceiling")
         lines.append(
             [
-                row["row"] + (" **(wrong result: no ratio)**" if wrong else ""),
+                row["row"] + (" **(wrong result: no ratio)**" if wrong else in_turns(row)),
                 milliseconds(row["seconds"]),
                 milliseconds(row["iqr"]),
                 _number(ratio(row, ours)),

@@ -7,17 +7,21 @@ what they would have fitted where their own way takes minutes or memory beyond t
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ood_fast import checks, detectors
+import ood_fast
+from ood_fast import checks, detectors, models
+from ood_fast.heads import capture_features
 
 from .cases import IMAGENET, Case
 from .conftest import DEVICE, relative_error
 from .latency import OURS, PYTORCH_OOD, Stored, cell, pytorch_ood_left_out, stored
+from .measure import in_turns
 
 # pytorch-ood works through the classes one by one: five seconds for 64 images of ImageNet-1K.
 GAUSSIAN = Case("ImageNet-1K", 64, 1000, 2048)
@@ -40,7 +44,6 @@ ROWS = [
     *((name, GAUSSIAN) for name in ("Mahalanobis", "RMDS")),
     *((name, NEIGHBOURS) for name in ("KNN", "NNGuide")),
 ]
-ALL_STATISTICS = (*LOGITS, "FeatureNorm", "FDBD", "NCI", "BoundaryDistance", "TemperedMSP")
 
 
 @functools.lru_cache(maxsize=1)
@@ -181,23 +184,77 @@ def test_detector(library, row, measure, leave_out):
 
 
 TOGETHER = Case("together, ImageNet-1K", 256, 1000, 2048)
+# Every score that is a function of row statistics; GEN is one over all classes.
+FROM_STATISTICS = {name: {} for name in (*LOGITS, "FeatureNorm", "FDBD", "NCI", "BoundaryDistance")} | {
+    "GEN": {"M": None}
+}
 
 
 @functools.lru_cache(maxsize=1)
 def together() -> detectors.DetectorSet:
     x = data(TOGETHER)
-    known = [name for name in ALL_STATISTICS if name in detectors.known()]
-    return detectors.DetectorSet(known).fit_features(x.train_features, x.train_logits, x.train_targets, (x.W, x.b))
+    made = {name: detectors.create(name, **settings) for name, settings in FROM_STATISTICS.items()}
+    assert all(detector.statistics() for detector in made.values())
+    return detectors.DetectorSet(made).fit_features(x.train_features, x.train_logits, x.train_targets, (x.W, x.b))
 
 
 @pytest.mark.parametrize(
-    "row", [(name, TOGETHER) for name in (*ALL_STATISTICS, "all")], indirect=True, ids=lambda row: row[0]
+    "row", [(name, TOGETHER) for name in (*FROM_STATISTICS, "all")], indirect=True, ids=lambda row: row[0]
 )
 @torch.no_grad()
-def test_together(row, measure):
-    """Every score alone, and all of them from one read."""
+def test_together(row, measure, benchmark):
+    """Every score alone; and all of them from one read, beside the slowest of those alone."""
     name, case = row
-    if name != "all" and name not in together():
-        pytest.skip(f"{name} is not registered")
-    x, scorer = data(case), together() if name == "all" else together()[name]
-    measure("scores from row statistics", lambda: scorer.score_features(x.features, x.logits), row=name)
+    x, scorers = data(case), {**dict(together().items()), "all": together()}
+    steps = {each: functools.partial(scorer.score_features, x.features, x.logits) for each, scorer in scorers.items()}
+    if name != "all":
+        measure("scores from row statistics", steps[name], row=name)
+        return
+    scores = steps["all"]()
+    error = relative_error(list(scores.values()), [steps[each]().double() for each in scores])
+    turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 1.0)
+    slowest = max(scores, key=turns.__getitem__)
+    ratio, to = turns["all"] / turns[slowest], f"{slowest}, the slowest alone"
+    measure("scores from row statistics", steps["all"], row="all", error=error, ratio=ratio, ratio_to=to)
+
+
+# Small, for two cores: a step takes a third of a second.
+BEHIND = Case("ResNet-50 at 224 pixels", 4, 1000, 2048)
+
+
+@functools.lru_cache(maxsize=1)
+def behind() -> dict[str, nn.Module]:
+    """A ResNet-50 of random weights with each of the two, as one module."""
+    model = models.create("resnet50", BEHIND.n_classes).to(DEVICE).eval()
+    z = torch.randn(2000, BEHIND.n_features, device=DEVICE).relu()
+    f = model.fc(z)
+    made = [
+        detectors.create(name, **SETTINGS.get(name, {})).fit_features(z, f, None, model.fc) for name in ("MSP", "NCI")
+    ]
+    return {
+        type(detector).__name__: ood_fast.deploy(model, detector.calibrate(detector.score_features(z, f)))
+        for detector in made
+    }
+
+
+@pytest.mark.parametrize("row", [(name, BEHIND) for name in ("MSP", "NCI")], indirect=True, ids=lambda row: row[0])
+@torch.no_grad()
+def test_behind_a_model(row, measure, benchmark, leave_out):
+    """Model and score from images: beside the model nobody sees which of the two scores it is."""
+    name, case = row
+    what = "model and score"
+    leave_out(what, case, name, None if importlib.util.find_spec("torchvision") else "torchvision is not installed")
+    images = torch.randn(case.n_samples, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    steps = {each: functools.partial(deployed, images) for each, deployed in behind().items()}
+    deployed = behind()[name]
+    with capture_features(deployed.model.fc) as captured:
+        logits, scores, _ = steps[name]()
+    f, z = logits.double(), captured.features.double()
+    if name == "MSP":
+        measure(what, steps[name], row="MSP", error=relative_error([scores], [f.softmax(1).amax(1)]))
+        return
+    W, centred = deployed.detector.head_weight.double(), z - deployed.detector.mean.double()
+    exact = (centred * W[f.argmax(1)]).sum(1) / centred.norm(dim=1) + deployed.detector.alpha * z.abs().sum(1)
+    turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 8.0)
+    ratio = turns["NCI"] / turns["MSP"]
+    measure(what, steps[name], row="NCI", error=relative_error([scores], [exact]), ratio=ratio, ratio_to="MSP")

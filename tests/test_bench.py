@@ -292,6 +292,26 @@ def test_latency_table():
     assert "| KNN | 1 | 2 |  |" in text
 
 
+def test_ratios_measured_in_turns_are_shown():
+    group = "scores from row statistics, Case (4, 10, 8)"
+    right = entry(group, "all", 2e-3, ratio=1.5, ratio_to="GEN, the slowest alone")
+    wrong = entry(group, "wrong", 2e-3, ratio=1.25, ratio_to="GEN", correct=False)
+    text = report.markdown(results_of(document(right, wrong)), "", [])
+    assert "| all (1.5 × GEN, the slowest alone, in turns) | 2 |" in text
+    assert "1.25" not in text
+
+
+def test_steps_are_timed_in_turns():
+    called = []
+    steps = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = measure.in_turns(steps, CPU, seconds=10.0, rounds=3)
+    assert called == list("abababab"), "the first of each is the warm-up"
+    assert all(0 < seconds < 0.1 for seconds in times.values())
+    called.clear()
+    measure.in_turns(steps, CPU, seconds=0.0)
+    assert called == list("abab")
+
+
 def test_written_results_can_be_read_again(tmp_path):
     """Files are joined, the last one wins, plots are drawn, and results.json gives the same tables."""
     later = document(entry(LOSS, "elogitnorm", 5e-3))
