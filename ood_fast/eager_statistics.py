@@ -102,8 +102,8 @@ def _logit_statistics(
         finite_gap = gap.clamp(max=torch.finfo(gap.dtype).max)  # 0 * inf would be NaN
         found["entropy"] = finite_gap.mul_(exponential).sum(1) / partition + rest.log1p()
     if "gen" in names:
-        # 1 - e/Z; where e = 1, lerp returns its end point rest/Z as it is, with all its digits.
-        others = torch.lerp(torch.ones_like(top), (rest / partition).unsqueeze(1), exponential)
+        # 1 - e/Z; where e = 1 it is rest/Z with all its digits. (lerp would do the same in three times the time.)
+        others = (1 - exponential).addcmul_(exponential, (rest / partition).unsqueeze(1))
         terms = others.log2_().sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
         found["gen"] = terms.sum(1) * partition.pow(-gamma)
     if "distance" in names:
