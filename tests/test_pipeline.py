@@ -90,7 +90,7 @@ def evaluate(root: Path, folder: Path, *more: str, n_processes: int = 1) -> str:
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_train_then_evaluate(n_processes, root, tmp_path):
+def test_train_evaluate_report(n_processes, root, tmp_path):
     if n_processes > 1 and not torch.distributed.is_available():
         pytest.skip("torch is built without distributed")
     seeds = (0, 1) if n_processes == 1 else (0,)
@@ -128,6 +128,13 @@ def test_train_then_evaluate(n_processes, root, tmp_path):
     over_seeds = [100 * found[seed, "auroc", "KNN", "farood"] for seed in map(str, seeds)]
     assert table[-1]["AUROC"] == f"{np.mean(over_seeds):.2f} ± {np.std(over_seeds):.2f}"
     assert json.loads((results / "results.json").read_text())["benchmark"] == "cifar10"
+
+    command("report", f"runs/{RECIPE}", folder=tmp_path)
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    for row in rows(results / "summary.csv"):
+        if (row["metric"], row["ood_set"]) == ("auroc", "farood"):
+            assert f"{100 * float(row['mean']):.2f}" in page
 
     if n_processes == 1:  # two with nothing kept: the same, but for the order of scores as close as float32 rounds
         evaluate(root, tmp_path, "--cache=anew", "--out=again", n_processes=2)
