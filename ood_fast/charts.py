@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 360, 250  # in the units of the text, which is 11 high
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 36
 COLORS = 8  # --c0 to --c7 of the style; further series repeat them, dashed
 INK = -1  # the colour of text
 
@@ -30,14 +30,16 @@ figcaption { font-size: .9rem; font-weight: 600; overflow-wrap: anywhere; }
 figcaption a { font-weight: 400; font-size: .8rem; color: var(--soft); margin-left: .4rem; white-space: nowrap; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 .9rem; font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
 .legend span::before { content: ""; display: inline-block; width: .9em; height: .35em; margin: 0 .35em .15em 0;
-  background: currentColor; } .legend b { font-weight: 400; color: var(--soft); }
+  background: currentColor; }
+.legend .dashed::before { background: repeating-linear-gradient(90deg, currentColor 0 .3em, transparent 0 .45em); }
+.legend b { font-weight: 400; color: var(--soft); }
 svg { width: 100%; height: auto; max-width: 34rem; font: 11px system-ui, -apple-system, "Segoe UI", sans-serif; }
 svg text { fill: var(--soft); } svg .grid { stroke: var(--line); stroke-width: .7; fill: none; }
 svg .line { stroke: currentColor; fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 5 3; } svg .guide { stroke: var(--soft); stroke-dasharray: 2 3; fill: none; }
 svg .area { fill: currentColor; fill-opacity: .14; } svg .points { stroke: currentColor; stroke-linecap: round;
   stroke-opacity: .55; stroke-width: 3; fill: none; }
-svg .crosses { stroke: currentColor; stroke-width: .8; stroke-opacity: .6; fill: none; }
+svg .crosses { stroke: currentColor; stroke-width: .8; stroke-opacity: .35; fill: none; }
 svg .region { fill: currentColor; fill-opacity: .16; stroke: var(--paper); stroke-width: 1; }
 """
 
@@ -119,7 +121,7 @@ class Chart:
         parts.append(f'<text x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{html.escape(self.x_label)}</text>')
         y_middle = (TOP + HEIGHT - BOTTOM) / 2
         parts.append(
-            f'<text transform="translate(11 {y_middle}) rotate(-90)" text-anchor="middle">'
+            f'<text transform="translate(9 {y_middle}) rotate(-90)" text-anchor="middle">'
             f"{html.escape(self.y_label)}</text>"
         )
         for guide in self.guides:
@@ -135,12 +137,12 @@ class Chart:
         named = [(index if s.color is None else s.color, s.name) for index, s in enumerate(self.series) if s.listed]
         if len(named) < 2:
             return ""
-        spans = (f"<span class={_color(number)}><b>{html.escape(name)}</b></span>" for number, name in named)
+        spans = (f'<span class="{_color(n)}{_dashed(n)}"><b>{html.escape(name)}</b></span>' for n, name in named)
         return f"<div class=legend>{''.join(spans)}</div>"
 
 
 def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
-    color, dashed = _color(number), " dashed" if number >= COLORS else ""
+    color = _color(number)
     if series.kind == "steps":
         floor = y_axis.at(y_axis.low)
         path, last = f"M{x_axis.at(series.xs[0]):.1f} {floor:.1f}", x_axis.at(series.xs[-1])
@@ -162,12 +164,16 @@ def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
     path = "".join("M" + "L".join(piece) for piece in places if piece)
     alone = "".join(f"M{piece[0]}h0" for piece in places if len(piece) == 1)
     dots = f'<path class="points {color}" d="{alone}"/>' if alone else ""
-    return f'<path class="line{dashed} {color}" d="{path}"/>{dots}'
+    return f'<path class="line {color}{_dashed(number)}" d="{path}"/>{dots}'
 
 
 def _color(number: int) -> str:
     """The class of the style."""
     return "ink" if number == INK else f"k{number % COLORS}"
+
+
+def _dashed(number: int) -> str:
+    return " dashed" if number >= COLORS else ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
   linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .86rem; }
 th, td { padding: .22rem .55rem; text-align: right; } th { font-weight: 500; text-align: left; }
-thead th { text-align: right; border-bottom: 2px solid var(--line); color: var(--soft); }
+thead th { text-align: right; vertical-align: bottom; border-bottom: 2px solid var(--line); color: var(--soft); }
 tbody tr + tr:not(.section) > * { border-top: 1px solid var(--line); }
 th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
@@ -36,6 +36,7 @@ th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 section { min-width: 0; } summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }
+thead th:first-child { text-align: left; }
 thead button { all: unset; cursor: pointer; font: inherit; } thead button:focus-visible { outline: 2px solid; }
 thead button::after { content: " ↕"; opacity: .45; } [aria-sort] button::after { opacity: 1; }
 [aria-sort=descending] button::after { content: " ↓"; } [aria-sort=ascending] button::after { content: " ↑"; }
@@ -45,6 +46,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem; borde
   border-radius: 6px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 """
 
 # Sorting by a column: its header becomes a button. Rows stay in their section; what is no number comes last.

@@ -46,7 +46,7 @@ def tables(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
     """Those of `evaluation.build`; before them, where there are several runs, one with a column for each."""
     once = {evaluated.folder: evaluated for _, evaluated in found}
     built = [replace(table, sortable=True, corner="detector") for table in evaluation.build(Stored([*once.values()]))]
-    return [*side_by_side(found), *(replace(table, corner="") if _by_method(table) else table for table in built)]
+    return [*side_by_side(found), *(replace(table, corner="method") if _by_method(table) else table for table in built)]
 
 
 def _by_method(table: Table) -> bool:

@@ -84,22 +84,13 @@ def training(records: Sequence[Record]) -> list[Figure]:
 
 def by_epoch(records: Sequence[Record]) -> list[Figure]:
     """From diagnostics.csv; the CV of the norm and the AUROC of pScore, which the papers plot, come first."""
-    names = sorted(NUMBERS, key=lambda name: ("norm_cv", "pscore_auroc", "nc1").index(name) if name in FIRST else 9)
     figures = []
-    for name in names:
+    for name in sorted(NUMBERS, key=lambda name: name not in ("norm_cv", "pscore_auroc")):
         title, what = NUMBERS[name]
-        last = {r.name: r.by_epoch[name][-1] for r in records if r.by_epoch.get(name)}
-        caption = (
-            f"{what}. Last: {_each(last)} OOD: the validation set of OOD images"
-            if name in OF_OOD
-            else (f"{what}. Last: {_each(last)[:-1]}")
-        )
+        last = {record.name: record.by_epoch[name][-1] for record in records if record.by_epoch.get(name)}
+        caption = f"{title}: {what}. Last: {_each(last)[:-1]}"
         figures.append(_by_epoch(records, {name: ""}, f"{title} by epoch", title, caption, table="by_epoch"))
     return [figure for figure in figures if figure is not None]
-
-
-FIRST = ("norm_cv", "pscore_auroc", "nc1")
-OF_OOD = ("distance_norm_correlation_ood", "pscore_auroc", "norm_auroc", "distance_auroc")
 
 
 def _by_epoch(
@@ -120,7 +111,7 @@ def _by_epoch(
         for position, (column, what) in enumerate(columns.items()):
             values = [scale * value for value in held.get(column, ())]
             if any(map(math.isfinite, values)):
-                color = index if len(columns) == 1 else 2 * index + position
+                color = index + COLORS * (len(columns) - 1 - position)  # all but the last dashed
                 series.append(Series(f"{record.name} {what}".strip(), held["epoch"], values, color=color))
     if not series:
         return None
@@ -185,7 +176,7 @@ def collapse(found: Found) -> list[Figure]:
     steps = [
         Series(record.name, edges, cosines(diagnosis).tolist(), "steps", color) for color, record, _, diagnosis in found
     ]
-    highest = max(max(s.ys) for s in steps) or 1.0
+    highest = 1.05 * max(max(s.ys) for s in steps) or 1.0
     simplex = {-1 / (len(d.collapse.classes) - 1) for *_, d in found if len(d.collapse.classes) > 1}
     return [
         Figure(
@@ -220,6 +211,7 @@ def collapse(found: Found) -> list[Figure]:
                 "cos(μ_c − μ_G, μ_c' − μ_G)",
                 "share of the pairs",
                 steps,
+                y_range=(0.0, highest),
                 guides=[[(x, 0.0), (x, highest)] for x in sorted(simplex)],
             ),
             "Equiangularity: mean of |cos + 1/(C − 1)| over the pairs of classes "
@@ -239,9 +231,9 @@ def collapse(found: Found) -> list[Figure]:
         Figure(
             Chart(
                 "NC4: agreement with the nearest class mean",
-                "predicted class",
+                "predicted classes, by share",
                 "share that agrees",
-                line(_agreement, first=0),
+                line(_agreement),
             ),
             f"Share of the ID test images whose prediction is argmin_c ‖z − μ_c‖ ({PAPYAN}, 1 minus theirs), by "
             f"predicted class; over all images: {numbers('nc4')}",
@@ -254,10 +246,11 @@ def _over_mean(values: Tensor) -> Tensor:
 
 
 def _agreement(diagnosis: Diagnosis) -> Tensor:
-    """(c,), NaN for a class that is never predicted."""
+    """For each class that is ever predicted, the least first."""
     test, n_classes = diagnosis.sets[ID], len(diagnosis.plane_weight)
     agree = (test.nearest == test.predicted).double()
-    return torch.bincount(test.predicted, agree, n_classes) / torch.bincount(test.predicted, minlength=n_classes)
+    count = torch.bincount(test.predicted, minlength=n_classes)
+    return (torch.bincount(test.predicted, agree, n_classes) / count)[count > 0].sort().values
 
 
 # ---- test images: a plot for each run
@@ -291,9 +284,9 @@ def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnos
         )
     ]
     for attribute, short, auroc, source in (
-        ("norm", "‖z‖", "norm_auroc", f"the score of {HAAS}"),
-        ("distance", "D", "distance_auroc", f"mean distance to the boundaries, {DING}"),
-        ("p_score", "pScore", "pscore_auroc", "w_p·(z − μ)/‖z − μ‖; Liu and Qin, CVPR 2025"),
+        ("norm", "‖z‖", "norm_auroc", f"‖z‖₂, the score of {HAAS}"),
+        ("distance", "D", "distance_auroc", f"D, the mean distance to the boundaries of the predicted class ({DING})"),
+        ("p_score", "pScore", "pscore_auroc", "pScore = w_p·(z − μ)/‖z − μ‖ (Liu and Qin, CVPR 2025)"),
     ):
         values = {titles[key]: getattr(part, attribute).numpy() for key, part in diagnosis.sets.items()}
         separation = _each({titles[key]: 100 * numbers[f"{auroc}/{key}"] for key in titles if key != ID})
@@ -304,6 +297,7 @@ def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnos
             "mean ‖z‖ of the bin",
             "accuracy (%)",
             [Series("accuracy", bins.norm.tolist(), (100 * bins.accuracy).tolist(), color=color)],
+            y_range=(min(99.0, 100 * bins.accuracy.min().item() - 1), 100.0),
         )
         caption = (
             f"ID test images sorted by ‖z‖, in {len(bins.count)} bins of equal size ({HAAS}, fig. 7: 125). "
@@ -352,13 +346,15 @@ def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str,
     """The decision regions, and test images on them."""
     test = diagnosis.sets[ID]
     drawn = {
-        key: part.place[_some(len(part), DRAWN // (1 if key == ID else 2))] for key, part in diagnosis.sets.items()
+        key: part.place[_some(len(part), DRAWN // (1 if key == ID else 4))] for key, part in diagnosis.sets.items()
     }
     places = torch.cat([*drawn.values(), diagnosis.plane_means])
     left, right, low, high = _box(places)
     classes = record.info.get("class_names") or list(map(str, range(len(diagnosis.plane_weight))))
     of_class = test.target[_some(len(test))]
-    series = [
+    outside = [key for key in drawn if key != ID and len(drawn[key])]
+    series = [Series(titles[key], *drawn[key].T.tolist(), kind="crosses", color=INK, listed=False) for key in outside]
+    series += [
         Series(
             f"ID class {classes[c]}" if c >= 0 else "ID",
             *drawn[ID][of_class == c].T.tolist(),
@@ -367,12 +363,6 @@ def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str,
             listed=len(classes) <= COLORS,
         )
         for c in of_class.unique().tolist()
-    ]
-    outside = [key for key in drawn if key != ID]
-    series += [
-        Series(titles[key], *drawn[key].T.tolist(), kind="crosses", color=INK, listed=False)
-        for key in outside
-        if len(drawn[key])
     ]
     chart = Chart(
         f"Features in the plane: {name}",
@@ -388,8 +378,8 @@ def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str,
     else:
         what = (
             "The plane of the first two principal components of the training features, "
-            f"{100 * diagnosis.plane_share:.1f} % of their variance, and the decision regions on it; features lie beside "
-            "it, and may be classified otherwise than the place where they are drawn"
+            f"{100 * diagnosis.plane_share:.1f} % of their variance, and the decision regions on it; features lie "
+            "beside it, and may be classified otherwise than the place where they are drawn"
         )
     return Figure(chart, f"{what} ({DING}, fig. 1). Points: ID test images by class; crosses: OOD.")
 
@@ -421,7 +411,8 @@ def histogram(title: str, x_label: str, values: Mapping[str, np.ndarray], captio
     ]
     left_out = sum(len(of) - len(finite[name]) for name, of in values.items())
     note = f" {left_out} values that are not finite are left out." if left_out else ""
-    return Figure(Chart(title, x_label, "share of the set", series), caption + note)
+    highest = 1.05 * max((max(s.ys) for s in series), default=1.0) or 1.0
+    return Figure(Chart(title, x_label, "share of the set", series, y_range=(0.0, highest)), caption + note)
 
 
 def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapping[str, np.ndarray]]) -> list[Figure]:
@@ -453,3 +444,10 @@ def files(figures: Iterable[Figure], prefix: str) -> str:
         safe = "".join(letter if letter.isalnum() else "-" for letter in figure.chart.title)
         parts.append(figure.as_html(f"{prefix}-{'-'.join(filter(None, safe.split('-')))}.csv"))
     return f"<div class=charts>{''.join(parts)}</div>"
+
+
+def rows(figures: Sequence[Sequence[Figure]], prefix: str) -> str:
+    """The same of several runs beside each other; of one run, all in one."""
+    if all(len(of_kind) == 1 for of_kind in figures):
+        return files([of_kind[0] for of_kind in figures], prefix)
+    return "".join(files(of_kind, prefix) for of_kind in figures)

@@ -14,42 +14,51 @@ from .figures import number
 from .records import Evaluated, Record
 
 GENERATOR = "ood_fast report"  # marks a file that a new report may replace
+STYLE = """
+.part > h2 { font-size: 1.35rem; margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+.tables { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.tables section { margin-top: -1rem; } .charts { margin-top: 1rem; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 1rem 0; font-size: .92rem; } nav a { color: inherit; }
+"""
 SHOWN = ("MSP", "Energy", "NCI", "FDBD", "KNN", "FeatureNorm")  # histograms of other detectors are folded
+EPOCH_CURVES = 6  # of the diagnostics by epoch that are not folded
 
 
 def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
     """All of it. `context`: the command and the time of the report."""
     names = ", ".join(record.name for record in records)
     benchmarks = list(dict.fromkeys(benchmark for record in records for benchmark in record.evaluated))
-    parts = [
-        f"<h1>{html.escape(names)}</h1>",
-        f"<p class=lead>{html.escape(_lead(records, benchmarks))}</p>",
-        f"<pre>{html.escape(context['command'])}</pre>",
-        _missing(records),
-        as_html(_runs(records)),
-    ]
+    sections: dict[str, str] = {}  # title -> HTML
     if curves := figures.training(records):
-        parts.append(_section("Training", figures.files(curves, "training")))
+        sections["Training"] = figures.files(curves, "training")
     if curves := figures.by_epoch(records):
-        text = (
-            "Of the model after each epoch. Spectrum, class means and norms are of the training images, not augmented; "
-            "what needs other images is of the validation images."
-        )
-        parts.append(_section("Diagnostics by epoch", figures.files(curves, "epochs"), text))
+        sections["Diagnostics by epoch"] = _by_epoch(curves)
     if curves := figures.change(records):
-        parts.append(_section("Change of the features", figures.files(curves, "change")))
+        sections["Change of the features"] = figures.files(curves, "change")
     for benchmark in benchmarks:
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
-        parts.append(_evaluation(benchmark, found, len(benchmarks) > 1))
-        parts.append(_diagnoses(benchmark, records, found, len(benchmarks) > 1))
-    parts.append(_how(records, benchmarks, context))
-    style = charts.STYLE
-    return pages.document(f"ood_fast report: {names}", "\n".join(parts), style, pages.SORTING, GENERATOR)
+        prefix = f"{benchmark}-" if len(benchmarks) > 1 else ""
+        sections[f"Detection on {benchmark}"] = _evaluation(found)
+        diagnosed = [(records.index(r), r, e, e.diagnosis) for r, e in found if e.diagnosis is not None]
+        if diagnosed:
+            sections |= _diagnoses(benchmark, diagnosed, prefix)
+        sections[f"Scores on {benchmark}"] = _scores(found, prefix)
+    sections["How it was run"] = _how(records, benchmarks, context)
+    links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in sections)
+    body = f"""<h1>{html.escape(names)}</h1>
+<p class=lead>{html.escape(_lead(records, benchmarks))}</p>
+<pre>{html.escape(context["command"])}</pre>
+<nav>{links}</nav>
+{_notes("Not in this report", [(record.name, note) for record in records for note in record.missing], opened=True)}
+{as_html(_runs(records))}
+"""
+    for title, content in sections.items():
+        body += f'<section class=part id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>\n'
+    return pages.document(f"ood_fast report: {names}", body, charts.STYLE + STYLE, pages.SORTING, GENERATOR)
 
 
-def _section(title: str, content: str, lead: str = "") -> str:
-    text = f"<p class=caption>{html.escape(lead)}</p>" if lead else ""
-    return f"<section><h2>{html.escape(title)}</h2>{text}{content}</section>"
+def _anchor(title: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in title.lower())
 
 
 def _lead(records: Sequence[Record], benchmarks: Sequence[str]) -> str:
@@ -58,15 +67,13 @@ def _lead(records: Sequence[Record], benchmarks: Sequence[str]) -> str:
     return f"{n_runs} of ood-fast train{on}. The numbers of each plot can be saved as CSV."
 
 
-def _missing(records: Sequence[Record]) -> str:
-    notes = [(record.name, note) for record in records for note in record.missing]
-    notes += [(r.name, note) for r in records for e in r.evaluated.values() for note in e.run["notes"]]
+def _notes(title: str, notes: Sequence[tuple[str, str]], *, opened: bool) -> str:
+    """Each with the run that it is about; nothing if there are none."""
     if not notes:
         return ""
     items = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in notes)
-    return (
-        f"<section><details open><summary>Not in this report</summary><ul class=notes>{items}</ul></details></section>"
-    )
+    folded = "<details open>" if opened else "<details>"
+    return f"{folded}<summary>{html.escape(title)}</summary><ul class=notes>{items}</ul></details>"
 
 
 # ---- what was run
@@ -121,48 +128,63 @@ def _duration(seconds: float) -> str:
 # ---- an evaluation
 
 
-def _evaluation(benchmark: str, found: Sequence[tuple[Record, Evaluated]], several: bool) -> str:
-    title = f"Out-of-distribution detection on {benchmark}"
+def _evaluation(found: Sequence[tuple[Record, Evaluated]]) -> str:
     sets = {}
     for _, evaluated in found:
         sets |= evaluated.results["sets"]
     told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())
-    built = evaluations.tables(found)
+    tables = "".join(map(as_html, evaluations.tables(found)))
+    notes = [(record.name, note) for record, evaluated in found for note in evaluated.run["notes"]]
     return (
-        f"<section><h2>{html.escape(title)}</h2><p class=caption>Test images: {html.escape(told)}.</p>"
-        f"<div class=tables>{''.join(as_html(table) for table in built)}</div></section>"
+        f"<p class=caption>Test images: {html.escape(told)}.</p><div class=tables>{tables}</div>"
+        f"{_notes('Notes of the evaluation', notes, opened=False)}"
     )
 
 
-def _diagnoses(
-    benchmark: str, records: Sequence[Record], found: Sequence[tuple[Record, Evaluated]], several: bool
-) -> str:
-    prefix = f"{benchmark}-" if several else ""
-    diagnosed = [(records.index(r), r, e, e.diagnosis) for r, e in found if e.diagnosis is not None]
-    parts = []
-    if diagnosed:
-        parts.append(_section(f"Features on {benchmark}", "".join(map(as_html, _numbers(diagnosed)))))
-        parts.append(
-            _section("Spectrum and neural collapse", figures.files(figures.collapse(diagnosed), f"{prefix}features"))
-        )
-        of_runs = [figures.of_sets(*of_run) for of_run in diagnosed]
-        kinds = [figure for same in zip(*of_runs, strict=False) for figure in same]  # runs beside each other
-        parts.append(_section("Test images", figures.files(kinds, f"{prefix}images")))
-    shown, folded = [], []
+def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
+    """A row for each detector."""
+    of_detectors: dict[str, list[figures.Figure]] = {}
     for record, evaluated in found:
         scores = evaluation.read_scores(evaluated.folder, evaluated.run)
         for figure, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
-            (shown if detector in SHOWN else folded).append((detector, figure))
-    for title, of in (("Scores", shown or folded), ("Scores of the other detectors", folded if shown else [])):
-        if of:
-            order = list(dict.fromkeys(detector for detector, _ in of))
-            ordered = [figure for _, figure in sorted(of, key=lambda pair: order.index(pair[0]))]
-            content = figures.files(ordered, f"{prefix}scores")
-            if of is folded and shown:
-                parts.append(f"<section><details><summary>{title}</summary>{content}</details></section>")
-            else:
-                parts.append(_section(title, content))
-    return "".join(parts)
+            of_detectors.setdefault(detector, []).append(figure)
+    shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)
+    content = figures.rows([of_detectors[name] for name in shown], f"{prefix}scores")
+    if others := [of_detectors[name] for name in of_detectors if name not in shown]:
+        content += _folded(f"{len(others)} more detectors", figures.rows(others, f"{prefix}scores"))
+    return content
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+# ---- diagnostics
+
+
+def _by_epoch(curves: Sequence[figures.Figure]) -> str:
+    text = (
+        "Of the model after each epoch. Spectrum, class means and norms are of the training images, not augmented; "
+        "what needs other images is of the validation images, ID and OOD."
+    )
+    content = f"<p class=caption>{text}</p>{figures.files(curves[:EPOCH_CURVES], 'epochs')}"
+    if more := curves[EPOCH_CURVES:]:
+        content += _folded(f"{len(more)} more", figures.files(more, "epochs"))
+    return content
+
+
+def _diagnoses(benchmark: str, diagnosed: figures.Found, prefix: str) -> dict[str, str]:
+    """The sections about the features."""
+    tables = "".join(map(as_html, _numbers(diagnosed)))
+    kinds: dict[str, list[figures.Figure]] = {}  # by the title without the run
+    for of_run in diagnosed:
+        for figure in figures.of_sets(*of_run):
+            kinds.setdefault(figure.chart.title.partition(":")[0], []).append(figure)
+    return {
+        f"Diagnostics on {benchmark}": f"<div class=tables>{tables}</div>",
+        f"Spectrum and neural collapse on {benchmark}": figures.files(figures.collapse(diagnosed), f"{prefix}features"),
+        f"Features of the test images of {benchmark}": figures.rows([*kinds.values()], f"{prefix}images"),
+    }
 
 
 def _numbers(found: figures.Found) -> list[Table]:
@@ -175,7 +197,7 @@ def _numbers(found: figures.Found) -> list[Table]:
 
     titles = {name: NUMBERS[name][0] for name in NUMBERS}
     rows = tuple((record.name, cells(diagnosis, plain)) for _, record, _, diagnosis in found)
-    told = lambda names: "; ".join(f"{titles[name]}: {NUMBERS[name][1]}" for name in names) + "."  # noqa: E731
+    told = lambda names: ". ".join(f"{titles[name]}: {NUMBERS[name][1]}" for name in names) + "."  # noqa: E731
     columns = tuple(map(titles.get, plain))
     tables = [Table("Numbers", told(plain), columns, (Section("", rows),), corner="run", sortable=True)]
     sections = []
@@ -218,7 +240,7 @@ def _how(records: Sequence[Record], benchmarks: Sequence[str], context: Mapping[
     for evaluated in (record.evaluated[b] for b in benchmarks[:1] for record in records if b in record.evaluated):
         facts |= evaluated.results["conventions"]
         break
-    return (as_html(table) if rows else "") + _section("How it was run", pages.definitions(facts))
+    return (as_html(table) if rows else "") + pages.definitions(facts)
 
 
 def _setting(value: Any) -> str:
