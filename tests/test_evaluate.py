@@ -269,7 +269,7 @@ def test_runs_that_are_no_seeds_of_each_other(tmp_path):
         replace(trained(tmp_path, seed), method="mine", recipe=replace(recipe, epochs=epochs))
         for seed, epochs in ((0, 100), (1, 200))
     ]
-    with pytest.raises(checks.UserError, match=r"runs/s1: its recipe has the name of that of runs/s0, mine, and other"):
+    with pytest.raises(checks.UserError, match=r"runs/s1, runs/s0: both are called mine, but are no seeds"):
         evaluation.evaluate_runs(runs, make_benchmark(), ["MSP"], bootstrap=0)
 
 
@@ -310,7 +310,7 @@ def test_published_numbers_stand_only_beside_the_same_setting(tmp_path):
     for number, other in enumerate(
         (
             {"recipe": changed, "method": "cifar10-ce"},
-            {"recipe": None, "method": "resnet18_32x32"},
+            {"recipe": None, "method": "cifar10-ce"},  # the name of its folder
             {"info": {"complete": False, "image_shape": SHAPE}},
             {"info": {"complete": True, "image_shape": SHAPE}, "checkpoint": "run/epochs/0010.ckpt"},
         )

@@ -239,6 +239,8 @@ def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None]
     """The benchmark, by the seed of a run: that of `digits` draws its classes by it."""
     from ..data import open_benchmark
 
+    if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
+        raise refusal(f"{path}: no such file or folder")
     info = _info(path)
     name = options.benchmark or info.get("benchmark")
     if name is None:

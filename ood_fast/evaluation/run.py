@@ -62,8 +62,8 @@ def evaluate_runs(
                 raise checks.UserError(f"{run.name}: has the same weights as {other.trained.name}")
             if other.trained.method == run.method and not _seeds_of_each_other(other.trained, run):
                 raise checks.UserError(
-                    f"{run.name}: its recipe has the name of that of {other.trained.name}, {run.method}, and other "
-                    "settings"
+                    f"{run.name}, {other.trained.name}: both are called {run.method}, but are no seeds of each other: "
+                    "their recipes or folders differ"
                 )
         results.append(result)
     if not results:
@@ -73,7 +73,7 @@ def evaluate_runs(
 
 def _seeds_of_each_other(one: Trained, other: Trained) -> bool:
     if one.recipe is None or other.recipe is None:
-        return one.recipe is other.recipe
+        return one.recipe is other.recipe and one.family == other.family
     return same_training(one.recipe, other.recipe)
 
 

@@ -25,7 +25,7 @@ class Trained:
     Attributes:
         name: what tables call the run.
         model: in evaluation mode; None where what it made of the images is stored. head: as in `Detector.fit`.
-        method: runs of one method are seeds of each other: the recipe's name, or the model's.
+        method: runs of one method are seeds of each other: the recipe's name, or that of the folder of the seeds.
         folder: where its results and its cache go.
         recipe: None if nobody said which. seed: None if unknown.
         info: `run.json`, or nothing.
@@ -40,6 +40,12 @@ class Trained:
     recipe: TrainingRecipe | None = None
     seed: int | None = None
     info: dict[str, Any] | None = None
+
+    @property
+    def family(self) -> Path:
+        """The folder that holds the seeds, if it is in one that is called so, else the checkpoint."""
+        file = Path(self.checkpoint).resolve()
+        return file if self.seed is None else file.parent.parent
 
 
 def paths_of(path: str | os.PathLike) -> list[str]:
@@ -117,7 +123,8 @@ def open_run(
         raise checks.UserError(f"{file}: does not say of which model it is; give --model or --recipe")
     models.load_checkpoint(built, file)
     seed = re.fullmatch(r"s(\d+)", file.parent.name)
-    method = method_of(given) if given is not None else model if isinstance(model, str) else type(built).__name__
+    named = file.resolve().parent.parent if seed else place.resolve()
+    method = method_of(given) if given is not None else named.name if named.is_dir() else named.stem
     folder = place if place.is_dir() else place.parent
     return Trained(str(path), built.eval(), method, folder, str(file), head, given, int(seed[1]) if seed else None)
 
@@ -125,7 +132,9 @@ def open_run(
 def as_published(run: Trained) -> bool:
     """Whether numbers that are published of the run's method are of the same training: the recipe of that name without
     changes, to its end; or weights that somebody else published."""
-    if run.recipe is not None and not unchanged(run.recipe):
+    if run.recipe is None:
+        return run.name.startswith(PRETRAINED)
+    if not unchanged(run.recipe):
         return False
     return run.info is None or (run.info.get("complete", False) and Path(run.checkpoint).name in CHECKPOINTS.values())
 
