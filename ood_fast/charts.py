@@ -228,7 +228,7 @@ def linear_ticks(low: float, high: float, n: int) -> list[float]:
     """About n multiples of 1, 2 or 5 times a power of ten, from low to high."""
     raw = (high - low) / n
     power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.75)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12 - math.floor(math.log10(step))) + 0.0 for index in range(first, last + 1)]
 

@@ -49,28 +49,31 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 """
 
-# Sorting by a column: its header becomes a button. Rows stay in their section; what is no number comes last.
+# Sorting by a column: its header becomes a button. Rows stay in their section; what is no number comes last. Numbers
+# fall at the first click, names rise.
 SORTING = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
-  const numbers = (row, i) => parseFloat(row.cells[i].textContent.replace("−", "-"));
+  const text = (row, i) => row.cells[i].textContent;
+  const number = (row, i) => parseFloat(text(row, i).replace("−", "-"));
+  const bodies = [...table.tBodies].map(body => [body, [...body.rows].filter(row => row.className !== "section")]);
   headers.forEach((header, i) => {
+    const numeric = i > 0 && bodies.some(([_, rows]) => rows.some(row => !isNaN(number(row, i))));
     const button = document.createElement("button");
     button.append(...header.childNodes);
     header.append(button);
     button.addEventListener("click", () => {
-      const down = header.getAttribute("aria-sort") !== "descending";
+      const before = header.getAttribute("aria-sort") ?? (numeric ? "ascending" : "descending");
+      const order = before === "ascending" ? "descending" : "ascending";
       headers.forEach(other => other.removeAttribute("aria-sort"));
-      header.setAttribute("aria-sort", down ? "descending" : "ascending");
-      for (const body of table.tBodies) {
-        const rows = [...body.rows].filter(row => row.className !== "section");
-        const numeric = i > 0 && rows.some(row => !isNaN(numbers(row, i)));
-        rows.sort((one, other) => {
-          const a = numbers(one, i), b = numbers(other, i);
-          if (!numeric) return (down ? 1 : -1) * one.cells[i].textContent.localeCompare(other.cells[i].textContent);
-          return isNaN(a) - isNaN(b) || (down ? b - a : a - b);
-        });
-        body.append(...rows);
+      header.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
+      for (const [body, rows] of bodies) {
+        body.append(...rows.sort((one, other) => {
+          if (!numeric) return sign * text(one, i).localeCompare(text(other, i));
+          const a = number(one, i), b = number(other, i);
+          return isNaN(a) - isNaN(b) || sign * (a - b);
+        }));
       }
     });
   });
