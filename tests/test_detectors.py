@@ -617,3 +617,33 @@ def test_batches_of_other_widths_are_refused(name, width, head, train_features):
         ValueError, match=rf"{argument}: got shape \(100, {width}\), expected \(n, \d+\) as in the batch"
     ):
         detector.partial_fit(**{**given, argument: given[argument][:, :width]})
+
+
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda W, b: W.detach(), TypeError, r"head: got Tensor, expected an nn\.Linear or \(W, b\)"),
+        (lambda W, b: (W, b[:-1]), ValueError, rf"b: got shape \({C - 1},\), expected \({C},\) to fit W"),
+        (lambda W, b: (W.long(), b), TypeError, "head: W: got dtype torch.int64, expected a floating-point tensor"),
+        (lambda W, b: (W[0], b), ValueError, rf"head: W: got shape \({M},\), expected 2 dimensions"),
+    ],
+)
+def test_what_is_no_head(name, change, error, message, head, train_features):
+    logits = head(train_features)
+    given = (train_features, logits, classes_of(logits))
+    with pytest.raises(error, match=message):
+        make(name).fit_features(*given, change(head.weight, head.bias))
+    with pytest.raises(error, match=message):
+        make(name).partial_fit(*given).finalize(change(head.weight, head.bias))
+
+
+@pytest.mark.parametrize("name", ["NCI", "ViM", "ReAct"])
+def test_a_head_of_another_size_is_refused_and_the_right_one_can_follow(name, head, train_features, features):
+    logits = head(train_features)
+    detector = make(name).partial_fit(train_features, logits, classes_of(logits))
+    with pytest.raises(ValueError, match=rf"head: got W of shape \({C}, {M - 1}\), expected \({C}, {M}\) to fit"):
+        detector.finalize((head.weight[:, 1:], head.bias))
+    detector.finalize(head)
+    expected = fitted(name, head, train_features).score_features(features, head(features))
+    torch.testing.assert_close(detector.score_features(features, head(features)), expected)

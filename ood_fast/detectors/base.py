@@ -123,7 +123,7 @@ class Detector(nn.Module):
 
         Returns self.
         """
-        run.finalize([self], head, group)
+        run.finalize([self], run.checked_head([self], head), group)
         return self
 
     @property

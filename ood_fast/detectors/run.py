@@ -159,7 +159,7 @@ def fit_features(
     for start in range(0, n_rows if fitting else 0, FIT_CHUNK):
         rows = slice(start, start + FIT_CHUNK)
         partial_fit(fitting, *(None if given is None else given[rows] for given in (features, logits, targets)))
-    finalize(fitting, head, None)
+    finalize(fitting, checked_head(fitting, head), None)
 
 
 @torch.no_grad()
@@ -204,6 +204,27 @@ def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.Proce
     finally:
         for detector in fitting:
             detector._gathered = None
+
+
+def checked_head(detectors: Iterable[Detector], head: Head | None) -> Head | None:
+    """`head`, if it is an `nn.Linear` or (W, b) that fits the features and logits that `detectors` gathered."""
+    if head is None:
+        return None
+    if not isinstance(head, nn.Linear) and not (isinstance(head, tuple) and len(head) == 2):
+        raise TypeError(f"head: got {type(head).__name__}, expected an nn.Linear or (W, b)")
+    weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
+    checks.float_tensor("head: W", weight, 2, "(c, m)")
+    checks.head_bias(bias, weight)
+    for part in _parts(detector for detector in detectors if detector._gathered is not None):
+        n_classes, n_features = (
+            part.widths.get(name, n) for name, n in zip(("logits", "features"), weight.shape, strict=True)
+        )
+        if weight.shape != (n_classes, n_features):
+            raise ValueError(
+                f"head: got W of shape {tuple(weight.shape)}, expected ({n_classes}, {n_features}) to fit the features "
+                "and logits given"
+            )
+    return head
 
 
 def _begin(detectors: Iterable[Detector]) -> None:

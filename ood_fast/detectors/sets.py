@@ -124,7 +124,7 @@ class DetectorSet(nn.Module):
 
     def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> DetectorSet:
         """As `Detector.finalize`, for all of them."""
-        run.finalize(self.detectors, head, group)
+        run.finalize(self.detectors, run.checked_head(self.detectors, head), group)
         return self._share()
 
     def _share(self) -> DetectorSet:
@@ -140,9 +140,8 @@ class DetectorSet(nn.Module):
                     setattr(detector, name, equal)
         return self
 
-    def _apply(
-        self, *args: Any, **keywords: Any
-    ) -> DetectorSet:  # .to(device), .half(), ... copy each buffer by itself
+    # .to(device), .half(), ... copy each buffer by itself.
+    def _apply(self, *args: Any, **keywords: Any) -> DetectorSet:
         super()._apply(*args, **keywords)
         return self._share()
 
