@@ -115,6 +115,15 @@ def test_a_recipe_of_ones_own_with_amp(root, tmp_path):
     assert (info["recipe"]["amp"], info["recipe"]["loss"], info["recipe"]["batch_size"]) == ("bf16", "ce", 32)
 
 
+def test_a_recipe_shown_is_a_recipe_file(tmp_path, capsys):
+    assert cli.main(["train", "--recipe=cifar10-l2norm-60", "--set=lr=0.05", "--amp=bf16", "--show"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "mine.json").write_text(text, encoding="utf-8")
+    expected = recipes.override(recipes.find("cifar10-l2norm-60"), ["lr=0.05", "amp=bf16"])
+    assert recipes.find(tmp_path / "mine.json") == expected
+    assert not (tmp_path / "runs").exists()
+
+
 def test_list_of_recipes(capsys):
     assert cli.main(["train", "--recipe=list"]) == 0
     output = capsys.readouterr().out

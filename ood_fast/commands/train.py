@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -35,6 +36,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="lr=0.05", help="change a setting of the recipe; may be repeated"
     )
+    parser.add_argument(
+        "--show", action="store_true", help="print the recipe with its changes, as a FILE.json is written, and stop"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
@@ -64,7 +68,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    from ..recipes import RECIPES, find, override
+    from ..recipes import RECIPES, as_dict, find, override
 
     if options.recipe == "list":
         width = max(map(len, RECIPES))
@@ -73,6 +77,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     original = find(options.recipe)
     recipe = override(original, options.set)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
+    if options.show:
+        print(json.dumps(as_dict(recipe), indent=2, ensure_ascii=False))
+        return
     _check(options)
     import_plugins(options.plugin)
     from ..data import open_benchmark
