@@ -116,6 +116,16 @@ def test_compiled_scores_are_the_eager_ones(prototype, table_bytes, head, featur
     torch.testing.assert_close(compiled(features, logits), detector.score_features(features, logits))
 
 
+@detectors
+def test_one_compiled_program_for_any_number_of_rows(prototype, head, features):
+    """With dynamic=True numbers that a detector keeps, such as the order of a norm, are symbols too."""
+    detector, logits = fitted(prototype, head), head(features)
+    torch.compiler.reset()
+    compiled = torch.compile(detector, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (N, 3):
+        torch.testing.assert_close(compiled(features[:n], logits[:n]), detector(features[:n], logits[:n]))
+
+
 @pytest.mark.slow
 def test_inductor_compiles_one_of_each_family(head, features):
     torch.compiler.reset()

@@ -43,7 +43,7 @@ class FeatureNorm(Detector):
 
     def statistics(self) -> tuple[str, ...]:
         name = "norm" if self.of == "features" else "logit_norm"
-        return (f"{name}{self.p:.0f}",) if self.p in (1, 2) else ()
+        return tuple(f"{name}{order}" for order in (1, 2) if order == self.p)  # p may be a symbol of the compiler
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         return statistics[self.statistics()[0]]
@@ -93,15 +93,18 @@ class NCI(Detector):
     def _finish(self, mean: streaming.FeatureMean) -> None:
         self.mean = mean.value()
 
+    @property
+    def _norm(self) -> str:
+        return "norm1" if self.p == 1 else "norm2"
+
     def statistics(self) -> tuple[str, ...]:
-        norm = (f"norm{self.p:.0f}",)
-        return (*norm, "centred_norm", "projection") if self.proximity else norm
+        return (self._norm, "centred_norm", "projection") if self.proximity else (self._norm,)
 
     def constants(self) -> dict[str, Any]:
         return {"W": self.head_weight, "mean": self.mean}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        norm = self.alpha * statistics[f"norm{self.p:.0f}"]
+        norm = self.alpha * statistics[self._norm]
         if not self.proximity:
             return norm
         length = statistics["centred_norm"]
@@ -111,4 +114,4 @@ class NCI(Detector):
         if logits is not None or not self.proximity:
             return super()._score(features, logits)
         proximity = nci_score(features, self.head_weight, self.head_bias, self.mean, None, alpha=0.0)
-        return proximity + self.alpha * row_statistics((f"norm{self.p:.0f}",), None, features)[f"norm{self.p:.0f}"]
+        return proximity + self.alpha * row_statistics((self._norm,), None, features)[self._norm]
