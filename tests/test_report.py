@@ -335,6 +335,33 @@ def test_what_is_missing_is_told_with_the_command_for_it(runs, capsys):
     assert "not evaluated yet" in page
 
 
+def test_published_numbers_stand_beside_ours(runs):
+    file = runs / "ce/eval/cifar10/results.json"
+    results = json.loads(file.read_text())
+    for row in results["summary"]:
+        if (row["metric"], row["detector"], row["ood_set"]) == ("auroc", "MSP", "farood"):
+            row["published"], ours = 0.5, row["mean"]
+    file.write_text(json.dumps(results))
+    assert cli.main(["report", "ce", "--quiet"]) == 0
+    header, *rows = Page((runs / "ce/report.html").read_text()).tables["AUROC (%)"]
+    assert header == ["detector", "nearood", "farood", "farood published", "difference"]
+    msp = next(row for row in rows if row[0] == "MSP")
+    assert msp[3:] == ["50.00", f"{100 * (ours - 0.5):+.2f}"]
+    assert next(row for row in rows if row[0] == "NCI")[3:] == ["–", "–"]
+
+
+def test_several_benchmarks_of_one_run(runs):
+    shutil.copytree("ce/eval/cifar10", "ce/eval/mine")
+    file = runs / "ce/eval/mine/results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"benchmark": "mine"}))
+    assert cli.main(["report", "ce", "--quiet"]) == 0
+    text = (runs / "ce/report.html").read_text()
+    page = Page(text)
+    assert {"cifar10-scores-MSP-ce.csv", "mine-scores-MSP-ce.csv"} < set(page.files)
+    assert 'id="detection-on-cifar10"' in text
+    assert 'id="detection-on-mine"' in text
+
+
 def test_features_that_are_gone_leave_the_rest(runs, capsys):
     gone = next(runs.glob("ce/cache/*/svhn-*"))
     shutil.rmtree(gone)
@@ -395,6 +422,8 @@ def test_requests_that_cannot_be_met(runs, capsys):
     assert (runs / "thesis.html").read_text() == "<html>"
     assert "--out: got ''" in refused("ce", "--out=")
     assert "cannot be a folder" in refused("ce", "--out=thesis.html/x.html")
+    (runs / "ce/eval/cifar10/scores/ce/MSP.npz").write_bytes(b"PK damaged")
+    assert "eval/cifar10: cannot read its scores" in refused("ce")
     assert "--workers: got -1" in refused("ce", "--workers=-1")
     (runs / "ce/log.csv").write_text("epoch,loss\n1,many\n")
     assert "log.csv: cannot be read as a table of numbers" in refused("ce")

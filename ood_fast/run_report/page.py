@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import charts, evaluation, pages
+from .. import charts, checks, evaluation, pages
 from ..diagnostics import NUMBERS, Diagnosis
 from ..tables import Cell, Section, Table, as_html
 from . import evaluations, figures
@@ -145,7 +146,13 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     """A row for each detector."""
     of_detectors: dict[str, list[figures.Figure]] = {}
     for record, evaluated in found:
-        scores = evaluation.read_scores(evaluated.folder, evaluated.run)
+        try:
+            scores = evaluation.read_scores(evaluated.folder, evaluated.run)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            again = evaluated.results["command"]
+            raise checks.UserError(
+                f"{evaluated.folder}: cannot read its scores ({error}); make them again: {again}"
+            ) from error
         for figure, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
             of_detectors.setdefault(detector, []).append(figure)
     shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)
