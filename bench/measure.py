@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -134,7 +135,9 @@ def _workers() -> multiprocessing.pool.Pool:
     """Fresh processes, forked from one that has imported torch and this package but never computed anything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return context.Pool(1, maxtasksperchild=1)
+    pool = context.Pool(1, maxtasksperchild=1)
+    atexit.register(pool.terminate)  # later, with half of Python gone, it can only complain
+    return pool
 
 
 def _inputs(row: baselines.Row, case: Case, device: torch.device) -> Inputs:

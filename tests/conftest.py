@@ -1,13 +1,17 @@
-"""Fixtures for every test file, and the one switch that must be set before anything imports Triton.
+"""Fixtures for every test file, and what must be set before anything imports Triton or starts a process.
 
 Triton decides when a kernel is *decorated* whether it will be interpreted. So without a GPU TRITON_INTERPRET is set
 here, at import, before pytest imports the test files.
+
+A shell starts what it runs in the background with interrupts ignored, which every process below would inherit: tests of
+Ctrl-C could then wait for ever. So they are received here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +23,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
