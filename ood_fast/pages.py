@@ -46,7 +46,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem; borde
   border-radius: 6px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
+@media (max-width: 40rem) { /* a name that stays while the rest is scrolled must leave room for the rest */
+  table { width: max-content; } th[scope=row] { max-width: 45vw; white-space: normal; overflow-wrap: anywhere; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 """
 
 # Sorting by a column: its header becomes a button. Rows stay in their section; what is no number comes last. Numbers

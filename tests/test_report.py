@@ -519,6 +519,8 @@ def test_loads_without_complaint_and_fits_every_screen(chromium, file):
             chromium.run("document.querySelectorAll('details').forEach(d => d.open = true)")
             assert chromium.run("document.documentElement.scrollWidth") <= width
             assert chromium.problems == []
+            names = "[...document.querySelectorAll('th[scope=row]')].map(name => name.offsetWidth)"
+            assert max(chromium.run(names)) <= (width / 2 if width < 600 else 600)
 
 
 @needs_browser
