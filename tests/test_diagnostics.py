@@ -336,8 +336,16 @@ def test_feature_change_over_models_and_what_it_refuses():
     found = diagnostics.feature_change(iter(models), images, edges=[0.0])
     wanted = [((z[t] - z[t - 1]) ** 2).sum() / 7 for t in (1, 2)]
     assert found.steps.flatten().tolist() == pytest.approx([float(value) for value in wanted])
+    norm = z[-1].norm(dim=1)
+    low, high = diagnostics.feature_change(models, images, edges=[0.0, norm.median().item()]).steps.T
+    moved = (z[1:] - z[:-1]).square().sum(dim=2)
+    assert low.tolist() == pytest.approx(moved[:, norm < norm.median()].mean(dim=1).tolist())
+    assert high.tolist() == pytest.approx(moved[:, norm >= norm.median()].mean(dim=1).tolist())
     same = diagnostics.feature_change([models[0], copy.deepcopy(models[0])], images)
     assert same.total.tolist() == [0] * 4
+    fewer = iter([images, images[:1]])
+    with pytest.raises(ValueError, match="got a chunk of shape None"):
+        diagnostics.feature_change(models[:2], type("Loader", (), {"__iter__": lambda _: iter(next(fewer))})())
     with pytest.raises(ValueError, match="at least two checkpoints"):
         diagnostics.feature_change(models[:1], images)
     with pytest.raises(ValueError, match=r"expected \(5, 4\)"):

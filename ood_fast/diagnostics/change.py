@@ -6,10 +6,13 @@ Haas, Yolland and Rabus, TMLR 2024, arXiv:2306.04072, equation 8 and figures 3 a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import IO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,22 +78,44 @@ def change_by_norm(changes: Tensor, norm: Tensor, edges: Sequence[float] | None 
 def feature_change(
     models: Iterable[nn.Module], loader: Iterable, edges: Sequence[float] | None = None
 ) -> FeatureChange:
-    """`FeatureChange` over the checkpoints `models`, the first first; each is run twice, beside its two neighbours.
+    """`FeatureChange` over the checkpoints `models`, the first first; each is run once.
+
+    The features of two checkpoints are kept in temporary files, none in memory.
 
     Args:
-        models: different objects, at least two; made one by one, of which two are held.
+        models: at least two; may be made one by one.
         loader: gives the same images in the same order each time it is iterated over: no shuffling, no augmentation.
     """
-    changes, previous = [], None
-    for model in models:
-        if previous is not None:
-            changes.append(squared_change(_features(previous, loader), _features(model, loader)))
-        previous = model
-    if not changes:
-        raise ValueError("models: got fewer than two, expected at least two checkpoints")
-    norm = torch.cat([torch.linalg.vector_norm(double(z), dim=1).cpu() for z in _features(previous, loader)])
+    changes, n_models = [], 0
+    with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as other:
+        before, after = one, other
+        for n_models, model in enumerate(models, start=1):
+            now = _kept((batch.features for batch in run_model(model, loader, find_head(model))), after)
+            if n_models == 1:
+                for _ in now:
+                    pass
+            else:
+                changes.append(squared_change(_read(before), now))
+            before, after = after, before
+            before.seek(0)
+            after.seek(0)
+        if n_models < 2:
+            raise ValueError(f"models: got {n_models}, expected at least two checkpoints")
+        norm = torch.cat([torch.linalg.vector_norm(double(z), dim=1) for z in _read(before)])
     return change_by_norm(torch.stack(changes), norm, edges)
 
 
-def _features(model: nn.Module, loader: Iterable) -> Iterable[Tensor]:
-    return (batch.features for batch in run_model(model, loader, find_head(model)))
+def _kept(chunks: Iterable[Tensor], file: IO[bytes]) -> Iterator[Tensor]:
+    """The chunks, which are written to the file on the way; NumPy has no bfloat16."""
+    for z in chunks:
+        z = (z if z.dtype == torch.float64 else z.float()).cpu()
+        np.save(file, z.numpy())
+        yield z
+
+
+def _read(file: IO[bytes]) -> Iterator[Tensor]:
+    while True:
+        try:
+            yield torch.from_numpy(np.load(file))
+        except EOFError:
+            return
