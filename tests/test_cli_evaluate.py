@@ -427,6 +427,14 @@ def test_feature_files_that_do_not_fit(made_features, tmp_path, change, message,
         write_features(tmp_path / "f/svhn.npz", change({name: torch.from_numpy(held[name]) for name in held}))
     assert evaluate(*feature_arguments()) == 2
     assert message in capsys.readouterr().err
+    with np.load("f/test.npz") as held:
+        wrong = {**held, "targets": np.where(np.arange(30) == 17, -1, held["targets"])}
+    kept = Path("f/test.npz").read_bytes()
+    np.savez("f/test.npz", **wrong)
+    write_features(tmp_path / "f/svhn.npz", {"features": torch.zeros(3, 6), "logits": torch.zeros(3, 4)})
+    assert evaluate(*feature_arguments()) == 2
+    assert "f/test.npz: row 17: got target -1, expected a class index in [0, 4)" in capsys.readouterr().err
+    Path("f/test.npz").write_bytes(kept)
     Path("f/svhn.npz").write_bytes(b"no archive")
     assert evaluate(*feature_arguments()) == 2
     assert "f/svhn.npz: is damaged, or not a file of .npz" in capsys.readouterr().err

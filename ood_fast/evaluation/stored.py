@@ -33,14 +33,16 @@ class StoredOutputs:
     path = None  # no folder of the cache
     scores: Mapping[str, Tensor] = {}
 
-    def __init__(self, name: str, path: str | os.PathLike, head: Head | None, title: str = "", group: str = "") -> None:
-        self.name, self.title, self.group, self.head = name, title or name, group, head
+    def __init__(self, name: str, path: str | os.PathLike, head: Head | None, group: str) -> None:
+        self.name, self.title, self.group, self.head = name, str(path), group, head
         self.file = Path(path).expanduser()
         rows, held = 0, set()
         self.n_features = self.n_classes = None
         for stored in self._stored():
             shape = (stored.features.shape[1], None if stored.logits is None else stored.logits.shape[1])
             held.add((*shape, stored.targets is not None))
+            if group == "id":
+                self._check_targets(stored, rows)
             rows += len(stored)
         if len(held) != 1:
             reason = "holds no sample" if not held else "features, logits or targets are not alike in all of it"
@@ -50,6 +52,17 @@ class StoredOutputs:
 
     def __len__(self) -> int:
         return self.rows
+
+    def _check_targets(self, stored: features.Stored, first: int) -> None:
+        if stored.targets is None or stored.logits is None:
+            return
+        n_classes = stored.logits.shape[1]
+        if (outside := (stored.targets < 0) | (stored.targets >= n_classes)).any():
+            row = int(outside.int().argmax())
+            raise checks.UserError(
+                f"{self.file}: row {first + row}: got target {int(stored.targets[row])}, expected a class index in "
+                f"[0, {n_classes})"
+            )
 
     def _stored(self) -> Iterator[features.Stored]:
         for stored in features.batches(self.file):
@@ -115,23 +128,23 @@ def evaluate_features(
         chosen, grids, device, bootstrap, seed, leave_out, progress: as in `evaluate_run`.
 
     Raises:
-        UserError: a file that cannot be read or does not fit the others; test data for validation; a detector asked for
-            by name that cannot be fitted.
+        UserError: a file that cannot be read or does not fit the others; an ID target that is no class index; test data
+            for validation; a detector asked for by name that cannot be fitted.
         ValueError: NaN in features or logits.
     """
     _check_names(test, ood, validation, ood_validation)
     given, optional = _given(chosen), chosen is None if leave_out is None else leave_out
     if head is None:
         head = features.load_head(features.files(train)[0])
-    parts = {FIT: StoredOutputs(FIT, train, head, "training data", "id")}
+    parts = {FIT: StoredOutputs(FIT, train, head, "id")}
     if validation is not None:
-        parts[VALIDATION] = StoredOutputs(VALIDATION, validation, head, "validation data", "id")
+        parts[VALIDATION] = StoredOutputs(VALIDATION, validation, head, "id")
     against = [f"{VALIDATION_OOD} {index}" for index in range(len(ood_validation))]
     for name, path in zip(against, ood_validation, strict=True):
-        parts[name] = StoredOutputs(name, path, head, str(path), "validation")
-    parts[TEST] = StoredOutputs(TEST, test, head, "test data", "id")
+        parts[name] = StoredOutputs(name, path, head, "validation")
+    parts[TEST] = StoredOutputs(TEST, test, head, "id")
     for name, (group, path) in ood.items():
-        parts[name] = StoredOutputs(name, path, head, name, group)
+        parts[name] = StoredOutputs(name, path, head, group)
     _check_alike(parts, head)
 
     sets = {ID: TestSet(str(test), "id", len(parts[TEST]))}
