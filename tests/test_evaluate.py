@@ -311,13 +311,13 @@ def test_published_numbers_stand_only_beside_the_same_setting(tmp_path):
         (
             {"recipe": changed, "method": "cifar10-ce"},
             {"recipe": None, "method": "cifar10-ce"},  # the name of its folder
-            {"info": {"complete": False, "image_shape": SHAPE}},
-            {"info": {"complete": True, "image_shape": SHAPE}, "checkpoint": "run/epochs/0010.ckpt"},
+            {"info": {"status": "training", "image_shape": SHAPE}},
+            {"info": {"status": "complete", "image_shape": SHAPE}, "checkpoint": "run/epochs/0010.ckpt"},
         )
     ):
         run = replace(trained(tmp_path / str(number), recipe="cifar10-ce"), **other)
         assert published_of(tmp_path, run) == {}, other
-    done = replace(trained(tmp_path, recipe="cifar10-ce"), info={"complete": True}, checkpoint="run/final.ckpt")
+    done = replace(trained(tmp_path, recipe="cifar10-ce"), info={"status": "complete"}, checkpoint="run/final.ckpt")
     assert set(published_of(tmp_path, done)) == everything
     # other precision, or the batch spread over processes: the same training
     spread = replace(recipes.find("cifar10-ce"), amp="bf16", n_processes=2, batch_size=64)

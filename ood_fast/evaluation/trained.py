@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import checks, models, recipes
 from ..recipes import TrainingRecipe
+from ..training.folder import COMPLETE
 
 RUN = "run.json"
 PRETRAINED = "pretrained:"
@@ -136,7 +137,9 @@ def as_published(run: Trained) -> bool:
         return run.name.startswith(PRETRAINED)
     if not unchanged(run.recipe):
         return False
-    return run.info is None or (run.info.get("complete", False) and Path(run.checkpoint).name in CHECKPOINTS.values())
+    if run.info is None:
+        return True
+    return run.info.get("status") == COMPLETE and Path(run.checkpoint).name in CHECKPOINTS.values()
 
 
 def method_of(recipe: TrainingRecipe) -> str:

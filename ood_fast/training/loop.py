@@ -128,7 +128,11 @@ class Run:
         self.folder, self.resume, self.workers = RunFolder(out), resume, workers
         self.channels_last, self.compile, self.sync_bn = channels_last, compile, sync_bn
         self.keep_every, self.save_minutes = keep_every, save_minutes
-        self.diagnose = _diagnostics() if diagnostics else None
+        self.diagnose = None
+        if diagnostics:
+            from ..diagnostics import epoch_diagnostics  # here: it brings the detectors along
+
+            self.diagnose = epoch_diagnostics
         if diagnostics:  # read now: not after an epoch is it told that they are missing
             _ = benchmark.fit, benchmark.validation_ood
         self.context, self.watcher = dict(context or {}), watcher or Watcher()
@@ -501,14 +505,6 @@ def _status(error: BaseException) -> str:
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return "interrupted"
     return "diverged" if isinstance(error, DivergedError) else "failed"
-
-
-def _diagnostics():
-    try:
-        from ..diagnostics import epoch_diagnostics
-    except ImportError as error:
-        raise checks.UserError(f"diagnostics: this installation has none by epoch ({error})") from error
-    return epoch_diagnostics
 
 
 def _index(device: torch.device) -> int:
