@@ -775,6 +775,16 @@ def checkpoint():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class OutOfBounds:
+    """Raises a subclass of what the functions raise, whatever is asked of it."""
+
+    class Error(IndexError):
+        pass
+
+    def __getattribute__(self, name):
+        raise OutOfBounds.Error("beyond")
+
+
 def same_error(call: Callable, *parts: str) -> None:
     began = time.monotonic()
     text = error_of(call)
@@ -851,6 +861,14 @@ def bad_input():
     same_error(lambda: distributed.row_statistics(["gen"], f, gamma=0 if last else 1), "ValueError", "gamma: got 0")
     same_error(lambda: distributed.row_statistics(["gen", "max"][: rank + 1], f), "ValueError", "names: got ['gen'] on")
     same_error(lambda: distributed.row_statistics(["distance"], f), "ValueError", "W: got None, but 'distance' needs")
+    narrow = W[:, :3] if last else W
+    same_error(lambda: distributed.row_statistics(["distance"], f, W_shard=narrow), "ValueError", "5 columns", "3 col")
+    same_error(lambda: distributed.nci_score(z, W, None if last else b, z[0]), "ValueError", "b_shard: got torch.float")
+    # What no check foresees is told to the ranks that wait, too.
+    same_error(
+        loss(detach_geometry=torch.ones(2) if last else False), "RuntimeError", f"rank {size - 1}: Boolean value"
+    )
+    same_error(loss(weight=OutOfBounds() if last else None), "IndexError", f"rank {size - 1}: beyond")
     assert "group: got 3, expected a process group" in error_of(loss(group=3))
     close(loss()(), ood_fast.elogitnorm(batch.logits, None, batch.W, None, y))  # nobody lags behind
 

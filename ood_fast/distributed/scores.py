@@ -93,9 +93,10 @@ def nci_score(
             checks.head_weight(W_shard, logits_shard)
             checks.features(z, W_shard, logits_shard.shape[0])
         facts = _facts("nci_score", z, W_shard, mean, logits_shard)
-        return Call(
-            W_shard.shape[0], len(z), -1, {**facts, "alpha": float(alpha), "W_shard": f"{W_shard.shape[1]} columns"}
-        )
+        facts |= {"alpha": float(alpha), "W_shard": f"{W_shard.shape[1]} columns"}
+        if logits_shard is None:
+            facts["b_shard"] = None if b_shard is None else b_shard.dtype
+        return Call(W_shard.shape[0], len(z), -1, facts)
 
     layout, *_ = agree(group, examine, W_shard, shards, check)
     dtype = eager.compute_dtype(z, W_shard, mean)
@@ -179,6 +180,8 @@ def row_statistics(
         if "mean" in needs:
             checks.feature_mean(mean, features)
         facts = _facts("row_statistics", logits_shard, features, W_shard, mean, gamma=float(gamma), names=sorted(known))
+        if "W" in needs:
+            facts["W_shard"] = f"{W_shard.shape[1]} columns"
         return Call(logits_shard.shape[1], len(logits_shard), -1, facts)
 
     layout, *_ = agree(group, examine, logits_shard, shards, check)

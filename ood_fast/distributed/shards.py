@@ -22,7 +22,8 @@ SIGNATURE_NUMBERS = 32
 # Bytes of what each rank says for the error message once the signatures differ.
 _TEXT_BYTES = 512
 SAMPLES = ("replicated", "sharded")
-_ERRORS = {"TypeError": TypeError, "ValueError": ValueError, "IndexError": IndexError}
+# What is raised everywhere is one of these, whatever subclass it was where it was found.
+_ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, IndexError, RuntimeError)}
 
 
 class _Slot:
@@ -158,7 +159,7 @@ def agree(
     try:
         call = examine()
         call.facts["shards"] = None if shards is None else tuple(int(count) for count in shards)
-    except tuple(_ERRORS.values()) as problem:
+    except Exception as problem:  # of whatever kind: the other ranks wait for this one
         error = problem
     numbers = [int(error is not None), call.n_classes, call.n_samples, call.n_class_weights]
     numbers += [zlib.crc32(str(fact).encode()) for fact in call.facts.values()]
@@ -169,11 +170,11 @@ def agree(
     column = list(zip(*every, strict=True))
 
     if any(column[_Slot.FAILED]):
-        texts = _gather_texts("" if error is None else f"{type(error).__name__}: {error}", n_ranks, device, group)
+        kind = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), "RuntimeError")
+        texts = _gather_texts(f"{kind}: {error}", n_ranks, device, group)
         rank = column[_Slot.FAILED].index(1)
         kind, _, message = texts[rank].partition(": ")
-        # A subclass raised on another rank is told by its name alone.
-        raise _ERRORS.get(kind, ValueError)(f"rank {rank}: {message}") from error
+        raise _ERRORS[kind](f"rank {rank}: {message}") from error
     for name, found in zip(call.facts, column[_Slot.FACTS :], strict=False):
         if len(set(found)) > 1:
             texts = _gather_texts(str(call.facts[name]), n_ranks, device, group)
