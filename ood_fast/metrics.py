@@ -101,12 +101,15 @@ def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BIN
     ).item()
 
 
+def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
+    """Which of `n_bins` equal bins (lo, hi] each confidence (n,) is in, (n,) int64."""
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
+    return torch.bucketize(confidence.double(), edges[1:-1])  # right=False: an edge belongs to the bin below it
+
+
 def _gaps(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
     """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64."""
-    confidence = confidence.double()
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
-    bins = torch.bucketize(confidence, edges[1:-1])  # right=False: a value on an edge belongs to the bin below it
-    return bins, correct.double() - confidence
+    return confidence_bins(confidence, n_bins), correct.double() - confidence.double()
 
 
 # ---- intervals: the metrics of samples drawn anew

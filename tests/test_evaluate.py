@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,13 @@ from test_metrics import compute_all_metrics, ece_by_loop
 from torch import nn
 
 import ood_fast
-from ood_fast import checks, detectors, evaluation, metrics, published, recipes
+from ood_fast import checks, data, detectors, evaluation, metrics, published, recipes
 from ood_fast.data import ImageBenchmark
 from ood_fast.data.images import ImageDataset, Tensors
 from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet
 from ood_fast.evaluation.trained import Trained
+from ood_fast.evaluation.write import FILES
+from ood_fast.train import fit_recipe
 
 C, SHAPE, M = 3, (3, 4, 4), 8
 NEAR, FAR = ("cifar100", "tin"), ("mnist", "svhn", "texture", "places365")  # the sets of the benchmark cifar10
@@ -337,6 +340,16 @@ def test_published_numbers_stand_only_beside_the_same_setting(tmp_path):
     assert published_of(tmp_path, benchmark=elsewhere) == {}
 
 
+def test_the_processes_of_a_run_decide_its_batch(tmp_path):
+    """A recipe with 128 images a step, run by two processes with 128 each: another training, by another name."""
+    digits = data.open_benchmark("digits")
+    fit_recipe(replace(recipes.find("digits-ce"), epochs=1), digits, tmp_path)
+    info = json.loads((tmp_path / "run.json").read_text())
+    for n_processes, method in ((1, "digits-ce epochs=1"), (2, "digits-ce epochs=1 batch_size=256")):
+        (tmp_path / "run.json").write_text(json.dumps({**info, "processes": n_processes}))
+        assert evaluation.open_run(tmp_path, digits.n_classes, digits.image_shape).method == method
+
+
 def test_published_numbers_are_of_recipes_and_detectors_that_are_there():
     for benchmark, method in published.PUBLISHED:
         if not method.startswith("pretrained-"):
@@ -548,6 +561,11 @@ def test_what_does_not_belong_together(tmp_path):
         checks.UserError, match=r"trained on images of \(3, 8, 8\), but benchmark cifar10 has \(3, 4, 4\)"
     ):
         evaluate(tmp_path, run=other_size)
+    own = make_benchmark("folder")
+    own.class_names = ("cat", "dog", "eel")
+    told = {"image_shape": SHAPE, "benchmark": "folder", "class_names": ["cat", "dog", "emu"]}
+    with pytest.raises(checks.UserError, match=r"class 2 was 'emu' in training, but is 'eel' in these images"):
+        evaluate(tmp_path, benchmark=own, run=replace(trained(tmp_path), info=told))
     with pytest.raises(checks.UserError, match=r"unknown detector 'MPS'.*did you mean 'MSP'"):
         evaluate(tmp_path, ["MPS"])
 
@@ -654,6 +672,14 @@ def test_a_full_disk_leaves_the_earlier_results(results, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         evaluation.write(tmp_path / "new", results, {})
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_two_that_write_into_one_folder_take_turns(results, tmp_path):
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: evaluation.write(out, results, {"command": str(number)}), range(12)))
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(FILES)
+    assert evaluation.read_scores(out, evaluation.read(out)["runs"][0])
 
 
 def test_results_take_the_place_of_earlier_ones_and_of_nothing_else(results, tmp_path):

@@ -335,6 +335,16 @@ def test_what_is_missing_is_told_with_the_command_for_it(runs, capsys):
     assert "not evaluated yet" in page
 
 
+def test_an_evaluation_from_before_the_training_went_on_is_told(runs, capsys):
+    assert cli.main(["report", "ce"]) == 0
+    assert "after the last epoch" not in capsys.readouterr().err
+    info = json.loads((runs / "ce/run.json").read_text())
+    (runs / "ce/run.json").write_text(json.dumps({**info, "epochs": 3}))
+    assert cli.main(["report", "ce"]) == 0
+    told = capsys.readouterr().err
+    assert "evaluation on cifar10 after the last epoch: it is of epoch 2 of 3; run ood-fast evaluate ce" in told
+
+
 def test_published_numbers_stand_beside_ours(runs):
     file = runs / "ce/eval/cifar10/results.json"
     results = json.loads(file.read_text())

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -398,6 +399,48 @@ def test_other_folders_are_left_alone(images, tmp_path):
     with pytest.raises(checks.UserError, match="is a file"):
         training.fit_recipe(BASE, images, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_killed_before_its_first_file_was_there(images, tmp_path, monkeypatch):
+    """Of a run there is run.json before anything else: whatever else is found without it is not ours."""
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder.os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*run\.json: No space left"):
+        training.fit_recipe(BASE, images, tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".run.json.part").write_text('{"status": "runn')
+    assert training.fit_recipe(replace(BASE, epochs=1), images, tmp_path, resume=True).epoch == 1
+
+
+def test_what_is_no_run_of_ours_is_told(images, tmp_path):
+    one = replace(BASE, epochs=1)
+    training.fit_recipe(one, images, tmp_path)
+    shutil.copy(tmp_path / "best.ckpt", tmp_path / "last.ckpt")
+    with pytest.raises(checks.UserError, match=r"last\.ckpt: nothing to continue from, it holds no model"):
+        training.fit_recipe(one, images, tmp_path, resume=True)
+    info = json.loads((tmp_path / "run.json").read_text())
+    for changes, message in (
+        ({"recipe": 5}, "says nothing of a recipe"),
+        ({"recipe": {**info["recipe"], "epochs": "x"}}, r"run\.json: epochs: got 'x'"),
+        ({"recipe": {**info["recipe"], "of_tomorrow": 3}}, r"run\.json: unknown setting 'of_tomorrow'"),
+        ({"n_classes": None}, r"run\.json: n_classes: got None, expected .*int"),
+        ({"image_shape": 32}, r"run\.json: image_shape: got 32"),
+        ({"benchmark": ["cifar10"]}, r"run\.json: benchmark: got \['cifar10'\]"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({**info, **changes}))
+        for attempt in (
+            lambda: training.load_run(tmp_path),
+            lambda: training.fit_recipe(one, images, tmp_path, resume=True),
+        ):
+            with pytest.raises(checks.UserError, match=message):
+                attempt()
+    older = {name: value for name, value in info["recipe"].items() if name != "amp"}  # from before there was such
+    (tmp_path / "run.json").write_text(json.dumps({**info, "recipe": older}))
+    assert training.load_run(tmp_path)[1] == one
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(images, tmp_path, monkeypatch):

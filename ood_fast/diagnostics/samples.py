@@ -170,10 +170,10 @@ def reliability(confidence: Tensor, correct: Tensor, n_bins: int = metrics.ECE_B
     softmax(f / D): Ding et al., arXiv:2504.11434.
     """
     confidence, correct = confidence.double(), correct.double()
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)
-    bins = torch.bucketize(confidence, edges[1:-1])
+    bins = metrics.confidence_bins(confidence, n_bins)
     count = torch.bincount(bins, minlength=n_bins)
-    sums = [torch.bincount(bins, values, minlength=n_bins) for values in (confidence, correct)]
-    mean_confidence, accuracy = (total / count for total in sums)  # 0 / 0 is NaN
-    ece = ((sums[1] - sums[0]).abs().sum() / len(confidence)).item()
-    return Reliability(mean_confidence, accuracy, count, ece)
+    mean_confidence, accuracy = (
+        torch.bincount(bins, values, minlength=n_bins) / count
+        for values in (confidence, correct)  # 0 / 0 is NaN
+    )
+    return Reliability(mean_confidence, accuracy, count, metrics.calibration_error(confidence, correct, n_bins))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import checks, detectors, metrics
 from ..data import ImageBenchmark
+from ..data.benchmarks import SPECS
 from ..detectors import ODIN, Detector, DetectorSet
 from ..detectors.search import Search, Trial
 from ..evaluate import temperatures
@@ -345,6 +346,15 @@ def _check_fit(run: Trained, benchmark: ImageBenchmark, n_outputs: int) -> None:
         raise checks.UserError(
             f"{run.name}: trained on images of {shape}, but benchmark {benchmark.name} has {benchmark.image_shape}"
         )
+    info = run.info or {}
+    classes = info.get("class_names", benchmark.class_names)
+    # Of the others the names differ between layouts, but not the classes.
+    if benchmark.name == info.get("benchmark") and benchmark.name not in SPECS:
+        for index, (theirs, ours) in enumerate(zip(classes, benchmark.class_names, strict=True)):
+            if theirs != ours:
+                raise checks.UserError(
+                    f"{run.name}: class {index} was {theirs!r} in training, but is {ours!r} in these images"
+                )
 
 
 def _classification(result: RunResult, test: Outputs, draws: metrics.Bootstrap | None) -> None:

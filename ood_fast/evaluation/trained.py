@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from torch import nn
 
 from .. import checks, models, recipes
 from ..recipes import TrainingRecipe
-from ..training.folder import COMPLETE
+from ..training.folder import CHECKPOINTS, COMPLETE, RUN
 
-RUN = "run.json"
 PRETRAINED = "pretrained:"
-CHECKPOINTS = {"best": "best.ckpt", "final": "final.ckpt", "last": "last.ckpt"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ def open_run(
         from ..train import load_run
 
         built, own, info = load_run(place, checkpoint)
+        own = replace(own, n_processes=info.get("processes", own.n_processes))  # as it was run: they decide the batch
         file = place / CHECKPOINTS.get(checkpoint, checkpoint)
         return Trained(str(path), built.eval(), method_of(own), place, str(file), head, own, info.get("seed"), info)
     file = place if place.is_file() else place / CHECKPOINTS.get(checkpoint, checkpoint)

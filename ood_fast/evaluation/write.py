@@ -15,7 +15,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,31 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
     """Write all of `FILES` into `folder`, in place of what an earlier evaluation left there.
 
     All of it is written beside its place first. results.json goes first and comes last: a folder that has one is whole.
+    Of two evaluations that write into one folder, the second waits.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        _write(folder, results, context)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Until this context ends, no other process is inside it for the same folder, where the system has such locks."""
+    handle = None
+    with suppress(ImportError, OSError):  # Windows has no fcntl, some network disks no locks
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _write(folder: Path, results: Results, context: Mapping[str, Any]) -> None:
     for left_behind in folder.glob(f"{WRITING}*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
@@ -159,6 +182,7 @@ def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
         "scores": f"scores/{name}",
         "method": trained.method,
         "seed": trained.seed,
+        "epochs": (trained.info or {}).get("epochs"),
         "checkpoint": trained.checkpoint,
         "model": run.model_key,
         "recipe": None if trained.recipe is None else recipes.as_dict(trained.recipe),

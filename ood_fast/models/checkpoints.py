@@ -57,7 +57,7 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # how torch's writer reports a full disk
-            raise OSError(f"cannot write {path}: {error}") from error
+            raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
         raise
     _sync_folder(path.parent)
 

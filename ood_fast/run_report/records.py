@@ -27,7 +27,7 @@ from ..diagnostics import diagnose as diagnose_chunks
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
 from ..evaluation.run import FIT, TEST, VALIDATION, VALIDATION_OOD
-from ..training.folder import DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
+from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
 Progress = Callable[[str, int], Any]
 Columns = dict[str, list[float]]
@@ -198,6 +198,12 @@ def _missing(record: Record) -> list[str]:
         found.append("diagnostics by epoch: train with --diagnostics")
     if not record.evaluated:
         found.append(f"evaluation and diagnostics: run {_evaluate_command(record)}")
+    for benchmark, evaluated in record.evaluated.items():
+        then, now = evaluated.run.get("epochs"), record.info.get("epochs")
+        replaced = Path(evaluated.run["checkpoint"]).name in CHECKPOINTS.values()  # by the training that went on
+        if replaced and None not in (then, now) and then != now:
+            again = evaluated.results["command"]
+            found.append(f"evaluation on {benchmark} after the last epoch: it is of epoch {then} of {now}; run {again}")
     if record.info and record.change is None:
         again = f"ood-fast report {shlex.quote(str(record.path))} --feature-change"
         if len(_checkpoints(record.path)) < 2:

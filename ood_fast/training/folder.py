@@ -27,6 +27,7 @@ from .build import model_of
 
 RUN, LOG, DIAGNOSTICS = "run.json", "log.csv", "diagnostics.csv"
 LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
+CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call them
 COMPLETE = "complete"
 # of run.json, besides the recipe: a run is only continued where these are the same
 DECIDING = ("seed", "processes", "sync_bn", "class_names", "image_shape", "training_images", "validation_images")
@@ -45,7 +46,8 @@ class RunFolder:
             UserError: the folder holds something else, a run with other settings, or this run without `resume`.
         """
         checks.writable_folder("--out", self.path)
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        begun = f".{RUN}.part"  # killed before its first file was there: nothing is lost
+        if not self.path.is_dir() or all(entry.name == begun for entry in self.path.iterdir()):
             return None
         if not (self.path / RUN).is_file():
             raise checks.UserError(f"--out: {self.path} is not empty and holds no run; pass another folder")
@@ -61,7 +63,12 @@ class RunFolder:
                 f"--out: {self.path} holds this run, {done} of {wanted} epochs done; pass --resume to continue it, or "
                 "another --out"
             )
-        return read_checkpoint(self.path / LAST) if (self.path / LAST).is_file() else None
+        if not (self.path / LAST).is_file():
+            return None
+        state = read_checkpoint(self.path / LAST)
+        if missing := [part for part in ("model", "optimizer", "history", "ranks") if part not in state]:
+            raise checks.UserError(f"{self.path / LAST}: nothing to continue from, it holds no {missing[0]}")
+        return state
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         self._write(RUN, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
@@ -124,7 +131,11 @@ def _short(value: Any) -> str:
 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
-    """What `run.json` in the folder of a run says; `UserError` where there is none."""
+    """What `run.json` in the folder of a run says; settings that its recipe does not know have their defaults.
+
+    Raises:
+        UserError: there is none, or it is not what `ood-fast train` writes.
+    """
     file = Path(path).expanduser() / RUN
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
@@ -132,9 +143,18 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
         raise checks.UserError(f"{path}: no run ({RUN}: {error.strerror})") from error
     except ValueError as error:
         raise checks.UserError(f"{file}: no JSON ({error})") from error
-    if not isinstance(info, dict) or "recipe" not in info:
+    if not isinstance(info, dict) or not isinstance(info.get("recipe"), dict):
         raise checks.UserError(f"{file}: says nothing of a recipe, expected what `ood-fast train` writes")
-    return info
+    for name, kind in (("benchmark", str), ("n_classes", int), ("image_shape", list)):
+        if not isinstance(info.get(name), kind):
+            raise checks.UserError(
+                f"{file}: {name}: got {info.get(name)!r}, expected what `ood-fast train` writes ({kind.__name__})"
+            )
+    try:
+        recipe = recipes.from_dict(info["recipe"])
+    except checks.UserError as error:
+        raise checks.UserError(f"{file}: {error}") from error
+    return info | {"recipe": recipes.as_dict(recipe)}
 
 
 def load_run(
@@ -152,6 +172,5 @@ def load_run(
     info = read_info(folder)
     recipe = recipes.from_dict(info["recipe"])
     model = model_of(recipe, info["n_classes"], tuple(info["image_shape"]), pretrained=False)
-    named = {"best": BEST, "final": FINAL, "last": LAST}
-    models.load_checkpoint(model, folder / named.get(checkpoint, checkpoint))
+    models.load_checkpoint(model, folder / CHECKPOINTS.get(checkpoint, checkpoint))
     return model.eval(), recipe, info

@@ -474,10 +474,10 @@ class Run:
         set_random_state(own["random"], self.device)
 
     def _write_tables(self, status: str) -> None:
+        self._write_status(status)  # first: a folder without run.json is not taken for a run
         self.folder.write_table(LOG, self.history)
         if self.diagnose:
             self.folder.write_table(DIAGNOSTICS, self.diagnosed)
-        self._write_status(status)
 
     def _write_status(self, status: str) -> None:
         if self.rank == 0:
