@@ -88,6 +88,13 @@ KERNELS = {
     "nci_forward, after features_argmax": Formula("12*n*s + T*n*m + V*n*m", "0", "8*n*m"),
     "nci_features_backward": Formula("T*n*m + V*n*m", "T*n*m", "8*n*m"),
     "nci_mean_backward": Formula("T*n*m + V*n*m", "4*m*ceil(n/128)", "6*n*m"),
+    # By what is asked of it: the statistics of one detector, or all of them. The table of distances is an input.
+    "row_statistics, MSP": Formula("L*n*c", "0", "7*n*c"),
+    "row_statistics, entropy": Formula("L*n*c", "0", "10*n*c"),
+    "row_statistics, GEN": Formula("L*n*c", "0", "15*n*c"),
+    "row_statistics, fDBD": Formula("L*n*c + 4*min(n, u)*c + T*n*m", "0", "8*n*c + 3*n*m"),
+    "row_statistics, NCI": Formula("L*n*c + T*n*m + V*min(n, u)*m", "0", "4*n*c + 8*n*m"),
+    "row_statistics, all": Formula("L*n*c + 4*min(n, u)*c + T*n*m + V*min(n, u)*m", "0", "26*n*c + 10*n*m"),
 }
 # What stands beside them in the tables, counted in the same way.
 NEIGHBOURS = {

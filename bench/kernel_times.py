@@ -47,7 +47,7 @@ def by_kernel(events: Iterable[tuple[str, float]], rounds: int) -> dict[str, dic
     return found
 
 
-_NAMES = {name.partition(",")[0] for name in counts.KERNELS} | {"segment_piece", "row_statistics"}
+_NAMES = {name.partition(",")[0] for name in counts.KERNELS} | {"segment_piece"}
 
 
 def profile(case: Case, row_name: str) -> dict[str, dict[str, float]]:

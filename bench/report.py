@@ -20,7 +20,8 @@ from typing import Any
 from .latency import LATENCY, OURS
 
 Row = dict[str, Any]
-FIRST = ("elogitnorm", "linear_elogitnorm", "nci_score", "boundary_distance")  # ours: what ratios are taken to
+# Ours: what ratios are taken to.
+FIRST = ("elogitnorm", "linear_elogitnorm", "nci_score", "boundary_distance", "row_statistics, MSP")
 MEMORY = "out of memory"
 KEPT = (
     *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
@@ -40,12 +41,15 @@ class Results:
         self.clocks: dict[str, Any] = {}
 
     def add(self, document: dict[str, Any]) -> None:
-        """The JSON of a run, or a results.json that `write` has left."""
+        """The JSON of a run, or a results.json that `write` has left. ValueError for one of another machine."""
+        before, self.environment = title(self), document.get("environment") or document["machine_info"]["environment"]
+        if before not in (None, title(self)):
+            raise ValueError(f"measured on {title(self)}, the files before it on {before}: a report is of one machine")
         self.ceilings = document.get("ceilings") or self.ceilings
-        self.environment = document.get("environment") or document["machine_info"]["environment"]
         self.clocks = document.get("gpu_state_at_end") or self.clocks
         for entry in document.get("left_out", ()):
-            self.left_out[entry["group"], entry["row"]] = entry["reason"]
+            if (entry["group"], entry["row"]) not in self.rows:
+                self.left_out[entry["group"], entry["row"]] = entry["reason"]
         for entry in document["benchmarks"]:
             row = entry if "seconds" in entry else _row(entry)
             self.rows[row["group"], row["row"]] = row
@@ -241,9 +245,11 @@ def markdown(results: Results, command: str, plots: Sequence[str]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def title(results: Results) -> str:
-    """The machine: its GPU where it has one, else its processor with the number of threads."""
+def title(results: Results) -> str | None:
+    """The machine: its GPU where it has one, else its processor with the number of threads; None without results."""
     what = results.environment
+    if not what:
+        return None
     return what["device"] if what["device"] != "cpu" else f"{what['machine']}, {what['threads']} threads"
 
 
@@ -358,6 +364,8 @@ def load(paths: Sequence[Path]) -> Results:
             raise SystemExit(f"{path}: no such file; make one with pytest bench/ --benchmark-json={path}") from None
         except (json.JSONDecodeError, KeyError) as error:
             raise SystemExit(f"{path}: not the JSON of a run of bench/ ({error!r})") from None
+        except ValueError as error:
+            raise SystemExit(f"{path}: {error}") from None
     return results
 
 

@@ -6,6 +6,8 @@ parts, as logits and features are read once; and MSP should not be slower than `
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -13,14 +15,16 @@ from ood_fast.statistics import STATISTICS, distance_table, row_statistics
 
 from .cases import CIFAR100, IMAGENET, Case
 from .conftest import over, relative_error
+from .measure import input_sets
 
+# The rows, by their names in bench/counts.py.
 DETECTORS = {
     "MSP": ("max", "logsumexp"),
     "GEN": ("gen",),
     "entropy": ("entropy",),
     "fDBD": ("distance", "centred_norm"),
     "NCI": ("predicted", "norm1", "centred_norm", "projection"),
-    "all statistics": STATISTICS,
+    "all": STATISTICS,
 }
 
 
@@ -31,7 +35,7 @@ def case(request):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 @torch.no_grad()
-def test_statistics(detector, inputs, measure):
+def test_statistics(detector, inputs, measure, device):
     """Compared with float64, where that is an error and not an index, before they are timed."""
 
     def of(x, table):
@@ -40,14 +44,26 @@ def test_statistics(detector, inputs, measure):
     table = distance_table(inputs.W)
     found, truth = of(inputs, table), of(inputs.double(), table.double())
     floats = [name for name in found if name != "predicted"]
+    row = f"row_statistics, {detector}"
     measure(
         "row statistics",
-        lambda: of(inputs, table),
-        row=detector,
+        [functools.partial(of, x, table) for x in input_sets(inputs, device)],
+        row=row,
+        counts=row,
         error=relative_error([found[name] for name in floats], [truth[name] for name in floats]),
+        distinct=inputs.distinct_predictions,
     )
 
 
 @torch.no_grad()
-def test_softmax_maximum(inputs, measure):
-    measure("row statistics", lambda: inputs.logits.softmax(1).max(1), row="softmax(1).max(1)")
+def test_softmax_maximum(inputs, measure, device):
+    def of(x):
+        return x.logits.softmax(1).max(1).values
+
+    measure(
+        "row statistics",
+        [functools.partial(of, x) for x in input_sets(inputs, device)],
+        row="softmax(1).max(1)",
+        counts="softmax maximum",
+        error=relative_error([of(inputs)], [of(inputs.double())]),
+    )

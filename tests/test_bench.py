@@ -63,23 +63,27 @@ def rendered(expression: str) -> str:
 def test_kernels_readme_has_the_same_formulas():
     """Section 6 of kernels/README.md against `counts.KERNELS`, cell by cell; cells of words are skipped."""
     section = (ROOT / "kernels" / "README.md").read_text().partition("## 6.")[2].partition("## 7.")[0]
-    compared = 0
+    compared, statistics = 0, set()
     for line in section.splitlines():
         if not line.startswith("| `"):
             continue
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         names = re.findall(r"`(\w+)`", name)
         for kernel in names:
-            kernel = f"{kernel}, {name.partition(', ')[2]}" if kernel.startswith("tempered_forward") else kernel
+            if kernel in ("tempered_forward", "row_statistics"):
+                kernel = f"{kernel}, {name.partition(', ')[2]}"
             if kernel not in counts.KERNELS:
                 continue
             for cell, expression in zip(cells, counts.KERNELS[kernel], strict=True):
-                if re.search(r"[a-zA-Z]{4,}", plain(cell)) is None and "/" not in re.sub("⌈.*⌉", "", cell):
+                words = re.search(r"[a-zA-Z]{4,}", plain(cell).replace("min(", "("))
+                if words is None and "/" not in re.sub("⌈.*⌉", "", cell):
                     assert plain(cell) == rendered(expression), (
                         f"{kernel}: {cell} in the README, {expression} in counts"
                     )
                     compared += 1
-    assert compared >= 36
+                    statistics |= {kernel} if kernel.startswith("row_statistics") else set()
+    assert compared >= 54
+    assert statistics == {name for name in counts.KERNELS if name.startswith("row_statistics")}
 
 
 # ---- inputs, errors, memory
@@ -329,6 +333,20 @@ def test_written_results_can_be_read_again(tmp_path):
         report.load([tmp_path / "other.json"])
 
 
+def test_files_are_of_one_machine(tmp_path):
+    """A row that one file left out and another measured stands once; another machine's file is refused by name."""
+    reason = {"group": LOSS, "row": "elogitnorm", "reason": "not installed"}
+    results = results_of(document(*three_rows()), document(left_out=(reason,)))
+    assert not results.left_out
+    other = document(*three_rows())
+    other["machine_info"]["environment"]["device"] = "A GPU"
+    paths = tmp_path / "cpu.json", tmp_path / "gpu.json"
+    for path, content in zip(paths, (document(*three_rows()), other), strict=True):
+        path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"gpu.json: measured on A GPU, the files before it on Test CPU, 2 threads"):
+        report.load(paths)
+
+
 @pytest.mark.slow
 def test_a_run_from_pytest_to_tables(tmp_path):
     file = tmp_path / "run.json"
@@ -405,3 +423,22 @@ def test_gpu_script_keeps_going_and_keeps_what_was_written(tmp_path):
     assert re.search(r"kernel_times: STOPPED", summary)
     assert "imagenet: LEFT OUT" in summary
     assert json.loads((out / "kernel_times.json").read_text()) == {}
+
+
+@pytest.mark.slow
+def test_gpu_script_makes_tables_of_a_step_that_the_deadline_stopped(tmp_path):
+    """What such a step wrote is reported though it took seconds to end; the report has its own time."""
+    python = fake_python(
+        tmp_path,
+        'case "$*" in *cuda.is_available*|*json.dumps*|*pip*|*tests*|*smoke*|*kernel_times*) echo fine;; '
+        "*bench.report*) echo written;; "
+        '*test_gpu_targets*) for a in "$@"; do case "$a" in --benchmark-json=*) echo "{}" > "${a#*=}";; esac; done; '
+        "trap 'sleep 4; exit 2' INT; sleep 60;; *) echo fine;; esac",
+    )
+    out = tmp_path / "out"
+    run = gpu_script(tmp_path, str(out), python=python, DEADLINE="17")
+    summary = (out / "summary.txt").read_text()
+    assert re.search(r"targets: STOPPED", summary)
+    assert "imagenet: LEFT OUT" in summary
+    assert "report: ok" in summary, summary
+    assert float(re.search(r"==== (\d+) s", run.stdout)[1]) < 17 + 20
