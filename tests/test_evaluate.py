@@ -603,6 +603,15 @@ def test_openoods_table_to_the_byte(results, tmp_path):
     assert (tmp_path / "out/openood/knn.csv").read_bytes() == expected.encode()
 
 
+def test_without_ood_sets_there_is_no_table_of_them(tmp_path):
+    benchmark = make_benchmark()
+    benchmark.ood = {}
+    results = evaluation.evaluate_runs([trained(tmp_path)], benchmark, ["MSP", "KNN"], **FAST)
+    assert [table.title for table in evaluation.build(results)] == ["Accuracy and expected calibration error (%)"]
+    evaluation.write(tmp_path / "out", results, {})
+    assert evaluation.read(tmp_path / "out")["sets"].keys() == {"id"}
+
+
 def test_files_hold_all_numbers(results, tmp_path):
     out = tmp_path / "out"
     evaluation.write(out, results, {"command": "ood-fast evaluate ..."})

@@ -314,6 +314,7 @@ def build(results: Results) -> list[Table]:
     aupr = [column(f"{name}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
+    tables = [table for table in tables if table.columns]  # without OOD sets there are none
     return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
 
 
