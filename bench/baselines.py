@@ -1,4 +1,4 @@
-"""The rows of the loss tables: ours, and what a user would otherwise run, each as a function of the same inputs."""
+"""The rows of the tables: ours, and what a user would otherwise run, each as a function of the same inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a function of `Inputs`, the inputs that it is differentiated for, and its own truth."""
+    """One line of a table: a function of `Inputs`, the inputs that it is differentiated for (none: a score), and its
+    own truth."""
 
     name: str
     run: Callable[[Inputs], Tensor]
@@ -53,6 +54,10 @@ class Row:
     truth: Callable[[Inputs], Tensor]  # the same function, for float64 inputs
     left_out: Callable[[Case, torch.device], str | None] = lambda case, device: None
     forward_only: bool = True  # also in the table of the forward pass
+
+    @property
+    def reads_logits(self) -> bool:
+        return "logits" in self.wants or not self.wants
 
     def forward(self, x: Inputs) -> list[Tensor]:
         with torch.no_grad():
@@ -66,7 +71,10 @@ class Row:
         return self._step(self.truth, x)
 
     def _step(self, function: Callable[[Inputs], Tensor], x: Inputs) -> list[Tensor]:
-        value = function(x)
+        with torch.set_grad_enabled(bool(self.wants)):
+            value = function(x)
+        if not self.wants:
+            return [value]
         incoming = None if value.dim() == 0 else torch.ones_like(value)
         return [value.detach(), *torch.autograd.grad(value, [getattr(x, name) for name in self.wants], incoming)]
 
@@ -79,13 +87,18 @@ def reference_bytes(case: Case) -> int:
     return 3 * case.n_classes**2 * case.n_features * 4
 
 
-def _reference_left_out(case: Case, device: torch.device) -> str | None:
-    needed = reference_bytes(case)
+def _reference_left_out(case: Case, device: torch.device, tensors: int = 3) -> str | None:
+    needed = reference_bytes(case) // 3 * tensors
     limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_REFERENCE_LIMIT
     if needed <= limit:
         return None
     c, m = case.n_classes, case.n_features
-    return f"out of memory at {needed / 1e9:.1f} GB: 3 × {c}×{c}×{m} numbers, limit {limit / 1e9:.1f} GB"
+    return f"out of memory at {needed / 1e9:.1f} GB: {tensors} × {c}×{c}×{m} numbers, limit {limit / 1e9:.1f} GB"
+
+
+def _reference_distance_left_out(case: Case, device: torch.device) -> str | None:
+    """Without a backward pass: the differences and a temporary."""
+    return _reference_left_out(case, device, 2)
 
 
 def _compiled_left_out(case: Case, device: torch.device) -> str | None:
@@ -275,3 +288,63 @@ LINEAR_LOSSES = (
     ),
 )
 ROWS = {row.name: row for row in LOSSES + LINEAR_LOSSES}
+
+
+def _gram_distance(x: Inputs) -> Tensor:
+    """D by the Gram form, for float64."""
+    predicted = x.logits.argmax(1)
+    rows = x.W[predicted]
+    s = rows.square().sum(1, keepdim=True) + x.W.square().sum(1) - 2 * rows @ x.W.T
+    gaps = x.logits.gather(1, predicted[:, None]) - x.logits
+    s.scatter_(1, predicted[:, None], 1.0)
+    return (gaps / s.sqrt()).sum(1) / (x.logits.shape[1] - 1)
+
+
+def _reference_nci(x: Inputs) -> Tensor:
+    return reference.nci_score(x.z, x.W, x.b, x.mean, x.logits)
+
+
+def _reference_nci_from_features(x: Inputs) -> Tensor:
+    return reference.nci_score(x.z, x.W, x.b, x.mean)
+
+
+def _softmax_maximum(x: Inputs) -> Tensor:
+    return x.logits.softmax(1).amax(1)
+
+
+# Scores of a batch, by table.
+SCORES = {
+    "NCI from logits": (
+        Row("nci_score", lambda x: ood_fast.nci_score(x.z, x.W, x.b, x.mean, x.logits), (), "nci", _reference_nci),
+        Row("literal definition", _reference_nci, (), "nci", _reference_nci),
+        Row("MSP, torch", _softmax_maximum, (), "softmax maximum", _softmax_maximum),
+    ),
+    "NCI from features alone": (
+        Row(
+            "nci_score",
+            lambda x: ood_fast.nci_score(x.z, x.W, x.b, x.mean),
+            (),
+            "nci from features",
+            _reference_nci_from_features,
+        ),
+        Row("literal definition", _reference_nci_from_features, (), "nci from features", _reference_nci_from_features),
+    ),
+    "D from logits": (
+        Row(
+            "boundary_distance",
+            lambda x: ood_fast.boundary_distance(x.logits, x.W),
+            (),
+            "boundary_distance",
+            _gram_distance,
+        ),
+        Row(
+            "literal definition",
+            lambda x: reference.boundary_distance(_wide(x.logits), _wide(x.W)),
+            (),
+            "boundary_distance",
+            _gram_distance,
+            _reference_distance_left_out,
+        ),
+    ),
+}
+ALL = (*LOSSES, *LINEAR_LOSSES, *(row for rows in SCORES.values() for row in rows))

@@ -179,9 +179,10 @@ def relative_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 @functools.lru_cache(maxsize=2)
 def _truth(truth: Callable[[Inputs], Tensor], wants: tuple[str, ...], case: Case, samples: int | None) -> list[Tensor]:
-    x = Inputs.of(case, DEVICE, with_logits="logits" in wants)
+    row = Row("", truth, wants, "", truth)
+    x = Inputs.of(case, DEVICE, with_logits=row.reads_logits)
     x = x if samples is None else x.first(samples)
-    return Row("", truth, wants, "", truth).true_step(x.double())
+    return row.true_step(x.double())
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def measure_row(case: Case, device: torch.device, measure: Measure, leave_out, b
         del actual
         peak = None
         if not forward and not benchmark.disabled:
-            peak = peak_megabytes(row.name, case, device)
+            peak = peak_megabytes(row, case, device)
         run = row.forward if forward else row.step
         measure(
             what,

@@ -117,16 +117,16 @@ def input_sets(x: Inputs, device: torch.device) -> list[Inputs]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def peak_megabytes(row: str, case: Case, device: torch.device) -> float | None:
+def peak_megabytes(row: baselines.Row, case: Case, device: torch.device) -> float | None:
     """MB that one step of a row of bench/baselines.py takes at its peak, beyond its inputs and what it returns.
 
     On a GPU torch's allocator tells. On a CPU it is the growth of the resident set in a fresh process: in an old one
     freed memory that the allocator kept would hide it. None where the system does not tell (it is Linux that does).
     """
     if device.type == "cuda":
-        return _gpu_peak(baselines.ROWS[row], case, device)
+        return _gpu_peak(row, case, device)
     with contextlib.suppress(FileNotFoundError):
-        return _workers().apply(_cpu_peak, (row, case))
+        return _workers().apply(_cpu_peak, (baselines.ALL.index(row), case))
     return None
 
 
@@ -141,7 +141,7 @@ def _workers() -> multiprocessing.pool.Pool:
 
 
 def _inputs(row: baselines.Row, case: Case, device: torch.device) -> Inputs:
-    return Inputs.of(case, device, with_logits="logits" in row.wants)
+    return Inputs.of(case, device, with_logits=row.reads_logits)
 
 
 def _gpu_peak(row: baselines.Row, case: Case, device: torch.device) -> float:
@@ -155,8 +155,8 @@ def _gpu_peak(row: baselines.Row, case: Case, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before - _bytes(returned)) / 1e6
 
 
-def _cpu_peak(name: str, case: Case) -> float:
-    row = baselines.ROWS[name]
+def _cpu_peak(index: int, case: Case) -> float:
+    row = baselines.ALL[index]
     # The libraries' own buffers, and the code of this row.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     n, c, m = 16, 8 if case.n_samples >= case.n_classes else 32, 16

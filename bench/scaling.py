@@ -37,7 +37,7 @@ from torch import Tensor
 import ood_fast
 from ood_fast import small
 
-from . import counts
+from . import baselines, counts
 from .cases import Case
 from .measure import ceilings, environment, peak_megabytes
 from .ratios import alternate
@@ -264,7 +264,9 @@ def with_or_without_logits(seconds: float) -> list[dict[str, Any]]:
             {
                 "shape": shape,
                 "seconds": alternate(candidates, seconds),
-                "peak_MB": {name: peak_megabytes(name, case, torch.device("cpu")) for name in candidates},
+                "peak_MB": {
+                    name: peak_megabytes(baselines.ROWS[name], case, torch.device("cpu")) for name in candidates
+                },
             }
         )
     return points

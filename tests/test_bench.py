@@ -40,7 +40,7 @@ def test_counts_by_hand():
 
 def test_every_row_has_counts():
     sizes = counts.Sizes.of((256, 1000, 64), torch.float32)
-    for row in baselines.ROWS.values():
+    for row in baselines.ALL:
         needed = counts.operation(row.counts, sizes)
         assert needed.bytes > 0
         assert needed.flops > 0
@@ -114,15 +114,39 @@ def test_literal_definition_is_left_out_by_arithmetic():
     row = baselines.ROWS["literal definition"]
     assert row.left_out(cases.CIFAR100, CPU) is None
     assert row.left_out(cases.IMAGENET, CPU).startswith("out of memory at 24.6 GB: 3 × 1000×1000×2048")
+    distance = baselines.SCORES["D from logits"][1]
+    assert distance.left_out(cases.IMAGENET, CPU).startswith("out of memory at 16.4 GB: 2 × 1000×1000×2048")
+
+
+@pytest.mark.parametrize("what", baselines.SCORES)
+def test_scores_agree_with_their_truth(what):
+    """What bench/test_nci.py times: no gradients, and the right values."""
+    case = cases.Case("small", 20, 7, 5)
+    x = cases.Inputs.of(case, CPU)
+    for row in baselines.SCORES[what]:
+        (score,), (truth,) = row.step(x), row.true_step(x.double())
+        assert not score.requires_grad
+        assert conftest.relative_error([score], [truth]) < 1e-5, row.name
+    assert (
+        baselines.SCORES["D from logits"][1].left_out(cases.IMAGENET, CPU).startswith("out of memory at 16.4 GB: 2 ×")
+    )
 
 
 @on_linux
 @pytest.mark.slow
 def test_peak_is_measured():
     """The definition keeps c × c × m numbers three times, which arithmetic knows; ours nothing of the kind."""
-    literal, ours = (measure.peak_megabytes(name, cases.CIFAR100, CPU) for name in ("literal definition", "elogitnorm"))
+    literal, ours, score = (
+        measure.peak_megabytes(row, cases.CIFAR100, CPU)
+        for row in (
+            baselines.ROWS["literal definition"],
+            baselines.ROWS["elogitnorm"],
+            baselines.SCORES["NCI from logits"][0],
+        )
+    )
     assert literal == pytest.approx(baselines.reference_bytes(cases.CIFAR100) / 1e6, rel=0.1)
     assert 0 <= ours < 10
+    assert 0 <= score < 10
 
 
 def test_device_timer_reads_events(monkeypatch):
