@@ -316,6 +316,17 @@ def test_a_run_that_was_moved_is_known(runs, capsys):
     assert "MSP: moved" in page.captions
 
 
+def test_an_evaluation_knows_its_run_from_anywhere(runs, monkeypatch):
+    (runs / "elsewhere").mkdir()
+    shutil.move("elogitnorm", "elsewhere/ce")  # called as the evaluation calls its run
+    monkeypatch.chdir("elsewhere")
+    assert cli.main(["report", str(runs / "ce/eval/cifar10"), "--out=report.html", "--quiet"]) == 0
+    with (runs / "ce/log.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    drawn = Page(Path("report.html").read_text()).numbers("training-Training-loss.csv")
+    np.testing.assert_allclose(drawn["ce"][:, 1], losses, rtol=1e-6)
+
+
 def test_what_is_missing_is_told_with_the_command_for_it(runs, capsys):
     shutil.rmtree("ce/eval")
     for name in ("diagnostics.csv", "epochs/0002.ckpt"):

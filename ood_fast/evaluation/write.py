@@ -179,6 +179,7 @@ def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
     trained = run.trained
     return {
         "run": trained.name,
+        "folder": str(trained.folder.resolve()),
         "scores": f"scores/{name}",
         "method": trained.method,
         "seed": trained.seed,

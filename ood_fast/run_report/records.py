@@ -157,16 +157,21 @@ def _evaluations(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _folder_of(run: Mapping[str, Any]) -> Path | None:
-    """The folder of a run that an evaluation names; None if it is no longer there (seen from here)."""
-    folders = (Path(run["run"]).expanduser(), Path(run["checkpoint"]).expanduser().parent)
-    return next((folder for folder in folders if (folder / RUN).is_file()), None)
+    """The folder of a run that an evaluation names; None if it is no longer there."""
+    folder = _told_folder(run)
+    return folder if (folder / RUN).is_file() else None
+
+
+def _told_folder(run: Mapping[str, Any]) -> Path:
+    """What `run` names was seen from where the evaluation was made, and may be another run here."""
+    return Path(run.get("folder") or run["run"]).expanduser().resolve()
 
 
 def _entry(results: Mapping[str, Any], path: Path | None, name: str, where: Path) -> dict[str, Any] | None:
     """What results.json, in the folder `where`, says of a run. Folders that were moved are known by their names."""
     runs = results["runs"]
     if path is not None:
-        same = [run for run in runs if Path(run["run"]).expanduser().resolve() == path.resolve()]
+        same = [run for run in runs if _told_folder(run) == path.resolve()]
         if not same and path in where.parents:  # RUN/eval/BENCHMARK
             same = runs if len(runs) == 1 else []
         same = same or [run for run in runs if Path(run["run"]).name == path.name]
