@@ -73,6 +73,25 @@ def test_a_process_alone():
         distributed.elogitnorm(torch.randn(2, 3), torch.randn(3, 4), torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize(
+    ("backends", "device", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "meta", "cpu"),
+        ("meta:nccl", "meta", "meta"),
+        ("meta:nccl", "cpu", "meta"),  # a tensor left on the CPU: an error everywhere, and no rank that waits
+        ("meta:nccl", None, "meta"),
+    ],
+)
+def test_ranks_meet_where_all_can(backends, device, expected, monkeypatch):
+    """The device on which the ranks tell each other what they were given; `meta` stands for a GPU."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    tensor = None if device is None else torch.empty(1, device=device)
+    assert distributed.shards._meeting_place(None, tensor).type == expected
+
+
 def test_communication_does_not_grow_with_the_classes():
     """n and m decide, and by how much is written down: 2 (R - 1) bytes for each byte that is reduced."""
     one_rank = distributed.communication_bytes(100, 64, 1)

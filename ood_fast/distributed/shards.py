@@ -216,11 +216,12 @@ def _gather_texts(text: str, n_ranks: int, device: torch.device, group: dist.Pro
 
 def _meeting_place(group: dist.ProcessGroup, tensor: object) -> torch.device:
     """A device that every rank of the group can talk on, whatever its arguments are."""
-    if dist.get_backend(group) == "gloo":
+    if "cpu:" in dist.get_backend_config(group):  # gloo, alone or beside nccl
         return torch.device("cpu")
-    if isinstance(tensor, Tensor):
+    accelerator = torch.accelerator.current_accelerator()
+    if isinstance(tensor, Tensor) and (accelerator is None or tensor.device.type == accelerator.type):
         return tensor.device
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return accelerator or torch.device("cpu")
 
 
 def fingerprint(y: Tensor) -> int:
