@@ -518,6 +518,22 @@ def test_a_killed_evaluation_leaves_no_half_written_set(tmp_path):
     assert not list(folder.glob(".writing*"))
 
 
+def test_what_another_evaluation_keeps_meanwhile_stays(tmp_path, monkeypatch):
+    is_whole, kept = evaluation.cache._is_whole, []
+
+    def another_comes_between(folder, shapes):
+        answer = is_whole(folder, shapes)
+        if not kept:
+            kept.append(None)
+            evaluate(tmp_path, ["MSP"])
+            kept[0] = (folder / "features.npy").stat().st_ino
+        return answer
+
+    monkeypatch.setattr(evaluation.cache, "_is_whole", another_comes_between)
+    result = evaluate(tmp_path, ["MSP"])
+    assert (result.outputs["fit"].path / "features.npy").stat().st_ino == kept[0]
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(checks.UserError, match=r"--cache: .* has 0.0 GiB free, but features and logits of fit take"):

@@ -191,6 +191,7 @@ class FeatureCache:
         folder = self.folder / f"{name}-{data[:16]}"
         shapes = {"features": (len(dataset), self.head.in_features), "logits": (len(dataset), self.head.out_features)}
         missing: dict[str, tuple[tuple[int, ...], str]] = {}
+        there = folder.exists()  # asked first: what another evaluation publishes after this is whole
         if not _is_whole(folder, shapes):
             missing = {file: (shape, "<f4") for file, shape in shapes.items()}
         for key in map(score_key, detectors):
@@ -204,7 +205,7 @@ class FeatureCache:
             if not missing:
                 return plan
             self._remove_left_behind()
-            if "features" in missing and folder.exists():
+            if "features" in missing and there:
                 shutil.rmtree(folder)
             needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
             free = shutil.disk_usage(self.folder).free
