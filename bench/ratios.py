@@ -216,6 +216,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
     for name in chosen:
         TABLES[name]()
+    print("\nTargets, and why those of small heads are not reached: kernels/README.md, section 8.")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,14 @@ def ratio(row: Row | None, other: Row | None) -> float | None:
     return row["seconds"] / other["seconds"]
 
 
+UNSTEADY = 0.2  # interquartile range over median, above which a time is marked
+
+
+def mark(*rows: Row | None) -> str:
+    """ "~" before a figure in which a time is not to be relied on: one round, or rounds that differ widely."""
+    return "~" if any(row and (row["rounds"] < 2 or row["iqr"] > UNSTEADY * row["seconds"]) for row in rows) else ""
+
+
 def in_turns(row: Row) -> str:
     """The ratio to another step that was measured in turns with this one, where there is one."""
     return f" ({row['ratio']:.3g} × {row['ratio_to']}, in turns)" if "ratio" in row else ""
@@ -122,6 +130,15 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def _time(row: Row | None) -> str:
+    return "" if row is None else mark(row) + milliseconds(row["seconds"])
+
+
+def _ratio(row: Row | None, other: Row | None) -> str:
+    found = ratio(row, other)
+    return "" if found is None else mark(row, other) + _number(found)
+
+
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     align = "|---" + "|---:" * (len(header) - 1) + "|"
     return [f"| {' | '.join(header)} |", align, *(f"| {' | '.join(line)} |" for line in lines), ""]
@@ -139,10 +156,10 @@ def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[s
         lines.append(
             [
                 row["row"] + (" **(wrong result: no ratio)**" if wrong else in_turns(row)),
-                milliseconds(row["seconds"]),
+                _time(row),
                 milliseconds(row["iqr"]),
-                _number(ratio(row, ours)),
-                _number(ratio(row, plain)),
+                _ratio(row, ours),
+                _ratio(row, plain),
                 _number(row.get("peak_MB"), ".1f"),
                 _number(row.get("GB_per_s"), ".1f"),
                 _number(row.get("GFLOP_per_s"), ".0f"),
@@ -173,9 +190,12 @@ def loss_table(results: Results) -> list[str]:
         lines.append(
             [
                 f"{ours['case']} ({ours['n']}, {ours['c']}, {ours['m']}) {ours['dtype']}",
-                *(milliseconds(by_name[k]["seconds"]) if k in by_name else "" for k in _LOSS_COLUMNS),
-                milliseconds(literal["seconds"]) if literal else reason,
-                _number(ratio(ours, by_name.get("F.cross_entropy"))),
+                *(
+                    mark(by_name[k]) + milliseconds(by_name[k]["seconds"]) if k in by_name else ""
+                    for k in _LOSS_COLUMNS
+                ),
+                mark(literal) + milliseconds(literal["seconds"]) if literal else reason,
+                _ratio(ours, by_name.get("F.cross_entropy")),
                 _number(extra_over_head(by_name, "elogitnorm")),
                 _number(extra_over_head(by_name, "elogitnorm, detached")),
             ]
@@ -231,7 +251,8 @@ def markdown(results: Results, command: str, plots: Sequence[str]) -> str:
             f"{c['fp32']:,.0f} GFLOP/s in float32, {c['bf16']:,.0f} in bfloat16. Bytes and flops are those of "
             "`bench/counts.py`: what the operation needs, whoever computes it. The share of the ceiling is the longer "
             "of the two times that its bytes and its flops take at best, over the time measured; what stays in the "
-            "caches can beat the copy.",
+            "caches can beat the copy. ~ marks what rests on a single round, or on rounds whose interquartile range is "
+            f"above {UNSTEADY:.0%} of their median.",
             "",
         ]
     text += loss_table(results) + latency_table(results)

@@ -292,6 +292,18 @@ def test_ratios():
     assert "Left out. Liger cross-entropy: Liger's kernels run on a GPU only." in text
 
 
+def test_unsteady_times_are_marked():
+    entries = three_rows()
+    entries[0]["stats"]["iqr"] = 0.9e-3
+    entries[2]["stats"]["rounds"] = 1
+    text = report.markdown(results_of(document(*entries)), "", [])
+    line = next(line for line in text.splitlines() if line.startswith("| Case (4, 10, 8) fp32"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [cells[1], cells[2], cells[3], cells[8]] == ["1", "~4", "~3", "~3.00"]
+    ours = next(line for line in text.splitlines() if line.startswith("| elogitnorm |"))
+    assert "| ~3 | 0.9 | ~1.00 | ~3.00 |" in ours
+
+
 @pytest.mark.parametrize("correct", [False, None])
 def test_no_ratio_without_a_right_result(correct):
     """A wrong result, or one that nothing was compared with, keeps its time and loses every ratio."""
