@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric over the seeds: mean ± standard deviation (of the seeds themselves, ddof 0, as in OpenOOD's tables).
+    """One metric over the seeds: mean ± sample standard deviation (ddof 1); None with a single seed.
 
     `difference` is the mean over seeds of (this loss − baseline, same seed), `low` and `high` its 95 % interval by
     Student's t. None for the baseline itself or without one; `low` and `high` are None with a single seed.
@@ -93,7 +93,7 @@ class Summary:
     ood_set: str
     metric: str
     mean: float
-    std: float
+    std: float | None
     n_seeds: int
     difference: float | None = None
     low: float | None = None
@@ -124,9 +124,8 @@ class Comparison:
             paired = [] if baseline is None else [a - b for a, b in zip(measured, baseline, strict=True)]
             difference = fmean(paired) if paired else None
             low, high = mean_interval(paired) if len(paired) > 1 else (None, None)
-            summaries.append(
-                Summary(loss, *what, fmean(measured), pstdev(measured), len(measured), difference, low, high)
-            )
+            std = stdev(measured) if len(measured) > 1 else None
+            summaries.append(Summary(loss, *what, fmean(measured), std, len(measured), difference, low, high))
         return summaries
 
 

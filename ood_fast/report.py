@@ -26,7 +26,7 @@ FILES = ("histograms.png", "roc.png", "spectrum.png", "results.csv", "results.md
 CONVENTIONS = {
     "direction": "higher score = more in-distribution",
     "precision": "scores and metrics in float64, from the model's float32 features and logits",
-    "std": "standard deviation over the seeds, ddof 0",
+    "std": "sample standard deviation over the seeds, ddof 1",
     "interval": "95 % interval of Student's t for the mean paired difference to ce over the seeds",
     "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
     "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images",

@@ -46,7 +46,7 @@ def build(comparison: Comparison) -> list[Table]:
     """
     settings = comparison.settings
     several = len(settings.seeds) > 1
-    over = f"Mean ± std over {len(settings.seeds)} seeds" if several else "One seed"
+    over = f"Mean ± sample standard deviation over {len(settings.seeds)} seeds" if several else "One seed"
     result = [
         _by_set(
             comparison,

@@ -87,7 +87,7 @@ def measured(folder: str | Path) -> dict[tuple, float]:
 def test_openoods_folder_of_seeds(root, seeds, capsys):
     assert evaluate(seeds, *on_cifar10(root)) == 0
     output = capsys.readouterr()
-    for text in ("AUROC (%)", "nearood", "farood, OOD positive", "farood, ID positive", "Mean ± std over 3 runs"):
+    for text in ("AUROC (%)", "near-OOD", "Mean ± sample standard deviation over 3 seeds", "far-OOD", "ID positive"):
         assert text in output.out
     assert "Results: net/eval/cifar10/" in output.out.replace(str(seeds.parent) + "/", "")
     out = seeds / "eval/cifar10"
@@ -130,6 +130,12 @@ def test_train_then_evaluate_and_nothing_more_to_say(root, tmp_path, capsys):
     write_image(tmp_path / "own/a.png")
     assert evaluate("run", "--ood=svhn,tin", "--ood-folder=mine=own", "--synthetic", "--detectors=MSP") == 0
     held = evaluation.read("run/eval/cifar10")
+    assert "not complete" not in capsys.readouterr().out
+    info = json.loads(Path("run/run.json").read_text())
+    stopped = {**info, "status": "stopped", "recipe": {**info["recipe"], "epochs": 300}}
+    Path("run/run.json").write_text(json.dumps(stopped))
+    assert evaluate("run", "--ood=svhn", "--detectors=MSP", "--out=stopped") == 0
+    assert "run: the training is not complete: 1 of 300 epochs" in capsys.readouterr().out
     assert {name: part["group"] for name, part in held["sets"].items()} == {
         "id": "id",
         "tin": "near",
@@ -178,6 +184,80 @@ def test_own_folders(tmp_path, capsys):
     assert evaluate("net.pt", *arguments, *SOME, "--out=out") == 2
     assert "photos/ood/text/5.png: cannot be read" in capsys.readouterr().err
     assert evaluation.read("out") == held, "the earlier results stay"
+
+
+def test_results_of_another_request_stay(root, seeds, capsys, monkeypatch):
+    """A quick look with one detector must not cost the evaluation of all; the same request again is no loss."""
+    from ood_fast import evaluation as package
+
+    def no_evaluation(*given, **named):
+        raise AssertionError("an evaluation ran")
+
+    first = [seeds / "s0", *on_cifar10(root), "--ood=svhn,tin", "--quiet"]
+    assert evaluate(*first) == 0
+    out = seeds / "s0/eval/cifar10"
+    before = (out / "results.json").read_bytes()
+    other = [seeds / "s0", *on_cifar10(root, "--detectors=KNN,ASH", "--set=knn.k=10"), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "evaluate_runs", no_evaluation)
+        assert evaluate(*other) == 2
+    told = capsys.readouterr().err
+    differences = "only there: MSP, NCI, ReAct and 1 more; only here: ASH; set otherwise: KNN"
+    assert f"{out} holds results of another request ({differences})" in told
+    assert "--out DIR" in told
+    assert "--overwrite" in told
+    assert (out / "results.json").read_bytes() == before
+    assert evaluate(*first, "--bootstrap=0", "--seed=3") == 0, "the same detectors and settings"
+    assert evaluate(*other, "--out=elsewhere") == 0
+    assert len(evaluation.read(out)["runs"][0]["detectors"]) == 4
+    assert evaluate(*other, "--overwrite") == 0
+    assert set(evaluation.read(out)["runs"][0]["detectors"]) == {"KNN", "ASH"}
+    for text in ("--no-tune", "--synthetic", "--checkpoint=final", "--skip-bad"):
+        assert evaluate(*other, text) == 2, text
+    assert evaluate(*other, "--set=KNN.k=11") == 2
+    held = evaluation.read(out)
+    (out / "results.json").write_text(json.dumps({name: value for name, value in held.items() if name != "request"}))
+    capsys.readouterr()
+    assert evaluate(*other) == 2
+    assert "another request (which it does not tell)" in capsys.readouterr().err
+
+
+def test_help_lists_the_benchmarks():
+    from ood_fast.commands.evaluate import BENCHMARKS
+    from ood_fast.data import benchmarks
+
+    assert list(BENCHMARKS) == benchmarks.known()
+
+
+def test_images_that_cannot_be_read_may_be_left_out(root, tmp_path, capsys):
+    for index in range(5):
+        write_image(tmp_path / f"own/{index}.png", seed=index)
+    (tmp_path / "own/3.png").write_bytes(b"no image")
+    write_checkpoint(tmp_path / "net/best.ckpt", 0)
+    arguments = ["net", *on_cifar10(root, "--detectors=MSP,KNN", "--ood=svhn"), "--ood-folder=mine=own", "--synthetic"]
+    assert evaluate(*arguments) == 2
+    assert "own/3.png: cannot be read" in capsys.readouterr().err
+    assert evaluate(*arguments, "--skip-bad") == 0
+    note = "mine: left out 1 of 5 images: image own/3.png: cannot be read"
+    assert f"net: {note}" in capsys.readouterr().out
+    (held,) = evaluation.read("net/eval/cifar10")["runs"]
+    assert held["notes"][0].startswith(note)
+    assert evaluation.read("net/eval/cifar10")["sets"]["mine"]["n_images"] == 4
+    with_bad, n_folders = held["outputs"], len(list(tmp_path.glob("net/cache/*/mine-*")))
+    write_image(tmp_path / "own/3.png", seed=3)
+    assert evaluate(*arguments, "--out=whole") == 0
+    (whole,) = evaluation.read("whole")["runs"]
+    assert whole["outputs"].pop("mine") != with_bad.pop("mine"), "nothing is taken for the other"
+    assert whole["outputs"] == with_bad, "sets that lack none are the same"
+    assert len(list(tmp_path.glob("net/cache/*/mine-*"))) == n_folders + 1
+    scores = [
+        evaluation.read_scores(out, run)["MSP"]["mine"] for out, run in (("net/eval/cifar10", held), ("whole", whole))
+    ]
+    np.testing.assert_allclose(np.delete(scores[1], 3), scores[0], rtol=1e-6)
+    for file in (tmp_path / "own").iterdir():
+        file.write_bytes(b"no image")
+    assert evaluate(*arguments, "--skip-bad") == 2
+    assert "mine: none of its 5 images can be read; the first: image own/0.png" in capsys.readouterr().err
 
 
 def test_quiet_prints_nothing(root, seeds, capsys):
@@ -343,7 +423,7 @@ def test_detectors_that_want_more_than_is_stored_are_left_out(stored, tmp_path, 
     assert not any(row["metric"] == "accuracy" for row in evaluation.read("bare/eval")["summary"])
     assert Path("bare/eval/openood/knn.csv").read_text(encoding="utf-8").splitlines()[1].endswith(",")
     capsys.readouterr()
-    assert evaluate(*feature_arguments(folder="bare"), "--detectors=KNN,NCI") == 2
+    assert evaluate(*feature_arguments(folder="bare"), "--detectors=KNN,NCI", "--out=two") == 2
     assert "NCI: needs the head" in capsys.readouterr().err
 
 
@@ -454,7 +534,10 @@ WRONG_RUNS = {
     "no such set": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood=snhv"], "unknown OOD set 'snhv'"),
     "no such folder": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood-folder=a"], "expected NAME=DIR"),
     "a path for a name": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood-folder=a/b=c"], "without /"),
-    "several and no out": (["net", "net/s0", "--benchmark=cifar10", "--data-root=DATA"], "--out: needed"),
+    "several and no out": (
+        ["net", "net/s0", "--benchmark=cifar10", "--data-root=DATA"],
+        "as in: ood-fast evaluate net net/s0 --out runs/both",
+    ),
     "twice": (["net/s0", "net/s0", "--benchmark=cifar10", "--data-root=DATA", "--out=x"], "same weights"),
     "a file for a folder": (["net", "--benchmark=cifar10", "--data-root=DATA", "--out=file"], "file is a file"),
 }

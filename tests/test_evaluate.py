@@ -258,7 +258,8 @@ def test_runs_of_one_method_are_its_seeds(tmp_path):
         values = [run.value(*key) for run in members]
         assert summary.n_runs == len(members)
         assert summary.mean == pytest.approx(np.mean(values))
-        assert summary.std == pytest.approx(np.std(values), abs=1e-12)
+        spread = np.std(values, ddof=1) if len(values) > 1 else None
+        assert summary.std == pytest.approx(spread, abs=1e-12)
         draws = torch.stack([run.draws[tuple(key)] for run in members]).mean(dim=0)
         assert (summary.low, summary.high) == pytest.approx(metrics.percentile_interval(draws))
 
@@ -654,10 +655,37 @@ def test_files_hold_all_numbers(results, tmp_path):
         assert evaluation.read_outputs(kept["outputs"]["svhn"]).name == "svhn"
 
 
+def test_the_spread_is_that_of_a_sample(results, tmp_path):
+    """In tables, CSV and JSON; OpenOOD's file keeps its own, see above. Of one run there is none."""
+    values = [run.value("auroc", "MSP", "svhn") for run in results.runs]
+    (summary,) = [s for s in results.summaries() if (s.metric, s.detector, s.ood_set) == ("auroc", "MSP", "svhn")]
+    assert summary.std == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+    assert all("Mean ± sample standard deviation over 3 seeds" in table.caption for table in evaluation.build(results))
+    one = replace(results, runs=results.runs[:1])
+    assert {summary.std for summary in one.summaries()} == {None}
+    evaluation.write(tmp_path / "out", one, {})
+    assert {row["std"] for row in read_csv(tmp_path / "out/summary.csv")} == {""}
+    assert {row["std"] for row in evaluation.read(tmp_path / "out")["summary"]} == {None}
+    assert not any("±" in evaluation_table.caption for evaluation_table in evaluation.build(one))
+
+
+def test_a_note_of_several_runs_is_one_line(results, capsys):
+    for run in results.runs:
+        run.notes = ["ViM: left out: dim: got 512, expected less than 64, the number of features; take a smaller dim, "]
+        run.notes[0] += "such as 32"
+    results.runs[2].notes.append("another")
+    evaluation.print_tables(results)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("runs/s")]
+    assert lines == [
+        f"runs/s0, runs/s1, runs/s2: {results.runs[0].notes[0]} (--set ViM.dim=32)",
+        "runs/s2: another",
+    ]
+
+
 def test_tables_show_both_conventions_and_the_difference(results):
     tables = {table.title: table for table in evaluation.build(results)}
     assert tables["AUROC (%)"].columns == (
-        *("nearood", "nearood published", "difference", "farood", "farood published", "difference"),
+        *("near-OOD", "near-OOD published", "difference", "far-OOD", "far-OOD published", "difference"),
     )
     (section,) = tables["AUROC (%)"].sections
     assert section.heading == "cifar10-ce"
@@ -670,11 +698,11 @@ def test_tables_show_both_conventions_and_the_difference(results):
         f"{100 * ours.mean - 88.03:+.2f}",
     ]
     fpr = tables["FPR95 (%), lower is better"]
-    assert fpr.columns[:2] == ("nearood, OOD positive", "nearood, ID positive")
+    assert fpr.columns[:2] == ("near-OOD, OOD positive", "near-OOD, ID positive")
     assert dict(fpr.sections[0].rows)["MSP"][1].text.startswith(
         f"{100 * found['fpr95_id_positive', 'MSP', 'nearood'].mean:.2f}"
     )
-    assert tables["AUPR (%)"].columns[:2] == ("nearood, IN positive", "nearood, OUT positive")
+    assert tables["AUPR (%)"].columns[:2] == ("near-OOD, IN positive", "near-OOD, OUT positive")
     assert "published" in tables["Accuracy and expected calibration error (%)"].columns
 
 

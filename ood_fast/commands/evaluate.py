@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from ..data import ImageBenchmark
     from ..detectors import DetectorSet
     from ..evaluation import Results, Trained
+
+
+# Those of `data.benchmarks`; to import it takes longer than to print the help.
+BENCHMARKS = ("cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin")
 
 
 def add(commands: Any) -> None:
@@ -36,7 +42,11 @@ def add(commands: Any) -> None:
         metavar="RUN",
         help="a folder of `ood-fast train`, OpenOOD's with s0/best.ckpt, ... in it, a checkpoint, or pretrained:NAME",
     )
-    parser.add_argument("--benchmark", metavar="NAME", help="(default: the one that the first run was trained for)")
+    parser.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)} (default: the one that the first run was trained for)",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: where it was trained from)")
     data.add_argument("--layout", metavar="L", help="auto (default), torchvision, openood")
@@ -50,6 +60,11 @@ def add(commands: Any) -> None:
         help="a far-OOD set of your own; may be repeated",
     )
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out images that cannot be read, instead of stopping; every image is read once more to find them",
+    )
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the benchmark folder (default: 224)")
     stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
     stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
@@ -94,6 +109,11 @@ def add(commands: Any) -> None:
     scores.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws and of synthetic images (0)")
     parser.add_argument("--cache", metavar="DIR", help="where features are kept (default: RUN/cache)")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: RUN/eval/BENCHMARK)")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace results of other detectors or settings in that folder; those of the same are replaced without",
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="loading processes"
@@ -109,7 +129,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     _check(options)
     import_plugins(options.plugin)
     chosen = detector_set(options.detectors, options.set, on_features=bool(options.features))
+    grids = _grids(options.set, chosen)
+    request = _request(options, chosen, grids)
     folder, evaluate = (_on_features if options.features else _on_images)(options, chosen)
+    folder = evaluation.check_folder(folder, None if options.overwrite else request)
     started, start = datetime.now(timezone.utc), time.perf_counter()
     where = device(options.device)
     with processes(where) as process:
@@ -120,7 +143,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             results = evaluate(
                 leave_out=options.detectors == "all",
                 tune=not options.no_tune,
-                grids=_grids(options.set, chosen),
+                grids=grids,
                 device=where,
                 bootstrap=options.bootstrap,
                 seed=options.seed,
@@ -136,6 +159,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     context = {
         "command": command,
+        "request": request,
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 2),
         "versions": versions(),
@@ -150,26 +174,26 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(f"Evaluated in {context['seconds']:.0f} s. Results: {folder}/, tables in {folder}/results.md")
 
 
-def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path, Callable[..., Results | None]]:
+def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results | None]]:
     """The folder for the results, and what gives them."""
     from .. import evaluation
 
     paths = [path for given in options.runs for path in evaluation.paths_of(given)]
     benchmark_of = _benchmarks(options, paths[0])
     first = benchmark_of(_seed(paths[0]))
-    folder = evaluation.check_folder(_folder(options, paths, first.name))
-    return folder, functools.partial(
+    return _folder(options, paths, first.name), functools.partial(
         evaluation.evaluate_runs,
         _opened(options, paths, first),
         lambda trained: benchmark_of(trained.seed),
         chosen,
+        skip_bad=options.skip_bad,
         cache=options.cache,
         batch_size=options.batch_size,
         workers=options.workers,
     )
 
 
-def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path, Callable[..., Results]]:
+def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results]]:
     """The same of stored features."""
     from .. import evaluation, features
 
@@ -189,7 +213,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path
             raise refusal(f"--head-file {options.head_file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
     train = Path(options.features).expanduser()
     default = (train if train.is_dir() else train.parent) / "eval"
-    return evaluation.check_folder(options.out or default), functools.partial(
+    return default if options.out is None else options.out, functools.partial(
         evaluation.evaluate_features,
         *(options.features, options.test, ood, chosen),
         validation=options.validation,
@@ -200,7 +224,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[Path
 
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
 ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size")
-ONLY_IMAGES += ("model", "recipe", "head", "cache")
+ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -233,6 +257,20 @@ def _grids(settings: list[str], chosen: Any) -> dict[str, dict[str, tuple]]:
         name: {parameter: values for parameter, values in chosen[name].grid.items() if parameter not in parameters}
         for name, parameters in fixed.items()
     }
+
+
+def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, dict[str, tuple]]) -> dict[str, Any]:
+    """What decides the results of a run: those of another request are other results."""
+    searched = {name: [] if options.no_tune else list(grids.get(name, chosen[name].grid)) for name in chosen}
+    detectors = {
+        name: {**detector.settings(), **dict.fromkeys(searched[name], "searched")} for name, detector in chosen.items()
+    }
+    given = {name: getattr(options, name) for name in (*DECIDING, *ONLY_FEATURES) if getattr(options, name)}
+    told = {"detectors": detectors, "options": {f"--{name.replace('_', '-')}": value for name, value in given.items()}}
+    return json.loads(json.dumps(told, default=str))  # as it is read again
+
+
+DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "skip_bad")
 
 
 def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None], ImageBenchmark]:
@@ -293,13 +331,14 @@ def _seed(path: str) -> int | None:
     return _info(path).get("seed")
 
 
-def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> Path:
+def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
     from ..evaluation.trained import default_folder
 
     if options.out is not None:
-        return Path(options.out)
+        return options.out
     if len(options.runs) > 1:
-        raise refusal("--out: needed with several runs: the folder of their common results")
+        example = f"ood-fast evaluate {shlex.join(options.runs)} --out runs/both"
+        raise refusal(f"--out: needed with several runs: the folder of their common results, as in: {example}")
     return default_folder(options.runs[0]) / "eval" / benchmark
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from .cache import Outputs
 from .trained import Trained, as_published
 
 ID = "id"  # the in-distribution test set among the score sets
-GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean, as in OpenOOD's tables
+GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean in files, as in OpenOOD's
+TITLES = {mean: f"{group}-OOD" for group, mean in GROUPS.items()}  # what tables call it
 DETECTION = ("auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out")
 ECE = ("ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance")
 
@@ -102,7 +103,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric over the runs of a method: mean ± standard deviation (of the runs themselves, ddof 0, as OpenOOD).
+    """One metric over the runs of a method: mean ± sample standard deviation (ddof 1; None for one run).
 
     `low`, `high`: the bootstrapped 95 % interval of the mean over these runs, from drawing the test images anew; it
     says nothing of other seeds. `published`, if someone has and the setting is the same: the number for this recipe,
@@ -115,7 +116,7 @@ class Summary:
     ood_set: str
     group: str
     mean: float
-    std: float
+    std: float | None
     n_runs: int
     low: float | None = None
     high: float | None = None
@@ -164,13 +165,14 @@ class Results:
             for (metric, detector, ood_set), pairs in found.items():
                 values = [number.value for _, number in pairs]
                 draws = [run.draws.get((metric, detector, ood_set)) for run, _ in pairs]
+                std = stdev(values) if len(values) > 1 else None
                 low, high = None, None
                 if all(drawn is not None for drawn in draws):
                     low, high = metrics.percentile_interval(torch.stack(draws).mean(dim=0))
                 elsewhere = known.get((metric, detector, ood_set))
                 yield Summary(
                     *(method, metric, detector, ood_set, pairs[0][1].group),
-                    *(fmean(values), pstdev(values), len(values), low, high),
+                    *(fmean(values), std, len(values), low, high),
                     published=None if elsewhere is None else elsewhere.value / 100,
                     source="" if elsewhere is None else elsewhere.source,
                 )

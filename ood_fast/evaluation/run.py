@@ -24,6 +24,7 @@ from ..detectors.search import Search, Trial
 from ..evaluate import temperatures
 from ..heads import inference_head
 from .cache import FeatureCache, Outputs, _rank, score_key
+from .readable import readable
 from .results import DETECTION, GROUPS, ID, Results, RunResult, TestSet
 from .trained import Trained, same_training
 
@@ -32,10 +33,16 @@ RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what
 Progress = Callable[[str, int], Any]
 
 
+def no_progress(what: str, total: int) -> Any:
+    return nullcontext()
+
+
 def evaluate_runs(
     runs: Iterable[Trained],
     benchmark: ImageBenchmark | Callable[[Trained], ImageBenchmark],
     chosen: Mapping[str, Detector] | Iterable[str] | None = None,
+    *,
+    skip_bad: bool = False,
     **options: Any,
 ) -> Results | None:
     """`evaluate_run` for several: runs of one method are its seeds. None in all processes but the first.
@@ -43,21 +50,25 @@ def evaluate_runs(
     Args:
         runs: may be a generator that opens one at a time; the models are kept.
         benchmark: for all, or a function of the run.
+        skip_bad: leave out images that cannot be read; the notes name them. To find them, every image is read first.
         chosen, options: as in `evaluate_run`.
 
     Raises:
         UserError: also two runs with the same weights, or two recipes of one name.
     """
     results: list[RunResult] = []
-    checked: set[int] = set()
+    checked: dict[int, tuple[ImageBenchmark, list[str]]] = {}
     for run in runs:
         opened = benchmark(run) if callable(benchmark) else benchmark
         if id(opened) not in checked:
             opened.check()
-            checked.add(id(opened))
+            progress, workers = options.get("progress", no_progress), options.get("workers", 0)
+            checked[id(opened)] = readable(opened, workers, progress) if skip_bad else (opened, [])
+        opened, notes = checked[id(opened)]
         result = evaluate_run(run, opened, chosen, check=False, **options)
         if result is None:
             continue
+        result.notes = [*notes, *result.notes]
         for other in results:
             if other.model_key == result.model_key:
                 raise checks.UserError(f"{run.name}: has the same weights as {other.trained.name}")
@@ -93,7 +104,7 @@ def evaluate_run(
     seed: int = 0,
     leave_out: bool | None = None,
     check: bool = True,
-    progress: Progress = lambda what, total: nullcontext(),
+    progress: Progress = no_progress,
 ) -> RunResult | None:
     """Fit detectors on the training images, tune them on validation images, measure them on every OOD set.
 
@@ -168,6 +179,8 @@ def evaluate_run(
         name: TestSet(part.title, part.group, len(part)) for name, part in {ID: benchmark.test, **benchmark.ood}.items()
     }
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
+    if unfinished := run.unfinished:
+        result.notes.append(unfinished)
     weight, bias = inference_head(cached.head)
     result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
     result.standard = frozenset(name for name, detector in given.items() if _is_standard(detector, grids.get(name)))

@@ -46,6 +46,13 @@ class Trained:
         file = Path(self.checkpoint).resolve()
         return file if self.seed is None else file.parent.parent
 
+    @property
+    def unfinished(self) -> str:
+        """How far the training is, if it was not done; else empty."""
+        if not self.info or self.recipe is None or self.info.get("status") == COMPLETE:
+            return ""
+        return f"the training is not complete: {self.info.get('epochs', 0)} of {self.recipe.epochs} epochs"
+
 
 def paths_of(path: str | os.PathLike) -> list[str]:
     """The runs that a path means: itself, or OpenOOD's `<path>/s<seed>/` with a checkpoint in each."""

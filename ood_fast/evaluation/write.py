@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ import numpy as np
 from .. import checks, recipes
 from ..detectors import find
 from ..tables import Cell, Section, Table, as_markdown
-from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
+from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
 FORMAT = "ood_fast evaluate 1"
 JSON, WRITING = "results.json", ".writing-"
@@ -36,7 +37,7 @@ CONVENTIONS = {
     "direction": "higher score = more in-distribution",
     "precision": "scores and metrics in float64, from the model's float32 features and logits",
     "unit": "0 to 1 in CSV and JSON, percent in tables",
-    "std": "standard deviation over the runs of a method, ddof 0",
+    "std": "sample standard deviation over the runs of a method, ddof 1; in openood/ ddof 0, as there",
     "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs",
     "nearood, farood": "unweighted means over the sets of the group",
     "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
@@ -67,9 +68,13 @@ OPENOOD_COLUMNS = {
 # ---- files
 
 
-def check_folder(path: str | os.PathLike) -> Path:
+def check_folder(path: str | os.PathLike, request: Mapping[str, Any] | None = None) -> Path:
     """The folder `path` if results can be written there; UserError if not. It may be missing, empty, or hold what an
     earlier evaluation wrote; other files in it are left alone.
+
+    Args:
+        request: what is asked for, as `write` keeps it in `context["request"]`; UserError if there are results of
+            another one, which would be lost. None: they are replaced.
     """
     if not str(path):
         raise checks.UserError("--out: got '', expected a folder")
@@ -77,7 +82,29 @@ def check_folder(path: str | os.PathLike) -> Path:
     taken = [name for name in FILES if (folder / name).exists()]
     if taken and not _holds_results(folder):
         raise checks.UserError(f"--out: {folder} holds {taken[0]}, which no evaluation wrote; choose another folder")
+    if request is not None and _holds_results(folder) and (others := _differences(read(folder), request)):
+        raise checks.UserError(
+            f"{folder} holds results of another request ({others}), which these would replace; keep them with another "
+            "folder, --out DIR, or replace them with --overwrite"
+        )
     return folder
+
+
+def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """Where what is asked for differs from what is there; empty if it does not."""
+    if "request" not in held:
+        return "which it does not tell"
+    there, here = ({**request["detectors"], **request["options"]} for request in (held["request"], request))
+    told = {
+        "only there": [name for name in there if name not in here],
+        "only here": [name for name in here if name not in there],
+        "set otherwise": [name for name in here if name in there and there[name] != here[name]],
+    }
+    return "; ".join(
+        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in told.items()
+        if names
+    )
 
 
 def _holds_results(folder: Path) -> bool:
@@ -217,7 +244,8 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _write_openood(folder: Path, results: Results) -> None:
-    """What OpenOOD's scripts save: a file for each detector, a row for each set and group, `mean ± std` in percent."""
+    """What OpenOOD's scripts save: a file for each detector, a row for each set and group, `mean ± std` in percent,
+    the standard deviation as there, of the seeds themselves (`np.std`, ddof 0)."""
     methods = results.methods
     for index, (method, runs) in enumerate(methods.items()):
         inside = folder if len(methods) == 1 else folder / _file_name(method, index)
@@ -264,7 +292,8 @@ def build(results: Results) -> list[Table]:
     groups = [mean for group, mean in GROUPS.items() if any(part.group == group for part in results.sets.values())]
     means = groups or [name for name, part in results.sets.items() if part.group not in ("id", *GROUPS)]
     n_runs = sorted({len(runs) for runs in results.methods.values()})
-    over = "One run" if n_runs == [1] else f"Mean ± std over {' or '.join(map(str, n_runs))} runs"
+    several_runs = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
+    over = "One run" if n_runs == [1] else several_runs
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
     several = [name for name, part in results.sets.items() if name != ID]
@@ -285,7 +314,7 @@ def build(results: Results) -> list[Table]:
         known = any(s.published is not None for s in found.values() if (s.metric, s.ood_set) == ("auroc", ood_set))
         summary = lambda method, detector: found.get((method, "auroc", detector, ood_set))  # noqa: E731
         columns = [
-            (f"{ood_set} published", lambda method, detector: _published(summary(method, detector))),
+            (f"{_title(ood_set)} published", lambda method, detector: _published(summary(method, detector))),
             ("difference", lambda method, detector: _difference(summary(method, detector))),
         ]
         return columns if known else []
@@ -294,7 +323,7 @@ def build(results: Results) -> list[Table]:
         interval += (
             " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its lists."
         )
-    auroc = [c for name in means for c in (column(name, "auroc", name, True), *against(name))]
+    auroc = [c for name in means for c in (column(_title(name), "auroc", name, True), *against(name))]
     tables = [
         by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
         by_detector(
@@ -303,7 +332,7 @@ def build(results: Results) -> list[Table]:
             "OOD images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of "
             "the ID images.",
             [
-                column(f"{name}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
+                column(f"{_title(name)}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
                 for name in means
                 for positive in ("OOD", "ID")
             ],
@@ -312,11 +341,15 @@ def build(results: Results) -> list[Table]:
     if len(several) > 1:
         columns = [c for name in several for c in (column(name, "auroc", name), *against(name))]
         tables.append(by_detector("AUROC by set (%)", f"{over}.", columns))
-    aupr = [column(f"{name}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
+    aupr = [column(f"{_title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
     tables = [table for table in tables if table.columns]  # without OOD sets there are none
     return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
+
+
+def _title(ood_set: str) -> str:
+    return TITLES.get(ood_set, ood_set)
 
 
 def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
@@ -381,6 +414,21 @@ def print_tables(results: Results) -> None:
             for name, cells in section.rows:
                 drawn.add_row(name, *(cell.text for cell in cells))
         console.print(drawn, markup=False)
-    for run in results.runs:
-        for note in run.notes:
-            console.print(Text(f"{run.trained.name}: {note}", style="yellow"))
+    for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
+        console.print(Text(f"{', '.join(names)}: {SMALLER.sub(_with_option, note)}", style="yellow"), soft_wrap=True)
+
+
+SMALLER = re.compile(r"^(\w+)(: left out: .*take a smaller (\w+), such as (\d+))")  # as detectors say what does not fit
+
+
+def _with_option(found: re.Match) -> str:
+    detector, text, parameter, value = found.groups()
+    return f"{detector}{text} (--set {detector}.{parameter}={value})"
+
+
+def by_note(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names that each note is about, of (name, note)."""
+    found: dict[str, list[str]] = {}
+    for name, note in notes:
+        found.setdefault(note, []).append(name)
+    return found
