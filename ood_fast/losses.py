@@ -42,6 +42,8 @@ class ELogitNormLoss(_Loss):
             `weight` is (c, m, 1, ...)), or the model it belongs to.
         name: with a model, the qualified name of that layer, such as "fc"; it is looked up at each call, so that a
             replaced head is followed, and found inside `DistributedDataParallel` and `torch.compile` wrappers too.
+            Without a name, a replaced head is not noticed: the loss goes on with the weight of the old one. Build it
+            after replacing the head, or name it: ``ELogitNormLoss(model, 'fc')``.
         weight, ignore_index, reduction, label_smoothing, eps, average, detach_geometry, return_distance: as in
             `ood_fast.elogitnorm`.
 
@@ -59,7 +61,8 @@ class ELogitNormLoss(_Loss):
 
     Raises:
         TypeError: `head` is not a module, or without `name` has no 2-D `weight`; in a call, the weight is sharded and
-        no module at hand can gather it. ValueError: there is no layer called `name`.
+        no module at hand can gather it. ValueError: there is no layer called `name`; in a call, the logits have
+        not as many classes as the weight has rows.
 
     Paper: Ding et al., CVPR 2026, arXiv:2504.11434.
     """
@@ -131,7 +134,13 @@ class ELogitNormLoss(_Loss):
         else:
             if head_weight.dim() > 2:
                 head_weight = head_weight.flatten(1)
-            output = functional.elogitnorm(logits, None, head_weight, None, y, **keywords)
+            try:
+                output = functional.elogitnorm(logits, None, head_weight, None, y, **keywords)
+            except ValueError as error:
+                if self.name is None and logits.dim() > 1 and logits.shape[1] != len(head_weight):
+                    advice = "was the head replaced? ELogitNormLoss(model, 'fc') follows it"
+                    raise ValueError(f"{error}; {advice}") from None
+                raise
         if gathered is not None and not torch.is_grad_enabled():
             gathered.reshard()  # with a backward pass to come, FSDP does so after it
         return output

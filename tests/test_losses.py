@@ -109,6 +109,27 @@ def test_bad_heads():
         ood_fast.ELogitNormLoss(Classifier(), "fcc")
 
 
+def test_a_replaced_head_of_another_size_is_suspected(data):
+    x, y = data
+    model = Classifier()
+    by_layer, by_name = ood_fast.ELogitNormLoss(model.fc), ood_fast.ELogitNormLoss(model, "fc")
+    compiled = torch.compile(by_layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(model(x), y), by_layer(model(x), y))
+    model.fc = nn.Linear(6, 4)
+    suspicion = r"was the head replaced\? ELogitNormLoss\(model, 'fc'\) follows it$"
+    with pytest.raises(ValueError, match=rf"W: got shape \(3, 6\), expected \(4, m\).*{suspicion}"):
+        by_layer(model(x), y)
+    assert torch.equal(by_name(model(x), y), expected_loss(model, x, y))
+    for call in (
+        lambda: by_name(torch.randn(5, 3), y),  # follows the head: the logits are wrong
+        lambda: by_layer(torch.randn(5), y),
+        lambda: ood_fast.elogitnorm(model(x), None, torch.randn(3, 6), None, y),
+    ):
+        with pytest.raises(ValueError, match="got shape") as caught:
+            call()
+        assert "replaced" not in str(caught.value)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input: the argument, what came, what was expected
 # ----------------------------------------------------------------------------------------------------------------------
