@@ -17,6 +17,7 @@ from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
+SHORT_LIST = 10  # names
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -26,15 +27,19 @@ class UserError(ValueError):
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is not among the known ones: lists them, and suggests the nearest."""
+    """The message for a name that is not among the known ones: suggests the nearest, and lists them.
+
+    The suggestion stands behind a short list, and before one in which it would be overlooked.
+    """
     names = sorted(known)
     nearest = difflib.get_close_matches(
         str(name).lower(), [known_name.lower() for known_name in names], n=1, cutoff=0.5
     )
-    hint = ""
-    if nearest:
-        hint = f"; did you mean {next(known_name for known_name in names if known_name.lower() == nearest[0])!r}?"
-    return f"unknown {what} {name!r}; known: {', '.join(names)}{hint}"
+    message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}"
+    if not nearest:
+        return f"{message}; {listed}"
+    hint = f"did you mean {next(known_name for known_name in names if known_name.lower() == nearest[0])!r}?"
+    return f"{message}; {hint} {listed}" if len(names) > SHORT_LIST else f"{message}; {listed}; {hint}"
 
 
 def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:

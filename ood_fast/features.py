@@ -115,11 +115,11 @@ def load(file: str | Path) -> Stored:
 
 
 def _held(file: Path) -> object:
-    """What a .npz or .pt file holds, as far as its names are known."""
+    """What a .npz or .pt file holds by its names; None for an array of a .npz whose name is not known."""
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in _NAMES if name in archive}
+                return {name: archive[name] if name in _NAMES else None for name in archive.files}
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise checks.UserError(f"{file}: cannot be read ({error.strerror or error})") from error
@@ -130,8 +130,9 @@ def _held(file: Path) -> object:
 
 def _checked(file: Path, held: object) -> Stored:
     if not isinstance(held, dict) or "features" not in held:
-        found = ", ".join(map(str, held)) if isinstance(held, dict) else type(held).__name__
-        raise checks.UserError(f"{file}: got {found}, expected `features` (n, m) and what else is known: {_NAMES[1:]}")
+        found = ", ".join(map(repr, held)) or "nothing" if isinstance(held, dict) else type(held).__name__
+        others = ", ".join(f"`{name}`" for name in _NAMES[1:])
+        raise checks.UserError(f"{file}: got {found}, expected `features` (n, m), and what there is of {others}")
     tensors: dict = {}
     for name in _NAMES:
         value = held.get(name)
@@ -172,7 +173,10 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
         raise checks.UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(file) as opened:
-            columns = [name for name in ("features", "logits", "target", "path") if name in opened.schema_arrow.names]
+            names = opened.schema_arrow.names
+            if "features" not in names:
+                _checked(file, dict.fromkeys(names))  # raises, and lists them
+            columns = [name for name in ("features", "logits", "target", "path") if name in names]
             for batch in opened.iter_batches(size, columns=columns):
                 held = {}
                 for name in columns:

@@ -142,6 +142,15 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_command_at_all_prints_the_help(capsys):
+    assert cli.main([]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("usage: ood-fast")
+    for command in ("compare", "fit", "score", "evaluate"):
+        assert f"\n    {command} " in output.err
+
+
 def test_a_missing_package_is_named(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))

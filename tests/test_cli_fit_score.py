@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ood_fast import cli, detectors, features
+from ood_fast import checks, cli, detectors, features
 
 pytest.importorskip("torchvision")
 from PIL import Image
@@ -248,7 +249,9 @@ def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys)
     tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]
     # OpenOOD's candidates for k need at least 50 features.
     assert cli.main([*arguments, *tuned]) == 2
-    assert "k: got 50, expected at most 21" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "KNN: k: got 50, expected at most 21" in error
+    assert "--set" not in error, "the search would replace what it sets"
     arguments[4] = "NCI"
     arguments = [argument for argument in arguments if argument not in ("--set", "KNN.k=2")]
     assert cli.main([*arguments, *tuned]) == 0
@@ -257,6 +260,62 @@ def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys)
     Path("val").rename("test")
     assert cli.main([*arguments, "--tune", "--validation", "test", "--ood-validation", "ood", "--out", "e"]) == 2
     assert "looks like test data" in capsys.readouterr().err
+
+
+def test_a_folder_without_class_folders(photos, capsys):
+    arguments = ["fit", "--data", "val", "--out", "d.safetensors", *ON_IMAGES, "--detectors"]
+    assert cli.main([*arguments, "Mahalanobis,KNN,RMDS"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "ood-fast: error: no class folders in val: Mahalanobis, RMDS need classes, "
+        "expected a folder of images for each class\n"
+    )
+    assert not Path("d.safetensors").exists()
+    assert cli.main([*arguments, "KNN", "--set", "KNN.k=2"]) == 0
+    error = capsys.readouterr().err
+    assert "no class folders in val: fitting without classes" in error
+    assert "fitting on val: 12 in" in error
+    # Flat validation data is as it should be.
+    on_both = ["fit", "--data", "train", "--validation", "val", "--out", "d.safetensors", *ON_IMAGES]
+    assert cli.main([*on_both, "--detectors", "MSP,ReAct"]) == 0
+    assert "no class folders" not in capsys.readouterr().err
+
+
+def test_what_needs_no_fit_is_told_so(photos, stored, capsys):
+    on_images = ["--data", "train", *ON_IMAGES]
+    for name in ("MSP", "BoundaryDistance"):  # the latter keeps the head
+        assert cli.main(["fit", *on_images, "--detectors", name, "--out", "d.safetensors"]) == 0
+        assert capsys.readouterr().err == "no pass over train: nothing has to be fitted\n"
+        assert detectors.load("d.safetensors")[name].fitted
+    assert fit(*on_images, "--detectors", "MSP", "--out", "d.safetensors") == 0
+    assert capsys.readouterr().err == ""
+    train = write("train.npz", stored)
+    assert cli.main(["fit", "--features", train, "--detectors", "MSP", "--out", "d.safetensors"]) == 0
+    assert capsys.readouterr().err.startswith("nothing has to be fitted, checked train.npz: 50 in")
+
+
+def test_other_settings_than_those_fitted_with_are_warned_of(photos, capsys):
+    assert fit("--data", "train", "--detectors", "NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
+    Path("other.py").write_text(MODEL)
+    arguments = ["score", "--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--overwrite"]
+    arguments += ["--out", "s.csv"]
+    same = ["--model", "mymodel:build", "--size", "16", "--resize", "16", "--mean", "0.485,0.456,0.4060"]
+    for given in ([], same):
+        assert cli.main([*arguments, *given]) == 0
+        assert "warning" not in capsys.readouterr().err
+    cases = [
+        (["--size", "24"], "--size 24 (fitted with 16), --resize 27 (fitted with 16)"),
+        (["--resize", "20"], "--resize 20 (fitted with 16)"),
+        (["--std", ".5,.5,.5"], "--std 0.5,0.5,0.5 (fitted with 0.229,0.224,0.225)"),
+        (["--model", "other:build"], "--model other:build (fitted with mymodel:build)"),
+    ]
+    for given, told in cases:
+        assert cli.main([*arguments, *given]) == 0
+        assert f"ood-fast: warning: {told}: not what the detectors were fitted on" in capsys.readouterr().err
+        assert cli.main([*arguments, *given, "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
+    assert cli.main(["score", "--help"]) == 0
+    assert "--detectors remembers the model and the image settings" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- stored features
@@ -427,6 +486,48 @@ def test_bad_requests(stored, capsys, photos):
     assert "expected (n, 8)" in capsys.readouterr().err
     assert score("--detectors", "d.safetensors", "--data", "ood", "--out", "u.csv") == 2
     assert "--model: got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("NCI,KNN,FDBD", "KNN: k: got 50, expected at most 48, .*, or more training data; --set KNN.k=5"),
+        (
+            "NNGuide",
+            "NNGuide: k: got 100, expected at most 0, .*; take a larger .*; --set NNGuide.PARAMETER=VALUE",
+        ),
+        ("NECO", "NECO: dim: got 100, expected less than 8, .*; --set NECO.dim=4"),
+        ("ViM", "ViM: dim: got 256, expected less than 8, .*; --set ViM.dim=4"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_the_data_is_told_with_its_flag(names, told, stored, capsys):
+    held = {name: value[:48] if len(value) == 50 else value for name, value in stored.items()}
+    arguments = ["fit", "--features", write("train.npz", held), "--out", "d.safetensors", "--detectors", names]
+    if names == "NNGuide":
+        arguments += ["--set", "NNGuide.fraction=1e-8"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"ood-fast: error: {told}\n", error)
+    if names != "NNGuide":
+        assert cli.main([*arguments, *error.split("; ")[-1].split()]) == 0
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".parquet"])
+def test_a_feature_file_of_other_names_lists_them(suffix, stored):
+    file = f"train{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"feats": [[1.0]], "label": [0]}), file)
+    else:
+        write(file, {"feats": stored["features"], "label": stored["targets"]})
+    with pytest.raises(checks.UserError, match=r"got 'feats', 'label', expected `features` \(n, m\), and .* `logits`"):
+        list(features.batches(file))
+    if suffix != ".parquet":
+        write(file, {})
+        with pytest.raises(checks.UserError, match="got nothing, expected `features`"):
+            features.load(file)
 
 
 def test_batches_of_stored_features_keep_the_head(stored):

@@ -475,14 +475,42 @@ DATASET = torch.utils.data.TensorDataset(X)
         (lambda detector: detector.fit(Net(), X), "loader: got Tensor, expected an iterable of batches"),
         (lambda detector: detector.fit(Net(), DATASET), "loader: got TensorDataset, expected an iterable of batches"),
         (lambda detector: detector.fit(Net(), 8), "loader: got int, expected an iterable of batches"),
-        (lambda detector: detector.score(Net(), torch.utils.data.DataLoader(DATASET)), "x: got DataLoader, expected"),
+        (lambda detector: detector.fit(Net(), X.numpy()), "loader: got ndarray, expected an iterable of batches"),
+        (lambda detector: detector.score(Net(), DATASET), "x: got TensorDataset, expected a tensor, one batch of"),
         (lambda detector: detector.score(Net(), X.numpy()), "x: got ndarray, expected a tensor, one batch of inputs"),
+        (lambda detector: detector.score(Net(), None), "x: got NoneType, expected a tensor, .* or an iterable of"),
+        (
+            lambda detector: detector.score(Net(), [X, torch.arange(8)]),
+            r"x: got a list \(x, y\), expected the tensor",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["MSP", "KNN"])
 def test_what_is_no_model_no_loader_or_no_input(name, call, message):
     with pytest.raises(TypeError, match=message):
         call(make(name))
+
+
+@pytest.mark.parametrize("name", ["MSP", "KNN"])
+def test_a_loader_is_scored_as_its_batches_are(name):
+    """A last batch of another size; batches with targets and without; one that gives nothing."""
+    net, y = Net().train(), torch.arange(8)
+    detector = make(name).fit(net, [X])
+    expected = torch.cat([detector.score(net, X[:5]), detector.score(net, X[5:])])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=5)
+    torch.testing.assert_close(detector.score(net, loader), expected)
+    torch.testing.assert_close(detector.score(net, [X[:5], X[5:]]), expected)
+    torch.testing.assert_close(detector.score(net, (x for x in X.split(5))), expected)
+    together = detectors.DetectorSet([detector, "Energy"])
+    scores = together.score(net, loader)
+    torch.testing.assert_close(scores[name], expected)
+    torch.testing.assert_close(scores["Energy"], detectors.Energy().score(net, X))
+    for scoring in (detector, together):
+        with pytest.raises(ValueError, match="x: got a loader without a batch"):
+            scoring.score(net, [])
+        with pytest.raises(ValueError, match=r"got NaN in \d of 3 rows"):
+            scoring.score(net, [X[:5], X[5:] * float("nan")])
+        assert net.training
 
 
 @pytest.mark.parametrize("batch", [{"labels": X}, [], X.numpy(), (X.numpy(), X)])
@@ -518,8 +546,12 @@ def test_labels_are_names_too(name):
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
-    with pytest.raises(checks.UserError, match=r"unknown detector 'enrgy'; known: .*MSP.*; did you mean 'Energy'\?"):
+    with pytest.raises(checks.UserError, match=r"unknown detector 'enrgy'; did you mean 'Energy'\? known: .*MSP"):
         detectors.create("enrgy")
+    with pytest.raises(checks.UserError, match=r"unknown detector 'xyz'; known: .*MSP.*ViM$"):
+        detectors.create("xyz")
+    short = checks.unknown("loss", "loss03", [f"loss{i}" for i in range(checks.SHORT_LIST)])
+    assert short.endswith("loss9; did you mean 'loss3'?"), "behind a list that is read at a glance"
 
 
 def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):

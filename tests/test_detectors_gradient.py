@@ -171,6 +171,15 @@ def test_inputs_that_cannot_be_moved(net, x, error, message):
         ODIN(std=STD).score(net, x)
 
 
+def test_a_loader_is_scored_as_its_batches_are(net, x):
+    expected = ODIN(eps=0.5).score(net, x)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(len(x))), batch_size=2)
+    torch.testing.assert_close(ODIN(eps=0.5).score(net, loader), expected)
+    torch.testing.assert_close(DetectorSet([ODIN(eps=0.5)]).score(net, loader)["ODIN"], expected)
+    with pytest.raises(ValueError, match="x: got a loader without a batch"):
+        ODIN().score(net, [])
+
+
 def test_what_is_no_model(x):
     with pytest.raises(TypeError, match="model: got NoneType"):
         ODIN().score(None, x)

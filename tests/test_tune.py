@@ -103,6 +103,14 @@ def test_candidates_that_do_not_fit_the_data_take_no_part():
         tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far)
 
 
+def test_an_empty_grid_keeps_what_a_detector_was_given():
+    far = {"far": [torch.randn(10, 6) * 3]}
+    for grids, k in (({"KNN": {}}, 10), ({"KNN": {"k": (3,)}}, 3), (None, 50)):
+        fitted, trials = tune(DetectorSet([detectors.KNN(k=10, alpha=0.5)]), Net(), [X], [X], far, grids=grids)
+        assert (fitted["KNN"].k, fitted["KNN"].alpha) == (k, 0.5)
+        assert trials["KNN"] == []
+
+
 def test_what_is_left_out_is_told():
     """Of 60 training features with width 12, ViM has no candidate and KNN one of five; MSP has nothing to fit."""
     z, head = torch.randn(60, M), nn.Linear(M, C).requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -43,7 +44,9 @@ def add(commands: Any) -> None:
         "--ood-validation", action="append", default=[], metavar="PATH", help="OOD data for --tune; may be repeated"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="choose parameters by AUROC on --validation and --ood-validation"
+        "--tune",
+        action="store_true",
+        help="choose parameters, also those that --set gives, by AUROC on --validation and --ood-validation",
     )
     threshold = parser.add_mutually_exclusive_group()
     threshold.add_argument(
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         try:
             fitted = _fit(detectors, open_data, options, process)
         except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
-            raise refusal(str(error)) from error
+            raise refusal(_with_flag(str(error), detectors, options.tune)) from error
         if process.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -137,20 +140,38 @@ class _ImageData(_Data):
         self.model, self.prepared, self.options, self.class_names = model, prepared, options, names
         self.notes = {"model": options.model, "checkpoint": options.checkpoint, "head": options.head, **prepared}
 
-    def _batches(self, path: str, process: Process, bar: Bar, with_classes: bool) -> images.Images:
-        source = images.read_folder(path, with_classes)
+    def _batches(self, source: Any, process: Process, bar: Bar) -> images.Images:
         rows = process.share(len(source))
         bar.total = len(rows)
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        source = images.read_folder(path, with_classes=True)
+        if source.classes is None:
+            self._without_classes(detectors, path)
+        if not _reads_data(detectors):
+            _say(self.options, f"no pass over {path}: nothing has to be fitted")
+            detectors.fit(self.model, [], self.options.head, process.group)  # copies the head where it is needed
+            return
         with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
-            batches = self._batches(path, process, bar, with_classes=True)
+            batches = self._batches(source, process, bar)
             detectors.fit(self.model, batches, self.options.head, process.group)
+
+    def _without_classes(self, detectors: DetectorSet, path: str) -> None:
+        """Refuse what needs classes; else say what their absence means."""
+        reading = {d.label: {name for part in d.gathers().values() for name in part.reads} for d in detectors.detectors}
+        needing = [label for label, reads in reading.items() if "targets" in reads]
+        if needing:
+            raise refusal(
+                f"no class folders in {path}: {', '.join(needing)} {'needs' if len(needing) == 1 else 'need'} classes, "
+                "expected a folder of images for each class"
+            )
+        if path == self.options.data:
+            _say(self.options, f"no class folders in {path}: fitting without classes, predictions will be numbers")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
-            batches = self._batches(path, process, bar, with_classes=False)
+            batches = self._batches(images.read_folder(path, with_classes=False), process, bar)
             for _, scores in detectors.score_loader(self.model, batches, self.options.head):
                 yield scores
 
@@ -168,7 +189,8 @@ class _FeatureData(_Data):
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
+        what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
+        with Bar(f"{what} {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
                 detectors.partial_fit(stored.features, stored.logits, stored.targets)
             detectors.finalize(self.head, process.group)
@@ -177,6 +199,16 @@ class _FeatureData(_Data):
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
                 yield detectors.score_features(stored.features, stored.logits)
+
+
+def _reads_data(detectors: DetectorSet) -> bool:
+    """Whether any of them is fitted on data; others need nothing, or the head only."""
+    return any(detector.gathers() for detector in detectors.detectors)
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _open_images(options: argparse.Namespace, where: str, process: Process) -> _Data:
@@ -238,6 +270,18 @@ def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, proce
     for name, detector in fitting.items():
         detector.calibrate(inside[name], tpr=options.tpr, alpha=options.alpha)
     return fitting
+
+
+def _with_flag(message: str, detectors: DetectorSet, tuned: bool) -> str:
+    """The message; with the flag for a parameter that it names, as in "KNN: k: got ..., such as VALUE, ..."."""
+    label, parameter, *_ = [*message.split(": "), ""]
+    for name, detector in detectors.items():
+        searched = tuned and parameter in detector.grid  # --set does not reach it
+        if label in (name, detector.label) and parameter in detector.settings() and not searched:
+            advised = re.search(r"such as (\d+)", message)
+            setting = f"{parameter}={advised[1]}" if advised else "PARAMETER=VALUE"
+            return f"{message}; --set {name}.{setting}"
+    return message
 
 
 def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:

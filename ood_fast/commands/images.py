@@ -19,9 +19,14 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What says which model looks at which images, and how they are prepared."""
-    group = parser.add_argument_group("model and images")
+def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> None:
+    """What says which model looks at which images, and how they are prepared; `remembered`: by the detectors' file."""
+    group = parser.add_argument_group(
+        "model and images",
+        "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
+    )
+    size, norm = ("as fitted",) * 2 if remembered else ("224", "ImageNet's")
+    resize = "as fitted, size · 8/7 if --size is given" if remembered else "size · 8/7"
     group.add_argument(
         "--model",
         metavar="NAME",
@@ -32,12 +37,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--n-classes", type=int, metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
-    group.add_argument("--size", type=int, metavar="PIXELS", help="images are cropped to this square (default: 224)")
     group.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="after their short side got this length (default: size · 8/7)"
+        "--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {size})"
     )
-    group.add_argument("--mean", metavar="R,G,B", help="of the normalisation (default: ImageNet's)")
-    group.add_argument("--std", metavar="R,G,B", help="of the normalisation (default: ImageNet's)")
+    group.add_argument(
+        "--resize", type=int, metavar="PIXELS", help=f"after their short side got this length (default: {resize})"
+    )
+    group.add_argument("--mean", metavar="R,G,B", help=f"of the normalisation (default: {norm})")
+    group.add_argument("--std", metavar="R,G,B", help=f"of the normalisation (default: {norm})")
     group.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="loading processes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "score",
         help="score images or stored features with fitted detectors",
-        description="Score every image below a folder (--data, with the --model that the detectors were fitted on) or "
-        "stored features (--features), and write path, prediction, score and is_ood of each to a CSV or Parquet file. "
+        description="Score every image below a folder (--data) or stored features (--features), and write path, "
+        "prediction, score and is_ood of each to a CSV or Parquet file. --detectors remembers the model and the image "
+        "settings of `ood-fast fit`: neither need be given again. "
         "An interrupted run goes on where it stopped. Under torchrun, each process takes a part of the data.",
     )
     parser.add_argument("--detectors", required=True, metavar="FILE", help="what `ood-fast fit` wrote")
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
-    images.add_options(parser)
+    images.add_options(parser, remembered=True)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
 
@@ -140,6 +142,9 @@ def _score_images(
     bar: Bar,
     where: str,
 ) -> None:
+    prepared = images.preparation_of(options, notes)
+    if not options.quiet:
+        _warn_of_other_settings({"model": options.model, **prepared}, notes)
     for name in ("model", "checkpoint", "head"):
         if getattr(options, name) is None:
             setattr(options, name, notes.get(name))
@@ -149,8 +154,28 @@ def _score_images(
     bar.total = len(rows)
     rest = range(max(rows.start, table.start), rows.stop)
     bar.advance(len(rows) - len(rest))
-    prepared = images.preparation_of(options, notes)
     batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)
     for batch, scores in detectors.score_loader(model, batches, options.head):
         positions, paths = batch.given[2:]
         table.write(positions, paths, batch.logits.max(dim=1).indices, scores)
+
+
+def _warn_of_other_settings(given: dict[str, Any], notes: dict[str, Any]) -> None:
+    """Thresholds and statistics hold for the model and the images that the detectors were fitted on."""
+    different = [
+        f"--{name} {_written(value)} (fitted with {_written(notes[name])})"
+        for name, value in given.items()
+        if value is not None and notes.get(name) is not None and _written(value) != _written(notes[name])
+    ]
+    if different:
+        print(
+            f"ood-fast: warning: {', '.join(different)}: not what the detectors were fitted on, scores and thresholds "
+            "need not hold",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _written(value: Any) -> str:
+    """As on the command line."""
+    return ",".join(f"{float(number):g}" for number in value) if isinstance(value, (list, tuple)) else str(value)

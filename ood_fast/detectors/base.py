@@ -24,6 +24,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, ClassVar
 
 import torch
@@ -136,16 +137,19 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of one input batch; the model runs once, in eval mode, and its modes are restored.
+        """Scores (n,) of one input batch, or (N,) of all batches of a loader, in their order, on the model's device.
 
-        `head` as in `fit`. A detector that reads nothing but logits looks for none.
+        Args:
+            model: as in `fit`; runs once over the inputs.
+            x: one batch of inputs, a tensor or a mapping of the model's keyword arguments; or a loader as in `fit`.
+            head: as in `fit`. A detector that reads nothing but logits looks for none.
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
-        checks.instance("x", x, (Tensor, Mapping), "a tensor, one batch of inputs")
+        batches = run.batches_of(x)
         self._require_fitted()
         read_from = given_head(model, head) if self.needs_features else None
-        (batch,) = run.run_model(model, [x], read_from)
-        return self.score_features(batch.features, batch.logits)
+        with closing(run.run_model(model, batches, read_from)) as done:  # also when scoring raises, modes are restored
+            return run.joined([self.score_features(batch.features, batch.logits) for batch in done])
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,14 @@ class ODIN(Detector):
         self.temperature, self.eps, self.sign_of_zero = temperature, eps, sign_of_zero
         self.std = None if std is None else tuple(std)
 
-    def score(self, model: nn.Module, x: Tensor, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch of inputs x (n, ...), floating point; `head` is not needed.
+    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
+        """Scores of a batch of inputs x (n, ...), floating point, or of a loader of them; `head` is not needed.
 
         Works inside `torch.no_grad` and `torch.inference_mode`.
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
+        if not isinstance(x, (Tensor, Mapping)):
+            return run.joined([self.score(model, run.inputs_and_targets(batch)[0]) for batch in run.batches_of(x)])
         checks.instance("x", x, Tensor, "a tensor, one batch of inputs; ODIN moves them along their gradient")
         if not x.is_floating_point():
             raise TypeError(f"x: got dtype {x.dtype}, expected floating point: ODIN moves inputs by their gradient")

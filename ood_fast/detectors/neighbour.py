@@ -58,8 +58,11 @@ def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
     return iter([queries]) if whole else iter(queries.split(max(1, CHUNK_ELEMENTS // n_bank)))
 
 
-def check_bank(k: int, bank: Tensor, cure: str) -> None:
+def check_bank(k: int, bank: Tensor, or_else: str) -> None:
     if k > len(bank):
+        cure = (
+            f"take a smaller k, such as {math.ceil(len(bank) / 10)}, or {or_else}" if len(bank) else f"take {or_else}"
+        )
         raise ValueError(f"k: got {k}, expected at most {len(bank)}, the number of training features kept; {cure}")
 
 
@@ -113,7 +116,7 @@ class KNN(Detector):
 
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
-        check_bank(self.k, rows, "take a smaller k, or more training data")
+        check_bank(self.k, rows, "more training data")
         tiles = rows.split(BANK_TILE)
         mean = sum(streaming.double(tile).sum(dim=0) for tile in tiles) / len(rows)
         squares = torch.cat([(streaming.double(tile) - mean).square().sum(dim=1) for tile in tiles])
@@ -204,7 +207,7 @@ class NNGuide(Detector):
 
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
-        check_bank(self.k, rows, f"take a smaller k, or a larger fraction than {self.fraction:g}")
+        check_bank(self.k, rows, f"a larger fraction than {self.fraction:g}")
         self.bank = rows
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:

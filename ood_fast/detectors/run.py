@@ -48,7 +48,7 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
     device = None if parameter is None else parameter.device  # None: everything stays where it is
     with evaluating(model), nullcontext() if head is None else capture_features(head) as captured:
         for given in loader:
-            x, targets = _inputs_and_targets(given)
+            x, targets = inputs_and_targets(given)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
             logits = logits_of(model(x) if isinstance(x, Tensor) else model(**x))
             if head is not None:
@@ -84,7 +84,7 @@ def logits_of(output: Any) -> Tensor:
     return output
 
 
-def _inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
+def inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
     """x and y of a batch; what is no tensor, such as file names, is no y."""
     x, targets = batch, None
     if isinstance(batch, Mapping):
@@ -98,14 +98,34 @@ def _inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor 
     return x, targets if isinstance(targets, Tensor) else None
 
 
-def check_loader(loader: object) -> None:
+def check_loader(loader: object, argument: str = "loader", or_else: str = "") -> None:
     """TypeError for what looks like a loader and gives single samples: a tensor, or a data set without a DataLoader."""
-    single = isinstance(loader, Tensor) or (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset))
+    single = hasattr(loader, "__array__") or (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset))
     if single or not isinstance(loader, Iterable):
         raise TypeError(
-            f"loader: got {type(loader).__name__}, expected an iterable of batches x or (x, y, ...), such as a "
-            "DataLoader or [x]"
+            f"{argument}: got {type(loader).__name__}, expected {or_else}an iterable of batches x or (x, y, ...), such "
+            "as a DataLoader or [x]"
         )
+
+
+def batches_of(x: Any) -> Iterable:
+    """The batches that `score` is given: x alone, or those of a loader.
+
+    TypeError for what is neither; also for one batch (x, y), whose y would pass as the next inputs.
+    """
+    if isinstance(x, (Tensor, Mapping)):
+        return [x]
+    if isinstance(x, (tuple, list)) and any(isinstance(item, Tensor) and item.dim() < 2 for item in x):
+        raise TypeError(f"x: got a {type(x).__name__} (x, y), expected the tensor x of that batch, or a loader")
+    check_loader(x, "x", "a tensor, one batch of inputs, or ")
+    return x
+
+
+def joined(scores: list[Tensor]) -> Tensor:
+    """The scores (N,) of all batches; ValueError if there was none."""
+    if not scores:
+        raise ValueError("x: got a loader without a batch, expected inputs to score")
+    return scores[0] if len(scores) == 1 else torch.cat(scores)
 
 
 def check_head(head: nn.Linear, logits: Tensor) -> None:
@@ -199,7 +219,7 @@ def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.Proce
                 detector._finish(**detector._gathered)
             except ValueError as error:  # k or dim does not fit the data: `Search.leave_out` drops the candidate
                 if not detector._is_candidate:
-                    raise
+                    raise ValueError(f"{detector.label}: {error}") from error
                 detector._failure = error
     finally:
         for detector in fitting:

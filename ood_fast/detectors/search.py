@@ -144,6 +144,10 @@ def tune(
     The parameters are those with the best AUROC of `validation` against the OOD validation sets, as in OpenOOD's
     search. Tables are only honest when no test image takes part in it.
 
+    The candidates of the grid replace what a detector was given: `KNN(k=10)` gets the best of OpenOOD's 50 to 1000.
+    ``grids={"KNN": {}}`` keeps it as it is, ``grids={"KNN": {"k": (5, 10, 20)}}`` searches others. Parameters that are
+    not in the grid stay.
+
     Args:
         detectors: what to tune; not changed.
         model, head: as in `Detector.fit`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -149,10 +150,13 @@ class DetectorSet(nn.Module):
 
     @torch.no_grad()
     def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> dict[str, Tensor]:
-        """Scores (n,) of one input batch by every detector; the model runs once."""
-        checks.instance("x", x, (Tensor, Mapping), "a tensor, one batch of inputs")
-        ((_, scores),) = self.score_loader(model, [x], head)
-        return scores
+        """Scores (n,) of one input batch, or (N,) of all batches of a loader, by every detector; the model runs once.
+
+        Arguments as in `Detector.score`; `score_loader` gives the scores batch by batch.
+        """
+        with closing(self.score_loader(model, run.batches_of(x), head)) as batches:
+            parts = [scores for _, scores in batches]
+        return {name: run.joined([scores[name] for scores in parts]) for name in self}
 
     @torch.no_grad()
     def score_loader(

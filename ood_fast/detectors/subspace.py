@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -142,7 +143,8 @@ class NECO(Detector):
         check_dim(self.dim, len(scatter.mean))
         if self.dim >= scatter.rows:
             raise ValueError(
-                f"dim: got {self.dim}, but {scatter.rows} training features span less; take a smaller dim, or more data"
+                f"dim: got {self.dim}, but {scatter.rows} training features span less; take a smaller dim, such as "
+                f"{math.ceil(scatter.rows / 2)}, or more data"
             )
         covariance = scatter.covariance()
         variance = covariance.diagonal()
