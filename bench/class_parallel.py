@@ -1,4 +1,4 @@
-"""What a step of the class-parallel loss moves and costs here: `python bench/class_parallel.py`, about a minute.
+"""What a step of the class-parallel loss moves and costs here: `python -m bench.class_parallel`, about a minute.
 
 Prints the table of docs/scale.md: bytes by `communication_bytes`, bytes that the kernel of the system counted on the
 loopback interface meanwhile (so run it where nothing else talks on that: Linux only), and the time of forward and
@@ -102,7 +102,10 @@ def alone(n: int, c: int, m: int) -> None:
 if __name__ == "__main__":
     if sys.platform != "linux":
         raise SystemExit("reads /proc/net/dev, expected Linux")
+    from .measure import environment
+
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    print(", ".join(f"{name} {value}" for name, value in environment().items()), end="\n\n")
     print("| | processes | c | MB, formula | MB, counted | ms |\n|---|---|---|---|---|---|")
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ood_fast
 
-from .cases import machine
+from .measure import environment
 
 DENSE = ((256, 1000, 2048), (64, 21841, 768))
 SMALL = ((128, 10, 512), (128, 100, 512))
@@ -213,7 +213,7 @@ def main() -> None:
         "tables", nargs="*", choices=[*TABLES, []], metavar="TABLE", help=f"{', '.join(TABLES)}; all of them by default"
     )
     chosen = parser.parse_args().tables or list(TABLES)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
     for name in chosen:
         TABLES[name]()
     print("\nTargets, and why those of small heads are not reached: kernels/README.md, section 8.")
