@@ -27,12 +27,14 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
   linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .86rem; }
 th, td { padding: .22rem .55rem; text-align: right; } th { font-weight: 500; text-align: left; }
-thead th { text-align: right; vertical-align: bottom; border-bottom: 2px solid var(--line); color: var(--soft); }
+thead th { text-align: right; vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--line);
+  color: var(--soft); }
 tbody tr + tr:not(.section) > * { border-top: 1px solid var(--line); }
 th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .section th { padding-top: .9rem; font-style: italic; color: var(--soft); }
 .best, .worse { font-weight: 700; color: var(--best); } .worse { color: var(--worse); }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); gap: 0 2.5rem; }
+.tables .full { grid-column: 1 / -1; }
 section { min-width: 0; } summary { cursor: pointer; margin-top: 1rem; font-weight: 600; }
 .caption, .lead { color: var(--soft); font-size: .9rem; max-width: 60rem; margin: .4rem 0 0; }
 img { display: block; max-width: none; height: auto; } .wide img { min-width: 60rem; width: 100%; }

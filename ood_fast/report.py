@@ -97,7 +97,7 @@ def check_folder(path: str | Path) -> Path:
 def _tried_out(path: str | Path) -> Path:
     folder = checks.writable_folder("--out", path)
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if found and not _holds_comparison(folder):
+    if found and not holds_comparison(folder):
         raise checks.UserError(
             f"--out: {folder} is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
         )
@@ -112,7 +112,8 @@ def _tried_out(path: str | Path) -> Path:
     return folder
 
 
-def _holds_comparison(folder: Path) -> bool:
+def holds_comparison(folder: Path) -> bool:
+    """Whether `write` wrote it."""
     try:
         return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):

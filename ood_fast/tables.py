@@ -266,6 +266,22 @@ def as_html(table: Table) -> str:
         f"{''.join(bodies)}</table></div>"
         f"<p class=caption>{html.escape(table.caption)}</p>"
     )
+    section = "<section class=full>" if _width(table) > HALF_PAGE else "<section>"
     if table.folded:
-        return f"<section><details><summary>{title}</summary>{content}</details></section>"
-    return f"<section><h2>{title}</h2>{content}</section>"
+        return f"{section}<details><summary>{title}</summary>{content}</details></section>"
+    return f"{section}<h2>{title}</h2>{content}</section>"
+
+
+HALF_PAGE = 600  # CSS pixels: a wider table has the row of the page to itself
+LETTER, PADDING = 7.4, 18  # of a column, as `pages.STYLE` shows it
+
+
+def _width(table: Table) -> float:
+    """About how wide the table is on a page, in CSS pixels."""
+    rows = [row for section in table.sections for row in section.rows]
+    mark = 2 if table.sortable else 0  # the arrow beside a header
+    longest = [max(len(table.corner) + mark, *(len(name) for name, _ in rows), 0)]
+    longest += [
+        max(len(column) + mark, *(len(cells[i].text) for _, cells in rows), 0) for i, column in enumerate(table.columns)
+    ]
+    return sum(LETTER * letters + PADDING for letters in longest)

@@ -186,7 +186,7 @@ def test_evaluation_is_that_of_its_files(done, parsed):
     found = {name: json.loads((done / name / "eval/cifar10/results.json").read_text()) for name in ("ce", "elogitnorm")}
     table = parsed.tables["AUROC by run (%)"]
     assert table[0] == ["detector", "ce", "elogitnorm"]
-    near = table[table.index(["nearood"]) + 1 : table.index(["farood"])]
+    near = table[table.index(["near-OOD"]) + 1 : table.index(["far-OOD"])]
     wanted = []
     for detector in DETECTORS.split(","):
         values = [
@@ -365,7 +365,7 @@ def test_published_numbers_stand_beside_ours(runs):
     file.write_text(json.dumps(results))
     assert cli.main(["report", "ce", "--quiet"]) == 0
     header, *rows = Page((runs / "ce/report.html").read_text()).tables["AUROC (%)"]
-    assert header == ["detector", "nearood", "farood", "farood published", "difference"]
+    assert header == ["detector", "near-OOD", "far-OOD", "far-OOD published", "difference"]
     msp = next(row for row in rows if row[0] == "MSP")
     assert msp[3:] == ["50.00", f"{100 * (ours - 0.5):+.2f}"]
     assert next(row for row in rows if row[0] == "NCI")[3:] == ["–", "–"]
@@ -430,6 +430,43 @@ def test_seeds_in_one_folder_and_the_folder_of_an_evaluation(runs, capsys):
     assert len(Page(Path("both.html").read_text()).tables["Runs"]) == 3
 
 
+def test_an_evaluation_of_the_seeds_stands_in_the_report_of_one(runs, capsys):
+    """`ood-fast evaluate group` leaves group/eval, which is about group/s0 and group/s1."""
+    (runs / "group").mkdir()
+    for seed, name in enumerate(("ce", "elogitnorm")):
+        (runs / name).rename(runs / "group" / f"s{seed}")
+    (runs / "group/s0/eval").rename(runs / "group/eval")
+    file = runs / "group/eval/cifar10/results.json"
+    results = json.loads(file.read_text())
+    told = {"run": "group/s0", "folder": str(runs / "group/s0")}
+    file.write_text(json.dumps({**results, "runs": [{**results["runs"][0], **told}]}))
+    shutil.rmtree("group/s1/eval")
+    assert cli.main(["report", "group/s0"]) == 0
+    assert "evaluation and diagnostics" not in capsys.readouterr().err
+    assert "AUROC (%)" in Page((runs / "group/s0/report.html").read_text()).tables
+    assert cli.main(["report", "group/s1"]) == 0, "of which it tells nothing"
+    assert "evaluation and diagnostics: run ood-fast evaluate group/s1" in capsys.readouterr().err
+    file.write_text("damaged")
+    assert cli.main(["report", "group/s1", "--quiet"]) == 0
+
+
+def test_what_several_runs_lack_is_told_once(runs, capsys):
+    for name in ("ce", "elogitnorm"):
+        shutil.rmtree(f"{name}/eval")
+        (runs / name / "diagnostics.csv").unlink()
+    assert cli.main(["report", "ce", "elogitnorm", "--out=report.html"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not in the report")]
+    assert len(lines) == 3
+    assert lines[0] == "not in the report: ce, elogitnorm: diagnostics by epoch: train with --diagnostics"
+    root = (runs / "data").resolve()
+    assert f"ce, elogitnorm: evaluation and diagnostics: run ood-fast evaluate RUN --data-root {root}" in lines[1]
+    page = (runs / "report.html").read_text()
+    assert "<details open><summary>Not in this report (3)</summary>" in page
+    (runs / "ce/log.csv").write_text("epoch,learning_rate,loss,train_accuracy,validation_accuracy,seconds\n")
+    assert cli.main(["report", "ce", "elogitnorm", "--out=report.html", "--quiet"]) == 0
+    assert "<details><summary>Not in this report (4)</summary>" in (runs / "report.html").read_text()
+
+
 def test_requests_that_cannot_be_met(runs, capsys):
     def refused(*arguments: str) -> str:
         assert cli.main(["report", *arguments]) == 2
@@ -438,6 +475,12 @@ def test_requests_that_cannot_be_met(runs, capsys):
     assert "nowhere: no such folder" in refused("nowhere")
     (runs / "empty").mkdir()
     assert "empty: neither a run of `ood-fast train` (run.json) nor evaluated" in refused("empty")
+    (runs / "compared").mkdir()
+    (runs / "compared/results.json").write_text('{"format": "ood_fast compare 1"}')
+    assert (
+        "compared: holds a comparison of `ood-fast compare`, which has its own report: compared/report.html"
+        in refused("compared")
+    )
     (runs / "thesis.html").write_text("<html>")
     assert "thesis.html is there and is no report" in refused("ce", "--out=thesis.html")
     assert (runs / "thesis.html").read_text() == "<html>"
@@ -542,6 +585,20 @@ def test_loads_without_complaint_and_fits_every_screen(chromium, file):
             assert chromium.problems == []
             names = "[...document.querySelectorAll('th[scope=row]')].map(name => name.offsetWidth)"
             assert max(chromium.run(names)) <= (width / 2 if width < 600 else 600)
+
+
+@needs_browser
+def test_wide_tables_are_not_cut_at_1300_pixels(chromium, file):
+    chromium.open(file, 1300)
+    cut = (
+        "[...document.querySelectorAll('.tables .scroll')].filter(s => s.scrollWidth > s.clientWidth + 1)"
+        ".map(s => s.closest('section').querySelector('h2, summary').textContent)"
+    )
+    assert chromium.run(cut) == []
+    shown = "[...document.querySelectorAll('.tables > section')].map(s => [s.offsetWidth, s.className])"
+    widths = chromium.run(shown)
+    assert all(width > 1200 for width, name in widths if name == "full")
+    assert any(name == "full" for _, name in widths)
 
 
 @needs_browser

@@ -81,7 +81,6 @@ def run(options: argparse.Namespace, command: str) -> None:
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror or error}") from error
     if not options.quiet:
-        for record in records:
-            for note in record.missing:
-                print(f"not in the report: {record.name}: {note}", file=sys.stderr)
+        for note, names in run_report.missing(records).items():
+            print(f"not in the report: {', '.join(names)}: {note}", file=sys.stderr)
         print(f"The report is in {file}")

@@ -9,7 +9,7 @@
 """
 
 from .page import GENERATOR, page
-from .records import Evaluated, Record, diagnose, measure_change, open_records
+from .records import Evaluated, Record, diagnose, measure_change, missing, open_records
 from .write import check_file, write
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_file",
     "diagnose",
     "measure_change",
+    "missing",
     "open_records",
     "page",
     "write",

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import evaluation
 from ..detectors import find
-from ..evaluation.results import GROUPS, Summary, TestSet
+from ..evaluation.results import GROUPS, TITLES, Summary, TestSet
 from ..tables import Cell, Section, Table
 from .records import Evaluated, Record
 
@@ -44,7 +44,7 @@ class Stored:
 
 def tables(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
     """Those of `evaluation.build`; before them, where there are several runs, one with a column for each."""
-    once = {evaluated.folder: evaluated for _, evaluated in found}
+    once = {evaluated.folder.resolve(): evaluated for _, evaluated in found}
     built = [replace(table, sortable=True, corner="detector") for table in evaluation.build(Stored([*once.values()]))]
     return [*side_by_side(found), *(replace(table, corner="method") if _by_method(table) else table for table in built)]
 
@@ -77,6 +77,6 @@ def side_by_side(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
                 for value in of_runs
             )
             rows.append((find(detector).label, tuple(cells)))
-        sections.append(Section(ood_set, tuple(rows)))
-    caption = "Each run by itself; the best of each row is bold. nearood, farood: means over the sets of the group."
+        sections.append(Section(TITLES.get(ood_set, ood_set), tuple(rows)))
+    caption = "Each run by itself; the best of each row is bold. near-OOD, far-OOD: means over the sets of the group."
     return [Table("AUROC by run (%)", caption, tuple(names), tuple(sections), corner="detector", sortable=True)]

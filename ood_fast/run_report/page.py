@@ -9,10 +9,11 @@ from typing import Any
 
 from .. import charts, checks, evaluation, pages
 from ..diagnostics import NUMBERS, Diagnosis
+from ..evaluation.write import by_note
 from ..tables import Cell, Section, Table, as_html
 from . import evaluations, figures
 from .figures import number
-from .records import Evaluated, Record
+from .records import Evaluated, Record, missing
 
 GENERATOR = "ood_fast report"  # marks a file that a new report may replace
 STYLE = """
@@ -22,6 +23,7 @@ STYLE = """
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 1rem 0; font-size: .92rem; } nav a { color: inherit; }
 """
 SHOWN = ("MSP", "Energy", "NCI", "FDBD", "KNN", "FeatureNorm")  # histograms of other detectors are folded
+OPEN_NOTES = 3  # more of what is missing are folded
 EPOCH_CURVES = 6  # of the diagnostics by epoch that are not folded
 
 
@@ -50,7 +52,7 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
 <p class=lead>{html.escape(_lead(records, benchmarks))}</p>
 <pre>{html.escape(context["command"])}</pre>
 <nav>{links}</nav>
-{_notes("Not in this report", [(record.name, note) for record in records for note in record.missing], opened=True)}
+{_notes("Not in this report", missing(records), opened=True)}
 {as_html(_runs(records))}
 """
     for title, content in sections.items():
@@ -68,13 +70,15 @@ def _lead(records: Sequence[Record], benchmarks: Sequence[str]) -> str:
     return f"{n_runs} of ood-fast train{on}. The numbers of each plot can be saved as CSV."
 
 
-def _notes(title: str, notes: Sequence[tuple[str, str]], *, opened: bool) -> str:
-    """Each with the run that it is about; nothing if there are none."""
+def _notes(title: str, notes: Mapping[str, Sequence[str]], *, opened: bool) -> str:
+    """Each with the runs that it is about; nothing if there are none. Long lists are folded anyway."""
     if not notes:
         return ""
-    items = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in notes)
-    folded = "<details open>" if opened else "<details>"
-    return f"{folded}<summary>{html.escape(title)}</summary><ul class=notes>{items}</ul></details>"
+    items = "".join(
+        f"<li><b>{html.escape(', '.join(names))}</b>: {html.escape(note)}</li>" for note, names in notes.items()
+    )
+    folded = "<details open>" if opened and len(notes) <= OPEN_NOTES else "<details>"
+    return f"{folded}<summary>{html.escape(title)} ({len(notes)})</summary><ul class=notes>{items}</ul></details>"
 
 
 # ---- what was run
@@ -135,7 +139,7 @@ def _evaluation(found: Sequence[tuple[Record, Evaluated]]) -> str:
         sets |= evaluated.results["sets"]
     told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())
     tables = "".join(map(as_html, evaluations.tables(found)))
-    notes = [(record.name, note) for record, evaluated in found for note in evaluated.run["notes"]]
+    notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run["notes"])
     return (
         f"<p class=caption>Test images: {html.escape(told)}.</p><div class=tables>{tables}</div>"
         f"{_notes('Notes of the evaluation', notes, opened=False)}"

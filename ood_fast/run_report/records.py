@@ -10,6 +10,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -27,6 +28,7 @@ from ..diagnostics import diagnose as diagnose_chunks
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
 from ..evaluation.run import FIT, TEST, VALIDATION, VALIDATION_OOD
+from ..report import holds_comparison
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
 Progress = Callable[[str, int], Any]
@@ -104,6 +106,10 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise checks.UserError(f"{given}: no such folder, expected one of `ood-fast train` or `ood-fast evaluate`")
+        if holds_comparison(folder):
+            raise checks.UserError(
+                f"{given}: holds a comparison of `ood-fast compare`, which has its own report: {folder}/report.html"
+            )
         if (folder / RESULTS).is_file():
             results = evaluation.read(folder)
             runs = [(_folder_of(run), run["run"]) for run in results["runs"]]
@@ -115,7 +121,7 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
             key = str(path.resolve()) if path else name
             record = found.setdefault(key, _read(path, name))
             own = list(_evaluations(path)) if path and path != folder else []
-            for where, results in (*evaluations, *own):
+            for where, results in (*evaluations, *own, *_above(path)):
                 run = _entry(results, path, name, where)
                 if run is not None and results["benchmark"] not in record.evaluated:
                     record.evaluated[results["benchmark"]] = Evaluated(where, results, run)
@@ -154,6 +160,13 @@ def _columns(file: Path) -> Columns:
 def _evaluations(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for file in sorted(folder.glob(f"eval/*/{RESULTS}")):
         yield file.parent, evaluation.read(file.parent)
+
+
+def _above(path: Path | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Those of the folder around a run: `ood-fast evaluate RUNS` writes RUNS/eval, about RUNS/s0, RUNS/s1, ..."""
+    with suppress(checks.UserError):  # a file that is not about this run must not stop its report
+        return list(_evaluations(path.resolve().parent)) if path else []
+    return []
 
 
 def _folder_of(run: Mapping[str, Any]) -> Path | None:
@@ -215,6 +228,16 @@ def _missing(record: Record) -> list[str]:
             again = f"train with --keep-every 1, then {again}"
         found.append(f"change of the features by norm (it runs the model of each checkpoint): {again}")
     return found
+
+
+def missing(records: Sequence[Record]) -> dict[str, list[str]]:
+    """What the report cannot show, with the names of the runs; RUN stands for each where several have the same note."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for record in records:
+        path = re.escape(shlex.quote(str(record.path)))
+        for note in record.missing:
+            found.setdefault(re.sub(rf"(?<!\S){path}(?!\S)", "RUN", note), []).append((record.name, note))
+    return {common if len(told) > 1 else told[0][1]: [name for name, _ in told] for common, told in found.items()}
 
 
 def _evaluate_command(record: Record) -> str:
