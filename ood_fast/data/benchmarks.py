@@ -326,8 +326,6 @@ def _reader(name: str, spec: Spec, root: Path, layout: str, download: bool) -> C
         if spec.openood_images is None:
             raise checks.UserError(f"benchmark {name}: OpenOOD has no lists for it; pass layout='torchvision'")
         return _openood_reader(name, spec, lists or root)
-    if not root.is_dir() and not download:
-        raise checks.UserError(f"benchmark {name}: no folder {root} (--data-root)")
 
     @functools.cache
     def whole(set_name: str, split: str) -> Source:
@@ -373,15 +371,20 @@ def _openood_reader(name: str, spec: Spec, root: Path) -> Callable[[str, str], S
 
 def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Source]]:
     """The benchmark in `root`: train, test and val with a folder for each class; near and ood with one for each set."""
-    if not root.is_dir():
-        raise checks.UserError(f"benchmark folder: no folder {root} (--data-root)")
     where = f"expected {root}/train/<class>/, {root}/test/<class>/, {root}/ood/<name>/"
+    if not root.is_dir():
+        raise checks.UserError(f"benchmark folder: no folder {root} (--data-root); {where}")
 
     @functools.cache
     def training() -> Source:
         return readers.read_image_folder(root / "train", "benchmark folder", where)
 
     classes = training().classes
+    if len(classes) < 2:
+        raise checks.UserError(
+            f"benchmark folder: one class in {root / 'train'} ({classes[0]}), expected at least two: a classifier is "
+            "trained to tell them apart"
+        )
 
     def inside(folder: str) -> Source:
         return readers.read_image_folder(root / folder, "benchmark folder", where, classes, all_of_them=False)

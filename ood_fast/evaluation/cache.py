@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
+from ..data.loading import Loader
 from ..detectors import Detector
 from ..detectors.run import run_model
 from ..heads import given_head, inference_head
@@ -246,11 +247,10 @@ class FeatureCache:
         """One pass over the share of this process; its rows into the files."""
         rank, size = _rank(), _size()
         rows = range(rank * len(dataset) // size, (rank + 1) * len(dataset) // size)
-        loader = torch.utils.data.DataLoader(
-            _Items(dataset, rows),
+        loader = Loader(
+            torch.utils.data.Subset(dataset, rows),
             batch_size=self.batch_size,
             num_workers=self.workers,
-            collate_fn=_joined,
             pin_memory=next(self.model.parameters()).device.type == "cuda",
         )
         wanted = [d for d in detectors if score_key(d) in plan.missing]
@@ -258,7 +258,7 @@ class FeatureCache:
         writers = {file: _Rows(plan.staging / f"{file}.npy", rows.start) for file in plan.missing}
         try:
             with self.progress(plan.meta["set"], len(rows)) as bar:
-                for batch in run_model(self.model, map(_checked, loader), self.head):
+                for batch in run_model(self.model, loader, self.head):
                     refuse_nan(_image_of(plan.meta["set"], dataset, done), features=batch.features, logits=batch.logits)
                     done += len(batch.logits)
                     if "features" in writers:
@@ -332,24 +332,6 @@ class _Rows:
             os.fsync(self.file.fileno())
 
 
-class _Items:
-    """The images of some rows. One that cannot be read is an item too: a worker that raises would wrap the message."""
-
-    def __init__(self, dataset: Any, rows: range) -> None:
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Any:
-        if position >= len(self.rows):
-            raise IndexError(position)
-        try:
-            return self.dataset[self.rows[position]][0]
-        except checks.UserError as error:
-            return error
-
-
 def _image_of(name: str, dataset: Any, first: int) -> Callable[[int], str]:
     """What messages call an image of a batch that begins at `first`."""
 
@@ -358,16 +340,6 @@ def _image_of(name: str, dataset: Any, first: int) -> Callable[[int], str]:
         return f"{name}: image {first + row}" + ("" if path is None else f" ({path})")
 
     return called
-
-
-def _joined(items: list[Any]) -> Any:
-    return next((item for item in items if isinstance(item, Exception)), None) or torch.stack(items)
-
-
-def _checked(batch: Any) -> Tensor:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
 
 
 def _mapped(path: Path) -> Tensor:

@@ -6,6 +6,7 @@ three are in a checkpoint, the last is its position. On the CPU, a run that was 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -23,10 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from .. import checks, recipes
 from ..data.images import mixed
+from ..data.loading import Loader
 from .build import criterion_of, model_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder
 from .mixing import Mixing
@@ -142,6 +144,7 @@ class Run:
         if sync_bn and self.device.type == "cpu":
             raise checks.UserError("sync_bn: PyTorch's SyncBatchNorm runs on GPUs, not on the CPU")
         self.batches = Batches(len(benchmark.train), recipe.batch_size, seed, self.rank, self.n_processes)
+        self._loading = torch.zeros((), dtype=torch.bool).share_memory_()  # read by workers
         self.epoch = self.step = 0
         self.history: list[dict[str, float]] = []
         self.diagnosed: list[dict[str, float]] = []
@@ -206,7 +209,8 @@ class Run:
         KeyboardInterrupt at once.
 
         Raises:
-            UserError: see the class. DivergedError: the loss is not finite; the checkpoints before it are kept.
+            UserError: see the class; an image cannot be read.
+            DivergedError: the loss is not finite; the checkpoints before it are kept.
             Interrupted. OSError: a file cannot be written; the one before it is kept.
         """
         with _random_state_kept(self.device), _convolutions_timed(), Signals() as self._signals:
@@ -216,6 +220,7 @@ class Run:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._write_tables("running")
                 self.watcher.on_start(self)
+            self._loading.fill_(True)
             try:
                 while self.epoch < self.recipe.epochs:
                     self._train_epoch()
@@ -223,6 +228,9 @@ class Run:
                 with suppress(OSError):  # a full disk must not hide the reason
                     self._write_status(_status(error))
                 raise
+            finally:
+                self._loading.fill_(False)
+                del self.loader  # its workers live as long, or until the error that holds them is handled
             if self.rank == 0:
                 self.folder.write_checkpoint(FINAL, self.model)
             self._write_status(COMPLETE)
@@ -275,13 +283,13 @@ class Run:
         else:
             self._restore(state)
 
-    def _loader(self, dataset: Dataset, **keywords: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, **keywords: Any) -> Loader:
         """Loads without a trace in the global random state: `generator` is where the seeds of workers come from."""
-        return DataLoader(
+        return Loader(
             dataset,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, self._loading),
             generator=torch.Generator().manual_seed(mixed(self.seed, self.rank, 2)),
             **keywords,
         )
@@ -586,7 +594,10 @@ class Signals:
             signal.signal(number, handler)
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """In a worker: a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too, whose images are still needed."""
-    for number in Signals.HANDLED:
-        signal.signal(number, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(loading: Tensor, _: int) -> None:
+    """In a worker: a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too, whose images are still needed.
+
+    When `loading` is over, SIGTERM ends it: at its exit Python terminates workers that are left, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None if loading else os._exit(0))
