@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+# What `data.open_benchmark` takes; here, because it is wanted where torch is not imported
+BENCHMARK_NAMES = ("cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin")
 TAU = 0.04  # LogitNorm's temperature (Wei et al., ICML 2022), for its loss and for softmax(f / (τ‖f‖))
 
 
@@ -59,7 +61,7 @@ class TrainingRecipe(Recipe):
 
     Attributes:
         source: the table or section that it repeats, and what that leaves open.
-        benchmark: a name of `data.benchmarks.known()`.
+        benchmark: one of `BENCHMARK_NAMES`.
         model, small_images, spectral_norm, activation, pretrained: as in `models.create`.
         head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm).
         loss: "ce", "logitnorm" with `tau`, or "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`.
@@ -305,6 +307,13 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         yield TrainingRecipe(
             name=f"digits-{method}",
             source="what `ood-fast compare` trains" if method != "t2fnorm" else "as the other digits recipes",
+            **{**settings, "average": "boundaries"},
+        )
+        yield TrainingRecipe(
+            name=f"folder-{method}",
+            source="images of your own (docs/own-data.md): settings to begin with, of no paper",
+            benchmark="folder",
+            model="resnet18",
             **{**settings, "average": "boundaries"},
         )
     yield TrainingRecipe(name="digits-l2norm", source="what `ood-fast compare` trains", head="l2norm")

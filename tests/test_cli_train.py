@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from test_data import write_cifar10
 
 import ood_fast
-from ood_fast import cli, recipes, train
+from ood_fast import cli, data, recipes, train
 from ood_fast.training import loop
 
 SETTINGS = {"model": "tiny", "epochs": 2, "batch_size": 16, "lr": 0.05}
@@ -166,7 +170,10 @@ BAD = {
     "negative workers": (["--workers=-1"], ["--workers: got -1"]),
     "keep every none": (["--keep-every=0"], ["--keep-every: got 0"]),
     "negative minutes": (["--save-minutes=-1"], ["--save-minutes: got -1"]),
-    "no data": (["--data-root=nowhere"], ["no folder nowhere"]),
+    "no data": (
+        ["--data-root=nowhere"],
+        ["CIFAR-10: missing in nowhere: cifar-10-batches-py", "get it from https", "--download"],
+    ),
     "unknown layout": (["--layout=disk"], ["unknown layout 'disk'"]),
     "no such device": (["--device=cuda:99"], ["--device: cannot use 'cuda:99'"]),
     "no such plugin": (["--plugin=nothing_like_it"], ["--plugin: cannot import 'nothing_like_it'"]),
@@ -256,7 +263,129 @@ def test_images_for_diagnostics_are_asked_for_before_the_first_epoch(root, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+# ---- folders of one's own
+
+OWN_DATA = Path(__file__).parent.parent / "docs" / "own-data.md"
+
+
+def write_folders(root: Path, classes: tuple[str, ...] = ("cat", "dog")) -> None:
+    """Noise, brighter from class to class; OOD sets bluebird (near) and texture (far)."""
+    pixels = np.random.default_rng(0)
+
+    def write(folder: str, n_images: int, brightness: int) -> None:
+        (root / folder).mkdir(parents=True)
+        for number in range(n_images):
+            image = pixels.integers(0, 100, (20, 24, 3), dtype=np.uint8) + np.uint8(brightness)
+            Image.fromarray(image).save(root / folder / f"{number:02d}.png")
+
+    for label, name in enumerate(classes):
+        write(f"train/{name}", 20, 70 * label)
+        write(f"val/{name}", 6, 70 * label)
+        write(f"test/{name}", 6, 70 * label)
+    write("near/bird", 6, 140)
+    write("ood/texture", 6, 155)
+
+
+def on_folders(root: Path, *more: str) -> list[str]:
+    settings = [f"--set={setting}" for setting in ("model=tiny", "epochs=1", "batch_size=8")]
+    return ["train", "--recipe=folder-ce", f"--data-root={root}", "--image-size=16", "--out=run", *settings, *more]
+
+
+@pytest.mark.slow
+def test_the_page_on_folders_of_ones_own(tmp_path, monkeypatch):
+    """Its commands as they stand, with one epoch, smaller images and fewer draws."""
+    write_folders(tmp_path / "photos")
+    (block,) = re.findall(r"^```bash\n(.*?)^```", OWN_DATA.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert [command[:2] for command in commands if command] == [
+        ["ood-fast", "train"],
+        ["ood-fast", "train"],
+        ["ood-fast", "evaluate"],
+        ["ood-fast", "evaluate"],
+        ["ood-fast", "report"],
+    ]
+    less = {
+        "train": ["--set=epochs=1", "--set=batch_size=16", "--image-size=32", "--workers=0", "--quiet"],
+        "evaluate": ["--bootstrap=5", "--workers=0", "--quiet", "--detectors=MSP,NCI,FDBD"],
+        "report": [],
+    }
+    for _, name, *rest in commands:
+        assert cli.main([name, *rest, *less[name]]) == 0
+    for recipe in ("folder-ce", "folder-elogitnorm"):
+        results = (tmp_path / "runs" / recipe / "eval" / "folder" / "results.md").read_text(encoding="utf-8")
+        for part in ("bird", "texture", "NCI"):
+            assert part in results
+    assert (tmp_path / "photos.html").is_file()
+
+
+def test_one_class_is_refused(tmp_path, capsys):
+    write_folders(tmp_path / "one", ("cat",))
+    assert cli.main(on_folders(tmp_path / "one")) == 2
+    assert "one class in" in (error := capsys.readouterr().err)
+    assert "(cat), expected at least two" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert cli.main(on_folders(tmp_path / "nowhere")) == 2
+    assert f"no folder {tmp_path / 'nowhere'} (--data-root); expected" in capsys.readouterr().err
+
+
+def test_evaluation_says_what_is_missing_and_where_to_get_it(root, tmp_path, capsys):
+    assert cli.main(arguments(root, "--out=run", "--quiet", epochs=1)) == 0
+    (tmp_path / "empty").mkdir()
+    told = []
+    for folder in ("nowhere", "empty"):
+        assert cli.main(["evaluate", "run", f"--data-root={folder}", "--workers=0"]) == 2
+        told.append(capsys.readouterr().err.replace(folder, "DIR"))
+    assert told[0] == told[1]
+    assert "CIFAR-10: missing in DIR: cifar-10-batches-py" in told[0]
+    assert "https://" in told[0]
+    assert "--download" in told[0]
+
+
+def test_the_benchmarks_are_named_in_the_help(capsys):
+    assert [*recipes.BENCHMARK_NAMES] == data.benchmarks.known()
+    assert cli.main(["train", "--help"]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count(", ".join(recipes.BENCHMARK_NAMES)) == 1
+
+
 # ---- in processes of their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("broken", ["train/cat/05.png", "val/dog/03.png"])
+def test_a_broken_image_ends_the_training_with_its_name(broken, workers, tmp_path):
+    write_folders(tmp_path / "photos")
+    (tmp_path / "photos" / broken).write_bytes(b"no image")
+    ended = run(*on_folders(tmp_path / "photos", f"--workers={workers}", "--quiet"))  # TimeoutExpired if it hangs
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"ood-fast: error: image {tmp_path / 'photos' / broken}: cannot be read")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "death", "code"), [([], "SIGTERM:1:2", 143), (["--set=lr=1e30"], "", 1)])
+def test_workers_hold_no_exit_up(settings, death, code, tmp_path):
+    write_folders(tmp_path / "photos")
+    environment = {"OOD_FAST_TEST_SIGNAL": death} if death else {}
+    ended = run(*on_folders(tmp_path / "photos", "--workers=2", "--quiet", *settings), **environment)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_workers_hold_an_exit_by_a_bug_up_neither(tmp_path):
+    write_folders(tmp_path / "photos")
+    code = (
+        "import sys; from ood_fast.data import images; from ood_fast.cli import main; "
+        "images.Files.path = lambda *_: {}['a bug']; sys.exit(main())"
+    )
+    ended = run(*on_folders(tmp_path / "photos", "--workers=2", "--quiet"), launcher=("-c", code))
+    assert ended.returncode == 1
+    assert "KeyError" in ended.stderr
 
 
 @pytest.mark.slow

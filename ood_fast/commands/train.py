@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..recipes import BENCHMARK_NAMES
 from .common import Process, RunError, device, import_plugins, machine, processes, refusal, versions
 
 if TYPE_CHECKING:
@@ -28,13 +29,18 @@ def add(commands: Any) -> None:
         help="train a classifier by a recipe, to be left alone and continued",
         description="Train a classifier by a recipe. Checkpoints are written after each epoch, every --save-minutes, "
         "and on SIGTERM and Ctrl-C; --resume continues. Under torchrun, processes train together "
-        "(DistributedDataParallel), each with the recipe's batch size.",
+        "(DistributedDataParallel), each with the recipe's batch size. Images of your own: --recipe folder-elogitnorm, "
+        "and docs/own-data.md.",
         epilog="Exit codes: 130 and 143 after Ctrl-C and SIGTERM, when the run has been saved; 1 if the loss diverges "
         "or a file cannot be written.",
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe, FILE.json, or list: print them")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="lr=0.05", help="change a setting of the recipe; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="lr=0.05",
+        help=f"change a setting of the recipe; may be repeated. benchmark is one of {', '.join(BENCHMARK_NAMES)}",
     )
     parser.add_argument(
         "--show", action="store_true", help="print the recipe with its changes, as a FILE.json is written, and stop"
