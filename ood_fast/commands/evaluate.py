@@ -13,16 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..recipes import BENCHMARK_NAMES
 from .common import Bar, RunError, detector_set, device, import_plugins, listed, machine, processes, refusal, versions
 
 if TYPE_CHECKING:
     from ..data import ImageBenchmark
     from ..detectors import DetectorSet
     from ..evaluation import Results, Trained
-
-
-# Those of `data.benchmarks`; to import it takes longer than to print the help.
-BENCHMARKS = ("cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin")
 
 
 def add(commands: Any) -> None:
@@ -45,7 +42,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--benchmark",
         metavar="NAME",
-        help=f"{', '.join(BENCHMARKS)} (default: the one that the first run was trained for)",
+        help=f"{', '.join(BENCHMARK_NAMES)} (default: the one that the first run was trained for)",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: where it was trained from)")

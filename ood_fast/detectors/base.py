@@ -124,7 +124,7 @@ class Detector(nn.Module):
 
         Returns self.
         """
-        run.finalize([self], run.checked_head([self], head), group)
+        run.finalize([self], head, group)
         return self
 
     @property

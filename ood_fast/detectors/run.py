@@ -179,7 +179,7 @@ def fit_features(
     for start in range(0, n_rows if fitting else 0, FIT_CHUNK):
         rows = slice(start, start + FIT_CHUNK)
         partial_fit(fitting, *(None if given is None else given[rows] for given in (features, logits, targets)))
-    finalize(fitting, checked_head(fitting, head), None)
+    finalize(fitting, head, None)
 
 
 @torch.no_grad()
@@ -196,7 +196,11 @@ def partial_fit(
 
 @torch.no_grad()
 def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.ProcessGroup | None) -> None:
-    """End the fit of `detectors`, of this process or of all processes of `group`."""
+    """End the fit of `detectors`, of this process or of all processes of `group`.
+
+    With a head that does not fit nothing is lost: what was gathered stays for the right one.
+    """
+    _check_head_fits(detectors, head)
     fitting = [detector for detector in detectors if detector.needs_fit]
     _begin([detector for detector in fitting if detector._gathered is None])  # a process may have had no data
     if group is not None:
@@ -226,10 +230,10 @@ def finalize(detectors: Iterable[Detector], head: Head | None, group: dist.Proce
             detector._gathered = None
 
 
-def checked_head(detectors: Iterable[Detector], head: Head | None) -> Head | None:
-    """`head`, if it is an `nn.Linear` or (W, b) that fits the features and logits that `detectors` gathered."""
+def _check_head_fits(detectors: Iterable[Detector], head: Head | None) -> None:
+    """Whether `head` is an `nn.Linear` or (W, b) that fits the features and logits that `detectors` gathered."""
     if head is None:
-        return None
+        return
     if not isinstance(head, nn.Linear) and not (isinstance(head, tuple) and len(head) == 2):
         raise TypeError(f"head: got {type(head).__name__}, expected an nn.Linear or (W, b)")
     weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
@@ -244,7 +248,6 @@ def checked_head(detectors: Iterable[Detector], head: Head | None) -> Head | Non
                 f"head: got W of shape {tuple(weight.shape)}, expected ({n_classes}, {n_features}) to fit the features "
                 "and logits given"
             )
-    return head
 
 
 def _begin(detectors: Iterable[Detector]) -> None:

@@ -125,7 +125,7 @@ class DetectorSet(nn.Module):
 
     def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> DetectorSet:
         """As `Detector.finalize`, for all of them."""
-        run.finalize(self.detectors, run.checked_head(self.detectors, head), group)
+        run.finalize(self.detectors, head, group)
         return self._share()
 
     def _share(self) -> DetectorSet:
