@@ -55,6 +55,10 @@ class Row:
     left_out: Callable[[Case, torch.device], str | None] = lambda case, device: None
     forward_only: bool = True  # also in the table of the forward pass
 
+    def __reduce__(self) -> tuple[Callable[[int], Row], tuple[int]]:
+        """Pickled as its place in `ALL`: its functions have no names."""
+        return _at, (ALL.index(self),)
+
     @property
     def reads_logits(self) -> bool:
         return "logits" in self.wants or not self.wants
@@ -69,6 +73,13 @@ class Row:
 
     def true_step(self, x: Inputs) -> list[Tensor]:
         return self._step(self.truth, x)
+
+    def prepare(self, case: Case, device: torch.device, forward: bool = False) -> Callable[[], list[Tensor]]:
+        """The step, or the forward pass alone, with its inputs; it has run once."""
+        x = Inputs.of(case, device, with_logits=self.reads_logits)
+        step = functools.partial(self.forward if forward else self.step, x)
+        step()
+        return step
 
     def _step(self, function: Callable[[Inputs], Tensor], x: Inputs) -> list[Tensor]:
         with torch.set_grad_enabled(bool(self.wants)):
@@ -317,7 +328,7 @@ SCORES = {
     "NCI from logits": (
         Row("nci_score", lambda x: ood_fast.nci_score(x.z, x.W, x.b, x.mean, x.logits), (), "nci", _reference_nci),
         Row("literal definition", _reference_nci, (), "nci", _reference_nci),
-        Row("MSP, torch", _softmax_maximum, (), "softmax maximum", _softmax_maximum),
+        Row("MSP, torch", _softmax_maximum, (), "row_statistics, MSP", _softmax_maximum),
     ),
     "NCI from features alone": (
         Row(
@@ -348,3 +359,7 @@ SCORES = {
     ),
 }
 ALL = (*LOSSES, *LINEAR_LOSSES, *(row for rows in SCORES.values() for row in rows))
+
+
+def _at(place: int) -> Row:
+    return ALL[place]

@@ -2,8 +2,10 @@
 
 A bench test asks for `measure` and calls it once:
 
-    measure("NCI from logits", step)                 # a table "NCI from logits, <case>" with this test as a row
+    measure("NCI from logits", step, row="nci_score", counts="nci", prepare=functools.partial(prepare, case))
 
+is a row "nci_score" of a table "NCI from logits, <case>": `step` is timed, the peak memory is that of the step that
+`prepare(case)` makes, on a CPU in another process, and "nci" of bench/counts.py says what bytes and flops it needs.
 `case` and `inputs` follow the three usual cases; a file with others defines a `case` fixture of its own.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from . import counts as formulas
 from .baselines import Row
 from .cases import CASES, SHORT_NAMES, Case, Inputs, cases, machine
-from .measure import DeviceTimer, ceilings, environment, gpu_state, input_sets, peak_megabytes, synchronizer
+from .measure import DeviceTimer, Prepare, ceilings, environment, gpu_state, input_sets, peak_megabytes, synchronizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TIMER = DeviceTimer()
@@ -65,48 +67,57 @@ Measure = Callable[..., None]
 
 
 @pytest.fixture
-def measure(benchmark: Any, case: Case, device: torch.device, request: pytest.FixtureRequest) -> Measure:
-    """measure(what, step): time `step()` to the end of its work on the device, in the table of `what` for this case.
+def measure(benchmark: Any, case: Case, device: torch.device) -> Measure:
+    """measure(what, step, …): time `step()` to the end of its work on the device, in the table of `what` for this case.
 
-    `step` may be a list of steps that do the same with other inputs: a GPU takes turns with them. `row` names the line
-    (the test's name otherwise), `counts` an operation of bench/counts.py, `error` is what a comparison with float64
-    gave; every further keyword is written down as it is.
+    `step` may be a list of steps that do the same with other inputs: a GPU takes turns with them. `row` names the line;
+    `counts` names an operation of bench/counts.py, or is what it counts; `prepare` makes the step of which the peak
+    memory is measured, or says why there is none; `error` is what a comparison with float64 gave, or the function of
+    what the step returns that compares. Every further keyword is written down as it is.
     """
 
     def measure(
         what: str,
         step: Callable[[], Any] | Sequence[Callable[[], Any]],
         *,
-        row: str | None = None,
-        counts: str | None = None,
-        error: float | None = None,
+        row: str,
+        counts: str | formulas.Counts,
+        prepare: Prepare | str,
+        error: float | Callable[[Any], float] | None = None,
         distinct: int | None = None,
         **more: object,
     ) -> None:
         steps = [step] if callable(step) else list(step)
+        if isinstance(counts, str):
+            counts = formulas.operation(counts, formulas.Sizes.of(case.shape, case.dtype, distinct))
+        if isinstance(prepare, str):
+            more["no_peak"] = prepare
+        else:
+            more["peak_MB"] = None if benchmark.disabled else peak_megabytes(prepare, device)
         benchmark.group = f"{what}, {case}"
         benchmark.extra_info.update(
             what=what,
-            row=row or request.node.name,
+            row=row,
             case=case.name,
             n=case.n_samples,
             c=case.n_classes,
             m=case.n_features,
             dtype=SHORT_NAMES[case.dtype],
             distinct_predictions=distinct,
-            error=error,
-            correct=None if error is None else error <= TOLERANCE[case.dtype],
+            **counts._asdict(),
             device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),
             machine=machine(),
             torch=torch.__version__,
             **more,
         )
-        _time(benchmark, steps, device)
-        if counts is not None and benchmark.stats is not None:
-            sizes = formulas.Sizes.of(case.shape, case.dtype, distinct)
-            benchmark.extra_info.update(_rates(formulas.operation(counts, sizes), benchmark, case.dtype, device))
-        if not benchmark.extra_info["correct"] and error is not None:
+        returned = _time(benchmark, steps, device)
+        error = error(returned) if callable(error) else error
+        correct = None if error is None else error <= TOLERANCE[case.dtype]
+        benchmark.extra_info.update(error=error, correct=correct)
+        if benchmark.stats is not None:  # None with --benchmark-disable
+            benchmark.extra_info.update(_rates(counts, benchmark, case.dtype, device))
+        if correct is False:
             pytest.fail(
                 f"{benchmark.group}: {row}: error {error:.1e} > {TOLERANCE[case.dtype]:.0e}; no ratio is reported"
             )
@@ -114,15 +125,15 @@ def measure(benchmark: Any, case: Case, device: torch.device, request: pytest.Fi
     return measure
 
 
-def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) -> None:
-    """Warm-up, then rounds. Kernels are compiled and buffers made before the clock runs."""
+def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) -> Any:
+    """Warm-up, then rounds. Kernels are compiled and buffers made before the clock runs. What a step returned."""
     synchronize = synchronizer(device)
     if benchmark.disabled:  # --benchmark-disable: once, to see that it runs
-        benchmark(steps[0])
+        returned = benchmark(steps[0])
         synchronize()
-        return
+        return returned
     launched, once = _seconds(steps[0], synchronize)
-    if once < LONG_STEP:  # a longer one has been compared with float64, so it is warm
+    if once < LONG_STEP:  # a longer one has had its warm-up
         for step in steps:
             step()
         launched, once = _seconds(steps[0], synchronize)
@@ -130,7 +141,7 @@ def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) 
     at_least = 5 if once < LONG_STEP else 3 if once < 4 * LONG_STEP else 1
     rounds = min(max(int(SECONDS_A_ROW / once), at_least), MOST_ROUNDS)
     turn = iter(range(rounds + 1))
-    benchmark.pedantic(lambda: steps[next(turn) % len(steps)](), rounds=rounds, warmup_rounds=0)
+    return benchmark.pedantic(lambda: steps[next(turn) % len(steps)](), rounds=rounds, warmup_rounds=0)
 
 
 def _seconds(step: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[float, float]:
@@ -143,13 +154,11 @@ def _seconds(step: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[
 
 
 def _rates(needed: formulas.Counts, benchmark: Any, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Bytes, flops, what was achieved of them, and that as a share of what this machine can do at best."""
+    """What was achieved of bytes and flops, and that as a share of what this machine can do at best."""
     most = ceilings(str(device))
     seconds = benchmark.stats.stats.median
     product = most[SHORT_NAMES[dtype]]
     return {
-        "bytes": needed.bytes,
-        "flops": needed.flops,
         "GB_per_s": needed.bytes / seconds / 1e9,
         "GFLOP_per_s": needed.flops / seconds / 1e9,
         "share_of_ceiling": needed.floor(most["copy"] * 1e9, product * 1e9) / seconds,
@@ -186,7 +195,7 @@ def _truth(truth: Callable[[Inputs], Tensor], wants: tuple[str, ...], case: Case
 
 
 @pytest.fixture
-def measure_row(case: Case, device: torch.device, measure: Measure, leave_out, benchmark: Any) -> Callable[..., None]:
+def measure_row(case: Case, device: torch.device, measure: Measure, leave_out) -> Callable[..., None]:
     """measure_row(what, row, x, forward, samples): compare the row with float64, on its first samples only if `samples`
     says so, then measure its time and its memory."""
 
@@ -196,9 +205,6 @@ def measure_row(case: Case, device: torch.device, measure: Measure, leave_out, b
         truth = _truth(row.truth, row.wants, case, samples)
         error = relative_error(*((values[:1] for values in (actual, truth)) if forward else (actual, truth)))
         del actual
-        peak = None
-        if not forward and not benchmark.disabled:
-            peak = peak_megabytes(row, case, device)
         run = row.forward if forward else row.step
         measure(
             what,
@@ -206,11 +212,23 @@ def measure_row(case: Case, device: torch.device, measure: Measure, leave_out, b
             row=row.name,
             counts=f"{row.counts} forward" if forward else row.counts,
             error=error,
+            prepare=functools.partial(row.prepare, case, device, forward),
             distinct=x.distinct_predictions,
-            peak_MB=peak,
         )
 
     return measure_row
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """No row without bytes, flops and peak memory, or why there is none; with --benchmark-disable too."""
+    result = yield  # raises for a test that was skipped
+    if "benchmark" in getattr(item, "funcargs", ()):
+        found = item.funcargs["benchmark"].extra_info
+        missing = [name for name in ("bytes", "flops", "peak_MB") if name not in found]
+        if set(missing) - ({"peak_MB"} if "no_peak" in found else set()):
+            pytest.fail(f"{item.nodeid}: a row without {', '.join(missing)}: measure it with the fixture `measure`")
+    return result
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,10 +2,12 @@
 
     python -m bench.counts 65536 1000 2048 --dtype bfloat16      # every kernel at one shape
 
-The expressions of `KERNELS` are the table of kernels/README.md, section 6 (tests/test_bench.py compares the two):
+The expressions of `KERNELS` and `DETECTORS` are the tables of kernels/README.md, section 6 (tests/test_bench.py
+compares them):
 
     L, V, T   bytes of an element of the logits, of W, of the features
     n, c, m   samples, classes, features;  k = min(n, c);  u distinct predictions;  s splits of the classes
+    N, M      training features kept, largest probabilities taken
 
 What an operation costs is the sum of its kernels, each input read once and each output written once, whoever computes
 it: an implementation that moves more shows a lower GB/s, never a higher one.
@@ -23,7 +25,8 @@ import torch
 
 @dataclass(frozen=True)
 class Sizes:
-    """A shape and the sizes of its elements. `u`: distinct predictions, the most that are possible unless given."""
+    """A shape and the sizes of its elements. `u`: distinct predictions, the most that are possible unless given; `M`
+    is all classes unless given."""
 
     n: int
     c: int
@@ -33,17 +36,20 @@ class Sizes:
     V: int = 4
     T: int = 4
     s: int = 1
+    N: int = 0
+    M: int = 0
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int], dtype: torch.dtype, u: int | None = None) -> Sizes:
+    def of(cls, shape: tuple[int, int, int], dtype: torch.dtype, u: int | None = None, **more: int) -> Sizes:
         n, c, m = shape
         size = dtype.itemsize
-        return cls(n, c, m, min(n, c) if u is None else u, size, size, size)
+        return cls(n, c, m, min(n, c) if u is None else u, size, size, size, **more)
 
     def names(self) -> dict[str, object]:
         return vars(self) | {
             "k": min(self.n, self.c),
             "u": self.u or min(self.n, self.c),
+            "M": self.M or self.c,
             "min": min,
             "ceil": math.ceil,
         }
@@ -96,6 +102,19 @@ KERNELS = {
     "row_statistics, NCI": Formula("L*n*c + T*n*m + V*min(n, u)*m", "0", "4*n*c + 8*n*m"),
     "row_statistics, all": Formula("L*n*c + 4*min(n, u)*c + T*n*m + V*min(n, u)*m", "0", "26*n*c + 10*n*m"),
 }
+# Scores of detectors from stored features and logits, where no kernel's expression says it. What has been fitted is an
+# input, in float32: class means and roots of precision matrices, or a bank of N features.
+DETECTORS = {
+    "MaxLogit": Formula("L*n*c", "0", "4*n*c"),
+    "GEN": Formula("L*n*c", "0", "7*n*c + 8*n*M"),
+    "FeatureNorm": Formula("T*n*m", "0", "2*n*m"),
+    "Mahalanobis": Formula("T*n*m + 4*(m + c)*m", "0", "2*n*m*m + 2*n*c*m"),
+    "RMDS": Formula("T*n*m + 4*(2*m + c)*m", "0", "4*n*m*m + 2*n*c*m"),
+    "KNN": Formula("T*n*m + 4*N*m", "0", "2*n*N*m + 3*n*m"),
+    "NNGuide": Formula("L*n*c + T*n*m + 4*N*m", "0", "7*n*c + 2*n*N*m + 3*n*m"),
+    # Every score that is a function of row statistics, GEN over all classes.
+    "together": Formula("L*n*c + 4*min(n, u)*c + T*n*m + V*min(n, u)*m", "0", "22*n*c + 10*n*m"),
+}
 # What stands beside them in the tables, counted in the same way.
 NEIGHBOURS = {
     "cross_entropy forward": Formula("L*n*c", "0", "4*n*c"),
@@ -106,14 +125,14 @@ NEIGHBOURS = {
     "linear_cross_entropy": Formula("T*n*m + V*c*m", "T*n*m + V*c*m", "6*n*c*m + 7*n*c"),
     "linear_elogitnorm": Formula("T*n*m + V*c*m", "T*n*m + V*c*m", "6*n*c*m + 6*u*c*m + 30*n*c"),
     "linear_elogitnorm, detached": Formula("T*n*m + V*c*m", "T*n*m + V*c*m", "6*n*c*m + 2*u*c*m + 27*n*c"),
-    "softmax maximum": Formula("L*n*c", "0", "4*n*c"),
     "copy of (n, c)": Formula("L*n*c", "L*n*c", "0"),
 }
+FORMULAS = KERNELS | DETECTORS | NEIGHBOURS
 
 
 def of(name: str, sizes: Sizes) -> Counts:
-    """Bytes and flops of one kernel, or of one of its neighbours."""
-    formula = (KERNELS | NEIGHBOURS)[name]
+    """Bytes and flops of one kernel, of one detector's score, or of one of their neighbours."""
+    formula = FORMULAS[name]
     read, written, flops = (eval(text, {"__builtins__": {}}, sizes.names()) for text in formula)
     return Counts(float(read + written), float(flops))
 
@@ -135,6 +154,12 @@ def launches(operation: str, sizes: Sizes) -> list[str]:
         "head": ["head forward", "head backward"],
         "nci": ["nci_forward"],
         "nci from features": ["features_argmax", "nci_forward, after features_argmax"],
+        "MSP": ["row_statistics, MSP"],
+        "Energy": ["row_statistics, MSP"],
+        "Entropy": ["row_statistics, entropy"],
+        "FDBD": ["row_statistics, fDBD"],
+        "NCI": ["row_statistics, NCI"],
+        "BoundaryDistance": ["boundary_distance_forward"],
     }.get(operation, [operation])
 
 
@@ -147,11 +172,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", nargs=3, type=int, metavar=("n", "c", "m"))
     parser.add_argument("--distinct", type=int, help="distinct predictions (default: as many as there can be)")
+    parser.add_argument("--kept", type=int, default=50_000, help="training features kept by KNN and NNGuide")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments = parser.parse_args()
-    sizes = Sizes.of(tuple(arguments.shape), getattr(torch, arguments.dtype), arguments.distinct)
+    sizes = Sizes.of(tuple(arguments.shape), getattr(torch, arguments.dtype), arguments.distinct, N=arguments.kept)
     print(f"{'':36} {'MB':>12} {'GFLOP':>12} {'flop/byte':>10}")
-    for name in KERNELS | NEIGHBOURS:
+    for name in FORMULAS:
         counts = of(name, sizes)
         print(f"{name:36} {counts.bytes / 1e6:12.3f} {counts.flops / 1e9:12.3f} {counts.flops / counts.bytes:10.1f}")
 

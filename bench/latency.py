@@ -4,8 +4,8 @@ A bench test measures one cell:
 
     x = stored(case, device)
     detector = ood_fast.detectors.NCI().fit_features(x.train_features, x.train_logits, x.train_targets, head=(x.W, x.b))
-    step = lambda: detector.score_features(x.features, x.logits)
-    cell(measure, "NCI", OURS, step, len(x.features), error=relative_error([step()], [truth]))
+    step = functools.partial(detector.score_features, x.features, x.logits)
+    cell(measure, "NCI", OURS, step, len(x.features), error=relative_error([step()], [truth]), counts=…, prepare=…)
 
 and bench/report.py joins the cells of a case to a row for each detector. Without `error`, the comparison with a truth
 in the same run, a cell has its time and no ratio.
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .cases import Case
 
-LATENCY = "latency"
+# What the tables of detectors are of.
+LATENCY, ONE_READ, WITH_MODEL = "latency", "scores from row statistics", "model and score"
 OURS, PYTORCH_OOD = "ood_fast", "pytorch-ood"
 PYTORCH_OOD_VERSION = "0.4.0"
 TRAIN_SAMPLES = 20_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -10,19 +9,21 @@ import gc
 import importlib.metadata
 import math
 import multiprocessing
-import multiprocessing.pool
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from . import baselines
-from .cases import Case, Inputs, machine
+from .cases import Inputs, machine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Time
@@ -117,63 +118,94 @@ def input_sets(x: Inputs, device: torch.device) -> list[Inputs]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def peak_megabytes(row: baselines.Row, case: Case, device: torch.device) -> float | None:
-    """MB that one step of a row of bench/baselines.py takes at its peak, beyond its inputs and what it returns.
+# Makes inputs and state, runs the step once on all or a part of them, and returns it: what is measured then is the step
+# alone. It is pickled for another process: a functools.partial of a module's function or of a row's method.
+Prepare = Callable[[], Callable[[], object]]
 
-    On a GPU torch's allocator tells. On a CPU it is the growth of the resident set in a fresh process: in an old one
-    freed memory that the allocator kept would hide it. None where the system does not tell (it is Linux that does).
+
+def peak_megabytes(prepare: Prepare, device: torch.device) -> float | None:
+    """MB that the step of `prepare` takes at its peak, beyond its inputs and what it returns.
+
+    On a GPU torch's allocator tells. On a CPU it is the growth of the resident set, in a process of its own where what
+    is freed goes back to the system at once: kept by the allocator it would hide what the next step takes. None where
+    the system does not tell, or memory does not go back (Linux with glibc does both).
     """
     if device.type == "cuda":
-        return _gpu_peak(row, case, device)
-    with contextlib.suppress(FileNotFoundError):
-        return _workers().apply(_cpu_peak, (baselines.ALL.index(row), case))
-    return None
+        return _gpu_peak(prepare, device)
+    try:
+        return _worker().submit(_cpu_peak, prepare).result()
+    except BrokenProcessPool:  # killed, for memory most likely: the next row gets another worker
+        _worker.cache_clear()
+        raise
 
 
 @functools.cache
-def _workers() -> multiprocessing.pool.Pool:
-    """Fresh processes, forked from one that has imported torch and this package but never computed anything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = context.Pool(1, maxtasksperchild=1)
-    atexit.register(pool.terminate)  # later, with half of Python gone, it can only complain
+def _worker() -> ProcessPoolExecutor:
+    """One process for all rows: what they fit and load can be kept.
+
+    Its threads sleep as soon as a step is done. By default they spin on for some milliseconds, in which a step of this
+    process that is timed takes twice its time.
+    """
+    with mock.patch.dict(os.environ, OMP_WAIT_POLICY="passive"):
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
+        pool.submit(int).result()  # starts it
     return pool
 
 
-def _inputs(row: baselines.Row, case: Case, device: torch.device) -> Inputs:
-    return Inputs.of(case, device, with_logits=row.reads_logits)
+def _prepare_worker() -> None:
+    gc.freeze()  # what has been imported: a collection of the rest takes no time, of all a tenth of a second a row
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: blocks of 128 KiB and more are maps of their own
 
 
-def _gpu_peak(row: baselines.Row, case: Case, device: torch.device) -> float:
-    x = _inputs(row, case, device)
-    row.step(x)  # compiles, and makes the libraries' own buffers
+@functools.cache
+def _is_returned() -> bool:
+    """Whether the system tells the resident set, and 64 MB that are freed leave it."""
+    try:
+        before = _resident("VmRSS")
+        torch.ones(2**24)
+        return _resident("VmRSS") - before < 2**24
+    except FileNotFoundError:
+        return False
+
+
+def _gpu_peak(prepare: Prepare, device: torch.device) -> float:
+    step = prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    returned = row.step(x)
+    returned = step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated(device) - before - _bytes(returned)) / 1e6
 
 
-def _cpu_peak(index: int, case: Case) -> float:
-    row = baselines.ALL[index]
-    # The libraries' own buffers, and the code of this row.
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-    n, c, m = 16, 8 if case.n_samples >= case.n_classes else 32, 16
-    row.step(Inputs.of(Case("warm-up", n, c, m, dtype=case.dtype), "cpu"))
-    x = _inputs(row, case, torch.device("cpu"))
+def _cpu_peak(prepare: Prepare) -> float | None:
+    if not _is_returned():
+        return None
+    step = prepare()
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # glibc only: give back what making the inputs has left
+    with contextlib.suppress(AttributeError, OSError):  # the small blocks too
         ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # sets the high-water mark to what is resident now
     before = _resident("VmRSS")
-    returned = row.step(x)
+    returned = step()
     return max((_resident("VmHWM") - before - _bytes(returned)) / 1e6, 0.0)
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _bytes(returned: object) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(returned))
+
+
+def _tensors(returned: object) -> Iterator[Tensor]:
+    """Those of a step: a tensor, or a sequence or mapping of what a step may return."""
+    if isinstance(returned, Tensor):
+        yield returned
+    elif isinstance(returned, Mapping):
+        yield from _tensors(list(returned.values()))
+    elif isinstance(returned, (list, tuple)):
+        for one in returned:
+            yield from _tensors(one)
 
 
 def _resident(field: str) -> int:
@@ -209,7 +241,7 @@ def ceilings(device_name: str) -> dict[str, float]:
 def _copy_bandwidth(n_elements: int, device: torch.device) -> float:
     source = torch.randn(n_elements, device=device)
     target = torch.empty_like(source)
-    return 2 * _bytes([source]) / median_seconds(lambda: target.copy_(source), device, 0.5) / 1e9
+    return 2 * _bytes(source) / median_seconds(lambda: target.copy_(source), device, 0.5) / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .latency import LATENCY, OURS
+from .latency import LATENCY, ONE_READ, OURS, WITH_MODEL
 
 Row = dict[str, Any]
 # Ours: what ratios are taken to.
@@ -26,8 +26,13 @@ MEMORY = "out of memory"
 KEPT = (
     *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
     *("bytes", "flops", "GB_per_s", "GFLOP_per_s", "share_of_ceiling", "detector", "library", "images", "device"),
-    *("ratio", "ratio_to"),
+    *("ratio", "ratio_to", "no_peak"),
 )
+# What the figures of a table mean beyond what is said for all.
+NOTES = {
+    WITH_MODEL: "Of the model: bytes of images, parameters and logits, each once, for what moves between layers "
+    "depends on how they are fused; flops as `torch.utils.flop_counter` counts them.",
+}
 
 
 class Results:
@@ -130,6 +135,18 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def _peak(row: Row | None) -> str:
+    return "" if row is None else _number(row.get("peak_MB"), ".1f")
+
+
+def _scaled(value: float | None, unit: float = 1.0) -> str:
+    """Three digits of a figure that may be of any size, in units."""
+    if value is None:
+        return ""
+    value /= unit
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.001 or not value else f"{value:.0e}"
+
+
 def _time(row: Row | None) -> str:
     return "" if row is None else mark(row) + milliseconds(row["seconds"])
 
@@ -145,10 +162,14 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[str]:
-    """Every row of one group: time, ratio to ours, memory, rates, share of the ceiling, error."""
+    """Every row of one group: time, ratio to ours, memory, bytes, flops, rates, share of the ceiling, error.
+
+    Columns in which no row has anything, such as the ratio to a cross-entropy that is not there, are left out.
+    """
     ours = next((row for row in rows if row["row"] in FIRST), None)
     plain = next((row for row in rows if row["row"] == "F.cross_entropy"), None)
-    header = ["row", "ms", "IQR", "÷ ours", "÷ cross-entropy", "peak MB", "GB/s", "GFLOP/s", "of ceiling", "error"]
+    header = ["row", "ms", "IQR", "÷ ours", "÷ cross-entropy", "peak MB"]
+    header += ["MB", "GFLOP", "GB/s", "GFLOP/s", "of ceiling", "error"]
     lines = []
     for row in rows:
         wrong = row.get("correct") is False
@@ -160,19 +181,26 @@ def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[s
                 milliseconds(row["iqr"]),
                 _ratio(row, ours),
                 _ratio(row, plain),
-                _number(row.get("peak_MB"), ".1f"),
-                _number(row.get("GB_per_s"), ".1f"),
-                _number(row.get("GFLOP_per_s"), ".0f"),
+                _peak(row),
+                _scaled(row.get("bytes"), 1e6),
+                _scaled(row.get("flops"), 1e9),
+                _scaled(row.get("GB_per_s")),
+                _scaled(row.get("GFLOP_per_s")),
                 "" if share is None else f"{share:.0%}",
                 _number(row.get("error"), ".0e"),
             ]
         )
+    used = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    header, *lines = ([line[place] for place in used] for line in (header, *lines))
     # What does not fit stands where its time would; what this machine just does not have, below.
     lines += [[name, why, *[""] * (len(header) - 2)] for name, why in left_out.items() if why.startswith(MEMORY)]
     absent = [f"{name}: {why}." for name, why in left_out.items() if not why.startswith(MEMORY)]
+    notes = [NOTES[rows[0]["what"]]] if rows[0]["what"] in NOTES else []
+    notes += [f"No peak memory: {why}." for why in dict.fromkeys(row["no_peak"] for row in rows if "no_peak" in row)]
+    notes += ["Left out. " + " ".join(absent)] if absent else []
     u = next((row["distinct_predictions"] for row in rows if row.get("distinct_predictions")), None)
     text = [f"### {group}" + (f", u = {u}" if u else ""), "", *_table(header, lines)]
-    return text + (["Left out. " + " ".join(absent), ""] if absent else [])
+    return text + [line for note in notes for line in (note, "")]
 
 
 def loss_table(results: Results) -> list[str]:
@@ -215,7 +243,7 @@ _LOSS_COLUMNS = (
 
 
 def latency_table(results: Results) -> list[str]:
-    """One line a detector: ms an image, ours and each other library's, and how many times ours is faster."""
+    """One line a detector: ms an image, ours and each other library's, how many times ours is faster, and memory."""
     text: list[str] = []
     for group, rows in results.groups().items():
         if rows[0]["what"] != LATENCY:
@@ -225,14 +253,16 @@ def latency_table(results: Results) -> list[str]:
         lines = []
         for detector in dict.fromkeys(name for name, _ in cells):
             ours = cells.get((detector, OURS))
-            line = [detector, milliseconds(ours and ours["seconds"] / ours["images"])]
+            line, peaks = [detector, milliseconds(ours and ours["seconds"] / ours["images"])], [_peak(ours)]
             for library in others:
                 other = cells.get((detector, library))
                 line.append(milliseconds(other and other["seconds"] / other["images"]))
                 faster = ours and other and ratio(other, ours)
                 line.append(_number(faster or None))
-            lines.append(line)
+                peaks.append(_peak(other))
+            lines.append(line + peaks)
         header = ["detector", OURS, *(name for library in others for name in (library, f"{library} ÷ ours"))]
+        header += [f"peak MB, {library}" for library in (OURS, *others)]
         text += [f"## Latency: ms an image from stored features and logits, {group.partition(', ')[2]}", ""]
         text += _table(header, lines)
     return text
@@ -251,16 +281,15 @@ def markdown(results: Results, command: str, plots: Sequence[str]) -> str:
             f"{c['fp32']:,.0f} GFLOP/s in float32, {c['bf16']:,.0f} in bfloat16. Bytes and flops are those of "
             "`bench/counts.py`: what the operation needs, whoever computes it. The share of the ceiling is the longer "
             "of the two times that its bytes and its flops take at best, over the time measured; what stays in the "
-            "caches can beat the copy. ~ marks what rests on a single round, or on rounds whose interquartile range is "
-            f"above {UNSTEADY:.0%} of their median.",
+            "caches can beat the copy. MB and GFLOP are those bytes and flops; peak MB is what a step takes at most "
+            "beyond its inputs and what it returns, on a CPU to about 0.3 MB. ~ marks what rests on a single round, or "
+            f"on rounds whose interquartile range is above {UNSTEADY:.0%} of their median.",
             "",
         ]
     text += loss_table(results) + latency_table(results)
     text += [line for plot in plots for line in (f"![{plot}]({plot})", "")]
     text += ["## Every group", ""]
     for group, rows in results.groups().items():
-        if rows[0]["what"] == LATENCY:
-            continue
         left_out = {row: reason for (g, row), reason in results.left_out.items() if g == group}
         text += group_table(group, rows, left_out)
     return "\n".join(text).rstrip() + "\n"
@@ -343,8 +372,9 @@ def _time_and_memory(results: Results):
 
 
 def _roofline(results: Results):
-    """GFLOP/s against flops a byte, under what this machine reaches at best."""
-    rows = [row for row in results.rows.values() if row.get("bytes") and row.get("flops")]
+    """GFLOP/s against flops a byte, under what this machine reaches at best, of losses, scores and row statistics."""
+    elsewhere = (LATENCY, ONE_READ, WITH_MODEL)
+    rows = [row for row in results.rows.values() if row.get("bytes") and row["what"] not in elsewhere]
     if not rows or not results.ceilings:
         return None
     figure, (axis,) = _axes(1, 7.5)

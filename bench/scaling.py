@@ -259,13 +259,14 @@ def with_or_without_logits(seconds: float) -> list[dict[str, Any]]:
                 ood_fast.linear_elogitnorm(z, W, b, y), (z, W, b)
             ),
         }
-        case = Case("scaling", *shape)
+        case, cpu = Case("scaling", *shape), torch.device("cpu")
         points.append(
             {
                 "shape": shape,
                 "seconds": alternate(candidates, seconds),
                 "peak_MB": {
-                    name: peak_megabytes(baselines.ROWS[name], case, torch.device("cpu")) for name in candidates
+                    name: peak_megabytes(functools.partial(baselines.ROWS[name].prepare, case, cpu), cpu)
+                    for name in candidates
                 },
             }
         )

@@ -1,7 +1,7 @@
 """Detectors from stored features and logits, ours beside pytorch-ood's with the same definition: the table "latency".
 
-Every row is compared with float64 before it is timed. What fitting costs is not measured: pytorch-ood's detectors get
-what they would have fitted where their own way takes minutes or memory beyond this machine's.
+What every row returns is compared with float64. Neither time nor memory of fitting is measured: pytorch-ood's
+detectors get what they would have fitted where their own way takes minutes or memory beyond this machine's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ood_fast
-from ood_fast import checks, detectors, models
+from ood_fast import detectors, models
 from ood_fast.heads import capture_features
 
+from . import counts
 from .cases import IMAGENET, Case
 from .conftest import DEVICE, relative_error
-from .latency import OURS, PYTORCH_OOD, Stored, cell, pytorch_ood_left_out, stored
+from .latency import LATENCY, ONE_READ, OURS, PYTORCH_OOD, WITH_MODEL, Stored, cell, pytorch_ood_left_out, stored
 from .measure import in_turns
 
 # pytorch-ood works through the classes one by one: five seconds for 64 images of ImageNet-1K.
@@ -39,9 +41,10 @@ SETTINGS = {
 }
 LOGITS = ("MSP", "MaxLogit", "Energy", "Entropy", "GEN")
 IMAGENET_ROWS = (*LOGITS, "FDBD", "NCI")
+GAUSSIANS = ("Mahalanobis", "RMDS")
 ROWS = [
     *((name, IMAGENET) for name in IMAGENET_ROWS),
-    *((name, GAUSSIAN) for name in ("Mahalanobis", "RMDS")),
+    *((name, GAUSSIAN) for name in GAUSSIANS),
     *((name, NEIGHBOURS) for name in ("KNN", "NNGuide")),
 ]
 
@@ -49,6 +52,10 @@ ROWS = [
 @functools.lru_cache(maxsize=1)
 def data(case: Case) -> Stored:
     return stored(case, DEVICE, TRAIN.get(case.name, 2000))
+
+
+def distinct_predictions(x: Stored) -> int:
+    return int(x.logits.argmax(1).unique().numel())
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,36 +72,52 @@ def head(x: Stored) -> nn.Linear:
     return layer
 
 
-# ---- pytorch-ood: a step that scores the images, with their sign
+Score = Callable[[Tensor, Tensor], Tensor]  # of features and logits
 
 
-def peer(name: str, case: Case) -> Callable[[], Tensor]:
+def scorer(name: str, library: str, case: Case) -> Score:
+    return peer(name, case) if library == PYTORCH_OOD else fitted(name, case).score_features
+
+
+def prepare(name: str, library: str, case: Case) -> Callable[[], Tensor]:
+    """The step of a cell. It has run once; one that goes through the classes for seconds, with eight of them."""
+    score, x = scorer(name, library, case), data(case)
+    first = peer(name, case, n_classes=8) if library == PYTORCH_OOD and name in GAUSSIANS else score
+    first(x.features, x.logits)
+    return functools.partial(score, x.features, x.logits)
+
+
+# ---- pytorch-ood, with its sign
+
+
+def peer(name: str, case: Case, n_classes: int | None = None) -> Score:
+    """`n_classes`: of a Gaussian for each class, the first ones only."""
     from pytorch_ood import detector as theirs
 
     x = data(case)
     scores = {"MSP": theirs.MaxSoftmax, "MaxLogit": theirs.MaxLogit, "Energy": theirs.EnergyBased}
     if name in scores:
-        return lambda: scores[name].score(x.logits)
+        return lambda z, f: scores[name].score(f)
     if name == "Entropy":
-        return lambda: theirs.Entropy.score(x.logits)
+        return lambda z, f: theirs.Entropy.score(f)
     if name == "GEN":
-        return lambda: theirs.GEN.score(x.logits, gamma=0.1, M=100)
+        return lambda z, f: theirs.GEN.score(f, gamma=0.1, M=100)
     if name == "FDBD":
         detector = theirs.fDBD(nn.Identity(), head(x))
         detector.train_mean = x.train_features.mean(0)
         detector._denom_matrix = torch.cdist(x.W, x.W).fill_diagonal_(1.0)
     elif name == "NCI":
         detector = theirs.NCI(nn.Identity(), head(x), alpha=1e-3).fit_features(x.train_features, x.train_targets)
-    elif name in ("Mahalanobis", "RMDS"):
+    elif name in GAUSSIANS:
         detector = theirs.Mahalanobis(None) if name == "Mahalanobis" else theirs.RMD(None)
         means, P, mean, P0 = (t.float() for t in gaussians(case))
-        detector.mu, detector.precision = means, P
+        detector.mu, detector.precision = means[:n_classes], P
         detector.background_mu, detector.background_precision = mean, P0
     elif name == "KNN":
         detector = theirs.KNN(None, k=50).fit_features(x.train_features.cpu(), x.train_targets.cpu())
     else:
         detector = theirs.NNGuide(None, head(x), k=10).fit_features(x.train_features, x.train_targets)
-    return lambda: detector.predict_features(x.features)
+    return lambda z, f: detector.predict_features(z)
 
 
 # ---- the truth, in float64
@@ -115,9 +138,10 @@ def truth(name: str, case: Case) -> Tensor:
     """Higher = more in-distribution."""
     x = data(case)
     f, z = x.logits.double(), x.features.double()
-    if name in ("Mahalanobis", "RMDS"):
+    if name in GAUSSIANS:
         means, P, mean, P0 = gaussians(case)
-        distance = torch.stack([(((row - means) @ P) * (row - means)).sum(1).amin() for row in z])
+        L = torch.linalg.cholesky(P)  # xᵀ P x = ‖xᵀ L‖²
+        distance = torch.cdist(z @ L, means @ L, compute_mode="donot_use_mm_for_euclid_dist").square().amin(1)
         return -distance / 2 if name == "Mahalanobis" else (((z - mean) @ P0) * (z - mean)).sum(1) - distance
     unit, bank = (nn.functional.normalize(rows.double()) for rows in (x.features, x.train_features))
     if name == "KNN":
@@ -163,21 +187,23 @@ def case(row) -> Case:
 @torch.no_grad()
 def test_detector(library, row, measure, leave_out):
     name, case = row
-    x, scale = data(case), 1.0
+    scale = 1.0
     if library == PYTORCH_OOD:
-        leave_out("latency", case, f"{name}, {PYTORCH_OOD}", pytorch_ood_left_out())
-        step = peer(name, case)
+        leave_out(LATENCY, case, f"{name}, {PYTORCH_OOD}", pytorch_ood_left_out())
         scale = -(case.n_classes - 1) if name == "FDBD" else -1.0  # the mean over classes, higher = OOD
-    else:
-        try:
-            detector = fitted(name, case)
-        except checks.UserError as unregistered:
-            pytest.skip(str(unregistered))
-        step = lambda: detector.score_features(x.features, x.logits)  # noqa: E731
-    error = relative_error([scale * step()], [known_truth(name, case)])
+    x = data(case)
+    step = functools.partial(scorer(name, library, case), x.features, x.logits)
+
+    def error(scores: Tensor) -> float:
+        return relative_error([scale * scores], [known_truth(name, case)])
+
     if (name, library) == ("Entropy", PYTORCH_OOD):
         error = None  # it clips the softmax at 1e-7: of predictions as sure as these nothing else is left
-    cell(measure, name, library, step, len(x.features), error=error)
+    distinct = distinct_predictions(x)
+    kept = {"N": len(x.train_features), "M": SETTINGS.get(name, {}).get("M", 0)}
+    needed = counts.operation(name, counts.Sizes.of(case.shape, case.dtype, distinct, **kept))
+    again = functools.partial(prepare, name, library, case)
+    cell(measure, name, library, step, len(x.features), error=error, counts=needed, prepare=again, distinct=distinct)
 
 
 # ---- ours beside ours: what the issue of a user with many detectors asks
@@ -198,6 +224,17 @@ def together() -> detectors.DetectorSet:
     return detectors.DetectorSet(made).fit_features(x.train_features, x.train_logits, x.train_targets, (x.W, x.b))
 
 
+def scorers() -> dict[str, detectors.Detector | detectors.DetectorSet]:
+    return {**dict(together().items()), "all": together()}
+
+
+def prepare_together(name: str) -> Callable[[], object]:
+    x = data(TOGETHER)
+    step = functools.partial(scorers()[name].score_features, x.features, x.logits)
+    step()
+    return step
+
+
 @pytest.mark.parametrize(
     "row", [(name, TOGETHER) for name in (*FROM_STATISTICS, "all")], indirect=True, ids=lambda row: row[0]
 )
@@ -205,17 +242,19 @@ def together() -> detectors.DetectorSet:
 def test_together(row, measure, benchmark):
     """Every score alone; and all of them from one read, beside the slowest of those alone."""
     name, case = row
-    x, scorers = data(case), {**dict(together().items()), "all": together()}
-    steps = {each: functools.partial(scorer.score_features, x.features, x.logits) for each, scorer in scorers.items()}
+    what, x = ONE_READ, data(case)
+    steps = {each: functools.partial(one.score_features, x.features, x.logits) for each, one in scorers().items()}
+    more = {"distinct": distinct_predictions(x), "prepare": functools.partial(prepare_together, name)}
     if name != "all":
-        measure("scores from row statistics", steps[name], row=name)
+        exact = scorers()[name].score_features(x.features.double(), x.logits.double())
+        measure(what, steps[name], row=name, counts=name, error=relative_error([steps[name]()], [exact]), **more)
         return
     scores = steps["all"]()
     error = relative_error(list(scores.values()), [steps[each]().double() for each in scores])
     turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 1.0)
     slowest = max(scores, key=turns.__getitem__)
-    ratio, to = turns["all"] / turns[slowest], f"{slowest}, the slowest alone"
-    measure("scores from row statistics", steps["all"], row="all", error=error, ratio=ratio, ratio_to=to)
+    more |= {"ratio": turns["all"] / turns[slowest], "ratio_to": f"{slowest}, the slowest alone"}
+    measure(what, steps["all"], row="all", counts="together", error=error, **more)
 
 
 # Small, for two cores: a step takes a third of a second.
@@ -237,24 +276,44 @@ def behind() -> dict[str, nn.Module]:
     }
 
 
+def images() -> Tensor:
+    return torch.randn(BEHIND.n_samples, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def prepare_behind(name: str) -> Callable[[], object]:
+    step = torch.no_grad()(functools.partial(behind()[name], images()))
+    step()
+    return step
+
+
+def needed_behind(name: str, step: Callable[[], object]) -> counts.Counts:
+    """Images and parameters read once and logits written once, with the flops that torch counts; and the score."""
+    case, tensors = BEHIND, [*behind()[name].model.state_dict().values(), images()]
+    with FlopCounterMode(display=False) as counter:
+        step()
+    moved = sum(t.numel() * t.element_size() for t in tensors) + 4 * case.n_samples * case.n_classes
+    model = counts.Counts(float(moved), float(counter.get_total_flops()))
+    return model + counts.operation(name, counts.Sizes.of(case.shape, case.dtype))
+
+
 @pytest.mark.parametrize("row", [(name, BEHIND) for name in ("MSP", "NCI")], indirect=True, ids=lambda row: row[0])
 @torch.no_grad()
 def test_behind_a_model(row, measure, benchmark, leave_out):
     """Model and score from images: beside the model nobody sees which of the two scores it is."""
     name, case = row
-    what = "model and score"
+    what = WITH_MODEL
     leave_out(what, case, name, None if importlib.util.find_spec("torchvision") else "torchvision is not installed")
-    images = torch.randn(case.n_samples, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    steps = {each: functools.partial(deployed, images) for each, deployed in behind().items()}
+    steps = {each: functools.partial(deployed, images()) for each, deployed in behind().items()}
+    more = {"counts": needed_behind(name, steps[name]), "prepare": functools.partial(prepare_behind, name)}
     deployed = behind()[name]
     with capture_features(deployed.model.fc) as captured:
         logits, scores, _ = steps[name]()
     f, z = logits.double(), captured.features.double()
     if name == "MSP":
-        measure(what, steps[name], row="MSP", error=relative_error([scores], [f.softmax(1).amax(1)]))
+        measure(what, steps[name], row="MSP", error=relative_error([scores], [f.softmax(1).amax(1)]), **more)
         return
     W, centred = deployed.detector.head_weight.double(), z - deployed.detector.mean.double()
     exact = (centred * W[f.argmax(1)]).sum(1) / centred.norm(dim=1) + deployed.detector.alpha * z.abs().sum(1)
-    turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 8.0)
-    ratio = turns["NCI"] / turns["MSP"]
-    measure(what, steps[name], row="NCI", error=relative_error([scores], [exact]), ratio=ratio, ratio_to="MSP")
+    turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 5.0)
+    more |= {"ratio": turns["NCI"] / turns["MSP"], "ratio_to": "MSP"}
+    measure(what, steps[name], row="NCI", error=relative_error([scores], [exact]), **more)

@@ -5,6 +5,7 @@ The large batches are those of test_loss.py; the kernels one by one are in bench
 
 from __future__ import annotations
 
+import functools
 import time
 
 import pytest
@@ -25,14 +26,22 @@ def case(request):
 
 @pytest.mark.benchmark(timer=time.perf_counter)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_wall_clock(row, inputs, measure):
+def test_wall_clock(row, case, device, inputs, measure):
     """From the call to the end of the work, as a training loop that waits for each step sees it."""
 
     def step():
         row.step(inputs)
         torch.cuda.synchronize()
 
-    measure("loss forward + backward by wall clock", step, row=row.name, error=_error(row, inputs, row.step(inputs)))
+    measure(
+        "loss forward + backward by wall clock",
+        step,
+        row=row.name,
+        counts=row.counts,
+        prepare=functools.partial(row.prepare, case, device),
+        error=_error(row, inputs, row.step(inputs)),
+        distinct=inputs.distinct_predictions,
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -48,8 +57,15 @@ def test_cuda_graph(row, inputs, measure):
     with torch.cuda.graph(graph):
         outputs = row.step(inputs)
     graph.replay()
-    error = _error(row, inputs, outputs)
-    measure("loss forward + backward in a CUDA graph", graph.replay, row=row.name, error=error)
+    measure(
+        "loss forward + backward in a CUDA graph",
+        graph.replay,
+        row=row.name,
+        counts=row.counts,
+        prepare="a replay allocates nothing: the graph has held what the step takes since it was captured",
+        error=_error(row, inputs, outputs),
+        distinct=inputs.distinct_predictions,
+    )
 
 
 def _error(row, inputs: Inputs, outputs) -> float:

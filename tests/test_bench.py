@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -16,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # where the package is not installed as an editable checkout
     sys.path.insert(0, str(ROOT))
 
-from bench import baselines, cases, conftest, counts, gpu_smoke, kernel_times, measure, report, scaling  # noqa: E402
+from bench import baselines, cases, conftest, counts, gpu_smoke, kernel_times, latency, measure, report, scaling  # noqa: E402
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
@@ -38,6 +41,26 @@ def test_counts_by_hand():
     assert counts.Counts(10.0, 100.0).floor(1.0, 50.0) == 10.0
 
 
+def test_counts_of_detectors_by_hand():
+    """n = 2, c = 3, m = 4, fp32, one prediction, 10 training features: W 48 bytes, features 32, logits 24."""
+    sizes = counts.Sizes.of((2, 3, 4), torch.float32, u=1, N=10)
+    every, largest = counts.operation("GEN", sizes), dataclasses.replace(sizes, M=2)
+    assert every == counts.of("row_statistics, GEN", sizes) == (24, 15 * 6)
+    assert counts.operation("GEN", largest) == (24, 7 * 6 + 8 * 2 * 2)
+    assert counts.operation("MSP", sizes) == counts.operation("Energy", sizes) == (24, 42)
+    assert counts.operation("MaxLogit", sizes) == (24, 24)
+    assert counts.operation("Entropy", sizes) == (24, 60)
+    assert counts.operation("FeatureNorm", sizes) == (32, 16)
+    assert counts.operation("FDBD", sizes) == (24 + 12 + 32, 48 + 24)
+    assert counts.operation("NCI", sizes) == (24 + 32 + 16, 24 + 64)
+    assert counts.operation("BoundaryDistance", sizes) == (24 + 12, 48)
+    assert counts.operation("Mahalanobis", sizes) == (32 + 64 + 48, 2 * 2 * 16 + 2 * 2 * 3 * 4)
+    assert counts.operation("RMDS", sizes) == (32 + 2 * 64 + 48, 4 * 2 * 16 + 2 * 2 * 3 * 4)
+    assert counts.operation("KNN", sizes) == (32 + 160, 2 * 2 * 10 * 4 + 24)
+    assert counts.operation("NNGuide", sizes) == (24 + 32 + 160, 42 + 2 * 2 * 10 * 4 + 24)
+    assert counts.operation("together", sizes) == (24 + 12 + 32 + 16, 22 * 6 + 10 * 8)
+
+
 def test_every_row_has_counts():
     sizes = counts.Sizes.of((256, 1000, 64), torch.float32)
     for row in baselines.ALL:
@@ -56,14 +79,15 @@ def plain(cell: str) -> str:
 
 
 def rendered(expression: str) -> str:
-    expression = re.sub(r"ceil\(([^)]*)\)", r"⌈\1⌉", expression.replace("c*c", "c²"))
+    expression = re.sub(r"ceil\(([^)]*)\)", r"⌈\1⌉", expression.replace("c*c", "c²").replace("m*m", "m²"))
     return re.sub(r"[*\s]", "", expression)
 
 
 def test_kernels_readme_has_the_same_formulas():
-    """Section 6 of kernels/README.md against `counts.KERNELS`, cell by cell; cells of words are skipped."""
+    """Section 6 of kernels/README.md against `counts`, cell by cell; cells of words are skipped."""
+    formulas = counts.KERNELS | counts.DETECTORS
     section = (ROOT / "kernels" / "README.md").read_text().partition("## 6.")[2].partition("## 7.")[0]
-    compared, statistics = 0, set()
+    compared, whole = 0, set()
     for line in section.splitlines():
         if not line.startswith("| `"):
             continue
@@ -72,18 +96,18 @@ def test_kernels_readme_has_the_same_formulas():
         for kernel in names:
             if kernel in ("tempered_forward", "row_statistics"):
                 kernel = f"{kernel}, {name.partition(', ')[2]}"
-            if kernel not in counts.KERNELS:
+            if kernel not in formulas:
                 continue
-            for cell, expression in zip(cells, counts.KERNELS[kernel], strict=True):
+            for cell, expression in zip(cells, formulas[kernel], strict=True):
                 words = re.search(r"[a-zA-Z]{4,}", plain(cell).replace("min(", "("))
                 if words is None and "/" not in re.sub("⌈.*⌉", "", cell):
                     assert plain(cell) == rendered(expression), (
                         f"{kernel}: {cell} in the README, {expression} in counts"
                     )
                     compared += 1
-                    statistics |= {kernel} if kernel.startswith("row_statistics") else set()
-    assert compared >= 54
-    assert statistics == {name for name in counts.KERNELS if name.startswith("row_statistics")}
+                    whole |= {kernel} if kernel.startswith("row_statistics") or kernel in counts.DETECTORS else set()
+    assert compared >= 54 + 3 * len(counts.DETECTORS)
+    assert whole == {name for name in counts.KERNELS if name.startswith("row_statistics")} | counts.DETECTORS.keys()
 
 
 # ---- inputs, errors, memory
@@ -132,21 +156,64 @@ def test_scores_agree_with_their_truth(what):
     )
 
 
+NOISE = 0.5  # MB: what each processor has counted is added up from time to time only
+
+
+def step_that_takes(temporary: int, returned: int):
+    """A step that has so many bytes more than it returns at its peak."""
+
+    def step():
+        result = torch.ones(returned, dtype=torch.uint8)
+        torch.ones(temporary, dtype=torch.uint8)
+        return {"result": result}
+
+    step()
+    return step
+
+
 @on_linux
 @pytest.mark.slow
 def test_peak_is_measured():
     """The definition keeps c × c × m numbers three times, which arithmetic knows; ours nothing of the kind."""
-    literal, ours, score = (
-        measure.peak_megabytes(row, cases.CIFAR100, CPU)
-        for row in (
-            baselines.ROWS["literal definition"],
-            baselines.ROWS["elogitnorm"],
-            baselines.SCORES["NCI from logits"][0],
+    literal, ours, forward, score = (
+        measure.peak_megabytes(functools.partial(row.prepare, cases.CIFAR100, CPU, forward), CPU)
+        for row, forward in (
+            (baselines.ROWS["literal definition"], False),
+            (baselines.ROWS["elogitnorm"], False),
+            (baselines.ROWS["elogitnorm"], True),
+            (baselines.SCORES["NCI from logits"][0], False),
         )
     )
     assert literal == pytest.approx(baselines.reference_bytes(cases.CIFAR100) / 1e6, rel=0.1)
-    assert 0 <= ours < 10
+    assert 0 <= forward <= ours + NOISE
+    assert ours < 10
     assert 0 <= score < 10
+    step = functools.partial(step_that_takes, 50_000_000, 30_000_000)
+    again = [measure.peak_megabytes(step, CPU) for _ in range(3)]
+    assert again == pytest.approx([50.0] * 3, abs=2 * NOISE), "what earlier steps have freed hides nothing"
+
+
+def test_peak_is_not_told_where_memory_does_not_go_back(monkeypatch):
+    """An allocator that keeps what is freed would give 0; a system without /proc gives no figure either."""
+    resident = iter([0, 2**26])
+    monkeypatch.setattr(measure, "_resident", lambda field: next(resident))
+    measure._is_returned.cache_clear()
+    assert measure._cpu_peak(lambda: pytest.fail("must not be prepared")) is None
+
+    def none(field):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(measure, "_resident", none)
+    measure._is_returned.cache_clear()
+    assert measure._cpu_peak(lambda: pytest.fail("must not be prepared")) is None
+    measure._is_returned.cache_clear()
+
+
+def test_every_row_can_be_sent_to_the_worker():
+    for row in baselines.ALL:
+        assert pickle.loads(pickle.dumps(row)) is row
+    returned = {"a": torch.zeros(3), "b": [(torch.zeros(2, dtype=torch.float64), 1.0), None]}
+    assert measure._bytes(returned) == 12 + 16
 
 
 def test_device_timer_reads_events(monkeypatch):
@@ -261,7 +328,7 @@ LOSS = "loss forward + backward, Case (4, 10, 8)"
 
 
 def three_rows(**ours) -> list[dict]:
-    rates = {"bytes": 100.0, "flops": 50.0, "GB_per_s": 1.0, "GFLOP_per_s": 0.5, "share_of_ceiling": 0.25}
+    rates = {"bytes": 2.5e6, "flops": 1.235e12, "GB_per_s": 1.0, "GFLOP_per_s": 0.5, "share_of_ceiling": 0.25}
     return [
         entry(LOSS, "elogitnorm", 3e-3, peak_MB=1.5, **rates, **ours),
         entry(LOSS, "F.cross_entropy", 1e-3, **rates),
@@ -286,7 +353,7 @@ def test_ratios():
     assert cells[7:10] == ["out of memory at 9.9 GB", "3.00", "0.50"]  # (3 − 1) / 4
     ours = next(line for line in text.splitlines() if line.startswith("| elogitnorm |"))
     assert [cell.strip() for cell in ours.strip("|").split("|")][3:] == [
-        *("1.00", "3.00", "1.5", "1.0", "0", "25%", "1e-07")
+        *("1.00", "3.00", "1.5", "2.5", "1,235", "1", "0.5", "25%", "1e-07")
     ]
     assert "| literal definition | out of memory at 9.9 GB: 3 × much" in text
     assert "Left out. Liger cross-entropy: Liger's kernels run on a GPU only." in text
@@ -312,24 +379,38 @@ def test_no_ratio_without_a_right_result(correct):
     assert report.ratio(rows["elogitnorm"], rows["F.cross_entropy"]) is None
     assert report.extra_over_head(rows, "elogitnorm") is None
     assert report.ratio(rows["F.cross_entropy"], rows["F.linear (the head)"]) == 0.25
-    line = next(line for line in report.markdown(results, "", []).splitlines() if line.startswith("| elogitnorm"))
-    assert [cell.strip() for cell in line.strip("|").split("|")][3:5] == ["", ""]
+    lines = report.markdown(results, "", []).splitlines()
+    header, line = (next(line for line in lines if line.startswith(start)) for start in ("| row |", "| elogitnorm"))
+    assert "÷ ours" not in header, "nothing is left of this column"
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert cells["÷ cross-entropy"] == ""
     assert ("wrong result" in line) == (correct is False)
 
 
 def test_latency_table():
     group = "latency, Case (4, 10, 8)"
     cells = [
-        entry(group, "NCI, ood_fast", 2e-3, detector="NCI", library="ood_fast", images=4),
-        entry(group, "NCI, pytorch-ood", 8e-3, detector="NCI", library="pytorch-ood", images=4),
+        entry(group, "NCI, ood_fast", 2e-3, detector="NCI", library="ood_fast", images=4, peak_MB=1.25),
+        entry(group, "NCI, pytorch-ood", 8e-3, detector="NCI", library="pytorch-ood", images=4, peak_MB=3.0),
         entry(group, "NECO, ood_fast", 4e-3, detector="NECO", library="ood_fast", images=4),
         entry(group, "KNN, ood_fast", 4e-3, detector="KNN", library="ood_fast", images=4, correct=False),
         entry(group, "KNN, pytorch-ood", 8e-3, detector="KNN", library="pytorch-ood", images=4),
     ]
     text = report.markdown(results_of(document(*cells)), "", [])
-    assert "| NCI | 0.5 | 2 | 4.00 |" in text
-    assert "| NECO | 1 |  |  |" in text
-    assert "| KNN | 1 | 2 |  |" in text
+    assert "| NCI | 0.5 | 2 | 4.00 | 1.2 | 3.0 |" in text
+    assert "| NECO | 1 |  |  |  |  |" in text
+    assert "| KNN | 1 | 2 |  |  |  |" in text
+    assert "| NCI, ood_fast | 2 | 0.0e+00 | 1.2 | 1e-07 |" in text
+
+
+def test_columns_without_figures_are_left_out_and_notes_stand_below():
+    group = f"{latency.WITH_MODEL}, Case (4, 10, 8)"
+    graph = entry(group, "graph", 1e-3, no_peak="a replay allocates nothing", bytes=5.0, flops=5e6)
+    text = report.markdown(results_of(document(graph)), "", [])
+    assert "| row | ms | IQR | MB | GFLOP | error |\n" in text
+    assert "| graph | 1 | 0.0e+00 | 5e-06 | 0.005 | 1e-07 |" in text
+    assert report.NOTES[latency.WITH_MODEL] in text
+    assert "No peak memory: a replay allocates nothing." in text
 
 
 def test_ratios_measured_in_turns_are_shown():
@@ -388,20 +469,47 @@ def test_a_run_from_pytest_to_tables(tmp_path):
     file = tmp_path / "run.json"
     names = ("elogitnorm", "F.cross_entropy", "literal definition")
     chosen = [f"bench/test_loss.py::test_loss[CIFAR-10-fp32-{name}]" for name in names]
+    chosen += ["bench/test_loss.py::test_forward[CIFAR-10-fp32-elogitnorm]"]
+    chosen += ["bench/test_nci.py::test_score[CIFAR-10-fp32-NCI from logits-nci_score]"]
+    chosen += ["bench/test_statistics.py::test_softmax_maximum[CIFAR-100-fp32]"]
+    chosen += ["bench/test_detectors.py::test_detector[NCI-ood_fast]", "bench/test_detectors.py::test_together[GEN]"]
     command = [sys.executable, "-m", "pytest", *chosen, "-q", "--benchmark-only", "-p", "no:cacheprovider"]
     run = subprocess.run([*command, f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = report.load([file])
-    (rows,) = results.groups().values()
-    rows = {row["row"]: row for row in rows}
+    assert len(results.rows) == len(chosen)
+    rows = {row["row"]: row for row in results.groups()["loss forward + backward, CIFAR-10 (128, 10, 512)"]}
     assert set(rows) == set(names)
     assert report.ratio(rows["elogitnorm"], rows["F.cross_entropy"]) > 0
-    for row in rows.values():
+    for row in results.rows.values():
         assert row["seconds"] > 0
         assert row["GB_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["GFLOP_per_s"] == pytest.approx(row["flops"] / row["seconds"] / 1e9)
+        assert row["share_of_ceiling"] > 0
         assert row["error"] < 1e-5
+        assert sys.platform != "linux" or row["peak_MB"] >= 0
+    text = report.markdown(results, "", [])
+    header = next(line for line in text.splitlines() if line.startswith("| row |"))
+    assert header.endswith(" MB | GFLOP | GB/s | GFLOP/s | of ceiling | error |")
+    assert not re.search(r"^\| NCI, ood_fast \|.*\|\s*\|", text, re.MULTILINE), "a figure in every column"
     assert results.ceilings.keys() == {"copy", "fp32", "bf16"}
     assert results.environment["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+@pytest.mark.slow
+def test_a_row_without_its_figures_fails(tmp_path):
+    """Whoever adds one learns of it, also where CI only runs each once."""
+    (tmp_path / "test_new.py").write_text(
+        "def test_alone(benchmark):\n    benchmark(int)\n\n"
+        "def test_measured(measure):\n    measure('what', int, row='row', prepare=lambda: int)\n\n"
+        "def test_whole(measure):\n"
+        "    measure('what', int, row='row', counts='nci', prepare='it takes none')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", str(tmp_path), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "test_alone: a row without bytes, flops, peak_MB: measure it" in run.stdout
+    assert "missing 1 required keyword-only argument: 'counts'" in run.stdout
+    assert re.search(r"4 failed, 3 passed", run.stdout), run.stdout[-2000:]  # each for three cases but test_alone
 
 
 # ---- the script for a GPU machine
