@@ -26,7 +26,7 @@ MEMORY = "out of memory"
 KEPT = (
     *("what", "row", "case", "n", "c", "m", "dtype", "distinct_predictions", "error", "correct", "peak_MB"),
     *("bytes", "flops", "GB_per_s", "GFLOP_per_s", "share_of_ceiling", "detector", "library", "images", "device"),
-    *("ratio", "ratio_to", "no_peak"),
+    *("ratio", "ratio_to", "no_peak", "not_compared"),
 )
 # What the figures of a table mean beyond what is said for all.
 NOTES = {
@@ -197,6 +197,7 @@ def group_table(group: str, rows: list[Row], left_out: dict[str, str]) -> list[s
     absent = [f"{name}: {why}." for name, why in left_out.items() if not why.startswith(MEMORY)]
     notes = [NOTES[rows[0]["what"]]] if rows[0]["what"] in NOTES else []
     notes += [f"No peak memory: {why}." for why in dict.fromkeys(row["no_peak"] for row in rows if "no_peak" in row)]
+    notes += [f"No ratio for {row['row']}: {row['not_compared']}." for row in rows if "not_compared" in row]
     notes += ["Left out. " + " ".join(absent)] if absent else []
     u = next((row["distinct_predictions"] for row in rows if row.get("distinct_predictions")), None)
     text = [f"### {group}" + (f", u = {u}" if u else ""), "", *_table(header, lines)]

@@ -405,12 +405,15 @@ def test_latency_table():
 
 def test_columns_without_figures_are_left_out_and_notes_stand_below():
     group = f"{latency.WITH_MODEL}, Case (4, 10, 8)"
-    graph = entry(group, "graph", 1e-3, no_peak="a replay allocates nothing", bytes=5.0, flops=5e6)
+    graph = entry(
+        group, "graph", 1e-3, no_peak="a replay allocates nothing", bytes=5.0, flops=5e6, not_compared="it rounds"
+    )
     text = report.markdown(results_of(document(graph)), "", [])
     assert "| row | ms | IQR | MB | GFLOP | error |\n" in text
     assert "| graph | 1 | 0.0e+00 | 5e-06 | 0.005 | 1e-07 |" in text
     assert report.NOTES[latency.WITH_MODEL] in text
     assert "No peak memory: a replay allocates nothing." in text
+    assert "No ratio for graph: it rounds." in text
 
 
 def test_ratios_measured_in_turns_are_shown():
