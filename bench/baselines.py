@@ -112,12 +112,19 @@ def _reference_distance_left_out(case: Case, device: torch.device) -> str | None
     return _reference_left_out(case, device, 2)
 
 
+def no_compiler(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device, or None."""
+    if device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return None
+    return "torch.compile needs a C++ compiler, and there is none"
+
+
 def _compiled_left_out(case: Case, device: torch.device) -> str | None:
     """Compilation takes ten seconds or more a case on a CPU: once there is enough to see what it brings."""
     if device.type == "cuda":
         return None if case.name in (CIFAR10.name, CIFAR100.name, IMAGENET.name) else "compiled at three cases only"
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "torch.compile needs a C++ compiler, and there is none"
+    if reason := no_compiler(device):
+        return reason
     fits = case.name == IMAGENET.name and case.dtype == torch.float32
     return None if fits else f"compiled at {IMAGENET.name} in float32 only: it takes ten seconds a case"
 

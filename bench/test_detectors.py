@@ -20,6 +20,7 @@ from ood_fast import detectors, models
 from ood_fast.heads import capture_features
 
 from . import counts
+from .baselines import no_compiler
 from .cases import IMAGENET, Case
 from .conftest import DEVICE, relative_error
 from .latency import LATENCY, ONE_READ, OURS, PYTORCH_OOD, WITH_MODEL, Stored, cell, pytorch_ood_left_out, stored
@@ -227,37 +228,51 @@ def together() -> detectors.DetectorSet:
     return detectors.DetectorSet(made).fit_features(x.train_features, x.train_logits, x.train_targets, (x.W, x.b))
 
 
-def scorers() -> dict[str, detectors.Detector | detectors.DetectorSet]:
-    return {**dict(together().items()), "all": together()}
+COMPILED = ", torch.compile"
+COMPILE = ("MSP", "GEN", "FDBD", "NCI", "all")  # MSP, what takes longest alone, and all; a second or two each
+
+
+@functools.lru_cache(maxsize=1)
+def scorers() -> dict[str, Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]]]:
+    made = {name: one.score_features for name, one in [*together().items(), ("all", together())]}
+    return made | {name + COMPILED: torch.compile(made[name], dynamic=False) for name in COMPILE}
 
 
 def prepare_together(name: str) -> Callable[[], object]:
     x = data(TOGETHER)
-    step = functools.partial(scorers()[name].score_features, x.features, x.logits)
+    step = torch.no_grad()(functools.partial(scorers()[name], x.features, x.logits))
     step()
     return step
 
 
 @pytest.mark.parametrize(
-    "row", [(name, TOGETHER) for name in (*FROM_STATISTICS, "all")], indirect=True, ids=lambda row: row[0]
+    "row",
+    [(name, TOGETHER) for name in (*FROM_STATISTICS, "all", *(name + COMPILED for name in COMPILE))],
+    indirect=True,
+    ids=lambda row: row[0],
 )
 @torch.no_grad()
-def test_together(row, measure, benchmark):
-    """Every score alone; and all of them from one read, beside the slowest of those alone."""
+def test_together(row, measure, benchmark, leave_out):
+    """Every score alone; all of them from one read, beside the slowest alone; and NCI, which reads three times the
+    bytes of MSP, beside MSP. The same under torch.compile, each beside what is compiled too."""
     name, case = row
-    what, x = ONE_READ, data(case)
-    steps = {each: functools.partial(one.score_features, x.features, x.logits) for each, one in scorers().items()}
-    more = {"distinct": distinct_predictions(x), "prepare": functools.partial(prepare_together, name)}
-    if name != "all":
-        exact = scorers()[name].score_features(x.features.double(), x.logits.double())
-        measure(what, steps[name], row=name, counts=name, error=relative_error([steps[name]()], [exact]), **more)
-        return
-    scores = steps["all"]()
-    error = relative_error(list(scores.values()), [steps[each]().double() for each in scores])
-    turns = in_turns(steps, DEVICE, seconds=0 if benchmark.disabled else 1.0)
-    slowest = max(scores, key=turns.__getitem__)
-    more |= {"ratio": turns["all"] / turns[slowest], "ratio_to": f"{slowest}, the slowest alone"}
-    measure(what, steps["all"], row="all", counts="together", error=error, **more)
+    score, how = name.removesuffix(COMPILED), COMPILED if name.endswith(COMPILED) else ""
+    leave_out(ONE_READ, case, name, no_compiler(DEVICE) if how else None)
+    x = data(case)
+    steps = {each: functools.partial(one, x.features, x.logits) for each, one in scorers().items()}
+    found = steps[name]()
+    found = found if score == "all" else {score: found}
+    exact = [scorers()[each](x.features.double(), x.logits.double()) for each in found]
+    more: dict[str, object] = {"error": relative_error([*found.values()], exact)}
+    alone = {"NCI": ["MSP"], "all": [each for each in (COMPILE if how else FROM_STATISTICS) if each != "all"]}
+    if score in alone:
+        beside = [each + how for each in alone[score]]
+        turns = in_turns({each: steps[each] for each in (name, *beside)}, DEVICE, 0 if benchmark.disabled else 1.0)
+        slowest = max(beside, key=turns.__getitem__)
+        to = f"{slowest}, the slowest alone" if score == "all" else slowest
+        more |= {"ratio": turns[name] / turns[slowest], "ratio_to": to}
+    more |= {"distinct": distinct_predictions(x), "prepare": functools.partial(prepare_together, name)}
+    measure(ONE_READ, steps[name], row=name, counts="together" if score == "all" else score, **more)
 
 
 # Small, for two cores: a step takes a third of a second.

@@ -37,8 +37,8 @@ def row_statistics(
     """The statistics `names`, each (n,), in that order; `ood_fast.statistics.row_statistics` defines them. What none of
     them needs is None.
 
-    `traced`: nothing but what an exported graph can hold: no chunks and no look at the values; D may come from W
-    instead of the table.
+    `traced`: nothing but what a compiled or exported graph can hold: no chunks and no look at the values; D may come
+    from W instead of the table.
     """
     dtype = compute_dtype(logits, features, head_weight, mean, table)
     wanted, found = set(names), {}
@@ -81,7 +81,7 @@ def _logit_statistics(
     found = {}
     if names - {"logit_norm1", "logit_norm2"}:
         top = logits.amax(1, keepdim=True)
-        if traced:  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
+        if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
             top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
         found["max"] = top.squeeze(1)
     if names & {"predicted", "distance", "projection"}:
@@ -144,6 +144,11 @@ def _feature_statistics(
         # The prediction of a row of logits with NaN means nothing.
         found["projection"] = projection.masked_fill_(top.isnan(), math.nan)
     return found
+
+
+def is_exporting() -> bool:
+    """Whether this run makes a graph for torch.export or ONNX."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _first_equal(logits: Tensor, top: Tensor) -> Tensor:

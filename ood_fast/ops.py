@@ -961,9 +961,15 @@ def row_statistics(
 ) -> list[Tensor]:
     """The statistics `names`, each (n,), in that order. Arguments are checked and detached by the caller, None where no
     statistic needs them; n >= 1."""
-    traced = _is_traced(logits, features, head_weight, mean, table)
-    run = _row_statistics_operator if traced else _row_statistics
-    return run(names, logits, features, head_weight, mean, table, gamma)
+    given = (names, logits, features, head_weight, mean, table, gamma)
+    tensors = [t for t in given[1:-1] if t is not None]
+    if not _is_traced(*tensors):
+        return _row_statistics(*given)
+    on_cpu = tensors[0].device.type == "cpu"
+    if torch.compiler.is_compiling() and on_cpu and _statistics_backend(*tensors) is eager_statistics:
+        # The compiler for CPUs fuses what plain PyTorch does in thirty passes, so it must see inside.
+        return eager_statistics.row_statistics(*given, traced=True)
+    return _row_statistics_operator(*given)
 
 
 def distance_table(head_weight: Tensor) -> Tensor:

@@ -296,6 +296,50 @@ def masked(logits: Tensor) -> Tensor:
     return logits
 
 
+def corners(logits: Tensor) -> Tensor:
+    logits = masked(logits)
+    logits[0] = 1.0  # all tied
+    logits[3] = -INF
+    logits[4, 1] = INF
+    logits[5, 0] = logits[5].amax() + 90  # certain: the others have e_j below the smallest float
+    return logits
+
+
+def test_a_compiler_for_the_cpu_sees_plain_operators():
+    """One opaque operator would keep it from fusing the passes."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    logits, features, W, mean = (t.float() for t in problem(6, 6, 4))
+    module = Statistics(W, mean)
+    found = torch.compile(module, fullgraph=True, backend=keep)(corners(logits), features)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op != "placeholder"]
+    assert targets and not [target for target in targets if "ood_fast" in target]
+    expected = module(corners(logits), features)
+    for name in set(STATISTICS) - {"predicted"}:
+        torch.testing.assert_close(found[name], expected[name], equal_nan=True, msg=name)
+    live = [0, 1, 5]  # the prediction of the others is some class
+    assert torch.equal(found["predicted"][live], expected["predicted"][live])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_classes", [3, 50, 1000])  # the widths of a vector register, and remainders
+def test_inductor_against_the_literal_definition(n_classes):
+    torch.compiler.reset()
+    logits, features, W, mean = (t.float() for t in problem(6, n_classes, 40))
+    logits = corners(logits) if n_classes > 3 else logits
+    found = torch.compile(Statistics(W, mean), fullgraph=True, dynamic=False)(logits, features)
+    truth = literal(logits.double(), features.double(), W.double(), mean.double())
+    for name in set(STATISTICS) - {"predicted"}:
+        torch.testing.assert_close(
+            found[name].double(), truth[name], rtol=2e-6, atol=1e-6, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("with_table", [True, False])
 def test_export_holds_aten_operators_only(with_table, strict):

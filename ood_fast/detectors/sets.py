@@ -201,9 +201,12 @@ class DetectorSet(nn.Module):
         for constants, members in shared:
             names = {statistic for _, detector in members for statistic in detector.statistics()}
             statistics = row_statistics(names, logits, features, **constants)
-            for name, detector in members:
-                scores[name] = detector._combine(statistics)
-                detector._check_scores(scores[name], features, logits)
+            combined = {name: detector._combine(statistics) for name, detector in members}
+            # One look at all of them: asking the device for each would take as long as a score.
+            if not torch.compiler.is_compiling() and torch.stack(list(combined.values())).isnan().any():
+                for name, detector in members:
+                    detector._check_scores(combined[name], features, logits)
+            scores |= combined
         return {name: scores[name] for name in self if name in scores}
 
     def forward(self, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
