@@ -90,7 +90,7 @@ def _backend(*tensors: Tensor | None) -> ModuleType:
 # What the four operators share
 # ----------------------------------------------------------------------------------------------------------------------
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))  # what an argument may be that nothing traces
 
 
 class _Function(torch.autograd.Function):
@@ -141,7 +141,7 @@ def _call(function: type[_Function], operator: Callable, *args) -> tuple[Tensor,
     The registered operator where something traces; an autograd function, or a plain call, otherwise.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return operator(*args)
     if _is_transforming() or torch.autograd.forward_ad._current_level >= 0:
         return _Transformed.apply(*args, function, operator)
@@ -246,11 +246,7 @@ def _backward(
     if grad is None:
         return (None,) * len(inputs)
     run, operator = run_and_operator
-    if (
-        torch.compiler.is_compiling()
-        or _is_transforming()
-        or any(type(t) not in _PLAIN for t in (grad, *inputs) if t is not None)
-    ):
+    if torch.compiler.is_compiling() or _is_transforming() or not _PLAIN.issuperset(map(type, (grad, *inputs))):
         run = operator
     if needed is not None:
         args = (*args, *needed)
@@ -279,7 +275,7 @@ def _is_traced(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or _is_transforming()
         or torch.autograd.forward_ad._current_level >= 0
-        or any(t is not None and type(t) not in _PLAIN for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -459,28 +455,59 @@ _elogitnorm_operator = _operator(
 )
 
 
-class _SmallELogitNorm(_Function):
-    """ELogitNorm for small heads on the CPU: eager calls only, so it has no registered operator."""
+def _small_gradients(grad_loss, logits, head_weight, target, class_weight, *keywords_and_needs):
+    *keywords, need_logits, need_weight = keywords_and_needs
+    inputs = logits, head_weight, target, class_weight
+    return small.loss_and_gradients(*inputs, *keywords, grad_loss, need_logits, need_weight)[2:]
 
-    run = staticmethod(small.forward)
-    n_visible = 2
+
+def _small_gradients_operator(grad_loss, logits, head_weight, target, class_weight, *keywords_and_needs):
+    """The same by the general form's operators: the small one looks at numbers, which nothing can trace."""
+    ignore_index, reduction, eps, average_offset, *needs = keywords_and_needs
+    inputs = logits, head_weight, target, class_weight
+    _, _, *saved = _elogitnorm_operator(*inputs, ignore_index, reduction, 0.0, eps, average_offset, True)
+    return _elogitnorm_backward_operator(grad_loss, *inputs, saved, ignore_index, reduction, 0.0, *needs)
+
+
+class _SmallELogitNorm(torch.autograd.Function):
+    """ELogitNorm for small heads on the CPU: eager calls only, so it has no registered operator.
+
+    The forward pass makes the gradients too, those of a loss with upstream gradient 1. Where each sample has its own
+    (`reduction="none"`), and in a second backward pass through a retained graph, the backward pass computes them.
+    """
 
     @staticmethod
-    def save(ctx, inputs, output):
-        logits, head_weight, target, class_weight, ignore_index, reduction, _, average_offset = inputs
-        ctx.save_for_backward(logits, head_weight, target, class_weight, *output[2:])
-        ctx.keywords = ignore_index, reduction, average_offset
+    def forward(ctx, logits, head_weight, target, class_weight, *keywords):
+        inputs = logits, head_weight, target, class_weight
+        ahead = keywords[1] != "none"
+        needed = ctx.needs_input_grad[:2] if ahead else (False, False)
+        loss, distance, *grads = small.loss_and_gradients(*inputs, *keywords, None, *needed)
+        ctx.save_for_backward(*inputs)
+        ctx.keywords = keywords
+        # Nobody else has them, so that the first backward may scale them in place and give them away.
+        ctx.grads = grads if ahead else None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(distance)
+        return loss, distance
 
     @staticmethod
-    def backward(ctx, grad_loss, *unused):
-        def run(*args):
-            *args, _, need_weight = args
-            with eager.full_precision(args[0].device):
-                return small.backward(*args, need_weight)
+    def backward(ctx, grad_loss, _):
+        inputs = ctx.saved_tensors
+        ours, ctx.grads = ctx.grads, None
 
-        saved = ctx.saved_tensors
-        args = (grad_loss, *saved, *ctx.keywords)
-        grads = _backward("elogitnorm", (run, run), args, ctx.needs_input_grad[:2], saved[:2])
+        def first_time(grad_loss, *rest):
+            if grad_loss.item() != 1.0:
+                for grad in filter(torch.is_tensor, ours):
+                    grad.mul_(grad_loss)
+            return ours
+
+        grads = _backward(
+            "elogitnorm",
+            (first_time if ours else _small_gradients, _small_gradients_operator),
+            (grad_loss, *inputs, *ctx.keywords),
+            ctx.needs_input_grad[:2],
+            inputs[:2],
+        )
         return *grads, *[None] * 6
 
 
@@ -504,7 +531,7 @@ def elogitnorm(
         and backend_name(logits.device) == "eager"
     ):
         with contextlib.suppress(small.NotPlainError):
-            run = _SmallELogitNorm.apply if with_slope else small.forward
+            run = _SmallELogitNorm.apply if with_slope else small.loss_and_gradients
             return run(*args, eps, average_offset)[:2]
     loss, distance, *_ = _call(
         _ELogitNorm,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 from support import Batch, assert_no_worse, loss_and_gradients
 
@@ -480,15 +481,14 @@ def test_general_form_where_the_small_one_would_serve(shape, spec, monkeypatch):
 
 def test_small_form_serves_plain_batches_and_refuses_the_others(monkeypatch):
     served = []
-    forward = small.forward
+    run = small.loss_and_gradients
 
     def watched(*args):
-        out = forward(*args)
+        out = run(*args)
         served.append(out)
         return out
 
-    monkeypatch.setattr(small, "forward", watched)
-    monkeypatch.setattr(ops._SmallELogitNorm, "run", staticmethod(watched))
+    monkeypatch.setattr(small, "loss_and_gradients", watched)
     with ops.use_backend("eager"):
         for needs_grad in (True, False):
             batch = Batch.of(8, 5, 7)
@@ -499,3 +499,92 @@ def test_small_form_serves_plain_batches_and_refuses_the_others(monkeypatch):
                 keywords = {"y": batch.y, **keywords}
                 ood_fast.elogitnorm(batch.logits, None, batch.W, None, **keywords)
         assert len(served) == 2, "a corner was served by the small form"
+
+
+# dW by pdist's own gradient, and by a product
+SMALL_FORMS = {"differences": (8, 5, 7), "product": (70, 65, 40)}
+
+
+def count_small_form(monkeypatch) -> list[tuple[bool, bool]]:
+    """What each call of the small form from now on was asked for: (logit gradient, weight gradient)."""
+    asked = []
+    run = small.loss_and_gradients
+
+    def watched(*args):
+        asked.append(tuple(args[9:]) or (False, False))
+        return run(*args)
+
+    monkeypatch.setattr(small, "loss_and_gradients", watched)
+    return asked
+
+
+@pytest.mark.parametrize("shape", SMALL_FORMS.values(), ids=SMALL_FORMS.keys())
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_small_form_gives_its_gradients_away_only_once(reduction, shape):
+    """What a caller does with the first ones does not reach the second; an upstream of 1 and any other agree."""
+    with ops.use_backend("eager"):
+        batch = Batch.of(*shape)
+        inputs = batch.logits.requires_grad_(), batch.W.requires_grad_()
+        loss = ood_fast.elogitnorm(inputs[0], None, inputs[1], None, batch.y, reduction=reduction)
+        one = torch.ones_like(loss)
+        first = torch.autograd.grad(loss, inputs, one, retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        second = torch.autograd.grad(loss, inputs, one, retain_graph=True)
+        third = torch.autograd.grad(loss, inputs, 3 * one)
+        fresh = ood_fast.elogitnorm(inputs[0], None, inputs[1], None, batch.y, reduction=reduction)
+        scaled = torch.autograd.grad(fresh, inputs, 3 * one)
+        for g, again, thrice, also_thrice in zip(kept, second, third, scaled, strict=True):
+            assert torch.equal(again, g)
+            for tripled in (thrice, also_thrice):
+                torch.testing.assert_close(tripled, 3 * g, rtol=1e-5, atol=1e-6 * g.abs().max().item())
+
+
+def test_small_form_computes_no_gradient_that_nobody_asked_for(monkeypatch):
+    asked = count_small_form(monkeypatch)
+    with ops.use_backend("eager"):
+        batch = Batch.of(8, 5, 7)
+        logits, W = batch.logits.requires_grad_(), batch.W.requires_grad_()
+
+        def loss(logits=logits, W=W, **keywords):
+            return ood_fast.elogitnorm(logits, None, W, None, batch.y, **keywords)
+
+        with torch.no_grad():
+            loss()
+        loss(logits.detach(), W.detach())
+        assert asked == [(False, False)] * 2
+        loss(detach_geometry=True).backward()
+        loss(logits.detach()).backward()
+        loss().backward()
+        assert asked[2:] == [(True, False), (False, True), (True, True)], "and the backward pass calls nothing more"
+        loss(reduction="none").sum().backward()
+        assert asked[5:] == [(False, False), (True, True)]
+
+
+def test_small_form_notices_inputs_that_changed_before_backward():
+    """As F.cross_entropy does, although its gradients were made before."""
+    with ops.use_backend("eager"):
+        batch = Batch.of(8, 5, 7)
+        W = batch.W.requires_grad_()
+        loss = ood_fast.elogitnorm(batch.logits, None, W, None, batch.y)
+        with torch.no_grad():
+            W.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_compiled_autograd_of_the_small_form(reduction):
+    """The loss in eager mode, its backward pass traced: by the operators of the general form."""
+    torch.compiler.reset()
+    with ops.use_backend("eager"):
+        batch = Batch.of(8, 5, 7)
+        upstream = torch.rand(8) if reduction == "none" else torch.tensor(1.7)
+        plain = loss_and_gradients(ood_fast.elogitnorm, batch, upstream, reduction=reduction)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            logits, W = batch.logits.detach().requires_grad_(), batch.W.detach().requires_grad_()
+            loss = ood_fast.elogitnorm(logits, None, W, None, batch.y, reduction=reduction)
+            loss.backward(upstream)
+        for traced, expected in zip((logits.grad, W.grad), plain[1:], strict=True):
+            torch.testing.assert_close(traced, expected, rtol=1e-5, atol=1e-6)
