@@ -71,7 +71,7 @@ def steps(shape: tuple[int, int, int], distinct: int | None) -> dict[str, Callab
 
 
 class Floor(torch.autograd.Function):
-    """A part of the loss that no form out of PyTorch's operators does without, in an autograd function of Python.
+    """A part of the loss, in an autograd function of Python: what is left to hope for when all the rest is free.
 
     The cross-entropy of u = (f - f_p) / D, its gradient for f, and the two products (c, c, m) that the distances
     between rows of W and their gradient come to. Free: the table `R` of inverse distances and the matrix `S` that
@@ -97,7 +97,7 @@ class Floor(torch.autograd.Function):
         gradient = torch.ops.aten.nll_loss_backward.default(upstream, log_probability, y, None, 1, -100, total)
         gradient = torch.ops.aten._log_softmax_backward_data.default(gradient, log_probability, 1, torch.float32)
         slope = (gradient * u).sum(1, keepdim=True)
-        gradient.addcmul_(rows, slope).div_(D)
+        gradient.addcmul_(rows, slope, value=-1).div_(D)
         return gradient, eager._product(S, W), None, None, None
 
 
@@ -150,7 +150,7 @@ def dense() -> None:
 
 
 def small() -> None:
-    """All of the loss beside all of F.cross_entropy, where calls are the cost; and what no form can go below."""
+    """All of the loss beside all of F.cross_entropy, where calls are the cost; and a part of it alone."""
     print("\n(n, c, m)       cross-entropy us, calls   elogitnorm / cross-entropy, calls   detached     floor")
     for shape in SMALL:
         _, W, _, logits, y = leaves(shape)

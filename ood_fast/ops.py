@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -455,18 +456,12 @@ _elogitnorm_operator = _operator(
 )
 
 
-def _small_gradients(grad_loss, logits, head_weight, target, class_weight, *keywords_and_needs):
-    *keywords, need_logits, need_weight = keywords_and_needs
-    inputs = logits, head_weight, target, class_weight
-    return small.loss_and_gradients(*inputs, *keywords, grad_loss, need_logits, need_weight)[2:]
-
-
-def _small_gradients_operator(grad_loss, logits, head_weight, target, class_weight, *keywords_and_needs):
-    """The same by the general form's operators: the small one looks at numbers, which nothing can trace."""
+def _general_gradients(forward, backward, grad_loss, logits, head_weight, target, class_weight, *keywords_and_needs):
+    """What the small form gives, by the general one: `forward` and `backward` are its functions or its operators."""
     ignore_index, reduction, eps, average_offset, *needs = keywords_and_needs
     inputs = logits, head_weight, target, class_weight
-    _, _, *saved = _elogitnorm_operator(*inputs, ignore_index, reduction, 0.0, eps, average_offset, True)
-    return _elogitnorm_backward_operator(grad_loss, *inputs, saved, ignore_index, reduction, 0.0, *needs)
+    _, _, *saved = forward(*inputs, ignore_index, reduction, 0.0, eps, average_offset, True)
+    return backward(grad_loss, *inputs, saved, ignore_index, reduction, 0.0, *needs)
 
 
 class _SmallELogitNorm(torch.autograd.Function):
@@ -481,11 +476,13 @@ class _SmallELogitNorm(torch.autograd.Function):
         inputs = logits, head_weight, target, class_weight
         ahead = keywords[1] != "none"
         needed = ctx.needs_input_grad[:2] if ahead else (False, False)
-        loss, distance, *grads = small.loss_and_gradients(*inputs, *keywords, None, *needed)
+        geometry = small.geometry(head_weight, keywords[-1])
+        loss, distance, *grads = small.loss_and_gradients(*inputs, *keywords, None, *needed, geometry)
         ctx.save_for_backward(*inputs)
         ctx.keywords = keywords
         # Nobody else has them, so that the first backward may scale them in place and give them away.
         ctx.grads = grads if ahead else None
+        ctx.geometry = None if ahead else geometry
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(distance)
         return loss, distance
@@ -494,20 +491,26 @@ class _SmallELogitNorm(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         inputs = ctx.saved_tensors
         ours, ctx.grads = ctx.grads, None
+        geometry = ctx.geometry
 
-        def first_time(grad_loss, *rest):
-            if grad_loss.item() != 1.0:
-                for grad in filter(torch.is_tensor, ours):
-                    grad.mul_(grad_loss)
-            return ours
+        def run(grad_loss, *inputs_and_keywords):
+            *args, need_logits, need_weight = inputs_and_keywords
+            with_tangent = torch.autograd.forward_ad._current_level >= 0
+            upstream = grad_loss.item() if ours and not with_tangent else math.nan
+            if math.isfinite(upstream):  # 0 * inf would be NaN, also where a sample is ignored
+                if upstream != 1.0:
+                    for grad in filter(torch.is_tensor, ours):
+                        grad.mul_(grad_loss)
+                return ours
+            if not with_tangent:
+                with contextlib.suppress(small.NotPlainError):  # W was plain in the forward pass; .data may change it
+                    return small.loss_and_gradients(*args, grad_loss, need_logits, need_weight, geometry)[2:]
+            return _general_gradients(_elogitnorm, _elogitnorm_backward, grad_loss, *inputs_and_keywords)
 
-        grads = _backward(
-            "elogitnorm",
-            (first_time if ours else _small_gradients, _small_gradients_operator),
-            (grad_loss, *inputs, *ctx.keywords),
-            ctx.needs_input_grad[:2],
-            inputs[:2],
-        )
+        # The small form looks at numbers, which nothing can trace.
+        operator = functools.partial(_general_gradients, _elogitnorm_operator, _elogitnorm_backward_operator)
+        args = (grad_loss, *inputs, *ctx.keywords)
+        grads = _backward("elogitnorm", (run, operator), args, ctx.needs_input_grad[:2], inputs[:2])
         return *grads, *[None] * 6
 
 

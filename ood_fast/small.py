@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, eager
 
-MAX_CLASSES = 128  # pdist's order is undone through a cached table of c^2 positions: 128 KiB here
+MAX_CLASSES = 128  # pdist's order is undone through cached tables of 1.5 c^2 positions: 190 KiB here
 # Up to so many elements of differences between rows, pdist's own gradient costs less than the calls that a product
-# takes: at m = 512, up to 16 classes.
-PAIR_ELEMENTS = 1 << 16
+# takes: at m = 512, up to 32 classes.
+PAIR_ELEMENTS = 1 << 18
 MAX_ELEMENTS = 1 << 18  # of the logits: above, `eager.py` works in chunks that stay in cache
 # Rows nearer to each other than this share of the largest distance: a product would lose digits of their difference.
 CLOSE_ROWS = 1e-2
@@ -55,6 +56,15 @@ def applies(
     )
 
 
+class Geometry(NamedTuple):
+    """What the loss takes of W alone."""
+
+    lengths: Tensor  # ||w_i - w_j|| of each pair i < j, in pdist's order
+    nearest: float
+    farthest: float
+    table: Tensor  # (c, c), row p is dD/df: -R / (K + offset), and at p, where the gap is 0, minus their sum
+
+
 @functools.lru_cache(maxsize=16)
 def _constants(n_classes: int, average_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-1 / (K + offset) and 1, 0-dim; where pdist puts each pair, (c, c); where each of its pairs is in that square.
@@ -64,8 +74,8 @@ def _constants(n_classes: int, average_offset: int, dtype: torch.dtype) -> tuple
     row, column = torch.triu_indices(n_classes, n_classes, 1, device="cpu")
     positions = torch.zeros(n_classes, n_classes, dtype=torch.int64, device="cpu")
     positions[row, column] = positions[column, row] = torch.arange(row.shape[0], device="cpu")
-    share, one = torch.tensor([-1.0 / (n_classes - 1 + average_offset), 1.0], dtype=dtype, device="cpu")
-    return share, one, positions, row * n_classes + column
+    minus_inverse, one = torch.tensor([-1.0 / (n_classes - 1 + average_offset), 1.0], dtype=dtype, device="cpu")
+    return minus_inverse, one, positions, row * n_classes + column
 
 
 def _balance_rows(square: Tensor) -> Tensor:
@@ -74,6 +84,18 @@ def _balance_rows(square: Tensor) -> Tensor:
     diagonal.zero_()
     diagonal.sub_(square.sum(1))
     return square
+
+
+def geometry(head_weight: Tensor, average_offset: int) -> Geometry:
+    """Raises NotPlainError where two rows coincide."""
+    lengths = torch.pdist(head_weight)
+    nearest, farthest = (extreme.item() for extreme in torch.aminmax(lengths))
+    # They are 0 * inf in dW, also where neither of them is predicted and D does not show it.
+    if not nearest > CLOSEST:
+        raise NotPlainError
+    minus_inverse, _, positions, _ = _constants(len(head_weight), average_offset, head_weight.dtype)
+    table = _balance_rows(torch.div(minus_inverse, lengths).take(positions))
+    return Geometry(lengths, nearest, farthest, table)
 
 
 def loss_and_gradients(
@@ -88,22 +110,18 @@ def loss_and_gradients(
     grad_loss: Tensor | None = None,
     need_logits: bool = False,
     need_weight: bool = False,
+    given: Geometry | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(reduced loss, D, gradient for logits if either is needed, gradient for W if needed); None for the others.
 
-    `grad_loss`: the upstream gradient, 0-dim or with reduction "none" (n,); 1 if None.
+    `grad_loss`: the upstream gradient, 0-dim or with reduction "none" (n,); 1 if None. `given`: the geometry of W,
+    where it is known.
 
     Raises NotPlainError, or IndexError for a target out of range.
     """
-    n_classes, n_features = head_weight.shape
-    minus_share, one, positions, upper = _constants(n_classes, average_offset, logits.dtype)
-    lengths = torch.pdist(head_weight)
-    nearest, farthest = (extreme.item() for extreme in torch.aminmax(lengths))
-    # Rows that coincide are 0 * inf in dW, also where neither of them is predicted and D does not show it.
-    if not nearest > CLOSEST:
-        raise NotPlainError
-    # Row p is dD/df: -R / (K + offset), and on the diagonal, where the gap is 0, their sum with the other sign.
-    table = _balance_rows(torch.div(minus_share, lengths).take(positions))
+    n_classes = head_weight.shape[0]
+    lengths, _, _, table = given = given or geometry(head_weight, average_offset)
+    _, one, _, upper = _constants(n_classes, average_offset, logits.dtype)
     top, predicted = logits.max(1)
     minus_gap = logits - top.unsqueeze(1)
     rows = table.index_select(0, predicted)
@@ -132,16 +150,34 @@ def loss_and_gradients(
     if not need_weight:
         return loss, distance, gradient, None
     # dL/d||w_p - w_j|| = -slope u R^2 / (K + offset), summed over the samples of each p and over both orders of a pair.
-    # The table holds a share too many in each factor R, which `alpha` takes out at once.
-    share = n_classes - 1 + average_offset
-    by_differences = upper.shape[0] * n_features <= PAIR_ELEMENTS or nearest < CLOSE_ROWS * farthest
-    alpha = -share if by_differences else -share * share
+    # The table brings 1 / (K + offset) with each factor R, once more than is meant, or twice: `alpha` takes that out.
+    count = n_classes - 1 + average_offset
+    by_differences = lengths.shape[0] * head_weight.shape[1] <= PAIR_ELEMENTS
+    alpha = -count if by_differences else -count * count
     pull = torch.zeros_like(table).index_add_(0, predicted, scaled.mul_(slope), alpha=alpha)
     pull = (pull + pull.t()).mul_(table).mul_(table)
     if by_differences:
         return loss, distance, gradient, _pdist_backward(pull.take(upper), head_weight.contiguous(), 2.0, lengths)
-    pull = _balance_rows(pull.mul_(table))
+    return loss, distance, gradient, _weighted_differences(pull.mul_(table), head_weight, given, upper)
+
+
+def _weighted_differences(pull: Tensor, head_weight: Tensor, given: Geometry, upper: Tensor) -> Tensor:
+    """Row i: sum_j pull_ij (w_j - w_i), by one product, and close pairs by their differences. `pull` is spent.
+
+    Raises NotPlainError where these are many: an outlier among the rows makes all others close.
+    """
+    close = None
+    if given.nearest < CLOSE_ROWS * given.farthest:
+        close = upper[given.lengths < CLOSE_ROWS * given.farthest]
+        row, other = close // len(pull), close % len(pull)
+        if row.shape[0] * head_weight.shape[1] > PAIR_ELEMENTS:
+            raise NotPlainError
+        by_pair = pull[row, other].unsqueeze(1) * (head_weight[other] - head_weight[row])
+        pull[row, other] = pull[other, row] = 0.0
     # No common offset costs digits when a row of W is the origin; the mean row would serve as well, but takes a pass.
     centered = head_weight - head_weight[0]
-    with eager.full_precision(logits.device):
-        return loss, distance, gradient, eager._product(pull, centered)
+    with eager.full_precision(head_weight.device):
+        gradient = eager._product(_balance_rows(pull), centered)
+    if close is not None:
+        gradient.index_add_(0, row, by_pair).index_add_(0, other, by_pair, alpha=-1)
+    return gradient
