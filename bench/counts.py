@@ -49,7 +49,7 @@ class Sizes:
         return vars(self) | {
             "k": min(self.n, self.c),
             "u": self.u or min(self.n, self.c),
-            "M": self.M or self.c,
+            "M": min(self.M or self.c, self.c),
             "min": min,
             "ceil": math.ceil,
         }

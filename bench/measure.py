@@ -14,6 +14,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -153,20 +154,34 @@ def _worker() -> ProcessPoolExecutor:
 
 
 def _prepare_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what has been imported: a collection of the rest takes no time, of all a tenth of a second a row
-    with contextlib.suppress(AttributeError, OSError):  # glibc only
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only
         ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: blocks of 128 KiB and more are maps of their own
+
+
+def _end_with_parent() -> None:
+    """A worker of a pool waits for work for ever, also where a signal has ended who would give it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @functools.cache
 def _is_returned() -> bool:
-    """Whether the system tells the resident set, and 64 MB that are freed leave it."""
+    """Whether the system tells the resident set and its peak, and 64 MB that are freed leave it."""
     try:
-        before = _resident("VmRSS")
+        _forget_peak()
+        before = _resident("VmHWM")
         torch.ones(2**24)
         return _resident("VmRSS") - before < 2**24
-    except FileNotFoundError:
+    except (OSError, StopIteration):  # no such file, no right to it, no such line in it
         return False
+
+
+def _forget_peak() -> None:
+    """Set the high-water mark to what is resident now."""
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")
 
 
 def _gpu_peak(prepare: Prepare, device: torch.device) -> float:
@@ -184,10 +199,9 @@ def _cpu_peak(prepare: Prepare) -> float | None:
         return None
     step = prepare()
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # the small blocks too
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the small blocks too
         ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # sets the high-water mark to what is resident now
+    _forget_peak()
     before = _resident("VmRSS")
     returned = step()
     return max((_resident("VmHWM") - before - _bytes(returned)) / 1e6, 0.0)

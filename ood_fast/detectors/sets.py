@@ -183,7 +183,8 @@ class DetectorSet(nn.Module):
     ) -> dict[str, Tensor]:
         """Scores (n,) by every detector from features (n, m) and logits (n, c).
 
-        Those that are functions of row statistics share one read of both.
+        Those that are functions of row statistics share one read of both. On a CPU they are thirty passes of plain
+        PyTorch over it, which `torch.compile(detectors.score_features)` makes a few of.
 
         Args:
             skip_models: leave out the detectors that need the model; otherwise they raise.
