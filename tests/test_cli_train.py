@@ -474,6 +474,9 @@ def test_two_processes_stopped_and_continued_to_the_same_bits(root, tmp_path):
     assert (state["epoch"], state["step"], len(state["ranks"])) == (1, 2, 2)
     other = cli.main([*command, "--out=run", "--resume"])  # one process is another run
     assert other == 2
+    stopped = torchrun(*command, "--out=run", "--resume", OOD_FAST_TEST_SIGNAL="SIGTERM:2:validation")
+    last_step = N_IMAGES // 16
+    assert f"stopped by SIGTERM in epoch 2, after step {last_step}; saved" in stopped.stderr
     again = torchrun(*command, "--out=run", "--resume")
     assert again.returncode == 0, again.stderr
     assert_same_bits(final("run"), final("whole"))

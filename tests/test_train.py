@@ -322,6 +322,40 @@ def test_stopped_by_sigterm_and_continued_to_the_same_bits(changes, epoch, step,
     assert parts.scaler.state_dict() == whole.scaler.state_dict()
 
 
+class SendsWhenRead(torch.utils.data.Dataset):
+    """A signal when the last image is read for the n-th time."""
+
+    def __init__(self, images, signum: int, n: int) -> None:
+        self.images, self.signum, self.left = images, signum, n
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i):
+        self.left -= i == len(self) - 1
+        if i == len(self) - 1 and self.left == 0:
+            os.kill(os.getpid(), self.signum)
+        return self.images[i]
+
+
+def test_stopped_during_validation_and_continued_to_the_same_bits(root, tmp_path):
+    """Not only at the first step after it, which may be minutes away: a cluster gives half a minute."""
+    recipe = replace(BASE, model="tiny_dropout", mixup=0.5)
+    fresh = lambda: data.open_benchmark("cifar10", root)  # noqa: E731
+    whole = training.fit_recipe(recipe, fresh(), tmp_path / "whole")
+    images = fresh()
+    images.validation = SendsWhenRead(images.validation, signal.SIGTERM, 2)
+    with pytest.raises(training.Interrupted, match=f"stopped by SIGTERM in epoch 2, after step {N_STEPS}"):
+        training.fit_recipe(recipe, images, tmp_path / "parts")
+    state = torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)
+    assert (state["epoch"], state["step"], len(state["history"])) == (1, N_STEPS, 1)
+    parts = training.fit_recipe(recipe, fresh(), tmp_path / "parts", resume=True)
+    assert_same_bits(final(tmp_path / "parts"), final(tmp_path / "whole"))
+    accuracies = [[row["validation_accuracy"] for row in run.history] for run in (parts, whole)]
+    assert accuracies[0] == accuracies[1]
+    assert parts.best == whole.best
+
+
 @pytest.mark.slow
 def test_workers_change_no_bit_also_over_a_resume(root, tmp_path):
     recipe = replace(BASE, model="tiny_dropout", mixup=0.5)

@@ -205,8 +205,8 @@ class Run:
     def train(self) -> None:
         """Train to the last epoch.
 
-        SIGTERM and SIGINT are taken at the next step: the run is saved and `Interrupted` raised; a second SIGINT is a
-        KeyboardInterrupt at once.
+        SIGTERM and SIGINT are taken at the next step or batch of the validation: the run is saved and `Interrupted`
+        raised; a second SIGINT is a KeyboardInterrupt at once.
 
         Raises:
             UserError: see the class; an image cannot be read.
@@ -380,14 +380,20 @@ class Run:
 
     @torch.no_grad()
     def _accuracy(self, dataset: Dataset) -> float:
-        """Of the model in evaluation mode; each process looks at its share."""
+        """Of the model in evaluation mode; each process looks at its share. Signals are heard after each batch: where
+        one stops the run, the epoch's steps are saved, and it goes on from here."""
         rows = range(self.rank * len(dataset) // self.n_processes, (self.rank + 1) * len(dataset) // self.n_processes)
+        batch_size, done = self.recipe.batch_size, 0
         n_correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
-        for x, y in self._loader(Subset(dataset, rows), batch_size=self.recipe.batch_size):
+        for done, (x, y) in enumerate(self._loader(Subset(dataset, rows), batch_size=batch_size), 1):  # noqa: B007
             with self._autocast():
                 logits = self.model(x.to(self.device, non_blocking=True, **self._format))
             n_correct += _n_correct(logits, y.to(self.device, non_blocking=True))
+            self._attend()
+        most = math.ceil(math.ceil(len(dataset) / self.n_processes) / batch_size)
+        for _ in range(most - done):  # a share may be an image, and so a batch, smaller; all listen as often
+            self._attend()
         return self._summed(n_correct).item() / len(dataset) if len(dataset) else math.nan
 
     def _diagnose(self) -> None:
