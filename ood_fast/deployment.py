@@ -84,7 +84,10 @@ class Deployed(nn.Module):
         logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
         features = None
         if self._seen is not None:
-            check_head(self.model.get_submodule(self.head), logits)
+            head = self.model
+            for name in self.head.split("."):  # get_submodule cannot be traced by torch 2.9
+                head = getattr(head, name)
+            check_head(head, logits)
             features = self._seen.take()
         score = self.detector.score_features(features, logits)
         return logits, score, self.detector.is_ood(score)
