@@ -4,19 +4,17 @@
     python -m bench.ratios dense small     # some of them
 
 Times are medians of rounds in which the candidates take turns, so that what else the machine does meets all of them.
-Peak memory is the growth of the resident set over the inputs, less the gradients returned, in a process of its own.
+Peak memory is what a step takes beyond its inputs and the gradients returned, measured as in `pytest bench/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
-import multiprocessing
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ood_fast
 from ood_fast import eager
 
-from .measure import environment
+from .measure import environment, peak_megabytes
 
 DENSE = ((256, 1000, 2048), (64, 21841, 768))
 SMALL = ((128, 10, 512), (128, 100, 512))
@@ -140,12 +138,12 @@ def dense() -> None:
         for distinct in (shape[0], shape[0] // 2):
             t = alternate(steps(shape, distinct), seconds=6)
             extra, detached = ((t[k] - t["cross-entropy"]) / t["head"] for k in ("elogitnorm", "detached"))
-            peak = in_process(_dense_peak, shape, distinct)
+            megabytes = peak(prepare, shape, distinct)
             name = str(shape)
             goal = EXTRA.get((shape, distinct), EXTRA[shape, shape[0]])
             print(
                 f"{name:20} {distinct:4d} {1e3 * t['head']:9.1f} {held(extra, goal):>16}"
-                f" {held(detached / extra, 0.5):>18} {held(peak, PEAK_MB.get(shape)):>17}"
+                f" {held(detached / extra, 0.5):>18} {held(megabytes, PEAK_MB.get(shape)):>17}"
             )
 
 
@@ -178,8 +176,8 @@ def linear() -> None:
     t = alternate(candidates, seconds=20)
     print(f"\n{LINEAR}                       s   / unfused   peak MB")
     for name, seconds in t.items():
-        peak = in_process(_linear_peak, name)
-        print(f"{name:36} {seconds:6.2f} {seconds / t['unfused linear + cross-entropy']:9.2f} {peak:9.0f}")
+        megabytes = peak(prepare_linear, name)
+        print(f"{name:36} {seconds:6.2f} {seconds / t['unfused linear + cross-entropy']:9.2f} {megabytes:9.0f}")
 
 
 def linear_leaves() -> tuple[torch.Tensor, ...]:
@@ -204,43 +202,24 @@ def linear_losses() -> dict[str, Callable]:
     return losses
 
 
-def in_process(measure: Callable[..., float], *arguments: object) -> float:
-    """`measure(*arguments)` in a fresh process; NaN where the system does not tell the peak (it is Linux that does)."""
-    try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(measure, arguments)
-    except FileNotFoundError:
-        return float("nan")
+def prepare(shape: tuple[int, int, int], distinct: int) -> Callable[[], object]:
+    """The step of a row of `dense`; it has run once."""
+    step = steps(shape, distinct)["elogitnorm"]
+    step()
+    return step
 
 
-def _dense_peak(shape: tuple[int, int, int], distinct: int) -> float:
-    return _peak(steps(shape, distinct)["elogitnorm"])
-
-
-def _linear_peak(name: str) -> float:
+def prepare_linear(name: str) -> Callable[[], object]:
     z, W, b, y = linear_leaves()
-    return _peak(lambda: torch.autograd.grad(linear_losses()[name](z, W, b, y), (z, W, b)))
+    step = lambda: torch.autograd.grad(linear_losses()[name](z, W, b, y), (z, W, b))  # noqa: E731
+    step()
+    return step
 
 
-def _peak(step: Callable[[], Sequence[torch.Tensor]]) -> float:
-    """MB that one step takes at its peak beyond what was there before and the gradients that it returns. Linux only."""
-    libc = ctypes.CDLL(None)
-    # M_MMAP_THRESHOLD: large blocks go back to the system when freed, so that the step is seen and not the allocator.
-    libc.mallopt(-3, 1 << 17)
-    step()  # the first one also loads code: some 5 MB that no later one takes
-    gc.collect()
-    libc.malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # sets the high-water mark to what is resident now
-    before = _resident("VmRSS")
-    returned = step()
-    peak = _resident("VmHWM")
-    return (peak - before - sum(t.numel() * t.element_size() for t in returned)) / 1e6
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+def peak(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
+    """MB beyond inputs and gradients; NaN where the system does not tell."""
+    found = peak_megabytes(functools.partial(prepare, *arguments), torch.device("cpu"))
+    return math.nan if found is None else found
 
 
 TABLES = {"dense": dense, "small": small, "linear": linear}

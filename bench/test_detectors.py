@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,22 +31,28 @@ from .measure import in_turns
 GAUSSIAN = Case("ImageNet-1K", 64, 1000, 2048)
 # The training features of CIFAR on a ResNet-18, all kept.
 NEIGHBOURS = Case("50,000 neighbours", 2000, 100, 512)
-TRAIN = {GAUSSIAN.name: 4000, NEIGHBOURS.name: 50_000}
+# A hundredth of the training images, as KNN's paper has it.
+SUBSET = Case("ImageNet-1K, 12,800 neighbours", 256, 1000, 2048)
+TRAIN = {GAUSSIAN.name: 4000, NEIGHBOURS.name: 50_000, SUBSET.name: 12_800}
 
 # Name -> our settings, where they are not the default, for the definition that pytorch-ood has.
 SETTINGS = {
     "GEN": {"M": 100, "reduction": "mean", "clamp": 1e-7},
+    "ASH": {"variant": "s", "p": 65},
+    "SCALE": {"p": 65},
     "Mahalanobis": {"half": True},
     "NCI": {"alpha": 1e-3},
     "KNN": {"squared": False},
     "NNGuide": {"k": 10, "fraction": 1.0},
 }
 LOGITS = ("MSP", "MaxLogit", "Energy", "Entropy", "GEN")
-IMAGENET_ROWS = (*LOGITS, "FDBD", "NCI")
+RESHAPED = ("ReAct", "ASH", "SCALE")
+IMAGENET_ROWS = (*LOGITS, *RESHAPED, "FDBD", "NCI")
 GAUSSIANS = ("Mahalanobis", "RMDS")
 ROWS = [
     *((name, IMAGENET) for name in IMAGENET_ROWS),
     *((name, GAUSSIAN) for name in GAUSSIANS),
+    ("KNN", SUBSET),
     *((name, NEIGHBOURS) for name in ("KNN", "NNGuide")),
 ]
 
@@ -103,6 +110,10 @@ def peer(name: str, case: Case, n_classes: int | None = None) -> Score:
         return lambda z, f: theirs.Entropy.score(f)
     if name == "GEN":
         return lambda z, f: theirs.GEN.score(f, gamma=0.1, M=100)
+    if name in RESHAPED:  # of feature maps, here of one pixel
+        layer, more = head(x), {"threshold": clip(case)} if name == "ReAct" else {}
+        detector = getattr(theirs, name)(nn.Identity(), lambda maps: layer(maps.flatten(1)), **more)
+        return lambda z, f: detector.predict_feature_maps(z[:, :, None, None])
     if name == "FDBD":
         detector = theirs.fDBD(nn.Identity(), head(x))
         detector.train_mean = x.train_features.mean(0)
@@ -135,10 +146,28 @@ def gaussians(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return means, inverse(z - means[y]), z.mean(0), inverse(z - z.mean(0))
 
 
+@functools.lru_cache(maxsize=1)
+def clip(case: Case) -> float:
+    """ReAct's 90th percentile of all training features."""
+    return float(np.percentile(data(case).train_features.cpu().numpy(), 90))
+
+
+def reshaped(name: str, case: Case) -> Tensor:
+    z = data(case).features.double()
+    if name == "ReAct":
+        return z.clamp(max=clip(case))
+    kept = z.shape[1] - round(0.65 * z.shape[1])
+    largest = z.topk(kept).values
+    factor = (z.sum(1, keepdim=True) / largest.sum(1, keepdim=True)).exp()
+    return factor * (torch.where(z >= largest[:, -1:], z, 0.0) if name == "ASH" else z)
+
+
 def truth(name: str, case: Case) -> Tensor:
     """Higher = more in-distribution."""
     x = data(case)
     f, z = x.logits.double(), x.features.double()
+    if name in RESHAPED:
+        return (reshaped(name, case) @ x.W.double().T + x.b.double()).logsumexp(1)
     if name in GAUSSIANS:
         means, P, mean, P0 = gaussians(case)
         L = torch.linalg.cholesky(P)  # xᵀ P x = ‖xᵀ L‖²

@@ -52,6 +52,11 @@ CLOSE_PAIR = 1e-2
 _LOGITNORM_EPS = 1e-7
 
 
+def is_exporting() -> bool:
+    """Whether this run makes a graph for torch.export or ONNX."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of all arithmetic: float64 if any input has it, float32 otherwise."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

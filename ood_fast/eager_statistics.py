@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .eager import _inverse_distances, compute_dtype, full_precision
+from .eager import _inverse_distances, compute_dtype, full_precision, is_exporting
 
 _LOG2_E = 1 / math.log(2)
 
@@ -144,11 +144,6 @@ def _feature_statistics(
         # The prediction of a row of logits with NaN means nothing.
         found["projection"] = projection.masked_fill_(top.isnan(), math.nan)
     return found
-
-
-def is_exporting() -> bool:
-    """Whether this run makes a graph for torch.export or ONNX."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _first_equal(logits: Tensor, top: Tensor) -> Tensor:

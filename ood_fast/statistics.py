@@ -93,7 +93,7 @@ def row_statistics(
     if not names:
         return {}
     used = {argument: None if value is None else value.detach() for argument, value in used.items()}
-    if eager_statistics.is_exporting():
+    if eager.is_exporting():
         values = eager_statistics.row_statistics(names, *used.values(), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
     return _computed(names, *used.values(), float(gamma))

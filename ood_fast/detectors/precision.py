@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..eager import _product, compute_dtype, full_precision
+from ..eager import _product, compute_dtype, full_precision, is_exporting
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     numbers, and reshaped features overflow float16. Fit for `torch.compile` and `torch.export`; differentiable."""
     dtype = compute_dtype(x, W, b)
     x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the graph keeps no autocast of its own
+    if is_exporting():  # the graph keeps no autocast of its own
         exact = nullcontext()
     elif torch.compiler.is_compiling():  # the compiler cannot trace the other precision settings
         exact = torch.autocast(x.device.type, enabled=False)
