@@ -6,6 +6,7 @@ The gradients are those of one process on the joined batch: the loss reads the h
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ def main(n_epochs: int = 3) -> None:
     if dist.get_rank() == 0:
         print(f"NCI fitted on {len(data)} images, mean feature of length {detector.mean.norm():.3f} on every process")
     dist.destroy_process_group()
+    time.sleep(0.1)  # gloo's threads drop the gathered tensors; PyTorch aborts if the interpreter ends before they have
 
 
 if __name__ == "__main__":

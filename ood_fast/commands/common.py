@@ -188,7 +188,15 @@ class Process:
 
     rank: int = 0
     size: int = 1
-    group: Any = None
+
+    @property
+    def group(self) -> Any:
+        """The default process group; None alone. Asked for each time: a group that nobody holds ends its threads."""
+        if self.size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.group.WORLD
 
     def share(self, n: int) -> range:
         """The samples of this process: a contiguous part, none twice, none left out."""
@@ -208,6 +216,9 @@ def processes(device: str) -> Iterator[Process]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield Process(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        yield Process(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+        # DistributedDataParallel keeps the group and so gloo's threads. One that still drops the tensors of the last
+        # collective needs the interpreter: if that ends first, PyTorch aborts the process (SIGABRT).
+        time.sleep(0.1)
