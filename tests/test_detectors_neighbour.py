@@ -97,12 +97,107 @@ def test_knn_in_float32_ranks_close_features_by_their_differences(spread):
     torch.testing.assert_close(scores, expected, rtol=1e-6 + 1e-7 / spread, atol=0)
 
 
-def test_knn_ranks_again_only_what_is_in_doubt():
+def test_knn_ranks_again_only_what_is_in_doubt(monkeypatch):
     train, queries = torch.randn(3000, 64), torch.randn(200, 64)
-    detector = detectors.KNN().fit_features(train)
-    assert detector._ranked(torch.nn.functional.normalize(queries), torch.float32)[1].float().mean() < 0.05
-    close = detectors.KNN().fit_features(1 + 1e-4 * train)
-    assert close._ranked(torch.nn.functional.normalize(1 + 1e-4 * queries), torch.float32)[1].all()
+    ranked = []
+    once = detectors.KNN._ranked
+    monkeypatch.setattr(detectors.KNN, "_ranked", lambda self, q: ranked.append((q.dtype, len(q))) or once(self, q))
+    for k in (50, 700):  # the neighbours are the denser, the larger k
+        detectors.KNN(k=k).fit_features(train).score_features(queries)
+        assert ranked.pop(0) == (torch.float32, 200)
+        assert sum(n for _, n in ranked) < 0.05 * 200
+        ranked.clear()
+    detectors.KNN().fit_features(1 + 1e-4 * train).score_features(1 + 1e-4 * queries)
+    assert ranked == [(torch.float32, 200), (torch.float64, 200)]
+    ranked.clear()
+    apart = torch.eye(64).repeat_interleave(3, dim=0) + 0.1 * torch.rand(192, 64)
+    detectors.KNN(k=2).fit_features(apart).score_features(apart[:9])
+    assert ranked == [(torch.float32, 9)], "nothing in doubt: the bank is not converted"
+
+
+def exact_knn(detector: detectors.KNN, queries: torch.Tensor) -> torch.Tensor:
+    """By differences in float64, of the float32 queries and the rows as they are kept."""
+    unit, bank = torch.nn.functional.normalize(queries).double(), detector.bank.double()
+    return -torch.stack([(bank - row).square().sum(1).kthvalue(detector.k).values for row in unit])
+
+
+def clusters(n: int, m: int, spread: float, *, centres: int = 10) -> torch.Tensor:
+    centre = torch.nn.functional.normalize(torch.randn(centres, m, generator=torch.Generator().manual_seed(0)))
+    return centre[torch.arange(n) % centres] + spread / m**0.5 * torch.randn(n, m)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize(("m", "k"), [(16, 1), (16, 20), (64, 150), (64, 400), (1024, 50)])
+def test_knn_in_collapsed_classes(m, k, spread):
+    """Classes far apart whose features lie together, 200 rows each: their squared distances, of 1e-10, are far below
+    the rounding errors of a float32 near 1, in products and in the kept ‖x − μ‖² alike."""
+    detector = detectors.KNN(k=k).fit_features(clusters(2000, m, spread))
+    queries = clusters(30, m, spread)
+    scores = detector.score_features(queries).double()
+    torch.testing.assert_close(scores, exact_knn(detector, queries), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("m", [3, 64, 2048])
+def test_knn_knows_how_much_its_ranking_may_err(m, dtype):
+    centre = torch.randn(m)
+    train = {
+        "after a ReLU": torch.randn(1000, m).relu(),
+        "collapsed": clusters(1000, m, 1e-3),
+        "about one centre": centre + 1e-3 * torch.randn(1000, m),
+        "one common part": 100 + torch.randn(1000, m),
+    }
+    for name, rows in train.items():
+        detector = detectors.KNN(k=5, dtype=dtype).fit_features(rows)
+        queries = torch.nn.functional.normalize(torch.cat([rows[:50] * 1.001, rows[50:100] + 0.1 * torch.randn(50, m)]))
+        table, error = detector._nearness(queries, detector.mean, detector.squares)
+        mean = detector.mean.double()
+        squares = (detector.bank.double() - mean).square().sum(1)
+        exact = 2 * (queries.double() - mean) @ detector.bank.double().T - squares
+        assert ((table - exact).abs() <= error).all(), name
+
+
+@pytest.mark.parametrize("k", [1, 5, 50, 300, 1000])
+def test_knn_is_exact_whatever_the_errors_of_its_ranking(k, monkeypatch):
+    """Within the bound: every entry off by all of it, the k-th and what is behind it upwards, what is before it down,
+    and at random. What rounding gives is nowhere near this."""
+    train, queries = torch.randn(1000, 256).relu(), torch.randn(30, 256).relu()
+    detector = detectors.KNN(k=k).fit_features(train)
+    exact = exact_knn(detector, queries)
+    nearness = detectors.KNN._nearness
+
+    def wrong(self, queries, mean, squares, sign):
+        table, error = nearness(self, queries, mean, squares)
+        assert table.shape == (len(queries), 1000)
+        return table + 0.99 * error * sign(table), error
+
+    def upside_down(table):
+        return torch.where(table > table.topk(k, dim=1).values[:, -1:], -1.0, 1.0)
+
+    for sign in (upside_down, lambda table: -upside_down(table), lambda table: torch.randn_like(table).sign()):
+        monkeypatch.setattr(detectors.KNN, "_nearness", lambda *a, sign=sign: wrong(*a, sign=sign))
+        torch.testing.assert_close(detector.score_features(queries).double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_knn_names_the_row_that_is_no_number(bad, train, queries):
+    """Comparisons with NaN are false: it must not pass for far from everything."""
+    queries = queries.float()
+    queries[3, 1] = bad
+    with pytest.raises(ValueError, match="1 of 40 rows, the first is row 3"):
+        detectors.KNN(k=20).fit_features(train.float()).score_features(queries)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+def test_gradient_of_knn(spread):
+    """That of the distance to the k-th neighbour, also where it is found in float64."""
+    detector = detectors.KNN(k=5).fit_features(1 + spread * torch.randn(200, 8))
+    queries = (1 + spread * torch.randn(6, 8)).requires_grad_()
+    (grad,) = torch.autograd.grad(detector.score_features(queries).sum(), queries)
+    unit = torch.nn.functional.normalize(queries.double())
+    distances = (unit.unsqueeze(1) - detector.bank.double()).square().sum(2)
+    (expected,) = torch.autograd.grad(-distances.kthvalue(5, dim=1).values.sum(), queries)
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * spread)
 
 
 def test_knn_among_duplicates(train, queries):
@@ -146,7 +241,8 @@ def test_blocks_give_what_one_table_gives(dtype, train, queries, monkeypatch):
     z, f = queries.float(), torch.randn(40, C)
     whole = knn.score_features(z), guide.score_features(z, f)
     monkeypatch.setattr(neighbour, "CHUNK_ELEMENTS", 3 * N + 1)
-    monkeypatch.setattr(neighbour, "BANK_TILE", 64)
+    monkeypatch.setattr(neighbour, "TILE_ELEMENTS", 64 * M)
+    monkeypatch.setattr(neighbour, "PAIR_ELEMENTS", 7 * M)
     torch.testing.assert_close((knn.score_features(z), guide.score_features(z, f)), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -240,9 +336,11 @@ def test_state_dict_with_rows_in_float16(name, train, queries):
     assert torch.equal(fresh.score_features(queries, f), detector.score_features(queries, f))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("name", ["KNN", "NNGuide"])
-def test_compiled_and_exported(name, train, queries):
-    settings = {"k": 4, **({"fraction": 1.0} if name == "NNGuide" else {})}
+def test_compiled_and_exported(name, dtype, train, queries, monkeypatch):
+    monkeypatch.setattr(neighbour, "TILE_ELEMENTS", 128 * M)  # three tiles of a bank in float16
+    settings = {"k": 4, "dtype": dtype, **({"fraction": 1.0} if name == "NNGuide" else {})}
     detector = detectors.create(name, **settings).fit_features(train.float(), torch.randn(N, C))
     z, f = queries.float(), torch.randn(40, C)
     expected = detector(z, f)

@@ -17,11 +17,12 @@ from .precision import linear
 from .registry import register
 from .streaming import at_least_float32
 
-# Entries of one block of the table (queries, bank), whatever the two numbers: 24 MiB in float32. From 32 MiB on the C
-# library takes fresh pages for each block, whose faults cost a quarter of the time.
+# Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
+# library takes fresh pages for each block, whose faults cost a quarter of the time. In float64 half as many.
 CHUNK_ELEMENTS = 3 << 21
-BANK_TILE = 8192  # rows of a bank that are converted to another dtype at a time
-WINDOW = 8  # neighbours before and behind the k-th that are measured
+TILE_ELEMENTS = 1 << 20  # of a bank that are converted to another dtype at a time: 8 MiB in float64
+PAIR_ELEMENTS = 1 << 18  # of features whose differences are taken at a time: 1 MiB in float32, which stays in cache
+WINDOW = 8  # neighbours before and behind the k-th that are measured where the ranking leaves more in doubt
 # Of a group of columns `largest` reads the maximum first. Fewer columns a group than this cost more than they save.
 GROUP = 8
 
@@ -45,17 +46,38 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, places)
 
 
-def products(queries: Tensor, bank: Tensor, dtype: torch.dtype) -> Tensor:
-    """queries @ bank.T, (n, N), in `dtype`."""
-    tiles = [bank] if bank.dtype == dtype else bank.split(BANK_TILE)
-    columns = [linear(queries.to(dtype), tile.to(dtype)) for tile in tiles]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+def row_tiles(bank: Tensor) -> tuple[Tensor, ...]:
+    """Rows of a bank (N, m) that are converted at a time."""
+    return bank.split(max(1, TILE_ELEMENTS // max(1, bank.shape[1])))
+
+
+def products(queries: Tensor, bank: Tensor) -> Tensor:
+    """queries @ bank.T, (n, N), in the dtype of the queries."""
+    if bank.dtype == queries.dtype:
+        return linear(queries, bank)
+    table, start = queries.new_empty(queries.shape[0], len(bank)), 0  # torch.export would take len(queries) as fixed
+    for tile in row_tiles(bank):
+        table[:, start : start + len(tile)] = linear(queries, tile.to(queries.dtype))
+        start += len(tile)
+    return table
 
 
 def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
-    """Rows whose tables stay within `CHUNK_ELEMENTS`. A compiled program takes all at once."""
-    whole = torch.compiler.is_compiling() or len(queries) * n_bank <= CHUNK_ELEMENTS
-    return iter([queries]) if whole else iter(queries.split(max(1, CHUNK_ELEMENTS // n_bank)))
+    """Rows whose tables stay within `CHUNK_ELEMENTS` float32. A compiled program takes all at once."""
+    rows = max(1, CHUNK_ELEMENTS * 4 // (n_bank * queries.dtype.itemsize))
+    return iter([queries] if torch.compiler.is_compiling() or len(queries) <= rows else queries.split(rows))
+
+
+def centred_squares(bank: Tensor, mean: Tensor) -> Tensor:
+    """‖x − mean‖² of each row x of a bank (N, m), (N,); the mean and they in float64."""
+    return torch.cat([(streaming.double(tile) - mean).square().sum(dim=1) for tile in row_tiles(bank)])
+
+
+def squared_distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """‖queries[query_p] − bank[row_p]‖² of each pair p, (p,), by differences, in the dtype of the queries."""
+    step = max(1, PAIR_ELEMENTS // max(1, queries.shape[1]))
+    pairs = zip(query.split(step), row.split(step), strict=True)
+    return torch.cat([(queries[q] - bank[r].to(queries.dtype)).square().sum(dim=1) for q, r in pairs])
 
 
 def check_bank(k: int, bank: Tensor, or_else: str) -> None:
@@ -73,8 +95,8 @@ class KNN(Detector):
         −‖ z/‖z‖ − z_(k)/‖z_(k)‖ ‖² + α ‖z‖₁
 
     Keeps the training features, and works through the (queries, bank) table in blocks of bounded size. Neighbours are
-    ranked by the expanded square about the mean of the bank; those around the k-th are then measured by their
-    differences, and a query for which rounding could hide the k-th among others is ranked again in float64. A zero
+    ranked by the expanded square about the mean of the bank; those that rounding could have put in the place of the
+    k-th are then measured by their differences, and a query with too many of these is ranked again in float64. A zero
     feature stays zero and lies at distance 1 from every unit vector.
 
     Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, arXiv:2204.06507. With α > 0 the
@@ -117,48 +139,60 @@ class KNN(Detector):
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
         check_bank(self.k, rows, "more training data")
-        tiles = rows.split(BANK_TILE)
-        mean = sum(streaming.double(tile).sum(dim=0) for tile in tiles) / len(rows)
-        squares = torch.cat([(streaming.double(tile) - mean).square().sum(dim=1) for tile in tiles])
-        self.bank, self.mean, self.squares = rows, mean.to(bank.like), squares.to(bank.like)
+        total = sum(streaming.double(tile).sum(dim=0) for tile in row_tiles(rows))
+        self.bank, self.mean = rows, (total / len(rows)).to(bank.like)
+        self.squares = centred_squares(rows, streaming.double(self.mean)).to(bank.like)
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         unit = l2_normalize(z)[0]
-        squared, unsure = self._ranked(unit, self.mean.dtype)
+        squared, unsure = self._ranked(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
-        if not torch.compiler.is_compiling() and z.dtype == torch.float32 and z.device.type != "mps":
+        if not torch.compiler.is_compiling() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
             again = unsure.nonzero().squeeze(1)
-            squared[again] = self._ranked(unit[again], torch.float64)[0]
+            squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
         score = -squared if self.squared else -squared.sqrt()
         return score + self.alpha * torch.linalg.vector_norm(z, ord=1, dim=1) if self.alpha else score
 
-    def _ranked(self, queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Squared distance to the k-th neighbour, (n,), as ranked in `dtype`; and where that may be another's, bool."""
-        chunks = [self._ranked_chunk(chunk, dtype) for chunk in query_chunks(queries, len(self.bank))]
+    def _ranked(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distance to the k-th neighbour as ranked in the dtype of the queries, (n,); and where that may be
+        another's, bool."""
+        mean, squares = self.mean.to(queries.dtype), self.squares
+        if squares.dtype != queries.dtype:  # rounded to float32 they would hide what float64 is to tell apart
+            squares = centred_squares(self.bank, mean)
+        chunks = [self._ranked_chunk(chunk, mean, squares) for chunk in query_chunks(queries, len(self.bank))]
         distances, unsure = zip(*chunks, strict=True)
         return torch.cat(distances), torch.cat(unsure)
 
-    def _ranked_chunk(self, queries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        centred = queries.to(dtype) - self.mean.to(dtype)
-        # ‖x − q‖² = ‖x − μ‖² − 2 (q − μ)·x + what is the same for the whole row. Negative: the nearest is the largest.
-        table = products(centred, self.bank, dtype).mul_(2).sub_(self.squares.to(dtype))
-        first, last = max(0, self.k - 1 - WINDOW), min(len(self.bank), self.k + WINDOW)
-        nearness, rows = largest(table, last)
-        nearness, rows = nearness[:, first:], rows[:, first:]
-        distances = (queries.unsqueeze(1) - self.bank[rows].to(queries.dtype)).square().sum(dim=2)
-        distance, place = distances.topk(self.k - first, dim=1, largest=False)
-        distance, at_kth = distance[:, -1], nearness.gather(1, place[:, -1:])
+    def _nearness(self, queries: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """−‖x − q‖² plus what is the same for a whole row, (n, N), and by how much an entry may err, (n, 1)."""
+        centred, eps = queries - mean, torch.finfo(queries.dtype).eps
+        # ‖x − q‖² = ‖x − μ‖² − 2 (q − μ)·x + ‖q‖² − ‖μ‖²
+        table = products(2 * centred, self.bank).sub_(squares)
         # Rounding errors of a sum of m products grow as √m, with a factor 6 for all but one in 10⁷ (Higham and Mary,
-        # 2019); the lengths of the rows are at most 1. Both sides of a comparison err.
-        bound = 6 * math.sqrt(queries.shape[1]) * torch.finfo(dtype).eps * torch.linalg.vector_norm(centred, dim=1)
-        bound = 2 * (bound + torch.finfo(dtype).eps * 4).unsqueeze(1)
-        unsure = torch.zeros_like(at_kth, dtype=torch.bool)
-        if first > 0:
-            unsure |= nearness[:, :1] - at_kth <= bound
-        if last < len(self.bank):
-            unsure |= at_kth - nearness[:, -1:] <= bound
-        return distance, unsure.squeeze(1)
+        # 2019); the lengths of the rows are at most 1.
+        error = 6 * math.sqrt(queries.shape[1]) * eps * torch.linalg.vector_norm(centred, dim=1) + 4 * eps
+        return table, error.unsqueeze(1)
+
+    def _ranked_chunk(self, queries: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        k, n_bank = self.k, len(self.bank)
+        table, error = self._nearness(queries, mean, squares)
+        nearness, rows = largest(table, min(n_bank, k + max(WINDOW, k // 4)))
+        # If no entry errs by more than e, neither does the k-th largest. The true k-th then lies within 2e of it, and
+        # what lies further off is before or behind both.
+        near = ~((nearness - nearness[:, k - 1 : k]).abs() > 2 * error)  # NaN too
+        # What was not taken is behind the last that was.
+        unsure = near[:, -1] if near.shape[1] < n_bank else torch.zeros_like(near[:, -1])
+        first, last = max(0, k - 1 - WINDOW), k + WINDOW
+        if torch.compiler.is_compiling():  # as many for each query
+            distances = (queries.unsqueeze(1) - self.bank[rows[:, first:last]].to(queries.dtype)).square().sum(dim=2)
+            return distances.topk(k - first, dim=1, largest=False).values[:, -1], unsure
+        place = torch.arange(near.shape[1], device=near.device)
+        near = torch.where(unsure.unsqueeze(1), (place >= first) & (place < last), near)
+        query, column = near.nonzero(as_tuple=True)
+        distances = torch.where(place < k, -math.inf, math.inf).to(queries.dtype).repeat(len(queries), 1)
+        distances[query, column] = squared_distances(queries, self.bank, query, rows[query, column])
+        return distances.topk(k, dim=1, largest=False).values[:, -1], unsure
 
 
 @register
@@ -214,7 +248,7 @@ class NNGuide(Detector):
         dtype = at_least_float32(self.bank[:0]).dtype
         unit = l2_normalize(at_least_float32(features).to(dtype))[0]
         chunks = query_chunks(unit, len(self.bank))
-        guidance = torch.cat([largest(products(q, self.bank, dtype), self.k)[0].mean(dim=1) for q in chunks])
+        guidance = torch.cat([largest(products(q, self.bank), self.k)[0].mean(dim=1) for q in chunks])
         return guidance * torch.logsumexp(at_least_float32(logits), dim=1)
 
 
