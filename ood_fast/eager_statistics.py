@@ -7,6 +7,7 @@ vectorised form of it: `exp2` and not `exp`, `abs().sum()` and not `vector_norm(
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ _LOG2_E = 1 / math.log(2)
 # three float32 temporaries (6 MiB) stay in the last cache. Smaller chunks, in each core's own cache, are slower.
 CHUNK_ELEMENTS = 1 << 19
 
+SUM_OF_BAG = 0  # the mode of `embedding_bag`, as its operators number them
+
 
 def row_statistics(
     names: list[str],
@@ -31,6 +34,7 @@ def row_statistics(
     mean: Tensor | None,
     table: Tensor | None,
     gamma: float,
+    boundaries: Tensor | None = None,
     *,
     traced: bool = False,
 ) -> list[Tensor]:
@@ -44,12 +48,14 @@ def row_statistics(
     wanted, found = set(names), {}
     if logits is not None:
         found = _by_chunks(
-            lambda f: _logit_statistics(wanted, f.to(dtype), head_weight, table, gamma, traced), traced, logits
+            lambda f: _logit_statistics(wanted, f.to(dtype), head_weight, table, boundaries, gamma, traced),
+            *(traced, logits),
         )
     if features is not None:
         of_logits = [found["max"], found["predicted"]] if "projection" in wanted else []
         found |= _by_chunks(
-            lambda z, *p: _feature_statistics(wanted, z.to(dtype), head_weight, mean, *p), traced, features, *of_logits
+            lambda z, *p: _feature_statistics(wanted, z.to(dtype), head_weight, mean, traced, *p),
+            *(traced, features, *of_logits),
         )
     return [found[name] for name in names]
 
@@ -69,6 +75,7 @@ def _logit_statistics(
     logits: Tensor,
     head_weight: Tensor | None,
     table: Tensor | None,
+    boundaries: Tensor | None,
     gamma: float,
     traced: bool,
 ) -> dict[str, Tensor]:
@@ -84,7 +91,8 @@ def _logit_statistics(
         if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
             top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
         found["max"] = top.squeeze(1)
-    if names & {"predicted", "distance", "projection"}:
+    needs_rest = bool(names & {"entropy", "gen"})
+    if names & {"predicted", "distance", "projection"} or (needs_rest and not traced):
         found["predicted"] = logits.argmax(1) if traced else _first_equal(logits, top)
     if names & {"logsumexp", "entropy", "gen", "distance"}:
         gap = top - logits
@@ -93,26 +101,34 @@ def _logit_statistics(
         exponential = (gap * -_LOG2_E).exp2_()
         partition = exponential.sum(1)
         found["logsumexp"] = found["max"] + partition.log()
-    if names & {"entropy", "gen"}:
-        # Z - 1 loses its digits as the prediction becomes certain. frac leaves out what is exactly 1: the prediction,
-        # and what ties with it; but with a tie rest >= 1.
-        rest = torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
+    if needs_rest:
+        # Z - 1 loses its digits as the prediction becomes certain.
+        if traced:
+            # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
+            rest = torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
+        else:
+            column = found["predicted"].unsqueeze(1)
+            rest = exponential.scatter_(1, column, 0.0).sum(1)  # e_p stays 0: below, it is multiplied by g_p = 0
         partition = rest + 1
-    if "entropy" in names:
-        finite_gap = gap.clamp(max=torch.finfo(gap.dtype).max)  # 0 * inf would be NaN
-        found["entropy"] = finite_gap.mul_(exponential).sum(1) / partition + rest.log1p()
+    if names & {"entropy", "distance"}:
+        e, p = exponential if "entropy" in names else None, found["predicted"] if "distance" in names else None
+        sums = None if traced else _gap_sums(gap, e, p, table, boundaries)
+        if sums is None:
+            sums = _live_gap_sums(gap, e, p, head_weight, table)
+        if "distance" in names:
+            found["distance"] = sums.pop()
+        if "entropy" in names:
+            found["entropy"] = sums.pop() / partition + rest.log1p()
     if "gen" in names:
-        # 1 - e/Z; where e = 1 it is rest/Z with all its digits. (lerp would do the same in three times the time.)
-        others = (1 - exponential).addcmul_(exponential, (rest / partition).unsqueeze(1))
+        # 1 - e/Z; for the prediction it is rest/Z with all its digits.
+        inverse = partition.reciprocal()
+        of_prediction = (rest * inverse).unsqueeze(1)
+        if traced:
+            others = (1 - exponential).addcmul_(exponential, of_prediction)
+        else:
+            others = exponential.mul_(-inverse.unsqueeze(1)).add_(1).scatter_(1, column, of_prediction)
         terms = others.log2_().sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
-        found["gen"] = terms.sum(1) * partition.pow(-gamma)
-    if "distance" in names:
-        inverse = _inverse_rows(head_weight, table, found["predicted"], gap.dtype)
-        distance = _mean_over_boundaries(gap, inverse)
-        if traced or not distance.isfinite().all():
-            masked = gap == math.inf
-            distance = _mean_over_boundaries(gap.masked_fill(masked, 0.0), inverse.masked_fill(masked, 0.0))
-        found["distance"] = distance
+        found["gen"] = terms.sum(1) * inverse.pow(gamma)
     if names & {"logit_norm1", "logit_norm2"}:
         live = logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
         if "logit_norm2" in names:
@@ -127,12 +143,11 @@ def _feature_statistics(
     features: Tensor,
     head_weight: Tensor | None,
     mean: Tensor | None,
+    traced: bool,
     top: Tensor | None = None,
     predicted: Tensor | None = None,
 ) -> dict[str, Tensor]:
     found = {}
-    if "norm1" in names:
-        found["norm1"] = features.abs().sum(1)  # vector_norm(ord=1) takes seven times as long
     if "norm2" in names:
         found["norm2"] = torch.linalg.vector_norm(features, dim=1)
     if names & {"centred_norm", "projection"}:
@@ -140,24 +155,30 @@ def _feature_statistics(
     if "centred_norm" in names:
         found["centred_norm"] = torch.linalg.vector_norm(centred, dim=1)
     if "projection" in names:
-        projection = centred.mul_(head_weight.index_select(0, predicted)).sum(1)
+        if traced:
+            projection = (centred * head_weight.index_select(0, predicted)).sum(1)
+        else:
+            projection = row_dots(centred, head_weight, predicted)
         # The prediction of a row of logits with NaN means nothing.
         found["projection"] = projection.masked_fill_(top.isnan(), math.nan)
+    centred = None  # its memory is in the cache: that of the absolute values
+    if "norm1" in names:
+        found["norm1"] = features.abs().sum(1)  # vector_norm(ord=1) takes seven times as long
     return found
 
 
 def _first_equal(logits: Tensor, top: Tensor) -> Tensor:
     """argmax where the maximum `top` (n, 1) is known; of a row with NaN, some class.
 
-    On the CPU three vectorised passes take a third of the time of argmax, which is scalar there: the first class is the
-    largest of the descending places of the maximum, which float32 holds exactly up to 2^24.
+    On the CPU three vectorised passes take a third of the time of argmax, which is scalar there. With c - 1 added to
+    all but those of the maximum, the first class is the smallest of the places. float32 holds them exactly up to 2^24.
     """
     n_classes = logits.shape[1]
-    if logits.device.type != "cpu" or n_classes > 1 << 24:
+    if logits.device.type != "cpu" or n_classes > 1 << 23:
         return logits.argmax(1)
-    place = torch.eq(logits, top, out=torch.empty_like(logits))
-    place.mul_(torch.arange(n_classes, 0, -1, dtype=place.dtype))
-    return n_classes - place.amax(1).clamp_min_(1).long()
+    place = torch.ne(logits, top, out=torch.empty_like(logits))
+    torch.add(_each(n_classes, place.dtype), place, alpha=n_classes - 1, out=place)
+    return place.amin(1).long()
 
 
 def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,9 +190,59 @@ def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: T
     return distance.reciprocal().masked_fill(distance == 0, 0.0)
 
 
-def _mean_over_boundaries(gap: Tensor, inverse: Tensor) -> Tensor:
-    """D; both are 0 where a class is masked."""
-    return (gap * inverse).sum(1) / inverse.sign().sum(1).clamp(min=1)
+def _gap_sums(
+    gap: Tensor, exponential: Tensor | None, predicted: Tensor | None, table: Tensor, boundaries: Tensor | None
+) -> list[Tensor] | None:
+    """sum_j g_j e_j and D, each if the second factor or the prediction is given. None where a class is masked, whose
+    gap, inf, makes inf or NaN of them; where a class has no boundary, which makes 0/0; or where their sum overflows."""
+    sums = []
+    if exponential is not None:
+        sums.append(row_dots(gap, exponential))
+    if predicted is not None:
+        if boundaries is None:
+            counted = table.index_select(0, predicted).sign_().sum(1, dtype=gap.dtype)
+        else:
+            counted = boundaries.index_select(0, predicted)
+        sums.append(row_dots(gap, table, predicted) / counted)
+    total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    return sums if math.isfinite(total.sum().item()) else None
+
+
+def _live_gap_sums(
+    gap: Tensor,
+    exponential: Tensor | None,
+    predicted: Tensor | None,
+    head_weight: Tensor | None,
+    table: Tensor | None,
+) -> list[Tensor]:
+    """The same over the classes that are not masked, in operators that can be compiled and exported."""
+    masked = gap == math.inf
+    gap, sums = gap.masked_fill(masked, 0.0), []
+    if exponential is not None:
+        sums.append((gap * exponential).sum(1))
+    if predicted is not None:
+        inverse = _inverse_rows(head_weight, table, predicted, gap.dtype).masked_fill(masked, 0.0)
+        sums.append((gap * inverse).sum(1) / inverse.sign().sum(1).clamp(min=1))
+    return sums
+
+
+@functools.lru_cache(maxsize=8)
+def _each(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.arange(n, dtype=dtype, device="cpu")
+
+
+def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None) -> Tensor:
+    """(left * right[rows]).sum(1), (n,); all rows in order where `rows` (n,) is None.
+
+    PyTorch has no public function that does it in one pass. The gradient of `embedding_bag` with respect to the weights
+    of its samples is just this: one product of the BLAS a row, which writes and gathers nothing.
+    """
+    if left.device.type != "cpu" or right.dtype != left.dtype or left.dtype not in (torch.float32, torch.float64):
+        return (left * (right if rows is None else right.index_select(0, rows))).sum(1)
+    each = _each(len(left))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        *(left, right, each if rows is None else rows, each, each), SUM_OF_BAG
+    )
 
 
 def distance_table(head_weight: Tensor) -> Tensor:

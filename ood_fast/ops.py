@@ -954,10 +954,11 @@ def nci_score(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _row_statistics(names, logits, features, head_weight, mean, table, gamma):
+def _row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries=None):
     given = [t for t in (logits, features, head_weight, mean, table) if t is not None]
     backend = _statistics_backend(*given)
-    return backend.row_statistics(names, logits, features, head_weight, mean, table, gamma)
+    counted = {"boundaries": boundaries} if backend is eager_statistics else {}  # the kernel counts as it goes
+    return backend.row_statistics(names, logits, features, head_weight, mean, table, gamma, **counted)
 
 
 def _statistics_backend(*tensors: Tensor) -> ModuleType:
@@ -988,13 +989,14 @@ def row_statistics(
     mean: Tensor | None,
     table: Tensor | None,
     gamma: float,
+    boundaries: Tensor | None = None,
 ) -> list[Tensor]:
     """The statistics `names`, each (n,), in that order. Arguments are checked and detached by the caller, None where no
     statistic needs them; n >= 1."""
     given = (names, logits, features, head_weight, mean, table, gamma)
     tensors = [t for t in given[1:-1] if t is not None]
     if not _is_traced(*tensors):
-        return _row_statistics(*given)
+        return _row_statistics(*given, boundaries)
     on_cpu = tensors[0].device.type == "cpu"
     if torch.compiler.is_compiling() and on_cpu and _statistics_backend(*tensors) is eager_statistics:
         # The compiler for CPUs fuses what plain PyTorch does in thirty passes, so it must see inside.

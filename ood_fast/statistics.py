@@ -26,6 +26,7 @@ def row_statistics(
     W: Tensor | None = None,
     mean: Tensor | None = None,
     table: Tensor | None = None,
+    boundaries: Tensor | None = None,
     gamma: float = 0.1,
 ) -> dict[str, Tensor]:
     """The statistics `names` of each row, in one pass; only what is asked for is read and computed.
@@ -57,6 +58,8 @@ def row_statistics(
         mean: mean feature of the training data, (m,); needed by "centred_norm" and "projection".
         table: R, (c, c), `distance_table(W)`: 1 / ||w_p - w_j||, 0 where p has no boundary with j. With it "distance"
             costs no product; without it the needed rows are computed from `W`, in a pass of their own.
+        boundaries: number of boundaries of each class, (c,), int64: `table.count_nonzero(1)`. Given beside `table` it
+            saves plain PyTorch a pass; without it they are counted anew.
         gamma: exponent of "gen", > 0.
 
     Returns:
@@ -78,8 +81,7 @@ def row_statistics(
 
     Papers: GEN: Liu, Lochman, Zach, CVPR 2023. D: Ding et al., arXiv:2504.11434. NCI: Liu and Qin, CVPR 2025.
     """
-    names = _known(names)
-    needs = _needs(names, table is not None)
+    names, needs = plan(names, table is not None)
     given = {"logits": logits, "features": features, "W": W, "mean": mean, "table": table}
     for argument, because in needs.items():
         if given[argument] is None:
@@ -89,14 +91,18 @@ def row_statistics(
             )
     used = {argument: value if argument in needs else None for argument, value in given.items()}
     _check(names, **used)
+    if boundaries is not None and used["table"] is not None:
+        _check_boundaries(boundaries, used["table"])
     checks.real("gamma", gamma, 0.0, open_low=True)
     if not names:
         return {}
-    used = {argument: None if value is None else value.detach() for argument, value in used.items()}
+    used = {a: value.detach() if value is not None and value.requires_grad else value for a, value in used.items()}
+    if used["table"] is None:
+        boundaries = None
     if eager.is_exporting():
         values = eager_statistics.row_statistics(names, *used.values(), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
-    return _computed(names, *used.values(), float(gamma))
+    return _computed(names, *used.values(), float(gamma), boundaries)
 
 
 def _computed(
@@ -107,6 +113,7 @@ def _computed(
     mean: Tensor | None,
     table: Tensor | None,
     gamma: float,
+    boundaries: Tensor | None,
 ) -> dict[str, Tensor]:
     like = features if logits is None else logits
     if like.shape[0] == 0:
@@ -121,7 +128,7 @@ def _computed(
     if not set(rest) & {*FROM_LOGITS, "projection"}:
         logits = None
     if rest:
-        values = ops.row_statistics(rest, logits, features, head_weight, mean, table, gamma)
+        values = ops.row_statistics(rest, logits, features, head_weight, mean, table, gamma, boundaries)
         found |= zip(rest, values, strict=True)
     return {name: found[name] for name in names}
 
@@ -147,18 +154,15 @@ _CURES = {
 }
 
 
-def _known(names: Collection[str]) -> list[str]:
-    """The names without repetition, in the order of STATISTICS."""
+def plan(names: Collection[str], has_table: bool) -> tuple[list[str], dict[str, list[str]]]:
+    """The names without repetition, in the order of STATISTICS; and argument -> the statistics that need it, for the
+    arguments that any needs."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"names: got {names!r}, expected a collection of names, such as ['max', 'logsumexp']")
     for name in names:
         if name not in STATISTICS:
             raise ValueError(f"names: {checks.unknown('statistic', name, STATISTICS)}")
-    return [name for name in STATISTICS if name in names]
-
-
-def _needs(names: list[str], has_table: bool) -> dict[str, list[str]]:
-    """Argument -> the statistics that need it, for the arguments that any of them needs."""
+    ordered = [name for name in STATISTICS if name in names]
     readers = {
         "logits": (*FROM_LOGITS, "projection"),
         "features": FROM_FEATURES,
@@ -166,8 +170,8 @@ def _needs(names: list[str], has_table: bool) -> dict[str, list[str]]:
         "mean": ("centred_norm", "projection"),
         "table": ("distance",) if has_table else (),
     }
-    needs = {argument: [name for name in names if name in read] for argument, read in readers.items()}
-    return {argument: because for argument, because in needs.items() if because}
+    needs = {argument: [name for name in ordered if name in read] for argument, read in readers.items()}
+    return ordered, {argument: because for argument, because in needs.items() if because}
 
 
 def _check(
@@ -211,3 +215,15 @@ def _check(
                 f"head that made logits {tuple(logits.shape)}"
             )
         checks.same_device("table", table, "logits", logits)
+
+
+def _check_boundaries(boundaries: Tensor, table: Tensor) -> None:
+    checks.instance("boundaries", boundaries, Tensor, "a tensor of shape (c,)")
+    if boundaries.dtype != torch.int64:
+        raise TypeError(f"boundaries: got dtype {boundaries.dtype}, expected int64, table.count_nonzero(1)")
+    if boundaries.shape != table.shape[:1]:
+        raise ValueError(
+            f"boundaries: got shape {tuple(boundaries.shape)}, expected ({table.shape[0]},), table.count_nonzero(1) of "
+            f"the table {tuple(table.shape)}"
+        )
+    checks.same_device("boundaries", boundaries, "table", table)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ood_fast
 from ood_fast import ops
+from ood_fast.eager_statistics import row_dots
 from ood_fast.statistics import FROM_FEATURES, FROM_LOGITS, STATISTICS, distance_table, row_statistics
 
 INF, NAN = math.inf, math.nan
@@ -186,6 +187,48 @@ def test_distance_from_the_weights(backend):
     on = backend.device
     assert torch.equal(by_weight["distance"], ood_fast.boundary_distance(logits.to(on), W.to(on)))
     assert torch.equal(by_weight["max"].cpu(), logits.amax(1))
+
+
+def test_boundaries_counted_before(backend):
+    """The number of boundaries, given or counted anew: the same distance, where some classes have fewer or none."""
+    for n_classes in (9, 1):
+        logits, _, W, _ = (t.float().to(backend.device) for t in problem(6, n_classes, 4))
+        if n_classes > 1:
+            logits[1:3, -1] = torch.tensor([-INF, 50.0])
+        table = distance_table(W)
+        for kept in (table, table.bfloat16()):
+            counted = kept.count_nonzero(1)
+            given = row_statistics(["distance"], logits, table=kept, boundaries=counted)
+            anew = row_statistics(["distance"], logits, table=kept)
+            assert torch.equal(given["distance"], anew["distance"])
+    # Counted in int64, so that no rounding of a low precision reaches the mean: 999 is no bfloat16 number.
+    detector = ood_fast.detectors.BoundaryDistance().fit_features(None, None, None, (torch.randn(1000, 8), None))
+    assert detector.bfloat16().boundaries.unique().tolist() == [999]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chosen", [None, torch.tensor([6, 0, 0, 3, 6])], ids=["in order", "chosen rows"])
+def test_row_dots(dtype, chosen):
+    left, right = torch.randn(5, 300, dtype=dtype), torch.randn(7 if chosen is not None else 5, 300, dtype=dtype)
+    left[4] = 0
+    rows = torch.arange(5) if chosen is None else chosen
+    truth = (left.double() * right.double()[rows]).sum(1)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [
+            row_dots(left, right, chosen),
+            row_dots(left.t().contiguous().t(), right.repeat_interleave(2, 1)[:, ::2], chosen),
+        ]
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    for value in found:
+        assert value.shape == (5,)
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), truth, rtol=0, atol=300 * torch.finfo(dtype).eps)
+    right[rows[2], 7] = INF
+    left[4, 7], left[0, 7], left[2, 7] = 0, NAN, 1
+    assert row_dots(left, right, chosen)[[0, 2]].tolist() == pytest.approx([NAN, INF], nan_ok=True)
 
 
 def test_distance_table(backend):
@@ -403,6 +446,7 @@ def test_inputs_are_left_alone(backend):
 
 GOOD = {"logits": torch.zeros(3, 5), "features": torch.zeros(3, 4), "W": torch.zeros(5, 4), "mean": torch.zeros(4)}
 TABLE = torch.zeros(4, 5)
+BOUNDARIES = [{"table": torch.zeros(5, 5), "boundaries": given} for given in ([1], torch.ones(5), torch.ones(4).long())]
 
 
 @pytest.mark.parametrize(
@@ -418,6 +462,9 @@ TABLE = torch.zeros(4, 5)
         (ValueError, "logits: got None, .* by 'projection'", ["projection"], {"logits": None}),
         (ValueError, r"table: got shape \(4, 5\), expected \(5, 5\)", ["distance"], {"table": TABLE}),
         (TypeError, "table: got list", ["distance"], {"table": [[0.0]]}),
+        (TypeError, "boundaries: got dtype torch.float32, expected int64", ["distance"], BOUNDARIES[1]),
+        (TypeError, "boundaries: got list, expected", ["distance"], BOUNDARIES[0]),
+        (ValueError, r"boundaries: got .* \(4,\), expected \(5,\)", ["distance"], BOUNDARIES[2]),
         (ValueError, "features: got 2 rows, expected 3", ["max", "norm1"], {"features": torch.zeros(2, 4)}),
         (ValueError, r"mean: got shape \(5,\), expected \(4,\)", ["centred_norm"], {"mean": torch.zeros(5)}),
         (ValueError, r"W: got shape \(4, 4\)", ["projection"], {"W": torch.zeros(4, 4)}),

@@ -194,9 +194,10 @@ class Detector(nn.Module):
 
     def _check_scored(self, features: Tensor | None, logits: Tensor | None) -> None:
         self._require_fitted()
+        weight = self.head_weight if self.needs_head else None
         if self.needs_features:
             checks.float_tensor("features", features, 2, "(n, m)")
-            fitted = self.head_weight if self.needs_head else getattr(self, self.state[0]) if self.state else features
+            fitted = weight if self.needs_head else getattr(self, self.state[0]) if self.state else features
             if features.shape[1] != fitted.shape[-1]:
                 raise ValueError(
                     f"features: got shape {tuple(features.shape)}, expected (n, {fitted.shape[-1]}), the width that "
@@ -204,9 +205,9 @@ class Detector(nn.Module):
                 )
         if self.needs_logits:
             checks.logits(logits)
-            if self.needs_head and logits.shape[1] != len(self.head_weight):
+            if self.needs_head and logits.shape[1] != weight.shape[0]:
                 raise ValueError(
-                    f"logits: got shape {tuple(logits.shape)}, expected (n, {len(self.head_weight)}), the classes of "
+                    f"logits: got shape {tuple(logits.shape)}, expected (n, {weight.shape[0]}), the classes of "
                     f"the head that this {self.label} was fitted with"
                 )
             if self.needs_features and features.shape[0] != logits.shape[0]:

@@ -24,19 +24,21 @@ TABLE_BYTES = 1 << 26
 
 class BoundaryDetector(Detector):
     """Base class: keeps the head, and R_pj = 1 / ‖w_p − w_j‖ of all pairs of classes as the buffer `table` (c, c) if
-    that takes `TABLE_BYTES` at most, so that the statistic "distance" costs no product."""
+    that takes `TABLE_BYTES` at most, so that the statistic "distance" costs no product; with it the number of
+    boundaries of each class, `boundaries` (c,)."""
 
     needs_logits = True
     needs_head = True
-    optional_state = ("table",)
+    optional_state = ("table", "boundaries")
 
     def _finish(self, **gathered: Any) -> None:
         W = self.head_weight
         fits = len(W) ** 2 * max(W.dtype.itemsize, 4) <= TABLE_BYTES
         self.table = distance_table(W) if fits else None
+        self.boundaries = self.table.count_nonzero(1) if fits else None
 
     def constants(self) -> dict[str, Any]:
-        return {"W": self.head_weight, "table": self.table}
+        return {"W": self.head_weight, "table": self.table, "boundaries": self.boundaries}
 
 
 @register

@@ -108,7 +108,7 @@ class NCI(Detector):
         if not self.proximity:
             return norm
         length = statistics["centred_norm"]
-        return torch.where(length > 0, statistics["projection"] / length, 0.0) + norm  # z = μ has pScore 0
+        return (statistics["projection"] / length).masked_fill_(length == 0, 0.0) + norm  # z = μ has pScore 0
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         if logits is not None or not self.proximity:

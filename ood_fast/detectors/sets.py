@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -183,29 +184,30 @@ class DetectorSet(nn.Module):
     ) -> dict[str, Tensor]:
         """Scores (n,) by every detector from features (n, m) and logits (n, c).
 
-        Those that are functions of row statistics share one read of both. On a CPU they are thirty passes of plain
+        Those that are functions of row statistics share one read of both. On a CPU they are two dozen passes of plain
         PyTorch over it, which `torch.compile(detectors.score_features)` makes a few of.
 
         Args:
             skip_models: leave out the detectors that need the model; otherwise they raise.
         """
         scores: dict[str, Tensor] = {}
-        shared: list[tuple[dict[str, Any], list[tuple[str, Detector]]]] = []
+        shared: list[_Read] = []
         for name, detector in self.items():
             if detector.needs_model and skip_models:
                 continue
-            if not detector.statistics() or (detector.needs_features and logits is None):
+            statistics = detector.statistics()
+            if not statistics or (detector.needs_features and logits is None):
                 scores[name] = detector.score_features(features, logits)
                 continue
             detector._check_scored(features, logits)
-            _place(shared, name, detector)
-        for constants, members in shared:
-            names = {statistic for _, detector in members for statistic in detector.statistics()}
-            statistics = row_statistics(names, logits, features, **constants)
-            combined = {name: detector._combine(statistics) for name, detector in members}
-            # One look at all of them: asking the device for each would take as long as a score.
-            if not torch.compiler.is_compiling() and torch.stack(list(combined.values())).isnan().any():
-                for name, detector in members:
+            _Read.of(shared, detector.constants()).add(name, detector, statistics)
+        for read in shared:
+            statistics = row_statistics(read.statistics, logits, features, **read.constants)
+            combined = {name: detector._combine(statistics) for name, detector in read.members.items()}
+            # One look at all of them: asking the device for each would take as long as a score. (Infinities of both
+            # signs make NaN of the sum too; then each detector looks.)
+            if not torch.compiler.is_compiling() and math.isnan(torch.stack(list(combined.values())).sum().item()):
+                for name, detector in read.members.items():
                     detector._check_scores(combined[name], features, logits)
             scores |= combined
         return {name: scores[name] for name in self if name in scores}
@@ -215,15 +217,28 @@ class DetectorSet(nn.Module):
         return self.score_features(features, logits)
 
 
-def _place(shared: list, name: str, detector: Detector) -> None:
-    """Add a detector to the first read whose constants (W, mean, ...) agree with its own, or to a new one."""
-    wanted = detector.constants()
-    for constants, members in shared:
-        if all(key not in constants or _same(constants[key], value) for key, value in wanted.items()):
-            constants.update(wanted)
-            members.append((name, detector))
-            return
-    shared.append((dict(wanted), [(name, detector)]))
+class _Read:
+    """One read of logits and features, for detectors whose statistics agree in their constants (W, mean, ...)."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {}
+        self.statistics: set[str] = set()
+        self.members: dict[str, Detector] = {}
+
+    @classmethod
+    def of(cls, shared: list[_Read], wanted: dict[str, Any]) -> _Read:
+        """The first read with which these constants agree, or a new one."""
+        for read in shared:
+            if all(key not in read.constants or _same(read.constants[key], value) for key, value in wanted.items()):
+                break
+        else:
+            shared.append(read := cls())
+        read.constants.update(wanted)
+        return read
+
+    def add(self, name: str, detector: Detector, statistics: tuple[str, ...]) -> None:
+        self.members[name] = detector
+        self.statistics.update(statistics)
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -162,10 +162,9 @@ def row_statistics(
 
     def examine() -> Call:
         _check_logits(logits_shard)
-        known = statistics._known(names)
+        known, needs = statistics.plan(names, False)
         checks.real("gamma", gamma, 0.0, open_low=True)
         given = {"logits": logits_shard, "features": features, "W": W_shard, "mean": mean}
-        needs = statistics._needs(known, False)
         for argument, because in needs.items():
             if given[argument] is None:
                 raise ValueError(f"{argument}: got None, but {', '.join(map(repr, because))} needs it")
@@ -185,7 +184,7 @@ def row_statistics(
         return Call(logits_shard.shape[1], len(logits_shard), -1, facts)
 
     layout, *_ = agree(group, examine, logits_shard, shards, check)
-    names = statistics._known(names)
+    names, _ = statistics.plan(names, False)
     tensors = (None if t is None else t.detach() for t in (logits_shard, features, W_shard, mean))
     with torch.no_grad():
         found = _row_statistics(set(names), *tensors, gamma, layout)
