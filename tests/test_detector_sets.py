@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from detector_cases import FITTED, NAMES, C, M, Net, classes_of, make
@@ -76,6 +78,18 @@ def test_rows_are_read_once(monkeypatch):
     fitted.load_state_dict({name: value.clone() for name, value in fitted.state_dict().items()})
     fitted.score(net, X)
     assert len(calls) == 2
+
+
+def test_a_score_in_a_set_has_the_bits_of_the_score_alone():
+    """A threshold that was chosen on scores of the set holds for the detector that is shipped."""
+    z, head = torch.randn(300, 32).relu(), nn.Linear(32, 100).requires_grad_(False)
+    logits = 3 * head(z)
+    logits[3, 5], logits[4] = -math.inf, torch.arange(100) * -30.0
+    made = {name: name for name in ("MSP", "MaxLogit", "Energy", "Entropy", "FeatureNorm", "NCI")}
+    made |= {"GEN": detectors.GEN(M=None), "fDBD": "FDBD", "D": "BoundaryDistance"}
+    together = DetectorSet(made).fit_features(z, logits, None, head)
+    for name, scores in together.score_features(z, logits).items():
+        assert torch.equal(scores, together[name].score_features(z, logits)), name
 
 
 def test_detectors_fitted_apart_are_read_apart():
