@@ -32,6 +32,9 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     buffers of the detector, which may be large, are shared until one of the two is moved; a new fit or threshold of the
     detector changes nothing here. Nothing is moved.
 
+    An exported or compiled program rounds otherwise in the last digits, so an input whose score is the threshold itself
+    may be judged otherwise there.
+
     Args:
         model: a classifier; what it returns is read as in `Detector.fit`.
         detector: fitted, with a threshold: call its `calibrate` first. Not one that needs passes of its own through the
