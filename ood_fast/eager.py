@@ -21,7 +21,8 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,25 @@ _LOGITNORM_EPS = 1e-7
 def is_exporting() -> bool:
     """Whether this run makes a graph for torch.export or ONNX."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def keep_tensors(maxsize: int) -> Callable[[Callable], Callable]:
+    """`functools.lru_cache` for a function that makes one tensor or a tuple of them. Those of a mode that makes others
+    than plain ones, such as FakeTensorMode, serve once."""
+
+    def keep(function: Callable) -> Callable:
+        kept = functools.lru_cache(maxsize)(function)
+
+        @functools.wraps(function)
+        def made(*args: Any) -> Any:
+            tensors = kept(*args)
+            if not all(type(t) is Tensor for t in (tensors if isinstance(tensors, tuple) else (tensors,))):
+                kept.cache_clear()
+            return tensors
+
+        return made
+
+    return keep
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

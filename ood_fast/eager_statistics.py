@@ -7,14 +7,13 @@ vectorised form of it: `exp2` and not `exp`, `abs().sum()` and not `vector_norm(
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .eager import _inverse_distances, compute_dtype, full_precision, is_exporting
+from .eager import _inverse_distances, compute_dtype, full_precision, is_exporting, keep_tensors
 
 _LOG2_E = 1 / math.log(2)
 
@@ -91,39 +90,37 @@ def _logit_statistics(
         if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
             top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
         found["max"] = top.squeeze(1)
-    needs_rest = bool(names & {"entropy", "gen"})
-    if names & {"predicted", "distance", "projection"} or (needs_rest and not traced):
+    if names & {"predicted", "distance", "projection"}:
         found["predicted"] = logits.argmax(1) if traced else _first_equal(logits, top)
     if names & {"logsumexp", "entropy", "gen", "distance"}:
         gap = top - logits
+    by_hand = not traced and logits.device.type == "cpu"  # where a look at the numbers is free, and nothing is fused
+    column = found["predicted"].unsqueeze(1) if "predicted" in found and by_hand else None
     if names & {"logsumexp", "entropy", "gen"}:
         # PyTorch's exp2 on the CPU takes a third of the time of its exp.
         exponential = (gap * -_LOG2_E).exp2_()
-        partition = exponential.sum(1)
-        found["logsumexp"] = found["max"] + partition.log()
-    if needs_rest:
-        # Z - 1 loses its digits as the prediction becomes certain.
-        if traced:
-            # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
-            rest = torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
+        if names & {"entropy", "gen"}:
+            rest = _without_prediction(exponential, top, column)
+            log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
         else:
-            column = found["predicted"].unsqueeze(1)
-            rest = exponential.scatter_(1, column, 0.0).sum(1)  # e_p stays 0: below, it is multiplied by g_p = 0
-        partition = rest + 1
-    if names & {"entropy", "distance"}:
-        e, p = exponential if "entropy" in names else None, found["predicted"] if "distance" in names else None
-        sums = None if traced else _gap_sums(gap, e, p, table, boundaries)
-        if sums is None:
-            sums = _live_gap_sums(gap, e, p, head_weight, table)
-        if "distance" in names:
-            found["distance"] = sums.pop()
-        if "entropy" in names:
-            found["entropy"] = sums.pop() / partition + rest.log1p()
+            log_partition = exponential.sum(1).log()
+        found["logsumexp"] = found["max"] + log_partition
+    if "entropy" in names:
+        weighted = row_dots(gap, exponential) if by_hand else None
+        if not by_hand or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
+            weighted = (gap.clamp(max=torch.finfo(gap.dtype).max) * exponential).sum(1)
+        found["entropy"] = torch.addcmul(log_partition, weighted, inverse)
+    if "distance" in names:
+        distance = _mean_over_boundaries(gap, table, boundaries, found["predicted"]) if by_hand else None
+        if not by_hand or not _finite(distance):  # a masked class, which is no boundary; a class that has none
+            masked = gap == math.inf
+            rows = _inverse_rows(head_weight, table, found["predicted"], gap.dtype).masked_fill(masked, 0.0)
+            distance = (gap.masked_fill(masked, 0.0) * rows).sum(1) / rows.sign().sum(1).clamp(min=1)
+        found["distance"] = distance
     if "gen" in names:
-        # 1 - e/Z; for the prediction it is rest/Z with all its digits.
-        inverse = partition.reciprocal()
+        # 1 - e/Z; for the prediction it is rest/Z with all its digits. (lerp would do it in three times the time.)
         of_prediction = (rest * inverse).unsqueeze(1)
-        if traced:
+        if column is None:
             others = (1 - exponential).addcmul_(exponential, of_prediction)
         else:
             others = exponential.mul_(-inverse.unsqueeze(1)).add_(1).scatter_(1, column, of_prediction)
@@ -155,10 +152,7 @@ def _feature_statistics(
     if "centred_norm" in names:
         found["centred_norm"] = torch.linalg.vector_norm(centred, dim=1)
     if "projection" in names:
-        if traced:
-            projection = (centred * head_weight.index_select(0, predicted)).sum(1)
-        else:
-            projection = row_dots(centred, head_weight, predicted)
+        projection = row_dots(centred, head_weight, predicted, traced)
         # The prediction of a row of logits with NaN means nothing.
         found["projection"] = projection.masked_fill_(top.isnan(), math.nan)
     centred = None  # its memory is in the cache: that of the absolute values
@@ -181,6 +175,19 @@ def _first_equal(logits: Tensor, top: Tensor) -> Tensor:
     return place.amin(1).long()
 
 
+def _without_prediction(exponential: Tensor, top: Tensor, column: Tensor | None) -> Tensor:
+    """rest, (n,), which loses its digits as the prediction becomes certain if it is taken from Z.
+
+    With the `column` (n, 1) of the prediction e_p becomes 0 in place: later it is only a factor of g_p = 0.
+    """
+    if column is None:
+        # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
+        partition = exponential.sum(1)
+        return torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
+    undefined = (top - top).squeeze(1)  # 0; NaN where g_p is
+    return exponential.scatter_(1, column, 0.0).sum(1) + undefined
+
+
 def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: Tensor, dtype: torch.dtype) -> Tensor:
     """R_p of each sample, (n, c)."""
     if table is not None:
@@ -190,54 +197,33 @@ def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: T
     return distance.reciprocal().masked_fill(distance == 0, 0.0)
 
 
-def _gap_sums(
-    gap: Tensor, exponential: Tensor | None, predicted: Tensor | None, table: Tensor, boundaries: Tensor | None
-) -> list[Tensor] | None:
-    """sum_j g_j e_j and D, each if the second factor or the prediction is given. None where a class is masked, whose
-    gap, inf, makes inf or NaN of them; where a class has no boundary, which makes 0/0; or where their sum overflows."""
-    sums = []
-    if exponential is not None:
-        sums.append(row_dots(gap, exponential))
-    if predicted is not None:
-        if boundaries is None:
-            counted = table.index_select(0, predicted).sign_().sum(1, dtype=gap.dtype)
-        else:
-            counted = boundaries.index_select(0, predicted)
-        sums.append(row_dots(gap, table, predicted) / counted)
-    total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-    return sums if math.isfinite(total.sum().item()) else None
+def _mean_over_boundaries(gap: Tensor, table: Tensor, boundaries: Tensor | None, predicted: Tensor) -> Tensor:
+    """D, if no class is masked; 0/0 for a class without boundaries."""
+    if boundaries is None:
+        counted = table.index_select(0, predicted).sign_().sum(1, dtype=gap.dtype)
+    else:
+        counted = boundaries.index_select(0, predicted)
+    return row_dots(gap, table, predicted) / counted
 
 
-def _live_gap_sums(
-    gap: Tensor,
-    exponential: Tensor | None,
-    predicted: Tensor | None,
-    head_weight: Tensor | None,
-    table: Tensor | None,
-) -> list[Tensor]:
-    """The same over the classes that are not masked, in operators that can be compiled and exported."""
-    masked = gap == math.inf
-    gap, sums = gap.masked_fill(masked, 0.0), []
-    if exponential is not None:
-        sums.append((gap * exponential).sum(1))
-    if predicted is not None:
-        inverse = _inverse_rows(head_weight, table, predicted, gap.dtype).masked_fill(masked, 0.0)
-        sums.append((gap * inverse).sum(1) / inverse.sign().sum(1).clamp(min=1))
-    return sums
+def _finite(values: Tensor) -> bool:
+    """Whether all are; False also where only their sum overflows."""
+    return math.isfinite(values.sum().item())
 
 
-@functools.lru_cache(maxsize=8)
+@keep_tensors(maxsize=8)
 def _each(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.arange(n, dtype=dtype, device="cpu")
 
 
-def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None) -> Tensor:
+def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None, traced: bool = False) -> Tensor:
     """(left * right[rows]).sum(1), (n,); all rows in order where `rows` (n,) is None.
 
     PyTorch has no public function that does it in one pass. The gradient of `embedding_bag` with respect to the weights
     of its samples is just this: one product of the BLAS a row, which writes and gathers nothing.
     """
-    if left.device.type != "cpu" or right.dtype != left.dtype or left.dtype not in (torch.float32, torch.float64):
+    supported = left.device.type == "cpu" and right.dtype == left.dtype in (torch.float32, torch.float64)
+    if traced or not supported:
         return (left * (right if rows is None else right.index_select(0, rows))).sum(1)
     each = _each(len(left))
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(

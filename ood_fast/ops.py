@@ -999,7 +999,7 @@ def row_statistics(
         return _row_statistics(*given, boundaries)
     on_cpu = tensors[0].device.type == "cpu"
     if torch.compiler.is_compiling() and on_cpu and _statistics_backend(*tensors) is eager_statistics:
-        # The compiler for CPUs fuses what plain PyTorch does in thirty passes, so it must see inside.
+        # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.
         return eager_statistics.row_statistics(*given, traced=True)
     return _row_statistics_operator(*given)
 

@@ -9,7 +9,6 @@ general path.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -65,7 +64,7 @@ class Geometry(NamedTuple):
     table: Tensor  # (c, c), row p is dD/df: -R / (K + offset), and at p, where the gap is 0, minus their sum
 
 
-@functools.lru_cache(maxsize=16)
+@eager.keep_tensors(maxsize=16)
 def _constants(n_classes: int, average_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-1 / (K + offset) and 1, 0-dim; where pdist puts each pair, (c, c); where each of its pairs is in that square.
 

@@ -6,6 +6,7 @@ any number of such detectors costs one pass over the data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -159,6 +160,11 @@ def plan(names: Collection[str], has_table: bool) -> tuple[list[str], dict[str, 
     arguments that any needs."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"names: got {names!r}, expected a collection of names, such as ['max', 'logsumexp']")
+    made = _plan if torch.compiler.is_compiling() else _kept_plan  # the compiler warns of what is kept
+    return made(frozenset(names), has_table)
+
+
+def _plan(names: frozenset[str], has_table: bool) -> tuple[list[str], dict[str, list[str]]]:
     for name in names:
         if name not in STATISTICS:
             raise ValueError(f"names: {checks.unknown('statistic', name, STATISTICS)}")
@@ -172,6 +178,9 @@ def plan(names: Collection[str], has_table: bool) -> tuple[list[str], dict[str, 
     }
     needs = {argument: [name for name in ordered if name in read] for argument, read in readers.items()}
     return ordered, {argument: because for argument, because in needs.items() if because}
+
+
+_kept_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
 def _check(

@@ -179,6 +179,27 @@ def test_knn_is_exact_whatever_the_errors_of_its_ranking(k, monkeypatch):
         torch.testing.assert_close(detector.score_features(queries).double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("casts", ["half float", "bfloat16 float", "half", "double"])
+def test_knn_in_another_dtype_is_exact_for_the_bank_that_it_then_keeps(casts, spread):
+    data = clusters(3100, 64, spread)
+    train, queries = data[:3000], data[3000:]
+    in_a_set = detectors.DetectorSet([detectors.KNN(k=50)]).fit_features(train)
+    for name in casts.split():
+        in_a_set = getattr(in_a_set, name)()
+    detector = in_a_set["KNN"]
+    queries = queries.to(detector.mean.dtype)
+    torch.testing.assert_close(
+        detector.score_features(queries).double(), exact_knn(detector, queries), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_a_traced_knn_takes_other_numbers_of_rows(train, queries):
+    detector = detectors.KNN(k=5).fit_features(train)
+    program = torch.jit.trace(detector, (queries[:10],))
+    torch.testing.assert_close(program(queries), detector.score_features(queries))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_knn_names_the_row_that_is_no_number(bad, train, queries):
     """Comparisons with NaN are false: it must not pass for far from everything."""

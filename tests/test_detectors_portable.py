@@ -91,6 +91,21 @@ def test_state_dict_restores_a_fresh_detector(prototype, head, features):
     assert torch.equal(fresh.score_features(features, logits), detector.score_features(features, logits))
 
 
+def test_a_state_without_what_may_be_absent_replaces_it(head, features):
+    """Of an older version, which kept no `boundaries`, or of a head too large for a table: into a fitted detector."""
+    detector = BoundaryDistance().fit_features(None, head=head)
+    other = nn.Linear(M, C).requires_grad_(False)
+    other.weight[1] = other.weight[0]
+    for absent in ({"boundaries"}, {"table", "boundaries"}):
+        loaded = BoundaryDistance().fit_features(None, head=other)
+        loaded.load_state_dict({name: t for name, t in detector.state_dict().items() if name not in absent})
+        assert all(getattr(loaded, name) is None for name in absent)
+        logits = head(features)
+        torch.testing.assert_close(loaded.score_features(None, logits), detector.score_features(None, logits))
+    loaded.load_state_dict({}, strict=False)
+    assert loaded.fitted
+
+
 @detectors
 def test_casting_the_module_casts_what_it_keeps(prototype, head, features):
     head, features = head.double(), features.double()

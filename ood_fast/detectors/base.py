@@ -11,7 +11,7 @@ or, in place of `_score`, where the score is a function of row statistics that m
 and features then serves them all, see `ood_fast.statistics`),
 
     statistics() -> names               which of them
-    constants() -> {name: tensor}       the W, mean, table and gamma that they are taken with
+    constants() -> {name: tensor}       the W, mean, table, boundaries and gamma that they are taken with
     _combine(statistics) -> (n,)        the score
 
 Parameters are keywords of `__init__`, kept as attributes of the same name. Without `state` and head there is nothing to
@@ -130,8 +130,11 @@ class Detector(nn.Module):
     @property
     def fitted(self) -> bool:
         """Whether the detector can score; always true for one that needs no fitting."""
+        if not self.needs_fit:
+            return True
+        # By way of the attributes of a module each name would take half a microsecond.
         required = (*self.state, "head_weight") if self.needs_head else self.state
-        return all(getattr(self, name) is not None for name in required)
+        return not any(self._buffers.get(name) is None for name in required)
 
     # ---- scoring
 
@@ -194,26 +197,24 @@ class Detector(nn.Module):
 
     def _check_scored(self, features: Tensor | None, logits: Tensor | None) -> None:
         self._require_fitted()
-        weight = self.head_weight if self.needs_head else None
-        if self.needs_features:
-            checks.float_tensor("features", features, 2, "(n, m)")
-            fitted = weight if self.needs_head else getattr(self, self.state[0]) if self.state else features
-            if features.shape[1] != fitted.shape[-1]:
-                raise ValueError(
-                    f"features: got shape {tuple(features.shape)}, expected (n, {fitted.shape[-1]}), the width that "
-                    f"this {self.label} was fitted on"
-                )
-        if self.needs_logits:
-            checks.logits(logits)
-            if self.needs_head and logits.shape[1] != weight.shape[0]:
-                raise ValueError(
-                    f"logits: got shape {tuple(logits.shape)}, expected (n, {weight.shape[0]}), the classes of "
-                    f"the head that this {self.label} was fitted with"
-                )
-            if self.needs_features and features.shape[0] != logits.shape[0]:
-                raise ValueError(
-                    f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"
-                )
+        check_read(features, logits, self.needs_features, self.needs_logits)
+        self._check_widths(features, logits)
+
+    def _check_widths(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """Of what has passed `check_read`."""
+        if not self.needs_fit:
+            return
+        fitted = self._buffers["head_weight" if self.needs_head else self.state[0]]
+        if self.needs_features and features.shape[1] != fitted.shape[-1]:
+            raise ValueError(
+                f"features: got shape {tuple(features.shape)}, expected (n, {fitted.shape[-1]}), the width that "
+                f"this {self.label} was fitted on"
+            )
+        if self.needs_logits and self.needs_head and logits.shape[1] != fitted.shape[0]:
+            raise ValueError(
+                f"logits: got shape {tuple(logits.shape)}, expected (n, {fitted.shape[0]}), the classes of "
+                f"the head that this {self.label} was fitted with"
+            )
 
     def _check_scores(self, scores: Tensor, features: Tensor | None, logits: Tensor | None) -> None:
         # A program that is to run without Python cannot raise.
@@ -279,4 +280,19 @@ class Detector(nn.Module):
             setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         if "head_weight" in names and "head_bias" not in names:
             self.head_bias = None
+        if names:  # what belongs to an earlier fit must not stay beside what is loaded
+            for name in set(self.optional_state).difference(names):
+                setattr(self, name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_read(features: object, logits: object, needs_features: bool, needs_logits: bool) -> None:
+    """Features (n, m) and logits (n, c), as far as they are needed."""
+    if needs_features:
+        checks.float_tensor("features", features, 2, "(n, m)")
+    if needs_logits:
+        checks.logits(logits)
+    if needs_features and needs_logits and features.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"
+        )

@@ -104,11 +104,12 @@ class NCI(Detector):
         return {"W": self.head_weight, "mean": self.mean}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        norm = self.alpha * statistics[self._norm]
+        norm = statistics[self._norm]
         if not self.proximity:
-            return norm
+            return self.alpha * norm
         length = statistics["centred_norm"]
-        return (statistics["projection"] / length).masked_fill_(length == 0, 0.0) + norm  # z = μ has pScore 0
+        proximity = (statistics["projection"] / length).masked_fill_(length == 0, 0.0)  # 0 for z = μ
+        return torch.add(proximity, norm, alpha=self.alpha)
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         if logits is not None or not self.proximity:

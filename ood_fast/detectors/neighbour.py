@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager import is_exporting
 from ..functional import l2_normalize
 from . import streaming
 from .base import Detector
@@ -62,10 +63,15 @@ def products(queries: Tensor, bank: Tensor) -> Tensor:
     return table
 
 
+def is_traced() -> bool:
+    """Whether what runs becomes a program, which cannot choose by the numbers that it will see."""
+    return torch.compiler.is_compiling() or is_exporting()
+
+
 def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
     """Rows whose tables stay within `CHUNK_ELEMENTS` float32. A compiled program takes all at once."""
     rows = max(1, CHUNK_ELEMENTS * 4 // (n_bank * queries.dtype.itemsize))
-    return iter([queries] if torch.compiler.is_compiling() or len(queries) <= rows else queries.split(rows))
+    return iter([queries] if is_traced() or len(queries) <= rows else queries.split(rows))
 
 
 def centred_squares(bank: Tensor, mean: Tensor) -> Tensor:
@@ -139,16 +145,28 @@ class KNN(Detector):
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
         check_bank(self.k, rows, "more training data")
+        self._keep(rows, bank.like)
+
+    def _keep(self, rows: Tensor, like: Tensor) -> None:
+        """The bank, and what is measured of it, in the dtype and on the device of `like`."""
         total = sum(streaming.double(tile).sum(dim=0) for tile in row_tiles(rows))
-        self.bank, self.mean = rows, (total / len(rows)).to(bank.like)
-        self.squares = centred_squares(rows, streaming.double(self.mean)).to(bank.like)
+        self.bank, self.mean = rows, (total / len(rows)).to(like)
+        self.squares = centred_squares(rows, streaming.double(self.mean)).to(like)
+
+    # .half(), .float(), .double() round what was measured, or give it digits that it does not have.
+    def _apply(self, *args: Any, **keywords: Any) -> KNN:
+        before = [buffer.dtype for buffer in self.buffers()]
+        super()._apply(*args, **keywords)
+        if self.bank is not None and before != [buffer.dtype for buffer in self.buffers()]:
+            self._keep(self.bank, at_least_float32(self.bank[:0]))
+        return self
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         unit = l2_normalize(z)[0]
         squared, unsure = self._ranked(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
-        if not torch.compiler.is_compiling() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
+        if not is_traced() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
             again = unsure.nonzero().squeeze(1)
             squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
         score = -squared if self.squared else -squared.sqrt()
@@ -184,7 +202,7 @@ class KNN(Detector):
         # What was not taken is behind the last that was.
         unsure = near[:, -1] if near.shape[1] < n_bank else torch.zeros_like(near[:, -1])
         first, last = max(0, k - 1 - WINDOW), k + WINDOW
-        if torch.compiler.is_compiling():  # as many for each query
+        if is_traced():  # as many for each query
             distances = (queries.unsqueeze(1) - self.bank[rows[:, first:last]].to(queries.dtype)).square().sum(dim=2)
             return distances.topk(k - first, dim=1, largest=False).values[:, -1], unsure
         place = torch.arange(near.shape[1], device=near.device)

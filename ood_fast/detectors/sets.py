@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .. import checks
 from ..heads import given_head
 from ..statistics import row_statistics
 from . import run, store
-from .base import Detector
+from .base import Detector, check_read
 from .registry import create
 from .run import Batch, Head
 
@@ -191,7 +192,7 @@ class DetectorSet(nn.Module):
             skip_models: leave out the detectors that need the model; otherwise they raise.
         """
         scores: dict[str, Tensor] = {}
-        shared: list[_Read] = []
+        from_statistics: list[tuple[str, Detector, tuple[str, ...]]] = []
         for name, detector in self.items():
             if detector.needs_model and skip_models:
                 continue
@@ -199,9 +200,9 @@ class DetectorSet(nn.Module):
             if not statistics or (detector.needs_features and logits is None):
                 scores[name] = detector.score_features(features, logits)
                 continue
-            detector._check_scored(features, logits)
-            _Read.of(shared, detector.constants()).add(name, detector, statistics)
-        for read in shared:
+            detector._require_fitted()
+            from_statistics.append((name, detector, statistics))
+        for read in self._reads(from_statistics, features, logits):
             statistics = row_statistics(read.statistics, logits, features, **read.constants)
             combined = {name: detector._combine(statistics) for name, detector in read.members.items()}
             # One look at all of them: asking the device for each would take as long as a score. (Infinities of both
@@ -212,33 +213,43 @@ class DetectorSet(nn.Module):
             scores |= combined
         return {name: scores[name] for name in self if name in scores}
 
+    def _reads(
+        self,
+        detectors: list[tuple[str, Detector, tuple[str, ...]]],
+        features: Tensor | None,
+        logits: Tensor | None,
+    ) -> list[_Read]:
+        """The reads that serve these detectors, of the names and statistics beside them; their input is checked."""
+        needs_features = any(detector.needs_features for _, detector, _ in detectors)
+        needs_logits = any(detector.needs_logits for _, detector, _ in detectors)
+        check_read(features, logits, needs_features, needs_logits)
+        reads: list[_Read] = []
+        for name, detector, statistics in detectors:
+            detector._check_widths(features, logits)
+            if not (wanted := detector.constants()) and reads:
+                read = reads[0]
+            elif (read := next((each for each in reads if each.agrees(wanted)), None)) is None:
+                reads.append(read := _Read({}, set(), {}))
+            read.constants.update(wanted)
+            read.statistics.update(statistics)
+            read.members[name] = detector
+        return reads
+
     def forward(self, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
         """As `score_features`."""
         return self.score_features(features, logits)
 
 
+@dataclass(frozen=True)
 class _Read:
     """One read of logits and features, for detectors whose statistics agree in their constants (W, mean, ...)."""
 
-    def __init__(self) -> None:
-        self.constants: dict[str, Any] = {}
-        self.statistics: set[str] = set()
-        self.members: dict[str, Detector] = {}
+    constants: dict[str, Any]
+    statistics: set[str]
+    members: dict[str, Detector]
 
-    @classmethod
-    def of(cls, shared: list[_Read], wanted: dict[str, Any]) -> _Read:
-        """The first read with which these constants agree, or a new one."""
-        for read in shared:
-            if all(key not in read.constants or _same(read.constants[key], value) for key, value in wanted.items()):
-                break
-        else:
-            shared.append(read := cls())
-        read.constants.update(wanted)
-        return read
-
-    def add(self, name: str, detector: Detector, statistics: tuple[str, ...]) -> None:
-        self.members[name] = detector
-        self.statistics.update(statistics)
+    def agrees(self, wanted: dict[str, Any]) -> bool:
+        return all(key not in self.constants or _same(self.constants[key], value) for key, value in wanted.items())
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -200,7 +200,7 @@ def _row_statistics(
     gamma: float,
     shards: Shards,
 ) -> dict[str, Tensor]:
-    """Of what is asked for; the formulas, and why `rest` leaves out e_p = 1, are those of `eager._logit_statistics`."""
+    """Of what is asked for; the formulas, and why `rest` leaves out e_p = 1, are those of `eager_statistics`."""
     dtype = eager.compute_dtype(logits, features, head_weight, mean)
     n_samples = logits.shape[0]
     own = [name for name in names if name in ("norm1", "norm2", "centred_norm")]  # of features, which every rank has
