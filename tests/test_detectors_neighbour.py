@@ -360,6 +360,7 @@ def test_state_dict_with_rows_in_float16(name, train, queries):
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("name", ["KNN", "NNGuide"])
 def test_compiled_and_exported(name, dtype, train, queries, monkeypatch):
+    torch.compiler.reset()
     monkeypatch.setattr(neighbour, "TILE_ELEMENTS", 128 * M)  # three tiles of a bank in float16
     settings = {"k": 4, "dtype": dtype, **({"fraction": 1.0} if name == "NNGuide" else {})}
     detector = detectors.create(name, **settings).fit_features(train.float(), torch.randn(N, C))
