@@ -302,6 +302,7 @@ def test_float32_and_state(name, data):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_and_exported(name, data):
+    torch.compiler.reset()
     data.train, data.features, data.logits = data.train.float(), data.features.float(), data.logits.float()
     detector, z, f = data.fit(name), data.features, data.logits
     expected = detector(z, f)
