@@ -123,7 +123,9 @@ def _logit_statistics(
         if column is None:
             others = (1 - exponential).addcmul_(exponential, of_prediction)
         else:
-            others = exponential.mul_(-inverse.unsqueeze(1)).add_(1).scatter_(1, column, of_prediction)
+            ones = exponential.new_ones(exponential.shape[1])  # a row, which PyTorch vectorises; a number it does not
+            others = torch.addcmul(ones, exponential, inverse.unsqueeze(1), value=-1, out=exponential)
+            others.scatter_(1, column, of_prediction)
         terms = others.log2_().sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
         found["gen"] = terms.sum(1) * inverse.pow(gamma)
     if names & {"logit_norm1", "logit_norm2"}:

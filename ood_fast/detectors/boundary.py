@@ -76,15 +76,19 @@ class FDBD(BoundaryDetector):
         super()._finish()
         self.mean = mean.value()
 
+    @property
+    def _length(self) -> str:
+        return "centred_norm" if self.denominator == "centred" else "norm2"
+
     def statistics(self) -> tuple[str, ...]:
-        return ("distance", "centred_norm" if self.denominator == "centred" else "norm2")
+        return ("distance", self._length)
 
     def constants(self) -> dict[str, Any]:
         return {**super().constants(), "mean": self.mean}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        distance, length = (statistics[name] for name in self.statistics())
-        factor = len(self.head_weight) - 1 if self.reduction == "sum" else 1
+        distance, length = statistics["distance"], statistics[self._length]
+        factor = self.head_weight.shape[0] - 1 if self.reduction == "sum" else 1
         return factor * distance / length.clamp_min(torch.finfo(length.dtype).eps)
 
 

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -192,7 +191,8 @@ class DetectorSet(nn.Module):
             skip_models: leave out the detectors that need the model; otherwise they raise.
         """
         scores: dict[str, Tensor] = {}
-        from_statistics: list[tuple[str, Detector, tuple[str, ...]]] = []
+        shared: dict[str, tuple[Detector, tuple[str, ...]]] = {}
+        needs_features = needs_logits = False
         for name, detector in self.items():
             if detector.needs_model and skip_models:
                 continue
@@ -201,55 +201,53 @@ class DetectorSet(nn.Module):
                 scores[name] = detector.score_features(features, logits)
                 continue
             detector._require_fitted()
-            from_statistics.append((name, detector, statistics))
-        for read in self._reads(from_statistics, features, logits):
+            shared[name] = detector, statistics
+            needs_features |= detector.needs_features
+            needs_logits |= detector.needs_logits
+        check_read(features, logits, needs_features, needs_logits)
+        for read in _reads(shared, features, logits):
             statistics = row_statistics(read.statistics, logits, features, **read.constants)
             combined = {name: detector._combine(statistics) for name, detector in read.members.items()}
             # One look at all of them: asking the device for each would take as long as a score. (Infinities of both
             # signs make NaN of the sum too; then each detector looks.)
-            if not torch.compiler.is_compiling() and math.isnan(torch.stack(list(combined.values())).sum().item()):
+            if not torch.compiler.is_compiling() and math.isnan(torch.cat(list(combined.values())).sum().item()):
                 for name, detector in read.members.items():
                     detector._check_scores(combined[name], features, logits)
             scores |= combined
         return {name: scores[name] for name in self if name in scores}
-
-    def _reads(
-        self,
-        detectors: list[tuple[str, Detector, tuple[str, ...]]],
-        features: Tensor | None,
-        logits: Tensor | None,
-    ) -> list[_Read]:
-        """The reads that serve these detectors, of the names and statistics beside them; their input is checked."""
-        needs_features = any(detector.needs_features for _, detector, _ in detectors)
-        needs_logits = any(detector.needs_logits for _, detector, _ in detectors)
-        check_read(features, logits, needs_features, needs_logits)
-        reads: list[_Read] = []
-        for name, detector, statistics in detectors:
-            detector._check_widths(features, logits)
-            if not (wanted := detector.constants()) and reads:
-                read = reads[0]
-            elif (read := next((each for each in reads if each.agrees(wanted)), None)) is None:
-                reads.append(read := _Read({}, set(), {}))
-            read.constants.update(wanted)
-            read.statistics.update(statistics)
-            read.members[name] = detector
-        return reads
 
     def forward(self, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
         """As `score_features`."""
         return self.score_features(features, logits)
 
 
-@dataclass(frozen=True)
 class _Read:
     """One read of logits and features, for detectors whose statistics agree in their constants (W, mean, ...)."""
 
-    constants: dict[str, Any]
-    statistics: set[str]
-    members: dict[str, Detector]
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {}
+        self.statistics: set[str] = set()
+        self.members: dict[str, Detector] = {}
 
     def agrees(self, wanted: dict[str, Any]) -> bool:
         return all(key not in self.constants or _same(self.constants[key], value) for key, value in wanted.items())
+
+
+def _reads(
+    shared: dict[str, tuple[Detector, tuple[str, ...]]], features: Tensor | None, logits: Tensor | None
+) -> list[_Read]:
+    """The reads that give these detectors their statistics; widths are checked."""
+    reads: list[_Read] = []
+    for name, (detector, statistics) in shared.items():
+        detector._check_widths(features, logits)
+        if not (wanted := detector.constants()) and reads:
+            read = reads[0]
+        elif (read := next((each for each in reads if each.agrees(wanted)), None)) is None:
+            reads.append(read := _Read())
+        read.constants.update(wanted)
+        read.statistics.update(statistics)
+        read.members[name] = detector
+    return reads
 
 
 def _same(left: Any, right: Any) -> bool:
