@@ -60,7 +60,7 @@ DENSE = (CIFAR10, CIFAR100, IMAGENET200_VIT, IMAGENET200, IMAGENET_VIT, IMAGENET
 # two cores; bench/ratios.py has the batch of 512.
 LINEAR = (
     Case("ImageNet-21K ViT-B", 64, 21841, 768, gpu_samples=8192),
-    Case("100k classes", 128, 100_000, 512, gpu_samples=8192),
+    Case("100k classes", 64, 100_000, 512, gpu_samples=8192),
     Case("1M classes", 16, 1_000_000, 64, gpu_samples=1024),
 )
 
