@@ -73,7 +73,8 @@ def measure(benchmark: Any, case: Case, device: torch.device) -> Measure:
     `step` may be a list of steps that do the same with other inputs: a GPU takes turns with them. `row` names the line;
     `counts` names an operation of bench/counts.py, or is what it counts; `prepare` makes the step of which the peak
     memory is measured, or says why there is none; `error` is what a comparison with float64 gave, or the function of
-    what the step returns that compares. Every further keyword is written down as it is.
+    what the step returns that compares; `once` is how many seconds the step took if it has run. Every further keyword
+    is written down as it is.
     """
 
     def measure(
@@ -85,6 +86,7 @@ def measure(benchmark: Any, case: Case, device: torch.device) -> Measure:
         prepare: Prepare | str,
         error: float | Callable[[Any], float] | None = None,
         distinct: int | None = None,
+        once: float = 0.0,
         **more: object,
     ) -> None:
         steps = [step] if callable(step) else list(step)
@@ -111,7 +113,7 @@ def measure(benchmark: Any, case: Case, device: torch.device) -> Measure:
             torch=torch.__version__,
             **more,
         )
-        returned = _time(benchmark, steps, device)
+        returned = _time(benchmark, steps, device, once)
         error = error(returned) if callable(error) else error
         correct = None if error is None else error <= TOLERANCE[case.dtype]
         benchmark.extra_info.update(error=error, correct=correct)
@@ -125,14 +127,19 @@ def measure(benchmark: Any, case: Case, device: torch.device) -> Measure:
     return measure
 
 
-def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device) -> Any:
-    """Warm-up, then rounds. Kernels are compiled and buffers made before the clock runs. What a step returned."""
+def _time(benchmark: Any, steps: list[Callable[[], Any]], device: torch.device, once: float) -> Any:
+    """Warm-up, then rounds. Kernels are compiled and buffers made before the clock runs. What a step returned.
+
+    `once`: seconds of a warm-up that has been.
+    """
     synchronize = synchronizer(device)
     if benchmark.disabled:  # --benchmark-disable: once, to see that it runs
         returned = benchmark(steps[0])
         synchronize()
         return returned
-    launched, once = _seconds(steps[0], synchronize)
+    launched = once
+    if once < LONG_STEP or device.type != "cpu":
+        launched, once = _seconds(steps[0], synchronize)
     if once < LONG_STEP:  # a longer one has had its warm-up
         for step in steps:
             step()
@@ -201,7 +208,9 @@ def measure_row(case: Case, device: torch.device, measure: Measure, leave_out) -
 
     def measure_row(what: str, row: Row, x: Inputs, *, forward: bool = False, samples: int | None = None) -> None:
         leave_out(what, case, row.name, row.left_out(case, device))
+        start = time.perf_counter()
         actual = row.step(x if samples is None else x.first(samples))
+        once = time.perf_counter() - start if samples is None and not forward else 0.0
         truth = _truth(row.truth, row.wants, case, samples)
         error = relative_error(*((values[:1] for values in (actual, truth)) if forward else (actual, truth)))
         del actual
@@ -212,6 +221,7 @@ def measure_row(case: Case, device: torch.device, measure: Measure, leave_out) -
             row=row.name,
             counts=f"{row.counts} forward" if forward else row.counts,
             error=error,
+            once=once,
             prepare=functools.partial(row.prepare, case, device, forward),
             distinct=x.distinct_predictions,
         )

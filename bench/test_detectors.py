@@ -30,7 +30,7 @@ from .measure import in_turns
 # pytorch-ood works through the classes one by one: seconds for these images of ImageNet-1K.
 GAUSSIAN = Case("ImageNet-1K", 32, 1000, 2048)
 # The training features of CIFAR on a ResNet-18, all kept.
-NEIGHBOURS = Case("50,000 neighbours", 2000, 100, 512)
+NEIGHBOURS = Case("50,000 neighbours", 1000, 100, 512)
 # A hundredth of the training images, as KNN's paper has it.
 SUBSET = Case("ImageNet-1K, 12,800 neighbours", 256, 1000, 2048)
 TRAIN = {GAUSSIAN.name: 4000, NEIGHBOURS.name: 50_000, SUBSET.name: 12_800}
