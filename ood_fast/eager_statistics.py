@@ -118,15 +118,14 @@ def _logit_statistics(
             distance = (gap.masked_fill(masked, 0.0) * rows).sum(1) / rows.sign().sum(1).clamp(min=1)
         found["distance"] = distance
     if "gen" in names:
-        # 1 - e/Z; for the prediction it is rest/Z with all its digits. (lerp would do it in three times the time.)
+        # Logarithms of 1 - e/Z; for the prediction that is rest/Z with all its digits.
         of_prediction = (rest * inverse).unsqueeze(1)
-        if column is None:
-            others = (1 - exponential).addcmul_(exponential, of_prediction)
-        else:
-            ones = exponential.new_ones(exponential.shape[1])  # a row, which PyTorch vectorises; a number it does not
-            others = torch.addcmul(ones, exponential, inverse.unsqueeze(1), value=-1, out=exponential)
-            others.scatter_(1, column, of_prediction)
-        terms = others.log2_().sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
+        if column is None:  # (lerp would do it in three times the time)
+            others = (1 - exponential).addcmul_(exponential, of_prediction).log2_()
+            terms = others.sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
+        else:  # log1p takes little more than half the time of log2
+            others = exponential.mul_(-inverse.unsqueeze(1)).log1p_().scatter_(1, column, of_prediction.log())
+            terms = others.sub_(gap).mul_(gamma * _LOG2_E).exp2_()
         found["gen"] = terms.sum(1) * inverse.pow(gamma)
     if names & {"logit_norm1", "logit_norm2"}:
         live = logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
@@ -180,14 +179,14 @@ def _first_equal(logits: Tensor, top: Tensor) -> Tensor:
 def _without_prediction(exponential: Tensor, top: Tensor, column: Tensor | None) -> Tensor:
     """rest, (n,), which loses its digits as the prediction becomes certain if it is taken from Z.
 
-    With the `column` (n, 1) of the prediction e_p becomes 0 in place: later it is only a factor of g_p = 0.
+    With the `column` (n, 1) of the prediction e_p becomes g_p in place, which is 0, or NaN if the row has no softmax:
+    later e_p is only a factor of g_p.
     """
     if column is None:
         # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
         partition = exponential.sum(1)
         return torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
-    undefined = (top - top).squeeze(1)  # 0; NaN where g_p is
-    return exponential.scatter_(1, column, 0.0).sum(1) + undefined
+    return exponential.scatter_(1, column, top - top).sum(1)
 
 
 def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: Tensor, dtype: torch.dtype) -> Tensor:
