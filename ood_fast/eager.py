@@ -79,7 +79,10 @@ def keep_tensors(maxsize: int) -> Callable[[Callable], Callable]:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of all arithmetic: float64 if any input has it, float32 otherwise."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:

@@ -994,9 +994,9 @@ def row_statistics(
     """The statistics `names`, each (n,), in that order. Arguments are checked and detached by the caller, None where no
     statistic needs them; n >= 1."""
     given = (names, logits, features, head_weight, mean, table, gamma)
-    tensors = [t for t in given[1:-1] if t is not None]
-    if not _is_traced(*tensors):
+    if not _is_traced(*given[1:-1]):
         return _row_statistics(*given, boundaries)
+    tensors = [t for t in given[1:-1] if t is not None]
     on_cpu = tensors[0].device.type == "cpu"
     if torch.compiler.is_compiling() and on_cpu and _statistics_backend(*tensors) is eager_statistics:
         # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.

@@ -84,26 +84,30 @@ def row_statistics(
     """
     names, needs = plan(names, table is not None)
     given = {"logits": logits, "features": features, "W": W, "mean": mean, "table": table}
-    for argument, because in needs.items():
-        if given[argument] is None:
+    for argument, value in given.items():
+        if argument not in needs:
+            given[argument] = None
+        elif value is None:
+            because = needs[argument]
             raise ValueError(
                 f"{argument}: got None, but it is needed by {' and '.join(map(repr, because))}; "
                 f"pass {_CURES[argument]}{' or table=distance_table(W)' if because == ['distance'] else ''}"
             )
-    used = {argument: value if argument in needs else None for argument, value in given.items()}
-    _check(names, **used)
-    if boundaries is not None and used["table"] is not None:
-        _check_boundaries(boundaries, used["table"])
+    _check(names, **given)
+    if given["table"] is None:
+        boundaries = None
+    elif boundaries is not None:
+        _check_boundaries(boundaries, table)
     checks.real("gamma", gamma, 0.0, open_low=True)
     if not names:
         return {}
-    used = {a: value.detach() if value is not None and value.requires_grad else value for a, value in used.items()}
-    if used["table"] is None:
-        boundaries = None
+    for argument, value in given.items():
+        if value is not None and value.requires_grad:
+            given[argument] = value.detach()
     if eager.is_exporting():
-        values = eager_statistics.row_statistics(names, *used.values(), float(gamma), traced=True)
+        values = eager_statistics.row_statistics(names, *given.values(), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
-    return _computed(names, *used.values(), float(gamma), boundaries)
+    return _computed(names, *given.values(), float(gamma), boundaries)
 
 
 def _computed(
@@ -120,17 +124,14 @@ def _computed(
     if like.shape[0] == 0:
         dtype = eager.compute_dtype(logits, features, head_weight, mean, table)
         return {name: like.new_empty(0, dtype=torch.int64 if name == "predicted" else dtype) for name in names}
-    found = {}
-    if "distance" in names and table is None:
-        found["distance"] = ops.boundary_distance(logits, head_weight, 0)
-    rest = [name for name in names if name not in found]
-    if "projection" not in rest:
-        head_weight = None
-    if not set(rest) & {*FROM_LOGITS, "projection"}:
-        logits = None
-    if rest:
-        values = ops.row_statistics(rest, logits, features, head_weight, mean, table, gamma, boundaries)
-        found |= zip(rest, values, strict=True)
+    if "distance" not in names or table is not None:
+        values = ops.row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries)
+        return dict(zip(names, values, strict=True))
+    found = {"distance": ops.boundary_distance(logits, head_weight, 0)}
+    others, needs = plan(set(names) - set(found), False)
+    if others:
+        logits, head_weight = logits if "logits" in needs else None, head_weight if "W" in needs else None
+        found |= _computed(others, logits, features, head_weight, mean, None, gamma, None)
     return {name: found[name] for name in names}
 
 

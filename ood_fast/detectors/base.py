@@ -130,11 +130,11 @@ class Detector(nn.Module):
     @property
     def fitted(self) -> bool:
         """Whether the detector can score; always true for one that needs no fitting."""
-        if not self.needs_fit:
-            return True
         # By way of the attributes of a module each name would take half a microsecond.
-        required = (*self.state, "head_weight") if self.needs_head else self.state
-        return not any(self._buffers.get(name) is None for name in required)
+        for name in (*self.state, "head_weight") if self.needs_head else self.state:
+            if self._buffers.get(name) is None:
+                return False
+        return True
 
     # ---- scoring
 
@@ -202,9 +202,12 @@ class Detector(nn.Module):
 
     def _check_widths(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Of what has passed `check_read`."""
-        if not self.needs_fit:
+        if self.needs_head:
+            fitted = self._buffers["head_weight"]
+        elif self.state:
+            fitted = self._buffers[self.state[0]]
+        else:
             return
-        fitted = self._buffers["head_weight" if self.needs_head else self.state[0]]
         if self.needs_features and features.shape[1] != fitted.shape[-1]:
             raise ValueError(
                 f"features: got shape {tuple(features.shape)}, expected (n, {fitted.shape[-1]}), the width that "

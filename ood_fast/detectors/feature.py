@@ -42,8 +42,9 @@ class FeatureNorm(Detector):
         self.needs_features, self.needs_logits = of == "features", of == "logits"
 
     def statistics(self) -> tuple[str, ...]:
-        name = "norm" if self.of == "features" else "logit_norm"
-        return tuple(f"{name}{order}" for order in (1, 2) if order == self.p)  # p may be a symbol of the compiler
+        if self.p != 1 and self.p != 2:  # `in` would not do: p may be a symbol of the compiler
+            return ()
+        return (f"{'norm' if self.of == 'features' else 'logit_norm'}{1 if self.p == 1 else 2}",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         return statistics[self.statistics()[0]]
@@ -101,7 +102,7 @@ class NCI(Detector):
         return (self._norm, "centred_norm", "projection") if self.proximity else (self._norm,)
 
     def constants(self) -> dict[str, Any]:
-        return {"W": self.head_weight, "mean": self.mean}
+        return {"W": self._buffers["head_weight"], "mean": self._buffers["mean"]}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         norm = statistics[self._norm]

@@ -230,7 +230,12 @@ class _Read:
         self.members: dict[str, Detector] = {}
 
     def agrees(self, wanted: dict[str, Any]) -> bool:
-        return all(key not in self.constants or _same(self.constants[key], value) for key, value in wanted.items())
+        """Tensors are compared by identity: the set shares those that are equal."""
+        for key, value in wanted.items():
+            kept = self.constants.get(key, value)  # one that is not kept yet agrees
+            if kept is not value and (isinstance(kept, Tensor) or isinstance(value, Tensor) or kept != value):
+                return False
+        return True
 
 
 def _reads(
@@ -240,16 +245,13 @@ def _reads(
     reads: list[_Read] = []
     for name, (detector, statistics) in shared.items():
         detector._check_widths(features, logits)
-        if not (wanted := detector.constants()) and reads:
-            read = reads[0]
-        elif (read := next((each for each in reads if each.agrees(wanted)), None)) is None:
+        wanted = detector.constants()
+        for read in reads:
+            if read.agrees(wanted):
+                break
+        else:
             reads.append(read := _Read())
         read.constants.update(wanted)
         read.statistics.update(statistics)
         read.members[name] = detector
     return reads
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equal constants. Tensors are compared by identity: the set shares those that are equal."""
-    return left is right or (not isinstance(left, Tensor) and not isinstance(right, Tensor) and left == right)
