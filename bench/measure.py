@@ -104,6 +104,35 @@ def in_turns(
     return shortest
 
 
+def ratio_of_pairs(
+    step: Callable[[], object], other: Callable[[], object], device: torch.device, seconds: float
+) -> float:
+    """Time of `step` over that of `other`, the median over pairs of neighbours in time, in changing order.
+
+    For steps that differ by less than the machine drifts in a second, where the shortest times of `in_turns` are too
+    rough.
+    """
+    synchronize = synchronizer(device)
+
+    def timed(run: Callable[[], object]) -> float:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    step(), other()
+    ratios, end = [], time.perf_counter() + seconds
+    while len(ratios) < 2 or time.perf_counter() < end:
+        numerator = timed(step)
+        denominator = timed(other)
+        ratios.append(numerator / denominator)
+        denominator = timed(other)
+        numerator = timed(step)
+        ratios.append(numerator / denominator)
+    return statistics.median(ratios)
+
+
 def input_sets(x: Inputs, device: torch.device) -> list[Inputs]:
     """Copies of the inputs to take turns with, together larger than twice the GPU's L2 cache: a step must find its
     inputs in memory. On a CPU one set: there a loss finds in the caches what the head has just written."""

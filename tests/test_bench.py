@@ -451,6 +451,24 @@ def test_steps_are_timed_in_turns():
     assert called == list("abab")
 
 
+def test_the_ratio_of_two_steps_is_taken_from_neighbours_in_time(monkeypatch):
+    """Where a machine becomes slower by half each step, either step may seem the slower one, but not in both orders."""
+    now, called = 0.0, []
+
+    def clock() -> float:
+        return now
+
+    def step(name: str) -> None:
+        nonlocal now
+        called.append(name)
+        now += 1.5 ** len(called)
+
+    monkeypatch.setattr(measure.time, "perf_counter", clock)
+    both = functools.partial(step, "a"), functools.partial(step, "b")
+    assert measure.ratio_of_pairs(*both, CPU, seconds=0.0) == pytest.approx((1.5 + 1 / 1.5) / 2)
+    assert called == list("ababba"), "the first of each is the warm-up"
+
+
 def test_written_results_can_be_read_again(tmp_path):
     """Files are joined, the last one wins, plots are drawn, and results.json gives the same tables."""
     later = document(entry(LOSS, "elogitnorm", 5e-3))
