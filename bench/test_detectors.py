@@ -25,7 +25,7 @@ from .baselines import no_compiler
 from .cases import IMAGENET, Case
 from .conftest import DEVICE, relative_error
 from .latency import LATENCY, ONE_READ, OURS, PYTORCH_OOD, WITH_MODEL, Stored, cell, pytorch_ood_left_out, stored
-from .measure import in_turns, ratio_of_pairs
+from .measure import in_turns, ratio_in_groups
 
 # pytorch-ood works through the classes one by one: seconds for these images of ImageNet-1K.
 GAUSSIAN = Case("ImageNet-1K", 32, 1000, 2048)
@@ -365,6 +365,6 @@ def test_behind_a_model(row, measure, benchmark, leave_out):
         return
     W, centred = deployed.detector.head_weight.double(), z - deployed.detector.mean.double()
     exact = (centred * W[f.argmax(1)]).sum(1) / centred.norm(dim=1) + deployed.detector.alpha * z.abs().sum(1)
-    ratio = ratio_of_pairs(steps["NCI"], steps["MSP"], DEVICE, seconds=0 if benchmark.disabled else 10.0)
+    ratio = ratio_in_groups(steps["NCI"], steps["MSP"], DEVICE, seconds=0 if benchmark.disabled else 10.0)
     more |= {"ratio": ratio, "ratio_to": "MSP"}
     measure(what, steps[name], row="NCI", error=relative_error([scores], [exact]), **more)

@@ -64,8 +64,9 @@ def row_statistics(
         gamma: exponent of "gen", > 0.
 
     Returns:
-        {name: (n,)} for the names asked, in float32; in float64 where a tensor that is read has it. They are
-        constants to autograd: `ood_fast.boundary_distance` and `ood_fast.nci_score` are differentiable.
+        {name: (n,)} for the names asked, in float32; in float64 where a tensor that is read has it ("distance" without
+        `table` is read apart). They are constants to autograd: `ood_fast.boundary_distance` and `ood_fast.nci_score`
+        are differentiable.
 
     1 - P_p, which loses its digits as P_p approaches 1, is taken as sum_{j != p} P_j in "gen" and "entropy": they are
     as precise for certain predictions as for others. It counts as 0 below the smallest float.
@@ -94,9 +95,7 @@ def row_statistics(
                 f"pass {_CURES[argument]}{' or table=distance_table(W)' if because == ['distance'] else ''}"
             )
     _check(names, **given)
-    if given["table"] is None:
-        boundaries = None
-    elif boundaries is not None:
+    if given["table"] is not None and boundaries is not None:
         _check_boundaries(boundaries, table)
     checks.real("gamma", gamma, 0.0, open_low=True)
     if not names:
@@ -120,19 +119,21 @@ def _computed(
     gamma: float,
     boundaries: Tensor | None,
 ) -> dict[str, Tensor]:
+    by_weight = "distance" in names and table is None  # with an operator of its own, from logits and W alone
+    if by_weight and len(names) > 1:
+        others, needs = plan(set(names) - {"distance"}, False)
+        found = _computed(["distance"], logits, None, head_weight, None, None, gamma, None)
+        logits, head_weight = logits if "logits" in needs else None, head_weight if "W" in needs else None
+        found |= _computed(others, logits, features, head_weight, mean, None, gamma, None)
+        return {name: found[name] for name in names}
     like = features if logits is None else logits
     if like.shape[0] == 0:
         dtype = eager.compute_dtype(logits, features, head_weight, mean, table)
         return {name: like.new_empty(0, dtype=torch.int64 if name == "predicted" else dtype) for name in names}
-    if "distance" not in names or table is not None:
-        values = ops.row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries)
-        return dict(zip(names, values, strict=True))
-    found = {"distance": ops.boundary_distance(logits, head_weight, 0)}
-    others, needs = plan(set(names) - set(found), False)
-    if others:
-        logits, head_weight = logits if "logits" in needs else None, head_weight if "W" in needs else None
-        found |= _computed(others, logits, features, head_weight, mean, None, gamma, None)
-    return {name: found[name] for name in names}
+    if by_weight:
+        return {"distance": ops.boundary_distance(logits, head_weight, 0)}
+    values = ops.row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries)
+    return dict(zip(names, values, strict=True))
 
 
 def distance_table(W: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_each_statistic_is_gathered_once():
 
 
 def test_rows_are_read_once(monkeypatch):
-    fitted = DetectorSet(["MSP", "MaxLogit", "Energy", "NCI", "FeatureNorm"])
+    names = ["MSP", "MaxLogit", "Energy", "NCI", "FeatureNorm", "FDBD", "BoundaryDistance"]
+    fitted = DetectorSet(names)
     net = Net().eval()
     fitted.fit(net, [X])
     calls = []
@@ -72,12 +74,17 @@ def test_rows_are_read_once(monkeypatch):
     monkeypatch.setattr(sets, "row_statistics", counted)
     fitted.score(net, X)
     assert len(calls) == 1
-    assert set(calls[0]) == {"max", "logsumexp", "norm1", "norm2", "centred_norm", "projection"}
+    assert set(calls[0]) == {"max", "logsumexp", "distance", "norm1", "norm2", "centred_norm", "projection"}
     # Sharing is found again after a move and after loading, which copy every buffer.
     fitted.double().float()
+    fitted.score(net, X)
     fitted.load_state_dict({name: value.clone() for name, value in fitted.state_dict().items()})
     fitted.score(net, X)
-    assert len(calls) == 2
+    within = nn.ModuleDict({"detectors": DetectorSet(names)})
+    within.load_state_dict({f"detectors.{name}": value.clone() for name, value in fitted.state_dict().items()})
+    within["detectors"].score(net, X)
+    pickle.loads(pickle.dumps(within))["detectors"].score(net, X)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("n_classes", [10, 200])

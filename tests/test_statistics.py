@@ -196,6 +196,21 @@ def test_distance_from_the_weights(backend):
     assert torch.equal(by_weight["max"].cpu(), logits.amax(1))
 
 
+@pytest.mark.parametrize("n_samples", [0, 3])
+def test_distance_from_weights_in_float64_leaves_the_others_in_float32(backend, n_samples):
+    logits, features, W, _ = (t.float().to(backend.device) for t in problem(3, 9, 4))
+    found = row_statistics(["max", "distance", "norm1"], logits[:n_samples], features[:n_samples], W=W.double())
+    assert {name: (len(each), each.dtype) for name, each in found.items()} == {
+        "max": (n_samples, torch.float32),
+        "distance": (n_samples, torch.float64),
+        "norm1": (n_samples, torch.float32),
+    }
+    assert [*row_statistics(["norm1", "distance"], logits[:n_samples], features[:n_samples], W=W)] == [
+        "distance",
+        "norm1",
+    ]
+
+
 def test_boundaries_counted_before(backend):
     """The number of boundaries, given or counted anew: the same distance, where some classes have fewer or none."""
     for n_classes in (9, 1):

@@ -50,6 +50,7 @@ class DetectorSet(nn.Module):
             checks.instance(f"detectors[{name!r}]", detector, Detector, "a Detector or the name of one")
         self.names = tuple(named)
         self.detectors = nn.ModuleList(named.values())
+        self.register_load_state_dict_post_hook(_share_again)
         self._share()
 
     def __getitem__(self, name: str) -> Detector:
@@ -219,6 +220,11 @@ class DetectorSet(nn.Module):
     def forward(self, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
         """As `score_features`."""
         return self.score_features(features, logits)
+
+
+def _share_again(detectors: DetectorSet, _: Any) -> None:
+    """After loading a state_dict, which holds each buffer by itself. A function of the module: pickles name it."""
+    detectors._share()
 
 
 class _Read:
