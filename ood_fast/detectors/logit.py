@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager_statistics import softmax_rest
 from ..statistics import row_statistics
 from . import streaming
 from .base import Detector
@@ -167,8 +168,7 @@ class GEN(Detector):
         """(n, M). With e_j = exp(f_j − f_p) and rest = Σ_{j≠p} e_j: P_j = e_j / (1 + rest), and 1 − P_j is
         ((1 − e_j) + rest) / (1 + rest), which does not cancel at j = p. Logarithms, as P_j itself underflows."""
         gap = logits.amax(dim=1, keepdim=True) - logits
-        first = gap.argmin(dim=1, keepdim=True)
-        rest = gap.neg().exp().scatter(1, first, 0.0).sum(dim=1, keepdim=True)
+        rest = softmax_rest(gap)
         gap = k_smallest(gap, n_largest)
         log_p = -gap - rest.log1p()
         log_other = (rest - torch.expm1(-gap)).log() - rest.log1p()
