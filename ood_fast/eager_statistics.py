@@ -97,7 +97,7 @@ def _logit_statistics(
     by_hand = not traced and logits.device.type == "cpu"  # where a look at the numbers is free, and nothing is fused
     column = found["predicted"].unsqueeze(1) if "predicted" in found and by_hand else None
     if names & {"logsumexp", "entropy", "gen"}:
-        exponential = _exponential(gap)
+        exponential = exp_of_minus(gap)
         if names & {"entropy", "gen"}:
             rest = _without_prediction(exponential, top, column)
             log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
@@ -175,14 +175,14 @@ def _first_equal(logits: Tensor, top: Tensor) -> Tensor:
     return place.amin(1).long()
 
 
-def _exponential(gap: Tensor) -> Tensor:
-    """e_j = exp(-g_j), fresh. PyTorch's exp2 on the CPU takes a third of the time of its exp."""
+def exp_of_minus(gap: Tensor) -> Tensor:
+    """exp(-gap), fresh. PyTorch's exp2 on the CPU takes a third of the time of its exp."""
     return (gap * -_LOG2_E).exp2_()
 
 
 def softmax_rest(gap: Tensor) -> Tensor:
     """rest = sum_{j != p} exp(-g_j), (n, 1), of the gaps (n, c), with all its digits: 1 - P_p = rest / (1 + rest)."""
-    return _without_prediction(_exponential(gap), None, None).unsqueeze(1)
+    return _without_prediction(exp_of_minus(gap), None, None).unsqueeze(1)
 
 
 def _without_prediction(exponential: Tensor, top: Tensor | None, column: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager_statistics import softmax_rest
+from ..eager_statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
 from .base import Detector
@@ -23,7 +23,7 @@ from .streaming import at_least_float32
 def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
     """max_j softmax(f / T)_j, (n,), with T > 0 a number or (n, 1); from gaps, so that f / T cannot overflow."""
     gap = logits.amax(dim=1, keepdim=True) - logits
-    return (gap / temperature).neg().exp().sum(dim=1).reciprocal()
+    return exp_of_minus(gap / temperature).sum(dim=1).reciprocal()
 
 
 @register
