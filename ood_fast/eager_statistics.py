@@ -99,7 +99,8 @@ def _logit_statistics(
     if names & {"logsumexp", "entropy", "gen"}:
         exponential = exp_of_minus(gap)
         if names & {"entropy", "gen"}:
-            rest = _without_prediction(exponential, top, column)
+            # With the column e_p becomes g_p: 0, or NaN without softmax. Later it is a factor of g_p, or overwritten.
+            rest = softmax_rest(exponential) if column is None else exponential.scatter_(1, column, top - top).sum(1)
             log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
         else:
             log_partition = exponential.sum(1).log()
@@ -180,22 +181,14 @@ def exp_of_minus(gap: Tensor) -> Tensor:
     return (gap * -_LOG2_E).exp2_()
 
 
-def softmax_rest(gap: Tensor) -> Tensor:
-    """rest = sum_{j != p} exp(-g_j), (n, 1), of the gaps (n, c), with all its digits: 1 - P_p = rest / (1 + rest)."""
-    return _without_prediction(exp_of_minus(gap), None, None).unsqueeze(1)
+def softmax_rest(exponential: Tensor) -> Tensor:
+    """rest = sum_{j != p} e_j, (n,), where the prediction, of e_p = 1, is not known: 1 - P_p = rest / (1 + rest).
 
-
-def _without_prediction(exponential: Tensor, top: Tensor | None, column: Tensor | None) -> Tensor:
-    """rest, (n,), which loses its digits as the prediction becomes certain if it is taken from Z.
-
-    With the `column` (n, 1) of the prediction e_p becomes g_p in place, which is 0, or NaN if the row has no softmax:
-    later e_p is a factor of g_p, or overwritten.
+    It loses its digits as the prediction becomes certain if it is taken from Z.
     """
-    if column is None:
-        # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
-        partition = exponential.sum(1)
-        return torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
-    return exponential.scatter_(1, column, top - top).sum(1)
+    # frac leaves out what is exactly 1: the prediction, and what ties with it; but with a tie rest >= 1.
+    partition = exponential.sum(1)
+    return torch.where(partition < 1.5, exponential.frac().sum(1), partition - 1)
 
 
 def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: Tensor, dtype: torch.dtype) -> Tensor:

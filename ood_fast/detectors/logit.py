@@ -168,7 +168,7 @@ class GEN(Detector):
         """(n, M). With e_j = exp(f_j − f_p) and rest = Σ_{j≠p} e_j: P_j = e_j / (1 + rest), and 1 − P_j is
         ((1 − e_j) + rest) / (1 + rest), which does not cancel at j = p. Logarithms, as P_j itself underflows."""
         gap = logits.amax(dim=1, keepdim=True) - logits
-        rest = softmax_rest(gap)
+        rest = softmax_rest(exp_of_minus(gap)).unsqueeze(1)
         gap = k_smallest(gap, n_largest)
         log_p = -gap - rest.log1p()
         log_other = (rest - torch.expm1(-gap)).log() - rest.log1p()
