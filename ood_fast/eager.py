@@ -505,6 +505,11 @@ def _boundary_gaps(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def temperature_of(distance: Tensor, eps: float = 1e-6) -> Tensor:
+    """The temperature that ELogitNorm divides by: D, or the constant 1 where D <= eps; NaN stays NaN."""
+    return torch.where(distance <= eps, 1.0, distance)
+
+
 def _elogitnorm_rows(
     gap: Tensor,
     distance: Tensor,
@@ -517,15 +522,12 @@ def _elogitnorm_rows(
     with_slope: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, T, log-partition, slope) of a chunk of rows: T is D, or the constant 1 where D <= eps."""
-    temperature = distance.clone()
-    if live is not None:
-        fallback = distance <= eps
-        temperature.masked_fill_(fallback, 1.0)
+    temperature = distance.clone() if live is None else temperature_of(distance, eps)
     loss, log_partition, slope = _tempered_forward(gap, temperature, targets, rows, live, scratch, with_slope)
     if with_slope:
         slope.mul_(share)
         if live is not None:
-            slope.masked_fill_(fallback, 0.0)
+            slope.masked_fill_(distance <= eps, 0.0)
     return loss, temperature, log_partition, slope
 
 

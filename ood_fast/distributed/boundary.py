@@ -287,7 +287,7 @@ def softmax(
 ) -> tuple[Tensor, Softmax]:
     """(the loss of each sample, what its gradients need)."""
     fallback = found.distance <= eps
-    temperature = found.distance.masked_fill(fallback, 1.0)
+    temperature = eager.temperature_of(found.distance, eps)
     sums = top.new_empty(5, top.shape[0])
     for rows, gap, live in gaps(logits, top):
         exponent = gap / temperature[rows].neg().unsqueeze(1)
