@@ -41,10 +41,10 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "elogitnorm_forward": "tempered",
-    "elogitnorm_backward": "tempered",
-    "logitnorm_forward": "tempered",
-    "logitnorm_backward": "tempered",
+    "elogitnorm_forward": "losses",
+    "elogitnorm_backward": "losses",
+    "logitnorm_forward": "losses",
+    "logitnorm_backward": "losses",
     "boundary_distance_forward": "boundary",
     "boundary_distance_backward": "boundary",
     "nci_forward": "nci",

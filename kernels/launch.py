@@ -55,6 +55,24 @@ def target_of(tensor: Tensor) -> str:
     return _cuda_target(tensor.device.index)
 
 
+def unit_stride(matrix: Tensor) -> Tensor:
+    """The matrix itself where its columns are neighbours in memory (rows may lie anywhere); otherwise a contiguous
+    copy.
+
+    Any op that reads a transposed matrix row by row pays for the strided reads; one copy pays once.
+    """
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def gradient_buffer(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Where a kernel writes the gradient of `like`: in its dtype, rounded once, at the store.
+
+    Triton's interpreter truncates fp32 to bf16 instead of rounding, so there PyTorch rounds afterwards.
+    """
+    truncates = like.dtype == torch.bfloat16 and target_of(like) == "interpreter"
+    return torch.empty(shape, dtype=torch.float32 if truncates else like.dtype, device=like.device)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

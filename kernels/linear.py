@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import tempered
+from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
 
 
@@ -58,12 +58,12 @@ def linear_elogitnorm(
         logits = F.linear(z, weight, bias)
         y = target[rows]
         keywords = class_weight, ignore_index, label_smoothing
-        loss[rows], distance[rows], *saved = tempered.elogitnorm_forward(
+        loss[rows], distance[rows], *saved = losses.elogitnorm_forward(
             logits, head_weight, y, *keywords, eps, average_offset
         )
         if not grads:
             continue
-        d_logits, d_weight = tempered.elogitnorm_backward(
+        d_logits, d_weight = losses.elogitnorm_backward(
             sample_grad[rows], logits, head_weight, y, *keywords, *saved, True, geometry
         )
         if need_features:

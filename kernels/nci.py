@@ -14,19 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boundary import gradient_buffer, segment_sum, unit_stride
 from .launch import (
     PIECE,
     alignment,
     argmax_splits,
     cdiv,
+    gradient_buffer,
     launch,
     scan_config,
     segment_config,
     target_of,
     tile_config,
+    unit_stride,
 )
 from .rows import add_product, first_maximum, keep_better, scan_maximum
+from .segments import segment_sum
 
 
 @triton.jit

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boundary import distance_table as rows_of_distance_table
-from .boundary import unit_stride
-from .launch import alignment, cdiv, launch, row_config, scan_config, target_of
+from .distances import distance_table as rows_of_distance_table
+from .launch import alignment, cdiv, launch, row_config, scan_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, first_maximum, keep_better, live_gap, mean_distance
 
 # The statistics, in the order of the kernel's outputs.

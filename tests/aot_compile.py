@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
-from ood_fast.kernels import boundary, nci, statistics, tempered
+from ood_fast.kernels import boundary, losses, nci, statistics
 
 MODULES = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 TARGETS = {
@@ -118,10 +118,10 @@ def run_elogitnorm(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: 
     logits, head_weight = meta(n, c, dtype=dtype), meta(c, m, dtype=weight_dtype)
     target = meta(n, c, dtype=dtype) if heavy else meta(n, dtype=torch.int64)
     class_weight, smoothing = (meta(c), 0.1) if heavy else (None, 0.0)
-    _, _, predicted, temperature, log_partition, slope, table_row, table, row_class = tempered.elogitnorm_forward(
+    _, _, predicted, temperature, log_partition, slope, table_row, table, row_class = losses.elogitnorm_forward(
         logits, head_weight, target, class_weight, -100, smoothing, 1e-6, 0
     )
-    tempered.elogitnorm_backward(
+    losses.elogitnorm_backward(
         meta(n), logits, head_weight, target, class_weight, -100, smoothing,
         predicted, temperature, log_partition, slope, table_row, table, row_class, True, True,
     )  # fmt: skip
@@ -139,8 +139,8 @@ def run_logitnorm(n: int, c: int, dtype: torch.dtype, *, heavy: bool) -> None:
     logits = meta(n, c, dtype=dtype)
     target = meta(n, c, dtype=dtype) if heavy else meta(n, dtype=torch.int64)
     class_weight, smoothing = (meta(c), 0.1) if heavy else (None, 0.0)
-    _, *saved = tempered.logitnorm_forward(logits, target, class_weight, -100, smoothing, 0.04)
-    tempered.logitnorm_backward(meta(n), logits, target, class_weight, -100, smoothing, *saved)
+    _, *saved = losses.logitnorm_forward(logits, target, class_weight, -100, smoothing, 0.04)
+    losses.logitnorm_backward(meta(n), logits, target, class_weight, -100, smoothing, *saved)
 
 
 def run_nci(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: torch.dtype, from_features: bool) -> None:
@@ -204,9 +204,13 @@ def jobs(target: str) -> list[Job]:
             job = job_of(kernel, target, "", arguments, options)
             found.setdefault(job, _label)
 
-        for module in (boundary, nci, statistics, tempered):
-            module.launch = record
-            module.target_of = lambda tensor: "hip" if target == "gfx942" else target
+        for module in MODULES:
+            for name, replacement in (
+                ("launch", record),
+                ("target_of", lambda tensor: "hip" if target == "gfx942" else target),
+            ):
+                if callable(getattr(module, name, None)):
+                    setattr(module, name, replacement)
         run()
     return [job._replace(label=label) for job, label in found.items()]
 

@@ -1,0 +1,238 @@
+"""Segmented sums: rows of equal prediction, added in the order of the batch, so that two runs give the same bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import PIECE, alignment, cdiv, launch, segment_config
+from .rows import finite_or_nan, live_gap
+
+
+@triton.jit
+def _sum_samples(
+    begin,
+    end,
+    order_pointer,
+    sample_grad_pointer,
+    factor_pointer,
+    values_pointer,
+    values_stride,
+    predicted_pointer,
+    center,
+    columns,
+    n_columns,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GAPS: tl.constexpr,
+):
+    """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor.
+
+    GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of
+    scale (-g). Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing
+    whatever its row holds.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, SAMPLES):
+        position = start + tl.arange(0, SAMPLES)
+        inside = position < end
+        sample = tl.load(order_pointer + position, mask=inside, other=0)
+        scale = tl.load(sample_grad_pointer + sample, mask=inside, other=0.0).to(tl.float32)
+        scale = scale * tl.load(factor_pointer + sample, mask=inside, other=0.0)
+        values = tl.load(
+            values_pointer + (sample * values_stride)[:, None] + columns[None, :],
+            mask=inside[:, None] & (columns < n_columns)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if GAPS:
+            predicted = tl.load(predicted_pointer + sample, mask=inside, other=0)
+            row_maximum = tl.load(values_pointer + sample * values_stride + predicted, mask=inside, other=0.0)
+            term = -live_gap(values, finite_or_nan(row_maximum.to(tl.float32))[:, None])[1]
+        else:
+            term = values - center[None, :]
+        total += tl.sum(tl.where(scale[:, None] == 0, 0.0, scale[:, None] * term), axis=0)
+    return total
+
+
+@triton.jit
+def segment_piece_kernel(
+    offsets_pointer,  # (k + 1,) int64: samples of segment r are order[offsets[r]:offsets[r + 1]]
+    order_pointer,  # (n,) int64
+    piece_segment_pointer,  # (pieces,) int64: the segment of each piece, k where the piece is unused
+    piece_start_pointer,  # (k,) int64: the first piece of each segment
+    sample_grad_pointer,  # (n,)
+    factor_pointer,  # (n,)
+    values_pointer,  # (n, columns)
+    values_stride,
+    predicted_pointer,  # (n,) int64; None unless GAPS
+    center_pointer,  # (columns,); None if GAPS
+    partial_pointer,  # (pieces, columns) fp32: written
+    n_segments,
+    n_columns,
+    PIECE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAPS: tl.constexpr,
+):
+    """Sum of one piece, at most PIECE samples, of a segment that has more: however uneven the segments, no program
+    has more."""
+    piece = tl.program_id(0).to(tl.int64)
+    if ALIGN > 1:
+        n_columns = n_columns // ALIGN * ALIGN
+        values_stride = values_stride // ALIGN * ALIGN
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.load(piece_segment_pointer + piece)
+    if segment < n_segments:
+        begin = tl.load(offsets_pointer + segment) + (piece - tl.load(piece_start_pointer + segment)) * PIECE
+        end = tl.minimum(begin + PIECE, tl.load(offsets_pointer + segment + 1))
+        center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+        total = _sum_samples(
+            begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
+            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+        )  # fmt: skip
+        tl.store(partial_pointer + piece * n_columns + columns, total, mask=columns < n_columns)
+
+
+@triton.jit
+def segment_sum_kernel(
+    offsets_pointer,  # (k + 1,) int64
+    order_pointer,  # (n,) int64
+    piece_start_pointer,  # (k,) int64; None unless HAS_PIECES
+    sample_grad_pointer,  # (n,)
+    factor_pointer,  # (n,)
+    values_pointer,  # (n, columns)
+    values_stride,
+    predicted_pointer,  # (n,) int64; None unless GAPS
+    center_pointer,  # (columns,); None if GAPS
+    partial_pointer,  # (pieces, columns) fp32; None unless HAS_PIECES
+    table_pointer,  # (k, columns) R; None unless GAPS
+    summed_pointer,  # (k, columns): written, 0 for an empty segment
+    n_columns,
+    PIECE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAPS: tl.constexpr,
+    HAS_PIECES: tl.constexpr,
+):
+    """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE; times R^3 if GAPS."""
+    segment = tl.program_id(0).to(tl.int64)
+    if ALIGN > 1:
+        n_columns = n_columns // ALIGN * ALIGN
+        values_stride = values_stride // ALIGN * ALIGN
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n_columns
+    begin = tl.load(offsets_pointer + segment)
+    end = tl.load(offsets_pointer + segment + 1)
+    count = end - begin
+    center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PIECES:
+        in_pieces = count > PIECE
+        total = _sum_samples(
+            begin, tl.where(in_pieces, begin, end), order_pointer, sample_grad_pointer, factor_pointer, values_pointer,
+            values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+        )  # fmt: skip
+        piece = tl.load(piece_start_pointer + segment)
+        for index in range(piece, piece + tl.where(in_pieces, (count + PIECE - 1) // PIECE, 0)):
+            total += tl.load(partial_pointer + tl.cast(index, tl.int64) * n_columns + columns, mask=inside, other=0.0)
+    else:
+        total = _sum_samples(
+            begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
+            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+        )  # fmt: skip
+    if GAPS:  # noqa: SIM102 - decided when compiled; `and` would ask at run time for a table that may be None
+        if count > 0:  # an unused table row may hold anything
+            inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)
+            # Step by step: R^3 alone leaves fp32 for rows 1e-13 apart, whose gaps are as small.
+            total = total * inverse_distance * inverse_distance * inverse_distance
+    tl.store(summed_pointer + segment * n_columns + columns, total, mask=inside)
+
+
+def segment_sum(
+    segment: Tensor,
+    n_segments: int,
+    sample_grad: Tensor,
+    factor: Tensor,
+    values: Tensor,
+    output: Tensor,
+    predicted: Tensor | None = None,
+    table: Tensor | None = None,
+    center: Tensor | None = None,
+) -> Tensor:
+    """output_rj = sum over the samples i with segment_i = r, in the order of the batch, of sample_grad_i factor_i times
+
+    - (f_ij - f_ip) R_rj^3, values = logits, where `predicted` and `table` are given; masked classes count 0;
+    - x_ij - center_j otherwise.
+
+    Writes all of `output`, (n_segments, columns), and returns it. Deterministic, without atomics; the host reads
+    nothing back.
+    """
+    n_samples, n_columns = values.shape
+    config = segment_config(n_columns)
+    gaps = center is None
+    ordered, order = torch.sort(segment, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))
+    align = alignment(n_columns, values.stride(0))
+    column_blocks = cdiv(n_columns, config.columns)
+    piece_start = partial = None
+    if n_samples > PIECE:
+        # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the
+        # segments are.
+        n_pieces = cdiv(2 * n_samples, PIECE)
+        counts = offsets.diff()
+        pieces = torch.where(counts > PIECE, (counts + (PIECE - 1)) // PIECE, 0)
+        piece_end = pieces.cumsum(0)
+        piece_start = piece_end - pieces
+        piece_segment = torch.searchsorted(piece_end, torch.arange(n_pieces, device=segment.device), right=True)
+        partial = torch.empty(n_pieces, n_columns, dtype=torch.float32, device=values.device)
+        launch(
+            segment_piece_kernel,
+            (n_pieces, column_blocks),
+            offsets,
+            order,
+            piece_segment,
+            piece_start,
+            sample_grad,
+            factor,
+            values,
+            values.stride(0),
+            predicted,
+            center,
+            partial,
+            n_segments,
+            n_columns,
+            PIECE=PIECE,
+            SAMPLES=config.samples,
+            BLOCK=config.columns,
+            ALIGN=align,
+            GAPS=gaps,
+            num_warps=config.num_warps,
+        )
+    launch(
+        segment_sum_kernel,
+        (n_segments, column_blocks),
+        offsets,
+        order,
+        piece_start,
+        sample_grad,
+        factor,
+        values,
+        values.stride(0),
+        predicted,
+        center,
+        partial,
+        table,
+        output,
+        n_columns,
+        PIECE=PIECE,
+        SAMPLES=config.samples,
+        BLOCK=config.columns,
+        ALIGN=align,
+        GAPS=gaps,
+        HAS_PIECES=partial is not None,
+        num_warps=config.num_warps,
+    )
+    return output
