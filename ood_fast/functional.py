@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops
-from .eager import temperature_of as temperature_of
+from .eager.rows import temperature_of as temperature_of
 
 
 def elogitnorm(

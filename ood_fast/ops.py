@@ -5,7 +5,7 @@ Eager calls go straight through a `torch.autograd.Function` (the dispatcher cost
 microseconds a call); under `torch.compile`, export and for tensor subclasses the same functions run as operators of the
 library `ood_fast`, `torch.ops.ood_fast.elogitnorm` and so on. The gradient formula of both is one and the same code.
 
-Backends: Triton kernels on CUDA and ROCm devices, fused PyTorch (`eager.py`) elsewhere and for float64. The environment
+Backends: Triton kernels on CUDA and ROCm devices, fused PyTorch (`eager`) elsewhere and for float64. The environment
 variable `OOD_FAST_BACKEND` (`eager` or `triton`, read at import) or `use_backend` overrides the choice; with
 `TRITON_INTERPRET=1` the Triton kernels run on CPU tensors.
 """
@@ -24,7 +24,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, eager, eager_statistics, small
+from . import checks, eager, small
+from .eager.precision import compute_dtype
 
 BACKENDS = ("auto", "eager", "triton")
 _chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
@@ -80,7 +81,7 @@ def backend_name(device: torch.device | str, dtype: torch.dtype = torch.float32)
 
 
 def _backend(*tensors: Tensor | None) -> ModuleType:
-    if backend_name(tensors[0].device, eager.compute_dtype(*tensors)) == "eager":
+    if backend_name(tensors[0].device, compute_dtype(*tensors)) == "eager":
         return eager
     from . import kernels
 
@@ -286,7 +287,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 
 def _check_indices(backend: ModuleType, target: Tensor, n_classes: int, ignore_index: int) -> None:
-    """On the CPU a target out of range raises; eager.py looks at the targets itself."""
+    """On the CPU a target out of range raises; `eager` looks at the targets itself."""
     if backend is not eager and target.device.type == "cpu" and not target.is_floating_point():
         checks.index_range(target, n_classes, ignore_index)
 
@@ -367,7 +368,7 @@ def _elogitnorm(
 
 
 def _elogitnorm_fake(logits, head_weight, target, class_weight, ignore_index, reduction, *rest):
-    dtype = eager.compute_dtype(logits, head_weight)
+    dtype = compute_dtype(logits, head_weight)
     return (
         _fake_reduced(logits, dtype, reduction),
         *_vectors(logits, dtype),
@@ -568,7 +569,7 @@ def _linear_elogitnorm(
     """Loss, D, and unless the reduction is "none" the gradients: they cost least while the logits are at hand."""
     backend = _backend(features, head_weight)
     _check_indices(backend, target, head_weight.shape[0], ignore_index)
-    normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
+    normalizer = _normalizer(target, class_weight, ignore_index, reduction, compute_dtype(features, head_weight))
     sample_grad = None
     if reduction != "none" and (need_features or need_weight or need_bias):
         one = torch.ones_like(normalizer)
@@ -582,7 +583,7 @@ def _linear_elogitnorm(
 
 
 def _linear_elogitnorm_fake(features, head_weight, head_bias, target, class_weight, ignore_index, reduction, *rest):
-    dtype = eager.compute_dtype(features, head_weight)
+    dtype = compute_dtype(features, head_weight)
     needs = [need and reduction != "none" for need in rest[-3:]]
     shapes = features.shape, head_weight.shape, head_weight.shape[:1]
     return (
@@ -597,7 +598,7 @@ def _linear_elogitnorm_backward(
 ):
     """The gradients from the start again: for reduction "none", and when a graph is walked a second time."""
     label_smoothing, eps, average_offset, detach_geometry, *needs = rest
-    normalizer = _normalizer(target, class_weight, ignore_index, reduction, eager.compute_dtype(features, head_weight))
+    normalizer = _normalizer(target, class_weight, ignore_index, reduction, compute_dtype(features, head_weight))
     sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
     _, distance, *grads = _backend(features, head_weight).linear_elogitnorm(
         *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
@@ -607,7 +608,7 @@ def _linear_elogitnorm_backward(
 
 
 def _linear_elogitnorm_backward_fake(grad_loss, features, head_weight, *rest):
-    dtype = eager.compute_dtype(features, head_weight)
+    dtype = compute_dtype(features, head_weight)
     shapes = features.shape, head_weight.shape, head_weight.shape[:1]
     return tuple(
         features.new_empty(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, rest[-3:], strict=True)
@@ -719,7 +720,7 @@ def _logitnorm(logits, target, class_weight, ignore_index, reduction, label_smoo
 
 
 def _logitnorm_fake(logits, target, class_weight, ignore_index, reduction, *rest):
-    dtype = eager.compute_dtype(logits)
+    dtype = compute_dtype(logits)
     return (
         _fake_reduced(logits, dtype, reduction),
         logits.new_empty((), dtype=dtype),
@@ -801,7 +802,7 @@ def _boundary_distance(logits, head_weight, average_offset):
 
 
 def _boundary_distance_fake(logits, head_weight, average_offset):
-    dtype = eager.compute_dtype(logits, head_weight)
+    dtype = compute_dtype(logits, head_weight)
     return *_vectors(logits, dtype, torch.int64, dtype), *_fake_table(logits, dtype)
 
 
@@ -866,7 +867,7 @@ def _nci_score(features, head_weight, head_bias, mean, logits, alpha):
 
 
 def _nci_score_fake(features, head_weight, head_bias, mean, logits, alpha):
-    dtype = eager.compute_dtype(features, head_weight, mean)
+    dtype = compute_dtype(features, head_weight, mean)
     return tuple(_vectors(features, dtype, torch.int64, dtype, dtype))
 
 
@@ -956,18 +957,13 @@ def nci_score(
 
 def _row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries=None):
     given = [t for t in (logits, features, head_weight, mean, table) if t is not None]
-    backend = _statistics_backend(*given)
-    counted = {"boundaries": boundaries} if backend is eager_statistics else {}  # the kernel counts as it goes
+    backend = _backend(*given)
+    counted = {"boundaries": boundaries} if backend is eager else {}  # the kernel counts as it goes
     return backend.row_statistics(names, logits, features, head_weight, mean, table, gamma, **counted)
 
 
-def _statistics_backend(*tensors: Tensor) -> ModuleType:
-    backend = _backend(*tensors)
-    return eager_statistics if backend is eager else backend
-
-
 def _row_statistics_fake(names, logits, features, head_weight, mean, table, gamma):
-    dtype = eager.compute_dtype(logits, features, head_weight, mean, table)
+    dtype = compute_dtype(logits, features, head_weight, mean, table)
     like = features if logits is None else logits
     return _vectors(like, *(torch.int64 if name == "predicted" else dtype for name in names))
 
@@ -998,12 +994,12 @@ def row_statistics(
         return _row_statistics(*given, boundaries)
     tensors = [t for t in given[1:-1] if t is not None]
     on_cpu = tensors[0].device.type == "cpu"
-    if torch.compiler.is_compiling() and on_cpu and _statistics_backend(*tensors) is eager_statistics:
+    if torch.compiler.is_compiling() and on_cpu and _backend(*tensors) is eager:
         # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.
-        return eager_statistics.row_statistics(*given, traced=True)
+        return eager.row_statistics(*given, traced=True)
     return _row_statistics_operator(*given)
 
 
 def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c)."""
-    return _statistics_backend(head_weight).distance_table(head_weight)
+    return _backend(head_weight).distance_table(head_weight)

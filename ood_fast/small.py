@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, eager
+from . import checks
+from .eager.precision import full_precision, keep_tensors, matmul
 
 MAX_CLASSES = 128  # pdist's order is undone through cached tables of 1.5 c^2 positions: 190 KiB here
 # Up to so many elements of differences between rows, pdist's own gradient costs less than the calls that a product
@@ -64,7 +65,7 @@ class Geometry(NamedTuple):
     table: Tensor  # (c, c), row p is dD/df: -R / (K + offset), and at p, where the gap is 0, minus their sum
 
 
-@eager.keep_tensors(maxsize=16)
+@keep_tensors(maxsize=16)
 def _constants(n_classes: int, average_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-1 / (K + offset) and 1, 0-dim; where pdist puts each pair, (c, c); where each of its pairs is in that square.
 
@@ -175,8 +176,8 @@ def _weighted_differences(pull: Tensor, head_weight: Tensor, given: Geometry, up
         pull[row, other] = pull[other, row] = 0.0
     # No common offset costs digits when a row of W is the origin; the mean row would serve as well, but takes a pass.
     centered = head_weight - head_weight[0]
-    with eager.full_precision(head_weight.device):
-        gradient = eager._product(_balance_rows(pull), centered)
+    with full_precision(head_weight.device):
+        gradient = matmul(_balance_rows(pull), centered)
     if close is not None:
         gradient.index_add_(0, row, by_pair).index_add_(0, other, by_pair, alpha=-1)
     return gradient

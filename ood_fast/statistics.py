@@ -12,7 +12,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from . import checks, eager, eager_statistics, ops
+from . import checks, eager, ops
+from .eager.precision import compute_dtype, is_exporting
 
 FROM_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
 FROM_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
@@ -103,8 +104,8 @@ def row_statistics(
     for argument, value in given.items():
         if value is not None and value.requires_grad:
             given[argument] = value.detach()
-    if eager.is_exporting():
-        values = eager_statistics.row_statistics(names, *given.values(), float(gamma), traced=True)
+    if is_exporting():
+        values = eager.row_statistics(names, *given.values(), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
     return _computed(names, *given.values(), float(gamma), boundaries)
 
@@ -128,7 +129,7 @@ def _computed(
         return {name: found[name] for name in names}
     like = features if logits is None else logits
     if like.shape[0] == 0:
-        dtype = eager.compute_dtype(logits, features, head_weight, mean, table)
+        dtype = compute_dtype(logits, features, head_weight, mean, table)
         return {name: like.new_empty(0, dtype=torch.int64 if name == "predicted" else dtype) for name in names}
     if by_weight:
         return {"distance": ops.boundary_distance(logits, head_weight, 0)}

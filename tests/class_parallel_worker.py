@@ -26,8 +26,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import ood_fast
-from ood_fast import distributed, eager
+from ood_fast import distributed
 from ood_fast.distributed import communication_bytes
+from ood_fast.eager import sizes as eager_sizes
 
 # Uneven, a rank with one class, and ranks without any.
 SHARDS = {2: [(6, 3), (9, 0)], 4: [(3, 1, 4, 1), (0, 5, 0, 4)]}
@@ -140,14 +141,14 @@ def keywords():
 @scenario
 def many_samples():
     """n > c, and several chunks of rows."""
-    saved, eager.ROW_CHUNK_ELEMENTS, eager.TABLE_TILE_ELEMENTS = (eager.ROW_CHUNK_ELEMENTS, 7, 5)
+    saved, eager_sizes.ROW_CHUNK_ELEMENTS, eager_sizes.TABLE_TILE_ELEMENTS = (eager_sizes.ROW_CHUNK_ELEMENTS, 7, 5)
     try:
         batch = batch_of(n=40)
         for counts in every_shard():
             compare(batch, counts, str(counts))
             compare(batch, counts, str(counts), **keyword_sets(batch)["smoothing, weight, ignored"])
     finally:
-        eager.ROW_CHUNK_ELEMENTS, eager.TABLE_TILE_ELEMENTS = saved, 1 << 21
+        eager_sizes.ROW_CHUNK_ELEMENTS, eager_sizes.TABLE_TILE_ELEMENTS = saved, 1 << 21
 
 
 @scenario
@@ -364,13 +365,14 @@ def error_of(call: Callable) -> str:
 def small_chunks():
     """Chunks of two rows, tiles of a few classes."""
     saved = {
-        name: getattr(eager, name) for name in ("LINEAR_BUFFER_ELEMENTS", "MIN_LINEAR_ROWS", "WEIGHT_TILE_ELEMENTS")
+        name: getattr(eager_sizes, name)
+        for name in ("LINEAR_BUFFER_ELEMENTS", "MIN_LINEAR_ROWS", "WEIGHT_TILE_ELEMENTS")
     }
-    eager.LINEAR_BUFFER_ELEMENTS, eager.MIN_LINEAR_ROWS, eager.WEIGHT_TILE_ELEMENTS = 1, 2, 12
+    eager_sizes.LINEAR_BUFFER_ELEMENTS, eager_sizes.MIN_LINEAR_ROWS, eager_sizes.WEIGHT_TILE_ELEMENTS = 1, 2, 12
     try:
         yield
     finally:
-        vars(eager).update(saved)
+        vars(eager_sizes).update(saved)
 
 
 def compare_linear(batch: Batch, counts, what: str, samples=None, with_bias: bool = True, **keywords) -> None:
@@ -474,12 +476,12 @@ def logits_are_never_stored():
                 largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
             return out
 
-    saved, eager.LINEAR_BUFFER_ELEMENTS = eager.LINEAR_BUFFER_ELEMENTS, 1 << 17
+    saved, eager_sizes.LINEAR_BUFFER_ELEMENTS = eager_sizes.LINEAR_BUFFER_ELEMENTS, 1 << 17
     try:
         with Watch():
             distributed.linear_elogitnorm(z, W, None, y).backward()
     finally:
-        eager.LINEAR_BUFFER_ELEMENTS = saved
+        eager_sizes.LINEAR_BUFFER_ELEMENTS = saved
     assert largest <= 1 << 16 < n * 2000 / 4, largest
     assert z.grad.isfinite().all()
     assert W.grad.isfinite().all()

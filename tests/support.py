@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Beyond the error of plain PyTorch in the same dtype: what rounding the result once costs, and for float32 the Gram
-# form of the distances (1e-5 relative, see CLOSE_PAIR in eager.py).
+# form of the distances (1e-5 relative, see CLOSE_PAIR in eager/distances.py).
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 

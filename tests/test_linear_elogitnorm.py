@@ -9,17 +9,18 @@ from support import Batch, assert_no_worse
 from test_elogitnorm import KEYWORDS, build_keywords
 
 import ood_fast
-from ood_fast import eager, ops, reference
+from ood_fast import ops, reference
+from ood_fast.eager import sizes
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
     """Once as these small batches run, once cut into chunks of two rows, tiles of W included."""
     if request.param == "many chunks":
-        monkeypatch.setattr(eager, "LINEAR_BUFFER_ELEMENTS", 1)
-        monkeypatch.setattr(eager, "MIN_LINEAR_ROWS", 2)
-        monkeypatch.setattr(eager, "WEIGHT_TILE_ELEMENTS", 12)
-        monkeypatch.setattr(eager, "ROW_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(sizes, "LINEAR_BUFFER_ELEMENTS", 1)
+        monkeypatch.setattr(sizes, "MIN_LINEAR_ROWS", 2)
+        monkeypatch.setattr(sizes, "WEIGHT_TILE_ELEMENTS", 12)
+        monkeypatch.setattr(sizes, "ROW_CHUNK_ELEMENTS", 1)
         if ops.has_triton():
             from ood_fast.kernels import linear
 
@@ -197,12 +198,12 @@ def test_the_logits_are_never_stored():
                 largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
             return out
 
-    saved, eager.LINEAR_BUFFER_ELEMENTS = eager.LINEAR_BUFFER_ELEMENTS, 1 << 18
+    saved, sizes.LINEAR_BUFFER_ELEMENTS = sizes.LINEAR_BUFFER_ELEMENTS, 1 << 18
     try:
         with ops.use_backend("eager"), Watch():
             run(ood_fast.linear_elogitnorm, batch)
     finally:
-        eager.LINEAR_BUFFER_ELEMENTS = saved
+        sizes.LINEAR_BUFFER_ELEMENTS = saved
     assert largest < n_samples * n_classes / 4
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ood_fast
 from ood_fast import ops
-from ood_fast.eager_statistics import row_dots
+from ood_fast.eager.statistics import row_dots
 from ood_fast.statistics import FROM_FEATURES, FROM_LOGITS, STATISTICS, distance_table, row_statistics
 
 INF, NAN = math.inf, math.nan
@@ -294,7 +294,7 @@ def test_non_contiguous_and_mixed_dtypes(backend):
 
 def test_many_chunks_and_shared_programs(backend, monkeypatch):
     """More rows than a chunk of the CPU has; on a GPU (and here), short rows that share a program."""
-    monkeypatch.setattr("ood_fast.eager_statistics.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("ood_fast.eager.statistics.CHUNK_ELEMENTS", 64)
     if ops.has_triton():
         monkeypatch.setattr("ood_fast.kernels.statistics.SHARED_PROGRAMS", 2)
     logits, features, W, mean = (t.float() for t in problem(150, 6, 5))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager_statistics import exp_of_minus, softmax_rest
+from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
 from .base import Detector

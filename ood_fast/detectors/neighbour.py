@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager import is_exporting
+from ..eager.precision import is_exporting
 from ..functional import l2_normalize
 from . import streaming
 from .base import Detector

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..eager import _product, compute_dtype, full_precision, is_exporting
+from ..eager.precision import compute_dtype, full_precision, is_exporting, matmul
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         exact = full_precision(x.device)
     else:  # takes half the time of F.linear on some CPUs, and is not differentiable
         with full_precision(x.device):
-            product = _product(x, W.t())
-        return product if b is None else product.add_(b)
+            result = matmul(x, W.t())
+        return result if b is None else result.add_(b)
     with exact:
         return F.linear(x, W, b)

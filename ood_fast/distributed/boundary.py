@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import eager
-from ..eager import _centered, _differences_into, _mask_gaps, _product, _row_chunks, _slices, _weight_tile
+from ..eager import sizes
+from ..eager.distances import CLOSE_PAIR, centered, differences_into, weight_tile
+from ..eager.precision import matmul
+from ..eager.rows import mask_gaps, temperature_of
+from ..eager.sizes import row_chunks, slices
 from .shards import Shards
 
 
@@ -65,7 +68,7 @@ def linear(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
     zero = z.new_zeros(())
     for columns in _tiles(head_weight):
         tile_bias = zero if bias is None else bias[columns].to(z.dtype)
-        logits[:, columns] = _product(z, head_weight[columns].to(z.dtype).t()).add_(tile_bias)
+        logits[:, columns] = matmul(z, head_weight[columns].to(z.dtype).t()).add_(tile_bias)
     return logits
 
 
@@ -78,18 +81,18 @@ def linear_backward(
     grad_weight: Tensor | None,
 ) -> None:
     """grad_z += G (W - mean row), and grad_weight += G^T z, from the gradient G of the logits; tile by tile of W."""
-    buffer = _weight_tile(head_weight, mean.dtype)
+    buffer = weight_tile(head_weight, mean.dtype)
     for columns in _tiles(head_weight):
         if grad_z is not None:
-            grad_z.add_(_product(gradient[:, columns], _centered(head_weight[columns], mean, buffer)))
+            grad_z.add_(matmul(gradient[:, columns], centered(head_weight[columns], mean, buffer)))
         if grad_weight is not None:
-            grad_weight[columns].add_(_product(gradient[:, columns].t(), z))
+            grad_weight[columns].add_(matmul(gradient[:, columns].t(), z))
 
 
 def _tiles(head_weight: Tensor) -> Iterator[slice]:
     """Slices of the classes, of which a centred copy stays small."""
     n_classes, n_features = head_weight.shape
-    return _slices(n_classes, eager.WEIGHT_TILE_ELEMENTS // max(1, n_features))
+    return slices(n_classes, sizes.WEIGHT_TILE_ELEMENTS // max(1, n_features))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,20 +128,20 @@ def _inverse_distances(rows: Tensor, head_weight: Tensor, mean: Tensor) -> Tenso
     inverse = rows.new_empty(rows.shape[0], head_weight.shape[0])
     left = rows - mean
     left_norms = left.square().sum(1)
-    buffer = _weight_tile(head_weight, mean.dtype)
+    buffer = weight_tile(head_weight, mean.dtype)
     for columns in _tiles(head_weight):
-        right = _centered(head_weight[columns], mean, buffer)
+        right = centered(head_weight[columns], mean, buffer)
         norms = right.square().sum(1)
-        for some in _slices(rows.shape[0], eager.TABLE_TILE_ELEMENTS // right.shape[0]):
+        for some in slices(rows.shape[0], sizes.TABLE_TILE_ELEMENTS // right.shape[0]):
             tile = inverse[some, columns]
             bound = left_norms[some].unsqueeze(1) + norms
-            torch.sub(bound, _product(left[some], right.t()), alpha=2, out=tile)
-            close = bound.mul_(eager.CLOSE_PAIR) >= tile
+            torch.sub(bound, matmul(left[some], right.t()), alpha=2, out=tile)
+            close = bound.mul_(CLOSE_PAIR) >= tile
             if close.any():
                 row, other = (close & (bound > 0)).nonzero(as_tuple=True)
                 tile.masked_fill_(close, 0.0)
                 own = torch.arange(tile.shape[0], device=tile.device)
-                _differences_into(tile, head_weight[columns], row, other, rows[some], own)
+                differences_into(tile, head_weight[columns], row, other, rows[some], own)
             tile.rsqrt_().masked_fill_(tile.isinf(), 0.0)
     return inverse
 
@@ -148,12 +151,12 @@ def gaps(logits: Tensor, top: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | 
 
     Gaps are 0 on masked classes, NaN throughout rows that hold NaN or +inf on any rank, or nothing live on all of them.
     """
-    for rows in _row_chunks(*logits.shape):
+    for rows in row_chunks(*logits.shape):
         rows = slice(0, logits.shape[0]) if rows is None else rows
         gap, live = top[rows].unsqueeze(1) - logits[rows], None
         # The largest gap is finite exactly when no class here is masked and the row is sound.
         if not gap.amax().item() < math.inf:
-            live, gap = _mask_gaps(logits[rows], gap, top[rows])
+            live, gap = mask_gaps(logits[rows], gap, top[rows])
         yield rows, gap, live
 
 
@@ -190,7 +193,7 @@ class Target:
     """q_j, the target distribution over the classes of this rank, after class weights and label smoothing.
 
     `y` holds indices among all classes (n,), or the probabilities of the classes of this rank (n, c_r); `class_weight`
-    is (c_r,). See `ood_fast.eager._Targets`, which is this for one process.
+    is (c_r,). See `ood_fast.eager.rows.Targets`, which is this for one process.
     """
 
     def __init__(
@@ -287,7 +290,7 @@ def softmax(
 ) -> tuple[Tensor, Softmax]:
     """(the loss of each sample, what its gradients need)."""
     fallback = found.distance <= eps
-    temperature = eager.temperature_of(found.distance, eps)
+    temperature = temperature_of(found.distance, eps)
     sums = top.new_empty(5, top.shape[0])
     for rows, gap, live in gaps(logits, top):
         exponent = gap / temperature[rows].neg().unsqueeze(1)
@@ -385,12 +388,12 @@ def pull_weights(pull: Tensor, head: Geometry, head_weight: Tensor, grad_weight:
     """
     left = head.rows - head.mean_row
     own = left * pull.sum(1, keepdim=True)
-    buffer = _weight_tile(head_weight, left.dtype)
+    buffer = weight_tile(head_weight, left.dtype)
     for columns in _tiles(head_weight):
-        right = _centered(head_weight[columns], head.mean_row, buffer)
+        right = centered(head_weight[columns], head.mean_row, buffer)
         part = pull[:, columns]
-        own.sub_(_product(part, right))
-        grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1)).sub_(_product(part.t(), left))
+        own.sub_(matmul(part, right))
+        grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1)).sub_(matmul(part.t(), left))
     return own
 
 

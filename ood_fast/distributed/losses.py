@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, eager
+from .. import checks
+from ..eager import sizes
+from ..eager.precision import compute_dtype, full_precision
+from ..eager.sizes import join, slices
 from ..ops import _backward, _sample_grad
 from . import boundary
 from .shards import SAMPLES, Call, Shards, agree, fingerprint
@@ -106,7 +109,7 @@ def elogitnorm(
         logits = logits.movedim(1, -1).reshape(-1, shape[1])
         y = y.movedim(1, -1).reshape(logits.shape) if y.is_floating_point() else y.reshape(-1)
     if logits.shape[0] == 0:
-        loss = _empty_loss(logits, eager.compute_dtype(logits, W), reduction)
+        loss = _empty_loss(logits, compute_dtype(logits, W), reduction)
         distance = loss.new_empty(0)
     else:
         if W.shape[0] == 0:
@@ -196,7 +199,7 @@ def linear_elogitnorm(
         y = layout.gather(y, counts) if sum(counts) else y
     _check_indices(y, layout, ignore_index, check)
     if (z.shape[0] if counts is None else sum(counts)) == 0:
-        dtype = eager.compute_dtype(z, W)
+        dtype = compute_dtype(z, W)
         loss = _empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), dtype, reduction)
         distance = loss.new_empty(0)
     else:
@@ -284,9 +287,9 @@ class _ELogitNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, head_weight, y, class_weight, shards, keywords):
-        dtype = eager.compute_dtype(logits, head_weight)
+        dtype = compute_dtype(logits, head_weight)
         target = boundary.Target(y, class_weight, keywords.ignore_index, keywords.label_smoothing, shards, dtype)
-        with eager.full_precision(logits.device):
+        with full_precision(logits.device):
             mean = boundary.mean_row(head_weight, shards, dtype)
             top, predicted = boundary.predict(logits, shards, dtype)
             head = boundary.geometry(predicted, head_weight, mean, shards)
@@ -331,7 +334,7 @@ def gradients(
     if not need_weight:
         return grad_logits, None
     grad_weight = torch.zeros_like(head_weight, dtype=top.dtype)
-    with eager.full_precision(logits.device):
+    with full_precision(logits.device):
         own = boundary.pull_weights(pull, head, head_weight, grad_weight)
     boundary.add_own(grad_weight, own, head.classes, shards)
     return grad_logits, grad_weight.to(head_weight.dtype)
@@ -345,7 +348,7 @@ class _LinearELogitNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, head_weight, bias, y, class_weight, shards, keywords, counts, scale, detach_geometry, needs):
-        dtype = eager.compute_dtype(z, head_weight)
+        dtype = compute_dtype(z, head_weight)
         normalizer = _normalizer(y, class_weight, keywords, shards, dtype)
         sample_grad = None
         if keywords.reduction != "none" and any(needs):
@@ -390,8 +393,8 @@ class _LinearELogitNorm(torch.autograd.Function):
 
 def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
     """Rows of a chunk, the same on every rank: (rows, c_r) of logits, of distances, and of the gradients of both."""
-    elements = eager.LINEAR_BUFFER_ELEMENTS if device.type == "cpu" else _GPU_BUFFER_ELEMENTS
-    return max(eager.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
+    elements = sizes.LINEAR_BUFFER_ELEMENTS if device.type == "cpu" else _GPU_BUFFER_ELEMENTS
+    return max(sizes.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
 
 
 def _linear(
@@ -402,7 +405,7 @@ def _linear(
     dz is a sum over the ranks of G (W - mean row): the mean row drops out, because the rows of G sum to 0 over all
     classes. The gradients are None if not needed, or without `sample_grad`.
     """
-    dtype = eager.compute_dtype(z, head_weight)
+    dtype = compute_dtype(z, head_weight)
     if counts is not None:
         z = shards.gather(z.detach(), counts)
     n_samples, n_classes = z.shape[0], head_weight.shape[0]
@@ -414,8 +417,8 @@ def _linear(
     mean = boundary.mean_row(head_weight, shards, dtype)
     step = chunk_rows(shards.counts, z.device)
     results, pulled = [], []
-    with eager.full_precision(z.device):
-        for rows in eager._slices(n_samples, step):
+    with full_precision(z.device):
+        for rows in slices(n_samples, step):
             chunk = z[rows].to(dtype)
             logits = boundary.linear(chunk, head_weight, bias)
             top, predicted = boundary.predict(logits, shards, dtype)
@@ -437,8 +440,8 @@ def _linear(
             if geometry:
                 pulled.append((boundary.pull_weights(pull, head, head_weight, grad_weight), head.classes))
         if pulled:
-            own, classes = eager._join(pulled)
+            own, classes = join(pulled)
             boundary.add_own(grad_weight, own, classes, shards)
     if need_z:
         grad_z = shards.sum(grad_z) if counts is None else shards.scatter_sum(grad_z, counts)
-    return *eager._join(results), grad_z, grad_weight, grad_bias
+    return *join(results), grad_z, grad_weight, grad_bias

@@ -10,7 +10,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, eager, statistics
+from .. import checks, statistics
+from ..eager.precision import compute_dtype, full_precision
+from ..eager.sizes import join, slices
 from ..ops import _backward
 from . import boundary
 from .losses import _needs, _offset, chunk_rows, gradients
@@ -52,7 +54,7 @@ def boundary_distance(
     layout, *_ = agree(group, examine, W_shard, shards, check)
     logits, W = logits_shard, W_shard
     if logits.shape[0] == 0:
-        return logits.new_empty(0, dtype=eager.compute_dtype(logits, W))
+        return logits.new_empty(0, dtype=compute_dtype(logits, W))
     if W.shape[0] == 0:
         W, logits = boundary.masked_class(W, logits)
     return _BoundaryDistance.apply(logits, W, layout, _offset(average))
@@ -99,21 +101,21 @@ def nci_score(
         return Call(W_shard.shape[0], len(z), -1, facts)
 
     layout, *_ = agree(group, examine, W_shard, shards, check)
-    dtype = eager.compute_dtype(z, W_shard, mean)
+    dtype = compute_dtype(z, W_shard, mean)
     if z.shape[0] == 0:
         return z.new_empty(0, dtype=dtype)
     W, b, logits = W_shard, b_shard, logits_shard
     if W.shape[0] == 0:
         W, b = boundary.masked_class(W, b)
         logits = None if logits is None else boundary.masked_class(W_shard, logits)[1]
-    with torch.no_grad(), eager.full_precision(z.device):
+    with torch.no_grad(), full_precision(z.device):
         if logits is None:
             step = chunk_rows(layout.counts, z.device)
             chunks = [
                 boundary.predict(boundary.linear(z[rows].to(dtype), W, b), layout, dtype)
-                for rows in eager._slices(len(z), step)
+                for rows in slices(len(z), step)
             ]
-            top, predicted = eager._join(chunks)
+            top, predicted = join(chunks)
         else:
             top, predicted = boundary.predict(logits, layout, dtype)
         mine, place = layout.locate(predicted)
@@ -200,8 +202,8 @@ def _row_statistics(
     gamma: float,
     shards: Shards,
 ) -> dict[str, Tensor]:
-    """Of what is asked for; the formulas, and why `rest` leaves out e_p = 1, are those of `eager_statistics`."""
-    dtype = eager.compute_dtype(logits, features, head_weight, mean)
+    """Of what is asked for; the formulas, and why `rest` leaves out e_p = 1, are those of `eager.statistics`."""
+    dtype = compute_dtype(logits, features, head_weight, mean)
     n_samples = logits.shape[0]
     own = [name for name in names if name in ("norm1", "norm2", "centred_norm")]  # of features, which every rank has
     found = statistics.row_statistics(own, features=features, mean=mean) if own else {}
@@ -249,7 +251,7 @@ def _row_statistics(
             gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
         found["gen"] = shards.sum(gen)
     if "distance" in names:
-        with eager.full_precision(logits.device):
+        with full_precision(logits.device):
             mean_row = boundary.mean_row(head_weight, shards, dtype)
             head = boundary.geometry(predicted, head_weight, mean_row, shards)
         found["distance"] = boundary.distances(logits, top, head, 0, shards).distance
@@ -281,8 +283,8 @@ def _facts(function: str, *tensors: Tensor | None, **keywords: object) -> dict[s
 class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, head_weight, shards, average_offset):
-        dtype = eager.compute_dtype(logits, head_weight)
-        with eager.full_precision(logits.device):
+        dtype = compute_dtype(logits, head_weight)
+        with full_precision(logits.device):
             mean = boundary.mean_row(head_weight, shards, dtype)
             top, predicted = boundary.predict(logits, shards, dtype)
             head = boundary.geometry(predicted, head_weight, mean, shards)

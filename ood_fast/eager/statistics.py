@@ -1,7 +1,7 @@
 """Row statistics in plain PyTorch: the path of CPUs, of devices without Triton, of float64, and of exported graphs.
 
 Rows are worked in chunks that stay in cache, the gaps g_j = f_p - f_j carry the computation, and each exponential is
-taken once, as in `eager.py`. Here time goes by the passes over a chunk, so every function is chosen for PyTorch's
+taken once, as everywhere here. Time goes by the passes over a chunk, so every function is chosen for PyTorch's
 vectorised form of it: `exp2` and not `exp`, `abs().sum()` and not `vector_norm(ord=1)`, no `argmax`.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .eager import _inverse_distances, compute_dtype, full_precision, is_exporting, keep_tensors
+from .distances import inverse_distances
+from .precision import compute_dtype, full_precision, is_exporting, keep_tensors
 
 _LOG2_E = 1 / math.log(2)
 
@@ -239,5 +240,5 @@ def distance_table(head_weight: Tensor) -> Tensor:
     n_classes = head_weight.shape[0]
     table = torch.empty(n_classes, n_classes, dtype=compute_dtype(head_weight), device=head_weight.device)
     with full_precision(head_weight.device):
-        _inverse_distances(head_weight, None, table)
+        inverse_distances(head_weight, None, table)
     return table
