@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distances import Geometry
+from ..records import Geometry, Needs
+from .distances import geometry_of
 from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
 from .weight_gradient import weight_gradient
@@ -127,13 +128,13 @@ def boundary_distance_backward_kernel(
 
 def boundary_distance_forward(
     logits: Tensor, head_weight: Tensor, average_offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     """Mean distance of each sample to the boundaries of its predicted class: see
     `ood_fast.functional.boundary_distance`.
 
-    Returns distance, predicted, slope, table_row, table and row_class (notation: the package's docstring).
+    Returns distance, predicted, slope (notation: the package's docstring) and the geometry.
     """
-    geometry = Geometry.of(logits, head_weight)
+    geometry, predicted, prediction_known = geometry_of(logits, head_weight)
     logits = unit_stride(logits)
     n_samples, n_classes = logits.shape
     distance, slope = (torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -145,7 +146,7 @@ def boundary_distance_forward(
         logits.stride(0),
         geometry.table,
         geometry.table_row,
-        geometry.predicted,
+        predicted,
         distance,
         slope,
         n_classes,
@@ -153,10 +154,10 @@ def boundary_distance_forward(
         BLOCK=config.block,
         LOOPED=config.looped,
         ALIGN=alignment(n_classes, logits.stride(0)),
-        PREDICTION_KNOWN=geometry.prediction_known,
+        PREDICTION_KNOWN=prediction_known,
         num_warps=config.num_warps,
     )
-    return distance, geometry.predicted, slope, geometry.table_row, geometry.table, geometry.row_class
+    return distance, predicted, slope, geometry
 
 
 def boundary_distance_backward(
@@ -165,15 +166,12 @@ def boundary_distance_backward(
     head_weight: Tensor,
     predicted: Tensor,
     slope: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
-    need_logits: bool,
-    need_weight: bool,
+    geometry: Geometry,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    if need_logits:
+    if needs.logits:
         rows = unit_stride(logits)
         n_samples, n_classes = rows.shape
         grad_logits = gradient_buffer(logits, (n_samples, n_classes))
@@ -184,8 +182,8 @@ def boundary_distance_backward(
             sample_grad.contiguous(),
             rows,
             rows.stride(0),
-            table,
-            table_row,
+            geometry.table,
+            geometry.table_row,
             predicted,
             slope,
             grad_logits,
@@ -196,6 +194,6 @@ def boundary_distance_backward(
             num_warps=config.num_warps,
         )
         grad_logits = grad_logits.to(logits.dtype)
-    if need_weight:
-        grad_weight = weight_gradient(sample_grad, slope, logits, head_weight, predicted, table_row, table, row_class)
+    if needs.weight:
+        grad_weight = weight_gradient(sample_grad, slope, logits, head_weight, predicted, geometry)
     return grad_logits, grad_weight

@@ -8,13 +8,12 @@ all classes, n < c a table of the distinct predictions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Geometry
 from .launch import alignment, cdiv, difference_config, launch, scan_config, target_of, tile_config, unit_stride
 from .rows import add_product, scan_maximum
 
@@ -160,38 +159,35 @@ def distance_refine_kernel(
             tl.store(table_pointer + offsets, inverse_distance, mask=is_close)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The table R for a batch, and which row of it each sample needs."""
+def geometry_of(logits: Tensor, head_weight: Tensor) -> tuple[Geometry, Tensor, bool]:
+    """(the table R for a batch, the predictions, whether these are known).
 
-    table: Tensor  # (k, c) fp32, k = min(n, c)
-    row_class: Tensor  # (k,) int64, -1 for unused rows
-    table_row: Tensor  # (n,) int64, not yet written unless prediction_known
-    predicted: Tensor  # (n,) int64, not yet written unless prediction_known
-    prediction_known: bool
-
-    @classmethod
-    def of(cls, logits: Tensor, head_weight: Tensor) -> Geometry:
-        n_samples, n_classes = logits.shape
-        predicted = torch.empty(n_samples, dtype=torch.int64, device=logits.device)
-        if n_samples < n_classes:
-            logits = unit_stride(logits)
-            config = scan_config(n_classes, target_of(logits))
-            launch(
-                predict_kernel,
-                (n_samples,),
-                logits,
-                logits.stride(0),
-                predicted,
-                n_classes,
-                BLOCK=config.block,
-                ALIGN=alignment(n_classes, logits.stride(0)),
-                num_warps=config.num_warps,
-            )
-            table_row, row_class = _distinct(predicted)
-            return cls(distance_table(head_weight, row_class), row_class, table_row, predicted, True)
+    For n >= c the row kernels find them, and write both `predicted` and `table_row`, which are the same.
+    """
+    n_samples, n_classes = logits.shape
+    predicted = torch.empty(n_samples, dtype=torch.int64, device=logits.device)
+    if n_samples >= n_classes:
         row_class = torch.arange(n_classes, device=logits.device)
-        return cls(distance_table(head_weight, row_class), row_class, torch.empty_like(predicted), predicted, False)
+        return (
+            Geometry(torch.empty_like(predicted), distance_table(head_weight, row_class), row_class),
+            predicted,
+            False,
+        )
+    logits = unit_stride(logits)
+    config = scan_config(n_classes, target_of(logits))
+    launch(
+        predict_kernel,
+        (n_samples,),
+        logits,
+        logits.stride(0),
+        predicted,
+        n_classes,
+        BLOCK=config.block,
+        ALIGN=alignment(n_classes, logits.stride(0)),
+        num_warps=config.num_warps,
+    )
+    table_row, row_class = _distinct(predicted)
+    return Geometry(table_row, distance_table(head_weight, row_class), row_class), predicted, True
 
 
 def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:

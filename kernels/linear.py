@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
 
@@ -14,17 +15,11 @@ def linear_elogitnorm(
     features: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    labels: Labels,
     eps: float,
     average_offset: int,
     sample_grad: Tensor | None,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
-    detach_geometry: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, D, dz, dW, db) of z W^T + b, gradients of sum_i sample_grad_i loss_i in fp32; see `ood_fast.eager`.
 
@@ -36,14 +31,14 @@ def linear_elogitnorm(
     weight = head_weight.to(dtype)
     bias = None if head_bias is None else head_bias.to(dtype)
     grads = sample_grad is not None
-    geometry = grads and need_weight and not detach_geometry
+    geometry = grads and needs.weight and needs.geometry
     loss = torch.empty(n_samples, dtype=torch.float32, device=features.device)
     distance = torch.empty_like(loss)
     grad_features = (
-        torch.empty(features.shape, dtype=torch.float32, device=loss.device) if grads and need_features else None
+        torch.empty(features.shape, dtype=torch.float32, device=loss.device) if grads and needs.features else None
     )
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and need_weight else None
-    grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and need_bias else None
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and needs.weight else None
+    grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and needs.bias else None
     step = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
     scale = 1.0
     if grads and dtype == torch.float16:
@@ -56,23 +51,22 @@ def linear_elogitnorm(
         rows = slice(start, start + step)
         z = features[rows].to(dtype)
         logits = F.linear(z, weight, bias)
-        y = target[rows]
-        keywords = class_weight, ignore_index, label_smoothing
-        loss[rows], distance[rows], *saved = losses.elogitnorm_forward(
-            logits, head_weight, y, *keywords, eps, average_offset
+        part = labels._replace(target=labels.target[rows])
+        loss[rows], distance[rows], tempered, table = losses.elogitnorm_forward(
+            logits, head_weight, part, eps, average_offset
         )
         if not grads:
             continue
         d_logits, d_weight = losses.elogitnorm_backward(
-            sample_grad[rows], logits, head_weight, y, *keywords, *saved, True, geometry
+            sample_grad[rows], logits, head_weight, part, table, tempered, Needs(logits=True, weight=geometry)
         )
-        if need_features:
+        if needs.features:
             grad_features[rows] = d_logits @ weight
-        if need_weight:
+        if needs.weight:
             grad_weight += d_logits.t() @ z
             if geometry:
                 grad_weight += d_weight
-        if need_bias:
+        if needs.bias:
             grad_bias += d_logits.sum(0, dtype=torch.float32)
     if isinstance(scale, Tensor):
         for grad in (grad_features, grad_weight, grad_bias):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .distances import Geometry
+from ..records import Geometry, Labels, Needs, Tempered
+from .distances import geometry_of
 from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
 from .tempered import tempered_backward_kernel, tempered_forward_kernel
 from .weight_gradient import weight_gradient
@@ -13,20 +14,19 @@ from .weight_gradient import weight_gradient
 
 def _forward(
     logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    tau: float,
-    table: Tensor | None,
-    table_row: Tensor | None,
+    labels: Labels,
+    geometry: Geometry | None,
     predicted: Tensor,
     prediction_known: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Launch `tempered_forward_kernel`; allocates and returns loss, distance, temperature, log_partition and slope."""
-    logits, target = unit_stride(logits), unit_stride(target)
+    *,
+    eps: float = 0.0,
+    average_offset: int = 0,
+    tau: float = 1.0,
+) -> tuple[Tensor, Tensor | None, Tempered]:
+    """Launch `tempered_forward_kernel`; allocates and returns loss, distance and what the backward pass needs."""
+    _, class_weight, ignore_index, label_smoothing = labels
+    table_row, table, _ = geometry or (None, None, None)
+    logits, target = unit_stride(logits), unit_stride(labels.target)
     n_samples, n_classes = logits.shape
     probabilities = target.is_floating_point()
     loss, temperature, log_partition, slope = (
@@ -66,25 +66,16 @@ def _forward(
         SMOOTHED=label_smoothing > 0,
         num_warps=config.num_warps,
     )
-    return loss, distance, temperature, log_partition, slope
+    return loss, distance, Tempered(predicted, temperature, log_partition, slope)
 
 
 def _backward(
-    sample_grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    predicted: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    slope: Tensor,
-    table: Tensor | None,
-    table_row: Tensor | None,
+    sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered, geometry: Geometry | None
 ) -> Tensor:
     """Launch `tempered_backward_kernel`; allocates and returns the gradient of the logits."""
-    logits, target = unit_stride(logits), unit_stride(target)
+    _, class_weight, ignore_index, label_smoothing = labels
+    table_row, table, _ = geometry or (None, None, None)
+    logits, target = unit_stride(logits), unit_stride(labels.target)
     n_samples, n_classes = logits.shape
     grad_logits = gradient_buffer(logits, (n_samples, n_classes))
     config = row_config(n_classes, target_of(logits), 2 if target.is_floating_point() else 1)
@@ -99,10 +90,7 @@ def _backward(
         None if class_weight is None else class_weight.contiguous(),
         table,
         table_row,
-        predicted,
-        temperature,
-        log_partition,
-        slope,
+        *tempered,
         grad_logits,
         n_classes,
         ignore_index,
@@ -125,136 +113,48 @@ def _row_alignment(logits: Tensor, target: Tensor) -> int:
 
 
 def elogitnorm_forward(
-    logits: Tensor,
-    head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    with_slope: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, head_weight: Tensor, labels: Labels, eps: float, average_offset: int, with_slope: bool = True
+) -> tuple[Tensor, Tensor, Tempered, Geometry]:
     """ELogitNorm of (n, c) logits under the (c, m) head: see `ood_fast.functional.elogitnorm` for the mathematics.
 
-    Returns loss, distance, predicted, temperature, log_partition, slope, table_row, table and row_class (notation:
-    the package's docstring), float32 and int64. For n >= c the row kernel finds the predictions itself, so the
-    logits are read once; for n < c they are found first, because the table has a row for each distinct one. The
-    slope costs nothing while the row is in registers, so it is always computed; `with_slope` stands in the
-    signature because the PyTorch path has to pay for it.
+    Returns loss, distance, and what the backward pass needs (notation: the package's docstring). For n >= c the row
+    kernel finds the predictions itself, so the logits are read once; for n < c they are found first, because the table
+    has a row for each distinct one. The slope costs nothing while the row is in registers, so it is always computed;
+    `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    geometry = Geometry.of(logits, head_weight)
-    loss, distance, temperature, log_partition, slope = _forward(
-        logits,
-        target,
-        class_weight,
-        ignore_index,
-        label_smoothing,
-        eps,
-        average_offset,
-        1.0,
-        geometry.table,
-        geometry.table_row,
-        geometry.predicted,
-        geometry.prediction_known,
-    )
-    return (
-        loss,
-        distance,
-        geometry.predicted,
-        temperature,
-        log_partition,
-        slope,
-        geometry.table_row,
-        geometry.table,
-        geometry.row_class,
-    )
+    geometry, *prediction = geometry_of(logits, head_weight)
+    loss, distance, tempered = _forward(logits, labels, geometry, *prediction, eps=eps, average_offset=average_offset)
+    return loss, distance, tempered, geometry
 
 
 def elogitnorm_backward(
     sample_grad: Tensor,
     logits: Tensor,
     head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    predicted: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    slope: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
-    need_logits: bool,
-    need_weight: bool,
+    labels: Labels,
+    geometry: Geometry,
+    tempered: Tempered,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    if need_logits:
-        grad_logits = _backward(
-            sample_grad,
-            logits,
-            target,
-            class_weight,
-            ignore_index,
-            label_smoothing,
-            predicted,
-            temperature,
-            log_partition,
-            slope,
-            table,
-            table_row,
-        )
-    if need_weight:
-        grad_weight = weight_gradient(sample_grad, slope, logits, head_weight, predicted, table_row, table, row_class)
+    if needs.logits:
+        grad_logits = _backward(sample_grad, logits, labels, tempered, geometry)
+    if needs.weight:
+        grad_weight = weight_gradient(sample_grad, tempered.slope, logits, head_weight, tempered.predicted, geometry)
     return grad_logits, grad_weight
 
 
-def logitnorm_forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    tau: float,
-    with_slope: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """LogitNorm, CE(f / (tau (|f| + 1e-7)), y): returns loss, predicted, temperature, log_partition and slope.
+def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bool = True) -> tuple[Tensor, Tempered]:
+    """LogitNorm, CE(f / (tau (|f| + 1e-7)), y): the loss, and what the backward pass needs.
 
     `with_slope` as in `elogitnorm_forward`.
     """
     predicted = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    loss, _, temperature, log_partition, slope = _forward(
-        logits, target, class_weight, ignore_index, label_smoothing, 0.0, 0, tau, None, None, predicted, False
-    )
-    return loss, predicted, temperature, log_partition, slope
+    loss, _, tempered = _forward(logits, labels, None, predicted, False, tau=tau)
+    return loss, tempered
 
 
-def logitnorm_backward(
-    sample_grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    predicted: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    slope: Tensor,
-) -> Tensor:
+def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """Gradient of sum_i sample_grad_i loss_i by the logits."""
-    return _backward(
-        sample_grad,
-        logits,
-        target,
-        class_weight,
-        ignore_index,
-        label_smoothing,
-        predicted,
-        temperature,
-        log_partition,
-        slope,
-        None,
-        None,
-    )
+    return _backward(sample_grad, logits, labels, tempered, None)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Needs, Projected
 from .launch import (
     PIECE,
     alignment,
@@ -302,10 +303,10 @@ def nci_forward(
     mean: Tensor,
     logits: Tensor | None,
     alpha: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Projected]:
     """NCI of (n, m) features under the (c, m) head: see `ood_fast.functional.nci_score` for the mathematics.
 
-    Returns score, predicted, projection and inverse_norm = 1 / |z - mu| (0 at z = mu), each (n,).
+    Returns the score, (n,), and what the backward pass needs.
     """
     classes = None
     if logits is None:
@@ -344,7 +345,7 @@ def nci_forward(
         BY_SPLIT=classes is not None,
         num_warps=max(scan.num_warps, sums.num_warps),
     )
-    return score, predicted, projection, inverse_norm
+    return score, Projected(predicted, projection, inverse_norm)
 
 
 def nci_backward(
@@ -352,13 +353,9 @@ def nci_backward(
     features: Tensor,
     head_weight: Tensor,
     mean: Tensor,
-    predicted: Tensor,
-    projection: Tensor,
-    inverse_norm: Tensor,
+    projected: Projected,
     alpha: float,
-    need_features: bool,
-    need_weight: bool,
-    need_mean: bool,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i score_i by features, head weight and mean, each None unless needed.
 
@@ -372,7 +369,7 @@ def nci_backward(
     config = segment_config(n_features)
     column_blocks = cdiv(n_features, config.columns)
     grad_features = grad_weight = grad_mean = None
-    if need_features:
+    if needs.features:
         grad_features = gradient_buffer(features, (n_samples, n_features))
         scan = scan_config(n_features, target_of(z))
         launch(
@@ -384,9 +381,7 @@ def nci_backward(
             weight,
             weight.stride(0),
             center,
-            predicted,
-            projection,
-            inverse_norm,
+            *projected,
             grad_features,
             n_features,
             float(alpha),
@@ -395,11 +390,14 @@ def nci_backward(
             num_warps=scan.num_warps,
         )
         grad_features = grad_features.to(features.dtype)
-    if need_weight:
+    if needs.weight:
         grad_weight = gradient_buffer(head_weight, tuple(head_weight.shape))
-        segment_sum(predicted, head_weight.shape[0], sample_grad, inverse_norm, z, grad_weight, center=center)
+        segment_sum(
+            *(projected.predicted, head_weight.shape[0], sample_grad, projected.inverse_norm, z, grad_weight),
+            center=center,
+        )
         grad_weight = grad_weight.to(head_weight.dtype)
-    if need_mean:
+    if needs.mean:
         pieces = cdiv(n_samples, PIECE)
         partial = torch.empty(pieces, n_features, dtype=torch.float32, device=z.device)
         launch(
@@ -411,9 +409,7 @@ def nci_backward(
             weight,
             weight.stride(0),
             center,
-            predicted,
-            projection,
-            inverse_norm,
+            *projected,
             partial,
             n_samples,
             n_features,

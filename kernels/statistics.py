@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Inputs
 from .distances import distance_table as rows_of_distance_table
 from .launch import alignment, cdiv, launch, row_config, scan_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, first_maximum, keep_better, live_gap, mean_distance
@@ -289,19 +290,13 @@ def statistics_config(n_samples: int, n_classes: int, n_features: int, target: s
     return StatisticsConfig(rows, row.block, row.looped, scan.block, min(num_warps, 16))
 
 
-def row_statistics(
-    names: list[str],
-    logits: Tensor | None,
-    features: Tensor | None,
-    head_weight: Tensor | None,
-    mean: Tensor | None,
-    table: Tensor | None,
-    gamma: float,
-) -> list[Tensor]:
+def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tensor]:
     """The statistics `names` of (n, c) logits and (n, m) features, each (n,), in that order; see
     `ood_fast.statistics.row_statistics` for their definitions. What none of them needs is None."""
+    mean = inputs.mean
     logits, features, head_weight, table = (
-        None if matrix is None else unit_stride(matrix) for matrix in (logits, features, head_weight, table)
+        None if matrix is None else unit_stride(matrix)
+        for matrix in (inputs.logits, inputs.features, inputs.head_weight, inputs.table)
     )
     first = features if logits is None else logits
     n_samples = first.shape[0]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Geometry
 from .distances import load_centred, mean_row
 from .launch import cdiv, class_splits, gradient_buffer, launch, target_of, tile_config, unit_stride
 from .rows import add_product
@@ -170,12 +171,11 @@ def weight_gradient(
     logits: Tensor,
     head_weight: Tensor,
     predicted: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
+    geometry: Geometry,
 ) -> Tensor:
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
     dtype."""
+    table_row, table, row_class = geometry
     logits, weight = unit_stride(logits), unit_stride(head_weight)
     n_classes, n_features = weight.shape
     n_rows = table.shape[0]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import checks, eager, small
 from .eager.precision import compute_dtype
+from .records import Geometry, Inputs, Labels, Needs, Projected, Tempered
 
 BACKENDS = ("auto", "eager", "triton")
 _chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
@@ -360,11 +361,12 @@ def _elogitnorm(
 ):
     backend = _backend(logits, head_weight)
     _check_indices(backend, target, logits.shape[1], ignore_index)
-    loss, distance, *statistics = backend.elogitnorm_forward(
-        logits, head_weight, target, class_weight, ignore_index, label_smoothing, eps, average_offset, with_slope
+    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    loss, distance, tempered, geometry = backend.elogitnorm_forward(
+        logits, head_weight, labels, eps, average_offset, with_slope
     )
     loss, normalizer = _reduce(loss, target, class_weight, ignore_index, reduction)
-    return loss, distance, normalizer, *statistics
+    return loss, distance, normalizer, *tempered, *geometry
 
 
 def _elogitnorm_fake(logits, head_weight, target, class_weight, ignore_index, reduction, *rest):
@@ -393,17 +395,11 @@ def _elogitnorm_backward(
 ):
     normalizer, *saved = saved
     sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
+    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    tempered, geometry = Tempered(*saved[:4]), Geometry(*saved[4:])
+    needs = Needs(logits=need_logits, weight=need_weight)
     grads = _backend(logits, head_weight).elogitnorm_backward(
-        sample_grad,
-        logits,
-        head_weight,
-        target,
-        class_weight,
-        ignore_index,
-        label_smoothing,
-        *saved,
-        need_logits,
-        need_weight,
+        sample_grad, logits, head_weight, labels, geometry, tempered, needs
     )
     return _or_empty((grads[0], logits), (grads[1], head_weight))
 
@@ -574,9 +570,10 @@ def _linear_elogitnorm(
     if reduction != "none" and (need_features or need_weight or need_bias):
         one = torch.ones_like(normalizer)
         sample_grad = _sample_grad(one, normalizer, reduction, target, ignore_index)
+    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    needs = Needs(features=need_features, weight=need_weight, bias=need_bias, geometry=not detach_geometry)
     loss, distance, *grads = backend.linear_elogitnorm(
-        *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
-        *(sample_grad, need_features, need_weight, need_bias, detach_geometry),
+        features, head_weight, head_bias, labels, eps, average_offset, sample_grad, needs
     )
     loss = loss if reduction == "none" else loss.sum() / normalizer
     return loss, distance, *_or_empty(*((grad, distance) for grad in grads))
@@ -597,12 +594,13 @@ def _linear_elogitnorm_backward(
     grad_loss, features, head_weight, head_bias, target, class_weight, ignore_index, reduction, *rest
 ):
     """The gradients from the start again: for reduction "none", and when a graph is walked a second time."""
-    label_smoothing, eps, average_offset, detach_geometry, *needs = rest
+    label_smoothing, eps, average_offset, detach_geometry, need_features, need_weight, need_bias = rest
+    needs = Needs(features=need_features, weight=need_weight, bias=need_bias, geometry=not detach_geometry)
     normalizer = _normalizer(target, class_weight, ignore_index, reduction, compute_dtype(features, head_weight))
     sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
     _, distance, *grads = _backend(features, head_weight).linear_elogitnorm(
-        *(features, head_weight, head_bias, target, class_weight, ignore_index, label_smoothing, eps, average_offset),
-        *(sample_grad, *needs, detach_geometry),
+        *(features, head_weight, head_bias, Labels(target, class_weight, ignore_index, label_smoothing), eps),
+        *(average_offset, sample_grad, needs),
     )
     return _or_empty(*((grad, distance) for grad in grads))
 
@@ -713,10 +711,9 @@ def linear_elogitnorm(
 def _logitnorm(logits, target, class_weight, ignore_index, reduction, label_smoothing, tau, with_slope):
     backend = _backend(logits)
     _check_indices(backend, target, logits.shape[1], ignore_index)
-    loss, *statistics = backend.logitnorm_forward(
-        logits, target, class_weight, ignore_index, label_smoothing, tau, with_slope
-    )
-    return *_reduce(loss, target, class_weight, ignore_index, reduction), *statistics
+    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    loss, tempered = backend.logitnorm_forward(logits, labels, tau, with_slope)
+    return *_reduce(loss, target, class_weight, ignore_index, reduction), *tempered
 
 
 def _logitnorm_fake(logits, target, class_weight, ignore_index, reduction, *rest):
@@ -731,9 +728,8 @@ def _logitnorm_fake(logits, target, class_weight, ignore_index, reduction, *rest
 def _logitnorm_backward(grad_loss, logits, target, class_weight, saved, ignore_index, reduction, label_smoothing):
     normalizer, *saved = saved
     sample_grad = _sample_grad(grad_loss, normalizer, reduction, target, ignore_index)
-    return _backend(logits).logitnorm_backward(
-        sample_grad, logits, target, class_weight, ignore_index, label_smoothing, *saved
-    )
+    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    return _backend(logits).logitnorm_backward(sample_grad, logits, labels, Tempered(*saved))
 
 
 _logitnorm_backward_operator = _operator(
@@ -798,7 +794,9 @@ def logitnorm(
 
 
 def _boundary_distance(logits, head_weight, average_offset):
-    return _backend(logits, head_weight).boundary_distance_forward(logits, head_weight, average_offset)
+    backend = _backend(logits, head_weight)
+    distance, predicted, slope, geometry = backend.boundary_distance_forward(logits, head_weight, average_offset)
+    return distance, predicted, slope, *geometry
 
 
 def _boundary_distance_fake(logits, head_weight, average_offset):
@@ -808,7 +806,12 @@ def _boundary_distance_fake(logits, head_weight, average_offset):
 
 def _boundary_distance_backward(grad_distance, logits, head_weight, saved, need_logits, need_weight):
     grads = _backend(logits, head_weight).boundary_distance_backward(
-        grad_distance, logits, head_weight, *saved, need_logits, need_weight
+        grad_distance,
+        logits,
+        head_weight,
+        *saved[:2],
+        Geometry(*saved[2:]),
+        Needs(logits=need_logits, weight=need_weight),
     )
     return _or_empty((grads[0], logits), (grads[1], head_weight))
 
@@ -863,7 +866,9 @@ def boundary_distance(logits: Tensor, head_weight: Tensor, average_offset: int) 
 
 
 def _nci_score(features, head_weight, head_bias, mean, logits, alpha):
-    return _backend(features, head_weight, mean).nci_forward(features, head_weight, head_bias, mean, logits, alpha)
+    backend = _backend(features, head_weight, mean)
+    score, projected = backend.nci_forward(features, head_weight, head_bias, mean, logits, alpha)
+    return score, *projected
 
 
 def _nci_score_fake(features, head_weight, head_bias, mean, logits, alpha):
@@ -885,8 +890,8 @@ def _nci_score_backward(
     need_mean,
 ):
     grads = _backend(features, head_weight, mean).nci_backward(
-        *(grad_score, features, head_weight, mean, predicted, projection, inverse_norm),
-        *(alpha, need_features, need_weight, need_mean),
+        *(grad_score, features, head_weight, mean, Projected(predicted, projection, inverse_norm), alpha),
+        Needs(features=need_features, weight=need_weight, mean=need_mean),
     )
     return _or_empty(*zip(grads, (features, head_weight, mean), strict=True))
 
@@ -959,7 +964,7 @@ def _row_statistics(names, logits, features, head_weight, mean, table, gamma, bo
     given = [t for t in (logits, features, head_weight, mean, table) if t is not None]
     backend = _backend(*given)
     counted = {"boundaries": boundaries} if backend is eager else {}  # the kernel counts as it goes
-    return backend.row_statistics(names, logits, features, head_weight, mean, table, gamma, **counted)
+    return backend.row_statistics(names, Inputs(logits, features, head_weight, mean, table), gamma, **counted)
 
 
 def _row_statistics_fake(names, logits, features, head_weight, mean, table, gamma):
@@ -996,7 +1001,7 @@ def row_statistics(
     on_cpu = tensors[0].device.type == "cpu"
     if torch.compiler.is_compiling() and on_cpu and _backend(*tensors) is eager:
         # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.
-        return eager.row_statistics(*given, traced=True)
+        return eager.row_statistics(names, Inputs(*given[1:-1]), gamma, traced=True)
     return _row_statistics_operator(*given)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks, eager, ops
 from .eager.precision import compute_dtype, is_exporting
+from .records import Inputs
 
 FROM_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
 FROM_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
@@ -105,7 +106,7 @@ def row_statistics(
         if value is not None and value.requires_grad:
             given[argument] = value.detach()
     if is_exporting():
-        values = eager.row_statistics(names, *given.values(), float(gamma), traced=True)
+        values = eager.row_statistics(names, Inputs(*given.values()), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
     return _computed(names, *given.values(), float(gamma), boundaries)
 

@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
 from ood_fast.kernels import boundary, losses, nci, statistics
+from ood_fast.records import Inputs, Labels, Needs
 
 MODULES = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 TARGETS = {
@@ -118,38 +119,33 @@ def run_elogitnorm(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: 
     logits, head_weight = meta(n, c, dtype=dtype), meta(c, m, dtype=weight_dtype)
     target = meta(n, c, dtype=dtype) if heavy else meta(n, dtype=torch.int64)
     class_weight, smoothing = (meta(c), 0.1) if heavy else (None, 0.0)
-    _, _, predicted, temperature, log_partition, slope, table_row, table, row_class = losses.elogitnorm_forward(
-        logits, head_weight, target, class_weight, -100, smoothing, 1e-6, 0
-    )
-    losses.elogitnorm_backward(
-        meta(n), logits, head_weight, target, class_weight, -100, smoothing,
-        predicted, temperature, log_partition, slope, table_row, table, row_class, True, True,
-    )  # fmt: skip
+    labels = Labels(target, class_weight, -100, smoothing)
+    _, _, tempered, geometry = losses.elogitnorm_forward(logits, head_weight, labels, 1e-6, 0)
+    needs = Needs(logits=True, weight=True)
+    losses.elogitnorm_backward(meta(n), logits, head_weight, labels, geometry, tempered, needs)
 
 
 def run_boundary_distance(n: int, c: int, m: int, dtype: torch.dtype) -> None:
     logits, head_weight = meta(n, c, dtype=dtype), meta(c, m, dtype=dtype)
-    _, predicted, slope, table_row, table, row_class = boundary.boundary_distance_forward(logits, head_weight, 0)
-    boundary.boundary_distance_backward(
-        meta(n), logits, head_weight, predicted, slope, table_row, table, row_class, True, False
-    )
+    _, predicted, slope, geometry = boundary.boundary_distance_forward(logits, head_weight, 0)
+    boundary.boundary_distance_backward(meta(n), logits, head_weight, predicted, slope, geometry, Needs(logits=True))
 
 
 def run_logitnorm(n: int, c: int, dtype: torch.dtype, *, heavy: bool) -> None:
     logits = meta(n, c, dtype=dtype)
     target = meta(n, c, dtype=dtype) if heavy else meta(n, dtype=torch.int64)
     class_weight, smoothing = (meta(c), 0.1) if heavy else (None, 0.0)
-    _, *saved = losses.logitnorm_forward(logits, target, class_weight, -100, smoothing, 0.04)
-    losses.logitnorm_backward(meta(n), logits, target, class_weight, -100, smoothing, *saved)
+    labels = Labels(target, class_weight, -100, smoothing)
+    _, tempered = losses.logitnorm_forward(logits, labels, 0.04)
+    losses.logitnorm_backward(meta(n), logits, labels, tempered)
 
 
 def run_nci(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: torch.dtype, from_features: bool) -> None:
     features, head_weight, mean = meta(n, m, dtype=dtype), meta(c, m, dtype=weight_dtype), meta(m)
     bias, logits = meta(c, dtype=weight_dtype), None if from_features else meta(n, c, dtype=dtype)
-    _, predicted, projection, inverse_norm = nci.nci_forward(features, head_weight, bias, mean, logits, 1e-3)
-    nci.nci_backward(
-        meta(n), features, head_weight, mean, predicted, projection, inverse_norm, 1e-3, True, True, True
-    )  # fmt: skip
+    _, projected = nci.nci_forward(features, head_weight, bias, mean, logits, 1e-3)
+    needs = Needs(features=True, weight=True, mean=True)
+    nci.nci_backward(meta(n), features, head_weight, mean, projected, 1e-3, needs)
 
 
 def run_statistics(
@@ -159,7 +155,7 @@ def run_statistics(
     logits, features = (meta(n, width, dtype=dtype) if width else None for width in (c, m))
     head_weight, mean = (meta(c, m, dtype=dtype), meta(m)) if "projection" in names else (None, None)
     table = meta(c, c) if "distance" in names else None
-    statistics.row_statistics([*names], logits, features, head_weight, mean, table, 0.1)
+    statistics.row_statistics([*names], Inputs(logits, features, head_weight, mean, table), 0.1)
 
 
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:

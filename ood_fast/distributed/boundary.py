@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eager import sizes
-from ..eager.distances import CLOSE_PAIR, centered, differences_into, weight_tile
+from ..eager.distances import CLOSE_PAIR, centered, weight_tile
 from ..eager.precision import matmul
 from ..eager.rows import mask_gaps, temperature_of
 from ..eager.sizes import row_chunks, slices
@@ -140,8 +140,10 @@ def _inverse_distances(rows: Tensor, head_weight: Tensor, mean: Tensor) -> Tenso
             if close.any():
                 row, other = (close & (bound > 0)).nonzero(as_tuple=True)
                 tile.masked_fill_(close, 0.0)
-                own = torch.arange(tile.shape[0], device=tile.device)
-                differences_into(tile, head_weight[columns], row, other, rows[some], own)
+                for pairs in slices(row.shape[0], sizes.DIFFERENCE_ELEMENTS // max(1, right.shape[1])):
+                    r, j = row[pairs], other[pairs]
+                    difference = rows[some][r] - head_weight[columns][j].to(tile.dtype)
+                    tile[r, j] = difference.square_().sum(1)
             tile.rsqrt_().masked_fill_(tile.isinf(), 0.0)
     return inverse
 

@@ -16,9 +16,10 @@ What is worth knowing before reading:
 """
 
 from .boundary import boundary_distance_backward, boundary_distance_forward
+from .distances import distance_table
 from .linear import linear_elogitnorm
 from .nci import nci_backward, nci_forward
-from .statistics import distance_table, row_statistics
+from .statistics import row_statistics
 from .tempered import elogitnorm_backward, elogitnorm_forward, logitnorm_backward, logitnorm_forward
 
 __all__ = [

@@ -2,62 +2,78 @@
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .distances import table_of_batch
+from ..records import Geometry, Needs, Tempered
+from .distances import geometry_of
 from .precision import compute_dtype, full_precision
-from .rows import Targets, is_plain, mask_gaps, tempered_backward
+from .rows import Part, Targets, gaps_of, is_plain, mask_gaps, row_gradient
 from .sizes import join, row_chunks, take
-from .weight_gradient import weight_gradient
+from .weight_gradient import add_rows, weight_gradient
+
+
+class Gaps(NamedTuple):
+    """Of a chunk of rows."""
+
+    gap: Tensor
+    """(r, c)"""
+    spent: Tensor
+    """(r, c), to be written over"""
+    distance: Tensor
+    """D, (r,)"""
+    share: Tensor | float
+    """1 / (K + average_offset), 0 where K = 0"""
+    live: Tensor | None
+    """(r, c); None where no class is masked and no row broken, tied or below the floor"""
+
+
+def share_of(n_boundaries: Tensor, average_offset: int, dtype: torch.dtype) -> Tensor:
+    """1 / (K + average_offset); 0 where K = 0."""
+    # In the dtype of the arithmetic: a quotient of integers would be float32 whatever that is.
+    return torch.where(n_boundaries > 0, (n_boundaries + average_offset).to(dtype).reciprocal(), 0.0)
 
 
 def boundary_gaps(
-    logits: Tensor,
-    top: Tensor,
-    inverse: Tensor,
-    distinct: bool,
-    average_offset: int,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | float, Tensor | None]:
-    """For a chunk of rows: (gaps, a spent (r, c) buffer, D, 1/(K + offset), live classes or None).
+    logits: Tensor, top: Tensor, inverse: Tensor, distinct: bool, average_offset: int, floor: float
+) -> Gaps:
+    """Gaps and D of a chunk of rows.
 
     `inverse` (r, c) holds the table's row of each sample; where classes are masked, it is set to 0 in place.
     """
     gap = top.unsqueeze(1) - logits
     n_boundaries = gap.shape[1] - 1
     share = 1.0 / (n_boundaries + average_offset) if n_boundaries else 0.0
-    product = inverse * gap
-    distance = product.sum(1).mul_(share)
+    spent = inverse * gap
+    distance = spent.sum(1).mul_(share)
     if distinct and is_plain(distance, floor):
-        return gap, product, distance, share, None
+        return Gaps(gap, spent, distance, share, None)
     live, gap = mask_gaps(logits, gap, top)
     inverse.masked_fill_(~live, 0.0)
-    count = (inverse > 0).sum(1)
-    # In the dtype of the arithmetic: a quotient of integers would be float32 whatever that is.
-    shares = torch.where(count > 0, (count + average_offset).to(gap.dtype).reciprocal(), 0.0)
-    distance = torch.mul(inverse, gap, out=product).sum(1).mul_(shares)
-    return gap, product, distance, shares, live
+    shares = share_of((inverse > 0).sum(1), average_offset, gap.dtype)
+    distance = torch.mul(inverse, gap, out=spent).sum(1).mul_(shares)
+    return Gaps(gap, spent, distance, shares, live)
 
 
-def boundary_distance_forward(logits: Tensor, head_weight: Tensor, average_offset: int) -> tuple[Tensor, ...]:
-    """distance, predicted, slope = 1/(K + average_offset) (0 where K = 0), table_row, table, row_class."""
+def boundary_distance_forward(
+    logits: Tensor, head_weight: Tensor, average_offset: int
+) -> tuple[Tensor, Tensor, Tensor, Geometry]:
+    """distance, predicted, slope = 1/(K + average_offset) (0 where K = 0), geometry."""
     dtype = compute_dtype(logits, head_weight)
     top, predicted = logits.max(1)
     top = top.to(dtype)
     with full_precision(logits.device):
-        (table_row, table, row_class), distinct = table_of_batch(head_weight, predicted, dtype)
+        geometry, distinct = geometry_of(head_weight, predicted, dtype)
     chunks = []
     for rows in row_chunks(*logits.shape):
-        inverse = table.index_select(0, take(table_row, rows))
-        _, _, distance, share, _ = boundary_gaps(
-            take(logits, rows), take(top, rows), inverse, distinct, average_offset, 0.0
-        )
-        chunks.append((distance, share if isinstance(share, Tensor) else torch.full_like(distance, share)))
+        inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
+        found = boundary_gaps(take(logits, rows), take(top, rows), inverse, distinct, average_offset, 0.0)
+        share = found.share
+        chunks.append((found.distance, share if isinstance(share, Tensor) else torch.full_like(found.distance, share)))
     distance, slope = join(chunks)
-    return distance, predicted, slope, table_row, table, row_class
+    return distance, predicted, slope, geometry
 
 
 def boundary_distance_backward(
@@ -66,28 +82,12 @@ def boundary_distance_backward(
     head_weight: Tensor,
     predicted: Tensor,
     slope: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
-    need_logits: bool,
-    need_weight: bool,
+    geometry: Geometry,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i for logits and W, only those asked for."""
-    return boundary_backward(
-        sample_grad.to(table.dtype),
-        logits,
-        head_weight,
-        None,
-        predicted,
-        None,
-        None,
-        slope,
-        table_row,
-        table,
-        row_class,
-        need_logits,
-        need_weight,
-    )
+    tempered = Tempered(predicted, None, None, slope)
+    return boundary_backward(sample_grad, logits, head_weight, None, geometry, tempered, needs)
 
 
 def boundary_backward(
@@ -95,69 +95,85 @@ def boundary_backward(
     logits: Tensor,
     head_weight: Tensor,
     targets: Targets | None,
-    predicted: Tensor,
-    temperature: Tensor | None,
-    log_partition: Tensor | None,
-    slope: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
-    need_logits: bool,
-    need_weight: bool,
+    geometry: Geometry,
+    tempered: Tempered,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward pass through D, and through the cross-entropy as well where `targets` are given."""
-    dtype = table.dtype
-    gap_sums = torch.zeros_like(table) if need_weight else None
+    sample_grad = sample_grad.to(geometry.table.dtype)
+    grad_logits, gap_sums = gradients(sample_grad, logits, targets, geometry, tempered, needs)
+    if gap_sums is None:
+        return grad_logits, None
+    with full_precision(logits.device):
+        return grad_logits, weight_gradient(gap_sums, head_weight, geometry)
+
+
+class Totals(NamedTuple):
+    """What many processes found together, (n,): sums over the classes of all of them."""
+
+    top: Tensor
+    total: Tensor | None
+    """Q = sum_j q_j; None without targets"""
+    inverse_sum: Tensor
+    """sum_j R_j over the live classes; 0 where the predicted class is another process's"""
+    n_live: Tensor
+
+
+def gradients(
+    sample_grad: Tensor,
+    logits: Tensor,
+    targets: Targets | None,
+    geometry: Geometry,
+    tempered: Tempered,
+    needs: Needs,
+    totals: Totals | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the gradient of the logits, sum_i push_i g_i over the samples i of each table row), only those asked for.
+
+    `totals`: None in one process, where each row's own sums are those over all classes.
+    """
+    predicted, temperature, log_partition, slope = tempered
+    dtype = geometry.table.dtype
+    gap_sums = torch.zeros_like(geometry.table) if needs.weight else None
     d_distance = sample_grad * slope
     # Written in place where there are several chunks: joining them would hold the gradient twice.
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if need_logits else None
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs.logits else None
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
         p = take(predicted, rows).unsqueeze(1)
-        table_rows = take(table_row, rows)
-        top = chunk.gather(1, p)
-        gap = top - chunk
-        live = None
-        # The largest gap is finite exactly when no class is masked and the row is sound.
-        if not gap.amax().item() < math.inf:
-            live, gap = mask_gaps(chunk, gap, top.squeeze(1))
+        gap, live = gaps_of(chunk, chunk.gather(1, p).squeeze(1) if totals is None else take(totals.top, rows))
         push = take(d_distance, rows).unsqueeze(1)
-        if need_logits:
-            if targets is not None:
-                gradient = tempered_backward(
-                    gap,
-                    take(temperature, rows),
-                    take(log_partition, rows),
-                    take(sample_grad, rows),
-                    targets,
-                    rows,
-                    live,
-                )
-            else:
+        if needs.logits:
+            if targets is None:
                 gradient = gap * 0.0  # NaN rows stay NaN
-            inverse = table.index_select(0, table_rows)
+            else:
+                part = Part(rows, live, None if totals is None else take(totals.n_live, rows))
+                total = targets.total(part, gap.shape[1], dtype) if totals is None else take(totals.total, rows)
+                of_rows = (take(t, rows) for t in (temperature, log_partition, sample_grad))
+                gradient = row_gradient(gap, *of_rows, total, targets, part)
+            inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
-            add_distance_gradient(gradient, inverse, p, push)
+            inverse_sum = None if totals is None else take(totals.inverse_sum, rows).unsqueeze(1)
+            add_distance_gradient(gradient, inverse, p, push, inverse_sum)
             if targets is not None:
                 targets.silence(gradient, rows)
             if rows is None:
                 grad_logits = gradient.to(logits.dtype).contiguous()
             else:
                 grad_logits[rows] = gradient
-        if need_weight:
+        if needs.weight:
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
-            gap_sums.index_add_(0, table_rows, gap.mul_(push))
-    grad_weight = None
-    if need_weight:
-        with full_precision(logits.device):
-            grad_weight = weight_gradient(gap_sums, head_weight, table, row_class)
-    return grad_logits, grad_weight
+            add_rows(gap_sums, take(geometry.table_row, rows), gap.mul_(push))
+    return grad_logits, gap_sums
 
 
-def add_distance_gradient(gradient: Tensor, inverse: Tensor, predicted: Tensor, push: Tensor) -> None:
-    """gradient_j -= push R_j for j != p, and += push sum_j R_j at p; `predicted` and `push` are (r, 1)."""
+def add_distance_gradient(
+    gradient: Tensor, inverse: Tensor, predicted: Tensor, push: Tensor, inverse_sum: Tensor | None = None
+) -> None:
+    """gradient_j -= push R_j for j != p, and += push sum_j R_j at p; all but the first two are (r, 1)."""
     gradient.addcmul_(inverse, push, value=-1)
-    gradient.scatter_add_(1, predicted, inverse.sum(1, keepdim=True).mul_(push))
+    inverse_sum = inverse.sum(1, keepdim=True) if inverse_sum is None else inverse_sum
+    gradient.scatter_add_(1, predicted, inverse_sum * push)

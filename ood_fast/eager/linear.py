@@ -5,31 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..records import Geometry, Labels, Needs
 from . import sizes
 from .boundary import add_distance_gradient, boundary_gaps
-from .distances import centered, centered_rows, inverse_distances, weight_tile
+from .distances import Rows, centered, centered_rows, inverse_distances, weight_tile
 from .precision import compute_dtype, full_precision, matmul
-from .rows import Targets, tempered_backward
+from .rows import Part, Targets, row_gradient
 from .sizes import join, slices
-from .tempered import _elogitnorm_rows
-from .weight_gradient import weight_gradient
+from .tempered import elogitnorm_rows
+from .weight_gradient import add_rows, weight_gradient
 
 
 def linear_elogitnorm(
     features: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    labels: Labels,
     eps: float,
     average_offset: int,
     sample_grad: Tensor | None,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
-    detach_geometry: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """ELogitNorm of z W^T + b in chunks of rows: (loss, D, dz, dW, db), the logits (n, c) are never stored.
 
@@ -42,77 +37,97 @@ def linear_elogitnorm(
     """
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = compute_dtype(features, head_weight)
-    device = features.device
-    targets = Targets(target, class_weight, ignore_index, label_smoothing, n_classes, dtype)
+    new = {"dtype": dtype, "device": features.device}
     mean_row = head_weight.mean(0, dtype=dtype)
-    bias = torch.zeros((), dtype=dtype, device=device) if head_bias is None else head_bias.to(dtype)
-    grads = sample_grad is not None
-    geometry = grads and need_weight and not detach_geometry
-    grad_features = torch.empty_like(features, dtype=dtype) if grads and need_features else None
-    grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=device) if grads and need_weight else None
-    grad_bias = torch.zeros(n_classes, dtype=dtype, device=device) if grads and need_bias else None
-    square = n_samples >= n_classes
+    bias = torch.zeros((), **new) if head_bias is None else head_bias.to(dtype)
+    needs = Needs() if sample_grad is None else needs
+    grad_features = torch.empty_like(features, dtype=dtype) if needs.features else None
+    grad_weight = torch.zeros(head_weight.shape, **new) if needs.weight else None
+    grad_bias = torch.zeros(n_classes, **new) if needs.bias else None
     results = []
-    with full_precision(device):
+    with full_precision(features.device):
+        worked = _Worked(Targets(labels, n_classes, dtype), eps, average_offset, sample_grad, needs)
+        square = n_samples >= n_classes
         if square:
-            table = torch.empty(n_classes, n_classes, dtype=dtype, device=device)
-            gap_sums = torch.zeros_like(table) if geometry else None
-            distinct = inverse_distances(head_weight, None, table)
+            worked.make_table(head_weight, mean_row)
         # Chunks of one size: a short last one would stream all of W for a few rows.
         widths = 1 if square else 2
         n_chunks = -(-n_samples // max(sizes.MIN_LINEAR_ROWS, sizes.LINEAR_BUFFER_ELEMENTS // (widths * n_classes)))
         step = -(-n_samples // n_chunks)
-        buffer = torch.empty(widths * step, n_classes, dtype=dtype, device=device)
+        buffer = torch.empty(widths * step, n_classes, **new)
         for chunk in slices(n_samples, step):
             n_rows = chunk.stop - chunk.start
-            logits = buffer[:n_rows]
+            logits, inverses = buffer[:n_rows], None
             z = features[chunk].to(dtype)
             _linear_into(logits, z, head_weight, bias)
             top, predicted = logits.max(1)
             if not square:
                 inverses = buffer[n_rows : 2 * n_rows]
-                distinct = inverse_distances(head_weight, predicted, inverses)
-            for rows in slices(n_rows, sizes.ROW_CHUNK_ELEMENTS // n_classes):
-                at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                p = predicted[rows]
-                inverse = table.index_select(0, p) if square else inverses[rows]
-                gap, scratch, distance, share, live = boundary_gaps(
-                    logits[rows], top[rows], inverse, distinct, average_offset, eps
-                )
-                loss, temperature, log_partition, slope = _elogitnorm_rows(
-                    gap, distance, share, targets, at, live, scratch, eps, grads
-                )
-                targets.settle(at, loss, slope)
-                results.append((loss, distance))
-                if not grads:
-                    continue
-                scale = sample_grad[at].to(dtype)
-                push = (scale * slope).unsqueeze(1)
-                gradient = tempered_backward(gap, temperature, log_partition, scale, targets, at, live)
-                add_distance_gradient(gradient, inverse, p.unsqueeze(1), push)
-                targets.silence(gradient, at)
-                logits[rows] = gradient
-                if geometry:
-                    if live is not None:
-                        gap.masked_fill_(push == 0, 0.0)
-                    gap.mul_(push)
-                    if square:
-                        gap_sums.index_add_(0, p, gap)
-                    else:
-                        inverse.mul_(torch.mul(inverse, inverse, out=scratch)).mul_(gap)
-            if grads:
-                pair_push = inverses if geometry and not square else None
-                dz = _linear_backward(
-                    logits, pair_push, z, predicted, head_weight, mean_row, grad_weight, need_features
-                )
-                if need_features:
-                    grad_features[chunk] = dz
-                if need_bias:
-                    grad_bias.add_(logits.sum(0))
-        if geometry and square:
-            every_class = torch.arange(n_classes, device=device)
-            grad_weight.add_(weight_gradient(gap_sums, head_weight, table, every_class))
+                rows = Rows(head_weight, predicted, predicted)
+                worked.distinct = inverse_distances(head_weight, mean_row, rows, inverses)
+            results += worked.chunk(chunk.start, logits, top, predicted, inverses)
+            if sample_grad is None:
+                continue
+            push = inverses if needs.weight and needs.geometry else None
+            into = None if grad_features is None else grad_features[chunk]
+            _linear_backward(logits, push, z, predicted, head_weight, mean_row, into, grad_weight)
+            if grad_bias is not None:
+                grad_bias.add_(logits.sum(0))
+        if worked.gap_sums is not None:
+            every_class = torch.arange(n_classes, device=features.device)
+            geometry = Geometry(every_class, worked.table, every_class)
+            grad_weight.add_(weight_gradient(worked.gap_sums, head_weight, geometry))
     return *join(results), grad_features, grad_weight, grad_bias
+
+
+class _Worked:
+    """What turns the logits of a chunk into their gradient."""
+
+    def __init__(self, targets: Targets, eps: float, average_offset: int, sample_grad: Tensor | None, needs: Needs):
+        self.targets, self.eps, self.average_offset, self.sample_grad = targets, eps, average_offset, sample_grad
+        self.pulls = needs.weight and needs.geometry
+        self.table: Tensor | None = None  # (c, c) where n >= c
+        self.gap_sums: Tensor | None = None  # (c, c): what each class pulls at each predicted one
+        self.distinct = False
+
+    def make_table(self, head_weight: Tensor, mean_row: Tensor) -> None:
+        """R of all pairs of classes."""
+        self.table = mean_row.new_empty(head_weight.shape[0], head_weight.shape[0])
+        self.gap_sums = torch.zeros_like(self.table) if self.pulls else None
+        self.distinct = inverse_distances(head_weight, mean_row, None, self.table)
+
+    def chunk(
+        self, start: int, logits: Tensor, top: Tensor, predicted: Tensor, inverses: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(loss, D) of parts of a chunk whose first sample is `start`; `logits`, `inverses` become G, -S in place."""
+        results = []
+        for rows in slices(logits.shape[0], sizes.ROW_CHUNK_ELEMENTS // logits.shape[1]):
+            at, p = slice(start + rows.start, start + rows.stop), predicted[rows]
+            inverse = self.table.index_select(0, p) if inverses is None else inverses[rows]
+            found = boundary_gaps(logits[rows], top[rows], inverse, self.distinct, self.average_offset, self.eps)
+            grads = self.sample_grad is not None
+            loss, temperature, log_partition, slope = elogitnorm_rows(found, self.targets, at, self.eps, grads)
+            self.targets.settle(loss, slope, at)
+            results.append((loss, found.distance))
+            if not grads:
+                continue
+            gap, spent, _, _, live = found
+            scale, part = self.sample_grad[at].to(gap.dtype), Part(at, live)
+            push = (scale * slope).unsqueeze(1)
+            total = self.targets.total(part, gap.shape[1], gap.dtype)
+            gradient = row_gradient(gap, temperature, log_partition, scale, total, self.targets, part)
+            add_distance_gradient(gradient, inverse, p.unsqueeze(1), push)
+            self.targets.silence(gradient, at)
+            logits[rows] = gradient
+            if self.pulls:
+                if live is not None:
+                    gap.masked_fill_(push == 0, 0.0)
+                gap.mul_(push)
+                if inverses is None:
+                    add_rows(self.gap_sums, p, gap)
+                else:
+                    inverse.mul_(torch.mul(inverse, inverse, out=spent)).mul_(gap)
+        return results
 
 
 def _linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:
@@ -129,10 +144,10 @@ def _linear_backward(
     predicted: Tensor,
     head_weight: Tensor,
     mean_row: Tensor,
+    grad_features: Tensor | None,
     grad_weight: Tensor | None,
-    need_features: bool,
-) -> Tensor | None:
-    """dz = G W, (r, m), from the logit gradient G (r, c); adds to `grad_weight` G^T z and what `push` (r, c) says.
+) -> None:
+    """Write dz = G W, (r, m), from the logit gradient G (r, c); add to `grad_weight` G^T z and what `push` (r, c) says.
 
     `push` is -S of `weight_gradient`, the second half of the buffer that `gradient` begins, so that both are one
     operand. W is read once, in centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.
@@ -140,7 +155,7 @@ def _linear_backward(
     n_rows, n_features = z.shape
     n_used = n_rows if push is None else 2 * n_rows
     both = gradient.as_strided((n_used, gradient.shape[1]), gradient.stride())
-    read_weight = need_features or push is not None
+    read_weight = grad_features is not None or push is not None
     product = z.new_zeros(n_used, n_features)
     outer = z
     if push is not None:
@@ -157,7 +172,6 @@ def _linear_backward(
                 grad_weight[columns].addcmul_(right, push[:, columns].sum(0).unsqueeze(1), value=-1)
     if push is not None:
         own = product[n_rows:].sub_(left.mul_(push.sum(1, keepdim=True)))
-        grad_weight.index_add_(0, predicted, own)
-    if not need_features:
-        return None
-    return product[:n_rows].addmm_(gradient.sum(1, keepdim=True), mean_row.unsqueeze(0))
+        add_rows(grad_weight, predicted, own)
+    if grad_features is not None:
+        grad_features.copy_(product[:n_rows].addmm_(gradient.sum(1, keepdim=True), mean_row.unsqueeze(0)))

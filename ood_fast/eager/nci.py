@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..records import Needs, Projected
 from . import sizes
 from .precision import compute_dtype, full_precision
 from .sizes import join, row_chunks, slices, take
+from .weight_gradient import add_rows
 
 
 def _predict_from_features(
@@ -43,8 +45,8 @@ def nci_forward(
     mean: Tensor,
     logits: Tensor | None,
     alpha: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """score, predicted, projection w_p.(z - mu)/||z - mu||_2, 1/||z - mu||_2 (both 0 at z = mu), all (n,)."""
+) -> tuple[Tensor, Projected]:
+    """The score, (n,), and what the backward pass needs."""
     dtype = compute_dtype(features, head_weight, mean)
     with full_precision(features.device):
         if logits is None:
@@ -63,7 +65,7 @@ def nci_forward(
             chunks.append((score, projection, inverse_norm))
         score, projection, inverse_norm = join(chunks)
     score.masked_fill_(top.isnan(), math.nan)
-    return score, predicted, projection, inverse_norm
+    return score, Projected(predicted, projection, inverse_norm)
 
 
 def nci_backward(
@@ -71,41 +73,38 @@ def nci_backward(
     features: Tensor,
     head_weight: Tensor,
     mean: Tensor,
-    predicted: Tensor,
-    projection: Tensor,
-    inverse_norm: Tensor,
+    projected: Projected,
     alpha: float,
-    need_features: bool,
-    need_weight: bool,
-    need_mean: bool,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i score_i for z, W and the mean; the prediction is a constant.
 
     With u = (z - mu)/||z - mu||:  d pScore/dz = (w_p - pScore u)/||z - mu||,  d pScore/dw_p = u,  d pScore/dmu =
     -d pScore/dz.
     """
+    predicted, projection, inverse_norm = projected
     dtype = projection.dtype
     mean_row = mean.to(dtype)
     chunks = []
-    grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=features.device) if need_weight else None
-    grad_mean = torch.zeros_like(mean_row) if need_mean else None
+    grad_weight = torch.zeros(head_weight.shape, dtype=dtype, device=features.device) if needs.weight else None
+    grad_mean = torch.zeros_like(mean_row) if needs.mean else None
     for rows in row_chunks(*features.shape):
         z = take(features, rows).to(dtype)
         p = take(predicted, rows)
         grad = take(sample_grad, rows).to(dtype).unsqueeze(1)
         inverse = take(inverse_norm, rows).unsqueeze(1)
         unit = (z - mean_row).mul_(inverse)
-        if need_weight:
-            grad_weight.index_add_(0, p, unit * grad)
-        if need_features or need_mean:
+        if needs.weight:
+            add_rows(grad_weight, p, unit * grad)
+        if needs.features or needs.mean:
             pull = unit.mul_(take(projection, rows).unsqueeze(1).neg()).add_(head_weight[p])
             pull.mul_(inverse * grad)
-            if need_mean:
+            if needs.mean:
                 grad_mean.sub_(pull.sum(0))
-            if need_features:
+            if needs.features:
                 chunks.append((pull.addcmul_(z.sign(), grad, value=alpha).to(features.dtype),))
     return (
-        join(chunks)[0].contiguous() if need_features else None,
+        join(chunks)[0].contiguous() if needs.features else None,
         None if grad_weight is None else grad_weight.to(head_weight.dtype),
         None if grad_mean is None else grad_mean.to(mean.dtype),
     )

@@ -48,24 +48,24 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
     if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's
         return _NOTHING_TO_DO
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
+    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    if setting.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
         return _NOTHING_TO_DO
-    return _within_full_precision(device, matmul)
+    return _within_full_precision(device, setting)
 
 
 _NOTHING_TO_DO = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _within_full_precision(device: torch.device, matmul: object) -> Iterator[None]:
-    chosen = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+def _within_full_precision(device: torch.device, setting: Any) -> Iterator[None]:
+    chosen = setting.fp32_precision
+    setting.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.fp32_precision = chosen
+        setting.fp32_precision = chosen
 
 
 # Multiply-adds from which a product goes to oneDNN; below, its call costs more than it saves.

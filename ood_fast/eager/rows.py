@@ -1,13 +1,20 @@
-"""The mathematics of a row: target distribution, sums, loss and gradient."""
+"""The mathematics of a row: target distribution, sums, loss and gradient.
+
+It is the same for one process and for many. What is here works on the columns of the classes at hand; where these are
+those of one process among many, what needs all classes comes in as a sum over the processes (`RowSums`, `Part.n_live`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..records import Labels
 from .sizes import take
 
 
@@ -24,9 +31,30 @@ def mask_gaps(logits: Tensor, gap: Tensor, top: Tensor) -> tuple[Tensor, Tensor]
     return live, gap
 
 
+def gaps_of(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(gaps g (r, c) below the largest logit `top` (r,), live classes; None where all are and every row is sound)."""
+    gap = top.unsqueeze(1) - logits
+    # The largest gap is finite exactly when no class is masked and the row is sound.
+    if gap.amax().item() < math.inf:
+        return gap, None
+    live, gap = mask_gaps(logits, gap, top)
+    return gap, live
+
+
 def temperature_of(distance: Tensor, eps: float = 1e-6) -> Tensor:
     """The temperature that ELogitNorm divides by: D, or the constant 1 where D <= eps; NaN stays NaN."""
     return torch.where(distance <= eps, 1.0, distance)
+
+
+class Part(NamedTuple):
+    """A chunk of the rows of a batch."""
+
+    rows: slice | None
+    """None: all"""
+    live: Tensor | None
+    """(r, c) classes that are not masked; None where none is"""
+    n_live: Tensor | None = None
+    """(r,) their number over all processes; None for one"""
 
 
 class Targets:
@@ -35,20 +63,19 @@ class Targets:
     index y:        q_j = w_j ((1 - e) [j = y] + e/c_live [j live])
     probability t:  q_j = w_j ((1 - e) t_j     + e/c_live [j live])
 
-    Smoothing spreads over the live classes only: those whose logit is not -inf. `live` is None where every class is.
+    Smoothing spreads over the live classes only: those whose logit is not -inf. With `locate`, which finds classes
+    among those of this process, the columns are only these, and y is an index among all `n_classes`.
     """
 
     def __init__(
         self,
-        target: Tensor,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        smoothing: float,
+        labels: Labels,
         n_classes: int,
         dtype: torch.dtype,
+        locate: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ):
+        target, class_weight, ignore_index, self.smoothing = labels
         self.class_weight = None if class_weight is None else class_weight.to(dtype)
-        self.smoothing = smoothing
         self.dtype = dtype
         self.ignored: Tensor | None = None  # (n,) samples with ignore_index
         self.invalid: Tensor | None = None  # (n,) class indices out of range; on the CPU those raise instead
@@ -57,15 +84,18 @@ class Targets:
         if target.is_floating_point():
             self.probability = target
             return
-        if target.device.type != "cpu":
+        if locate is not None or target.device.type != "cpu":
             self.ignored = target == ignore_index
             self.invalid = ((target < 0) | (target >= n_classes)) & ~self.ignored
             target = target.masked_fill(self.ignored | self.invalid, 0)
         elif checks.index_range(target, n_classes, ignore_index):
             self.ignored = target == ignore_index
             target = target.masked_fill(self.ignored, 0)
+        self.own: Tensor | float = 1.0 - self.smoothing  # the mass on y: a number, or (n, 1)
+        if locate is not None:
+            mine, target = locate(target)
+            self.own = mine.unsqueeze(1).to(dtype) * self.own  # 0 where another process holds y
         self.index = target.unsqueeze(1)
-        self.own: Tensor | float = 1.0 - smoothing  # the mass on y: a number, or (n, 1)
         if self.class_weight is not None:
             self.own = self.class_weight[self.index] * self.own
 
@@ -79,28 +109,31 @@ class Targets:
             mass = mass * self.class_weight
         return mass * (1.0 - self.smoothing) if self.smoothing else mass
 
-    def _smoothed(self, live: Tensor | None, n_classes: int) -> Tensor | float:
+    def _smoothed(self, part: Part, n_columns: int) -> Tensor | float:
         """The smoothing's share of q: a number, (1, c) or (r, c), whichever is smallest."""
-        if live is None:
-            share: Tensor | float = self.smoothing / n_classes
+        if part.live is None and part.n_live is None:
+            share: Tensor | float = self.smoothing / n_columns
             return share if self.class_weight is None else (self.class_weight * share).unsqueeze(0)
-        share = live * (self.smoothing / live.sum(1, keepdim=True).clamp_(min=1).to(self.dtype))
+        n_live = part.live.sum(1) if part.n_live is None else part.n_live
+        share = self.smoothing / n_live.clamp(min=1).to(self.dtype).unsqueeze(1)
+        share = share.expand(-1, n_columns) if part.live is None else part.live * share
         return share if self.class_weight is None else share * self.class_weight
 
-    def total(self, rows: slice | None, live: Tensor | None, n_classes: int, dtype: torch.dtype) -> Tensor | float:
+    def total(self, part: Part, n_columns: int, dtype: torch.dtype) -> Tensor | float:
         """Q = sum_j q_j, (r,) or a number."""
         if self.index is not None:
-            own = self._own(rows)
+            own = self._own(part.rows)
             total = own.squeeze(1) if isinstance(own, Tensor) else own
         else:
-            total = self._mass(rows, dtype).sum(1)
+            total = self._mass(part.rows, dtype).sum(1)
         if self.smoothing:
-            smoothed = self._smoothed(live, n_classes)
-            total = total + (smoothed.sum(1) if isinstance(smoothed, Tensor) else smoothed * n_classes)
+            smoothed = self._smoothed(part, n_columns)
+            total = total + (smoothed.sum(1) if isinstance(smoothed, Tensor) else smoothed * n_columns)
         return total
 
-    def weighted_gap(self, gap: Tensor, rows: slice | None, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def weighted_gap(self, gap: Tensor, part: Part) -> tuple[Tensor, Tensor | None]:
         """(sum_j q_j g_j, whether a masked class holds target mass), both (r,); `gap` is 0 on masked classes."""
+        rows, live, _ = part
         impossible = None
         if self.index is not None:
             y, own = take(self.index, rows), self._own(rows)
@@ -116,21 +149,21 @@ class Targets:
             if live is not None:
                 impossible = ((mass != 0) & ~live).any(1)
         if self.smoothing:
-            weighted = weighted + (gap * self._smoothed(live, gap.shape[1])).sum(1)
+            weighted = weighted + (gap * self._smoothed(part, gap.shape[1])).sum(1)
         return weighted, impossible
 
-    def subtract_from(self, gradient: Tensor, scale: Tensor, rows: slice | None, live: Tensor | None) -> None:
+    def subtract_from(self, gradient: Tensor, scale: Tensor, part: Part) -> None:
         """gradient_ij -= scale_i q_ij, in place; `scale` is (r, 1)."""
         if self.index is not None:
-            own = self._own(rows)
+            own = self._own(part.rows)
             mass = scale.neg() if not isinstance(own, Tensor) and own == 1.0 else scale * own * -1.0
-            gradient.scatter_add_(1, take(self.index, rows), mass)
+            gradient.scatter_add_(1, take(self.index, part.rows), mass)
         else:
-            gradient.addcmul_(self._mass(rows, gradient.dtype), scale, value=-1)
+            gradient.addcmul_(self._mass(part.rows, gradient.dtype), scale, value=-1)
         if self.smoothing:
-            gradient.sub_(scale * self._smoothed(live, gradient.shape[1]))
+            gradient.sub_(scale * self._smoothed(part, gradient.shape[1]))
 
-    def settle(self, rows: slice | None, loss: Tensor, slope: Tensor) -> None:
+    def settle(self, loss: Tensor, slope: Tensor, rows: slice | None = None) -> None:
         """Ignored samples cost nothing; an index out of range gives NaN, never a read of memory that is not ours."""
         if self.ignored is not None:
             loss.masked_fill_(take(self.ignored, rows), 0.0)
@@ -146,32 +179,47 @@ class Targets:
             gradient.masked_fill_(take(self.invalid, rows).unsqueeze(1), math.nan)
 
 
-def tempered_forward(
-    gap: Tensor,
-    temperature: Tensor,
-    targets: Targets,
-    rows: slice | None,
-    live: Tensor | None,
-    scratch: Tensor,
-    with_slope: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log sum_j exp(-g_j/T), dL/dT), all (r,). `gap` is 0 on masked classes; `scratch` is spent."""
+class RowSums(NamedTuple):
+    """Sums over the classes of a row, (r,): all that its loss needs. Those of many processes add up."""
+
+    partition: Tensor
+    """sum_j exp(-g_j / T)"""
+    weighted_gap: Tensor
+    """sum_j q_j g_j"""
+    total: Tensor | float
+    """Q = sum_j q_j"""
+    impossible: Tensor | None
+    """whether a masked class holds target mass"""
+    weighted_exponent: Tensor | None
+    """sum_j exp(-g_j / T) g_j; None where no slope is wanted"""
+
+
+def row_sums(
+    gap: Tensor, temperature: Tensor, targets: Targets, part: Part, scratch: Tensor, with_slope: bool
+) -> RowSums:
+    """The sums of a chunk of rows. `gap` is 0 on masked classes; `scratch` is spent."""
     exponent = torch.mul(gap, temperature.reciprocal().neg_().unsqueeze(1), out=scratch)
-    if live is not None:
-        exponent.masked_fill_(~live, -math.inf)
-    weight = exponent.exp_()
-    partition = weight.sum(1)
+    if part.live is not None:
+        exponent.masked_fill_(~part.live, -math.inf)
+    exponential = exponent.exp_()
+    partition = exponential.sum(1)
+    weighted_gap, impossible = targets.weighted_gap(gap, part)
+    total = targets.total(part, gap.shape[1], gap.dtype)
+    return RowSums(partition, weighted_gap, total, impossible, exponential.mul_(gap).sum(1) if with_slope else None)
+
+
+def row_loss(sums: RowSums, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log sum_j exp(-g_j/T), dL/dT), all (r,); the last is undefined where no slope is wanted."""
+    partition, weighted_gap, total, impossible, mean_gap = sums
     log_partition = partition.log()
-    weighted_gap, impossible = targets.weighted_gap(gap, rows, live)
-    total = targets.total(rows, live, gap.shape[1], gap.dtype)
     # A number 1 is the mass of a class index without weights or smoothing: one product less.
     unit_mass = not isinstance(total, Tensor) and total == 1.0
     loss = torch.addcdiv(log_partition if unit_mass else log_partition * total, weighted_gap, temperature)
     if impossible is not None:
         loss.masked_fill_(impossible & ~loss.isnan(), math.inf)
-    if not with_slope:
+    if mean_gap is None:
         return loss, log_partition, torch.empty_like(loss)
-    mean_gap = weight.mul_(gap).sum(1).div_(partition)
+    mean_gap.div_(partition)
     if not unit_mass:
         mean_gap.mul_(total)
     # Divided twice: T * T would underflow for a small tau.
@@ -181,24 +229,23 @@ def tempered_forward(
     return loss, log_partition, slope
 
 
-def tempered_backward(
+def row_gradient(
     gap: Tensor,
     temperature: Tensor,
     log_partition: Tensor,
     sample_grad: Tensor,
+    total: Tensor | float,
     targets: Targets,
-    rows: slice | None,
-    live: Tensor | None,
+    part: Part,
 ) -> Tensor:
     """(Q P_j - q_j) / T times the incoming gradient of the row: the logit gradient at constant T, (r, c), fresh."""
     inverse = temperature.reciprocal().unsqueeze(1)
     gradient = torch.addcmul(log_partition.neg().unsqueeze(1), gap, inverse, value=-1).exp_()
-    if live is not None:
-        gradient.masked_fill_(~live, 0.0).masked_fill_(gap.isnan(), math.nan)
+    if part.live is not None:
+        gradient.masked_fill_(~part.live, 0.0).masked_fill_(gap.isnan(), math.nan)
     scale = inverse * sample_grad.unsqueeze(1)
-    total = targets.total(rows, live, gap.shape[1], gap.dtype)
     if isinstance(total, Tensor):
         total = total.unsqueeze(1)
     gradient.mul_(scale if not isinstance(total, Tensor) and total == 1.0 else scale * total)
-    targets.subtract_from(gradient, scale, rows, live)
+    targets.subtract_from(gradient, scale, part)
     return gradient

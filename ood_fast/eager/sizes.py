@@ -24,6 +24,7 @@ DIFFERENCE_ELEMENTS = 1 << 18
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
+    """[0, length) in steps."""
     step = max(1, step)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -43,6 +44,7 @@ def row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:
 
 
 def take(tensor: Tensor, rows: slice | None) -> Tensor:
+    """tensor[rows], or all of it."""
     return tensor if rows is None else tensor[rows]
 
 

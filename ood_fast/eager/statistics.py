@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .distances import inverse_distances
-from .precision import compute_dtype, full_precision, is_exporting, keep_tensors
+from ..records import Inputs
+from .precision import compute_dtype, is_exporting, keep_tensors
 
 _LOG2_E = 1 / math.log(2)
 
@@ -27,35 +27,25 @@ SUM_OF_BAG = 0  # the mode of `embedding_bag`, as its operators number them
 
 
 def row_statistics(
-    names: list[str],
-    logits: Tensor | None,
-    features: Tensor | None,
-    head_weight: Tensor | None,
-    mean: Tensor | None,
-    table: Tensor | None,
-    gamma: float,
-    boundaries: Tensor | None = None,
-    *,
-    traced: bool = False,
+    names: list[str], inputs: Inputs, gamma: float, *, boundaries: Tensor | None = None, traced: bool = False
 ) -> list[Tensor]:
-    """The statistics `names`, each (n,), in that order; `ood_fast.statistics.row_statistics` defines them. What none of
-    them needs is None.
+    """The statistics `names`, each (n,), in that order; `ood_fast.statistics.row_statistics` defines them.
 
-    `traced`: nothing but what a compiled or exported graph can hold: no chunks and no look at the values; D may come
-    from W instead of the table.
+    `boundaries` (c,): how many boundaries each class has in the table, where that is known. `traced`: nothing but what
+    a compiled or exported graph can hold: no chunks and no look at the values; D may come from W instead of the table.
     """
-    dtype = compute_dtype(logits, features, head_weight, mean, table)
+    dtype = compute_dtype(*inputs)
     wanted, found = set(names), {}
-    if logits is not None:
+    if inputs.logits is not None:
         found = _by_chunks(
-            lambda f: _logit_statistics(wanted, f.to(dtype), head_weight, table, boundaries, gamma, traced),
-            *(traced, logits),
+            lambda f: _LogitStatistics(wanted, f.to(dtype), inputs, traced).found(boundaries, gamma),
+            *(traced, inputs.logits),
         )
-    if features is not None:
+    if inputs.features is not None:
         of_logits = [found["max"], found["predicted"]] if "projection" in wanted else []
         found |= _by_chunks(
-            lambda z, *p: _feature_statistics(wanted, z.to(dtype), head_weight, mean, traced, *p),
-            *(traced, features, *of_logits),
+            lambda z, *p: _feature_statistics(wanted, z.to(dtype), inputs.head_weight, inputs.mean, traced, *p),
+            *(traced, inputs.features, *of_logits),
         )
     return [found[name] for name in names]
 
@@ -70,71 +60,90 @@ def _by_chunks(function: Callable[..., dict[str, Tensor]], traced: bool, *tensor
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def _logit_statistics(
-    names: set[str],
-    logits: Tensor,
-    head_weight: Tensor | None,
-    table: Tensor | None,
-    boundaries: Tensor | None,
-    gamma: float,
-    traced: bool,
-) -> dict[str, Tensor]:
+class _LogitStatistics:
     """With e_j = exp(-g_j), rest = sum_{j != p} e_j and Z = 1 + rest:
 
         logsumexp = f_p + log Z      entropy = log Z + sum_j e_j g_j / Z      gen = sum_j (e_j (1 - e_j/Z) / Z)^gamma
 
     A masked class has g = inf, e = 0 and adds nothing. A row with NaN or +inf, or without a live class, has g_p = NaN.
     """
-    found = {}
-    if names - {"logit_norm1", "logit_norm2"}:
-        top = logits.amax(1, keepdim=True)
-        if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
-            top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
-        found["max"] = top.squeeze(1)
-    if names & {"predicted", "distance", "projection"}:
-        found["predicted"] = logits.argmax(1) if traced else _first_equal(logits, top)
-    if names & {"logsumexp", "entropy", "gen", "distance"}:
-        gap = top - logits
-    by_hand = not traced and logits.device.type == "cpu"  # where a look at the numbers is free, and nothing is fused
-    column = found["predicted"].unsqueeze(1) if "predicted" in found and by_hand else None
-    if names & {"logsumexp", "entropy", "gen"}:
+
+    def __init__(self, names: set[str], logits: Tensor, inputs: Inputs, traced: bool):
+        self.names, self.logits, self.inputs, self.traced = names, logits, inputs, traced
+        # Where a look at the numbers is free, and nothing is fused.
+        self.by_hand = not traced and logits.device.type == "cpu"
+        self.top = self.predicted = self.gap = self.column = None
+        if names - {"logit_norm1", "logit_norm2"}:
+            top = logits.amax(1, keepdim=True)
+            if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
+                top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
+            self.top = top
+        if names & {"predicted", "distance", "projection"}:
+            self.predicted = logits.argmax(1) if traced else _first_equal(logits, self.top)
+            self.column = self.predicted.unsqueeze(1) if self.by_hand else None
+        if names & {"logsumexp", "entropy", "gen", "distance"}:
+            self.gap = self.top - logits
+
+    def found(self, boundaries: Tensor | None, gamma: float) -> dict[str, Tensor]:
+        """Those of the names, and perhaps others that they needed."""
+        found = {}
+        if self.top is not None:
+            found["max"] = self.top.squeeze(1)
+        if self.predicted is not None:
+            found["predicted"] = self.predicted
+        if self.names & {"logsumexp", "entropy", "gen"}:
+            found |= self.of_softmax(gamma)
+        if "distance" in self.names:
+            found["distance"] = self.distance(boundaries)
+        if self.names & {"logit_norm1", "logit_norm2"}:
+            live = self.logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+            if "logit_norm2" in self.names:
+                found["logit_norm2"] = torch.linalg.vector_norm(live, dim=1)
+            if "logit_norm1" in self.names:
+                found["logit_norm1"] = live.abs_().sum(1)
+        return found
+
+    def of_softmax(self, gamma: float) -> dict[str, Tensor]:
+        """logsumexp, entropy and gen."""
+        gap, column = self.gap, self.column
         exponential = exp_of_minus(gap)
-        if names & {"entropy", "gen"}:
-            # With the column e_p becomes g_p: 0, or NaN without softmax. Later it is a factor of g_p, or overwritten.
-            rest = softmax_rest(exponential) if column is None else exponential.scatter_(1, column, top - top).sum(1)
-            log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
+        if not self.names & {"entropy", "gen"}:
+            return {"logsumexp": self.top.squeeze(1) + exponential.sum(1).log()}
+        # With the column e_p becomes g_p: 0, or NaN without softmax. Later it is a factor of g_p, or overwritten.
+        if column is None:
+            rest = softmax_rest(exponential)
         else:
-            log_partition = exponential.sum(1).log()
-        found["logsumexp"] = found["max"] + log_partition
-    if "entropy" in names:
-        weighted = row_dots(gap, exponential) if by_hand else None
-        if not by_hand or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
-            weighted = (gap.clamp(max=torch.finfo(gap.dtype).max) * exponential).sum(1)
-        found["entropy"] = torch.addcmul(log_partition, weighted, inverse)
-    if "distance" in names:
-        distance = _mean_over_boundaries(gap, table, boundaries, found["predicted"]) if by_hand else None
-        if not by_hand or not _finite(distance):  # a masked class, which is no boundary; a class that has none
-            masked = gap == math.inf
-            rows = _inverse_rows(head_weight, table, found["predicted"], gap.dtype).masked_fill(masked, 0.0)
-            distance = (gap.masked_fill(masked, 0.0) * rows).sum(1) / rows.sign().sum(1).clamp(min=1)
-        found["distance"] = distance
-    if "gen" in names:
-        # Logarithms of 1 - e/Z; for the prediction that is rest/Z with all its digits.
-        of_prediction = (rest * inverse).unsqueeze(1)
-        if column is None:  # (lerp would do it in three times the time)
-            others = (1 - exponential).addcmul_(exponential, of_prediction).log2_()
-            terms = others.sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
-        else:  # log1p takes two thirds of the time of log2
-            others = exponential.mul_(-inverse.unsqueeze(1)).log1p_().scatter_(1, column, of_prediction.log())
-            terms = others.sub_(gap).mul_(gamma * _LOG2_E).exp2_()
-        found["gen"] = terms.sum(1) * inverse.pow(gamma)
-    if names & {"logit_norm1", "logit_norm2"}:
-        live = logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
-        if "logit_norm2" in names:
-            found["logit_norm2"] = torch.linalg.vector_norm(live, dim=1)
-        if "logit_norm1" in names:
-            found["logit_norm1"] = live.abs_().sum(1)
-    return found
+            rest = exponential.scatter_(1, column, self.top - self.top).sum(1)
+        log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
+        found = {"logsumexp": self.top.squeeze(1) + log_partition}
+        if "entropy" in self.names:
+            weighted = row_dots(gap, exponential) if self.by_hand else None
+            if not self.by_hand or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
+                weighted = (gap.clamp(max=torch.finfo(gap.dtype).max) * exponential).sum(1)
+            found["entropy"] = torch.addcmul(log_partition, weighted, inverse)
+        if "gen" in self.names:
+            # Logarithms of 1 - e/Z; for the prediction that is rest/Z with all its digits.
+            of_prediction = (rest * inverse).unsqueeze(1)
+            if column is None:  # (lerp would do it in three times the time)
+                others = (1 - exponential).addcmul_(exponential, of_prediction).log2_()
+                terms = others.sub_(gap, alpha=_LOG2_E).mul_(gamma).exp2_()
+            else:  # log1p takes two thirds of the time of log2
+                others = exponential.mul_(-inverse.unsqueeze(1)).log1p_().scatter_(1, column, of_prediction.log())
+                terms = others.sub_(gap).mul_(gamma * _LOG2_E).exp2_()
+            found["gen"] = terms.sum(1) * inverse.pow(gamma)
+        return found
+
+    def distance(self, boundaries: Tensor | None) -> Tensor:
+        """D; `boundaries` (c,) counts those of each class."""
+        gap, table = self.gap, self.inputs.table
+        if self.by_hand:
+            distance = _mean_over_boundaries(gap, table, boundaries, self.predicted)
+            if _finite(distance):
+                return distance
+        # A masked class, which is no boundary; a class that has none.
+        masked = gap == math.inf
+        rows = _inverse_rows(self.inputs.head_weight, table, self.predicted, gap.dtype).masked_fill(masked, 0.0)
+        return (gap.masked_fill(masked, 0.0) * rows).sum(1) / rows.sign().sum(1).clamp(min=1)
 
 
 def _feature_statistics(
@@ -233,12 +242,3 @@ def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None, traced: bo
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         *(left, right, each if rows is None else rows, each, each), SUM_OF_BAG
     )
-
-
-def distance_table(head_weight: Tensor) -> Tensor:
-    """R of all pairs of classes, (c, c), 0 on the diagonal and where rows coincide."""
-    n_classes = head_weight.shape[0]
-    table = torch.empty(n_classes, n_classes, dtype=compute_dtype(head_weight), device=head_weight.device)
-    with full_precision(head_weight.device):
-        inverse_distances(head_weight, None, table)
-    return table

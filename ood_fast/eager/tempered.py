@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .boundary import boundary_backward, boundary_gaps
-from .distances import table_of_batch
+from ..records import Geometry, Labels, Needs, Tempered
+from .boundary import Gaps, boundary_backward, boundary_gaps
+from .distances import geometry_of
 from .precision import compute_dtype, full_precision
-from .rows import Targets, is_plain, mask_gaps, temperature_of, tempered_backward, tempered_forward
+from .rows import Part, Targets, gaps_of, is_plain, mask_gaps, row_gradient, row_loss, row_sums, temperature_of
 from .sizes import join, row_chunks, take
 
 _LOGITNORM_EPS = 1e-7
 
 
-def _elogitnorm_rows(
-    gap: Tensor,
-    distance: Tensor,
-    share: Tensor | float,
-    targets: Targets,
-    rows: slice | None,
-    live: Tensor | None,
-    scratch: Tensor,
-    eps: float,
-    with_slope: bool,
+def elogitnorm_rows(
+    found: Gaps, targets: Targets, rows: slice | None, eps: float, with_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, T, log-partition, slope) of a chunk of rows: T is D, or the constant 1 where D <= eps."""
+    gap, spent, distance, share, live = found
     temperature = distance.clone() if live is None else temperature_of(distance, eps)
-    loss, log_partition, slope = tempered_forward(gap, temperature, targets, rows, live, scratch, with_slope)
+    sums = row_sums(gap, temperature, targets, Part(rows, live), spent, with_slope)
+    loss, log_partition, slope = row_loss(sums, temperature)
     if with_slope:
         slope.mul_(share)
         if live is not None:
@@ -38,94 +31,46 @@ def _elogitnorm_rows(
 
 
 def elogitnorm_forward(
-    logits: Tensor,
-    head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    with_slope: bool,
-) -> tuple[Tensor, ...]:
+    logits: Tensor, head_weight: Tensor, labels: Labels, eps: float, average_offset: int, with_slope: bool
+) -> tuple[Tensor, Tensor, Tempered, Geometry]:
     """The unreduced loss, D, and what the backward pass needs: n-vectors and one table of at most (n, c).
 
-    Returns loss, distance, predicted, temperature, log_partition, slope (all (n,)), table_row (n,), table (k, c),
-    row_class (k,) with k = min(n, c); slope is dL/dD / (K + average_offset), left undefined unless `with_slope`. See
-    `kernels/README.md`.
+    The slope is left undefined unless `with_slope`. See `kernels/README.md`.
     """
     dtype = compute_dtype(logits, head_weight)
-    targets = Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    targets = Targets(labels, logits.shape[1], dtype)
     top, predicted = logits.max(1)
     top = top.to(dtype)
     with full_precision(logits.device):
-        (table_row, table, row_class), distinct = table_of_batch(head_weight, predicted, dtype)
+        geometry, distinct = geometry_of(head_weight, predicted, dtype)
     chunks = []
     for rows in row_chunks(*logits.shape):
-        inverse = table.index_select(0, take(table_row, rows))
-        gap, scratch, distance, share, live = boundary_gaps(
-            take(logits, rows), take(top, rows), inverse, distinct, average_offset, eps
-        )
-        chunks.append(
-            (distance, *_elogitnorm_rows(gap, distance, share, targets, rows, live, scratch, eps, with_slope))
-        )
+        inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
+        found = boundary_gaps(take(logits, rows), take(top, rows), inverse, distinct, average_offset, eps)
+        chunks.append((found.distance, *elogitnorm_rows(found, targets, rows, eps, with_slope)))
     distance, loss, temperature, log_partition, slope = join(chunks)
-    targets.settle(None, loss, slope)
-    return loss, distance, predicted, temperature, log_partition, slope, table_row, table, row_class
+    targets.settle(loss, slope)
+    return loss, distance, Tempered(predicted, temperature, log_partition, slope), geometry
 
 
 def elogitnorm_backward(
     sample_grad: Tensor,
     logits: Tensor,
     head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    predicted: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    slope: Tensor,
-    table_row: Tensor,
-    table: Tensor,
-    row_class: Tensor,
-    need_logits: bool,
-    need_weight: bool,
+    labels: Labels,
+    geometry: Geometry,
+    tempered: Tempered,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i for logits and W, only those asked for."""
-    dtype = table.dtype
-    targets = None
-    if need_logits:
-        targets = Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
-    return boundary_backward(
-        sample_grad.to(dtype),
-        logits,
-        head_weight,
-        targets,
-        predicted,
-        temperature,
-        log_partition,
-        slope,
-        table_row,
-        table,
-        row_class,
-        need_logits,
-        need_weight,
-    )
+    targets = Targets(labels, logits.shape[1], geometry.table.dtype) if needs.logits else None
+    return boundary_backward(sample_grad, logits, head_weight, targets, geometry, tempered, needs)
 
 
-def logitnorm_forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    tau: float,
-    with_slope: bool,
-) -> tuple[Tensor, ...]:
-    """loss, predicted, temperature T = tau (||f|| + 1e-7), log_partition, slope = dL/dT tau / ||f|| (0 at f = 0)."""
+def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bool) -> tuple[Tensor, Tempered]:
+    """The unreduced loss, and with T = tau (||f|| + 1e-7) what the backward pass needs."""
     dtype = compute_dtype(logits)
-    targets = Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    targets = Targets(labels, logits.shape[1], dtype)
     top, predicted = logits.max(1)
     top = top.to(dtype)
     chunks = []
@@ -138,48 +83,34 @@ def logitnorm_forward(
             live, gap = mask_gaps(chunk, gap, highest)
             norm = torch.linalg.vector_norm(chunk.masked_fill(~live, 0.0), dim=1)
         temperature = norm.add(_LOGITNORM_EPS).mul_(tau)
-        loss, log_partition, slope = tempered_forward(
-            gap, temperature, targets, rows, live, torch.empty_like(gap), with_slope
-        )
+        sums = row_sums(gap, temperature, targets, Part(rows, live), torch.empty_like(gap), with_slope)
+        loss, log_partition, slope = row_loss(sums, temperature)
         if with_slope:
             slope.mul_(tau).div_(norm)
             if live is not None:
                 slope.masked_fill_(norm == 0, 0.0)
         chunks.append((loss, temperature, log_partition, slope))
     loss, temperature, log_partition, slope = join(chunks)
-    targets.settle(None, loss, slope)
-    return loss, predicted, temperature, log_partition, slope
+    targets.settle(loss, slope)
+    return loss, Tempered(predicted, temperature, log_partition, slope)
 
 
-def logitnorm_backward(
-    sample_grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    predicted: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    slope: Tensor,
-) -> Tensor:
+def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """The gradient of sum_i sample_grad_i loss_i for the logits."""
+    predicted, temperature, log_partition, slope = tempered
     dtype = temperature.dtype
     sample_grad = sample_grad.to(dtype)
-    targets = Targets(target, class_weight, ignore_index, label_smoothing, logits.shape[1], dtype)
+    targets = Targets(labels, logits.shape[1], dtype)
     push = sample_grad * slope
     chunks = []
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
-        top = chunk.gather(1, take(predicted, rows).unsqueeze(1))
-        gap = top - chunk
-        live = None
-        if not gap.amax().item() < math.inf:
-            live, gap = mask_gaps(chunk, gap, top.squeeze(1))
+        gap, live = gaps_of(chunk, chunk.gather(1, take(predicted, rows).unsqueeze(1)).squeeze(1))
+        if live is not None:
             chunk = chunk.masked_fill(~live, 0.0)
-        gradient = tempered_backward(
-            gap, take(temperature, rows), take(log_partition, rows), take(sample_grad, rows), targets, rows, live
-        )
+        part = Part(rows, live)
+        of_rows = (take(t, rows) for t in (temperature, log_partition, sample_grad))
+        gradient = row_gradient(gap, *of_rows, targets.total(part, gap.shape[1], dtype), targets, part)
         gradient.addcmul_(chunk, take(push, rows).unsqueeze(1))
         targets.silence(gradient, rows)
         chunks.append((gradient.to(logits.dtype),))

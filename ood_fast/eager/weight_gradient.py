@@ -1,20 +1,30 @@
-"""The gradient of W through the distances between its rows."""
+"""The gradient of W through the distances between its rows.
+
+With S of `kernels/README.md`: dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. Here the
+`push` is -S, the sign in which the products are added.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..records import Geometry
 from .distances import centered, centered_rows, weight_tile
 from .precision import matmul
 from .sizes import slices
 
 
-def weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_class: Tensor) -> Tensor:
-    """dW from the summed gaps of each table row: S = -R^3 * gap_sums, then the pull of every pair along its difference.
+def add_rows(out: Tensor, places: Tensor, rows: Tensor) -> None:
+    """out[places[i]] += rows[i], places repeated or not, the same bits in every run."""
+    if out.device.type == "cpu":
+        out.index_add_(0, places, rows)
+    else:  # index_add_ adds by atomics there; this sorts
+        out.index_put_((places,), rows, accumulate=True)
 
-    dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. `gap_sums` is spent; it becomes -S,
-    the sign in which the products are added.
-    """
+
+def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry) -> Tensor:
+    """dW from the summed gaps of each table row, which are spent: S = -R^3 * gap_sums."""
+    _, table, row_class = geometry
     n_rows, n_classes = table.shape
     mean_row = head_weight.mean(0, dtype=table.dtype)
     if n_rows == n_classes:
@@ -26,12 +36,31 @@ def weight_gradient(gap_sums: Tensor, head_weight: Tensor, table: Tensor, row_cl
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
     push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
     left = centered_rows(head_weight, classes, mean_row)
-    grad_weight = matmul(push.t(), left)
-    own = left.mul_(push.sum(1, keepdim=True).neg_())
-    buffer = weight_tile(head_weight, table.dtype)
-    for columns in slices(n_classes, buffer.shape[0]):
+    grad_weight, own = pull_rows(push, left, head_weight, mean_row)
+    add_rows(grad_weight, classes, own)
+    return grad_weight.to(head_weight.dtype)
+
+
+def pull_rows(
+    push: Tensor, left: Tensor, head_weight: Tensor, mean_row: Tensor, grad_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dW of all classes at hand, added to `grad_weight` where it is given; what they make of the predicted, (u, m)).
+
+    `push` (u, c); `left` (u, m): the centred rows w_p, which are spent without `grad_weight`. W is read in tiles.
+    """
+    minus_sums = push.sum(1, keepdim=True).neg_()
+    adds = grad_weight is not None
+    if adds:
+        own = left * minus_sums
+    else:
+        grad_weight = matmul(push.t(), left)
+        own = left.mul_(minus_sums)
+    buffer = weight_tile(head_weight, mean_row.dtype)
+    for columns in slices(head_weight.shape[0], buffer.shape[0]):
         right = centered(head_weight[columns], mean_row, buffer)
         part = push[:, columns]
         own.add_(matmul(part, right))
         grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1), value=-1)
-    return grad_weight.index_add_(0, classes, own).to(head_weight.dtype)
+        if adds:
+            grad_weight[columns].add_(matmul(part.t(), left))
+    return grad_weight, own
