@@ -12,10 +12,12 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-from . import checks, data, detectors, metrics
-from .evaluate import ID, Evaluation, evaluate
+from . import checks, data, detectors, diagnostics, metrics
+from .evaluation.in_memory import evaluate
+from .evaluation.measure import FIT
+from .evaluation.results import ID, RunResult
 from .recipes import BASELINE, DETECTORS, LOSSES, Recipe
-from .train import criterion_for, model_for, train
+from .training.in_memory import criterion_for, model_for, train
 
 CONFIDENCE = 0.95
 ROC_GRID = np.linspace(0.0, 1.0, 201)
@@ -70,8 +72,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One trained model."""
+class TrainedLoss:
+    """One trained model of a comparison."""
 
     loss: str
     seed: int
@@ -81,7 +83,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Summary:
+class PairedSummary:
     """One metric over the seeds: mean ± sample standard deviation (ddof 1); None with a single seed.
 
     `difference` is the mean over seeds of (this loss − baseline, same seed), `low` and `high` its 95 % interval by
@@ -107,12 +109,12 @@ class Comparison:
     settings: Settings
     ood_titles: dict[str, str] = field(default_factory=dict)  # OOD set -> what tables call it
     rows: list[Row] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[TrainedLoss] = field(default_factory=list)
     scores: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # loss, detector, set; first seed
     roc_curves: dict[tuple[str, str, str], list[np.ndarray]] = field(default_factory=dict)  # one on ROC_GRID a seed
     singular_values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # loss -> one spectrum a seed
 
-    def summaries(self) -> list[Summary]:
+    def summaries(self) -> list[PairedSummary]:
         """Every metric over the seeds, in the order in which the numbers came."""
         values: dict[tuple[str, str, str, str], list[float]] = {}
         for row in self.rows:
@@ -125,7 +127,7 @@ class Comparison:
             difference = fmean(paired) if paired else None
             low, high = mean_interval(paired) if len(paired) > 1 else (None, None)
             std = stdev(measured) if len(measured) > 1 else None
-            summaries.append(Summary(loss, *what, fmean(measured), std, len(measured), difference, low, high))
+            summaries.append(PairedSummary(loss, *what, fmean(measured), std, len(measured), difference, low, high))
         return summaries
 
 
@@ -141,7 +143,7 @@ def compare(
     settings: Settings,
     on_start: Callable[[str, int], None] = lambda loss, seed: None,
     on_epoch: Callable[[int, float], None] = lambda epoch, epoch_loss: None,
-    on_run: Callable[[Run, Evaluation], None] = lambda run, evaluation: None,
+    on_run: Callable[[TrainedLoss, RunResult], None] = lambda run, evaluation: None,
 ) -> Comparison:
     """Train and evaluate every loss with every seed. The same settings give the same numbers.
 
@@ -171,28 +173,38 @@ def compare(
                 history = train(model, criterion_for(loss, model), benchmark.train, settings.recipe, seed, on_epoch)
                 fresh = {name: detectors.create(name, **DETECTORS.get(name, {})) for name in settings.detectors}
                 evaluation = evaluate(model, benchmark, fresh)
-                run = Run(loss, seed, benchmark.class_names, history, time.perf_counter() - start)
+                run = TrainedLoss(loss, seed, benchmark.class_names, history, time.perf_counter() - start)
                 _add(result, run, evaluation)
                 on_run(run, evaluation)
     return result
 
 
-def _add(result: Comparison, run: Run, evaluation: Evaluation) -> None:
+def _add(result: Comparison, run: TrainedLoss, evaluation: RunResult) -> None:
     result.runs.append(run)
-    result.rows += [
-        Row(run.loss, run.seed, measured.detector, measured.ood_set, measured.metric, measured.value)
-        for measured in evaluation.measurements
-    ]
-    result.singular_values.setdefault(run.loss, []).append(evaluation.singular_values.cpu().numpy())
+    features = evaluation.outputs[FIT].features.double()
+    singular_values = diagnostics.singular_values(features)
+    result.rows += [Row(run.loss, run.seed, *number) for number in _numbers(evaluation, singular_values)]
+    result.singular_values.setdefault(run.loss, []).append(singular_values.cpu().numpy())
     for detector, scores in evaluation.scores.items():
         for ood_set in result.ood_titles:
             curve = _on_grid(*metrics.roc_curve(scores[ID], scores[ood_set]))
             result.roc_curves.setdefault((run.loss, detector, ood_set), []).append(curve)
     if run.seed == result.settings.seeds[0]:
-        result.scores[run.loss] = {
-            detector: {set_name: values.numpy() for set_name, values in scores.items()}
-            for detector, scores in evaluation.scores.items()
-        }
+        result.scores[run.loss] = evaluation.scores
+
+
+def _numbers(evaluation: RunResult, singular_values: torch.Tensor) -> Iterator[tuple[str, str, str, float]]:
+    """(detector, set, metric, value): what was measured set by set, of the features, and which α was chosen."""
+    for found in evaluation.measurements:
+        if found.ood_set in ("", *evaluation.sets):  # not the means over a group
+            yield found.detector, found.ood_set, found.metric, found.value
+    yield "", "", "effective_rank", diagnostics.effective_rank(singular_values)
+    for index, value in enumerate(singular_values.tolist(), start=1):
+        yield "", "", f"singular_value_{index:02d}", value
+    for name, settings in evaluation.settings.items():
+        if issubclass(detectors.find(name), detectors.NCI):
+            yield name, "", "alpha", settings["alpha"]
+            yield name, "", "alpha_validation_auroc", max(trial["auroc"] for trial in evaluation.trials[name])
 
 
 def _on_grid(false_positive_rate: torch.Tensor, true_positive_rate: torch.Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import detectors
 from .compare import ROC_GRID, Comparison
-from .evaluate import ID
+from .evaluation.results import ID
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

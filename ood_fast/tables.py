@@ -7,10 +7,13 @@ import html
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from . import detectors
-from .compare import Comparison, Summary
 from .recipes import BASELINE
+
+if TYPE_CHECKING:
+    from .compare import Comparison, PairedSummary
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _by_set(
     comparison: Comparison,
     losses: tuple[str, ...],
     metric: str,
-    cells_of: Callable[[list[Summary]], tuple[Cell, ...]],
+    cells_of: Callable[[list[PairedSummary]], tuple[Cell, ...]],
     title: str,
     caption: str,
 ) -> Table:
@@ -147,7 +150,7 @@ def _calibration(comparison: Comparison, over: str) -> Table:
     )
 
 
-def _values(summaries: list[Summary], best: Callable) -> tuple[Cell, ...]:
+def _values(summaries: list[PairedSummary], best: Callable) -> tuple[Cell, ...]:
     """mean ± std in percent; the best mean, as printed, in bold (all of them when several print alike)."""
     means = [round(100 * summary.mean, 1) for summary in summaries]
     spreads = [f" ± {100 * summary.std:.1f}" if summary.n_seeds > 1 else "" for summary in summaries]
@@ -157,7 +160,7 @@ def _values(summaries: list[Summary], best: Callable) -> tuple[Cell, ...]:
     )
 
 
-def _difference(summary: Summary, better: int) -> Cell:
+def _difference(summary: PairedSummary, better: int) -> Cell:
     """mean [low, high] in percentage points, bold where 0 is outside. `better` is the sign of what is good."""
     text = f"{100 * summary.difference:+.1f}"
     if summary.low is None:

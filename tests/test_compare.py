@@ -192,8 +192,8 @@ def test_alpha_is_chosen_without_any_ood_image(digits):
     model = model_for("ce", 6, seed=0)
 
     def chosen(benchmark):
-        measured = evaluate.evaluate(model, benchmark, {"NCI": detectors.NCI()}).measurements
-        return [m.value for m in measured if m.metric.startswith("alpha")]
+        result = evaluate.evaluate(model, benchmark, {"NCI": detectors.NCI()})
+        return result.settings, result.trials
 
     altered = data.Benchmark(
         **{**vars(digits), "ood": {"other": data.OODSet("other", "far", 7 * torch.randn(9, 1, 8, 8))}}
@@ -227,7 +227,7 @@ def test_every_number_is_there_and_finite(comparison):
             assert rows[loss, seed, "NCI", "", "alpha"] in detectors.NCI.grid["alpha"]
             for detector in recipes.DETECTORS:
                 for ood_set in ("near", "photographs", "noise"):
-                    for metric in evaluate.DETECTION_METRICS:
+                    for metric in evaluate.DETECTION:
                         assert 0 <= rows[loss, seed, detector, ood_set, metric] <= 1
 
 
@@ -382,7 +382,7 @@ def test_columns_are_grouped_to_fit():
 
 
 def test_the_best_is_bold_in_its_direction():
-    row = [compare.Summary("", "", "", "", mean, 0.01, 5) for mean in (0.91, 0.95, 0.9501, 0.2)]
+    row = [compare.PairedSummary("", "", "", "", mean, 0.01, 5) for mean in (0.91, 0.95, 0.9501, 0.2)]
     assert [cell.bold for cell in tables._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
     assert [cell.bold for cell in tables._values(row, best=min)] == [False, False, False, True]
     assert [cell.bold for cell in tables._values(row[:1], best=max)] == [False]
@@ -398,7 +398,7 @@ def test_the_best_is_bold_in_its_direction():
     ],
 )
 def test_a_difference_is_bold_where_the_interval_excludes_zero(low, high, better, bold, worse):
-    summary = compare.Summary("", "", "", "", 0.5, 0.1, 5, (low + high) / 2, low, high)
+    summary = compare.PairedSummary("", "", "", "", 0.5, 0.1, 5, (low + high) / 2, low, high)
     cell = tables._difference(summary, better)
     assert (cell.bold, cell.worse) == (bold, worse)
 
@@ -432,7 +432,7 @@ def test_json_holds_every_number(folder, comparison):
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=no_constants)
     assert [Row(**row) for row in results["results"]] == comparison.rows
-    assert [compare.Summary(**summary) for summary in results["summary"]] == comparison.summaries()
+    assert [compare.PairedSummary(**summary) for summary in results["summary"]] == comparison.summaries()
     assert results["command"] == CONTEXT["command"]
     assert results["settings"]["seeds"] == [0, 3]
     assert results["settings"]["recipe"]["epochs"] == 2

@@ -167,7 +167,7 @@ class FeatureCache:
             UserError: an image cannot be read; the disk has no room.
             OSError: it cannot be written. RuntimeError: another process failed.
         """
-        plan = _everyone(self._plan(name, dataset, detectors) if _rank() == 0 else None)[0]
+        plan = _everyone(self._plan(name, dataset, detectors) if rank() == 0 else None)[0]
         if isinstance(plan, str):
             raise checks.UserError(plan)
         if plan.missing:
@@ -178,10 +178,10 @@ class FeatureCache:
                 error = raised
             failures = [text for text in _everyone(None if error is None else f"{error}") if text is not None]
             if failures:
-                if _rank() == 0:
+                if rank() == 0:
                     shutil.rmtree(plan.staging, ignore_errors=True)
                 raise error or RuntimeError(f"another process failed: {failures[0]}")
-            if _rank() == 0:
+            if rank() == 0:
                 self._publish(plan)
             _everyone(None)
         return read_outputs(plan.folder)
@@ -245,8 +245,8 @@ class FeatureCache:
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
-        rank, size = _rank(), _size()
-        rows = range(rank * len(dataset) // size, (rank + 1) * len(dataset) // size)
+        this, size = rank(), _size()
+        rows = range(this * len(dataset) // size, (this + 1) * len(dataset) // size)
         loader = Loader(
             torch.utils.data.Subset(dataset, rows),
             batch_size=self.batch_size,
@@ -358,7 +358,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Which process of torch.distributed this is; 0 without."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

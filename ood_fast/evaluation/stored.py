@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from .. import checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, refuse_nan
+from .measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Measuring, by_name, check_names, measure
 from .results import ID, Results, RunResult, TestSet
-from .run import FIT, RESERVED, TEST, VALIDATION, VALIDATION_OOD, Progress, _given, _grids, measure
 from .trained import Trained
 
 METHOD = BENCHMARK = "features"
@@ -95,22 +96,28 @@ class StoredOutputs:
             first += len(stored)
 
 
+@dataclass(frozen=True)
+class StoredValidation:
+    """What detectors are chosen by, where features are stored.
+
+    Attributes:
+        validation: ID data that was not trained on; detectors with `fits_on = "validation"` are fitted on it, else on
+            the training data.
+        ood_validation: sets of OOD data by which parameters are chosen, with `validation`; their AUROCs are averaged.
+        head: (W, b); None: the one stored with the training data, if any.
+    """
+
+    validation: str | os.PathLike | None = None
+    ood_validation: Sequence[str | os.PathLike] = ()
+    head: Head | None = None
+
+
 def evaluate_features(
     train: str | os.PathLike,
     test: str | os.PathLike,
     ood: Mapping[str, tuple[str, str | os.PathLike]],
     chosen: Mapping[str, Detector] | Iterable[str] | None = None,
-    *,
-    validation: str | os.PathLike | None = None,
-    ood_validation: Sequence[str | os.PathLike] = (),
-    head: Head | None = None,
-    tune: bool = True,
-    grids: Mapping[str, Mapping[str, Iterable]] | None = None,
-    device: torch.device | str = "cpu",
-    bootstrap: int = 200,
-    seed: int = 0,
-    leave_out: bool | None = None,
-    progress: Progress = lambda what, total: nullcontext(),
+    **options: Any,
 ) -> Results:
     """As `evaluate_run`, from stored features in place of a model and images.
 
@@ -120,32 +127,20 @@ def evaluate_features(
     Args:
         train, test: feature files or folders of them, of the ID training and test data.
         ood: name -> (group, files), group "near" or "far".
-        validation: ID data that was not trained on; detectors with `fits_on = "validation"` are fitted on it, else on
-            `train`.
-        ood_validation: sets of OOD data by which parameters are chosen, with `validation`; their AUROCs are averaged.
-        head: (W, b); None: the one stored with `train`, if any.
-        tune: False: parameters as they are. So too without `validation` and `ood_validation`.
-        chosen, grids, device, bootstrap, seed, leave_out, progress: as in `evaluate_run`.
+        chosen: as in `evaluate_run`.
+        options: the keywords of `StoredValidation`, without which parameters are as they are, and of `Measuring`.
 
     Raises:
         UserError: a file that cannot be read or does not fit the others; an ID target that is no class index; test data
             for validation; a detector asked for by name that cannot be fitted.
         ValueError: NaN in features or logits.
     """
-    _check_names(test, ood, validation, ood_validation)
-    given, optional = _given(chosen), chosen is None if leave_out is None else leave_out
-    if head is None:
-        head = features.load_head(features.files(train)[0])
-    parts = {FIT: StoredOutputs(FIT, train, head, "id")}
-    if validation is not None:
-        parts[VALIDATION] = StoredOutputs(VALIDATION, validation, head, "id")
-    against = [f"{VALIDATION_OOD} {index}" for index in range(len(ood_validation))]
-    for name, path in zip(against, ood_validation, strict=True):
-        parts[name] = StoredOutputs(name, path, head, "validation")
-    parts[TEST] = StoredOutputs(TEST, test, head, "id")
-    for name, (group, path) in ood.items():
-        parts[name] = StoredOutputs(name, path, head, group)
-    _check_alike(parts, head)
+    names = {field.name for field in fields(StoredValidation)}
+    given = StoredValidation(**{name: value for name, value in options.items() if name in names})
+    how = Measuring(**{name: value for name, value in options.items() if name not in names}).for_chosen(chosen)
+    _check_names(test, ood, given.validation, given.ood_validation)
+    head = features.load_head(features.files(train)[0]) if given.head is None else given.head
+    parts, against = _open_parts(train, test, ood, replace(given, head=head))
 
     sets = {ID: TestSet(str(test), "id", len(parts[TEST]))}
     sets |= {name: TestSet(str(path), group, len(parts[name])) for name, (group, path) in ood.items()}
@@ -153,38 +148,45 @@ def evaluate_features(
     result = RunResult(run, "", sets, outputs=parts)
     result.head = head and tuple(None if tensor is None else tensor.double() for tensor in head)
     usable = {}
-    for name, detector in given.items():
+    for name, detector in by_name(chosen).items():
         if reason := _unusable(detector, parts, head):
-            if not optional:
+            if not how.leave_out:
                 raise checks.UserError(f"{name}: {reason}")
             result.notes.append(f"{name}: left out: {reason}")
         else:
             usable[name] = detector
-    tuned = tune and validation is not None and bool(ood_validation)
-    if tune and not tuned:
+    tuned = how.tune and given.validation is not None and bool(given.ood_validation)
+    if how.tune and not tuned:
         result.notes.append("parameters as they are: choosing them needs validation data, ID and OOD")
     if parts[TEST].n_classes is None or not parts[TEST].has_targets:
         result.notes.append("accuracy and calibration: need logits and targets of the test data")
-    measure(
-        result,
-        usable,
-        against,
-        grids=_grids(usable, tuned, grids),
-        optional=optional,
-        device="cpu" if torch.device(device).type == "mps" else device,
-        bootstrap=bootstrap,
-        seed=seed,
-        progress=progress,
-    )
-    return Results(BENCHMARK, [result], bootstrap, tuned)
+    measure(result, usable, against, replace(how, tune=tuned))
+    return Results(BENCHMARK, [result], how.bootstrap, tuned)
+
+
+def _open_parts(
+    train: str | os.PathLike, test: str | os.PathLike, ood: Mapping[str, tuple], given: StoredValidation
+) -> tuple[dict[str, StoredOutputs], list[str]]:
+    """Every data set by its name, and the names of those that parameters are chosen by."""
+    head = given.head
+    parts = {FIT: StoredOutputs(FIT, train, head, "id")}
+    if given.validation is not None:
+        parts[VALIDATION] = StoredOutputs(VALIDATION, given.validation, head, "id")
+    against = [f"{VALIDATION_OOD} {index}" for index in range(len(given.ood_validation))]
+    for name, path in zip(against, given.ood_validation, strict=True):
+        parts[name] = StoredOutputs(name, path, head, "validation")
+    parts[TEST] = StoredOutputs(TEST, test, head, "id")
+    for name, (group, path) in ood.items():
+        parts[name] = StoredOutputs(name, path, head, group)
+    _check_alike(parts, head)
+    return parts, against
 
 
 def _check_names(test: object, ood: Mapping, validation: object | None, ood_validation: Sequence) -> None:
     if not ood:
         raise checks.UserError("ood: got no OOD set, expected at least one")
+    check_names(ood)
     for name, (group, _) in ood.items():
-        if name in RESERVED:
-            raise checks.UserError(f"OOD set {name!r}: tables call something else by this name; choose another")
         if group not in ("near", "far"):
             raise checks.UserError(f"OOD set {name!r}: got group {group!r}, expected 'near' or 'far'")
     if ood_validation and validation is None:

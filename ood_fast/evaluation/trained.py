@@ -108,7 +108,7 @@ def open_run(
     if (place / RUN).is_file():
         if model is not None or recipe is not None:
             raise checks.UserError(f"--model, --recipe: {place} says what it was trained with; leave them out")
-        from ..train import load_run
+        from ..training import load_run
 
         built, own, info = load_run(place, checkpoint)
         own = replace(own, n_processes=info.get("processes", own.n_processes))  # as it was run: they decide the batch

@@ -1,0 +1,251 @@
+"""Arithmetic on what a model made of data sets: detectors fitted, tuned and measured, in float64.
+
+Float64, from the model's float32 features and logits: in float32 the softmax of a confident model is exactly 1 for most
+images, and the ties would decide the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, detectors, metrics
+from ..detectors import Detector, DetectorSet
+from ..detectors.search import Search, Trial
+from ..functional import boundary_distance, temperature_of
+from ..recipes import TAU
+from .cache import Outputs, score_key
+from .results import DETECTION, GROUPS, ID, RunResult
+
+FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
+RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no OOD set can be called
+Progress = Callable[[str, int], Any]
+
+
+def no_progress(what: str, total: int) -> Any:
+    """Shows nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How detectors are chosen and measured.
+
+    Attributes:
+        tune: take the parameters of the grids that best tell validation from OOD validation data by AUROC, as
+            OpenOOD's search does; False: as they are.
+        grids: detector -> as in `Search`, in place of OpenOOD's.
+        leave_out: a detector that cannot be fitted on this data (KNN with k above the number of training images) is
+            left out, with a note, instead of an error; None: where no detectors are named. Candidates of a search
+            always are.
+        device: where the model runs and scores are computed (scores on the CPU where there is no float64).
+        bootstrap: how many draws for intervals; 0 for none. seed: of the draws.
+        progress: `progress(what, total)` gives a context with `advance(n)`.
+    """
+
+    tune: bool = True
+    grids: Mapping[str, Mapping[str, Iterable]] | None = None
+    leave_out: bool | None = None
+    device: torch.device | str = "cpu"
+    bootstrap: int = 200
+    seed: int = 0
+    progress: Progress = no_progress
+
+    @property
+    def exact_device(self) -> torch.device | str:
+        """Where scores are computed: in float64, which MPS has not."""
+        return "cpu" if torch.device(self.device).type == "mps" else self.device
+
+    def for_chosen(self, chosen: object | None) -> Measuring:
+        """With `leave_out` decided: where no detectors were named, those that do not fit are left out."""
+        return self if self.leave_out is not None else replace(self, leave_out=chosen is None)
+
+    def grids_of(self, names: Iterable[str]) -> dict[str, Mapping[str, Iterable]]:
+        """What is searched in place of OpenOOD's grids."""
+        if not self.tune:
+            return {name: {} for name in names}
+        return {name: self.grids[name] for name in names if name in (self.grids or {})}
+
+
+class Chosen(NamedTuple):
+    """Detectors whose parameters are chosen already: those that need the model, whose scores the cache keeps."""
+
+    winners: Mapping[str, Detector] = MappingProxyType({})
+    trials: Mapping[str, list[Trial]] = MappingProxyType({})
+
+
+NOTHING_CHOSEN = Chosen()
+
+
+def measure(
+    result: RunResult,
+    given: Mapping[str, Detector],
+    validation_ood: Iterable[str],
+    how: Measuring,
+    before: Chosen = NOTHING_CHOSEN,
+) -> None:
+    """Fit, tune and measure the detectors `given` on `result.outputs`, in float64; fills in `result`.
+
+    Args:
+        validation_ood: the sets among the outputs by which parameters are chosen.
+        how: its `leave_out` decides; None is False.
+    """
+    tuned, trials = dict(before.winners), dict(before.trials)
+    blind = {name: detector for name, detector in given.items() if not detector.needs_model}
+    if blind:
+        search = Search(DetectorSet(blind), how.grids_of(blind), bool(how.leave_out))
+        _fit(search, result, how.exact_device)
+        try:
+            search.leave_out()
+        except ValueError as error:
+            raise checks.UserError(str(error)) from error
+        result.notes += search.left_out
+        inside, outside = {}, {"": {}}  # where there is nothing to choose, no scores are needed
+        if any(len(candidates) > 1 for candidates in search.tuned.values()):
+            inside = _scores(search, result.outputs[VALIDATION], how.progress)
+            outside = {name: _scores(search, result.outputs[name], how.progress) for name in validation_ood}
+        if search.names:
+            chosen, more_trials = search.choose(inside, outside)
+            tuned, trials = {**tuned, **dict(chosen.items())}, {**trials, **more_trials}
+    tuned = {name: tuned[name] for name in given if name in tuned}
+    if not tuned:
+        raise checks.UserError("no detector could be fitted: " + "; ".join(map(str, result.notes)))
+    result.settings = {name: _plain(detector.settings()) for name, detector in tuned.items()}
+    result.trials = {
+        name: [{**trial.settings, "auroc": trial.auroc} for trial in trials[name]] for name in tuned if trials.get(name)
+    }
+    chosen = DetectorSet(tuned)
+    for name in result.sets:
+        of_set = _scores(chosen, result.outputs[TEST if name == ID else name], how.progress)
+        for detector in tuned:
+            result.scores.setdefault(detector, {})[name] = of_set[detector].numpy()
+    draws = metrics.Bootstrap(how.bootstrap, how.seed) if how.bootstrap else None
+    _classification(result, result.outputs[TEST], draws)
+    _detection(result, draws, how.progress)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """UserError for an OOD set that is called what tables call something else."""
+    for name in names:
+        if name in RESERVED:
+            raise checks.UserError(f"OOD set {name!r}: tables call something else by this name; choose another")
+
+
+def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None) -> dict[str, Detector]:
+    """The detectors by name; all that are registered if None."""
+    if isinstance(chosen, (Mapping, DetectorSet)):
+        return dict(chosen.items())
+    return dict(DetectorSet(detectors.known() if chosen is None else list(chosen)).items())
+
+
+def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
+    """Fit all candidates, in float64 on `device`: those with `fits_on = "validation"` there, if there is any."""
+    head = result.head and tuple(None if tensor is None else tensor.to(device) for tensor in result.head)
+    on_validation = [n for n, d in search.items() if d.fits_on == "validation" and VALIDATION in result.outputs]
+    for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
+        if not names:
+            continue
+        fitting = DetectorSet({name: search[name] for name in names})
+        if any(detector.gathers() for detector in fitting.detectors):
+            for features, logits, targets in result.outputs[part].chunks(device):
+                fitting.partial_fit(features, logits, targets)
+        fitting.finalize(head)
+
+
+def kept_scores(search: Search, outputs: Outputs) -> dict[str, Tensor]:
+    """The scores of the candidates that need the model, as the cache keeps them."""
+    keys = {name: score_key(detector) for name, detector in search.items()}
+    return {name: outputs.scores[key] for name, key in keys.items() if key in outputs.scores}
+
+
+def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[str, Tensor]:
+    """The scores (n,) of a set by every detector, float64 on the CPU."""
+    scores = kept_scores(chosen, outputs)
+    names = [name for name in chosen if name not in scores]
+    if not names:
+        return scores
+    device = next((buffer.device for buffer in chosen.buffers()), "cpu")
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    with progress(f"scoring {outputs.name}", len(outputs)) as bar:
+        for features, logits, _ in outputs.chunks(device):
+            for name, values in chosen.score_features(features, logits, skip_models=True).items():
+                parts[name].append(values.double().cpu())
+            if bar is not None:
+                bar.advance(len(features))
+    return scores | {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for JSON."""
+    return {
+        name: value
+        if isinstance(value, (int, float, str, bool, type(None)))
+        else list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        for name, value in settings.items()
+    }
+
+
+@torch.no_grad()
+def temperatures(logits: Tensor, head_weight: Tensor) -> dict[str, Tensor]:
+    """The three temperatures (n,) of the calibration table, by the name of their ECE: 1, τ‖f‖, and D as the loss takes
+    it."""
+    distance = boundary_distance(logits, head_weight)
+    return {
+        "ece_softmax": torch.ones_like(distance),
+        "ece_scaled_by_norm": TAU * (torch.linalg.vector_norm(logits, dim=1) + 1e-7),
+        "ece_scaled_by_distance": temperature_of(distance),
+    }
+
+
+def _classification(result: RunResult, test: Outputs, draws: metrics.Bootstrap | None) -> None:
+    """Accuracy, and the calibration error of the softmax of f, f/(τ‖f‖) and f/D, from the test images."""
+    correct: list[Tensor] = []
+    confidence: dict[str, list[Tensor]] = {}
+    for _, logits, targets in test.chunks():
+        if logits is None or targets is None:
+            return
+        correct.append(logits.max(dim=1).indices == targets)
+        # without the head, D is not known
+        scales = temperatures(logits, result.head[0]) if result.head else {"ece_softmax": torch.ones(len(logits))}
+        for name, temperature in scales.items():
+            probabilities = torch.softmax(logits / temperature.unsqueeze(1), dim=1)
+            confidence.setdefault(name, []).append(probabilities.amax(dim=1))
+    right = torch.cat(correct)
+    result.add("accuracy", right.double().mean().item(), draws and draws.mean(right, ID))
+    for name, parts in confidence.items():
+        values = torch.cat(parts)
+        drawn = draws and draws.calibration_error(values, right, ID)
+        result.add(name, metrics.calibration_error(values, right), drawn)
+
+
+def _detection(result: RunResult, draws: metrics.Bootstrap | None, progress: Progress) -> None:
+    """Every detector on every OOD set, and the mean over the sets of a group."""
+    groups = {name: part.group for name, part in result.sets.items() if name != ID}
+    with progress("measuring", len(result.scores)) as bar:
+        for detector, scores in result.scores.items():
+            found = {name: metrics.detection(scores[ID], scores[name]) for name in groups}
+            drawn: dict[str, dict[str, Tensor]] = {}
+            if draws is not None:
+                below = draws.below(scores[ID], ID)
+                drawn = {name: draws.detection(below, draws.below(scores[name], name)) for name in groups}
+            for name, group in groups.items():
+                for metric in DETECTION:
+                    of_draws = drawn[name][metric] if drawn else None
+                    result.add(metric, found[name][metric], of_draws, detector=detector, ood_set=name, group=group)
+            for group, mean_name in GROUPS.items():
+                members = [name for name in groups if groups[name] == group]
+                for metric in DETECTION if members else ():
+                    of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if drawn else None
+                    mean = fmean(found[name][metric] for name in members)
+                    result.add(metric, mean, of_draws, detector=detector, ood_set=mean_name, group=group)
+            if bar is not None:
+                bar.advance(1)
