@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import detectors
-from .compare import ROC_GRID, Comparison
-from .evaluation.results import ID
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .compare import Comparison
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ def captions(comparison: Comparison) -> dict[str, str]:
 def _histograms(comparison: Comparison, theme: Theme) -> Figure:
     names, losses = comparison.settings.detectors, comparison.settings.losses
     figure, axes = _grid(len(losses), len(names), theme, width=2.1, height=1.7)
-    titles = {ID: "ID test images", **comparison.ood_titles}
     for row, loss in enumerate(losses):
         for column, name in enumerate(names):
             axis = axes[row, column]
@@ -87,8 +86,8 @@ def _histograms(comparison: Comparison, theme: Theme) -> Figure:
             if high <= low:
                 low, high = low - 0.5, high + 0.5
             edges = np.linspace(low, high, 31)
-            for (set_name, title), color in zip(titles.items(), theme.sets, strict=False):
-                values = scores[set_name]
+            for (set_name, values), color in zip(scores.items(), theme.sets, strict=False):
+                title = comparison.ood_titles.get(set_name, "ID test images")
                 share = np.histogram(np.clip(values, low, high), edges)[0] / len(values)
                 axis.stairs(share, edges, color=color, alpha=0.25, fill=True)
                 axis.stairs(share, edges, color=color, linewidth=1.2, label=title)
@@ -112,7 +111,9 @@ def _roc(comparison: Comparison, theme: Theme) -> Figure:
             axis.plot([0, 1], [0, 1], color=theme.grid, linewidth=1, linestyle=":")
             for loss, color in zip(comparison.settings.losses, theme.losses, strict=False):
                 curve = np.mean(comparison.roc_curves[loss, name, ood_set], axis=0)
-                axis.plot(ROC_GRID, curve, color=color, linewidth=1.5, label=loss, drawstyle="steps-post")
+                axis.plot(
+                    np.linspace(0, 1, len(curve)), curve, color=color, linewidth=1.5, label=loss, drawstyle="steps-post"
+                )
             axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             axis.set_aspect("equal")
             axis.tick_params(labelbottom=row == n_sets - 1, labelleft=column == 0)

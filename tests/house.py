@@ -42,7 +42,7 @@ LAYERS = (
     ("deployment", "distributed", "interop", "published"),
     ("data", "models", "recipes"),
     ("training",),
-    ("diagnostics",),
+    ("diagnostics", "report.tables"),  # what `evaluation` prints with
     ("evaluation",),
     ("report",),
     ("compare", "train", "evaluate"),

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import ood_fast
-from ood_fast import cli, detectors, recipes, report
+from ood_fast import cli, detectors, recipes
 from ood_fast.commands import compare as compare_command
+from ood_fast.report import comparison as report
 from ood_fast.train import DivergedError
 
 SHORT = ["--losses", "ce,elogitnorm", "--detectors", "msp,knn", "--seeds", "2", "--epochs", "1"]

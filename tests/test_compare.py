@@ -28,10 +28,10 @@ from ood_fast import (
     metrics,
     plots,
     recipes,
-    report,
-    tables,
 )
 from ood_fast.compare import Comparison, Row, Settings
+from ood_fast.report import comparison as report
+from ood_fast.report import tables
 from ood_fast.train import DivergedError, criterion_for, model_for, train
 
 SETTINGS = Settings(seeds=(0, 3), recipe=recipes.Recipe(epochs=2))
@@ -338,7 +338,7 @@ def cells(table: tables.Table) -> dict[tuple[str, str, str], tables.Cell]:
 
 def test_tables_hold_the_summaries(comparison):
     summaries = {(s.loss, s.detector, s.ood_set, s.metric): s for s in comparison.summaries()}
-    auroc, fpr95, auroc_difference, fpr95_difference, calibration, *folded = tables.build(comparison)
+    auroc, fpr95, auroc_difference, fpr95_difference, calibration, *folded = report.tables_of(comparison)
     summary = summaries["elogitnorm", "FDBD", "near", "auroc"]
     where = ("near-OOD: other digits", "fDBD", "elogitnorm")
     assert cells(auroc)[where].text == f"{100 * summary.mean:.1f} ± {100 * summary.std:.1f}"
@@ -363,11 +363,11 @@ def test_tables_hold_the_summaries(comparison):
 def test_every_column_is_printed_at_every_width(width, comparison, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", str(width))
-    tables.print_tables(comparison)
+    tables.show(report.tables_of(comparison))
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert width < 40 or max(map(len, printed.splitlines())) <= width
     rows = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()]
-    for table in tables.build(comparison):
+    for table in report.tables_of(comparison):
         if table.on_terminal:
             for column in table.columns:
                 assert any(column in row for row in rows), column
@@ -383,9 +383,9 @@ def test_columns_are_grouped_to_fit():
 
 def test_the_best_is_bold_in_its_direction():
     row = [compare.PairedSummary("", "", "", "", mean, 0.01, 5) for mean in (0.91, 0.95, 0.9501, 0.2)]
-    assert [cell.bold for cell in tables._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
-    assert [cell.bold for cell in tables._values(row, best=min)] == [False, False, False, True]
-    assert [cell.bold for cell in tables._values(row[:1], best=max)] == [False]
+    assert [cell.bold for cell in report._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
+    assert [cell.bold for cell in report._values(row, best=min)] == [False, False, False, True]
+    assert [cell.bold for cell in report._values(row[:1], best=max)] == [False]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_the_best_is_bold_in_its_direction():
 )
 def test_a_difference_is_bold_where_the_interval_excludes_zero(low, high, better, bold, worse):
     summary = compare.PairedSummary("", "", "", "", 0.5, 0.1, 5, (low + high) / 2, low, high)
-    cell = tables._difference(summary, better)
+    cell = report._difference(summary, better)
     assert (cell.bold, cell.worse) == (bold, worse)
 
 
@@ -407,7 +407,7 @@ def test_without_the_baseline_there_are_no_differences():
     comparison = compare.compare(
         Settings(losses=("elogitnorm",), detectors=("MSP",), seeds=(0,), recipe=recipes.Recipe(epochs=1))
     )
-    assert [table.title for table in tables.build(comparison)] == [
+    assert [table.title for table in report.tables_of(comparison)] == [
         "AUROC (%)",
         "FPR95 (%), lower is better",
         "Accuracy and expected calibration error (%)",
@@ -448,9 +448,9 @@ def test_csv_holds_every_number(folder, comparison):
 
 def test_markdown_holds_the_tables(folder, comparison):
     text = (folder / "results.md").read_text(encoding="utf-8")
-    for table in tables.build(comparison):
+    for table in report.tables_of(comparison):
         assert f"**{table.title}**" in text
-    for (_, name, _), cell in cells(tables.build(comparison)[0]).items():
+    for (_, name, _), cell in cells(report.tables_of(comparison)[0]).items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |") and cell.text in line)
         assert (f"**{cell.text}**" in row) or not cell.bold
 
@@ -488,11 +488,11 @@ def test_page_is_self_contained_and_shows_everything(folder, comparison):
     for name in plots.TITLES:
         assert (folder / name).read_bytes() in images
     assert len(images) == 2 * len(plots.TITLES)  # on light and on dark paper
-    for table in tables.build(comparison):
+    for table in report.tables_of(comparison):
         assert table.title in page.text
         for cell in cells(table).values():
             assert cell.text in page.text
-    assert source.count("<details>") == sum(table.folded for table in tables.build(comparison)) == 3
+    assert source.count("<details>") == sum(table.folded for table in report.tables_of(comparison)) == 3
     assert "ood-fast compare <test>" in page.text  # escaped in the source
 
 

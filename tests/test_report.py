@@ -28,7 +28,9 @@ from test_data import (
     write_tiny_imagenet,
 )
 
-from ood_fast import charts, cli, diagnostics, evaluation, metrics, pages, run_report
+from ood_fast import cli, diagnostics, evaluation, metrics
+from ood_fast.report import charts, figures, pages
+from ood_fast.report import runs as report_runs
 from ood_fast.training import load_run
 
 DETECTORS = "MSP,Energy,FDBD,NCI,FeatureNorm"
@@ -510,7 +512,7 @@ def test_a_report_is_whole_or_not_there(runs, monkeypatch, capsys):
 
 
 def test_names_of_runs_are_short_and_differ():
-    names = run_report.records._short_names
+    names = report_runs._short_names
     assert names(["runs/a/s0", "runs/a/s1"]) == ["a/s0", "a/s1"]
     assert names(["x/ce", "x/elogitnorm/"]) == ["ce", "elogitnorm"]
     assert names(["x/ce", "y/ce"]) == ["x/ce", "y/ce"]
@@ -548,12 +550,12 @@ def test_places_on_axes():
 
 def test_histograms_count_every_value():
     values = {"ID": np.array([*range(100), 1e9]), "OOD": np.array([3.0, np.nan, np.inf])}
-    figure = run_report.figures.histogram("t", "x", values, "caption.")
+    figure = figures.histogram("t", "x", values, "caption.")
     by_name = {series.name: series for series in figure.chart.series}
     assert sum(by_name["ID"].ys) == pytest.approx(1)
     assert sum(by_name["OOD"].ys) == pytest.approx(1)
     assert figure.caption == "caption. 2 values that are not finite are left out."
-    constant = run_report.figures.histogram("t", "x", {"ID": np.ones(3)}, "").chart
+    constant = figures.histogram("t", "x", {"ID": np.ones(3)}, "").chart
     assert sum(constant.series[0].ys) == 1
 
 

@@ -47,8 +47,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     require("scikit-learn", "sklearn")
     require("matplotlib", "matplotlib")
     require("rich", "rich")
-    from .. import report, tables
     from ..compare import Settings, compare
+    from ..report import comparison as report
+    from ..report import tables
     from ..train import DivergedError
 
     settings = Settings(
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         except OSError as error:
             raise RunError(f"cannot write the results to {folder}: {error.strerror}") from error
     if not options.quiet:
-        tables.print_tables(comparison)
+        tables.show(report.tables_of(comparison))
         print(
             f"Trained and scored in {context['seconds']:.0f} s. Results: {folder}/, to be read in {folder}/report.html"
         )

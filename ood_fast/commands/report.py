@@ -52,13 +52,13 @@ def run(options: argparse.Namespace, command: str) -> None:
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise refusal(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least {least}")
-    from .. import run_report
+    from ..report import page, runs
 
     import_plugins(options.plugin)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    records = run_report.open_records(options.runs)
+    records = runs.open_records(options.runs)
     default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()
-    file = run_report.check_file(default / "report.html" if options.out is None else options.out)
+    file = page.check_file(default / "report.html" if options.out is None else options.out)
 
     def progress(what: str, total: int) -> Bar:
         return Bar(what, total, options.quiet)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.feature_change:
         where = device(options.device)
         for record in records:
-            run_report.measure_change(
+            runs.measure_change(
                 record,
                 options.data_root,
                 device=where,
@@ -74,13 +74,13 @@ def run(options: argparse.Namespace, command: str) -> None:
                 workers=options.workers,
                 progress=progress,
             )
-    run_report.diagnose(records, progress)
+    runs.diagnose(records, progress)
     context = {"command": command, "started": started, "versions": versions(), "machine": machine()}
     try:
-        run_report.write(file, records, context)
+        page.write(file, records, context)
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror or error}") from error
     if not options.quiet:
-        for note, names in run_report.missing(records).items():
+        for note, names in runs.missing(records).items():
             print(f"not in the report: {', '.join(names)}: {note}", file=sys.stderr)
         print(f"The report is in {file}")

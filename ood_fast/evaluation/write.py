@@ -26,7 +26,7 @@ import numpy as np
 
 from .. import checks, recipes
 from ..detectors import find
-from ..tables import Cell, Section, Table, as_markdown
+from ..report.tables import Cell, Section, Table, as_markdown
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
 FORMAT = "ood_fast evaluate 1"

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import pages
-from ..charts import COLORS, INK, Chart, Series
 from ..detectors import find
 from ..diagnostics import NUMBERS, Diagnosis, accuracy_by_norm, reliability
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
 from ..diagnostics.plane import regions
-from .records import Evaluated, Record
+from . import pages
+from .charts import COLORS, INK, Chart, Series
+from .runs import Evaluated, Record
 
 DRAWN = 800  # points of a set in a scatter plot, evenly over the set
 HISTOGRAM_BINS = 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import html
 import json
 import os
@@ -11,14 +12,19 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import checks, pages, plots, tables
-from .compare import Comparison
-from .recipes import LOSSES, TAU
+from .. import checks, detectors, plots
+from ..recipes import BASELINE, LOSSES, TAU
+from . import pages
+from .tables import Cell, Section, Table, as_html, as_markdown
+
+if TYPE_CHECKING:
+    from ..compare import Comparison, PairedSummary
 
 FORMAT = "ood_fast compare 1"  # marks results.json, and so a folder that a new comparison may replace
 FILES = ("histograms.png", "roc.png", "spectrum.png", "results.csv", "results.md", "report.html", "results.json")
@@ -61,7 +67,7 @@ def write(folder: Path, comparison: Comparison, context: dict) -> None:
     """
     light = {name: plots.as_png(figure) for name, figure in plots.draw(comparison, plots.LIGHT).items()}
     dark = {name: plots.as_png(figure) for name, figure in plots.draw(comparison, plots.DARK).items()}
-    all_tables = tables.build(comparison)
+    all_tables = tables_of(comparison)
     with _staged(folder) as staging:
         for name, png in light.items():
             (staging / name).write_bytes(png)
@@ -69,7 +75,7 @@ def write(folder: Path, comparison: Comparison, context: dict) -> None:
             writer = csv.DictWriter(file, ("loss", "seed", "detector", "ood_set", "metric", "value"))
             writer.writeheader()
             writer.writerows(asdict(row) for row in comparison.rows)
-        (staging / "results.md").write_text("\n".join(map(tables.as_markdown, all_tables)), encoding="utf-8")
+        (staging / "results.md").write_text("\n".join(map(as_markdown, all_tables)), encoding="utf-8")
         page = _page(comparison, context, all_tables, light, dark)
         (staging / "report.html").write_text(page, encoding="utf-8")
         results = results_dict(comparison, context)
@@ -157,10 +163,142 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+# ---- tables
+
+
+def tables_of(comparison: Comparison) -> list[Table]:
+    """The tables of a comparison: AUROC, FPR95, differences to the baseline, accuracy and calibration; then, folded and
+    not on terminals, FPR95 in the other convention and AUPR in both.
+    """
+    settings = comparison.settings
+    several = len(settings.seeds) > 1
+    over = f"Mean ± sample standard deviation over {len(settings.seeds)} seeds" if several else "One seed"
+    result = [
+        _by_set(
+            comparison,
+            settings.losses,
+            "auroc",
+            lambda row: _values(row, best=max),
+            title="AUROC (%)",
+            caption=f"{over}; each seed draws its own classes and split. The best loss of each row is bold.",
+        ),
+        _by_set(
+            comparison,
+            settings.losses,
+            "fpr95_ood_positive",
+            lambda row: _values(row, best=min),
+            title="FPR95 (%), lower is better",
+            caption=f"{over}. OpenOOD's convention: the share of ID images rejected by the threshold that catches "
+            "95 % of the OOD images.",
+        ),
+    ]
+    others = tuple(loss for loss in settings.losses if loss != BASELINE)
+    if BASELINE in settings.losses and others:
+        paired = "Loss minus baseline with the same classes, split, first weights and batches"
+        interval = "mean [95 % interval, Student's t], bold where it excludes 0" if several else "one seed, no interval"
+        for metric, name, better, note, on_terminal in (
+            ("auroc", "AUROC", 1, "", True),
+            ("fpr95_ood_positive", "FPR95", -1, " Below 0 is better.", False),
+        ):
+            table = _by_set(
+                comparison,
+                others,
+                metric,
+                lambda row, better=better: tuple(_difference(summary, better) for summary in row),
+                title=f"{name}: paired difference to {BASELINE} (percentage points)",
+                caption=f"{paired}; {interval}.{note}",
+            )
+            result.append(replace(table, on_terminal=on_terminal))
+    result.append(_calibration(comparison, over))
+    for metric, title, best, what in (
+        (
+            "fpr95_id_positive",
+            "FPR95 (%), ID positive, lower is better",
+            min,
+            "The other convention: the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
+        ),
+        ("aupr_in", "AUPR (%), ID positive", max, "Area under precision-recall; depends on how many images there are."),
+        (
+            "aupr_out",
+            "AUPR (%), OOD positive",
+            max,
+            "Area under precision-recall; depends on how many images there are.",
+        ),
+    ):
+        cells_of = functools.partial(_values, best=best)
+        table = _by_set(comparison, settings.losses, metric, cells_of, title=title, caption=f"{over}. {what}")
+        result.append(replace(table, on_terminal=False, folded=True))
+    return result
+
+
+def _by_set(
+    comparison: Comparison,
+    losses: tuple[str, ...],
+    metric: str,
+    cells_of: Callable[[list[PairedSummary]], tuple[Cell, ...]],
+    title: str,
+    caption: str,
+) -> Table:
+    """A section for each OOD set, a row for each detector, a column for each loss."""
+    summaries = {(s.loss, s.detector, s.ood_set): s for s in comparison.summaries() if s.metric == metric}
+    sections = tuple(
+        Section(
+            heading,
+            tuple(
+                (detectors.find(name).label, cells_of([summaries[loss, name, ood_set] for loss in losses]))
+                for name in comparison.settings.detectors
+            ),
+        )
+        for ood_set, heading in comparison.ood_titles.items()
+    )
+    return Table(title, caption, losses, sections)
+
+
+def _calibration(comparison: Comparison, over: str) -> Table:
+    """A row for each loss; the best of each column is bold."""
+    losses = comparison.settings.losses
+    summaries = {(s.metric, s.loss): s for s in comparison.summaries() if not s.detector}
+    columns = {
+        "accuracy": _values([summaries["accuracy", loss] for loss in losses], best=max),
+        "ECE f": _values([summaries["ece_softmax", loss] for loss in losses], best=min),
+        "ECE f/(τ‖f‖)": _values([summaries["ece_scaled_by_norm", loss] for loss in losses], best=min),
+        "ECE f/D": _values([summaries["ece_scaled_by_distance", loss] for loss in losses], best=min),
+    }
+    rows = tuple(zip(losses, zip(*columns.values(), strict=True), strict=True))
+    return Table(
+        "Accuracy and expected calibration error (%)",
+        f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better.",
+        tuple(columns),
+        (Section("", rows),),
+    )
+
+
+def _values(summaries: list[PairedSummary], best: Callable) -> tuple[Cell, ...]:
+    """mean ± std in percent; the best mean, as printed, in bold (all of them when several print alike)."""
+    means = [round(100 * summary.mean, 1) for summary in summaries]
+    spreads = [f" ± {100 * summary.std:.1f}" if summary.n_seeds > 1 else "" for summary in summaries]
+    return tuple(
+        Cell(f"{mean:.1f}{spread}", bold=len(means) > 1 and mean == best(means))
+        for mean, spread in zip(means, spreads, strict=True)
+    )
+
+
+def _difference(summary: PairedSummary, better: int) -> Cell:
+    """mean [low, high] in percentage points, bold where 0 is outside. `better` is the sign of what is good."""
+    text = f"{100 * summary.difference:+.1f}"
+    if summary.low is None:
+        return Cell(text)
+    text += f" [{100 * summary.low:+.1f}, {100 * summary.high:+.1f}]"
+    return Cell(text, bold=summary.low > 0 or summary.high < 0, worse=summary.difference * better < 0)
+
+
+# ---- the page
+
+
 def _page(
     comparison: Comparison,
     context: dict,
-    all_tables: list[tables.Table],
+    all_tables: list[Table],
     light: dict[str, bytes],
     dark: dict[str, bytes],
 ) -> str:
@@ -195,7 +333,7 @@ def _page(
 <p class=lead>{len(settings.losses)} losses, {len(settings.detectors)} detectors, seeds {seeds}. Every number is in
 results.csv and results.json beside this page.</p>
 <pre>{html.escape(context["command"])}</pre>
-<div class=tables>{"".join(map(tables.as_html, all_tables))}</div> {figures}
+<div class=tables>{"".join(map(as_html, all_tables))}</div> {figures}
 <section><h2>How it was run</h2>{pages.definitions(facts)}</section>"""
     return pages.document(f"ood_fast compare: {settings.data}", body)
 

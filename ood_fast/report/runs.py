@@ -28,8 +28,8 @@ from ..diagnostics import diagnose as diagnose_chunks
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
 from ..evaluation.run import FIT, TEST, VALIDATION, VALIDATION_OOD
-from ..report import holds_comparison
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
+from .comparison import holds_comparison
 
 Progress = Callable[[str, int], Any]
 Columns = dict[str, list[float]]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import html
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .. import charts, checks, evaluation, pages
+from .. import checks, evaluation
 from ..diagnostics import NUMBERS, Diagnosis
 from ..evaluation.write import by_note
-from ..tables import Cell, Section, Table, as_html
-from . import evaluations, figures
+from . import charts, evaluations, figures, pages
 from .figures import number
-from .records import Evaluated, Record, missing
+from .runs import Evaluated, Record, missing
+from .tables import Cell, Section, Table, as_html
 
+NAME = "report.html"
 GENERATOR = "ood_fast report"  # marks a file that a new report may replace
 STYLE = """
 .part > h2 { font-size: 1.35rem; margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--line); }
@@ -264,3 +267,40 @@ def _facts(told: Mapping[str, Any], when: str | None) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in (told.get("versions") or {}).items())
     parts = (told.get("command"), when, versions, ", ".join((told.get("machine") or {}).values()))
     return "; ".join(part for part in parts if part)
+
+
+# ---- the file
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """The file for the report: `path`, or report.html in it if it is a folder. UserError if it cannot be written, or is
+    something else than an earlier report.
+    """
+    if not str(path).strip():
+        raise checks.UserError("--out: got '', expected a file")
+    file = Path(path).expanduser()
+    file = file / NAME if file.is_dir() else file
+    checks.writable_folder("--out", file.parent)
+    if file.exists() and f'content="{GENERATOR}"' not in _beginning(file):
+        raise checks.UserError(f"--out: {file} is there and is no report of `ood-fast report`; choose another file")
+    return file
+
+
+def _beginning(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(1000)
+    except OSError as error:
+        raise checks.UserError(f"--out: cannot read {file}: {error.strerror}") from error
+
+
+def write(file: str | os.PathLike, records: Sequence[Record], context: Mapping[str, Any]) -> None:
+    """Write the page, in place of an earlier one when all of it is written.
+
+    Args:
+        context: the command and when it was "started"; "versions" and "machine" if known.
+    """
+    text = page(records, context)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pages.write(file, text)

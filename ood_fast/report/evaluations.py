@@ -10,8 +10,8 @@ from typing import Any
 from .. import evaluation
 from ..detectors import find
 from ..evaluation.results import GROUPS, TITLES, Summary, TestSet
-from ..tables import Cell, Section, Table
-from .records import Evaluated, Record
+from .runs import Evaluated, Record
+from .tables import Cell, Section, Table
 
 
 class Stored:

@@ -1,0 +1,156 @@
+"""Tables of results: made once, shown on terminals, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    bold: bool = False
+    worse: bool = False  # bold because it is worse, not better
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows under one heading (empty for none); each is its name and its cells."""
+
+    heading: str
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    sections: tuple[Section, ...]
+    on_terminal: bool = True
+    folded: bool = False  # on the page: to be opened with a click
+    corner: str = ""  # what the names of the rows are
+    sortable: bool = False  # on a page with `pages.SORTING`
+
+
+GAP = "  "  # between the columns on a terminal
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Tables on standard output, with rich: colour and bold on a terminal, plain text with * elsewhere.
+
+    Columns that find no room stand below the others, with the names repeated.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    marks = console.color_system is None  # no colour, then no bold either
+    for table in tables:
+        if not table.on_terminal:
+            continue
+        console.print(Text(table.title, style="bold underline"))
+        rows = [row for section in table.sections for row in section.rows]
+        # All sections of a table in the same columns, so that they read as one.
+        name_width = max(len(name) for name, _ in rows)
+        widths = [
+            max(len(column), *(len(cells[i].text) + marks for _, cells in rows))
+            for i, column in enumerate(table.columns)
+        ]
+        for section in table.sections:
+            if section.heading:
+                console.print(Text(section.heading, style="italic"))
+            for block in _blocks(widths, console.width - name_width):
+                header = "".join(GAP + table.columns[i].rjust(widths[i] - marks) + " " * marks for i in block)
+                lines = [Text(" " * name_width + header, style="dim")]
+                for name, cells in section.rows:
+                    line = Text(name.ljust(name_width))
+                    for i in block:
+                        # The mark has a column of its own, so that the digits stay below each other.
+                        text = cells[i].text + ("*" if cells[i].bold else " ") * marks
+                        line.append(GAP + text.rjust(widths[i]), style=_style(cells[i]))
+                    lines.append(line)
+                for line in lines:
+                    line.rstrip()
+                    console.print(line, no_wrap=True, overflow="ignore", crop=False)
+                console.print()
+        console.print(Text(table.caption.replace("bold", "marked *") if marks else table.caption, style="dim"))
+        console.print()
+
+
+def _blocks(widths: list[int], room: int) -> list[list[int]]:
+    """The columns in groups that fit into `room`, at least one in each."""
+    blocks: list[list[int]] = []
+    left = 0
+    for i, width in enumerate(widths):
+        left -= len(GAP) + width
+        if left < 0 or not blocks:
+            blocks.append([])
+            left = room - len(GAP) - width
+        blocks[-1].append(i)
+    return blocks
+
+
+def _style(cell: Cell) -> str:
+    if not cell.bold:
+        return ""
+    return "bold red" if cell.worse else "bold green"
+
+
+def as_markdown(table: Table) -> str:
+    lines = [f"**{table.title}**", ""]
+    lines.append("| | " + " | ".join(table.columns) + " |")
+    lines.append("|---|" + "---:|" * len(table.columns))
+    for section in table.sections:
+        if section.heading:
+            lines.append(f"| *{section.heading}* |" + " |" * len(table.columns))
+        for name, cells in section.rows:
+            texts = (f"**{cell.text}**" if cell.bold else cell.text for cell in cells)
+            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", table.caption, ""])
+
+
+def as_html(table: Table) -> str:
+    def cell_html(cell: Cell) -> str:
+        mark = (" class=worse" if cell.worse else " class=best") if cell.bold else ""
+        return f"<td{mark}>{html.escape(cell.text)}</td>"
+
+    head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in table.columns)
+    bodies = []
+    for section in table.sections:
+        rows = [
+            f"<tr><th scope=row>{html.escape(name)}</th>{''.join(map(cell_html, cells))}</tr>"
+            for name, cells in section.rows
+        ]
+        if section.heading:
+            span = len(table.columns) + 1
+            rows.insert(0, f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    title = html.escape(table.title)
+    kind = " class=sortable" if table.sortable else ""
+    content = (
+        f"<div class=scroll tabindex=0><table{kind}><thead><tr><th>{html.escape(table.corner)}</th>{head}</tr></thead>"
+        f"{''.join(bodies)}</table></div>"
+        f"<p class=caption>{html.escape(table.caption)}</p>"
+    )
+    section = "<section class=full>" if _width(table) > HALF_PAGE else "<section>"
+    if table.folded:
+        return f"{section}<details><summary>{title}</summary>{content}</details></section>"
+    return f"{section}<h2>{title}</h2>{content}</section>"
+
+
+HALF_PAGE = 600  # CSS pixels: a wider table has the row of the page to itself
+LETTER, PADDING = 7.4, 18  # of a column, as `pages.STYLE` shows it
+
+
+def _width(table: Table) -> float:
+    """About how wide the table is on a page, in CSS pixels."""
+    rows = [row for section in table.sections for row in section.rows]
+    mark = 2 if table.sortable else 0  # the arrow beside a header
+    longest = [max(len(table.corner) + mark, *(len(name) for name, _ in rows), 0)]
+    longest += [
+        max(len(column) + mark, *(len(cells[i].text) for _, cells in rows), 0) for i, column in enumerate(table.columns)
+    ]
+    return sum(LETTER * letters + PADDING for letters in longest)
