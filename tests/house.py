@@ -41,17 +41,19 @@ LAYERS = (
     ("detectors",),
     ("deployment", "distributed", "interop", "published"),
     ("data", "models", "recipes"),
+    ("diagnostics",),
     ("training",),
-    ("diagnostics", "report.tables"),  # what `evaluation` prints with
     ("evaluation",),
+    ("compare",),
     ("report",),
-    ("compare", "train", "evaluate"),
+    ("train", "evaluate"),
     ("commands", "cli", "__main__"),
 )
 
 # What must be defined once, wherever it is: the name, and what it is. `tests/test_house.py` looks for each.
 ONCE = {
-    "fpr95": "FPR at 95 % TPR",
+    "fpr_at_tpr": "the false-positive rate at a true-positive rate",
+    "temperatures": "the temperatures of the calibration",
     "temperature_of": "the temperature where D <= eps",
     "Measurement": "a metric of a detector on a set",
     "Summary": "mean and deviation over seeds",

@@ -42,7 +42,7 @@ def diagnosed(data, dtype=torch.float64):
 
 def geometry_of(z, y, n_classes):
     z = torch.as_tensor(z, dtype=torch.float64)
-    return diagnostics.Geometry.of(cut(z, torch.zeros(len(z), n_classes), torch.as_tensor(y)))
+    return diagnostics.Moments.of(cut(z, torch.zeros(len(z), n_classes), torch.as_tensor(y)))
 
 
 def simplex(n_classes: int) -> np.ndarray:
@@ -226,11 +226,11 @@ def test_sets_may_be_empty_but_not_the_training_set(data):
     assert math.isnan(found.numbers["pscore_auroc/none"])
     assert math.isfinite(found.numbers["nc1"])
     with pytest.raises(ValueError, match="no training sample"):
-        diagnostics.Geometry.of([])
+        diagnostics.Moments.of([])
     with pytest.raises(ValueError, match="targets: got None"):
-        diagnostics.Geometry.of([(torch.zeros(2, 3), torch.zeros(2, 2), None)])
+        diagnostics.Moments.of([(torch.zeros(2, 3), torch.zeros(2, 2), None)])
     with pytest.raises(FloatingPointError, match="1 rows"):
-        diagnostics.Geometry.of([(torch.tensor([[1.0, math.inf], [0, 0]]), torch.zeros(2, 2), torch.tensor([0, 1]))])
+        diagnostics.Moments.of([(torch.tensor([[1.0, math.inf], [0, 0]]), torch.zeros(2, 2), torch.tensor([0, 1]))])
 
 
 def test_correlation_and_variation_by_hand():

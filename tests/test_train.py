@@ -18,7 +18,7 @@ import torch
 from test_data import write_cifar10, write_tiny_imagenet
 from torch import nn
 
-from ood_fast import checks, data, heads, losses, models, recipes
+from ood_fast import checks, data, files, heads, losses, models, recipes
 from ood_fast import train as training
 from ood_fast.training import build, folder, loop
 from ood_fast.training.mixing import Mixing
@@ -441,7 +441,7 @@ def test_killed_before_its_first_file_was_there(images, tmp_path, monkeypatch):
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*run\.json: No space left"):
         training.fit_recipe(BASE, images, tmp_path)
     monkeypatch.undo()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import heapq
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import replacing
 from .common import Process, RunError, refusal
 
 if TYPE_CHECKING:
@@ -113,14 +113,11 @@ class Table:
             return None
         self.n_bad, self.n_rows = 0, 0
         self.n_ood = {name: 0 for name, d in self.detectors.items() if d.threshold is not None}
-        unfinished = self.out.with_name(f".{self.out.name}.{os.getpid()}")
         try:
-            (self._write_csv if self.out.suffix == ".csv" else self._write_parquet)(unfinished)
-            os.replace(unfinished, self.out)
+            with replacing(self.out) as part:
+                (self._write_csv if self.out.suffix == ".csv" else self._write_parquet)(part)
         except OSError as error:
-            raise RunError(f"cannot write {self.out}: {error.strerror}; run the same command again") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+            raise RunError(f"{error}; run the same command again") from error
         for rank in range(self.process.size):
             self._part(rank).unlink(missing_ok=True)
         return self.n_rows, self.n_ood, self.n_bad

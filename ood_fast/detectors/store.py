@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..files import replacing
 from . import registry
 from .threshold import Calibration
 
@@ -84,15 +85,8 @@ def save(
         "notes": json.dumps(dict(notes or {})),
     }
     metadata["crc32"] = _checksum_of_text(metadata)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # as of any new file; safetensors makes its own private
-        save_file(tensors, unfinished, metadata)
-        unfinished.chmod(mode)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata)
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detector | DetectorSet:

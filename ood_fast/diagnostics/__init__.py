@@ -2,7 +2,7 @@
 
 Features come as chunks (features (n, m), logits (n, c), targets (n,) or None), any number of them, each seen once: sums
 are in float64, and what is kept of a sample is a few numbers, never its features. The training features are seen for
-their first two moments (`Geometry`), the test sets then for the numbers of each sample (`Samples`).
+their first two moments (`Moments`), the test sets then for the numbers of each sample (`Samples`).
 
 `spectrum.py` singular values, effective rank; `collapse.py` neural collapse; `samples.py` norms, distances and
 calibration; `plane.py` two-dimensional view, decision regions; `change.py` change between checkpoints; `diagnosis.py`
@@ -10,7 +10,7 @@ all of them.
 """
 
 from .change import FeatureChange, change_by_norm, feature_change, squared_change
-from .collapse import Geometry, NeuralCollapse, neural_collapse
+from .collapse import Moments, NeuralCollapse, neural_collapse
 from .diagnosis import NUMBERS, Diagnosis, diagnose, diagnose_model, epoch_diagnostics
 from .plane import Plane, plane_of
 from .samples import (
@@ -29,7 +29,7 @@ __all__ = [
     "NUMBERS",
     "Diagnosis",
     "FeatureChange",
-    "Geometry",
+    "Moments",
     "NeuralCollapse",
     "NormBins",
     "Plane",

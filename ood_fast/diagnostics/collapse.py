@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1024  # classes whose cosines with all others are held at a time
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Moments:
     """The first two moments of the training features, overall and by class; float64, on the CPU.
 
     Attributes:
@@ -40,7 +40,7 @@ class Geometry:
     norms: Tensor
 
     @classmethod
-    def of(cls, chunks: Iterable[Chunk]) -> Geometry:
+    def of(cls, chunks: Iterable[Chunk]) -> Moments:
         """In one pass over the training data.
 
         Raises:
@@ -72,7 +72,7 @@ class NeuralCollapse:
     μ_c − μ_G.
 
     Attributes:
-        nc1: variability of the samples around the means, tr(Σ_W Σ_B⁺) / C (Haas et al., eq. 2), with Σ_W of `Geometry`
+        nc1: variability of the samples around the means, tr(Σ_W Σ_B⁺) / C (Haas et al., eq. 2), with Σ_W of `Moments`
             and Σ_B = Mᵀ M / C. From the singular vectors v_k and values s_k of M: Σ_k r_k / C.
         ratios: r_k = v_kᵀ Σ_W v_k / (s_k² / C), the within- over the between-class variance along the k-th direction
             between the means, the widest first; at most C − 1. What s_k is rounding is left out, as in Σ_B⁺.
@@ -99,7 +99,7 @@ class NeuralCollapse:
     classes: Tensor
 
 
-def neural_collapse(geometry: Geometry, head_weight: Tensor) -> NeuralCollapse:
+def neural_collapse(geometry: Moments, head_weight: Tensor) -> NeuralCollapse:
     """`NeuralCollapse` of the training features, and of the weight (c, m) of the head."""
     classes = geometry.class_count.nonzero().squeeze(1)
     centred = geometry.class_mean[classes]

@@ -8,7 +8,6 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from .. import checks, metrics
 from ..detectors.run import run_model
+from ..files import replacing
 from ..heads import find_head, inference_head
-from .collapse import Chunk, Geometry, NeuralCollapse, neural_collapse
+from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
 from .samples import (
     Samples,
@@ -93,16 +93,8 @@ class Diagnosis:
                     plain[prefix + entry.name] = value
         for name, of_set in self.sets.items():
             arrays |= {f"sets/{name}/{entry.name}": getattr(of_set, entry.name) for entry in fields(Samples)}
-        file = Path(file)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as stream:
-                np.savez_compressed(stream, json=json.dumps(plain), **{k: v.numpy() for k, v in arrays.items()})
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(file) as part, open(part, "wb") as stream:
+            np.savez_compressed(stream, json=json.dumps(plain), **{k: v.numpy() for k, v in arrays.items()})
 
     @classmethod
     def load(cls, file: str | os.PathLike) -> Diagnosis:
@@ -146,7 +138,7 @@ def diagnose(
         ValueError: `train` is empty, or its targets are missing or out of range.
         FloatingPointError: a training feature is NaN or infinite.
     """
-    geometry = Geometry.of(train)
+    geometry = Moments.of(train)
     weight, bias = (None if given is None else given.detach().double().cpu() for given in head)
     plane = plane_of(geometry)
     values = spectrum(geometry.covariance)[: max(1, min(len(geometry.norms), len(geometry.mean)))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .collapse import Geometry
+from .collapse import Moments
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Plane:
         return weight @ self.axes.T, weight @ self.origin + bias
 
 
-def plane_of(geometry: Geometry) -> Plane:
+def plane_of(geometry: Moments) -> Plane:
     """The plane of the training features: all of it up to two features, else the first two principal components."""
     n_features = len(geometry.mean)
     if n_features <= 2:

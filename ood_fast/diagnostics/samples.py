@@ -11,11 +11,10 @@ from torch import Tensor
 
 from .. import metrics
 from ..detectors.streaming import double
-from ..functional import boundary_distance, nci_score
-from .collapse import Chunk, Geometry
+from ..functional import boundary_distance, nci_score, temperature_of
+from .collapse import Chunk, Moments
 from .plane import Plane
 
-TIED = 1e-6  # D up to which f / D is f, as in the loss
 NORM_BINS = 125  # of Haas et al., fig. 7
 
 
@@ -59,7 +58,7 @@ class Samples:
 
 
 @torch.no_grad()
-def samples(chunks: Iterable[Chunk], head: tuple[Tensor, Tensor | None], geometry: Geometry, plane: Plane) -> Samples:
+def samples(chunks: Iterable[Chunk], head: tuple[Tensor, Tensor | None], geometry: Moments, plane: Plane) -> Samples:
     """`Samples` of a data set in one pass; `head` is (W, b), computed with in float64."""
     weight = double(head[0])
     empty = (torch.zeros(0, weight.shape[1]), torch.zeros(0, len(weight)), None)  # for a set without samples
@@ -68,13 +67,13 @@ def samples(chunks: Iterable[Chunk], head: tuple[Tensor, Tensor | None], geometr
 
 
 def _of_chunk(
-    features: Tensor, logits: Tensor, targets: Tensor | None, weight: Tensor, geometry: Geometry, plane: Plane
+    features: Tensor, logits: Tensor, targets: Tensor | None, weight: Tensor, geometry: Moments, plane: Plane
 ) -> Samples:
     z, f = double(features), double(logits)
     weight, mean = weight.to(z.device), geometry.mean.to(z.device)
     confidence, predicted = torch.softmax(f, dim=1).max(dim=1)
     distance = boundary_distance(f, weight)
-    temperature = torch.where(distance > TIED, distance, 1.0).unsqueeze(1)
+    temperature = temperature_of(distance).unsqueeze(1)
     classes = geometry.class_count.nonzero().squeeze(1).to(z.device)
     # ‖z − μ_c‖² without ‖z‖², which is the same for all c; centred first, for the digits.
     class_mean = geometry.class_mean.to(z.device)[classes] - mean

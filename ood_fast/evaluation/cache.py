@@ -33,6 +33,7 @@ from .. import checks
 from ..data.loading import Loader
 from ..detectors import Detector
 from ..detectors.run import run_model
+from ..files import replacing
 from ..heads import given_head, inference_head
 
 META, HEAD = "meta.json", "head.npz"
@@ -232,9 +233,8 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         weight, bias = inference_head(self.head)
         held = {"W": weight} if bias is None else {"W": weight, "b": bias}
-        part = self.folder / f".{HEAD}-{os.getpid()}.npz"
-        np.savez(part, **{name: value.detach().cpu().numpy() for name, value in held.items()})
-        os.replace(part, self.folder / HEAD)
+        with replacing(self.folder / HEAD) as part, open(part, "wb") as file:
+            np.savez(file, **{name: value.detach().cpu().numpy() for name, value in held.items()})
 
     def _remove_left_behind(self) -> None:
         """What processes of this machine that are no longer there were writing."""

@@ -14,24 +14,21 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import checks, recipes
+from .. import checks, files, recipes
 from ..detectors import find
 from ..report.tables import Cell, Section, Table, as_markdown
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
 FORMAT = "ood_fast evaluate 1"
-JSON, WRITING = "results.json", ".writing-"
-FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)  # the last vouches for the others
+JSON = "results.json"
+FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)
 
 CONVENTIONS = {
     "direction": "higher score = more in-distribution",
@@ -109,6 +106,7 @@ def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
 
 def _holds_results(folder: Path) -> bool:
     try:
+        files.settle(folder)
         return json.loads((folder / JSON).read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return False
@@ -117,55 +115,20 @@ def _holds_results(folder: Path) -> bool:
 def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any]) -> None:
     """Write all of `FILES` into `folder`, in place of what an earlier evaluation left there.
 
-    All of it is written beside its place first. results.json goes first and comes last: a folder that has one is whole.
-    Of two evaluations that write into one folder, the second waits.
+    All of it or nothing, see `files.staged`. Of two evaluations that write into one folder, the second waits.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
-        _write(folder, results, context)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Until this context ends, no other process is inside it for the same folder, where the system has such locks."""
-    handle = None
-    with suppress(ImportError, OSError):  # Windows has no fcntl, some network disks no locks
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _write(folder: Path, results: Results, context: Mapping[str, Any]) -> None:
-    for left_behind in folder.glob(f"{WRITING}*"):  # by a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
-    try:
+    with files.staged(folder) as staging:
         _write_csv(staging / "results.csv", _long(results))
         _write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
         (staging / "results.md").write_text("\n".join(map(as_markdown, build(results))), encoding="utf-8")
         _write_openood(staging / "openood", results)
+        (staging / "scores").mkdir()
         for run, name in zip(results.runs, run_names(results), strict=True):
-            (staging / "scores" / name).mkdir(parents=True)
+            (staging / "scores" / name).mkdir()
             for detector, scores in run.scores.items():
                 np.savez(staging / "scores" / name / f"{detector}.npz", **scores)
         text = json.dumps(as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
         (staging / JSON).write_text(text, encoding="utf-8")
-        for name in reversed(FILES):
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        for name in FILES:
-            (staging / name).replace(folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any]:

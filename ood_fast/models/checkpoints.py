@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..files import replacing
 from ..heads import unwrapped
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
@@ -44,34 +45,14 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
     """
     path = Path(path)
     state = unwrapped(contents).state_dict() if isinstance(contents, nn.Module) else contents
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            if path.suffix == ".safetensors":
-                file.write(_safetensors().save({key: value.contiguous() for key, value in state.items()}))
-            else:
-                torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # how torch's writer reports a full disk
+    with replacing(path) as part, open(part, "wb") as file:
+        if path.suffix == ".safetensors":
+            file.write(_safetensors().save({key: value.contiguous() for key, value in state.items()}))
+            return
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # how torch's writer reports a full disk
             raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name, too, is on the disk after this; not every system can open a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:

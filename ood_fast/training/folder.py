@@ -14,16 +14,22 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .. import checks, models, recipes
+from .. import checks, files, models, recipes
 from ..models.checkpoints import read_checkpoint
 from .build import model_of
+
+if TYPE_CHECKING:
+    from .loop import Run
 
 RUN, LOG, DIAGNOSTICS = "run.json", "log.csv", "diagnostics.csv"
 LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
@@ -31,6 +37,33 @@ CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call the
 COMPLETE = "complete"
 # of run.json, besides the recipe: a run is only continued where these are the same
 DECIDING = ("seed", "processes", "sync_bn", "class_names", "image_shape", "training_images", "validation_images")
+
+
+def describe(run: Run, status: str) -> dict[str, Any]:
+    """What run.json says of a run. `DECIDING` names what decides the outcome."""
+    benchmark, options = run.benchmark, run.options
+    return {
+        "status": status,
+        "epochs": run.epoch,
+        "best": run.best,
+        "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "recipe": recipes.as_dict(run.recipe),
+        "seed": run.seed,
+        "processes": run.n_processes,
+        "sync_bn": options.sync_bn,
+        "benchmark": benchmark.name,
+        "n_classes": benchmark.n_classes,
+        "class_names": list(benchmark.class_names),
+        "image_shape": list(benchmark.image_shape),
+        "training_images": len(benchmark.train),
+        "validation_images": len(benchmark.validation),
+        "device": str(run.device),
+        "workers": options.workers,
+        "compile": options.compile,
+        "channels_last": options.channels_last,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **(options.context or {}),
+    }
 
 
 class RunFolder:
@@ -46,8 +79,8 @@ class RunFolder:
             UserError: the folder holds something else, a run with other settings, or this run without `resume`.
         """
         checks.writable_folder("--out", self.path)
-        begun = f".{RUN}.part"  # killed before its first file was there: nothing is lost
-        if not self.path.is_dir() or all(entry.name == begun for entry in self.path.iterdir()):
+        # A part alone: killed before its first file was there, nothing is lost.
+        if not self.path.is_dir() or all(re.fullmatch(rf"\.{RUN}\..*part", e.name) for e in self.path.iterdir()):
             return None
         if not (self.path / RUN).is_file():
             raise checks.UserError(f"--out: {self.path} is not empty and holds no run; pass another folder")
@@ -71,7 +104,8 @@ class RunFolder:
         return state
 
     def write_info(self, info: Mapping[str, Any]) -> None:
-        self._write(RUN, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        """run.json."""
+        files.write_text(self.path / RUN, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows anew: after a resume, none is there twice."""
@@ -80,36 +114,13 @@ class RunFolder:
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        self._write(name, text.getvalue())
+        files.write_text(self.path / name, text.getvalue())
 
     def write_checkpoint(self, name: str, contents: nn.Module | Mapping[str, Any]) -> None:
+        """A state_dict, or what `--resume` needs."""
         path = self.path / name
-        with _named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            models.save_checkpoint(contents, path)
-
-    def _write(self, name: str, text: str) -> None:
-        part = self.path / f".{name}.part"
-        try:
-            with _named(self.path / name), open(part, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path / name)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A failed write says of which file; the system's error knows its number alone."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # it is told in words
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        models.save_checkpoint(contents, path)
 
 
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:

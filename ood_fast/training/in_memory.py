@@ -13,7 +13,7 @@ from ..heads import L2NormLinear
 from ..models import SmallCNN
 from ..recipes import Recipe, TrainingRecipe
 from .build import criterion_of
-from .loop import DivergedError
+from .options import DivergedError
 from .schedules import cosine
 
 

@@ -9,14 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-import platform
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import datetime, timezone
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +26,13 @@ from .. import checks, recipes
 from ..data.images import mixed
 from ..data.loading import Loader
 from .build import criterion_of, model_of, optimizer_of
-from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder
+from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
+from .options import DivergedError, Interrupted, RunOptions, Watcher
 from .order import Batches
+from .randomness import convolutions_timed, random_state, random_state_kept, set_random_state
 from .schedules import learning_rate
+from .signals import Signals, leave_signals_to_the_trainer
 
 if TYPE_CHECKING:
     from ..data import ImageBenchmark
@@ -41,36 +40,7 @@ if TYPE_CHECKING:
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss on a GPU, each of which waits for it; the CPU looks at every step
 NEVER = 2**62  # the step of a loss that was not finite, while all were
-SAVE_MINUTES = 15.0
 DIAGNOSED_IMAGES = 50_000  # of training, at most, evenly over the set: diagnostics run on one process while others wait
-
-
-class DivergedError(RuntimeError):
-    """The training loss is no longer a finite number."""
-
-
-class Interrupted(Exception):
-    """Training was stopped by the signal `signum`, and `last.ckpt` written."""
-
-    def __init__(self, signum: int, epoch: int, step: int) -> None:
-        self.signum, self.epoch, self.step = signum, epoch, step
-        super().__init__(f"stopped by {signal.Signals(signum).name} in epoch {epoch}, after step {step}")
-
-
-class Watcher:
-    """What a run tells while it runs; every method may be left out. Called in the process of rank 0 only."""
-
-    def on_start(self, run: Run) -> None:
-        """Before the first step, at the position `run.epoch`, `run.step`."""
-
-    def on_step(self, run: Run) -> None:
-        """After each step; `run.progress()` has the numbers, and waits for a GPU."""
-
-    def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
-        """After each epoch, with its row of log.csv."""
-
-    def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
-        """After each epoch, with its row of diagnostics.csv."""
 
 
 class Run:
@@ -84,15 +54,7 @@ class Run:
         benchmark: the images, of `data.open_benchmark`.
         out: the folder, see `folder.py` for the files.
         seed: of the first weights, the order of the images, mixing and dropout. Augmentation has that of `benchmark`.
-        device: "cpu", "cuda", ...
-        resume: continue what is in `out`, if anything is.
-        workers: processes that load images; 0 loads in this one.
-        compile: `torch.compile` the model. channels_last: memory format. sync_bn: SyncBatchNorm (GPUs only).
-        diagnostics: write `diagnostics.epoch_diagnostics` after each epoch to diagnostics.csv.
-        keep_every: keep the weights of each so many epochs in `epochs/`.
-        save_minutes: write `last.ckpt` as often within an epoch too; None: after epochs only.
-        context: more for run.json: the command, where the data is, versions.
-        watcher: is told of the progress.
+        options: the keywords of `RunOptions`.
 
     Attributes:
         model: the model without wrappers. epoch, step: how many are complete, the steps of the epoch at hand.
@@ -108,41 +70,24 @@ class Run:
         benchmark: ImageBenchmark,
         out: str | os.PathLike,
         seed: int = 0,
-        *,
-        device: str | torch.device = "cpu",
-        resume: bool = False,
-        workers: int = 0,
-        compile: bool = False,
-        channels_last: bool = False,
-        sync_bn: bool = False,
-        diagnostics: bool = False,
-        keep_every: int | None = None,
-        save_minutes: float | None = SAVE_MINUTES,
-        context: Mapping[str, Any] | None = None,
-        watcher: Watcher | None = None,
+        **options: Any,
     ) -> None:
         checks.instance("recipe", recipe, recipes.TrainingRecipe, "a TrainingRecipe, as recipes.find(name) gives")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise checks.UserError(f"seed: got {seed!r}, expected a number that is not negative")
-        if keep_every is not None:
-            checks.positive_int("keep_every", keep_every, " or None")
-        self.recipe, self.benchmark, self.seed, self.device = recipe, benchmark, seed, torch.device(device)
-        self.folder, self.resume, self.workers = RunFolder(out), resume, workers
-        self.channels_last, self.compile, self.sync_bn = channels_last, compile, sync_bn
-        self.keep_every, self.save_minutes = keep_every, save_minutes
+        self.options = RunOptions(**options)
+        self.recipe, self.benchmark, self.seed = recipe, benchmark, seed
+        self.folder, self.device = RunFolder(out), torch.device(self.options.device)
         self.diagnose = None
-        if diagnostics:
+        if self.options.diagnostics:
             from ..diagnostics import epoch_diagnostics  # here: it brings the detectors along
 
             self.diagnose = epoch_diagnostics
-        if diagnostics:  # read now: not after an epoch is it told that they are missing
-            _ = benchmark.fit, benchmark.validation_ood
-        self.context, self.watcher = dict(context or {}), watcher or Watcher()
+            _ = benchmark.fit, benchmark.validation_ood  # now: not after an epoch is it told that they are missing
+        self.watcher = self.options.watcher or Watcher()
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.n_processes = dist.get_world_size() if distributed else 1
-        if sync_bn and self.device.type == "cpu":
-            raise checks.UserError("sync_bn: PyTorch's SyncBatchNorm runs on GPUs, not on the CPU")
         self.batches = Batches(len(benchmark.train), recipe.batch_size, seed, self.rank, self.n_processes)
         self._loading = torch.zeros((), dtype=torch.bool).share_memory_()  # read by workers
         self.epoch = self.step = 0
@@ -154,10 +99,12 @@ class Run:
 
     @property
     def out(self) -> Path:
+        """The folder of the run."""
         return self.folder.path
 
     @property
     def steps_an_epoch(self) -> int:
+        """Steps of each process."""
         return self.batches.steps_an_epoch
 
     @property
@@ -177,30 +124,8 @@ class Run:
         }
 
     def info(self, status: str) -> dict[str, Any]:
-        """What run.json says. `folder.DECIDING` names what decides the outcome."""
-        benchmark = self.benchmark
-        return {
-            "status": status,
-            "epochs": self.epoch,
-            "best": self.best,
-            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "recipe": recipes.as_dict(self.recipe),
-            "seed": self.seed,
-            "processes": self.n_processes,
-            "sync_bn": self.sync_bn,
-            "benchmark": benchmark.name,
-            "n_classes": benchmark.n_classes,
-            "class_names": list(benchmark.class_names),
-            "image_shape": list(benchmark.image_shape),
-            "training_images": len(benchmark.train),
-            "validation_images": len(benchmark.validation),
-            "device": str(self.device),
-            "workers": self.workers,
-            "compile": self.compile,
-            "channels_last": self.channels_last,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            **self.context,
-        }
+        """What run.json says."""
+        return describe(self, status)
 
     def train(self) -> None:
         """Train to the last epoch.
@@ -213,7 +138,7 @@ class Run:
             DivergedError: the loss is not finite; the checkpoints before it are kept.
             Interrupted. OSError: a file cannot be written; the one before it is kept.
         """
-        with _random_state_kept(self.device), _convolutions_timed(), Signals() as self._signals:
+        with random_state_kept(self.device), convolutions_timed(), Signals() as self._signals:
             state = self._claim()
             self._build(state)
             if self.rank == 0:
@@ -243,7 +168,7 @@ class Run:
         answer: list = [None, None]
         if self.rank == 0:
             try:
-                answer[0] = self.folder.claim(self.info("new"), self.resume)
+                answer[0] = self.folder.claim(self.info("new"), self.options.resume)
             except checks.UserError as error:
                 answer[1] = str(error)
         if self.n_processes > 1:
@@ -258,9 +183,9 @@ class Run:
         torch.manual_seed(self.seed)
         pretrained = None if state is None else False  # weights that would be overwritten need no download
         self.model = model_of(recipe, benchmark.n_classes, benchmark.image_shape, pretrained)
-        if self.sync_bn:
+        if self.options.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self._format = {"memory_format": torch.channels_last} if self.channels_last else {}
+        self._format = {"memory_format": torch.channels_last} if self.options.channels_last else {}
         self.model.to(self.device, **self._format)
         self.criterion = criterion_of(recipe, self.model)
         self.optimizer = optimizer_of(recipe, self.model.parameters())
@@ -270,9 +195,11 @@ class Run:
         if self.n_processes > 1:
             devices = None if self.device.type == "cpu" else [_index(self.device)]
             self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
-        if self.compile:
+        if self.options.compile:
             self.network = torch.compile(self.network)
-        self.loader = self._loader(benchmark.train, batch_sampler=self.batches, persistent_workers=self.workers > 0)
+        self.loader = self._loader(
+            benchmark.train, batch_sampler=self.batches, persistent_workers=self.options.workers > 0
+        )
         self._begin_epoch()
         self._saved = time.monotonic()
         if state is None:
@@ -287,9 +214,9 @@ class Run:
         """Loads without a trace in the global random state: `generator` is where the seeds of workers come from."""
         return Loader(
             dataset,
-            num_workers=self.workers,
+            num_workers=self.options.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, self._loading),
+            worker_init_fn=functools.partial(leave_signals_to_the_trainer, self._loading),
             generator=torch.Generator().manual_seed(mixed(self.seed, self.rank, 2)),
             **keywords,
         )
@@ -369,7 +296,7 @@ class Run:
             # Before `last`: killed in between, the epoch is trained again, and these are written again.
             if improved:
                 self.folder.write_checkpoint(BEST, self.model)
-            if self.keep_every and self.epoch % self.keep_every == 0:
+            if self.options.keep_every and self.epoch % self.options.keep_every == 0:
                 self.folder.write_checkpoint(f"{EPOCHS}/{self.epoch:04d}.ckpt", self.model)
         self._save()
         if self.rank == 0:
@@ -406,7 +333,7 @@ class Run:
             sets = (Subset(fit, range(0, len(fit), stride)), self.benchmark.validation, self.benchmark.validation_ood)
             loaders = [self._loader(dataset, batch_size=self.recipe.batch_size) for dataset in sets]
             self.model.eval()
-            with _random_state_kept(self.device), torch.no_grad():
+            with random_state_kept(self.device), torch.no_grad():
                 row = {"epoch": self.epoch + 1, **self.diagnose(self.model, *loaders)}
         self.diagnosed.append(row)
 
@@ -435,7 +362,7 @@ class Run:
 
     def _attend(self) -> None:
         """Save if it is time; save and stop if a signal has come to any of the processes."""
-        due = self.save_minutes is not None and time.monotonic() - self._saved > 60 * self.save_minutes
+        due = self.options.save_minutes is not None and time.monotonic() - self._saved > 60 * self.options.save_minutes
         wishes = [self._signals.received, int(due and self.rank == 0)]
         if self.n_processes > 1:  # small and on the host, where no GPU waits for it
             tensor = torch.tensor(wishes)
@@ -523,87 +450,3 @@ def _status(error: BaseException) -> str:
 
 def _index(device: torch.device) -> int:
     return torch.get_device_module(device).current_device() if device.index is None else device.index
-
-
-# ---- random numbers
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy, torch and the device, as what torch.load reads safely."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Back to a `random_state`; of a device of another kind, its generator stays as it is."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *others = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
-    torch.set_rng_state(state["torch"])
-    if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    before = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(before, device)
-
-
-@contextmanager
-def _convolutions_timed() -> Iterator[None]:
-    """cuDNN tries its algorithms once for each shape, of which training has one."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-# ---- signals
-
-
-class Signals:
-    """While this context is open, the first SIGTERM or SIGINT is noted in `received` (0: none), not acted upon."""
-
-    HANDLED = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> Signals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in self.HANDLED}
-        return self
-
-    def _note(self, signum: int, _: object) -> None:
-        if self.received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or signum
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _leave_signals_to_the_trainer(loading: Tensor, _: int) -> None:
-    """In a worker: a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too, whose images are still needed.
-
-    When `loading` is over, SIGTERM ends it: at its exit Python terminates workers that are left, and waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: None if loading else os._exit(0))
