@@ -41,7 +41,7 @@ LAYERS = (
     ("detectors",),
     ("deployment", "distributed", "interop", "published"),
     ("data", "models", "recipes"),
-    ("diagnostics",),
+    ("diagnostics", "report.tables"),  # what `evaluation` prints with
     ("training",),
     ("evaluation",),
     ("compare",),

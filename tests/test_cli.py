@@ -199,7 +199,7 @@ def test_the_bar_counts_every_epoch(monkeypatch):
     from ood_fast.compare import Settings, compare
 
     settings = Settings(losses=("ce",), detectors=("MSP",), seeds=(0, 1), recipe=recipes.Recipe(epochs=3))
-    progress = compare_command.Progress(settings, quiet=False)
+    progress = compare_command.ComparisonBar(settings, quiet=False)
     with progress:
         compare(settings, progress.on_start, progress.on_epoch, progress.on_run)
     (task,) = progress.bar.tasks
@@ -215,8 +215,8 @@ def test_the_bar_fits_the_terminal(width, monkeypatch):
 
     from ood_fast.compare import Settings
 
-    progress = compare_command.Progress(Settings(), quiet=False)
-    progress.bar.add_task("run 10/20  seed 4  elogitnorm", total=1200, completed=1199)
+    progress = compare_command.ComparisonBar(Settings(), quiet=False)
+    progress.at(1199, "run 10/20  seed 4  elogitnorm")
     console = Console(width=width)
     with console.capture() as capture:
         console.print(progress.bar.get_renderable())
@@ -236,14 +236,14 @@ def test_the_bar_says_that_plots_are_drawn(monkeypatch):
         drawn_under.append(shown.bar.tasks[0].description)
         write(*args)
 
-    class Kept(compare_command.Progress):
+    class Kept(compare_command.ComparisonBar):
         def __enter__(self):
             nonlocal shown
             shown = super().__enter__()
             return shown
 
     shown = None
-    monkeypatch.setattr(compare_command, "Progress", Kept)
+    monkeypatch.setattr(compare_command, "ComparisonBar", Kept)
     monkeypatch.setattr(report, "write", spy)
     assert cli.main(["compare", *SHORT]) == 0
     assert drawn_under == ["drawing the plots"]

@@ -150,7 +150,7 @@ def test_a_bar_on_a_terminal(root, monkeypatch, capsys):
 
     from ood_fast.commands import train as command
 
-    monkeypatch.setattr(command.Progress, "REFRESH", 0.0)
+    monkeypatch.setattr(command.Told, "REFRESH", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     original = Console.__init__
     monkeypatch.setattr(

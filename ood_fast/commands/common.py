@@ -145,43 +145,6 @@ def literal(text: str) -> Any:
         return text
 
 
-class Bar:
-    """Progress over samples on stderr: a bar with samples/s and time left on a terminal, else one line at the end."""
-
-    def __init__(self, what: str, total: int | None, quiet: bool) -> None:
-        self.what, self.total, self.quiet = what, total, quiet
-        self.done, self.start, self.bar = 0, time.perf_counter(), None
-        if quiet or not sys.stderr.isatty() or util.find_spec("rich") is None:
-            return
-        from rich import progress
-        from rich.console import Console
-
-        columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()]
-        columns += [progress.TextColumn("{task.fields[rate]}"), progress.TimeRemainingColumn()]
-        self.bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def __enter__(self) -> Bar:
-        if self.bar:
-            self.bar.start()
-            self.task = self.bar.add_task(self.what, total=self.total, rate="")
-        return self
-
-    def advance(self, n: int) -> None:
-        self.done += n
-        if self.bar:
-            self.bar.update(self.task, advance=n, rate=f"{self.rate():,.0f}/s")
-
-    def rate(self) -> float:
-        return self.done / max(time.perf_counter() - self.start, 1e-9)
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
-        if not self.quiet and error is None:
-            seconds = time.perf_counter() - self.start
-            print(f"{self.what}: {self.done} in {seconds:.1f} s ({self.rate():,.0f}/s)", file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True)
 class Process:
     """This process among those that `torchrun` started; alone without it."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..recipes import DETECTORS, LOSSES, Recipe
 from .common import RunError, device, machine, refusal, require, versions
+from .progress import Bar
+
+if TYPE_CHECKING:
+    from ..compare import TrainedLoss
+    from ..evaluation import RunResult
 
 
 def add(commands: Any) -> None:
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     )
     folder = report.check_folder(Path("runs") / f"compare-{settings.data}" if options.out is None else options.out)
     started, start = datetime.now(timezone.utc), time.perf_counter()
-    with Progress(settings, options.quiet) as progress:
+    with ComparisonBar(settings, options.quiet) as progress:
         try:
             comparison = compare(settings, progress.on_start, progress.on_epoch, progress.on_run)
         except DivergedError as error:
@@ -74,7 +78,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             "versions": versions(),
             "machine": machine(),
         }
-        progress.on_drawing()
+        progress.at(progress.done, "drawing the plots")
         try:
             report.write(folder, comparison, context)
         except OSError as error:
@@ -110,58 +114,23 @@ def _epochs(text: str) -> int:
         raise refusal(f"--epochs: got {text!r}, expected a number of epochs") from None
 
 
-class Progress:
-    """Progress on stderr: a bar over all epochs on a terminal, otherwise a line for each finished run."""
+class ComparisonBar(Bar):
+    """A bar over all epochs on a terminal, otherwise a line for each finished run."""
 
     def __init__(self, settings: Any, quiet: bool) -> None:
-        self.settings = settings
-        self.n_runs = len(settings.seeds) * len(settings.losses)
-        self.n_done = 0
-        self.plain = self.bar = None
-        if quiet:
-            return
-        if not sys.stderr.isatty():
-            self.plain = sys.stderr
-            return
-        from rich import progress as bars
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.table import Column
-
-        console = Console(stderr=True)
-        # What a narrow terminal has no room for is left out: the words below 80 columns, the bar below 54.
-        columns = [TextColumn("{task.description}", table_column=Column(no_wrap=True)), MofNCompleteColumn()]
-        if console.width >= 54:
-            columns.insert(1, BarColumn())
-        if console.width >= 80:
-            columns += [TextColumn("epochs"), TimeRemainingColumn(), TextColumn("left")]
-        self.bar = bars.Progress(*columns, console=console, transient=True)
-
-    def __enter__(self) -> Progress:
-        if self.bar:
-            self.bar.start()
-            self.task = self.bar.add_task("loading", total=self.n_runs * self.settings.recipe.epochs)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.n_runs, self.n_done = len(settings.seeds) * len(settings.losses), 0
+        super().__init__("loading", self.n_runs * settings.recipe.epochs, quiet, unit="epochs", tell=False)
 
     def on_start(self, loss: str, seed: int) -> None:
-        if self.bar:
-            self.bar.update(self.task, description=f"run {self.n_done + 1}/{self.n_runs}  seed {seed}  {loss:<10}")
+        """Before a run."""
+        self.at(self.done, f"run {self.n_done + 1}/{self.n_runs}  seed {seed}  {loss:<10}")
 
     def on_epoch(self, epoch: int, epoch_loss: float) -> None:
-        if self.bar:
-            self.bar.advance(self.task)
+        """After an epoch."""
+        self.advance(1)
 
-    def on_drawing(self) -> None:
-        if self.bar:
-            self.bar.update(self.task, description="drawing the plots")
-
-    def on_run(self, run: Any, evaluation: Any) -> None:
+    def on_run(self, run: TrainedLoss, evaluation: RunResult) -> None:
+        """After a run."""
         self.n_done += 1
-        if self.plain:
-            accuracy = next(measured.value for measured in evaluation.measurements if measured.metric == "accuracy")
-            what = f"seed {run.seed} {run.loss}: accuracy {100 * accuracy:.1f} %, {run.seconds:.1f} s"
-            print(f"[{self.n_done}/{self.n_runs}] {what}", file=self.plain, flush=True)
+        what = f"seed {run.seed} {run.loss}: accuracy {100 * evaluation.value('accuracy'):.1f} %, {run.seconds:.1f} s"
+        self.line(f"[{self.n_done}/{self.n_runs}] {what}", only_plain=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images
-from .common import Bar, Process, RunError, detector_set, device, import_plugins, processes, refusal
+from .common import Process, RunError, detector_set, device, import_plugins, processes, refusal
+from .progress import Bar
 
 if TYPE_CHECKING:
     import torch

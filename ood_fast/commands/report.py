@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .common import Bar, RunError, device, import_plugins, machine, refusal, versions
+from .common import RunError, device, import_plugins, machine, refusal, versions
+from .progress import Bar
 
 
 def add(commands: Any) -> None:

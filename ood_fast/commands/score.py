@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images
-from .common import Bar, Process, RunError, device, import_plugins, processes, refusal
+from .common import Process, RunError, device, import_plugins, processes, refusal
+from .progress import Bar
 from .table import SUFFIXES, Table, require_pyarrow
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
 from .common import Process, RunError, device, import_plugins, machine, processes, refusal, versions
+from .progress import Bar
 
 if TYPE_CHECKING:
     from ..data import ImageBenchmark
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         )
         if options.download:
             _download(benchmark, options.diagnostics, process)
-        progress = Progress(options, process.size)
+        progress = Told(options)
         training = Run(
             recipe,
             benchmark,
@@ -206,81 +207,61 @@ def _kept(training: Run) -> str:
     return f"there is no checkpoint yet in {training.out}"
 
 
-class Progress:
-    """A `train.Watcher`. A bar over the images of all epochs on a terminal, otherwise a line for each epoch; and
-    TensorBoard.
-    """
+class Told:
+    """A `train.Watcher`: a bar over the images of all epochs on a terminal, a line for each epoch, TensorBoard."""
 
     REFRESH = 0.5  # seconds: each look at the loss waits for the GPU
 
-    def __init__(self, options: argparse.Namespace, n_processes: int) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.quiet, self.tensorboard = options.quiet, options.tensorboard
         self.bar = self.writer = None
         self.next_look = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Told:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar:
-            self.bar.stop()
+            self.bar.__exit__(*error)
         if self.writer:
             self.writer.close()
 
     def on_start(self, run: Run) -> None:
+        """Before the first step."""
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.epoch + 1)
         self.images_an_epoch = run.steps_an_epoch * run.images_a_step
-        if self.quiet:
-            return
-        if not sys.stderr.isatty() or util.find_spec("rich") is None:
-            if 0 < run.epoch + run.step and run.epoch < run.recipe.epochs:
-                print(f"continuing in epoch {run.epoch + 1} after step {run.step}", file=sys.stderr, flush=True)
-            return
-        from rich import progress
-        from rich.console import Console
-        from rich.table import Column
+        self.bar = Bar("", run.recipe.epochs * self.images_an_epoch, self.quiet, unit="images", tell=False).__enter__()
+        self.bar.at(self._done(run))
+        if 0 < run.epoch + run.step and run.epoch < run.recipe.epochs:
+            self.bar.line(f"continuing in epoch {run.epoch + 1} after step {run.step}", only_plain=True)
 
-        console = Console(stderr=True)
-        text = [progress.TextColumn("{task.description}", table_column=Column(no_wrap=True))]
-        if console.width >= 80:
-            text.append(progress.BarColumn())
-        text += [progress.TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True))]
-        text += [progress.TimeRemainingColumn(elapsed_when_finished=True)]
-        self.bar = progress.Progress(*text, console=console, transient=True)
-        self.bar.start()
-        total = run.recipe.epochs * self.images_an_epoch
-        done = run.epoch * self.images_an_epoch + run.step * run.images_a_step
-        self.task = self.bar.add_task("", total=total, completed=done, numbers="")
+    def _done(self, run: Run) -> int:
+        return run.epoch * self.images_an_epoch + run.step * run.images_a_step
 
     def on_step(self, run: Run) -> None:
-        if self.bar is None or time.monotonic() < self.next_look:
+        """After each step."""
+        if self.bar.bar is None or time.monotonic() < self.next_look:
             return
         self.next_look = time.monotonic() + self.REFRESH
         now = run.progress()
-        self.bar.update(
-            self.task,
-            description=f"epoch {run.epoch + 1}/{run.recipe.epochs}",
-            completed=run.epoch * self.images_an_epoch + run.step * run.images_a_step,
-            numbers=f"loss {now['loss']:.4f}  accuracy {100 * now['train_accuracy']:.1f} %  "
-            f"{now['images_per_second']:,.0f} images/s",
-        )
+        words = f"loss {now['loss']:.4f}  accuracy {100 * now['train_accuracy']:.1f} %"
+        words += f"  {now['images_per_second']:,.0f} images/s"
+        self.bar.at(self._done(run), f"epoch {run.epoch + 1}/{run.recipe.epochs}", words)
 
     def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
+        """After each epoch."""
         self._log(run.epoch, row)
-        line = (
+        self.bar.line(
             f"epoch {run.epoch}/{run.recipe.epochs}: loss {row['loss']:.4f}, accuracy {100 * row['train_accuracy']:.2f}"
             f" %, validation {100 * row['validation_accuracy']:.2f} %, {row['images_per_second']:,.0f} images/s, "
             f"{row['seconds']:.1f} s"
         )
-        if self.bar:
-            self.bar.console.print(line, highlight=False)
-        elif not self.quiet:
-            print(line, file=sys.stderr, flush=True)
 
     def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
+        """After each epoch, if asked for."""
         self._log(run.epoch, {f"diagnostics/{name}": value for name, value in row.items() if name != "epoch"})
 
     def _log(self, epoch: int, row: Mapping[str, float]) -> None:
