@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .detectors.base import Detector
-from .detectors.run import check_head, logits_of
 from .heads import given_head, unwrapped
+from .models.running import check_head, logits_of
 
 
 def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:

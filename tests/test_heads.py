@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ood_fast import detectors
-from ood_fast.detectors.run import run_model
 from ood_fast.heads import L2NormLinear, capture_features, find_head
+from ood_fast.models.running import run_model
 
 
 class Named(nn.Module):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
+from ..models import running
 from ..statistics import row_statistics
 from . import run, store, streaming, threshold
 from .run import Head
@@ -148,11 +149,13 @@ class Detector(nn.Module):
             head: as in `fit`. A detector that reads nothing but logits looks for none.
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
-        batches = run.batches_of(x)
+        batches = running.batches_of(x)
         self._require_fitted()
         read_from = given_head(model, head) if self.needs_features else None
-        with closing(run.run_model(model, batches, read_from)) as done:  # also when scoring raises, modes are restored
-            return run.joined([self.score_features(batch.features, batch.logits) for batch in done])
+        with closing(
+            running.run_model(model, batches, read_from)
+        ) as done:  # also when scoring raises, modes are restored
+            return running.joined([self.score_features(batch.features, batch.logits) for batch in done])
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.

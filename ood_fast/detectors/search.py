@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, metrics
+from ..models.running import Batch
 from .base import Detector
-from .run import Batch
 from .sets import DetectorSet
 
 

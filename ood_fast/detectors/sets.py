@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
+from ..models import running
+from ..models.running import Batch
 from ..statistics import row_statistics
 from . import run, store
 from .base import Detector, check_read
 from .registry import create
-from .run import Batch, Head
+from .run import Head
 
 
 class DetectorSet(nn.Module):
@@ -156,9 +158,9 @@ class DetectorSet(nn.Module):
 
         Arguments as in `Detector.score`; `score_loader` gives the scores batch by batch.
         """
-        with closing(self.score_loader(model, run.batches_of(x), head)) as batches:
+        with closing(self.score_loader(model, running.batches_of(x), head)) as batches:
             parts = [scores for _, scores in batches]
-        return {name: run.joined([scores[name] for scores in parts]) for name in self}
+        return {name: running.joined([scores[name] for scores in parts]) for name in self}
 
     @torch.no_grad()
     def score_loader(
@@ -169,11 +171,11 @@ class DetectorSet(nn.Module):
         The model runs once a batch, and again only for detectors that pass inputs of their own through it (ODIN).
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
-        run.check_loader(loader)
+        running.check_loader(loader)
         for detector in self.detectors:
             detector._require_fitted()
         head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
-        for batch in run.run_model(model, loader, head):
+        for batch in running.run_model(model, loader, head):
             scores = self.score_features(batch.features, batch.logits, skip_models=True)
             for name, detector in self.items():
                 if detector.needs_model:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..detectors.run import run_model
 from ..detectors.streaming import double
 from ..heads import find_head
+from ..models.running import run_model
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, metrics
-from ..detectors.run import run_model
 from ..files import replacing
 from ..heads import find_head, inference_head
+from ..models.running import run_model
 from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
 from .samples import (

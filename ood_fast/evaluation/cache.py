@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from .. import checks
 from ..data.loading import Loader
 from ..detectors import Detector
-from ..detectors.run import run_model
 from ..files import replacing
 from ..heads import given_head, inference_head
+from ..models.running import run_model
 
 META, HEAD = "meta.json", "head.npz"
 WRITING = ".writing-"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..data import Benchmark, OODSet, Split
 from ..detectors import NCI, Detector
-from ..detectors.run import run_model
 from ..heads import find_head, inference_head
+from ..models.running import run_model
 from .cache import Outputs, score_key
 from .measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Chosen, Measuring, measure
 from .results import ID, RunResult, TestSet

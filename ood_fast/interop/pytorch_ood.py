@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, detectors
-from ..detectors.run import run_model
 from ..heads import find_head, given_head, inference_head
+from ..models.running import run_model
 
 try:
     from pytorch_ood import api
