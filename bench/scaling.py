@@ -9,9 +9,9 @@ The model has three constants, each measured apart from the points that it is dr
 
     seconds = calls + products / rate + n c · element
 
-calls: the loss at (8, 4, 16), small heads, or at (8, 200, 16), all others: nothing but calls is left there. products:
-the flops of matrix products, from bench/counts.py; rate: a large matrix product on this machine. element: the loss at
-(256, 1000, 16), less its calls and products, over n c.
+calls: the loss at (8, 200, 16): nothing but calls is left there. products: the flops of matrix products, from
+bench/counts.py; rate: a large matrix product on this machine. element: the loss at (256, 1000, 16), less its calls and
+products, over n c.
 With R ranks, each with c/R classes: the same at c/R, plus the bytes that the collectives send over the bandwidth of an
 all-reduce, plus the latency of each of the collectives, all measured within the group. docs/performance.md reads them.
 """
@@ -28,14 +28,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ood_fast
-from ood_fast import small
 
 from . import baselines, counts
 from .cases import Case
@@ -80,20 +78,19 @@ def steps(shape: Shape, distinct: int | None = None) -> dict[str, Callable[[], o
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-SMALL, GENERAL, THIN = (8, 4, 16), (8, 200, 16), (256, 1000, 16)
+GENERAL, THIN = (8, 200, 16), (256, 1000, 16)
 
 
 def constants(seconds: float) -> dict[str, dict[str, float]]:
     """calls, element and rate, for the loss with and without the gradient through the geometry."""
     rate = ceilings("cpu")["fp32"] * 1e9
-    at = {shape: alternate(steps(shape), max(seconds, 0.5)) for shape in (SMALL, GENERAL, THIN)}
+    at = {shape: alternate(steps(shape), max(seconds, 0.5)) for shape in (GENERAL, THIN)}
     found = {}
     for name in ("elogitnorm", "detached"):
         n, c, _ = THIN
         per_element = at[THIN][name] - at[GENERAL][name] - products(name, THIN) / rate
         found[name] = {
             "calls": at[GENERAL][name],
-            "calls_small": at[SMALL][name],
             "element": max(per_element, 0.0) / (n * c),
             "rate": rate,
         }
@@ -112,15 +109,7 @@ def products(name: str, shape: Shape, distinct: int | None = None) -> float:
 def model(constant: dict[str, float], name: str, shape: Shape, distinct: int | None = None) -> float:
     """Seconds of one step, see the module's docstring."""
     n, c, _ = shape
-    is_small = small.applies(*_like(shape), None, 0.0)
-    calls = constant["calls_small" if is_small else "calls"]
-    return calls + products(name, shape, distinct) / constant["rate"] + n * c * constant["element"]
-
-
-def _like(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, m = shape
-    one = torch.empty(())
-    return one.expand(n, c), one.expand(c, m), torch.empty((), dtype=torch.int64).expand(n)
+    return constant["calls"] + products(name, shape, distinct) / constant["rate"] + n * c * constant["element"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,20 +216,6 @@ def _rank(rank: int, world: int, port: int, shape: Shape, seconds: float, result
 # ----------------------------------------------------------------------------------------------------------------------
 # Which path is right where
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def small_or_general(seconds: float) -> list[dict[str, Any]]:
-    """The form of few calls (ood_fast/small.py) and the general one (eager.py), where the first applies."""
-    points = []
-    for shape in [(128, c, 512) for c in (2, 10, 32, 64, 100, 128)] + [(1024, 100, 512), (2048, 128, 512)]:
-        step = steps(shape)["elogitnorm"]
-
-        def general(step: Callable[[], object] = step) -> None:
-            with mock.patch.object(small, "applies", return_value=False):
-                step()
-
-        points.append({"shape": shape, "seconds": alternate({"small": step, "general": general}, seconds)})
-    return points
 
 
 def with_or_without_logits(seconds: float) -> list[dict[str, Any]]:
@@ -355,13 +330,6 @@ def tables(found: dict[str, Any]) -> str:
                 line.append(f"{1 - point['seconds']['detached'] / point['seconds']['elogitnorm']:.0%}")
             lines.append(line)
         text += table(header + ["detaching saves"] * saved, lines)
-    if found.get("small_or_general"):
-        lines = [
-            [str(tuple(p["shape"])), *(milliseconds(p["seconds"][name]) for name in ("small", "general"))]
-            for p in found["small_or_general"]
-        ]
-        text += ["**The form for small heads against the general one**", ""]
-        text += table(["(n, c, m)", "`small.py`", "`eager.py`"], lines)
     if found.get("with_or_without_logits"):
         lines = []
         for p in found["with_or_without_logits"]:
@@ -407,7 +375,6 @@ def main() -> None:
         if "ranks" in arguments.sweeps and torch.distributed.is_available():
             found["sweeps"]["ranks"] = ranks((64, 20_000, 256), (1, 2), arguments.seconds)
         if "paths" in arguments.sweeps:
-            found["small_or_general"] = small_or_general(arguments.seconds)
             found["with_or_without_logits"] = with_or_without_logits(arguments.seconds)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops
+from . import checks
+from .eager.precision import compute_dtype
 from .eager.rows import temperature_of as temperature_of
+from .ops import losses, scores
+from .records import Labels
 
 
 def elogitnorm(
@@ -86,24 +89,16 @@ def elogitnorm(
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     shape = logits.shape
-    logits, y = _rows(logits, y)
+    logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
-        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+        loss = empty_loss(logits, reduction)
         distance = loss.new_empty(0)
     else:
-        loss, distance = ops.elogitnorm(
-            logits,
-            W.detach() if detach_geometry else W,
-            y,
-            weight,
-            ignore_index,
-            reduction,
-            float(label_smoothing),
-            float(eps),
-            0 if average == "boundaries" else 1,
-        )
-    loss = _places(loss, shape)
-    return (loss, _places(distance, shape)) if return_distance else loss
+        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        W = W.detach() if detach_geometry else W
+        loss, distance = losses.elogitnorm(logits, W, labels, reduction, float(eps), average_offset(average))
+    loss = as_places(loss, shape)
+    return (loss, as_places(distance, shape)) if return_distance else loss
 
 
 def linear_elogitnorm(
@@ -156,14 +151,13 @@ def linear_elogitnorm(
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     if z.shape[0] == 0:
-        dtype = torch.promote_types(torch.float32, z.dtype)
-        logits = F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype))
-        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+        dtype = compute_dtype(z, W)
+        loss = empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), reduction)
         distance = loss.new_empty(0)
     else:
-        loss, distance = ops.linear_elogitnorm(
-            *(z, W, b, y, weight, ignore_index, reduction, float(label_smoothing), float(eps)),
-            *(0 if average == "boundaries" else 1, detach_geometry),
+        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        loss, distance = losses.linear_elogitnorm(
+            z, W, b, labels, reduction, float(eps), average_offset(average), detach_geometry
         )
     return (loss, distance) if return_distance else loss
 
@@ -203,12 +197,13 @@ def logitnorm(
     checks.loss_keywords(ignore_index, reduction, label_smoothing)
     checks.real("tau", tau, 0.0, open_low=True)
     shape = logits.shape
-    logits, y = _rows(logits, y)
+    logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
-        loss = _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing)
+        loss = empty_loss(logits, reduction)
     else:
-        loss = ops.logitnorm(logits, y, weight, ignore_index, reduction, float(label_smoothing), float(tau))
-    return _places(loss, shape)
+        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        loss = losses.logitnorm(logits, labels, reduction, float(tau))
+    return as_places(loss, shape)
 
 
 def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries") -> Tensor:
@@ -234,12 +229,12 @@ def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries")
     checks.head_weight(W, logits)
     checks.one_of("average", average, checks.AVERAGES)
     shape = logits.shape
-    logits, _ = _rows(logits, None)
+    logits, _ = as_rows(logits, None)
     if logits.shape[0] == 0:
         distance = logits.new_empty(0, dtype=torch.promote_types(torch.float32, logits.dtype))
     else:
-        distance = ops.boundary_distance(logits, W, 0 if average == "boundaries" else 1)
-    return _places(distance, shape)
+        distance = scores.boundary_distance(logits, W, average_offset(average))
+    return as_places(distance, shape)
 
 
 def nci_score(
@@ -286,7 +281,7 @@ def nci_score(
         checks.features(z, W, logits.shape[0])
     if z.shape[0] == 0:
         return z.new_empty(0, dtype=torch.promote_types(torch.float32, z.dtype))
-    return ops.nci_score(z, W, b, mean, logits, float(alpha))
+    return scores.nci_score(z, W, b, mean, logits, float(alpha))
 
 
 def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
@@ -317,7 +312,7 @@ def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     return (z / norms.clamp_min(eps).unsqueeze(-1)).to(z.dtype), norms
 
 
-def _rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def as_rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Every place of (n, c, d1, ...) as a row of its own, (n d1 ..., c), and its target; (n, c) as it is."""
     if logits.dim() == 2:
         return logits, y
@@ -327,16 +322,17 @@ def _rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return rows, y
 
 
-def _places(value: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_rows` for one value a row; a reduced value as it is."""
+def as_places(value: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `as_rows` for one value a row; a reduced value as it is."""
     return value if len(shape) == 2 or value.dim() == 0 else value.reshape(shape[:1] + shape[2:])
 
 
-def _empty_loss(logits, y, weight, ignore_index, reduction, label_smoothing) -> Tensor:
+def empty_loss(logits: Tensor, reduction: str) -> Tensor:
     """n = 0: NaN for the mean, 0 for the sum, (0,) for none, as F.cross_entropy has them; no kernel runs."""
-    dtype = torch.promote_types(torch.float32, logits.dtype)
-    y = y.to(dtype) if y.is_floating_point() else y
-    weight = None if weight is None else weight.to(dtype)
-    return F.cross_entropy(
-        logits.to(dtype), y, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    nothing = logits.to(compute_dtype(logits)).sum(1)
+    return nothing if reduction == "none" else nothing.sum() if reduction == "sum" else nothing.sum() / 0.0
+
+
+def average_offset(average: str) -> int:
+    """What the number of boundaries is added to, in the divisor of D."""
+    return 0 if average == "boundaries" else 1

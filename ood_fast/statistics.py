@@ -12,8 +12,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from . import checks, eager, ops
+from . import checks, eager
 from .eager.precision import compute_dtype, is_exporting
+from .ops import scores
 from .records import Inputs
 
 FROM_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
@@ -108,34 +109,27 @@ def row_statistics(
     if is_exporting():
         values = eager.row_statistics(names, Inputs(*given.values()), float(gamma), traced=True)
         return dict(zip(names, values, strict=True))
-    return _computed(names, *given.values(), float(gamma), boundaries)
+    return _computed(names, Inputs(*given.values()), float(gamma), boundaries)
 
 
-def _computed(
-    names: list[str],
-    logits: Tensor | None,
-    features: Tensor | None,
-    head_weight: Tensor | None,
-    mean: Tensor | None,
-    table: Tensor | None,
-    gamma: float,
-    boundaries: Tensor | None,
-) -> dict[str, Tensor]:
-    by_weight = "distance" in names and table is None  # with an operator of its own, from logits and W alone
+def _computed(names: list[str], inputs: Inputs, gamma: float, boundaries: Tensor | None) -> dict[str, Tensor]:
+    logits, head_weight = inputs.logits, inputs.head_weight
+    by_weight = "distance" in names and inputs.table is None  # with an operator of its own, from logits and W alone
     if by_weight and len(names) > 1:
         others, needs = plan(set(names) - {"distance"}, False)
-        found = _computed(["distance"], logits, None, head_weight, None, None, gamma, None)
-        logits, head_weight = logits if "logits" in needs else None, head_weight if "W" in needs else None
-        found |= _computed(others, logits, features, head_weight, mean, None, gamma, None)
+        found = _computed(["distance"], Inputs(logits, None, head_weight, None, None), gamma, None)
+        rest = inputs._replace(
+            logits=logits if "logits" in needs else None, head_weight=head_weight if "W" in needs else None
+        )
+        found |= _computed(others, rest, gamma, None)
         return {name: found[name] for name in names}
-    like = features if logits is None else logits
+    like = inputs.features if logits is None else logits
     if like.shape[0] == 0:
-        dtype = compute_dtype(logits, features, head_weight, mean, table)
+        dtype = compute_dtype(*inputs)
         return {name: like.new_empty(0, dtype=torch.int64 if name == "predicted" else dtype) for name in names}
     if by_weight:
-        return {"distance": ops.boundary_distance(logits, head_weight, 0)}
-    values = ops.row_statistics(names, logits, features, head_weight, mean, table, gamma, boundaries)
-    return dict(zip(names, values, strict=True))
+        return {"distance": scores.boundary_distance(logits, head_weight, 0)}
+    return dict(zip(names, scores.row_statistics(names, inputs, gamma, boundaries), strict=True))
 
 
 def distance_table(W: Tensor) -> Tensor:
@@ -148,7 +142,7 @@ def distance_table(W: Tensor) -> Tensor:
         TypeError, ValueError: W is not a floating-point tensor (c, m).
     """
     checks.float_tensor("W", W, 2, "(c, m)")
-    return ops.distance_table(W.detach())
+    return scores.distance_table(W.detach())
 
 
 _CURES = {

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ood_fast
 from ood_fast import distributed
 from ood_fast.distributed import communication_bytes
+from ood_fast.distributed import rows as distributed_rows
 from ood_fast.eager import sizes as eager_sizes
 
 # Uneven, a rank with one class, and ranks without any.
@@ -196,15 +197,13 @@ def corners():
 @scenario
 def predictions():
     """The arg-max on every rank, whatever is tied or NaN."""
-    from ood_fast.distributed import boundary
-
     values = torch.tensor([[0.0, -0.0, -1.0], [-torch.inf, -torch.inf, -torch.inf], [1.0, torch.nan, torch.inf]])
     values = torch.cat([values, torch.tensor([[-3.0, -2.0, -2.0], [-0.0, 0.0, -5e-324], [2.0, 2.0, 3.0]])])
     values = values.repeat(1, 3).double()
     for counts in every_shard():
         own = values[:, own_slice(counts)]
         own = own if own.shape[1] else own.new_full((len(values), 1), -torch.inf)
-        top, predicted = boundary.predict(own, distributed.Shards(None, counts), torch.float64)
+        top, predicted = distributed_rows.predict(own, distributed.Shards(None, counts), torch.float64)
         expected, index = values.max(1)
         close(top, expected)
         assert torch.equal(predicted, index), (predicted, index)

@@ -289,13 +289,13 @@ def test_smoke_agrees_on_a_cpu(monkeypatch, capsys):
 
 
 def test_model_grows_as_it_says():
-    constant = {"calls": 1.0, "calls_small": 0.5, "element": 1e-3, "rate": 1e3}
+    constant = {"calls": 1.0, "element": 1e-3, "rate": 1e3}
     step = scaling.model(constant, "elogitnorm", (10, 1000, 8), 10) - 1.0
     assert step == pytest.approx(3 * 2 * 10 * 1000 * 8 / 1e3 + 10 * 1000 * 1e-3)
     detached = scaling.model(constant, "detached", (10, 1000, 8), 5) - 1.0
     assert detached == pytest.approx(2 * 5 * 1000 * 8 / 1e3 + 10 * 1000 * 1e-3)
     assert scaling.products("elogitnorm", (128, 10, 512)) == 2 * 2 * 10 * 10 * 512
-    assert scaling.model(constant | {"rate": 1e30}, "elogitnorm", (128, 10, 512)) == pytest.approx(0.5 + 1280e-3)
+    assert scaling.model(constant | {"rate": 1e30}, "elogitnorm", (128, 10, 512)) == pytest.approx(1.0 + 1280e-3)
 
 
 def test_page_holds_the_committed_points():

@@ -266,8 +266,8 @@ def test_an_unknown_backend_is_told_in_one_line():
 
 
 def test_a_backend_that_does_not_run_on_the_device(capsys, monkeypatch):
-    monkeypatch.setattr("ood_fast.ops._chosen", "triton")
-    monkeypatch.setattr("ood_fast.ops.has_triton", lambda: False)
+    monkeypatch.setattr("ood_fast.ops.backend._chosen", "triton")
+    monkeypatch.setattr("ood_fast.ops.backend.has_triton", lambda: False)
     assert cli.main(["compare"]) == 2
     assert capsys.readouterr().err.startswith("ood-fast: error: OOD_FAST_BACKEND=triton, but triton is not installed")
     assert cli.main(["info"]) == 0

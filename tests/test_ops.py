@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +241,70 @@ def test_environment_switch_errors():
     if ops.has_triton():
         not_interpreted = run_python(TRAIN_STEP, OOD_FAST_BACKEND="triton")
         assert "set TRITON_INTERPRET=1 before Python starts" in not_interpreted.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Private names of torch
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What a torch would be that has renamed them; every other operator is found as ever.
+WITHOUT = {
+    "_are_functorch_transforms_active": "hide_from_import('_are_functorch_transforms_active')",
+    "_linear_pointwise": "hide('_linear_pointwise')",
+    "_embedding_bag_per_sample_weights_backward": "hide('_embedding_bag_per_sample_weights_backward')",
+}
+HIDE = """
+    import torch
+
+    def hide(name):
+        namespace, found = torch._ops._OpNamespace, torch._ops._OpNamespace.__getattr__
+
+        def find(self, wanted):
+            if wanted == name:
+                raise AttributeError(name)
+            return found(self, wanted)
+
+        namespace.__getattr__ = find
+
+    def hide_from_import(name):  # torch itself needs it afterwards
+        kept = getattr(torch._C, name)
+        delattr(torch._C, name)
+        import ood_fast.ops
+        setattr(torch._C, name, kept)
+"""
+LOSS_AND_SCORES = """
+    import ood_fast
+    from ood_fast.statistics import row_statistics
+    torch.manual_seed(0)
+    f, W, y = torch.randn(300, 200, requires_grad=True), torch.randn(200, 64, requires_grad=True), torch.arange(300) % 9
+    z = torch.randn(300, 64)
+    loss = ood_fast.elogitnorm(f, None, W, None, y)
+    loss.backward()
+    of_func = torch.func.grad(lambda f: ood_fast.elogitnorm(f, None, W, None, y))(f.detach())
+    assert torch.equal(of_func, f.grad)
+    kept = ood_fast.elogitnorm(f, None, W, None, y, reduction="none")
+    (again,) = torch.autograd.grad(kept.mean(), f)
+    torch.testing.assert_close(again, f.grad)
+    linear = ood_fast.linear_elogitnorm(z, W, None, y)
+    (of_linear,) = torch.autograd.grad(linear, W)
+    names = ["max", "entropy", "projection"]
+    statistics = row_statistics(names, f.detach(), z, W=W.detach(), mean=z.mean(0))
+    numbers = [loss, f.grad.abs().sum(), W.grad.abs().sum(), linear, of_linear.abs().sum()]
+    print(*[t.item() for t in numbers + [statistics[name].sum() for name in names]])
+"""
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_private_name_of_torch_is_missed_by_nobody(name):
+    """Without it `import ood_fast`, the loss and the scores work, and give the same numbers."""
+    with_it, without = (run_python(HIDE + line + LOSS_AND_SCORES) for line in ("", f"    {WITHOUT[name]}\n"))
+    assert with_it.returncode == 0, with_it.stderr
+    assert without.returncode == 0, without.stderr
+    values = [torch.tensor([float(v) for v in run.stdout.split()]) for run in (with_it, without)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+
+
+def test_every_private_name_of_torch_is_tested():
+    """`ops/registration.py` is the one file that uses any (tests/house.py), and these are all of them."""
+    source = Path(ood_fast.ops.registration.__file__).read_text()
+    assert set(re.findall(r'"(_[a-z_]+)"', source)) - {"_backward"} == set(WITHOUT)

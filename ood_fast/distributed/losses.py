@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,15 @@ from torch import Tensor
 
 from .. import checks
 from ..eager import sizes
-from ..eager.precision import compute_dtype, full_precision
+from ..eager.distances import centered, weight_tile
+from ..eager.precision import compute_dtype, full_precision, matmul
+from ..eager.rows import Targets
 from ..eager.sizes import join, slices
-from ..ops import _backward, _sample_grad
-from . import boundary
+from ..functional import as_places, as_rows, average_offset, empty_loss
+from ..ops.losses import normalizer, reduced, sample_grads
+from ..ops.registration import Operator, first_derivative
+from ..records import Labels, Needs
+from . import rows as together
 from .shards import SAMPLES, Call, Shards, agree, fingerprint
 
 # Elements of the four buffers of a chunk of rows on a GPU: 2 GiB in float32, where a shard of W and its gradient are as
@@ -23,11 +28,13 @@ _GPU_BUFFER_ELEMENTS = 1 << 29
 
 
 class _Keywords(NamedTuple):
-    ignore_index: int
+    """The loss of which a gradient is asked, but for its inputs."""
+
+    labels: Labels
     reduction: str
-    label_smoothing: float
     eps: float
     average_offset: int
+    shards: Shards
 
 
 def elogitnorm(
@@ -82,6 +89,7 @@ def elogitnorm(
         derivative.
     """
     logits, W = logits_shard, W_shard
+    given = Labels(y, weight, ignore_index, label_smoothing)
 
     def examine() -> Call:
         checks.float_tensor("logits_shard", logits, max(2, getattr(logits, "ndim", 2)), "(n, c_r) or (n, c_r, d1, ...)")
@@ -91,9 +99,9 @@ def elogitnorm(
         facts = {
             "function": "elogitnorm",
             "logits_shard": f"shape {(logits.shape[0], 'c_r', *logits.shape[2:])}",
-            "requires_grad": (_needs(logits), _needs(W) and not detach_geometry),
+            "requires_grad": (needs_grad(logits), needs_grad(W) and not detach_geometry),
             "return_distance": bool(return_distance),
-            **_facts(W, y, logits, ignore_index, reduction, label_smoothing, eps, average, detach_geometry),
+            **_facts(W, logits, given, reduction, eps, average, detach_geometry),
         }
         if check and not y.is_floating_point():
             facts["y"] = fingerprint(y)
@@ -105,22 +113,18 @@ def elogitnorm(
     _check_indices(y, layout, ignore_index, check)
     W = W.detach() if detach_geometry else W
     shape = logits.shape
-    if len(shape) > 2:
-        logits = logits.movedim(1, -1).reshape(-1, shape[1])
-        y = y.movedim(1, -1).reshape(logits.shape) if y.is_floating_point() else y.reshape(-1)
+    logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
-        loss = _empty_loss(logits, compute_dtype(logits, W), reduction)
+        loss = empty_loss(logits.to(compute_dtype(logits, W)), reduction)
         distance = loss.new_empty(0)
     else:
         if W.shape[0] == 0:
-            W, logits, weight, y = boundary.masked_class(W, logits, weight, y)
-        keywords = _Keywords(ignore_index, reduction, float(label_smoothing), float(eps), _offset(average))
-        loss, distance = _ELogitNorm.apply(logits, W, y, weight, layout, keywords)
-    if len(shape) > 2:
-        places = shape[:1] + shape[2:]
-        loss = loss if loss.dim() == 0 else loss.reshape(places)
-        distance = distance.reshape(places)
-    return (loss, distance) if return_distance else loss
+            W, logits, weight, y = together.masked_class(W, logits, weight, y)
+        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        keywords = _Keywords(labels, reduction, float(eps), average_offset(average), layout)
+        loss, distance = _ELogitNorm.apply(logits, W, keywords)
+    loss = as_places(loss, shape)
+    return (loss, as_places(distance, shape)) if return_distance else loss
 
 
 def linear_elogitnorm(
@@ -165,6 +169,7 @@ def linear_elogitnorm(
     Million Identities on a Single Machine", ICCV-W 2021, arXiv:2010.05222.
     """
     W, b = W_shard, b_shard
+    given = Labels(y, weight, ignore_index, label_smoothing)
 
     def examine() -> Call:
         checks.float_tensor("W_shard", W, 2, "(c_r, m)")
@@ -181,10 +186,10 @@ def linear_elogitnorm(
             "samples": repr(samples),
             "z": f"{z.shape[0]} rows" if samples == "replicated" else "any rows",
             "b_shard": None if b is None else b.dtype,
-            "requires_grad": (_needs(z), _needs(W), _needs(b)),
+            "requires_grad": (needs_grad(z), needs_grad(W), needs_grad(b)),
             "feature_grad_scale": float(feature_grad_scale),
             "return_distance": bool(return_distance),
-            **_facts(W, y, z, ignore_index, reduction, label_smoothing, eps, average, detach_geometry),
+            **_facts(W, z, given, reduction, eps, average, detach_geometry),
         }
         if check and samples == "replicated" and not y.is_floating_point():
             facts["y"] = fingerprint(y)
@@ -200,16 +205,15 @@ def linear_elogitnorm(
     _check_indices(y, layout, ignore_index, check)
     if (z.shape[0] if counts is None else sum(counts)) == 0:
         dtype = compute_dtype(z, W)
-        loss = _empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), dtype, reduction)
+        loss = empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), reduction)
         distance = loss.new_empty(0)
     else:
         if W.shape[0] == 0:
-            W, b, weight, y = boundary.masked_class(W, b, weight, y)
-        keywords = _Keywords(ignore_index, reduction, float(label_smoothing), float(eps), _offset(average))
-        needs = _needs(z), _needs(W), _needs(b)
-        loss, distance = _LinearELogitNorm.apply(
-            *(z, W, b, y, weight, layout, keywords, counts, float(feature_grad_scale), detach_geometry, needs)
-        )
+            W, b, weight, y = together.masked_class(W, b, weight, y)
+        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        keywords = _Keywords(labels, reduction, float(eps), average_offset(average), layout)
+        needs = Needs(features=needs_grad(z), weight=needs_grad(W), bias=needs_grad(b), geometry=not detach_geometry)
+        loss, distance = _LinearELogitNorm.apply(z, W, b, keywords, counts, float(feature_grad_scale), needs)
     return (loss, distance) if return_distance else loss
 
 
@@ -218,18 +222,20 @@ def linear_elogitnorm(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _facts(W, y, input, ignore_index, reduction, label_smoothing, eps, average, detach_geometry) -> dict[str, object]:
+def _facts(
+    W: Tensor, inputs: Tensor, labels: Labels, reduction: str, eps: float, average: str, detach_geometry: bool
+) -> dict[str, object]:
     """The arguments that both losses share, checked: what every rank must give alike."""
-    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    checks.loss_keywords(labels.ignore_index, reduction, labels.label_smoothing)
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     return {
         "W_shard": f"{W.shape[1]} columns",
-        "dtypes": (W.dtype, y.dtype, input.dtype),
+        "dtypes": (W.dtype, labels.target.dtype, inputs.dtype),
         "device": W.device.type,
-        "ignore_index": ignore_index,
+        "ignore_index": labels.ignore_index,
         "reduction": repr(reduction),
-        "label_smoothing": float(label_smoothing),
+        "label_smoothing": float(labels.label_smoothing),
         "eps": float(eps),
         "average": repr(average),
         "detach_geometry": bool(detach_geometry),
@@ -244,37 +250,15 @@ def _check_class_weight(weight: Tensor | None, W: Tensor) -> None:
         checks.same_device("weight", weight, "W", W)
 
 
-def _needs(tensor: Tensor | None) -> bool:
+def needs_grad(tensor: Tensor | None) -> bool:
+    """Whether a gradient for it may be asked for."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _offset(average: str) -> int:
-    return 0 if average == "boundaries" else 1
 
 
 def _check_indices(y: Tensor, layout: Shards, ignore_index: int, check: bool) -> None:
     """IndexError where y holds a class that no rank has: on every rank, for y is the same on all of them."""
     if not y.is_floating_point() and y.numel() and (check or y.device.type == "cpu"):
         checks.index_range(y, layout.n_classes, ignore_index)
-
-
-def _empty_loss(logits: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
-    """n = 0: NaN for the mean, 0 for the sum, (0,) for none, as F.cross_entropy has them."""
-    nothing = logits.to(dtype).sum(1)
-    return nothing if reduction == "none" else nothing.sum() if reduction == "sum" else nothing.sum() / 0.0
-
-
-def _normalizer(y: Tensor, class_weight: Tensor | None, keywords: _Keywords, shards: Shards, dtype) -> Tensor:
-    """What the sum of the losses is divided by, 0-dim: for "mean" the weight of all that count, otherwise 1."""
-    if keywords.reduction != "mean":
-        return torch.ones((), dtype=dtype, device=y.device)
-    if y.is_floating_point():
-        return torch.full((), float(y.shape[0]), dtype=dtype, device=y.device)
-    counted = y != keywords.ignore_index
-    if class_weight is None:
-        return counted.sum(dtype=dtype)
-    mine, place = shards.locate(y)
-    return shards.sum((class_weight.to(dtype)[place] * (mine & counted)).sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,58 +270,36 @@ class _ELogitNorm(torch.autograd.Function):
     """(reduced loss, D) from the logits."""
 
     @staticmethod
-    def forward(ctx, logits, head_weight, y, class_weight, shards, keywords):
+    def forward(ctx: Any, logits: Tensor, head_weight: Tensor, keywords: _Keywords) -> tuple[Tensor, Tensor]:
+        labels, reduction, eps, offset, shards = keywords
         dtype = compute_dtype(logits, head_weight)
-        target = boundary.Target(y, class_weight, keywords.ignore_index, keywords.label_smoothing, shards, dtype)
-        with full_precision(logits.device):
-            mean = boundary.mean_row(head_weight, shards, dtype)
-            top, predicted = boundary.predict(logits, shards, dtype)
-            head = boundary.geometry(predicted, head_weight, mean, shards)
-        found = boundary.distances(logits, top, head, keywords.average_offset, shards)
-        loss, at = boundary.softmax(logits, top, target, found, keywords.eps, shards)
-        normalizer = _normalizer(y, class_weight, keywords, shards, dtype)
-        ctx.save_for_backward(logits, head_weight, y, class_weight, normalizer, top, predicted, *head, *found, *at)
-        ctx.shards, ctx.keywords = shards, keywords
+        targets = Targets(labels, shards.n_classes, dtype, shards)
+        mean_row = together.mean_row(head_weight, shards, dtype)
+        found = together.find(logits, head_weight, mean_row, offset, shards)
+        loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
+        divisor = normalizer(labels, reduction, dtype, shards)
+        state = together.State(found.geometry, tempered, totals, found.left, found.mean_row)
+        ctx.save_for_backward(logits, head_weight, labels.target, labels.class_weight, divisor, *state.tensors())
+        ctx.keywords = keywords._replace(labels=labels._replace(target=None, class_weight=None))
         ctx.mark_non_differentiable(found.distance)
-        return loss if keywords.reduction == "none" else loss.sum() / normalizer, found.distance
+        return reduced(loss, divisor, reduction), found.distance
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        logits, head_weight, y, class_weight, normalizer, top, predicted, *rest = ctx.saved_tensors
-        shards, keywords = ctx.shards, ctx.keywords
-        n_head, n_found = len(boundary.Geometry._fields), len(boundary.Distances._fields)
-        head = boundary.Geometry(*rest[:n_head])
-        found = boundary.Distances(*rest[n_head : n_head + n_found])
-        at = boundary.Softmax(*rest[n_head + n_found :])
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple:
+        logits, head_weight, target, class_weight, divisor, *state = ctx.saved_tensors
+        labels, reduction, _, _, shards = ctx.keywords
+        labels = labels._replace(target=target, class_weight=class_weight)
+        needed = ctx.needs_input_grad[:2]
 
-        def run(grad_loss):
-            target = boundary.Target(
-                y, class_weight, keywords.ignore_index, keywords.label_smoothing, shards, top.dtype
-            )
-            sample_grad = _sample_grad(grad_loss, normalizer, keywords.reduction, y, keywords.ignore_index)
-            return gradients(
-                *(sample_grad, logits, head_weight, top, predicted, head, found, target, at),
-                *(shards, ctx.needs_input_grad),
-            )
+        def run(grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            targets = Targets(labels, shards.n_classes, divisor.dtype, shards)
+            sample_grad = sample_grads(grad_loss, divisor, reduction, labels)
+            needs = Needs(logits=needed[0], weight=needed[1])
+            of_state = together.State.of(state)
+            return together.input_gradients(sample_grad, logits, head_weight, targets, of_state, needs, shards)
 
-        return *_backward("distributed.elogitnorm", (run, run), (grad_loss,), None, (logits, head_weight)), *[None] * 4
-
-
-def gradients(
-    sample_grad, logits, head_weight, top, predicted, head, found, target, at, shards, needed
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those of logits and W, of sum_i sample_grad_i loss_i, or without `target` of the distances D."""
-    need_logits, need_weight, *_ = needed
-    grad_logits, pull = boundary.gradients(
-        sample_grad, logits, top, predicted, head, found, target, at, shards, need_logits, need_weight
-    )
-    if not need_weight:
-        return grad_logits, None
-    grad_weight = torch.zeros_like(head_weight, dtype=top.dtype)
-    with full_precision(logits.device):
-        own = boundary.pull_weights(pull, head, head_weight, grad_weight)
-    boundary.add_own(grad_weight, own, head.classes, shards)
-    return grad_logits, grad_weight.to(head_weight.dtype)
+        operator = Operator("distributed.elogitnorm", run)
+        return *first_derivative(operator, (grad_loss,), needed, (logits, head_weight)), None
 
 
 class _LinearELogitNorm(torch.autograd.Function):
@@ -347,48 +309,55 @@ class _LinearELogitNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, head_weight, bias, y, class_weight, shards, keywords, counts, scale, detach_geometry, needs):
-        dtype = compute_dtype(z, head_weight)
-        normalizer = _normalizer(y, class_weight, keywords, shards, dtype)
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        head_weight: Tensor,
+        bias: Tensor | None,
+        keywords: _Keywords,
+        counts: Sequence[int] | None,
+        scale: float,
+        needs: Needs,
+    ) -> tuple[Tensor, Tensor]:
+        labels, reduction, _, _, shards = keywords
+        divisor = normalizer(labels, reduction, compute_dtype(z, head_weight), shards)
         sample_grad = None
-        if keywords.reduction != "none" and any(needs):
-            one = torch.ones_like(normalizer)
-            sample_grad = _sample_grad(one, normalizer, keywords.reduction, y, keywords.ignore_index)
-        loss, distance, *ctx.grads = _linear(
-            *(z, head_weight, bias, y, class_weight, shards, keywords, counts, detach_geometry, needs, sample_grad)
-        )
-        ctx.save_for_backward(z, head_weight, bias, y, class_weight, normalizer)
-        ctx.arguments = shards, keywords, counts, detach_geometry, needs
+        if reduction != "none" and (needs.features or needs.weight or needs.bias):
+            sample_grad = sample_grads(torch.ones_like(divisor), divisor, reduction, labels)
+        loss, distance, *ctx.grads = _linear(z, head_weight, bias, keywords, counts, sample_grad, needs)
+        ctx.save_for_backward(z, head_weight, bias, labels.target, labels.class_weight, divisor)
+        ctx.arguments = keywords._replace(labels=labels._replace(target=None, class_weight=None)), counts, needs
         ctx.scale = scale
         if counts is not None:
             own = slice(sum(counts[: shards.rank]), sum(counts[: shards.rank + 1]))
             distance = distance[own].clone()
-            loss = loss[own].clone() if keywords.reduction == "none" else loss
+            loss = loss[own].clone() if reduction == "none" else loss
         ctx.mark_non_differentiable(distance)
-        return loss if keywords.reduction == "none" else loss.sum() / normalizer, distance
+        return reduced(loss, divisor, reduction), distance
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        z, head_weight, bias, y, class_weight, normalizer = ctx.saved_tensors
-        shards, keywords, counts, *_ = ctx.arguments
-        inputs = z, head_weight, bias
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple:
+        *inputs, target, class_weight, divisor = ctx.saved_tensors
+        keywords, counts, needs = ctx.arguments
+        keywords = keywords._replace(labels=keywords.labels._replace(target=target, class_weight=class_weight))
 
-        def run(grad_loss):
+        def run(grad_loss: Tensor) -> tuple[Tensor | None, ...]:
             # Handed over by the first backward, which scales them in place; a second one computes them anew.
             grads, ctx.grads = ctx.grads, (None, None, None)
             scales = grad_loss * ctx.scale, grad_loss, grad_loss
             if all(grad is None for grad in grads):
                 if counts is not None and keywords.reduction == "none":
-                    grad_loss = shards.gather(grad_loss.contiguous(), counts)
-                sample_grad = _sample_grad(grad_loss, normalizer, keywords.reduction, y, keywords.ignore_index)
-                _, _, *grads = _linear(*inputs, y, class_weight, *ctx.arguments, sample_grad)
+                    grad_loss = keywords.shards.gather(grad_loss.contiguous(), counts)
+                sample_grad = sample_grads(grad_loss, divisor, keywords.reduction, keywords.labels)
+                _, _, *grads = _linear(*inputs, keywords, counts, sample_grad, needs)
                 scales = ctx.scale, 1.0, 1.0
             return tuple(
                 None if grad is None else grad.mul_(scale).to(like.dtype)
                 for grad, scale, like in zip(grads, scales, inputs, strict=True)
             )
 
-        return *_backward("distributed.linear_elogitnorm", (run, run), (grad_loss,), None, inputs), *[None] * 8
+        operator = Operator("distributed.linear_elogitnorm", run)
+        return *first_derivative(operator, (grad_loss,), (True,) * 3, tuple(inputs)), *[None] * 4
 
 
 def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
@@ -397,51 +366,84 @@ def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
     return max(sizes.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
 
 
+def linear(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z W^T + b in the dtype of z, tile by tile of W, of which one product could hold a whole copy."""
+    logits = z.new_empty(z.shape[0], head_weight.shape[0])
+    zero = z.new_zeros(())
+    for columns in _tiles(head_weight):
+        tile_bias = zero if bias is None else bias[columns].to(z.dtype)
+        logits[:, columns] = matmul(z, head_weight[columns].to(z.dtype).t()).add_(tile_bias)
+    return logits
+
+
+def _linear_backward(
+    gradient: Tensor,
+    z: Tensor,
+    head_weight: Tensor,
+    mean_row: Tensor,
+    grad_z: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """grad_z += G (W - mean row), and grad_weight += G^T z, from the gradient G of the logits; tile by tile of W."""
+    buffer = weight_tile(head_weight, mean_row.dtype)
+    for columns in _tiles(head_weight):
+        if grad_z is not None:
+            grad_z.add_(matmul(gradient[:, columns], centered(head_weight[columns], mean_row, buffer)))
+        if grad_weight is not None:
+            grad_weight[columns].add_(matmul(gradient[:, columns].t(), z))
+
+
+def _tiles(head_weight: Tensor) -> Iterator[slice]:
+    """Slices of the classes, of which a centred copy stays small."""
+    n_classes, n_features = head_weight.shape
+    return slices(n_classes, sizes.WEIGHT_TILE_ELEMENTS // max(1, n_features))
+
+
 def _linear(
-    z, head_weight, bias, y, class_weight, shards, keywords, counts, detach_geometry, needs, sample_grad
+    z: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    keywords: _Keywords,
+    counts: Sequence[int] | None,
+    sample_grad: Tensor | None,
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """(loss and D of every sample, dz of those of this rank, dW, db), in chunks of rows of one size on every rank.
 
     dz is a sum over the ranks of G (W - mean row): the mean row drops out, because the rows of G sum to 0 over all
     classes. The gradients are None if not needed, or without `sample_grad`.
     """
+    labels, _, eps, offset, shards = keywords
     dtype = compute_dtype(z, head_weight)
     if counts is not None:
         z = shards.gather(z.detach(), counts)
-    n_samples, n_classes = z.shape[0], head_weight.shape[0]
-    need_z, need_weight, need_bias = (need and sample_grad is not None for need in needs)
-    grad_z = z.new_zeros(z.shape, dtype=dtype) if need_z else None
-    grad_weight = torch.zeros_like(head_weight, dtype=dtype) if need_weight else None
-    grad_bias = z.new_zeros(n_classes, dtype=dtype) if need_bias else None
-    target = boundary.Target(y, class_weight, keywords.ignore_index, keywords.label_smoothing, shards, dtype)
-    mean = boundary.mean_row(head_weight, shards, dtype)
-    step = chunk_rows(shards.counts, z.device)
-    results, pulled = [], []
+    needs = Needs(geometry=False) if sample_grad is None else needs
+    grad_z = z.new_zeros(z.shape, dtype=dtype) if needs.features else None
+    grad_weight = torch.zeros_like(head_weight, dtype=dtype) if needs.weight else None
+    grad_bias = z.new_zeros(head_weight.shape[0], dtype=dtype) if needs.bias else None
+    mean_row = together.mean_row(head_weight, shards, dtype)
+    results, own = [], []
     with full_precision(z.device):
-        for rows in slices(n_samples, step):
+        for rows in slices(z.shape[0], chunk_rows(shards.counts, z.device)):
             chunk = z[rows].to(dtype)
-            logits = boundary.linear(chunk, head_weight, bias)
-            top, predicted = boundary.predict(logits, shards, dtype)
-            head = boundary.geometry(predicted, head_weight, mean, shards)
-            found = boundary.distances(logits, top, head, keywords.average_offset, shards)
-            part = target.of(rows)
-            loss, at = boundary.softmax(logits, top, part, found, keywords.eps, shards)
+            logits = linear(chunk, head_weight, bias)
+            targets = Targets(labels._replace(target=labels.target[rows]), shards.n_classes, dtype, shards)
+            found = together.find(logits, head_weight, mean_row, offset, shards)
+            loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
             results.append((loss, found.distance))
-            if sample_grad is None or not any(needs):
+            if not (needs.features or needs.weight or needs.bias):
                 continue
-            geometry = need_weight and not detach_geometry
-            gradient, pull = boundary.gradients(
-                *(sample_grad[rows].to(dtype), logits, top, predicted, head, found, part, at, shards, True, geometry)
-            )
+            state = together.State(found.geometry, tempered, totals, found.left, mean_row)
+            wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
+            gradient, push = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
             part_z = None if grad_z is None else grad_z[rows]
-            boundary.linear_backward(gradient, chunk, head_weight, mean, part_z, grad_weight)
-            if need_bias:
+            _linear_backward(gradient, chunk, head_weight, mean_row, part_z, grad_weight)
+            if grad_bias is not None:
                 grad_bias.add_(gradient.sum(0))
-            if geometry:
-                pulled.append((boundary.pull_weights(pull, head, head_weight, grad_weight), head.classes))
-        if pulled:
-            own, classes = join(pulled)
-            boundary.add_own(grad_weight, own, classes, shards)
-    if need_z:
+            if push is not None:
+                own.append((together.add_pull(push, state, head_weight, grad_weight), found.geometry.row_class))
+        if own:
+            together.add_own(grad_weight, *join(own), shards)
+    if needs.features:
         grad_z = shards.sum(grad_z) if counts is None else shards.scatter_sum(grad_z, counts)
     return *join(results), grad_z, grad_weight, grad_bias

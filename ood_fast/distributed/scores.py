@@ -6,6 +6,7 @@ Higher scores mean more in-distribution.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from .. import checks, statistics
 from ..eager.precision import compute_dtype, full_precision
 from ..eager.sizes import join, slices
-from ..ops import _backward
-from . import boundary
-from .losses import _needs, _offset, chunk_rows, gradients
+from ..functional import average_offset
+from ..ops.registration import Operator, first_derivative
+from ..records import Needs, Tempered
+from . import rows as together
+from .losses import chunk_rows, linear, needs_grad
 from .shards import Call, Shards, agree
 
 
@@ -56,8 +59,8 @@ def boundary_distance(
     if logits.shape[0] == 0:
         return logits.new_empty(0, dtype=compute_dtype(logits, W))
     if W.shape[0] == 0:
-        W, logits = boundary.masked_class(W, logits)
-    return _BoundaryDistance.apply(logits, W, layout, _offset(average))
+        W, logits = together.masked_class(W, logits)
+    return _BoundaryDistance.apply(logits, W, layout, average_offset(average))
 
 
 def nci_score(
@@ -106,25 +109,22 @@ def nci_score(
         return z.new_empty(0, dtype=dtype)
     W, b, logits = W_shard, b_shard, logits_shard
     if W.shape[0] == 0:
-        W, b = boundary.masked_class(W, b)
-        logits = None if logits is None else boundary.masked_class(W_shard, logits)[1]
+        W, b = together.masked_class(W, b)
+        logits = None if logits is None else together.masked_class(W_shard, logits)[1]
     with torch.no_grad(), full_precision(z.device):
         if logits is None:
             step = chunk_rows(layout.counts, z.device)
-            chunks = [
-                boundary.predict(boundary.linear(z[rows].to(dtype), W, b), layout, dtype)
-                for rows in slices(len(z), step)
-            ]
+            chunks = [together.predict(linear(z[rows].to(dtype), W, b), layout, dtype) for rows in slices(len(z), step)]
             top, predicted = join(chunks)
         else:
-            top, predicted = boundary.predict(logits, layout, dtype)
+            top, predicted = together.predict(logits, layout, dtype)
         mine, place = layout.locate(predicted)
 
     # As `ood_fast.reference.nci_score`, but that w_p.(z - mu) is known to one rank, and its gradient for z as well.
     features = z.to(dtype)
     centered = features - mean.to(dtype)
     norm = torch.linalg.vector_norm(centered, dim=1)
-    shared = _Shared.apply(centered, layout) if _needs(centered) else centered
+    shared = _Shared.apply(centered, layout) if needs_grad(centered) else centered
     product = (W[place].to(dtype) * shared).sum(1).masked_fill(~mine, 0.0)
     projection = _Sum.apply(product, layout)
     at_mean = norm == 0
@@ -212,14 +212,14 @@ def _row_statistics(
         return {name: nothing.long() if name == "predicted" else nothing for name in names} | found
     if logits.shape[1] == 0:
         like = logits.new_zeros(0, 1) if head_weight is None else head_weight
-        head_weight, logits = boundary.masked_class(like, logits)
+        head_weight, logits = together.masked_class(like, logits)
     logits = logits.to(dtype)
-    top, predicted = boundary.predict(logits, shards, dtype)
+    top, predicted = together.predict(logits, shards, dtype)
     mine, place = shards.locate(predicted)
     broken = ~top.isfinite()
 
     sums = top.new_zeros(5, n_samples)  # rest, sum_j e_j g_j, the two norms, the projection
-    for rows, gap, live in boundary.gaps(logits, top):
+    for rows, gap, live in together.gaps(logits, top):
         weight = _weights(gap, live)
         sums[1, rows] = (weight * gap).sum(1)
         weight.scatter_(
@@ -244,17 +244,15 @@ def _row_statistics(
     }
     if "gen" in names:
         gen = torch.empty_like(top)
-        for rows, gap, live in boundary.gaps(logits, top):
+        for rows, gap, live in together.gaps(logits, top):
             # In logarithms: e_j is 0 long before its power gamma is.
             log_term = (1 - _weights(gap, live)).add_(rest[rows].unsqueeze(1)).log_().sub_(gap)
             term = log_term.sub_(2 * log_partition[rows].unsqueeze(1)).mul_(gamma).exp_()
             gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
         found["gen"] = shards.sum(gen)
     if "distance" in names:
-        with full_precision(logits.device):
-            mean_row = boundary.mean_row(head_weight, shards, dtype)
-            head = boundary.geometry(predicted, head_weight, mean_row, shards)
-        found["distance"] = boundary.distances(logits, top, head, 0, shards).distance
+        mean_row = together.mean_row(head_weight, shards, dtype)
+        found["distance"] = together.find(logits, head_weight, mean_row, 0, shards).distance
     return found
 
 
@@ -275,49 +273,45 @@ def _facts(function: str, *tensors: Tensor | None, **keywords: object) -> dict[s
         "samples": tensors[0].shape[0],
         "dtypes": tuple(None if t is None else t.dtype for t in tensors),
         "device": tensors[0].device.type,
-        "requires_grad": tuple(_needs(t) for t in tensors),
+        "requires_grad": tuple(needs_grad(t) for t in tensors),
         **keywords,
     }
 
 
 class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, head_weight, shards, average_offset):
-        dtype = compute_dtype(logits, head_weight)
-        with full_precision(logits.device):
-            mean = boundary.mean_row(head_weight, shards, dtype)
-            top, predicted = boundary.predict(logits, shards, dtype)
-            head = boundary.geometry(predicted, head_weight, mean, shards)
-        found = boundary.distances(logits, top, head, average_offset, shards)
-        ctx.save_for_backward(logits, head_weight, top, predicted, *head, *found)
+    def forward(ctx: Any, logits: Tensor, head_weight: Tensor, shards: Shards, offset: int) -> Tensor:
+        mean_row = together.mean_row(head_weight, shards, compute_dtype(logits, head_weight))
+        found = together.find(logits, head_weight, mean_row, offset, shards)
+        tempered = Tempered(found.place, None, None, found.share)
+        state = together.State(found.geometry, tempered, found.totals, found.left, mean_row)
+        ctx.save_for_backward(logits, head_weight, *state.tensors())
         ctx.shards = shards
         return found.distance.clone()
 
     @staticmethod
-    def backward(ctx, grad_distance):
-        logits, head_weight, top, predicted, *rest = ctx.saved_tensors
-        n_head = len(boundary.Geometry._fields)
-        head, found = boundary.Geometry(*rest[:n_head]), boundary.Distances(*rest[n_head:])
+    def backward(ctx: Any, grad_distance: Tensor) -> tuple:
+        logits, head_weight, *state = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
 
-        def run(grad_distance):
-            return gradients(
-                *(grad_distance, logits, head_weight, top, predicted, head, found, None, None),
-                *(ctx.shards, ctx.needs_input_grad),
-            )
+        def run(grad_distance: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            needs = Needs(logits=needed[0], weight=needed[1])
+            of_state = together.State.of(state)
+            return together.input_gradients(grad_distance, logits, head_weight, None, of_state, needs, ctx.shards)
 
-        inputs = logits, head_weight
-        return *_backward("distributed.boundary_distance", (run, run), (grad_distance,), None, inputs), None, None
+        operator = Operator("distributed.boundary_distance", run)
+        return *first_derivative(operator, (grad_distance,), needed, (logits, head_weight)), None, None
 
 
 class _Sum(torch.autograd.Function):
     """The sum over the ranks. Backward, each keeps the gradient of the sum, which is the same on all of them."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, shards: Shards) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, shards: Shards) -> Tensor:
         return shards.sum(tensor.clone())
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         return grad, None
 
 
@@ -325,13 +319,11 @@ class _Shared(torch.autograd.Function):
     """The same tensor on every rank, whose gradient is the sum of what the ranks do with it."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, shards: Shards) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad):
-        def run(grad):
-            return (ctx.shards.sum(grad.clone()),)
-
-        return *_backward("distributed.nci_score", (run, run), (grad,), None, (grad,)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        operator = Operator("distributed.nci_score", lambda grad: ctx.shards.sum(grad.clone()))
+        return *first_derivative(operator, (grad,), (True,), (grad,)), None

@@ -19,12 +19,14 @@ from .boundary import boundary_distance_backward, boundary_distance_forward
 from .distances import distance_table
 from .linear import linear_elogitnorm
 from .nci import nci_backward, nci_forward
+from .precision import compute_dtype
 from .statistics import row_statistics
 from .tempered import elogitnorm_backward, elogitnorm_forward, logitnorm_backward, logitnorm_forward
 
 __all__ = [
     "boundary_distance_backward",
     "boundary_distance_forward",
+    "compute_dtype",
     "distance_table",
     "elogitnorm_backward",
     "elogitnorm_forward",

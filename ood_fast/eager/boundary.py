@@ -115,8 +115,10 @@ class Totals(NamedTuple):
     total: Tensor | None
     """Q = sum_j q_j; None without targets"""
     inverse_sum: Tensor
-    """sum_j R_j over the live classes; 0 where the predicted class is another process's"""
+    """sum_j R_j over the live classes"""
     n_live: Tensor
+    mine: Tensor
+    """whether this process holds the predicted class"""
 
 
 def gradients(
@@ -136,12 +138,15 @@ def gradients(
     dtype = geometry.table.dtype
     gap_sums = torch.zeros_like(geometry.table) if needs.weight else None
     d_distance = sample_grad * slope
+    at_predicted = None
+    if totals is not None:
+        at_predicted = (d_distance * totals.inverse_sum).masked_fill_(~totals.mine, 0.0)
     # Written in place where there are several chunks: joining them would hold the gradient twice.
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs.logits else None
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
         p = take(predicted, rows).unsqueeze(1)
-        gap, live = gaps_of(chunk, chunk.gather(1, p).squeeze(1) if totals is None else take(totals.top, rows))
+        gap, live = gaps_of(chunk, chunk.gather(1, p) if totals is None else take(totals.top, rows).unsqueeze(1))
         push = take(d_distance, rows).unsqueeze(1)
         if needs.logits:
             if targets is None:
@@ -154,8 +159,7 @@ def gradients(
             inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
-            inverse_sum = None if totals is None else take(totals.inverse_sum, rows).unsqueeze(1)
-            add_distance_gradient(gradient, inverse, p, push, inverse_sum)
+            add_distance_gradient(gradient, inverse, p, push, None if totals is None else take(at_predicted, rows))
             if targets is not None:
                 targets.silence(gradient, rows)
             if rows is None:
@@ -171,9 +175,10 @@ def gradients(
 
 
 def add_distance_gradient(
-    gradient: Tensor, inverse: Tensor, predicted: Tensor, push: Tensor, inverse_sum: Tensor | None = None
+    gradient: Tensor, inverse: Tensor, predicted: Tensor, push: Tensor, at_predicted: Tensor | None = None
 ) -> None:
-    """gradient_j -= push R_j for j != p, and += push sum_j R_j at p; all but the first two are (r, 1)."""
+    """gradient_j -= push R_j for j != p, and += push sum_j R_j at p, which is `at_predicted` (r,) where that is known;
+    `predicted` and `push` are (r, 1)."""
     gradient.addcmul_(inverse, push, value=-1)
-    inverse_sum = inverse.sum(1, keepdim=True) if inverse_sum is None else inverse_sum
-    gradient.scatter_add_(1, predicted, inverse_sum * push)
+    sums = inverse.sum(1, keepdim=True).mul_(push) if at_predicted is None else at_predicted.unsqueeze(1)
+    gradient.scatter_add_(1, predicted, sums)

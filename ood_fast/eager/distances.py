@@ -11,7 +11,7 @@ from torch import Tensor
 from ..records import Geometry
 from . import sizes
 from .precision import compute_dtype, full_precision, matmul
-from .sizes import slices
+from .sizes import parts, slices, take
 
 # The Gram form of s = |w_p|^2 + |w_j|^2 - 2 w_p.w_j has an absolute error of about eps * sqrt(m) * (|w_p|^2 + |w_j|^2),
 # in float32 up to 1e-6 of the norms at m = 2048. Below this share of the norms the relative error of 1/sqrt(s) could
@@ -67,20 +67,24 @@ def inverse_distances(head_weight: Tensor, mean_row: Tensor, rows: Rows | None, 
     left_norms = torch.linalg.vector_norm(left, dim=1).square_()
     buffer = left if square else weight_tile(head_weight, out.dtype)
     distinct = True
-    for columns in slices(n_classes, buffer.shape[0]):
-        right = left if square else centered(head_weight[columns], mean_row, buffer)
+    for columns in parts(n_classes, buffer.shape[0]):
+        right_rows = take(head_weight, columns)
+        right = left if square else centered(right_rows, mean_row, buffer)
         norms = left_norms if square else torch.linalg.vector_norm(right, dim=1).square_()
-        for part in slices(n_rows, sizes.TABLE_TILE_ELEMENTS // (columns.stop - columns.start)):
-            tile = torch.add(left_norms[part].unsqueeze(1), norms, out=out[part, columns])
-            tile.sub_(matmul(left[part], right.t()), alpha=2)
-            own = rows.own[part] - columns.start
+        into = out if columns is None else out[:, columns]
+        for part in parts(n_rows, sizes.TABLE_TILE_ELEMENTS // right.shape[0]):
+            norms_of_part = take(left_norms, part)
+            tile = torch.add(norms_of_part.unsqueeze(1), norms, out=take(into, part))
+            tile.sub_(matmul(take(left, part), right.t()), alpha=2)
+            own = take(rows.own, part)
             if square:
                 tile.scatter_(1, own.unsqueeze(1), math.inf)
             else:
+                own = own if columns is None else own - columns.start
                 here = ((own >= 0) & (own < tile.shape[1])).nonzero().squeeze(1)
                 tile[here, own[here]] = math.inf
-            of_part = Rows(rows.source, rows.at[part], own)
-            distinct &= _finish_tile(tile, left_norms[part], norms, head_weight[columns], of_part)
+            of_part = Rows(rows.source, take(rows.at, part), own)
+            distinct &= _finish_tile(tile, norms_of_part, norms, right_rows, of_part)
     return distinct
 
 

@@ -73,15 +73,17 @@ ONEDNN_PRODUCT = 1 << 20
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    """Whether oneDNN can multiply float32 matrices with AVX-512 here, at full precision."""
+def _onednn_linear() -> Callable | None:
+    """x W^T where oneDNN can multiply float32 matrices with AVX-512 here, at full precision."""
+    from ..ops.registration import ONEDNN_LINEAR  # importing it makes `ops`, which is made of this
+
     modes = (os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT") for name in ("ONEDNN", "DNNL"))
-    return (
+    can = (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and all(mode.upper() == "STRICT" for mode in modes)
     )
+    return ONEDNN_LINEAR if can else None
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -94,8 +96,9 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         left.dtype == torch.float32
         and left.device.type == "cpu"
         and left.shape[0] * right.numel() >= ONEDNN_PRODUCT
-        and _has_onednn()
         and torch.backends.mkldnn.enabled
     ):
-        return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
+        linear = _onednn_linear()
+        if linear is not None:
+            return linear(left, right.t(), None, "none", [], "")
     return left @ right

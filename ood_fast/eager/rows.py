@@ -7,8 +7,7 @@ those of one process among many, what needs all classes comes in as a sum over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,9 @@ from torch import Tensor
 from .. import checks
 from ..records import Labels
 from .sizes import take
+
+if TYPE_CHECKING:
+    from ..distributed.shards import Shards
 
 
 def is_plain(scale: Tensor, floor: float) -> bool:
@@ -32,12 +34,12 @@ def mask_gaps(logits: Tensor, gap: Tensor, top: Tensor) -> tuple[Tensor, Tensor]
 
 
 def gaps_of(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(gaps g (r, c) below the largest logit `top` (r,), live classes; None where all are and every row is sound)."""
-    gap = top.unsqueeze(1) - logits
+    """(gaps g (r, c) below the largest logit `top` (r, 1), live classes; None where all are and every row is sound)."""
+    gap = top - logits
     # The largest gap is finite exactly when no class is masked and the row is sound.
     if gap.amax().item() < math.inf:
         return gap, None
-    live, gap = mask_gaps(logits, gap, top)
+    live, gap = mask_gaps(logits, gap, top.squeeze(1))
     return gap, live
 
 
@@ -63,8 +65,8 @@ class Targets:
     index y:        q_j = w_j ((1 - e) [j = y] + e/c_live [j live])
     probability t:  q_j = w_j ((1 - e) t_j     + e/c_live [j live])
 
-    Smoothing spreads over the live classes only: those whose logit is not -inf. With `locate`, which finds classes
-    among those of this process, the columns are only these, and y is an index among all `n_classes`.
+    Smoothing spreads over the live classes only: those whose logit is not -inf. With `shards` the columns are only
+    those of this process, and y is an index among all `n_classes`.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Targets:
         labels: Labels,
         n_classes: int,
         dtype: torch.dtype,
-        locate: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        shards: Shards | None = None,
     ):
         target, class_weight, ignore_index, self.smoothing = labels
         self.class_weight = None if class_weight is None else class_weight.to(dtype)
@@ -84,7 +86,7 @@ class Targets:
         if target.is_floating_point():
             self.probability = target
             return
-        if locate is not None or target.device.type != "cpu":
+        if shards is not None or target.device.type != "cpu":
             self.ignored = target == ignore_index
             self.invalid = ((target < 0) | (target >= n_classes)) & ~self.ignored
             target = target.masked_fill(self.ignored | self.invalid, 0)
@@ -92,8 +94,8 @@ class Targets:
             self.ignored = target == ignore_index
             target = target.masked_fill(self.ignored, 0)
         self.own: Tensor | float = 1.0 - self.smoothing  # the mass on y: a number, or (n, 1)
-        if locate is not None:
-            mine, target = locate(target)
+        if shards is not None:
+            mine, target = shards.locate(target)
             self.own = mine.unsqueeze(1).to(dtype) * self.own  # 0 where another process holds y
         self.index = target.unsqueeze(1)
         if self.class_weight is not None:

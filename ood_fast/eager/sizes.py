@@ -30,17 +30,17 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:
-    """Slices of rows that stay in cache; None, which `take` reads as all rows, where one chunk holds the batch.
+def parts(length: int, step: int) -> Iterator[slice | None]:
+    """`slices`; None, which `take` reads as all, where one holds the whole length.
 
     A small batch costs its calls, not its arithmetic: there each slice saved is a microsecond of a hundred.
     """
-    step = max(1, ROW_CHUNK_ELEMENTS // max(1, width))
-    if step >= n_samples:
-        yield None
-        return
-    for start in range(0, n_samples, step):
-        yield slice(start, min(start + step, n_samples))
+    return iter((None,)) if step >= length else slices(length, step)
+
+
+def row_chunks(n_samples: int, width: int) -> Iterator[slice | None]:
+    """`parts` of the rows that stay in cache."""
+    return parts(n_samples, ROW_CHUNK_ELEMENTS // max(1, width))
 
 
 def take(tensor: Tensor, rows: slice | None) -> Tensor:

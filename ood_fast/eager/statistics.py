@@ -7,6 +7,7 @@ vectorised form of it: `exp2` and not `exp`, `abs().sum()` and not `vector_norm(
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -229,6 +230,13 @@ def _each(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.arange(n, dtype=dtype, device="cpu")
 
 
+@functools.cache
+def _bag_gradient() -> Callable | None:
+    from ..ops.registration import BAG_WEIGHTS_GRADIENT  # importing it makes `ops`, which is made of this
+
+    return BAG_WEIGHTS_GRADIENT
+
+
 def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None, traced: bool = False) -> Tensor:
     """(left * right[rows]).sum(1), (n,); all rows in order where `rows` (n,) is None.
 
@@ -236,9 +244,8 @@ def row_dots(left: Tensor, right: Tensor, rows: Tensor | None = None, traced: bo
     of its samples is just this: one product of the BLAS a row, which writes and gathers nothing.
     """
     supported = left.device.type == "cpu" and right.dtype == left.dtype in (torch.float32, torch.float64)
-    if traced or not supported:
+    bag_gradient = None if traced or not supported else _bag_gradient()
+    if bag_gradient is None:
         return (left * (right if rows is None else right.index_select(0, rows))).sum(1)
     each = _each(len(left))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        *(left, right, each if rows is None else rows, each, each), SUM_OF_BAG
-    )
+    return bag_gradient(left, right, each if rows is None else rows, each, each, SUM_OF_BAG)

@@ -105,7 +105,7 @@ def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, temp
     chunks = []
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
-        gap, live = gaps_of(chunk, chunk.gather(1, take(predicted, rows).unsqueeze(1)).squeeze(1))
+        gap, live = gaps_of(chunk, chunk.gather(1, take(predicted, rows).unsqueeze(1)))
         if live is not None:
             chunk = chunk.masked_fill(~live, 0.0)
         part = Part(rows, live)

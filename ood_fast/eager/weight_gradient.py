@@ -6,12 +6,17 @@ With S of `kernels/README.md`: dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..records import Geometry
+from . import sizes
 from .distances import centered, centered_rows, weight_tile
 from .precision import matmul
 from .sizes import slices
+
+# A product loses digits of the difference of rows that are nearer to each other than this share of their lengths.
+CLOSE_ROWS = 1e-2
 
 
 def add_rows(out: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -29,9 +34,7 @@ def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry) -
     mean_row = head_weight.mean(0, dtype=table.dtype)
     if n_rows == n_classes:
         push = gap_sums.mul_(table).mul_(table).mul_(table)
-        push = push + push.t()
-        push.diagonal().sub_(push.sum(1))
-        return matmul(push, centered(head_weight, mean_row)).to(head_weight.dtype)
+        return _pull_all(push + push.t(), head_weight, mean_row, table).to(head_weight.dtype)
     n_distinct = int((row_class >= 0).sum())
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
     push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
@@ -39,6 +42,27 @@ def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry) -
     grad_weight, own = pull_rows(push, left, head_weight, mean_row)
     add_rows(grad_weight, classes, own)
     return grad_weight.to(head_weight.dtype)
+
+
+def _pull_all(push: Tensor, head_weight: Tensor, mean_row: Tensor, table: Tensor) -> Tensor:
+    """Row i: sum_j push_ij (w_j - w_i), in one product, and the close pairs by their differences. `push` is spent."""
+    rows = centered(head_weight, mean_row)
+    close = None
+    # Most heads have none, as the least distance and the length of all rows together say.
+    if (table.amax() * torch.linalg.vector_norm(rows)).item() > 1 / CLOSE_ROWS:
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        close = torch.maximum(norms, norms.unsqueeze(1)).mul_(table) > 1 / CLOSE_ROWS
+        pull = push[close]
+        push[close] = 0.0
+    push.diagonal().sub_(push.sum(1))
+    gradient = matmul(push, rows)
+    if close is not None:
+        row, other = close.nonzero(as_tuple=True)
+        for pairs in slices(row.shape[0], sizes.DIFFERENCE_ELEMENTS // max(1, rows.shape[1])):
+            i, j = row[pairs], other[pairs]
+            difference = head_weight[j].to(pull.dtype) - head_weight[i].to(pull.dtype)
+            add_rows(gradient, i, difference.mul_(pull[pairs].unsqueeze(1)))
+    return gradient
 
 
 def pull_rows(
