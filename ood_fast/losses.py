@@ -14,7 +14,7 @@ class _Loss(nn.Module):
 
     weight: Tensor | None
 
-    def __init__(self, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float):
+    def __init__(self, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float) -> None:
         super().__init__()
         checks.loss_keywords(ignore_index, reduction, label_smoothing)
         self.register_buffer("weight", weight)
@@ -80,7 +80,7 @@ class ELogitNormLoss(_Loss):
         average: str = "boundaries",
         detach_geometry: bool = False,
         return_distance: bool = False,
-    ):
+    ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
         if not isinstance(head, nn.Module):
             raise TypeError(
@@ -167,6 +167,7 @@ class ELogitNormLoss(_Loss):
         return head_weight, None
 
     def extra_repr(self) -> str:
+        """As `nn.Module` has it."""
         where = f"name={self.name!r}, " if self.name else ""
         own = f"eps={self.eps}, average={self.average!r}, detach_geometry={self.detach_geometry}"
         return f"{where}{super().extra_repr()}, {own}"
@@ -204,7 +205,7 @@ class LogitNormLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-    ):
+    ) -> None:
         super().__init__(weight, ignore_index, reduction, label_smoothing)
         checks.real("tau", tau, 0.0, open_low=True)
         self.tau = tau
@@ -214,4 +215,5 @@ class LogitNormLoss(_Loss):
         return functional.logitnorm(logits, y, tau=self.tau, **self._keywords())
 
     def extra_repr(self) -> str:
+        """As `nn.Module` has it."""
         return f"tau={self.tau}, {super().extra_repr()}"

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class LocalShards(NamedTuple):
+    """What one rank holds of a call."""
+
     logits: Tensor  # (n, c_r)
     W: Tensor  # (c_r, m)
     y: Tensor

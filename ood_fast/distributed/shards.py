@@ -47,7 +47,7 @@ class Shards:
         counts: classes of rank 0, 1, ...; 0 is allowed.
     """
 
-    def __init__(self, group: object, counts: Sequence[int]):
+    def __init__(self, group: object, counts: Sequence[int]) -> None:
         self.group = process_group(group)
         self.counts = tuple(int(count) for count in counts)
         self.rank = dist.get_rank(self.group)
@@ -75,10 +75,12 @@ class Shards:
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def min(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
         return tensor
 

@@ -141,8 +141,7 @@ def gradients(
     at_predicted = None
     if totals is not None:
         at_predicted = (d_distance * totals.inverse_sum).masked_fill_(~totals.mine, 0.0)
-    # Written in place where there are several chunks: joining them would hold the gradient twice.
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs.logits else None
+    grad_logits = None
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
         p = take(predicted, rows).unsqueeze(1)
@@ -164,7 +163,9 @@ def gradients(
                 targets.silence(gradient, rows)
             if rows is None:
                 grad_logits = gradient.to(logits.dtype).contiguous()
-            else:
+            else:  # in place: joining the chunks would hold the gradient twice
+                if grad_logits is None:
+                    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
                 grad_logits[rows] = gradient
         if needs.weight:
             if live is not None:

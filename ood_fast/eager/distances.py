@@ -51,10 +51,11 @@ def weight_tile(head_weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(n_rows, n_features, dtype=dtype, device=head_weight.device)
 
 
-def inverse_distances(head_weight: Tensor, mean_row: Tensor, rows: Rows | None, out: Tensor) -> bool:
+def inverse_distances(head_weight: Tensor, mean_row: Tensor, rows: Rows | None, out: Tensor) -> tuple[bool, bool]:
     """out[r, j] = 1 / ||w_p - w_j||, p = r-th of the `rows` (all of W in order if None); 0 where the two coincide.
 
-    Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries.
+    Returns whether no two of the rows compared coincide: then every row has c - 1 boundaries; and whether no two are
+    even close.
     """
     n_rows, n_classes = out.shape
     square = rows is None
@@ -66,7 +67,7 @@ def inverse_distances(head_weight: Tensor, mean_row: Tensor, rows: Rows | None, 
         left = centered_rows(rows.source, rows.at, mean_row)
     left_norms = torch.linalg.vector_norm(left, dim=1).square_()
     buffer = left if square else weight_tile(head_weight, out.dtype)
-    distinct = True
+    distinct = apart = True
     for columns in parts(n_classes, buffer.shape[0]):
         right_rows = take(head_weight, columns)
         right = left if square else centered(right_rows, mean_row, buffer)
@@ -84,16 +85,17 @@ def inverse_distances(head_weight: Tensor, mean_row: Tensor, rows: Rows | None, 
                 here = ((own >= 0) & (own < tile.shape[1])).nonzero().squeeze(1)
                 tile[here, own[here]] = math.inf
             of_part = Rows(rows.source, take(rows.at, part), own)
+            # Most heads are settled by their extremes: one pass instead of three.
+            if tile.amin() > (norms_of_part.amax() + norms.amax()) * CLOSE_PAIR:
+                tile.rsqrt_()
+                continue
+            apart = False
             distinct &= _finish_tile(tile, norms_of_part, norms, right_rows, of_part)
-    return distinct
+    return distinct, apart
 
 
 def _finish_tile(tile: Tensor, left_norms: Tensor, norms: Tensor, right: Tensor, rows: Rows) -> bool:
     """Turn squared distances into inverse distances in place, close pairs recomputed; whether no pair coincides."""
-    # Most heads are settled by their extremes: one pass instead of three.
-    if tile.amin() > (left_norms.amax() + norms.amax()) * CLOSE_PAIR:
-        tile.rsqrt_()
-        return True
     bound = left_norms.unsqueeze(1) + norms
     close = tile <= bound * CLOSE_PAIR
     if not close.any():
@@ -116,16 +118,17 @@ def geometry_of(head_weight: Tensor, predicted: Tensor, dtype: torch.dtype) -> t
     """(the table: rows of all classes when n >= c, of the distinct predictions when n < c; whether none of them
     coincides with another row of W)."""
     n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
-    # Zeros, not empty: rows that no prediction uses are returned too, and an operator must give the same twice.
-    table = torch.zeros(min(n_samples, n_classes), n_classes, dtype=dtype, device=predicted.device)
     mean_row = head_weight.mean(0, dtype=dtype)
     if n_samples >= n_classes:
-        distinct = inverse_distances(head_weight, mean_row, None, table)
+        table = mean_row.new_empty(n_classes, n_classes)
+        distinct, _ = inverse_distances(head_weight, mean_row, None, table)
         # A copy: an operator may not return one tensor twice.
         return Geometry(predicted.clone(), table, torch.arange(n_classes, device=predicted.device)), distinct
     classes, table_row = torch.unique(predicted, return_inverse=True)
     rows = Rows(head_weight, classes, classes)
-    distinct = inverse_distances(head_weight, mean_row, rows, table[: classes.shape[0]])
+    # Zeros, not empty: rows that no prediction uses are returned too, and an operator must give the same twice.
+    table = mean_row.new_zeros(n_samples, n_classes)
+    distinct, _ = inverse_distances(head_weight, mean_row, rows, table[: classes.shape[0]])
     row_class = torch.full((n_samples,), -1, dtype=torch.int64, device=predicted.device)
     row_class[: classes.shape[0]] = classes
     return Geometry(table_row, table, row_class), distinct

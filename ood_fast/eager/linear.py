@@ -64,7 +64,7 @@ def linear_elogitnorm(
             if not square:
                 inverses = buffer[n_rows : 2 * n_rows]
                 rows = Rows(head_weight, predicted, predicted)
-                worked.distinct = inverse_distances(head_weight, mean_row, rows, inverses)
+                worked.distinct, _ = inverse_distances(head_weight, mean_row, rows, inverses)
             results += worked.chunk(chunk.start, logits, top, predicted, inverses)
             if sample_grad is None:
                 continue
@@ -76,25 +76,27 @@ def linear_elogitnorm(
         if worked.gap_sums is not None:
             every_class = torch.arange(n_classes, device=features.device)
             geometry = Geometry(every_class, worked.table, every_class)
-            grad_weight.add_(weight_gradient(worked.gap_sums, head_weight, geometry))
+            grad_weight.add_(weight_gradient(worked.gap_sums, head_weight, geometry, worked.apart))
     return *join(results), grad_features, grad_weight, grad_bias
 
 
 class _Worked:
     """What turns the logits of a chunk into their gradient."""
 
-    def __init__(self, targets: Targets, eps: float, average_offset: int, sample_grad: Tensor | None, needs: Needs):
+    def __init__(
+        self, targets: Targets, eps: float, average_offset: int, sample_grad: Tensor | None, needs: Needs
+    ) -> None:
         self.targets, self.eps, self.average_offset, self.sample_grad = targets, eps, average_offset, sample_grad
         self.pulls = needs.weight and needs.geometry
         self.table: Tensor | None = None  # (c, c) where n >= c
         self.gap_sums: Tensor | None = None  # (c, c): what each class pulls at each predicted one
-        self.distinct = False
+        self.distinct = self.apart = False
 
     def make_table(self, head_weight: Tensor, mean_row: Tensor) -> None:
         """R of all pairs of classes."""
         self.table = mean_row.new_empty(head_weight.shape[0], head_weight.shape[0])
         self.gap_sums = torch.zeros_like(self.table) if self.pulls else None
-        self.distinct = inverse_distances(head_weight, mean_row, None, self.table)
+        self.distinct, self.apart = inverse_distances(head_weight, mean_row, None, self.table)
 
     def chunk(
         self, start: int, logits: Tensor, top: Tensor, predicted: Tensor, inverses: Tensor | None

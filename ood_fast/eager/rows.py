@@ -75,7 +75,7 @@ class Targets:
         n_classes: int,
         dtype: torch.dtype,
         shards: Shards | None = None,
-    ):
+    ) -> None:
         target, class_weight, ignore_index, self.smoothing = labels
         self.class_weight = None if class_weight is None else class_weight.to(dtype)
         self.dtype = dtype

@@ -69,7 +69,7 @@ class _LogitStatistics:
     A masked class has g = inf, e = 0 and adds nothing. A row with NaN or +inf, or without a live class, has g_p = NaN.
     """
 
-    def __init__(self, names: set[str], logits: Tensor, inputs: Inputs, traced: bool):
+    def __init__(self, names: set[str], logits: Tensor, inputs: Inputs, traced: bool) -> None:
         self.names, self.logits, self.inputs, self.traced = names, logits, inputs, traced
         # Where a look at the numbers is free, and nothing is fused.
         self.by_hand = not traced and logits.device.type == "cpu"

@@ -27,14 +27,17 @@ def add_rows(out: Tensor, places: Tensor, rows: Tensor) -> None:
         out.index_put_((places,), rows, accumulate=True)
 
 
-def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry) -> Tensor:
-    """dW from the summed gaps of each table row, which are spent: S = -R^3 * gap_sums."""
+def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry, apart: bool = False) -> Tensor:
+    """dW from the summed gaps of each table row, which are spent: S = -R^3 * gap_sums.
+
+    `apart`: no two rows of W are known to be close.
+    """
     _, table, row_class = geometry
     n_rows, n_classes = table.shape
     mean_row = head_weight.mean(0, dtype=table.dtype)
     if n_rows == n_classes:
         push = gap_sums.mul_(table).mul_(table).mul_(table)
-        return _pull_all(push + push.t(), head_weight, mean_row, table).to(head_weight.dtype)
+        return _pull_all(push + push.t(), head_weight, mean_row, None if apart else table).to(head_weight.dtype)
     n_distinct = int((row_class >= 0).sum())
     classes, inverse = row_class[:n_distinct], table[:n_distinct]
     push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
@@ -44,12 +47,15 @@ def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry) -
     return grad_weight.to(head_weight.dtype)
 
 
-def _pull_all(push: Tensor, head_weight: Tensor, mean_row: Tensor, table: Tensor) -> Tensor:
-    """Row i: sum_j push_ij (w_j - w_i), in one product, and the close pairs by their differences. `push` is spent."""
+def _pull_all(push: Tensor, head_weight: Tensor, mean_row: Tensor, table: Tensor | None) -> Tensor:
+    """Row i: sum_j push_ij (w_j - w_i), in one product; the pairs that the `table` finds close, by their differences.
+
+    `push` is spent.
+    """
     rows = centered(head_weight, mean_row)
     close = None
     # Most heads have none, as the least distance and the length of all rows together say.
-    if (table.amax() * torch.linalg.vector_norm(rows)).item() > 1 / CLOSE_ROWS:
+    if table is not None and (table.amax() * torch.linalg.vector_norm(rows)).item() > 1 / CLOSE_ROWS:
         norms = torch.linalg.vector_norm(rows, dim=1)
         close = torch.maximum(norms, norms.unsqueeze(1)).mul_(table) > 1 / CLOSE_ROWS
         pull = push[close]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Private names of torch
@@ -25,7 +25,7 @@ def _private_operator(namespace: str, name: str) -> Callable | None:
 
 
 # The test that autograd.Function.apply itself makes. Without it every call goes the way of torch.func.
-is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+is_transforming: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 # x W^T as torch's own compiler has it multiplied on CPUs. Without it: x @ W.t().
 ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 # (left * right[rows]).sum(1) in one pass. Without it: that.
@@ -41,7 +41,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))  # what an argument
 class Operator:
     """A function in plain Python, the same registered with torch, and its `Differentiable` where it has one."""
 
-    def __init__(self, name: str, run: Callable, registered: Callable | None = None):
+    def __init__(self, name: str, run: Callable, registered: Callable | None = None) -> None:
         self.name, self.run, self.registered = name, run, registered or run
         self.function: type[Differentiable] | None = None
 
