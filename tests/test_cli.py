@@ -154,9 +154,9 @@ def test_no_command_at_all_prints_the_help(capsys):
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
     assert cli.main(["compare"]) == 2
-    assert "matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+    assert "scikit-learn, which is not installed: pip install scikit-learn" in capsys.readouterr().err
 
 
 def test_a_training_that_diverges_fails_with_code_1(tmp_path, capsys, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_full_disk_fails_with_code_1(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(report, "_page", no_space)
     assert cli.main(["compare", *SHORT, "--quiet"]) == 1
-    assert "cannot write the results to runs/compare-digits: No space left on device" in capsys.readouterr().err
+    assert "cannot write runs/compare-digits: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -148,9 +148,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
     arguments = ["--detectors", "d.safetensors", "--data", "val", "--workers", "0", "--batch-size", "2"]
     assert score(*arguments, "--out", "whole.csv") == 0
 
-    from ood_fast.commands.table import Table
+    from ood_fast.commands.table import ScoreTable
 
-    write, n_calls = Table.write, []
+    write, n_calls = ScoreTable.write, []
 
     def interrupted(self, *args):
         if len(n_calls) == 3:
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
         n_calls.append(1)
         write(self, *args)
 
-    monkeypatch.setattr(Table, "write", interrupted)
+    monkeypatch.setattr(ScoreTable, "write", interrupted)
     assert score(*arguments, "--out", "s.csv") == 130
     assert not Path("s.csv").exists()
     part = Path(".s.csv.part0")
@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
     with open(part, "a") as file:
         file.write('[6, "val/06')  # the line that a killed process did not finish
     positions = []
-    monkeypatch.setattr(Table, "write", lambda self, at, *args: positions.extend(at) or write(self, at, *args))
+    monkeypatch.setattr(ScoreTable, "write", lambda self, at, *args: positions.extend(at) or write(self, at, *args))
     assert score(*arguments, "--out", "s.csv") == 0
     assert positions == list(range(6, 12)), "what was scored is not scored again"
     assert Path("s.csv").read_bytes() == Path("whole.csv").read_bytes()
@@ -185,10 +185,10 @@ def test_an_interruption_after_a_bad_image_loses_nothing(photos, monkeypatch):
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
     arguments = ["--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--skip-bad", "--out", "s.csv"]
 
-    from ood_fast.commands.table import Table
+    from ood_fast.commands.table import ScoreTable
 
     with monkeypatch.context() as patch:
-        patch.setattr(Table, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ScoreTable, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert score(*arguments) == 130
     assert score(*arguments) == 0
     assert [Path(row["path"]).stem for row in rows_of("s.csv")] == ["00", "01", "02", "03", "05"]
@@ -223,10 +223,10 @@ def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, cap
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
     arguments = ["--detectors", "d.safetensors", "--data", "ood", "--workers", "0", "--batch-size", "2"]
 
-    from ood_fast.commands.table import Table
+    from ood_fast.commands.table import ScoreTable
 
     with monkeypatch.context() as patch:
-        patch.setattr(Table, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ScoreTable, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert score(*arguments, "--out", "s.csv") == 130
     os.rename("ood/05.png", "ood/00b.png")  # before what was scored: it would never be looked at
     capsys.readouterr()

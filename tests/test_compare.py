@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import math
 import re
-import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import ood_fast.report
 from ood_fast import (
     L2NormLinear,
     checks,
@@ -26,7 +26,6 @@ from ood_fast import (
     diagnostics,
     evaluate,
     metrics,
-    plots,
     recipes,
 )
 from ood_fast.compare import Comparison, Row, Settings
@@ -422,8 +421,41 @@ def test_without_the_baseline_there_are_no_differences():
 
 def test_all_files_are_there_and_nothing_else(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
-    for path in folder.glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_plots_are_files_that_need_no_page(folder, comparison):
+    """Well-formed, every colour by its value, every detector, loss and set named, every curve drawn."""
+    name = "{http://www.w3.org/2000/svg}"
+    labels = {detectors.find(detector).label for detector in SETTINGS.detectors}
+    sets = {part for title in comparison.ood_titles.values() for part in title.split(": ")}
+    n_losses, n_detectors, n_sets = map(len, (SETTINGS.losses, SETTINGS.detectors, comparison.ood_titles))
+    for file, told, lines in (
+        ("histograms", labels | {*SETTINGS.losses, "ID test images", *comparison.ood_titles.values()}, n_losses * 4),
+        ("roc", labels | {*SETTINGS.losses, *sets, "share of ID images rejected"}, n_losses * n_sets),
+        ("spectrum", {*SETTINGS.losses, "index", "σ / largest σ"}, n_losses),
+    ):
+        text = (folder / f"{file}.svg").read_text(encoding="utf-8")
+        assert "var(" not in text
+        root = ElementTree.fromstring(text)
+        assert told <= {element.text for element in root.iter(f"{name}text")}
+        drawn = [path for path in root.iter(f"{name}path") if path.get("class").startswith("line")]
+        legend = n_losses if file != "histograms" else 4
+        assert len(drawn) == legend + lines * (1 if file == "spectrum" else n_detectors)
+        assert "nan" not in text
+
+
+def test_plots_draw_the_numbers(comparison):
+    histogram = report._histogram(comparison, "ce", "MSP", "MSP")
+    for series in histogram.series:
+        assert sum(y * y for y in series.ys) == pytest.approx(1)
+    curve = report._roc(comparison, "MSP", "near", "MSP").series[0]
+    wanted = np.mean(comparison.roc_curves["ce", "MSP", "near"], axis=0)
+    assert curve.ys == pytest.approx(wanted)
+    assert (curve.xs[0], curve.xs[-1], curve.ys[-1]) == (0, 1, 1)
+    spectrum = report._spectrum(comparison, "").series[1]
+    assert spectrum.ys[0] == 1
+    assert min(spectrum.ys) >= report.SPECTRUM_FLOOR
+    assert [report._color((5, 1), index) for index in range(5)] == [5, 1, 13, 9, 21], "never two alike"
 
 
 def test_json_holds_every_number(folder, comparison):
@@ -482,12 +514,12 @@ class Page(HTMLParser):
 def test_page_is_self_contained_and_shows_everything(folder, comparison):
     source = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(source)
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    assert not re.search(r"url\(|@import", source)
-    images = [base64.b64decode(reference.split(",")[1]) for reference in page.references]
-    for name in plots.TITLES:
-        assert (folder / name).read_bytes() in images
-    assert len(images) == 2 * len(plots.TITLES)  # on light and on dark paper
+    assert page.references == []
+    assert not re.search(r"url\(|@import|http:", source)
+    for plot in report.plots_of(comparison):
+        assert plot.svg in source
+        assert plot.caption in page.text
+    assert source.count("<svg") == 3
     for table in report.tables_of(comparison):
         assert table.title in page.text
         for cell in cells(table).values():
@@ -499,7 +531,8 @@ def test_page_is_self_contained_and_shows_everything(folder, comparison):
 def test_a_new_comparison_replaces_the_earlier_one_and_keeps_other_files(small, tmp_path):
     report.write(tmp_path, small, CONTEXT)
     (tmp_path / "notes.txt").write_text("mine")
-    assert report.check_folder(tmp_path) == tmp_path
+    (tmp_path / "roc.png").write_text("of an earlier version")
+    assert report.free_folder(tmp_path) == tmp_path
     report.write(tmp_path, small, {**CONTEXT, "command": "the second"})
     assert json.loads((tmp_path / "results.json").read_text())["command"] == "the second"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*report.FILES, "notes.txt"])
@@ -526,32 +559,25 @@ def test_writing_that_fails_leaves_the_earlier_comparison(small, folder, tmp_pat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_interrupt_waits_until_the_files_are_moved():
-    done = []
-
-    def interrupted():
-        with report._interrupts_wait():
-            signal.raise_signal(signal.SIGINT)
-            done.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert done == [True]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_the_package_offers_the_names_of_a_comparison():
+    for name in ood_fast.report.__all__:
+        assert getattr(ood_fast.report, name) is getattr(report, "free_folder" if name == "check_folder" else name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ood_fast.report.nothing
 
 
 def test_check_folder_tries_and_leaves_nothing(tmp_path):
-    assert report.check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert report.free_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
-    assert report.check_folder(tmp_path) == tmp_path  # an empty folder will do
+    assert report.free_folder(tmp_path) == tmp_path  # an empty folder will do
 
 
 def test_check_folder_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(checks.UserError, match=r"is not empty and holds no earlier comparison \(found thesis\.tex\)"):
-        report.check_folder(tmp_path)
+        report.free_folder(tmp_path)
     with pytest.raises(checks.UserError, match=r"thesis\.tex is a file"):
-        report.check_folder(tmp_path / "thesis.tex" / "results")
+        report.free_folder(tmp_path / "thesis.tex" / "results")
     # Someone else's file by one of our names does not make a folder ours.
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -562,11 +588,11 @@ def test_check_folder_refuses_what_is_not_its_own(tmp_path):
     ):
         (theirs / name).write_text(text)
         with pytest.raises(checks.UserError, match="holds no earlier comparison"):
-            report.check_folder(theirs)
+            report.free_folder(theirs)
 
 
 def test_check_folder_finds_a_file_system_that_cannot_be_written():
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, which nobody can write to, not even root")
     with pytest.raises(checks.UserError, match="--out: cannot write to /proc/results"):
-        report.check_folder("/proc/results")
+        report.free_folder("/proc/results")

@@ -28,8 +28,8 @@ from test_data import (
     write_tiny_imagenet,
 )
 
-from ood_fast import cli, diagnostics, evaluation, metrics
-from ood_fast.report import charts, figures, pages
+from ood_fast import cli, diagnostics, evaluation, files, metrics
+from ood_fast.report import charts, pages
 from ood_fast.report import runs as report_runs
 from ood_fast.training import load_run
 
@@ -504,7 +504,7 @@ def test_a_report_is_whole_or_not_there(runs, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pages.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert cli.main(["report", "ce", "--quiet"]) == 1
     assert "cannot write ce/report.html: No space left on device" in capsys.readouterr().err
     assert (runs / "ce/report.html").read_text() == before
@@ -541,22 +541,27 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_places_on_axes():
-    axis = charts.Axis.of([0.01, 100], True, None, 0, 40, 5)
+    axis = charts.Axis.of([0.01, 100], True, None, 5).between(0, 40)
     assert axis.at(1) == pytest.approx(20)
     assert not axis.takes(0)
-    axis = charts.Axis.of([2, 2], False, None, 0, 10, 5)
+    axis = charts.Axis.of([2, 2], False, None, 5).between(0, 10)
     assert axis.at(2) == pytest.approx(5)
 
 
 def test_histograms_count_every_value():
     values = {"ID": np.array([*range(100), 1e9]), "OOD": np.array([3.0, np.nan, np.inf])}
-    figure = figures.histogram("t", "x", values, "caption.")
-    by_name = {series.name: series for series in figure.chart.series}
+    chart = charts.histogram("t", "x", values, "caption.")
+    by_name = {series.name: series for series in chart.series}
     assert sum(by_name["ID"].ys) == pytest.approx(1)
     assert sum(by_name["OOD"].ys) == pytest.approx(1)
-    assert figure.caption == "caption. 2 values that are not finite are left out."
-    constant = figures.histogram("t", "x", {"ID": np.ones(3)}, "").chart
+    assert chart.caption == "caption. 2 values that are not finite are left out."
+    constant = charts.histogram("t", "x", {"ID": np.ones(3)}, "")
     assert sum(constant.series[0].ys) == 1
+
+
+def test_a_script_stands_only_where_a_table_can_be_sorted():
+    assert "<script>" not in pages.document("t", "<table>")
+    assert "addEventListener" in pages.document("t", "<table class=sortable>")
 
 
 # ---- in a browser

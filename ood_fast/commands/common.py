@@ -20,7 +20,7 @@ from .. import __version__
 if TYPE_CHECKING:
     from ..detectors import DetectorSet
 
-PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "rich")
+PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
 
 
 class RunError(Exception):

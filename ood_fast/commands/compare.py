@@ -49,7 +49,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     require("scikit-learn", "sklearn")
-    require("matplotlib", "matplotlib")
     require("rich", "rich")
     from ..compare import Settings, compare
     from ..report import comparison as report
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         recipe=Recipe(epochs=_epochs(options.epochs)),
         device=device(options.device),
     )
-    folder = report.check_folder(Path("runs") / f"compare-{settings.data}" if options.out is None else options.out)
+    folder = report.free_folder(Path("runs") / f"compare-{settings.data}" if options.out is None else options.out)
     started, start = datetime.now(timezone.utc), time.perf_counter()
     with ComparisonBar(settings, options.quiet) as progress:
         try:
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         try:
             report.write(folder, comparison, context)
         except OSError as error:
-            raise RunError(f"cannot write the results to {folder}: {error.strerror}") from error
+            raise RunError(str(error)) from error
     if not options.quiet:
         tables.show(report.tables_of(comparison))
         print(

@@ -50,6 +50,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """The command."""
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise refusal(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least {least}")
@@ -75,12 +76,12 @@ def run(options: argparse.Namespace, command: str) -> None:
                 workers=options.workers,
                 progress=progress,
             )
-    runs.diagnose(records, progress)
+    runs.diagnose_runs(records, progress)
     context = {"command": command, "started": started, "versions": versions(), "machine": machine()}
     try:
         page.write(file, records, context)
     except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror or error}") from error
+        raise RunError(str(error)) from error
     if not options.quiet:
         for note, names in runs.missing(records).items():
             print(f"not in the report: {', '.join(names)}: {note}", file=sys.stderr)

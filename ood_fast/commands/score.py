@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import images
 from .common import Process, RunError, device, import_plugins, processes, refusal
 from .progress import Bar
-from .table import SUFFIXES, Table, require_pyarrow
+from .table import SUFFIXES, ScoreTable, require_pyarrow
 
 if TYPE_CHECKING:
     from ..detectors import DetectorSet
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     with processes(where) as process:
         options.quiet |= process.rank > 0
         source = None if options.features else images.read_folder(options.data, with_classes=False)
-        table = Table(out, detectors, _identity(options, source), process, options.overwrite)
+        table = ScoreTable(out, detectors, _identity(options, source), process, options.overwrite)
         with Bar(f"scoring {options.data or options.features}", None, options.quiet) as bar:
             try:
                 if source is None:
@@ -108,7 +108,7 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
 
 
 def _score_features(
-    detectors: DetectorSet, table: Table, options: argparse.Namespace, process: Process, bar: Bar
+    detectors: DetectorSet, table: ScoreTable, options: argparse.Namespace, process: Process, bar: Bar
 ) -> None:
     from .. import features
     from ..checks import UserError
@@ -136,7 +136,7 @@ def _score_features(
 def _score_images(
     detectors: DetectorSet,
     source: Any,
-    table: Table,
+    table: ScoreTable,
     options: argparse.Namespace,
     notes: dict[str, Any],
     process: Process,

@@ -25,7 +25,7 @@ SUFFIXES = (".csv", ".parquet")
 GROUP_ROWS = 65536  # rows of one group of a Parquet file
 
 
-class Table:
+class ScoreTable:
     """Rows of samples by their position in the data, which only grows.
 
     Attributes:
@@ -185,6 +185,7 @@ class Table:
 
 
 def require_pyarrow() -> Any:
+    """The module; UserError without it."""
     try:
         import pyarrow
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Charts as SVG text in a page: they take their colours from the page's style, light or dark, and need no script."""
+"""Charts as SVG text, without a script: light or dark as the page that they stand in, light as files of their own."""
 
 from __future__ import annotations
 
@@ -6,42 +6,34 @@ import csv
 import html
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-WIDTH, HEIGHT = 360, 250  # in the units of the text, which is 11 high
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 36
-COLORS = 8  # --c0 to --c7 of the style; further series repeat them, dashed
-INK = -1  # the colour of text
+import numpy as np
 
-STYLE = """
-:root { --c0: #0072b2; --c1: #e08e00; --c2: #009e73; --c3: #d55e00; --c4: #9467bd; --c5: #7a7a7a; --c6: #c2185b;
-  --c7: #6b7a00; }
-@media (prefers-color-scheme: dark) {
-  :root { --c0: #56b4e9; --c1: #f5b335; --c2: #3ccb9f; --c3: #ff7f50; --c4: #c5a3ff; --c5: #a8a8a8; --c6: #ff80ab;
-    --c7: #c0ca33; }
-}
-.k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color: var(--c3); }
-.k4 { color: var(--c4); } .k5 { color: var(--c5); } .k6 { color: var(--c6); } .k7 { color: var(--c7); }
-.ink { color: var(--ink); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 1.6rem; }
-figure { margin: 0; min-width: 0; display: flex; flex-direction: column; }
-figcaption { font-size: .9rem; font-weight: 600; overflow-wrap: anywhere; }
-figcaption a { font-weight: 400; font-size: .8rem; color: var(--soft); margin-left: .4rem; white-space: nowrap; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 .9rem; font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
-.legend span::before { content: ""; display: inline-block; width: .9em; height: .35em; margin: 0 .35em .15em 0;
-  background: currentColor; }
-.legend .dashed::before { background: repeating-linear-gradient(90deg, currentColor 0 .3em, transparent 0 .45em); }
-.legend b { font-weight: 400; color: var(--soft); }
-svg { width: 100%; height: auto; max-width: 34rem; font: 11px system-ui, -apple-system, "Segoe UI", sans-serif; }
-svg text { fill: var(--soft); } svg .grid { stroke: var(--line); stroke-width: .7; fill: none; }
-svg .line { stroke: currentColor; fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-svg .dashed { stroke-dasharray: 5 3; } svg .guide { stroke: var(--soft); stroke-dasharray: 2 3; fill: none; }
-svg .area { fill: currentColor; fill-opacity: .14; } svg .points { stroke: currentColor; stroke-linecap: round;
-  stroke-opacity: .55; stroke-width: 3; fill: none; }
-svg .crosses { stroke: currentColor; stroke-width: .8; stroke-opacity: .35; fill: none; }
-svg .region { fill: currentColor; fill-opacity: .16; stroke: var(--paper); stroke-width: 1; }
-"""
+from . import pages
+
+COLORS = 8  # --c0 to --c7 of style.css; further series repeat them, dashed
+INK = -1  # the colour of text
+LETTER, LINE = 6.2, 14  # about how wide and high text is
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The size of a chart and the room around its axes, in the units of the text, which is 11 high."""
+
+    width: int = 360
+    height: int = 250
+    left: int = 52
+    right: int = 10
+    top: int = 8
+    bottom: int = 36
+    ticks: tuple[int, int] = (6, 5)  # about as many along x and y
+
+
+PAGE = Frame()
+CELL = Frame(width=176, height=136, left=26, right=8, top=6, bottom=22, ticks=(3, 3))  # of a sheet
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,10 @@ class Chart:
 
     Attributes:
         series: drawn in this order.
+        caption: what is drawn, with the number that belongs to it.
         x_log, y_log: logarithmic axis; numbers that are not positive are left out.
         x_range, y_range: of the axes; None: what the series need.
+        y_ticks: whether numbers stand along y.
         guides: dotted lines, each a list of (x, y); they do not widen the axes.
         regions: areas in the colour of a number, each with its corners.
     """
@@ -79,12 +73,18 @@ class Chart:
     x_label: str
     y_label: str
     series: Sequence[Series]
+    caption: str = ""
     x_log: bool = False
     y_log: bool = False
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
+    y_ticks: bool = True
     guides: Sequence[Sequence[tuple[float, float]]] = ()
     regions: Sequence[tuple[int, Sequence[tuple[float, float]]]] = field(default=(), repr=False)
+
+    def colors(self) -> list[tuple[int, Series]]:
+        """The number of the colour of each series."""
+        return [(index if s.color is None else s.color, s) for index, s in enumerate(self.series)]
 
     def as_csv(self) -> str:
         """The numbers that are drawn: series, x, y; of steps, from, to, y."""
@@ -98,47 +98,143 @@ class Chart:
         return text.getvalue()
 
     def as_svg(self) -> str:
-        x_axis = Axis.of((x for s in self.series for x in s.xs), self.x_log, self.x_range, LEFT, WIDTH - RIGHT, 6)
-        y_axis = Axis.of((y for s in self.series for y in s.ys), self.y_log, self.y_range, HEIGHT - BOTTOM, TOP, 5)
+        """The drawing, to stand in a page."""
+        return f'<svg viewBox="0 0 {PAGE.width} {PAGE.height}" {_named(self.title)}>{self.drawn(PAGE)}</svg>'
+
+    def drawn(self, frame: Frame) -> str:
+        """What is inside of the drawing."""
+        right, low = frame.width - frame.right, frame.height - frame.bottom
+        x_axis = Axis.of((x for s in self.series for x in s.xs), self.x_log, self.x_range, frame.ticks[0])
+        y_axis = Axis.of((y for s in self.series for y in s.ys), self.y_log, self.y_range, frame.ticks[1])
+        x_axis, y_axis = x_axis.between(frame.left, right), y_axis.between(low, frame.top)
         parts = [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(self.title)}">',
-            *(
-                f'<polygon class="region {_color(number)}" points="'
-                + " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
-                + '"/>'
-                for number, corners in self.regions
-            ),
+            f'<polygon class="region {_color(number)}" points="'
+            + " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
+            + '"/>'
+            for number, corners in self.regions
         ]
         for tick in x_axis.ticks:
             at = x_axis.at(tick)
-            parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 13}" text-anchor="middle">{_short(tick)}</text>')
-        for tick in y_axis.ticks:
+            parts.append(f'<path class="grid" d="M{at:.1f} {frame.top}V{low}"/>')
+            parts.append(_text(_short(tick), at, low + 13))
+        for tick in y_axis.ticks if self.y_ticks else ():
             at = y_axis.at(tick)
-            parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text x="{LEFT - 4}" y="{at + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(f'<text x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{html.escape(self.x_label)}</text>')
-        y_middle = (TOP + HEIGHT - BOTTOM) / 2
-        parts.append(
-            f'<text transform="translate(9 {y_middle}) rotate(-90)" text-anchor="middle">'
-            f"{html.escape(self.y_label)}</text>"
-        )
+            parts.append(f'<path class="grid" d="M{frame.left} {at:.1f}H{right}"/>')
+            parts.append(_text(_short(tick), frame.left - 4, at + 3.5, "end"))
+        parts.append(_text(self.x_label, (frame.left + right) / 2, frame.height - 7))
+        parts.append(_upwards(self.y_label, 9, (frame.top + low) / 2))
         for guide in self.guides:
             points = "L".join(f"{x_axis.at(x):.1f} {y_axis.at(y):.1f}" for x, y in guide)
             parts.append(f'<path class="guide" d="M{points}"/>')
-        for index, series in enumerate(self.series):
-            number = index if series.color is None else series.color
-            parts.append(_drawn(series, number, x_axis, y_axis))
-        return "".join([*parts, "</svg>"])
+        parts += [_drawn(series, number, x_axis, y_axis) for number, series in self.colors()]
+        return "".join(parts)
 
     def legend(self) -> str:
         """The names of the series beside their colours, as HTML; nothing if there is only one."""
-        named = [(index if s.color is None else s.color, s.name) for index, s in enumerate(self.series) if s.listed]
+        named = [(number, s.name) for number, s in self.colors() if s.listed]
         if len(named) < 2:
             return ""
         spans = (f'<span class="{_color(n)}{_dashed(n)}"><b>{html.escape(name)}</b></span>' for n, name in named)
         return f"<div class=legend>{''.join(spans)}</div>"
+
+    def as_html(self, file: str) -> str:
+        """A figure of a page. `file`: the name under which the numbers are saved."""
+        return (
+            f"<figure><figcaption>{html.escape(self.title)}{pages.download(file, self.as_csv())}</figcaption>"
+            f"{self.as_svg()}{self.legend()}<p class=caption>{html.escape(self.caption)}</p></figure>"
+        )
+
+
+def histogram(
+    title: str, x_label: str, values: Mapping[str, np.ndarray], caption: str, *, bins: int = 40, beyond: float = 0.002
+) -> Chart:
+    """The share of each set in equal bins over all of them. `beyond`: the share of all values past either end, which
+    its bin counts."""
+    finite = {name: of[np.isfinite(of)] for name, of in values.items()}
+    everything = np.concatenate([np.zeros(0), *finite.values()])
+    low, high = np.quantile(everything, [beyond, 1 - beyond]) if len(everything) else (0.0, 1.0)
+    if not low < high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, bins + 1)
+    series = [
+        Series(name, edges.tolist(), (np.histogram(of.clip(low, high), edges)[0] / max(len(of), 1)).tolist(), "steps")
+        for name, of in finite.items()
+    ]
+    left_out = sum(len(of) - len(finite[name]) for name, of in values.items())
+    note = f" {left_out} values that are not finite are left out." if left_out else ""
+    highest = 1.05 * max((max(s.ys) for s in series), default=1.0) or 1.0
+    return Chart(title, x_label, "share of the set", series, caption + note, y_range=(0.0, highest))
+
+
+def sheet(title: str, rows: Mapping[str, Sequence[Chart]], x_label: str = "") -> str:
+    """Charts beside and below each other as one SVG, to stand in a page: above the columns the titles of the first row,
+    beside the rows their names (after ": " in a second line), on top one legend, of the first chart."""
+    first = next(iter(rows.values()))
+    frame, names = (CELL, 2 * LINE) if len(rows) * len(first) > 1 else (PAGE, 0)
+    width = names + frame.width * len(first)
+    legend, top = _legend(first[0], width)
+    parts = [legend]
+    if names:
+        top += LINE + 4
+        middles = [names + frame.width * i + (frame.left + frame.width - frame.right) / 2 for i in range(len(first))]
+        parts += [_text(chart.title, at, top - 3, kind="head") for at, chart in zip(middles, first, strict=True)]
+    for index, (name, charts) in enumerate(rows.items()):
+        y = top + index * frame.height
+        middle = y + (frame.top + frame.height - frame.bottom) / 2
+        lines = name.split(": ", 1) if names else []
+        parts += [_upwards(line, LINE * (i + 1) - 3, middle, "head") for i, line in enumerate(lines)]
+        for column, chart in enumerate(charts):
+            inside = chart.drawn(frame)
+            parts.append(
+                f'<g transform="translate({names + column * frame.width} {y})" '
+                f"{_named(f'{name}, {chart.title}')}>{inside}</g>"
+            )
+    height = top + len(rows) * frame.height + (LINE if x_label else 0)
+    parts.append(_text(x_label, names + (width - names) / 2, height - 4))
+    size = f"min-width: {0.85 * width:.0f}px; max-width: {1.4 * width:.0f}px"
+    return f'<svg viewBox="0 0 {width} {height}" {_named(title)} style="{size}">{"".join(parts)}</svg>'
+
+
+def as_file(svg: str) -> str:
+    """A drawing as a file of its own, in the colours of light paper, by names that every program knows."""
+    style = pages.resource("style.css")
+    colors = dict(re.findall(r"--(\w+): (#\w+)", style.partition("@media")[0]))
+    rules = re.sub(r"var\(--(\w+)\)", lambda found: colors[found[1]], style.partition("/* ---- charts */")[2])
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
+    svg = re.sub(r' style="[^"]*"', "", svg, count=1)
+    head, _, inside = svg.partition(">")
+    head = head.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"')
+    paper = f'<rect width="100%" height="100%" fill="{colors["paper"]}"/>'
+    return f"{head}><style>{rules}</style>{paper}{inside}\n"
+
+
+def _legend(chart: Chart, width: int) -> tuple[str, int]:
+    """SVG of the names beside their colours, in as many lines as they need, and how high it is."""
+    named = [(number, series.name) for number, series in chart.colors() if series.listed]
+    parts, x, y = [], 4.0, LINE
+    for number, name in named if len(named) > 1 else ():
+        room = 22 + LETTER * len(name)
+        if x > 4 and x + room > width:
+            x, y = 4.0, y + LINE
+        parts.append(f'<path class="line {_color(number)}{_dashed(number)}" d="M{x:.0f} {y - 4}h14"/>')
+        parts.append(_text(name, x + 18, y, "start"))
+        x += room + 8
+    return "".join(parts), y + 4 if parts else 0
+
+
+def _named(title: str) -> str:
+    return f'role="img" aria-label="{html.escape(title)}"'
+
+
+def _text(text: str, x: float, y: float, anchor: str = "middle", kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    return f'<text{of} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>' if text else ""
+
+
+def _upwards(text: str, x: float, y: float, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    place = f'transform="translate({x} {y:.1f}) rotate(-90)" text-anchor="middle"'
+    return f"<text{of} {place}>{html.escape(text)}</text>" if text else ""
 
 
 def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
@@ -183,20 +279,13 @@ class Axis:
     low: float
     high: float
     log: bool
-    start: float
-    end: float
     ticks: tuple[float, ...]
+    start: float = 0.0
+    end: float = 1.0
 
     @classmethod
-    def of(
-        cls,
-        values: Iterable[float],
-        log: bool,
-        given: tuple[float, float] | None,
-        start: float,
-        end: float,
-        n_ticks: int,
-    ) -> Axis:
+    def of(cls, values: Iterable[float], log: bool, given: tuple[float, float] | None, n_ticks: int) -> Axis:
+        """The axis that `values` need, or the one that is `given`; its ticks are round."""
         kept = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
         low, high = given or ((min(kept), max(kept)) if kept else (1.0, 10.0) if log else (0.0, 1.0))
         if log:
@@ -211,15 +300,19 @@ class Axis:
             if given is None:
                 room = 0.03 * (high - low)
                 low, high = low - room, high + room
-        return cls(low, high, log, start, end, tuple(tick for tick in ticks if low <= tick <= high))
+        return cls(low, high, log, tuple(tick for tick in ticks if low <= tick <= high))
+
+    def between(self, start: float, end: float) -> Axis:
+        """The same axis in another place."""
+        return Axis(self.low, self.high, self.log, self.ticks, start, end)
 
     def takes(self, value: float) -> bool:
+        """Whether it has a place."""
         return math.isfinite(value) and (value > 0 or not self.log)
 
     def at(self, value: float) -> float:
-        low, high, value = (
-            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
-        )
+        """The place of a number that it takes; of one beyond an end, that end."""
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         share = (value - low) / (high - low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import functools
 import html
 import json
 import os
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import checks, detectors, plots
-from ..recipes import BASELINE, LOSSES, TAU
-from . import pages
-from .tables import Cell, Section, Table, as_html, as_markdown
+import numpy as np
+
+from .. import checks, detectors, files
+from ..evaluation.results import ID
+from ..evaluation.write import CONVENTIONS as OF_EVALUATION
+from ..recipes import BASELINE, LOSSES
+from . import charts, pages
+from .charts import Chart, Series
+from .tables import Cell, Section, Table, as_markdown, as_page
 
 if TYPE_CHECKING:
     from ..compare import Comparison, PairedSummary
 
 FORMAT = "ood_fast compare 1"  # marks results.json, and so a folder that a new comparison may replace
-FILES = ("histograms.png", "roc.png", "spectrum.png", "results.csv", "results.md", "report.html", "results.json")
+FILES = ("histograms.svg", "roc.svg", "spectrum.svg", "results.csv", "results.md", "report.html", "results.json")
+FORMER = ("histograms.png", "roc.png", "spectrum.png")  # what comparisons once wrote: of another one than this, so gone
 
 CONVENTIONS = {
-    "direction": "higher score = more in-distribution",
-    "precision": "scores and metrics in float64, from the model's float32 features and logits",
+    **{name: text for name, text in OF_EVALUATION.items() if name not in ("unit", "nearood, farood")},
     "std": "sample standard deviation over the seeds, ddof 1",
     "interval": "95 % interval of Student's t for the mean paired difference to ce over the seeds",
-    "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
-    "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images",
-    "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
-    "aupr_out": "area under precision-recall with OOD positive, trapezoid over recall",
-    "ece_softmax": "expected calibration error of softmax(f) on the ID test images, 15 equal bins (lo, hi]",
-    "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {TAU}",
-    "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
     "singular_value_i": "of the centred training features / √n, largest first",
 }
 
 
-def results_dict(comparison: Comparison, context: dict) -> dict:
+# ---- the folder
+
+
+def results_dict(comparison: Comparison, context: Mapping[str, Any]) -> dict[str, Any]:
     """Everything of results.json. `context` says how the comparison was run (command, versions, machine, times)."""
     return {
         "format": FORMAT,
@@ -60,31 +56,29 @@ def results_dict(comparison: Comparison, context: dict) -> dict:
     }
 
 
-def write(folder: Path, comparison: Comparison, context: dict) -> None:
-    """Write all of `FILES` into `folder`, replacing what an earlier comparison left there.
-
-    Everything is written to a temporary folder inside it first and moved when complete.
-    """
-    light = {name: plots.as_png(figure) for name, figure in plots.draw(comparison, plots.LIGHT).items()}
-    dark = {name: plots.as_png(figure) for name, figure in plots.draw(comparison, plots.DARK).items()}
-    all_tables = tables_of(comparison)
-    with _staged(folder) as staging:
-        for name, png in light.items():
-            (staging / name).write_bytes(png)
+def write(folder: str | os.PathLike, comparison: Comparison, context: Mapping[str, Any]) -> None:
+    """Write all of `FILES` into `folder`, in place of what an earlier comparison left there, when all are complete."""
+    tables, plots = tables_of(comparison), plots_of(comparison)
+    with files.staged(folder) as staging:
+        for plot in plots:
+            (staging / plot.file).write_text(charts.as_file(plot.svg), encoding="utf-8")
         with (staging / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ("loss", "seed", "detector", "ood_set", "metric", "value"))
             writer.writeheader()
             writer.writerows(asdict(row) for row in comparison.rows)
-        (staging / "results.md").write_text("\n".join(map(as_markdown, all_tables)), encoding="utf-8")
-        page = _page(comparison, context, all_tables, light, dark)
-        (staging / "report.html").write_text(page, encoding="utf-8")
-        results = results_dict(comparison, context)
-        (staging / "results.json").write_text(
-            json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-        )
+        (staging / "results.md").write_text("\n".join(map(as_markdown, tables)), encoding="utf-8")
+        (staging / "report.html").write_text(_page(comparison, context, tables, plots), encoding="utf-8")
+        text = json.dumps(results_dict(comparison, context), indent=1, ensure_ascii=False, allow_nan=False)
+        (staging / "results.json").write_text(text, encoding="utf-8")  # vouches for the others: last
+    for name in FORMER:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
-def check_folder(path: str | Path) -> Path:
+class _TriedError(Exception):
+    """Undoes what `files.staged` has made."""
+
+
+def free_folder(path: str | os.PathLike) -> Path:
     """The folder `path` if a comparison can be written there; `UserError` if not. Leaves nothing behind.
 
     It may be missing, empty, or hold an earlier comparison. Tried out, because permissions do not tell about read-only
@@ -93,74 +87,28 @@ def check_folder(path: str | Path) -> Path:
     if not str(path):
         raise checks.UserError("--out: got '', expected a folder")
     try:
-        return _tried_out(path)
+        folder = checks.writable_folder("--out", path)
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        if found and not holds_comparison(folder):
+            told = f"is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
+            raise checks.UserError(f"--out: {folder} {told}")
+        with suppress(_TriedError), files.staged(folder):
+            raise _TriedError
     except OSError as error:
-        raise checks.UserError(f"--out: cannot write to {path}: {error.strerror}") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise checks.UserError(f"--out: cannot write to {path}: {reason}") from error
     except RuntimeError as error:  # ~ of an unknown user
         raise checks.UserError(f"--out: got {str(path)!r}: {error}") from error
-
-
-def _tried_out(path: str | Path) -> Path:
-    folder = checks.writable_folder("--out", path)
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if found and not holds_comparison(folder):
-        raise checks.UserError(
-            f"--out: {folder} is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
-        )
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder).cleanup()
-    finally:
-        for parent in missing:
-            if os.path.isdir(parent):  # unlike Path.is_dir, False for a name that is too long
-                parent.rmdir()
     return folder
 
 
 def holds_comparison(folder: Path) -> bool:
     """Whether `write` wrote it."""
     try:
+        files.settle(folder)
         return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return False
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`. At the end its files are moved up; after an error everything is undone."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging)
-        for parent in missing:
-            parent.rmdir()
-        raise
-    with _interrupts_wait():
-        for name in FILES:  # results.json, which vouches for the others, comes last
-            (staging / name).replace(folder / name)
-        staging.rmdir()
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may set handlers, and gets them
-        yield
-        return
-    arrived = []
-    before = signal.signal(signal.SIGINT, lambda *_: arrived.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if arrived:
-            signal.raise_signal(signal.SIGINT)
 
 
 # ---- tables
@@ -170,110 +118,69 @@ def tables_of(comparison: Comparison) -> list[Table]:
     """The tables of a comparison: AUROC, FPR95, differences to the baseline, accuracy and calibration; then, folded and
     not on terminals, FPR95 in the other convention and AUPR in both.
     """
-    settings = comparison.settings
+    settings, summaries = comparison.settings, comparison.summaries()
     several = len(settings.seeds) > 1
     over = f"Mean ± sample standard deviation over {len(settings.seeds)} seeds" if several else "One seed"
-    result = [
-        _by_set(
-            comparison,
-            settings.losses,
-            "auroc",
-            lambda row: _values(row, best=max),
-            title="AUROC (%)",
-            caption=f"{over}; each seed draws its own classes and split. The best loss of each row is bold.",
-        ),
-        _by_set(
-            comparison,
-            settings.losses,
-            "fpr95_ood_positive",
-            lambda row: _values(row, best=min),
-            title="FPR95 (%), lower is better",
-            caption=f"{over}. OpenOOD's convention: the share of ID images rejected by the threshold that catches "
-            "95 % of the OOD images.",
-        ),
-    ]
+    highest, lowest = functools.partial(_values, best=max), functools.partial(_values, best=min)
     others = tuple(loss for loss in settings.losses if loss != BASELINE)
-    if BASELINE in settings.losses and others:
-        paired = "Loss minus baseline with the same classes, split, first weights and batches"
-        interval = "mean [95 % interval, Student's t], bold where it excludes 0" if several else "one seed, no interval"
-        for metric, name, better, note, on_terminal in (
-            ("auroc", "AUROC", 1, "", True),
-            ("fpr95_ood_positive", "FPR95", -1, " Below 0 is better.", False),
-        ):
-            table = _by_set(
-                comparison,
-                others,
-                metric,
-                lambda row, better=better: tuple(_difference(summary, better) for summary in row),
-                title=f"{name}: paired difference to {BASELINE} (percentage points)",
-                caption=f"{paired}; {interval}.{note}",
-            )
-            result.append(replace(table, on_terminal=on_terminal))
-    result.append(_calibration(comparison, over))
-    for metric, title, best, what in (
-        (
-            "fpr95_id_positive",
-            "FPR95 (%), ID positive, lower is better",
-            min,
-            "The other convention: the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
-        ),
-        ("aupr_in", "AUPR (%), ID positive", max, "Area under precision-recall; depends on how many images there are."),
-        (
-            "aupr_out",
-            "AUPR (%), OOD positive",
-            max,
-            "Area under precision-recall; depends on how many images there are.",
-        ),
-    ):
-        cells_of = functools.partial(_values, best=best)
-        table = _by_set(comparison, settings.losses, metric, cells_of, title=title, caption=f"{over}. {what}")
-        result.append(replace(table, on_terminal=False, folded=True))
-    return result
 
+    def by_set(metric: str, cells: Callable, title: str, caption: str, losses: tuple = settings.losses) -> Table:
+        """A section for each OOD set, a row for each detector, a column for each loss."""
+        found = {(s.loss, s.detector, s.ood_set): s for s in summaries if s.metric == metric}
 
-def _by_set(
-    comparison: Comparison,
-    losses: tuple[str, ...],
-    metric: str,
-    cells_of: Callable[[list[PairedSummary]], tuple[Cell, ...]],
-    title: str,
-    caption: str,
-) -> Table:
-    """A section for each OOD set, a row for each detector, a column for each loss."""
-    summaries = {(s.loss, s.detector, s.ood_set): s for s in comparison.summaries() if s.metric == metric}
-    sections = tuple(
-        Section(
-            heading,
-            tuple(
-                (detectors.find(name).label, cells_of([summaries[loss, name, ood_set] for loss in losses]))
-                for name in comparison.settings.detectors
-            ),
+        def row(name: str, ood_set: str) -> tuple[str, tuple[Cell, ...]]:
+            return detectors.find(name).label, cells([found[loss, name, ood_set] for loss in losses])
+
+        sections = (
+            Section(heading, tuple(row(name, ood_set) for name in settings.detectors))
+            for ood_set, heading in comparison.ood_titles.items()
         )
-        for ood_set, heading in comparison.ood_titles.items()
+        return Table(title, caption, losses, tuple(sections))
+
+    caught = "the share of ID images rejected by the threshold that catches 95 % of the OOD images."
+    kept = "the share of OOD images accepted by the threshold that keeps 95 % of the ID images."
+    each = "each seed draws its own classes and split. The best loss of each row is bold."
+    fpr95, openood = "FPR95 (%), lower is better", f"{over}. OpenOOD's convention: {caught}"
+    result = [
+        by_set("auroc", highest, "AUROC (%)", f"{over}; {each}"),
+        by_set("fpr95_ood_positive", lowest, fpr95, openood),
+    ]
+    if BASELINE in settings.losses and others:
+        rises, falls = (
+            lambda row, better=better: tuple(_difference(summary, better) for summary in row) for better in (1, -1)
+        )
+        interval = "mean [95 % interval, Student's t], bold where it excludes 0" if several else "one seed, no interval"
+        paired = f"Loss minus baseline with the same classes, split, first weights and batches; {interval}."
+        title = f": paired difference to {BASELINE} (percentage points)"
+        fpr95 = by_set("fpr95_ood_positive", falls, f"FPR95{title}", f"{paired} Below 0 is better.", others)
+        result += [by_set("auroc", rises, f"AUROC{title}", paired, others), replace(fpr95, on_terminal=False)]
+    result.append(_calibration(settings.losses, summaries, over))
+    area = f"{over}. Area under precision-recall; depends on how many images there are."
+    other = "FPR95 (%), ID positive, lower is better"
+    folded = (
+        by_set("fpr95_id_positive", lowest, other, f"{over}. The other convention: {kept}"),
+        by_set("aupr_in", highest, "AUPR (%), ID positive", area),
+        by_set("aupr_out", highest, "AUPR (%), OOD positive", area),
     )
-    return Table(title, caption, losses, sections)
+    return [*result, *(replace(table, on_terminal=False, folded=True) for table in folded)]
 
 
-def _calibration(comparison: Comparison, over: str) -> Table:
+def _calibration(losses: tuple[str, ...], summaries: list[PairedSummary], over: str) -> Table:
     """A row for each loss; the best of each column is bold."""
-    losses = comparison.settings.losses
-    summaries = {(s.metric, s.loss): s for s in comparison.summaries() if not s.detector}
+    found = {(s.metric, s.loss): s for s in summaries if not s.detector}
     columns = {
-        "accuracy": _values([summaries["accuracy", loss] for loss in losses], best=max),
-        "ECE f": _values([summaries["ece_softmax", loss] for loss in losses], best=min),
-        "ECE f/(τ‖f‖)": _values([summaries["ece_scaled_by_norm", loss] for loss in losses], best=min),
-        "ECE f/D": _values([summaries["ece_scaled_by_distance", loss] for loss in losses], best=min),
+        "accuracy": ("accuracy", max),
+        "ECE f": ("ece_softmax", min),
+        "ECE f/(τ‖f‖)": ("ece_scaled_by_norm", min),
+        "ECE f/D": ("ece_scaled_by_distance", min),
     }
-    rows = tuple(zip(losses, zip(*columns.values(), strict=True), strict=True))
-    return Table(
-        "Accuracy and expected calibration error (%)",
-        f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better.",
-        tuple(columns),
-        (Section("", rows),),
-    )
+    cells = (_values([found[metric, loss] for loss in losses], best) for metric, best in columns.values())
+    caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
+    rows = tuple(zip(losses, zip(*cells, strict=True), strict=True))
+    return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", rows),))
 
 
-def _values(summaries: list[PairedSummary], best: Callable) -> tuple[Cell, ...]:
+def _values(summaries: list[PairedSummary], best: Callable[[list[float]], float]) -> tuple[Cell, ...]:
     """mean ± std in percent; the best mean, as printed, in bold (all of them when several print alike)."""
     means = [round(100 * summary.mean, 1) for summary in summaries]
     spreads = [f" ± {100 * summary.std:.1f}" if summary.n_seeds > 1 else "" for summary in summaries]
@@ -292,28 +199,105 @@ def _difference(summary: PairedSummary, better: int) -> Cell:
     return Cell(text, bold=summary.low > 0 or summary.high < 0, worse=summary.difference * better < 0)
 
 
+# ---- plots
+
+LOSS_COLORS = (5, 1, 0, 2)  # of the losses in their order; the baseline is grey
+SET_COLORS = (0, 1, 3, 4)  # of ID and the OOD sets
+SPECTRUM_FLOOR = 1e-6
+
+
+class Plot(NamedTuple):
+    """One file of the folder, and its section of the page."""
+
+    file: str
+    title: str
+    caption: str
+    svg: str
+
+
+def plots_of(comparison: Comparison) -> list[Plot]:
+    """The plots of a comparison: scores, ROC curves, spectra."""
+    losses, names, seeds = comparison.settings.losses, comparison.settings.detectors, comparison.settings.seeds
+    labels = {name: detectors.find(name).label for name in names}
+    over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    scores = {loss: [_histogram(comparison, loss, name, labels[name]) for name in names] for loss in losses}
+    curves = {
+        heading: [_roc(comparison, name, ood_set, labels[name]) for name in names]
+        for ood_set, heading in comparison.ood_titles.items()
+    }
+    spectrum = "Singular values of the features"
+    return [
+        Plot(
+            "histograms.svg",
+            "Scores",
+            f"Share of the images by score, seed {seeds[0]}; right = more in-distribution. The height grows with the "
+            "square root of the share, so that small shares show; the outermost 1 % of the scores on each side are in "
+            "the first and last bin.",
+            charts.sheet("Scores", scores),
+        ),
+        Plot(
+            "roc.svg",
+            "ROC curves",
+            "OOD is the positive class: share of OOD images caught (upwards) against share of ID images rejected, "
+            f"{over}.",
+            charts.sheet("ROC curves", curves, "share of ID images rejected"),
+        ),
+        Plot(
+            "spectrum.svg",
+            spectrum,
+            f"σ of the centred training features, relative to the largest, {over}; values below {SPECTRUM_FLOOR:g} are "
+            "drawn there. A spectrum that falls early: features on few directions.",
+            charts.sheet(spectrum, {"": [_spectrum(comparison, spectrum)]}),
+        ),
+    ]
+
+
+def _color(colors: Sequence[int], index: int) -> int:
+    """Of the series at `index`; where they do not suffice they come again, dashed."""
+    return colors[index % len(colors)] + charts.COLORS * (index // len(colors))
+
+
+def _histogram(comparison: Comparison, loss: str, detector: str, label: str) -> Chart:
+    titles = {ID: "ID test images", **comparison.ood_titles}
+    scores = {title: np.asarray(comparison.scores[loss][detector][name]) for name, title in titles.items()}
+    chart = charts.histogram(label, "", scores, "", bins=30, beyond=0.01)
+    roots = [
+        replace(series, ys=np.sqrt(series.ys).tolist(), color=_color(SET_COLORS, index))
+        for index, series in enumerate(chart.series)
+    ]
+    return replace(chart, y_label="", series=roots, y_range=(0.0, 1.05 * max(max(s.ys) for s in roots)), y_ticks=False)
+
+
+def _roc(comparison: Comparison, detector: str, ood_set: str, label: str) -> Chart:
+    series = []
+    for index, loss in enumerate(comparison.settings.losses):
+        curve = np.mean(comparison.roc_curves[loss, detector, ood_set], axis=0)
+        grid = np.linspace(0.0, 1.0, len(curve)).tolist()
+        series.append(Series(loss, grid, curve.tolist(), color=_color(LOSS_COLORS, index)))
+    diagonal = [(0.0, 0.0), (1.0, 1.0)]
+    return Chart(label, "", "", series, x_range=(0.0, 1.0), y_range=(0.0, 1.0), guides=[diagonal])
+
+
+def _spectrum(comparison: Comparison, title: str) -> Chart:
+    series = []
+    for index, loss in enumerate(comparison.settings.losses):
+        relative = [values / max(values[0], np.finfo(float).tiny) for values in comparison.singular_values[loss]]
+        shown = np.clip(np.mean(relative, axis=0), SPECTRUM_FLOOR, None)
+        series.append(Series(loss, list(range(1, len(shown) + 1)), shown.tolist(), color=_color(LOSS_COLORS, index)))
+    return Chart(title, "index", "σ / largest σ", series, y_log=True)
+
+
 # ---- the page
 
 
-def _page(
-    comparison: Comparison,
-    context: dict,
-    all_tables: list[Table],
-    light: dict[str, bytes],
-    dark: dict[str, bytes],
-) -> str:
-    """The self-contained report: no script, no request, images inside."""
-    settings = comparison.settings
-    captions = plots.captions(comparison)
+def _page(comparison: Comparison, context: Mapping[str, Any], tables: list[Table], plots: list[Plot]) -> str:
+    """The self-contained report: no script, no request."""
+    settings, recipe = comparison.settings, comparison.settings.recipe
     figures = "".join(
-        f"<section><h2>{html.escape(title)}</h2>"
-        f"<div class='scroll{' wide' if name in plots.WIDE else ''}' tabindex=0><picture>"
-        f"<source media='(prefers-color-scheme: dark)' srcset='{_data_uri(dark[name])}'>"
-        f"<img src='{_data_uri(light[name])}' alt='{html.escape(title)}'></picture></div>"
-        f"<p class=caption>{html.escape(captions[name])}</p></section>"
-        for name, title in plots.TITLES.items()
+        f"<section><h2>{html.escape(plot.title)}</h2><div class=scroll tabindex=0>{plot.svg}</div>"
+        f"<p class=caption>{html.escape(plot.caption)}</p></section>"
+        for plot in plots
     )
-    recipe = settings.recipe
     classes = {run.seed: " ".join(run.class_names) for run in comparison.runs}
     facts = {
         "data": f"{settings.data}; ID classes by seed: "
@@ -333,17 +317,13 @@ def _page(
 <p class=lead>{len(settings.losses)} losses, {len(settings.detectors)} detectors, seeds {seeds}. Every number is in
 results.csv and results.json beside this page.</p>
 <pre>{html.escape(context["command"])}</pre>
-<div class=tables>{"".join(map(as_html, all_tables))}</div> {figures}
+{as_page(tables)} {figures}
 <section><h2>How it was run</h2>{pages.definitions(facts)}</section>"""
     return pages.document(f"ood_fast compare: {settings.data}", body)
 
 
-def _detector_text(name: str, parameters: dict) -> str:
+def _detector_text(name: str, parameters: Mapping[str, Any]) -> str:
     texts = [f"{key} = {value}" for key, value in parameters.items()]
     if name == "NCI":
         texts.append("α chosen on ID validation images against their pixel-scrambled copies")
     return f"{name} ({'; '.join(texts)})" if texts else name
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -14,7 +14,7 @@ from .runs import Evaluated, Record
 from .tables import Cell, Section, Table
 
 
-class Stored:
+class StoredResults:
     """Some results.json of one benchmark, in the form that `evaluation.build` reads.
 
     Methods of one name in several evaluations, as seeds that were evaluated one by one, are told apart by their folder.
@@ -36,6 +36,7 @@ class Stored:
         self.n_bootstrap = max(evaluated.results["bootstrap"] for evaluated in evaluations)
 
     def summaries(self) -> Iterator[Summary]:
+        """Of all evaluations."""
         for results, called in self._named:
             for row in results["summary"]:
                 kept = {part.name: row[part.name] for part in fields(Summary)}
@@ -45,12 +46,11 @@ class Stored:
 def tables(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
     """Those of `evaluation.build`; before them, where there are several runs, one with a column for each."""
     once = {evaluated.folder.resolve(): evaluated for _, evaluated in found}
-    built = [replace(table, sortable=True, corner="detector") for table in evaluation.build(Stored([*once.values()]))]
-    return [*side_by_side(found), *(replace(table, corner="method") if _by_method(table) else table for table in built)]
-
-
-def _by_method(table: Table) -> bool:
-    return all(not section.heading for section in table.sections)
+    built = []
+    for table in evaluation.build(StoredResults([*once.values()])):
+        by_method = not any(section.heading for section in table.sections)
+        built.append(replace(table, sortable=True, corner="method" if by_method else "detector"))
+    return [*side_by_side(found), *built]
 
 
 def side_by_side(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
@@ -60,8 +60,7 @@ def side_by_side(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
     values = {
         (record.name, row["detector"], row["ood_set"]): row["value"]
         for record, evaluated in found
-        for row in evaluated.run["measurements"]
-        if row["metric"] == "auroc"
+        for row in evaluated.measured("auroc")
     }
     names = [record.name for record, _ in found]
     there = list(dict.fromkeys(ood_set for _, _, ood_set in values))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,48 +15,21 @@ from ..diagnostics import NUMBERS, Diagnosis, accuracy_by_norm, reliability
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
 from ..diagnostics.plane import regions
-from . import pages
-from .charts import COLORS, INK, Chart, Series
+from .charts import COLORS, INK, Chart, Series, histogram
 from .runs import Evaluated, Record
+from .tables import each, number
 
 DRAWN = 800  # points of a set in a scatter plot, evenly over the set
-HISTOGRAM_BINS = 40
-INSIDE = 0.002  # the share of all values beyond either end of a histogram, counted in its end bins
 
 HAAS = "Haas et al., TMLR 2024"
 PAPYAN = "Papyan et al., PNAS 2020"
 DING = "Ding et al., CVPR 2026"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart and its caption, with the number that belongs to it."""
-
-    chart: Chart
-    caption: str
-
-    def as_html(self, file: str) -> str:
-        """`file`: the name under which the numbers are saved."""
-        chart = self.chart
-        return (
-            f"<figure><figcaption>{html.escape(chart.title)}{pages.download(file, chart.as_csv())}</figcaption>"
-            f"{chart.as_svg()}{chart.legend()}<p class=caption>{html.escape(self.caption)}</p></figure>"
-        )
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """For people: "–" where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}".replace("-", "−")
-
-
-def _each(values: Mapping[str, float]) -> str:
-    return "; ".join(f"{name}: {number(value)}" for name, value in values.items()) + "."
-
-
 # ---- training
 
 
-def training(records: Sequence[Record]) -> list[Figure]:
+def training(records: Sequence[Record]) -> list[Chart]:
     """From log.csv."""
 
     def best(record: Record) -> str:
@@ -66,31 +37,26 @@ def training(records: Sequence[Record]) -> list[Figure]:
         accuracy = number(100 * found.get("validation_accuracy", math.nan))
         return f"{record.name}: best {accuracy} (epoch {found.get('epoch', '–')})"
 
-    figures = [
+    accuracies = {"train_accuracy": "training", "validation_accuracy": "validation"}
+    told = f"Training: of the augmented images as they were trained on. {'; '.join(map(best, records))}"
+    charts = [
         _by_epoch(records, {"loss": ""}, "Training loss", "loss", "Mean over the steps of the epoch", log=True),
-        _by_epoch(
-            records,
-            {"train_accuracy": "training", "validation_accuracy": "validation"},
-            "Accuracy",
-            "accuracy (%)",
-            "Training: of the augmented images as they were trained on. " + "; ".join(map(best, records)),
-            scale=100,
-        ),
+        _by_epoch(records, accuracies, "Accuracy", "accuracy (%)", told, scale=100),
         _by_epoch(records, {"learning_rate": ""}, "Learning rate", "learning rate", "At the last step of the epoch"),
         _by_epoch(records, {"images_per_second": ""}, "Throughput", "images/s", "Training images of all processes"),
     ]
-    return [figure for figure in figures if figure is not None]
+    return [chart for chart in charts if chart is not None]
 
 
-def by_epoch(records: Sequence[Record]) -> list[Figure]:
+def by_epoch(records: Sequence[Record]) -> list[Chart]:
     """From diagnostics.csv; the CV of the norm and the AUROC of pScore, which the papers plot, come first."""
-    figures = []
+    charts = []
     for name in sorted(NUMBERS, key=lambda name: name not in ("norm_cv", "pscore_auroc")):
         title, what = NUMBERS[name]
         last = {record.name: record.by_epoch[name][-1] for record in records if record.by_epoch.get(name)}
-        caption = f"{title}: {what}. Last: {_each(last)[:-1]}"
-        figures.append(_by_epoch(records, {name: ""}, f"{title} by epoch", title, caption, table="by_epoch"))
-    return [figure for figure in figures if figure is not None]
+        caption = f"{title}: {what}. Last: {each(last)[:-1]}"
+        charts.append(_by_epoch(records, {name: ""}, f"{title} by epoch", title, caption, table="by_epoch"))
+    return [chart for chart in charts if chart is not None]
 
 
 def _by_epoch(
@@ -103,7 +69,7 @@ def _by_epoch(
     log: bool = False,
     scale: float = 1.0,
     table: str = "log",
-) -> Figure | None:
+) -> Chart | None:
     """A line for each run and column; None if no run has any number."""
     series = []
     for index, record in enumerate(records):
@@ -113,41 +79,34 @@ def _by_epoch(
             if any(map(math.isfinite, values)):
                 color = index + COLORS * (len(columns) - 1 - position)  # all but the last dashed
                 series.append(Series(f"{record.name} {what}".strip(), held["epoch"], values, color=color))
-    if not series:
-        return None
     log = log and all(value > 0 for s in series for value in s.ys if math.isfinite(value))
-    return Figure(Chart(title, "epoch", y_label, series, y_log=log), f"{caption}.")
+    return Chart(title, "epoch", y_label, series, f"{caption}.", y_log=log) if series else None
 
 
-def change(records: Sequence[Record]) -> list[Figure]:
+def change(records: Sequence[Record]) -> list[Chart]:
     """One for each run that it was measured for."""
-    figures = []
-    for record in records:
-        if record.change is None:
-            continue
-        edges, counts = record.change.edges.tolist(), record.change.count.tolist()
-        names = [
-            f"‖z‖ ≥ {number(low, 3)}" if math.isinf(high) else f"{number(low, 3)} ≤ ‖z‖ < {number(high, 3)}"
-            for low, high in pairwise(edges)
-        ]
-        series = [
-            Series(name, record.change_epochs[1:], step.tolist())
-            for name, step in zip(names, record.change.steps.T, strict=True)
-        ]
-        total = {
-            f"{name} ({count} images)": value
-            for name, count, value in zip(names, counts, record.change.total.tolist(), strict=True)
-        }
-        positive = bool((record.change.steps > 0).any())
-        chart = Chart(
-            f"Feature change by norm group: {record.name}", "epoch", "mean ‖z_t − z_t−1‖²", series, y_log=positive
-        )
-        caption = (
-            "Of the ID test images, from checkpoint to checkpoint, in the groups of the norm in the last one; "
-            f"Δ_m = Σ_t 1/N_m Σ_i ‖z_i,t − z_i,t−1‖² ({HAAS}, eq. 8): {_each(total)}"
-        )
-        figures.append(Figure(chart, caption))
-    return figures
+    return [_change(record) for record in records if record.change is not None]
+
+
+def _change(record: Record) -> Chart:
+    found = record.change
+    names = [
+        f"‖z‖ ≥ {number(low, 3)}" if math.isinf(high) else f"{number(low, 3)} ≤ ‖z‖ < {number(high, 3)}"
+        for low, high in pairwise(found.edges.tolist())
+    ]
+    steps = zip(names, found.steps.T.tolist(), strict=True)
+    totals = zip(names, found.count.tolist(), found.total.tolist(), strict=True)
+    caption = (
+        "Of the ID test images, from checkpoint to checkpoint, in the groups of the norm in the last one; "
+        f"Δ_m = Σ_t 1/N_m Σ_i ‖z_i,t − z_i,t−1‖² ({HAAS}, eq. 8): "
+        + each({f"{name} ({count} images)": total for name, count, total in totals})
+    )
+    return Chart(
+        *(f"Feature change by norm group: {record.name}", "epoch", "mean ‖z_t − z_t−1‖²"),
+        [Series(name, record.change_epochs[1:], step) for name, step in steps],
+        caption,
+        y_log=bool((found.steps > 0).any()),
+    )
 
 
 # ---- the features of the training images: all runs in one plot
@@ -155,94 +114,66 @@ def change(records: Sequence[Record]) -> list[Figure]:
 Found = Sequence[tuple[int, Record, Evaluated, Diagnosis]]  # with the number of the run's colour
 
 
-def collapse(found: Found) -> list[Figure]:
+def collapse(found: Found) -> list[Chart]:
     """Spectrum, and how near neural collapse the training features are."""
 
-    def line(of: Callable[[Diagnosis], Tensor], first: int = 1) -> list[Series]:
-        series = []
-        for color, record, _, diagnosis in found:
-            ys = of(diagnosis).tolist()
-            series.append(Series(record.name, list(range(first, first + len(ys))), ys, color=color))
-        return series
+    def lines(of: Callable[[Diagnosis], Tensor]) -> list[Series]:
+        values = [(color, record.name, of(diagnosis).tolist()) for color, record, _, diagnosis in found]
+        return [Series(name, list(range(1, len(ys) + 1)), ys, color=color) for color, name, ys in values]
 
     def numbers(name: str) -> str:
-        return _each({record.name: diagnosis.numbers[name] for _, record, _, diagnosis in found})
+        return each({record.name: diagnosis.numbers[name] for _, record, _, diagnosis in found})
 
-    def cosines(diagnosis: Diagnosis) -> Tensor:
-        counts = diagnosis.collapse.cosine_counts.view(COSINE_BINS // 4, 4).sum(dim=1)
-        return counts / counts.sum().clamp(min=1)
-
-    edges = torch.linspace(-1, 1, COSINE_BINS // 4 + 1).tolist()
-    steps = [
-        Series(record.name, edges, cosines(diagnosis).tolist(), "steps", color) for color, record, _, diagnosis in found
-    ]
-    highest = 1.05 * max(max(s.ys) for s in steps) or 1.0
-    simplex = {-1 / (len(d.collapse.classes) - 1) for *_, d in found if len(d.collapse.classes) > 1}
     return [
-        Figure(
-            Chart("Spectrum of the features", "i", "σ_i", line(lambda d: d.singular_values), y_log=True),
+        Chart(
+            *("Spectrum of the features", "i", "σ_i", lines(lambda d: d.singular_values)),
             f"Singular values σ_i of (Z − μ)/√n of the training features, largest first ({DING}). Effective rank "
             f"exp(−Σ p_i log p_i), p_i = σ_i/Σσ (Roy and Vetterli 2007): {numbers('effective_rank')}",
+            y_log=True,
         ),
-        Figure(
-            Chart(
-                "NC1: within- over between-class variance",
-                "direction between the class means",
-                "r_k",
-                line(lambda d: d.collapse.ratios),
-                y_log=True,
-            ),
+        Chart(
+            *("NC1: within- over between-class variance", "direction between the class means", "r_k"),
+            lines(lambda d: d.collapse.ratios),
             "r_k = v_kᵀ Σ_W v_k / v_kᵀ Σ_B v_k along each direction v_k between the means, the widest first; NC1 = "
             f"tr(Σ_W Σ_B⁺)/C = Σ r_k / C ({HAAS}, eq. 2; {PAPYAN}), 0 in collapse: {numbers('nc1')}",
+            y_log=True,
         ),
-        Figure(
-            Chart(
-                "EN: norms of the class means",
-                "classes, by norm",
-                "‖μ_c − μ_G‖ / mean",
-                line(lambda d: _over_mean(d.collapse.mean_norms).sort(descending=True).values),
-            ),
+        Chart(
+            *("EN: norms of the class means", "classes, by norm", "‖μ_c − μ_G‖ / mean"),
+            lines(lambda d: (d.collapse.mean_norms / d.collapse.mean_norms.mean()).sort(descending=True).values),
             f"Equinormality: standard deviation over mean of ‖μ_c − μ_G‖ ({HAAS}, eq. 3), 0 in collapse: "
             f"{numbers('equinormality')}",
         ),
-        Figure(
-            Chart(
-                "EA: angles between the class means",
-                "cos(μ_c − μ_G, μ_c' − μ_G)",
-                "share of the pairs",
-                steps,
-                y_range=(0.0, highest),
-                guides=[[(x, 0.0), (x, highest)] for x in sorted(simplex)],
-            ),
-            "Equiangularity: mean of |cos + 1/(C − 1)| over the pairs of classes "
-            f"({HAAS}, eq. 4, with the sign of {PAPYAN}), 0 in collapse; dotted: −1/(C − 1). "
-            f"{numbers('equiangularity')}",
-        ),
-        Figure(
-            Chart(
-                "NC3: weights along the class means",
-                "classes, by cosine",
-                "cos(w_c, μ_c − μ_G)",
-                line(lambda d: d.collapse.weight_cosines.sort(descending=True).values),
-            ),
+        _angles(found, numbers("equiangularity")),
+        Chart(
+            *("NC3: weights along the class means", "classes, by cosine", "cos(w_c, μ_c − μ_G)"),
+            lines(lambda d: d.collapse.weight_cosines.sort(descending=True).values),
             f"NC3 = ‖W/‖W‖ − M/‖M‖‖², rows of M: μ_c − μ_G ({PAPYAN}), 0 where they are aligned, 2 where they have "
             f"nothing in common: {numbers('nc3')}",
         ),
-        Figure(
-            Chart(
-                "NC4: agreement with the nearest class mean",
-                "predicted classes, by share",
-                "share that agrees",
-                line(_agreement),
-            ),
+        Chart(
+            *("NC4: agreement with the nearest class mean", "predicted classes, by share", "share that agrees"),
+            lines(_agreement),
             f"Share of the ID test images whose prediction is argmin_c ‖z − μ_c‖ ({PAPYAN}, 1 minus theirs), by "
             f"predicted class; over all images: {numbers('nc4')}",
         ),
     ]
 
 
-def _over_mean(values: Tensor) -> Tensor:
-    return values / values.mean()
+def _angles(found: Found, told: str) -> Chart:
+    edges, series = torch.linspace(-1, 1, COSINE_BINS // 4 + 1).tolist(), []
+    for color, record, _, diagnosis in found:
+        counts = diagnosis.collapse.cosine_counts.view(COSINE_BINS // 4, 4).sum(dim=1)
+        series.append(Series(record.name, edges, (counts / counts.sum().clamp(min=1)).tolist(), "steps", color))
+    highest = 1.05 * max(max(s.ys) for s in series) or 1.0
+    simplex = {-1 / (len(d.collapse.classes) - 1) for *_, d in found if len(d.collapse.classes) > 1}
+    return Chart(
+        *("EA: angles between the class means", "cos(μ_c − μ_G, μ_c' − μ_G)", "share of the pairs", series),
+        f"Equiangularity: mean of |cos + 1/(C − 1)| over the pairs of classes ({HAAS}, eq. 4, with the sign of "
+        f"{PAPYAN}), 0 in collapse; dotted: −1/(C − 1). {told}",
+        y_range=(0.0, highest),
+        guides=[[(x, 0.0), (x, highest)] for x in sorted(simplex)],
+    )
 
 
 def _agreement(diagnosis: Diagnosis) -> Tensor:
@@ -256,31 +187,23 @@ def _agreement(diagnosis: Diagnosis) -> Tensor:
 # ---- test images: a plot for each run
 
 
-def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnosis) -> list[Figure]:
+def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnosis) -> list[Chart]:
     """D against ‖z‖, histograms of norm, D and pScore, the plane, accuracy by norm, calibration; of one run."""
     titles = {ID: "ID", **{name: _title(evaluated, name) for name in diagnosis.sets if name != ID}}
-    numbers, test, name = diagnosis.numbers, diagnosis.sets[ID], record.name
-    bins = accuracy_by_norm(test.norm, test.correct) if len(test) else None
-    figures = [
-        Figure(
-            Chart(
-                f"D against ‖z‖: {name}",
-                "‖z‖",
-                "D(z)",
-                [
-                    Series(titles[key], part.norm[some].tolist(), part.distance[some].tolist(), "points")
-                    for key, part in diagnosis.sets.items()
-                    for some in (_some(len(part)),)
-                ],
-            ),
+    numbers, sets, name = diagnosis.numbers, diagnosis.sets, record.name
+    ood = [key for key in titles if key != ID]
+    drawn = {key: _some(len(part)) for key, part in sets.items()}
+    correlations = {titles[key]: numbers[f"distance_norm_correlation_ood/{key}"] for key in ood}
+    charts = [
+        Chart(
+            *(f"D against ‖z‖: {name}", "‖z‖", "D(z)"),
+            [
+                Series(titles[key], part.norm[drawn[key]].tolist(), part.distance[drawn[key]].tolist(), "points")
+                for key, part in sets.items()
+            ],
             f"D: mean distance to the decision boundaries of the predicted class ({DING}, fig. 2). Up to {DRAWN} "
             "images of each set are drawn, evenly over it. Pearson's r of all: "
-            + _each(
-                {
-                    "ID": numbers["distance_norm_correlation"],
-                    **{titles[key]: numbers[f"distance_norm_correlation_ood/{key}"] for key in titles if key != ID},
-                }
-            ),
+            + each({"ID": numbers["distance_norm_correlation"], **correlations}),
         )
     ]
     for attribute, short, auroc, source in (
@@ -288,26 +211,12 @@ def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnos
         ("distance", "D", "distance_auroc", f"D, the mean distance to the boundaries of the predicted class ({DING})"),
         ("p_score", "pScore", "pscore_auroc", "pScore = w_p·(z − μ)/‖z − μ‖ (Liu and Qin, CVPR 2025)"),
     ):
-        values = {titles[key]: getattr(part, attribute).numpy() for key, part in diagnosis.sets.items()}
-        separation = _each({titles[key]: 100 * numbers[f"{auroc}/{key}"] for key in titles if key != ID})
-        figures.append(histogram(f"{short}: {name}", short, values, f"{source}. AUROC against ID (%): {separation}"))
-    if bins is not None:
-        chart = Chart(
-            f"Accuracy by norm: {name}",
-            "mean ‖z‖ of the bin",
-            "accuracy (%)",
-            [Series("accuracy", bins.norm.tolist(), (100 * bins.accuracy).tolist(), color=color)],
-            y_range=(min(99.0, 100 * bins.accuracy.min().item() - 1), 100.0),
-        )
-        caption = (
-            f"ID test images sorted by ‖z‖, in {len(bins.count)} bins of equal size ({HAAS}, fig. 7: 125). "
-            f"Spearman's ρ of the bins: {number(bins.rank_correlation)}; all images: "
-            f"{100 * test.correct.double().mean():.2f} %."
-        )
-        figures.append(Figure(chart, caption))
-        figures.append(_reliability(name, diagnosis))
-    figures.append(_plane(name, record, diagnosis, titles))
-    return figures
+        values = {titles[key]: getattr(part, attribute).numpy() for key, part in sets.items()}
+        separation = each({titles[key]: 100 * numbers[f"{auroc}/{key}"] for key in ood})
+        charts.append(histogram(f"{short}: {name}", short, values, f"{source}. AUROC against ID (%): {separation}"))
+    if len(sets[ID]):
+        charts += [_accuracy(name, diagnosis, color), _reliability(name, diagnosis)]
+    return [*charts, _plane(name, record, diagnosis, titles)]
 
 
 def _title(evaluated: Evaluated, name: str) -> str:
@@ -319,69 +228,62 @@ def _some(n: int, limit: int = DRAWN) -> Tensor:
     return torch.linspace(0, n - 1, min(n, limit)).round().long() if n else torch.zeros(0, dtype=torch.long)
 
 
-def _reliability(name: str, diagnosis: Diagnosis) -> Figure:
+def _accuracy(name: str, diagnosis: Diagnosis, color: int) -> Chart:
+    test = diagnosis.sets[ID]
+    bins = accuracy_by_norm(test.norm, test.correct)
+    return Chart(
+        *(f"Accuracy by norm: {name}", "mean ‖z‖ of the bin", "accuracy (%)"),
+        [Series("accuracy", bins.norm.tolist(), (100 * bins.accuracy).tolist(), color=color)],
+        f"ID test images sorted by ‖z‖, in {len(bins.count)} bins of equal size ({HAAS}, fig. 7: 125). Spearman's ρ of "
+        f"the bins: {number(bins.rank_correlation)}; all images: {100 * test.correct.double().mean():.2f} %.",
+        y_range=(min(99.0, 100 * bins.accuracy.min().item() - 1), 100.0),
+    )
+
+
+def _reliability(name: str, diagnosis: Diagnosis) -> Chart:
     test, series = diagnosis.sets[ID], []
     for title, confidence in (("softmax(f)", test.confidence), ("softmax(f/D)", test.confidence_by_distance)):
         of = reliability(confidence, test.correct)
         held = of.count > 0
         series.append(Series(title, of.confidence[held].tolist(), of.accuracy[held].tolist()))
-    chart = Chart(
-        f"Reliability: {name}",
-        "confidence",
-        "accuracy",
-        series,
+    ece = {"f": 100 * diagnosis.numbers["ece"], "f/D": 100 * diagnosis.numbers["ece_by_distance"]}
+    return Chart(
+        *(f"Reliability: {name}", "confidence", "accuracy", series),
+        "Accuracy against mean confidence of the ID test images in 15 equal bins (Guo et al., ICML 2017); dotted: "
+        f"calibrated. Expected calibration error (%): {each(ece)}",
         x_range=(0.0, 1.0),
         y_range=(0.0, 1.0),
         guides=[[(0.0, 0.0), (1.0, 1.0)]],
     )
-    ece = {"f": 100 * diagnosis.numbers["ece"], "f/D": 100 * diagnosis.numbers["ece_by_distance"]}
-    return Figure(
-        chart,
-        "Accuracy against mean confidence of the ID test images in 15 equal bins (Guo et al., ICML 2017); dotted: "
-        f"calibrated. Expected calibration error (%): {_each(ece)}",
-    )
 
 
-def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str, str]) -> Figure:
+def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str, str]) -> Chart:
     """The decision regions, and test images on them."""
-    test = diagnosis.sets[ID]
-    drawn = {
-        key: part.place[_some(len(part), DRAWN // (1 if key == ID else 4))] for key, part in diagnosis.sets.items()
-    }
-    places = torch.cat([*drawn.values(), diagnosis.plane_means])
-    left, right, low, high = _box(places)
+    sets = diagnosis.sets
+    drawn = {key: part.place[_some(len(part), DRAWN // (1 if key == ID else 4))] for key, part in sets.items()}
+    left, right, low, high = _box(torch.cat([*drawn.values(), diagnosis.plane_means]))
     classes = record.info.get("class_names") or list(map(str, range(len(diagnosis.plane_weight))))
-    of_class = test.target[_some(len(test))]
+    of_class = sets[ID].target[_some(len(sets[ID]))]
     outside = [key for key in drawn if key != ID and len(drawn[key])]
     series = [Series(titles[key], *drawn[key].T.tolist(), kind="crosses", color=INK, listed=False) for key in outside]
-    series += [
-        Series(
-            f"ID class {classes[c]}" if c >= 0 else "ID",
-            *drawn[ID][of_class == c].T.tolist(),
-            kind="points",
-            color=c,
-            listed=len(classes) <= COLORS,
-        )
-        for c in of_class.unique().tolist()
-    ]
-    chart = Chart(
-        f"Features in the plane: {name}",
-        "first axis",
-        "second axis",
-        series,
+    for c in of_class.unique().tolist():
+        xs, ys = drawn[ID][of_class == c].T.tolist()
+        called = f"ID class {classes[c]}" if c >= 0 else "ID"
+        series.append(Series(called, xs, ys, "points", color=c, listed=len(classes) <= COLORS))
+    what = (
+        "The model's two features, with its decision regions"
+        if diagnosis.plane_direct
+        else "The plane of the first two principal components of the training features, "
+        f"{100 * diagnosis.plane_share:.1f} % of their variance, and the decision regions on it; features lie beside "
+        "it, and may be classified otherwise than the place where they are drawn"
+    )
+    return Chart(
+        *(f"Features in the plane: {name}", "first axis", "second axis", series),
+        f"{what} ({DING}, fig. 1). Points: ID test images by class; crosses: OOD.",
         x_range=(left, right),
         y_range=(low, high),
         regions=list(regions(diagnosis.plane_weight, diagnosis.plane_bias, (left, right, low, high)).items()),
     )
-    if diagnosis.plane_direct:
-        what = "The model's two features, with its decision regions"
-    else:
-        what = (
-            "The plane of the first two principal components of the training features, "
-            f"{100 * diagnosis.plane_share:.1f} % of their variance, and the decision regions on it; features lie "
-            "beside it, and may be classified otherwise than the place where they are drawn"
-        )
-    return Figure(chart, f"{what} ({DING}, fig. 1). Points: ID test images by class; crosses: OOD.")
 
 
 def _box(places: Tensor) -> tuple[float, float, float, float]:
@@ -397,57 +299,36 @@ def _box(places: Tensor) -> tuple[float, float, float, float]:
 # ---- scores of the detectors
 
 
-def histogram(title: str, x_label: str, values: Mapping[str, np.ndarray], caption: str) -> Figure:
-    """The share of each set in equal bins over all of them."""
-    finite = {name: of[np.isfinite(of)] for name, of in values.items()}
-    everything = np.concatenate([np.zeros(0), *finite.values()])
-    low, high = np.quantile(everything, [INSIDE, 1 - INSIDE]) if len(everything) else (0.0, 1.0)
-    if not low < high:
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
-    series = [
-        Series(name, edges.tolist(), (np.histogram(of.clip(low, high), edges)[0] / max(len(of), 1)).tolist(), "steps")
-        for name, of in finite.items()
-    ]
-    left_out = sum(len(of) - len(finite[name]) for name, of in values.items())
-    note = f" {left_out} values that are not finite are left out." if left_out else ""
-    highest = 1.05 * max((max(s.ys) for s in series), default=1.0) or 1.0
-    return Figure(Chart(title, x_label, "share of the set", series, y_range=(0.0, highest)), caption + note)
-
-
-def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapping[str, np.ndarray]]) -> list[Figure]:
+def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapping[str, np.ndarray]]) -> list[Chart]:
     """A histogram for each detector of a run."""
     titles = {name: "ID" if name == "id" else _title(evaluated, name) for name in evaluated.results["sets"]}
-    aurocs = {
-        (row["detector"], row["ood_set"]): row["value"]
-        for row in evaluated.run["measurements"]
-        if row["metric"] == "auroc"
-    }
-    figures = []
+    found = {(row["detector"], row["ood_set"]): row["value"] for row in evaluated.measured("auroc")}
+    charts = []
     for detector, sets in of_detectors.items():
         values = {titles[name]: sets[name] for name in titles if name in sets}
-        found = {titles[name]: 100 * aurocs[detector, name] for name in titles if (detector, name) in aurocs}
+        aurocs = {titles[name]: 100 * found[detector, name] for name in titles if (detector, name) in found}
         label = find(detector).label
-        settings = evaluated.run["detectors"].get(detector) or {}
-        told = ", ".join(f"{name} = {value}" for name, value in settings.items())
-        caption = f"Higher is more in-distribution. AUROC (%): {_each(found)}" + (
-            f" Parameters: {told}." if told else ""
-        )
-        figures.append(histogram(f"{label}: {record.name}", f"score of {label}", values, caption))
-    return figures
+        settings = (evaluated.run["detectors"].get(detector) or {}).items()
+        told = f" Parameters: {', '.join(f'{name} = {value}' for name, value in settings)}." if settings else ""
+        caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
+        charts.append(histogram(f"{label}: {record.name}", f"score of {label}", values, caption))
+    return charts
 
 
-def files(figures: Iterable[Figure], prefix: str) -> str:
-    """HTML of figures, whose numbers are saved as `prefix`-<number>-<title>.csv."""
+# ---- on the page
+
+
+def shown(charts: Iterable[Chart], prefix: str) -> str:
+    """HTML of charts, whose numbers are saved as `prefix`-<title>.csv."""
     parts = []
-    for figure in figures:
-        safe = "".join(letter if letter.isalnum() else "-" for letter in figure.chart.title)
-        parts.append(figure.as_html(f"{prefix}-{'-'.join(filter(None, safe.split('-')))}.csv"))
+    for chart in charts:
+        safe = "".join(letter if letter.isalnum() else "-" for letter in chart.title)
+        parts.append(chart.as_html(f"{prefix}-{'-'.join(filter(None, safe.split('-')))}.csv"))
     return f"<div class=charts>{''.join(parts)}</div>"
 
 
-def rows(figures: Sequence[Sequence[Figure]], prefix: str) -> str:
+def by_kind(kinds: Sequence[Sequence[Chart]], prefix: str) -> str:
     """The same of several runs beside each other; of one run, all in one."""
-    if all(len(of_kind) == 1 for of_kind in figures):
-        return files([of_kind[0] for of_kind in figures], prefix)
-    return "".join(files(of_kind, prefix) for of_kind in figures)
+    if all(len(of_kind) == 1 for of_kind in kinds):
+        return shown([of_kind[0] for of_kind in kinds], prefix)
+    return "".join(shown(of_kind, prefix) for of_kind in kinds)

@@ -9,22 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checks, evaluation
+from .. import checks, evaluation, files
 from ..diagnostics import NUMBERS, Diagnosis
 from ..evaluation.write import by_note
-from . import charts, evaluations, figures, pages
-from .figures import number
+from . import evaluations, figures, pages
+from .charts import Chart
 from .runs import Evaluated, Record, missing
-from .tables import Cell, Section, Table, as_html
+from .tables import Cell, Section, Table, as_html, as_page, number, percent
 
 NAME = "report.html"
 GENERATOR = "ood_fast report"  # marks a file that a new report may replace
-STYLE = """
-.part > h2 { font-size: 1.35rem; margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-.tables { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-.tables section { margin-top: -1rem; } .charts { margin-top: 1rem; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 1rem 0; font-size: .92rem; } nav a { color: inherit; }
-"""
 SHOWN = ("MSP", "Energy", "NCI", "FDBD", "KNN", "FeatureNorm")  # histograms of other detectors are folded
 OPEN_NOTES = 3  # more of what is missing are folded
 EPOCH_CURVES = 6  # of the diagnostics by epoch that are not folded
@@ -36,11 +30,11 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
     benchmarks = list(dict.fromkeys(benchmark for record in records for benchmark in record.evaluated))
     sections: dict[str, str] = {}  # title -> HTML
     if curves := figures.training(records):
-        sections["Training"] = figures.files(curves, "training")
+        sections["Training"] = figures.shown(curves, "training")
     if curves := figures.by_epoch(records):
         sections["Diagnostics by epoch"] = _by_epoch(curves)
     if curves := figures.change(records):
-        sections["Change of the features"] = figures.files(curves, "change")
+        sections["Change of the features"] = figures.shown(curves, "change")
     for benchmark in benchmarks:
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         prefix = f"{benchmark}-" if len(benchmarks) > 1 else ""
@@ -60,7 +54,7 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
 """
     for title, content in sections.items():
         body += f'<section class=part id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>\n'
-    return pages.document(f"ood_fast report: {names}", body, charts.STYLE + STYLE, pages.SORTING, GENERATOR)
+    return pages.document(f"ood_fast report: {names}", body, GENERATOR)
 
 
 def _anchor(title: str) -> str:
@@ -80,8 +74,8 @@ def _notes(title: str, notes: Mapping[str, Sequence[str]], *, opened: bool) -> s
     items = "".join(
         f"<li><b>{html.escape(', '.join(names))}</b>: {html.escape(note)}</li>" for note, names in notes.items()
     )
-    folded = "<details open>" if opened and len(notes) <= OPEN_NOTES else "<details>"
-    return f"{folded}<summary>{html.escape(title)} ({len(notes)})</summary><ul class=notes>{items}</ul></details>"
+    opened = opened and len(notes) <= OPEN_NOTES
+    return pages.folded(f"{title} ({len(notes)})", f"<ul class=notes>{items}</ul>", opened=opened)
 
 
 # ---- what was run
@@ -96,12 +90,12 @@ def _runs(records: Sequence[Record]) -> Table:
         "epochs": lambda r: f"{r.info['epochs']} of {r.recipe['epochs']}" if "epochs" in r.info else "–",
         "status": lambda r: str(r.info.get("status", "–")),
         "last loss": lambda r: number(r.log["loss"][-1]) if r.log.get("loss") else "–",
-        "best validation accuracy (%)": lambda r: _percent((r.info.get("best") or {}).get("validation_accuracy")),
+        "best validation accuracy (%)": lambda r: percent((r.info.get("best") or {}).get("validation_accuracy")),
         "training time": lambda r: _duration(sum(r.log["seconds"])) if r.log.get("seconds") else "–",
         "device": lambda r: str(r.info.get("device", "–")),
     }
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
-        columns[f"test accuracy on {benchmark} (%)"] = lambda r, b=benchmark: _percent(_accuracy(r.evaluated.get(b)))
+        columns[f"test accuracy on {benchmark} (%)"] = lambda r, b=benchmark: percent(_accuracy(r.evaluated.get(b)))
     rows = tuple((r.name, tuple(Cell(of(r)) for of in columns.values())) for r in records)
     caption = "Test accuracy: of the checkpoint that was evaluated. Training time: of the epochs, with validation."
     return Table("Runs", caption, tuple(columns), (Section("", rows),), corner="run", sortable=True)
@@ -119,12 +113,7 @@ def _told(record: Record, name: str) -> str:
 
 
 def _accuracy(evaluated: Evaluated | None) -> float | None:
-    rows = evaluated.run["measurements"] if evaluated else ()
-    return next((row["value"] for row in rows if row["metric"] == "accuracy"), None)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.2f}"
+    return next((row["value"] for row in evaluated.measured("accuracy")), None) if evaluated else None
 
 
 def _duration(seconds: float) -> str:
@@ -141,17 +130,16 @@ def _evaluation(found: Sequence[tuple[Record, Evaluated]]) -> str:
     for _, evaluated in found:
         sets |= evaluated.results["sets"]
     told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())
-    tables = "".join(map(as_html, evaluations.tables(found)))
     notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run["notes"])
     return (
-        f"<p class=caption>Test images: {html.escape(told)}.</p><div class=tables>{tables}</div>"
+        f"<p class=caption>Test images: {html.escape(told)}.</p>{as_page(evaluations.tables(found))}"
         f"{_notes('Notes of the evaluation', notes, opened=False)}"
     )
 
 
 def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     """A row for each detector."""
-    of_detectors: dict[str, list[figures.Figure]] = {}
+    of_detectors: dict[str, list[Chart]] = {}
     for record, evaluated in found:
         try:
             scores = evaluation.read_scores(evaluated.folder, evaluated.run)
@@ -160,44 +148,39 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
             raise checks.UserError(
                 f"{evaluated.folder}: cannot read its scores ({error}); make them again: {again}"
             ) from error
-        for figure, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
-            of_detectors.setdefault(detector, []).append(figure)
+        for chart, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
+            of_detectors.setdefault(detector, []).append(chart)
     shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)
-    content = figures.rows([of_detectors[name] for name in shown], f"{prefix}scores")
+    content = figures.by_kind([of_detectors[name] for name in shown], f"{prefix}scores")
     if others := [of_detectors[name] for name in of_detectors if name not in shown]:
-        content += _folded(f"{len(others)} more detectors", figures.rows(others, f"{prefix}scores"))
+        content += pages.folded(f"{len(others)} more detectors", figures.by_kind(others, f"{prefix}scores"))
     return content
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
 # ---- diagnostics
 
 
-def _by_epoch(curves: Sequence[figures.Figure]) -> str:
+def _by_epoch(curves: Sequence[Chart]) -> str:
     text = (
         "Of the model after each epoch. Spectrum, class means and norms are of the training images, not augmented; "
         "what needs other images is of the validation images, ID and OOD."
     )
-    content = f"<p class=caption>{text}</p>{figures.files(curves[:EPOCH_CURVES], 'epochs')}"
+    content = f"<p class=caption>{text}</p>{figures.shown(curves[:EPOCH_CURVES], 'epochs')}"
     if more := curves[EPOCH_CURVES:]:
-        content += _folded(f"{len(more)} more", figures.files(more, "epochs"))
+        content += pages.folded(f"{len(more)} more", figures.shown(more, "epochs"))
     return content
 
 
 def _diagnoses(benchmark: str, diagnosed: figures.Found, prefix: str) -> dict[str, str]:
     """The sections about the features."""
-    tables = "".join(map(as_html, _numbers(diagnosed)))
-    kinds: dict[str, list[figures.Figure]] = {}  # by the title without the run
+    kinds: dict[str, list[Chart]] = {}  # by the title without the run
     for of_run in diagnosed:
-        for figure in figures.of_sets(*of_run):
-            kinds.setdefault(figure.chart.title.partition(":")[0], []).append(figure)
+        for chart in figures.of_sets(*of_run):
+            kinds.setdefault(chart.title.partition(":")[0], []).append(chart)
     return {
-        f"Diagnostics on {benchmark}": f"<div class=tables>{tables}</div>",
-        f"Spectrum and neural collapse on {benchmark}": figures.files(figures.collapse(diagnosed), f"{prefix}features"),
-        f"Features of the test images of {benchmark}": figures.rows([*kinds.values()], f"{prefix}images"),
+        f"Diagnostics on {benchmark}": as_page(_numbers(diagnosed)),
+        f"Spectrum and neural collapse on {benchmark}": figures.shown(figures.collapse(diagnosed), f"{prefix}features"),
+        f"Features of the test images of {benchmark}": figures.by_kind([*kinds.values()], f"{prefix}images"),
     }
 
 
@@ -300,7 +283,6 @@ def write(file: str | os.PathLike, records: Sequence[Record], context: Mapping[s
     Args:
         context: the command and when it was "started"; "versions" and "machine" if known.
     """
-    text = page(records, context)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    pages.write(file, text)
+    files.write_text(file, page(records, context))

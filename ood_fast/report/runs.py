@@ -1,7 +1,7 @@
 """What trained runs left on the disk. Nothing here runs a model but `measure_change`.
 
 records = open_records(["runs/cifar10-ce/s0", "runs/cifar10-elogitnorm/s0"])
-diagnose(records)            # from the features that `ood-fast evaluate` keeps; itself kept beside them
+diagnose_runs(records)       # from the features that `ood-fast evaluate` keeps; itself kept beside them
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checks, evaluation
+from .. import checks, evaluation, files
 from ..data import open_benchmark
-from ..diagnostics import Diagnosis, FeatureChange, feature_change
-from ..diagnostics import diagnose as diagnose_chunks
+from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
-from ..evaluation.run import FIT, TEST, VALIDATION, VALIDATION_OOD
+from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Progress, no_progress
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 from .comparison import holds_comparison
 
-Progress = Callable[[str, int], Any]
 Columns = dict[str, list[float]]
 RESULTS = "results.json"  # of an evaluation
 DIAGNOSIS = "ood_fast diagnosis of features 1"  # part of the name of a kept one: another way to compute is another name
 CHANGE = "ood_fast change of features 1"
-
-
-def no_progress(what: str, total: int) -> Any:
-    return nullcontext()
 
 
 @dataclass
@@ -48,13 +42,17 @@ class Evaluated:
 
     Attributes:
         folder: of the evaluation. results: its results.json. run: the part of it that is about this run.
-        diagnosis: None until `diagnose`, or where the features are gone.
+        diagnosis: None until `diagnose_runs`, or where the features are gone.
     """
 
     folder: Path
     results: dict[str, Any]
     run: dict[str, Any]
     diagnosis: Diagnosis | None = None
+
+    def measured(self, metric: str) -> list[dict[str, Any]]:
+        """The measurements of one metric."""
+        return [row for row in self.run["measurements"] if row["metric"] == metric]
 
 
 @dataclass
@@ -256,7 +254,7 @@ def _evaluate_command(record: Record) -> str:
 # ---- diagnoses, from the cached features
 
 
-def diagnose(records: Sequence[Record], progress: Progress = no_progress) -> None:
+def diagnose_runs(records: Sequence[Record], progress: Progress = no_progress) -> None:
     """The `Diagnosis` of each run on each benchmark that it was evaluated on, from the features in the cache of the
     evaluation. What was found is kept there too: the next report reads it. Where it cannot be, `missing` says why.
     """
@@ -309,7 +307,7 @@ def _diagnosed(folders: Mapping[str, Path], what: str, progress: Progress) -> Di
     with progress(f"diagnosing {what}", sum(map(len, outputs.values()))) as bar:
         chunks = {name: _counted(part, bar) for name, part in outputs.items()}
         train, test = chunks.pop(FIT), chunks.pop(TEST)
-        found = diagnose_chunks(train, test, chunks, (weight, bias))
+        found = diagnose(train, test, chunks, (weight, bias))
     with suppress(OSError):  # a cache that cannot be written: it is computed again the next time
         found.save(_kept_file(folders))
     return found
@@ -345,11 +343,10 @@ def measure_change(
     """
     if record.path is None or not record.info:
         raise checks.UserError(f"{record.name}: no run of `ood-fast train`; its checkpoints cannot be opened")
-    files = _checkpoints(record.path)
-    if len(files) < 2:
-        raise checks.UserError(
-            f"{record.path / EPOCHS}: got {len(files)} checkpoints, expected two or more; train with --keep-every 1"
-        )
+    checkpoints = _checkpoints(record.path)
+    if len(checkpoints) < 2:
+        told = f"got {len(checkpoints)} checkpoints, expected two or more; train with --keep-every 1"
+        raise checks.UserError(f"{record.path / EPOCHS}: {told}")
     data = record.info.get("data", {})
     benchmark = open_benchmark(
         record.info["benchmark"],
@@ -359,45 +356,43 @@ def measure_change(
         seed=record.info.get("seed", 0),
     )
     loader = torch.utils.data.DataLoader(benchmark.test, batch_size, num_workers=workers)
-    with progress(f"change of the features of {record.name}", len(files)) as bar:
+    with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
 
         def models() -> Iterator[torch.nn.Module]:
-            for file in files:
+            for file in checkpoints:
                 yield load_run(record.path, f"{EPOCHS}/{file.name}")[0].to(device)
                 if bar is not None:
                     bar.advance(1)
 
-        record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, files))
+        record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, checkpoints))
     record.missing = [note for note in record.missing if not note.startswith("change of the features")]
-    kept = _change_file(record.path, files)
-    part = kept.with_name(f".{kept.name}.{os.getpid()}.part.npz")
-    try:
+    kept = _change_file(record.path, checkpoints)
+    found = {name: getattr(record.change, name).numpy() for name in ("edges", "count", "steps")}
+    with suppress(OSError):  # measured again the next time
         kept.parent.mkdir(exist_ok=True)
-        np.savez(part, edges=record.change.edges, count=record.change.count, steps=record.change.steps)
-        os.replace(part, kept)
-    except OSError:  # measured again the next time
-        part.unlink(missing_ok=True)
+        with files.replacing(kept) as part, part.open("wb") as stream:
+            np.savez(stream, **found)
 
 
 def _read_change(record: Record) -> None:
-    files = _checkpoints(record.path)
-    kept = _change_file(record.path, files)
+    checkpoints = _checkpoints(record.path)
+    kept = _change_file(record.path, checkpoints)
     if kept.is_file():
         with np.load(kept) as held:
             record.change = FeatureChange(*(torch.from_numpy(held[name]) for name in ("edges", "count", "steps")))
-        record.change_epochs = list(map(_epoch, files))
+        record.change_epochs = list(map(_epoch, checkpoints))
 
 
-def _change_file(path: Path, files: Sequence[Path]) -> Path:
+def _change_file(path: Path, checkpoints: Sequence[Path]) -> Path:
     """Where the change over these checkpoints is kept: other checkpoints have another name."""
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoints]
     return path / "cache" / f"change-{hashlib.sha256(repr([CHANGE, told]).encode()).hexdigest()[:16]}.npz"
 
 
 def _checkpoints(path: Path | None) -> list[Path]:
     """By epoch; the folder holds 0010.ckpt and the like."""
-    files = [] if path is None else [file for file in (path / EPOCHS).glob("*.ckpt") if file.stem.isdigit()]
-    return sorted(files, key=_epoch)
+    checkpoints = [] if path is None else [file for file in (path / EPOCHS).glob("*.ckpt") if file.stem.isdigit()]
+    return sorted(checkpoints, key=_epoch)
 
 
 def _epoch(file: Path) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import html
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from . import pages
 
 
 @dataclass(frozen=True)
 class Cell:
+    """What stands in one place."""
+
     text: str
     bold: bool = False
     worse: bool = False  # bold because it is worse, not better
@@ -25,6 +30,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
+    """A name and a cell in each column for every row, and what it says."""
+
     title: str
     caption: str
     columns: tuple[str, ...]
@@ -32,7 +39,26 @@ class Table:
     on_terminal: bool = True
     folded: bool = False  # on the page: to be opened with a click
     corner: str = ""  # what the names of the rows are
-    sortable: bool = False  # on a page with `pages.SORTING`
+    sortable: bool = False  # on a page, by a click on a header
+
+    def rows(self) -> list[tuple[str, tuple[Cell, ...]]]:
+        """Of all sections."""
+        return [row for section in self.sections for row in section.rows]
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """For people: "–" where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A share as percent; "–" where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def each(values: Mapping[str, float]) -> str:
+    """Names and their numbers in a line."""
+    return "; ".join(f"{name}: {number(value)}" for name, value in values.items()) + "."
 
 
 GAP = "  "  # between the columns on a terminal
@@ -52,7 +78,7 @@ def show(tables: Iterable[Table]) -> None:
         if not table.on_terminal:
             continue
         console.print(Text(table.title, style="bold underline"))
-        rows = [row for section in table.sections for row in section.rows]
+        rows = table.rows()
         # All sections of a table in the same columns, so that they read as one.
         name_width = max(len(name) for name, _ in rows)
         widths = [
@@ -100,6 +126,7 @@ def _style(cell: Cell) -> str:
 
 
 def as_markdown(table: Table) -> str:
+    """The table, bold what is bold, with its caption."""
     lines = [f"**{table.title}**", ""]
     lines.append("| | " + " | ".join(table.columns) + " |")
     lines.append("|---|" + "---:|" * len(table.columns))
@@ -112,7 +139,14 @@ def as_markdown(table: Table) -> str:
     return "\n".join([*lines, "", table.caption, ""])
 
 
+def as_page(tables: Iterable[Table]) -> str:
+    """Tables beside each other, as far as a page has room."""
+    return f"<div class=tables>{''.join(map(as_html, tables))}</div>"
+
+
 def as_html(table: Table) -> str:
+    """The table as a section of a page."""
+
     def cell_html(cell: Cell) -> str:
         mark = (" class=worse" if cell.worse else " class=best") if cell.bold else ""
         return f"<td{mark}>{html.escape(cell.text)}</td>"
@@ -128,7 +162,6 @@ def as_html(table: Table) -> str:
             span = len(table.columns) + 1
             rows.insert(0, f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
-    title = html.escape(table.title)
     kind = " class=sortable" if table.sortable else ""
     content = (
         f"<div class=scroll tabindex=0><table{kind}><thead><tr><th>{html.escape(table.corner)}</th>{head}</tr></thead>"
@@ -137,17 +170,17 @@ def as_html(table: Table) -> str:
     )
     section = "<section class=full>" if _width(table) > HALF_PAGE else "<section>"
     if table.folded:
-        return f"{section}<details><summary>{title}</summary>{content}</details></section>"
-    return f"{section}<h2>{title}</h2>{content}</section>"
+        return f"{section}{pages.folded(table.title, content)}</section>"
+    return f"{section}<h2>{html.escape(table.title)}</h2>{content}</section>"
 
 
 HALF_PAGE = 600  # CSS pixels: a wider table has the row of the page to itself
-LETTER, PADDING = 7.4, 18  # of a column, as `pages.STYLE` shows it
+LETTER, PADDING = 7.4, 18  # of a column, as style.css shows it
 
 
 def _width(table: Table) -> float:
     """About how wide the table is on a page, in CSS pixels."""
-    rows = [row for section in table.sections for row in section.rows]
+    rows = table.rows()
     mark = 2 if table.sortable else 0  # the arrow beside a header
     longest = [max(len(table.corner) + mark, *(len(name) for name, _ in rows), 0)]
     longest += [
