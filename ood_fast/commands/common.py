@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -88,16 +89,26 @@ def machine() -> dict[str, str]:
 # ---- what `fit`, `score` and their like share
 
 
+def import_asked_for(name: str, option: str) -> ModuleType:
+    """A module that the command line names, from where packages are or, at last, the current folder.
+
+    Last, and only then: a `PIL.py` that lies beside the data must not run in the place of the package.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise refusal(
+            f"{option}: cannot import {name!r} ({error}), looked for it where packages are and here"
+        ) from error
+
+
 def import_plugins(modules: list[str]) -> None:
     """Import the user's modules, whose detectors register themselves."""
-    sys.path.insert(0, os.getcwd())
     for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise refusal(
-                f"--plugin: cannot import {name!r} ({error}), looked for it here and where packages are"
-            ) from error
+        import_asked_for(name, "--plugin")
 
 
 def detector_set(names: str, settings: list[str], on_features: bool) -> DetectorSet:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .common import Process, RunError, detector_set, device, import_plugins, processes, refusal
+from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         detectors = _prepared(detectors, open_data.notes)
         try:
             fitted = _fit(detectors, open_data, options, process)
+        except RuntimeError as error:  # what the model says of the images
+            raise RunError(cannot_take(open_data.notes, error)) from error
         except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
             raise refusal(_with_flag(str(error), detectors, options.tune)) from error
         if process.rank == 0:
@@ -99,10 +102,11 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
     if options.tune:
         for path in [options.validation, *options.ood_validation]:
-            if "test" in (part.lower() for part in Path(path).parts):
-                raise refusal(
-                    f"--tune: {path} looks like test data; parameters that were chosen on it make its results "
-                    "worthless, choose on validation data"
+            if Path(path).name.lower() == "test":
+                print(
+                    f"ood-fast: warning: --tune: {path} is called like test data; parameters that were chosen on it "
+                    "make its results worthless, choose on validation data",
+                    file=sys.stderr,
                 )
 
 
@@ -139,7 +143,10 @@ class _ImageData(_Data):
         self, model: torch.nn.Module, prepared: dict[str, Any], options: argparse.Namespace, names: Any
     ) -> None:
         self.model, self.prepared, self.options, self.class_names = model, prepared, options, names
-        self.notes = {"model": options.model, "checkpoint": options.checkpoint, "head": options.head, **prepared}
+        self.notes = {name: getattr(options, name) for name in REMEMBERED} | {
+            **prepared,
+            "fingerprint": fingerprint_of(model, options.head),
+        }
 
     def _batches(self, source: Any, process: Process, bar: Bar) -> images.Images:
         rows = process.share(len(source))
@@ -147,6 +154,9 @@ class _ImageData(_Data):
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        from ..detectors import DetectorSet
+        from .agreement import Agreement
+
         source = images.read_folder(path, with_classes=True)
         if source.classes is None:
             self._without_classes(detectors, path)
@@ -154,9 +164,14 @@ class _ImageData(_Data):
             _say(self.options, f"no pass over {path}: nothing has to be fitted")
             detectors.fit(self.model, [], self.options.head, process.group)  # copies the head where it is needed
             return
+        agreement = Agreement() if source.classes and path == self.options.data else None
+        fitting = detectors if agreement is None else DetectorSet({**dict(detectors.items()), "": agreement})
         with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
             batches = self._batches(source, process, bar)
-            detectors.fit(self.model, batches, self.options.head, process.group)
+            fitting.fit(self.model, batches, self.options.head, process.group)
+        if agreement is not None:
+            agreement.check(source.classes, path)
+            _say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:
         """Refuse what needs classes; else say what their absence means."""
@@ -215,9 +230,11 @@ def _say(options: argparse.Namespace, text: str) -> None:
 def _open_images(options: argparse.Namespace, where: str, process: Process) -> _Data:
     source = images.read_folder(options.data, with_classes=True)
     n_classes = None if source.classes is None else len(source.classes)
-    model = images.load_model(options, n_classes, where)
+    model = load_model(options, n_classes, where)
     names = source.classes if source.classes and n_classes == _n_outputs(model, options.head) else None
-    return _ImageData(model, images.preparation_of(options), options, names)
+    prepared = preparation_of(options, model)
+    _say(options, f"images: {text_of(prepared)}")
+    return _ImageData(model, prepared, options, names)
 
 
 def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:

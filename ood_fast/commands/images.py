@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .common import RunError, refusal
 
 if TYPE_CHECKING:
-    from torch import nn
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    pass
 
 
 def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> None:
@@ -25,92 +21,39 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         "model and images",
         "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
     )
-    size, norm = ("as fitted",) * 2 if remembered else ("224", "ImageNet's")
-    resize = "as fitted, size · 8/7 if --size is given" if remembered else "size · 8/7"
+    own = "as fitted" if remembered else "the model's own"
+    resize = f"{own}, size · 8/7 if --size is given"
     group.add_argument(
         "--model",
         metavar="NAME",
         help="a model of ood_fast (resnet18_32x32, resnet50, ...), timm:NAME, or MODULE:CALLABLE",
     )
     group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
+    group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
     group.add_argument("--head", metavar="LAYER", help="name of the layer that makes the logits, if it is not found")
     group.add_argument(
         "--n-classes", type=int, metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
-    group.add_argument(
-        "--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {size})"
-    )
+    group.add_argument("--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {own})")
     group.add_argument(
         "--resize", type=int, metavar="PIXELS", help=f"after their short side got this length (default: {resize})"
     )
-    group.add_argument("--mean", metavar="R,G,B", help=f"of the normalisation (default: {norm})")
-    group.add_argument("--std", metavar="R,G,B", help=f"of the normalisation (default: {norm})")
+    group.add_argument(
+        "--mean", metavar="A,B,C", help=f"of the normalisation, a number for each channel (default: {own})"
+    )
+    group.add_argument(
+        "--std", metavar="A,B,C", help=f"of the normalisation, a number for each channel (default: {own})"
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
+        help=f"of the resizing (default: {own})",
+    )
     group.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="loading processes"
     )
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-
-
-def preparation_of(options: argparse.Namespace, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """size, resize, mean, std: as given, else as `kept` with the detectors, else ImageNet's."""
-    kept = kept or {}
-    size = options.size or kept.get("size", 224)
-    resize = options.resize or (size * 8 // 7 if options.size else kept.get("resize", size * 8 // 7))
-    if size < 1 or resize < size:
-        raise refusal(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
-    numbers = {name: _three(name, getattr(options, name)) or tuple(kept.get(name, IMAGENET[name])) for name in IMAGENET}
-    return {"size": size, "resize": resize, **numbers}
-
-
-def _three(name: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != 3:
-        raise refusal(f"--{name}: got {text!r}, expected three numbers as in 0.485,0.456,0.406")
-    return numbers
-
-
-def load_model(options: argparse.Namespace, n_classes: int | None, device: str) -> nn.Module:
-    """The model of `--model` with the weights of `--checkpoint`, in eval mode on `device`."""
-    import torch
-    from torch import nn
-
-    from .. import models
-    from ..models import checkpoints
-
-    if options.model is None:
-        raise refusal("--model: got none, expected the model whose features the detectors read; or pass --features")
-    of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
-    n_classes = options.n_classes or of_checkpoint or n_classes
-    if ":" in options.model and not options.model.startswith(models.TIMM):
-        model = _call(options.model)
-        if not isinstance(model, nn.Module):
-            raise refusal(f"--model {options.model}: gave a {type(model).__name__}, expected an nn.Module")
-    else:
-        if n_classes is None:
-            raise refusal("--n-classes: give the number of classes, it follows from nothing else here")
-        pretrained = options.checkpoint is None and n_classes == 1000
-        model = models.create(options.model, n_classes, pretrained=pretrained)
-    if options.checkpoint is not None:
-        models.load_checkpoint(model, options.checkpoint)
-    elif n_classes != 1000 and ":" not in options.model:
-        raise refusal(f"--checkpoint: needed, there are no trained weights of {options.model} for {n_classes} classes")
-    return model.to(torch.device(device)).eval()
-
-
-def _call(path: str) -> Any:
-    module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise refusal(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
-    return found()
 
 
 class Images:
@@ -130,7 +73,8 @@ class Images:
     ) -> None:
         from ..data.images import ImageDataset, preparation
 
-        transform = preparation(prepared["resize"], prepared["size"], prepared["mean"], prepared["std"])
+        names = ("resize", "size", "mean", "std", "interpolation")
+        transform = preparation(*(prepared[name] for name in names))
         self.dataset = ImageDataset(source, transform)
         self.rows, self.options, self.on_batch, self.on_bad = rows, options, on_batch, on_bad
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .common import Process, RunError, device, import_plugins, processes, refusal
+from .model import cannot_take, check_fingerprint, load_model, preparation_of, recall
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
 
@@ -35,6 +36,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
+    parser.add_argument(
+        "--other-model", action="store_true", help="score also with weights that the detectors were not fitted on"
+    )
     images.add_options(parser, remembered=True)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
@@ -76,6 +80,8 @@ def run(options: argparse.Namespace, command: str) -> None:
                     _score_images(detectors, source, table, options, notes, process, bar, where)
             except checks.UserError:
                 raise
+            except RuntimeError as error:  # what the model says of the images
+                raise RunError(cannot_take(notes, error)) from error
             except ValueError as error:  # what the detectors say of the data: NaN, features of another width
                 raise RunError(f"{error}; what was scored before is kept") from error
         counts = table.finish()
@@ -93,7 +99,19 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
     from .. import features
 
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
-    names = ("data", "features", "model", "checkpoint", "head", "n_classes", "size", "resize", "mean", "std")
+    names = (
+        "data",
+        "features",
+        "model",
+        "checkpoint",
+        "pretrained",
+        "head",
+        "n_classes",
+        "size",
+        "resize",
+        "mean",
+        "std",
+    )
     chosen = {name: getattr(options, name) for name in names}
     for name in ("data", "features", "checkpoint"):
         if chosen[name]:
@@ -143,14 +161,13 @@ def _score_images(
     bar: Bar,
     where: str,
 ) -> None:
-    prepared = images.preparation_of(options, notes)
+    recall(options, notes)
+    n_classes = next((len(d.head_weight) for d in detectors.detectors if d.needs_head), None)
+    model = load_model(options, n_classes, where)
+    check_fingerprint(model, options, notes)
+    prepared = preparation_of(options, model, notes)
     if not options.quiet:
         _warn_of_other_settings({"model": options.model, **prepared}, notes)
-    for name in ("model", "checkpoint", "head"):
-        if getattr(options, name) is None:
-            setattr(options, name, notes.get(name))
-    n_classes = next((len(d.head_weight) for d in detectors.detectors if d.needs_head), None)
-    model = images.load_model(options, n_classes, where)
     rows = process.share(len(source))
     bar.total = len(rows)
     rest = range(max(rows.start, table.start), rows.stop)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -265,11 +266,14 @@ def _global_generator_seeded(seed: int):
 
 
 @functools.lru_cache
-def preparation(resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]):
-    """PIL image -> normalised tensor: short side to `resize` (bilinear), the middle `crop`×`crop`."""
+def preparation(
+    resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = "bilinear"
+) -> Callable[[Any], Tensor]:
+    """PIL image -> normalised tensor: short side to `resize`, the middle `crop`×`crop`; grey for a single mean."""
     transforms = torchvision().transforms
-    steps = (transforms.Resize(resize), transforms.CenterCrop(crop))  # Resize is bilinear if not told otherwise
-    return transforms.Compose([*steps, *_normalised(mean, std)])
+    grey = [transforms.Grayscale()] if len(mean) == 1 else []
+    resized = transforms.Resize(resize, transforms.InterpolationMode(interpolation))
+    return transforms.Compose([*grey, resized, transforms.CenterCrop(crop), *_normalised(mean, std)])
 
 
 @functools.lru_cache

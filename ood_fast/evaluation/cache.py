@@ -34,6 +34,7 @@ from ..data.loading import Loader
 from ..detectors import Detector
 from ..files import replacing
 from ..heads import given_head, inference_head
+from ..models.checkpoints import update_with_weights
 from ..models.running import run_model
 
 META, HEAD = "meta.json", "head.npz"
@@ -110,9 +111,7 @@ def model_key(model: nn.Module, head: nn.Linear) -> str:
     head."""
     place = next(path for path, module in model.named_modules() if module is head)
     digest = hashlib.sha256(f"{model!r} {place}".encode())
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    update_with_weights(digest, model)
     return digest.hexdigest()
 
 

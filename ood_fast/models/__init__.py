@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,22 +21,49 @@ from .. import checks
 from ..heads import find_head
 from . import vision
 from .cct import CCT
-from .checkpoints import load_checkpoint, openood_keys, save_checkpoint, torchvision_keys
+from .checkpoints import fingerprint, load_checkpoint, openood_keys, save_checkpoint, torchvision_keys
 from .small import SmallCNN
 
 __all__ = [
     "CCT",
+    "ModelOptions",
     "SmallCNN",
     "create",
+    "fingerprint",
     "known",
     "load_checkpoint",
     "openood_keys",
+    "published_transform",
     "save_checkpoint",
     "torchvision_keys",
 ]
 
 ACTIVATIONS = ("relu", "leaky_relu")
 TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model is besides its name, its classes, its head and its weights.
+
+    Attributes:
+        small_images: the form for images of about 32×32 (see `vision.py` for what changes). `resnet18_32x32` and
+            `cct_7_3x1` have no other, `small_cnn` no second.
+        spectral_norm: divide the weight of each convolution by its largest singular value, as
+            `torch.nn.utils.parametrizations.spectral_norm`: the weight as a matrix (channels out, all others).
+        activation: "relu", or "leaky_relu" (slope 0.01) in place of every ReLU.
+        in_channels: 1 for grey images; torchvision's models take 3.
+        image_size: height and width, for transformers that must know; default 224, or 32 for small images.
+    """
+
+    small_images: bool = False
+    spectral_norm: bool = False
+    activation: str = "relu"
+    in_channels: int = 3
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("activation", self.activation, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -90,15 +118,11 @@ def known() -> list[str]:
 
 def create(
     name: str,
-    n_classes: int,
+    n_classes: int | None,
     *,
     head: Callable[[int, int], nn.Linear] = nn.Linear,
-    small_images: bool = False,
-    spectral_norm: bool = False,
-    activation: str = "relu",
     pretrained: bool | str | Path = False,
-    in_channels: int = 3,
-    image_size: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """An untrained (or pretrained) classifier.
 
@@ -107,34 +131,31 @@ def create(
 
     Args:
         name: one of `known()`, or "timm:NAME" if timm is installed.
+        n_classes: None, with `pretrained=True`: those of the weights.
         head: makes the last layer from (m, n_classes): `nn.Linear`, `L2NormLinear`, `partial(L2NormLinear, tau=0.1)`.
-        small_images: the form for images of about 32×32 (see `vision.py` for what changes). `resnet18_32x32` and
-            `cct_7_3x1` have no other, `small_cnn` no second.
-        spectral_norm: divide the weight of each convolution by its largest singular value, as
-            `torch.nn.utils.parametrizations.spectral_norm`: the weight as a matrix (channels out, all others).
-        activation: "relu", or "leaky_relu" (slope 0.01) in place of every ReLU.
         pretrained: True: torchvision's weights `IMAGENET1K_V1` (timm's default), from torch.hub's cache or downloaded;
             a path: that checkpoint. With other than 1000 classes the head is new.
-        in_channels: 1 for grey images; torchvision's models take 3.
-        image_size: height and width, for transformers that must know; default 224, or 32 for small images.
+        options: the keywords of `ModelOptions`.
 
     Raises:
         UserError: an unknown name; an option that the model does not have; torchvision or timm is not installed.
     """
-    checks.one_of("activation", activation, ACTIVATIONS)
+    given = ModelOptions(**options)
+    if n_classes is None and pretrained is True:
+        n_classes = _n_published(name)
     if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
         raise ValueError(f"n_classes: got {n_classes!r}, expected a whole number of at least 1")
     if name.startswith(TIMM):
-        model, kind = _timm(name.removeprefix(TIMM), n_classes, in_channels, pretrained is True, small_images), None
+        model, kind = _timm(name.removeprefix(TIMM), n_classes, pretrained is True, given), None
     elif name in MODELS:
         kind = MODELS[name]
-        model = _build(name, kind, n_classes, small_images, pretrained is True, in_channels, image_size)
+        model = _build(name, kind, n_classes, pretrained is True, given)
     else:
         raise checks.UserError(checks.unknown("model", name, [*known(), "timm:NAME"]))
-    if activation == "leaky_relu":
+    if given.activation == "leaky_relu":
         _check_option("activation", name, kind is None or kind.relu, "all of whose activations are ReLU modules")
         _exchange(model, nn.ReLU, lambda relu: nn.LeakyReLU(inplace=relu.inplace))
-    if spectral_norm:
+    if given.spectral_norm:
         _check_option("spectral_norm", name, kind is None or kind.convolutional, "made of convolutions")
         for module in list(model.modules()):
             if isinstance(module, nn.Conv2d):
@@ -145,17 +166,36 @@ def create(
     return model
 
 
-def _build(
-    name: str, kind: _Model, n_classes: int, small_images: bool, pretrained: bool, in_channels: int, size: int | None
-) -> nn.Module:
-    build = kind.build_small if small_images or kind.build is None else kind.build
+def _build(name: str, kind: _Model, n_classes: int, pretrained: bool, given: ModelOptions) -> nn.Module:
+    build = kind.build_small if given.small_images or kind.build is None else kind.build
     if build is None:
         raise checks.UserError(f"small_images: {name} has no form for small images")
     if not pretrained:
-        return build(n_classes, in_channels, size)
+        return build(n_classes, given.in_channels, given.image_size)
     if kind.weights is None or build is not kind.build:
-        raise checks.UserError(f"pretrained: there are no weights for {name}{' for small images' * small_images}")
-    return vision.with_weights(build(1000, in_channels, size), kind.weights)
+        raise checks.UserError(f"pretrained: there are no weights for {name}{' for small images' * given.small_images}")
+    return vision.with_weights(build(1000, given.in_channels, given.image_size), kind.weights)
+
+
+def _n_published(name: str) -> int:
+    """The classes of the weights that were published with a model."""
+    if not name.startswith(TIMM):
+        return 1000
+    return _timm_config(name.removeprefix(TIMM)).num_classes
+
+
+def published_transform(name: str) -> dict[str, Any] | None:
+    """How images were prepared for the published weights of one of torchvision's models; None for others."""
+    if name not in MODELS or MODELS[name].weights is None:
+        return None
+    transform = vision.weights_of(MODELS[name].weights).transforms()
+    return {
+        "size": transform.crop_size[0],
+        "resize": transform.resize_size[0],
+        "mean": tuple(transform.mean),
+        "std": tuple(transform.std),
+        "interpolation": transform.interpolation.value,
+    }
 
 
 def _check_option(option: str, name: str, possible: bool, expected: str) -> None:
@@ -186,13 +226,23 @@ def _replace_head(model: nn.Module, n_classes: int, head: Callable[[int, int], n
     setattr(model.get_submodule(parent), name, new)
 
 
-def _timm(name: str, n_classes: int, in_channels: int, pretrained: bool, small_images: bool) -> nn.Module:
+def _timm(name: str, n_classes: int, pretrained: bool, given: ModelOptions) -> nn.Module:
+    config = _timm_config(name)
+    import timm
+
+    if given.small_images:
+        raise checks.UserError(f"small_images: not for timm:{name}; timm has models for small images by other names")
+    if pretrained and not config.has_weights:
+        raise checks.UserError(f"pretrained: timm has no weights for {name}")
+    return timm.create_model(name, num_classes=n_classes, in_chans=given.in_channels, pretrained=pretrained)
+
+
+def _timm_config(name: str) -> Any:
+    """What timm says of a model and of its weights."""
     if util.find_spec("timm") is None:
         raise checks.UserError(f"model timm:{name} needs timm, which is not installed: pip install timm")
     import timm
 
-    if small_images:
-        raise checks.UserError(f"small_images: not for timm:{name}; timm has models for small images by other names")
     if not timm.is_model(name):
         raise checks.UserError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists them")
-    return timm.create_model(name, num_classes=n_classes, in_chans=in_channels, pretrained=pretrained)
+    return timm.get_pretrained_cfg(name)

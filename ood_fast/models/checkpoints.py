@@ -6,6 +6,7 @@ torchvision's names, and `load_checkpoint` takes both.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,24 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     return dict(content)
+
+
+def fingerprint(model: nn.Module, head: nn.Module) -> str:
+    """A hash of what decides features and logits, apart from the code: all weights and buffers, and which layer is the
+    head. The same on every device, and for a model and its wrapped form."""
+    model = unwrapped(model)
+    place = next((path for path, module in model.named_modules() if module is head), "")
+    digest = hashlib.sha256(place.encode())
+    update_with_weights(digest, model)
+    return digest.hexdigest()
+
+
+def update_with_weights(digest: Any, model: nn.Module) -> None:
+    """Put names, dtypes, shapes and bytes of all weights and buffers into a hash."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def n_classes_of(path: str | os.PathLike) -> int | None:

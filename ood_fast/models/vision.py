@@ -12,6 +12,7 @@ What changes for small images:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -55,11 +56,16 @@ def both(name: str, shrink: Callable[[nn.Module], None]) -> tuple[Build, Build]:
     return build, build_small
 
 
+def weights_of(enum: str) -> Any:
+    """torchvision's description of the weights `IMAGENET1K_V1` of a model."""
+    return getattr(_models(), enum).IMAGENET1K_V1
+
+
 def with_weights(model: nn.Module, enum: str) -> nn.Module:
     """torchvision's weights `IMAGENET1K_V1`, from torch.hub's cache or downloaded into it."""
     import torch
 
-    weights = getattr(_models(), enum).IMAGENET1K_V1
+    weights = weights_of(enum)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:

@@ -1,0 +1,166 @@
+"""The model that the options of `fit` and `score` name: its weights, and how its images are prepared."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .common import import_asked_for, refusal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
+PREPARATION = ("size", "resize", "mean", "std", "interpolation")
+
+
+def load_model(options: argparse.Namespace, n_classes: int | None, device: str) -> nn.Module:
+    """The model of `--model` with the weights that were asked for, in eval mode on `device`.
+
+    The weights are those of `--checkpoint`, those published with the model (`--pretrained`), or what a callable of the
+    user makes. No detector is worth anything on weights that were just drawn, so others are refused.
+    """
+    import torch
+
+    from .. import models
+    from ..models import checkpoints
+
+    if options.model is None:
+        raise refusal("--model: got none, expected the model whose features the detectors read; or pass --features")
+    if options.checkpoint is not None and options.pretrained:
+        raise refusal("--checkpoint, --pretrained: expected one of them")
+    of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
+    if _is_callable(options.model):
+        model = _call(options.model)
+    elif options.pretrained:
+        model = models.create(options.model, options.n_classes, pretrained=True)
+    elif options.checkpoint is None:
+        raise refusal(
+            f"--model {options.model}: got no weights, and detectors on weights drawn at random mean nothing; pass "
+            "--checkpoint FILE, or --pretrained for those that were published"
+        )
+    else:
+        n_classes = options.n_classes or of_checkpoint or n_classes
+        if n_classes is None:
+            raise refusal("--n-classes: give the number of classes, it follows from nothing else here")
+        model = models.create(options.model, n_classes)
+    if options.checkpoint is not None:
+        models.load_checkpoint(model, options.checkpoint)
+    return model.to(torch.device(device)).eval()
+
+
+def _is_callable(name: str) -> bool:
+    """Whether it is MODULE:CALLABLE, code of the user."""
+    from ..models import TIMM
+
+    return ":" in name and not name.startswith(TIMM)
+
+
+def _call(path: str) -> nn.Module:
+    from torch import nn
+
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_asked_for(module, f"--model {path}"), name)
+    except AttributeError as error:
+        raise refusal(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise refusal(f"--model {path}: gave a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
+    """Take from the notes of a detectors file what the command line leaves open. Code that a file names is not run."""
+    if options.model is None and (named := notes.get("model")) is not None and _is_callable(str(named)):
+        raise refusal(
+            f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, pass "
+            "it again if it is yours"
+        )
+    chosen = options.checkpoint is not None or options.pretrained  # weights belong together
+    for name in REMEMBERED:
+        if getattr(options, name) in (None, False) and not (chosen and name in ("checkpoint", "pretrained")):
+            setattr(options, name, notes.get(name))
+
+
+def fingerprint_of(model: nn.Module, head: str | None) -> str:
+    """Of the weights and the place of the head, see `models.fingerprint`."""
+    from ..heads import given_head
+    from ..models import fingerprint
+
+    return fingerprint(model, given_head(model, head))
+
+
+def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict[str, Any]) -> None:
+    """UserError where the model is not the one that the detectors were fitted on, unless --other-model says so."""
+    fitted_on = notes.get("fingerprint")
+    if fitted_on is None or options.other_model or fingerprint_of(model, options.head) == fitted_on:
+        return
+    raise refusal(
+        f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
+        "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
+    )
+
+
+# ---- images
+
+
+def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """size, resize, mean, std, interpolation: as given, else as `kept` with the detectors, else the model's own."""
+    own = {**_own_preparation(options, model), **{name: kept[name] for name in PREPARATION if name in (kept or {})}}
+    size = options.size or own["size"]
+    resize = options.resize or (size * 8 // 7 if options.size else own["resize"])
+    if size < 1 or resize < size:
+        raise refusal(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
+    numbers = {name: _numbers(name, getattr(options, name)) or tuple(own[name]) for name in ("mean", "std")}
+    if len(numbers["mean"]) != len(numbers["std"]):
+        raise refusal(f"--mean, --std: got {len(numbers['mean'])} and {len(numbers['std'])} numbers, expected as many")
+    return {"size": size, "resize": resize, **numbers, "interpolation": options.interpolation or own["interpolation"]}
+
+
+def _own_preparation(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """What the model was trained with, as timm's models and published weights say; else ImageNet's at 224 pixels."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and "mean" in config:  # timm
+        size = config.get("test_input_size" if options.pretrained else "input_size") or config["input_size"]
+        share = config.get("test_crop_pct" if options.pretrained else "crop_pct") or config.get("crop_pct") or 0.875
+        return {
+            "size": size[-1],
+            "resize": int(size[-1] / share),
+            "mean": config["mean"],
+            "std": config["std"],
+            "interpolation": config.get("interpolation") or "bilinear",
+        }
+    from ..models import published_transform
+
+    own = published_transform(options.model) if options.pretrained else None
+    return {"size": 224, "resize": 256, **IMAGENET, "interpolation": "bilinear"} | (own or {})
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 3):
+        raise refusal(f"--{name}: got {text!r}, expected three numbers as in 0.485,0.456,0.406, or one for grey images")
+    return numbers
+
+
+def cannot_take(prepared: dict[str, Any], error: RuntimeError) -> str:
+    """What a model said of its input, in a line, with what the input was."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "size" not in prepared:
+        return reason
+    shape = (len(prepared["mean"]), prepared["size"], prepared["size"])
+    return f"the model cannot take images of {shape}: {reason}; see --size, and --mean, a number for each channel"
+
+
+def text_of(prepared: dict[str, Any]) -> str:
+    """A preparation in a line."""
+    mean, std = (",".join(f"{number:g}" for number in prepared[name]) for name in ("mean", "std"))
+    resized = f"short side {prepared['resize']} ({prepared['interpolation']}), middle {prepared['size']}"
+    return f"{resized}, mean {mean}, std {std}"
