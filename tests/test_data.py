@@ -18,7 +18,7 @@ from scipy.io import savemat
 from torchvision import transforms
 
 from ood_fast import checks
-from ood_fast.data import benchmarks, images, open_benchmark, readers
+from ood_fast.data import benchmarks, folders, images, open_benchmark, readers
 from ood_fast.data.loading import Loader
 
 MEAN, STD = benchmarks.SPECS["cifar10"].mean, benchmarks.SPECS["cifar10"].std
@@ -749,7 +749,7 @@ def test_a_bad_line_of_a_list_is_named(tmp_path, line, message):
     write_image(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text(f"a.png 0\r\n{line}\r\n")
     with pytest.raises(checks.UserError, match=message):
-        readers.read_image_list(tmp_path / "list.txt", tmp_path, "list", "", 10)
+        folders.read_image_list(tmp_path / "list.txt", tmp_path, "list", "", 10)
 
 
 # ---- own folders

@@ -11,113 +11,25 @@ them and names everything that is missing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .. import checks
-from . import readers
+from . import folders
 from .images import NO_CLASS, ImageDataset, Noise, Scrambled, Source, Tensors, augmentation, preparation
 from .readers import DATA_SETS, OPENOOD
+from .specs import IMAGENET, SPECS, Spec
+
+Read = Callable[[str, str], Source]
 
 LAYOUTS = ("auto", "torchvision", "openood")
 SPLIT_SEED = 0  # of what is held out: the same for every run, so that test sets do not change with a run's seed
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A benchmark. Set names are those of `readers.DATA_SETS`; the OOD sets are tested in this order.
-
-    Of every set the short side is scaled to `resize` and the middle `crop`×`crop` cut out, then normalised by `mean`
-    and `std`, the statistics of the ID images. Training images are augmented instead, see `images.augmentation`.
-    """
-
-    title: str
-    id_set: str
-    n_classes: int
-    near: tuple[str, ...]
-    far: tuple[str, ...]
-    validation_ood: str
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    augment: str
-    flip: bool = True
-    openood_images: str | None = None  # OpenOOD's folder of images; None: OpenOOD has no such benchmark
-
-
-_CIFAR = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
-_IMAGENET = {
-    "near": ("ssb_hard", "ninco"),
-    "far": ("inaturalist", "textures", "openimage_o"),
-    "validation_ood": "openimage_o",
-    "resize": 256,
-    "crop": 224,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "augment": "resized_crop",
-    "openood_images": "images_largescale",
-}
-
-# The first four are OpenOOD's (v1.5), sets, sizes and statistics. `gtsrb` and `tin` are trained on by Haas et al. (TMLR
-# 2024, tables 5 and 6), who tell the OOD sets and nothing more: what is near and far, the sizes and the images for
-# validation are ours. Their statistics are those in common use and were not counted again: check them if they matter.
-SPECS = {
-    "cifar10": Spec(
-        "CIFAR-10",
-        "cifar10",
-        10,
-        near=("cifar100", "tin"),
-        far=("mnist", "svhn", "texture", "places365"),
-        validation_ood="tin",
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        **_CIFAR,
-    ),
-    "cifar100": Spec(
-        "CIFAR-100",
-        "cifar100",
-        100,
-        near=("cifar10", "tin"),
-        far=("mnist", "svhn", "texture", "places365"),
-        validation_ood="tin",
-        mean=(0.5071, 0.4867, 0.4408),
-        std=(0.2675, 0.2565, 0.2761),
-        **_CIFAR,
-    ),
-    "imagenet200": Spec("ImageNet-200", "imagenet200", 200, **_IMAGENET),
-    "imagenet": Spec("ImageNet-1K", "imagenet", 1000, **_IMAGENET),
-    "gtsrb": Spec(
-        "GTSRB",
-        "gtsrb",
-        43,
-        near=(),
-        far=("svhn", "cifar100", "tin"),
-        validation_ood="tin",
-        resize=32,
-        crop=32,
-        mean=(0.3403, 0.3121, 0.3214),
-        std=(0.2724, 0.2608, 0.2669),
-        augment="pad_crop",
-        flip=False,  # a mirrored sign is another sign
-    ),
-    "tin": Spec(
-        "Tiny ImageNet",
-        "tin",
-        200,
-        near=("cifar100",),
-        far=("svhn",),
-        validation_ood="cifar100",
-        resize=64,
-        crop=64,
-        mean=(0.4802, 0.4481, 0.3975),
-        std=(0.2770, 0.2691, 0.2821),
-        augment="pad_crop",
-    ),
-}
 SMALL_IMAGE = 64  # own folders: up to this size images are cropped as CIFAR's, above as ImageNet's
 
 
@@ -153,30 +65,37 @@ class ImageBenchmark:
 
     @functools.cached_property
     def train(self) -> ImageDataset:
+        """The training images, augmented."""
         return self._parts["train"]()
 
     @functools.cached_property
     def fit(self) -> ImageDataset:
+        """The training images, prepared as the test images are."""
         return self._parts["fit"]()
 
     @functools.cached_property
     def validation(self) -> ImageDataset:
+        """ID images for choosing parameters."""
         return self._parts["validation"]()
 
     @functools.cached_property
     def test(self) -> ImageDataset:
+        """ID images for the numbers."""
         return self._parts["test"]()
 
     @functools.cached_property
     def validation_ood(self) -> ImageDataset:
+        """OOD images for choosing parameters."""
         return self._parts["validation_ood"]()
 
     @functools.cached_property
     def ood(self) -> dict[str, ImageDataset]:
+        """The OOD sets by name."""
         return {name: opened() for name, opened in self._ood.items()}
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, or their numbers."""
         return self.fit.source.classes or tuple(map(str, range(self.n_classes)))
 
     def check(self) -> None:
@@ -191,18 +110,33 @@ class ImageBenchmark:
             raise checks.UserError("\n".join(dict.fromkeys(problems)))
 
 
-def open_benchmark(
-    name: str,
-    root: str | Path | None = None,
-    *,
-    download: bool = False,
-    layout: str = "auto",
-    ood: Sequence[str] | None = None,
-    ood_folders: Mapping[str, str | Path] | None = None,
-    synthetic: bool = False,
-    image_size: int | None = None,
-    seed: int = 0,
-) -> ImageBenchmark:
+@dataclass(frozen=True)
+class Options:
+    """What `open_benchmark` takes besides the name and the folder; told there."""
+
+    download: bool = False
+    layout: str = "auto"
+    ood: Sequence[str] | None = None
+    ood_folders: Mapping[str, str | Path] | None = None
+    synthetic: bool = False
+    image_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise checks.UserError(checks.unknown("layout", self.layout, LAYOUTS))
+
+    def chosen(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+        """Those OOD sets of `names` that are asked for; `ood` may name `others` too."""
+        names = list(names)
+        known_sets = [*names, *others]
+        for name in self.ood or ():
+            if name not in known_sets:
+                raise checks.UserError(checks.unknown("OOD set", name, known_sets))
+        return [name for name in names if self.ood is None or name in self.ood]
+
+
+def open_benchmark(name: str, root: str | Path | None = None, **options: Any) -> ImageBenchmark:
     """The benchmark of that name from the files below `root`.
 
     Args:
@@ -210,14 +144,17 @@ def open_benchmark(
             `root/test/<class>/`, if there is one `root/val/<class>/` (else a tenth of the training images), and the OOD
             sets `root/ood/<name>/` (far) and `root/near/<name>/`, or `ood_folders`.
         root: the folder of the data sets.
-        download: fetch what is missing, where torchvision can.
-        layout: "torchvision" (what its data sets leave below `root`), "openood" (its image lists: `root` or `root/data`
-            holds `benchmark_imglist`), or "auto": OpenOOD's if there are such lists.
-        ood: which OOD sets, default all.
-        ood_folders: more OOD sets, name -> folder of images; group "far".
-        synthetic: also Gaussian noise and ID test images with scrambled pixels, as in Haas et al.; group "synthetic".
-        image_size: of "folder" only, default 224.
-        seed: of the augmentation and of synthetic images. Splits are the same for every seed, except for "digits".
+
+    Options, by keyword:
+        download = False: fetch what is missing, where torchvision can.
+        layout = "auto": "torchvision" (what its data sets leave below `root`), "openood" (its image lists: `root` or
+            `root/data` holds `benchmark_imglist`), or "auto": OpenOOD's if there are such lists.
+        ood = None: which OOD sets, default all.
+        ood_folders = None: more OOD sets, name -> folder of images; group "far".
+        synthetic = False: also Gaussian noise and ID test images with scrambled pixels, as in Haas et al.; group
+            "synthetic".
+        image_size = None: of "folder" only, default 224.
+        seed = 0: of the augmentation and of synthetic images. Splits are the same for every seed, except for "digits".
 
     In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
     of the classes. OpenOOD also leaves out OOD images whose subject is an ID class (of Tiny ImageNet, Places365): for
@@ -225,83 +162,86 @@ def open_benchmark(
 
     Raises:
         UserError: an unknown name; here or when a set is first used, files that are missing or cannot be read.
+        TypeError: an option that is none of these.
     """
+    names = [option.name for option in fields(Options)]
+    for option in options:
+        if option not in names:
+            raise TypeError(f"open_benchmark: {checks.unknown('option', option, names)}")
+    asked = Options(**options)
     if name not in known():
         raise checks.UserError(checks.unknown("benchmark", name, known()))
-    if layout not in LAYOUTS:
-        raise checks.UserError(checks.unknown("layout", layout, LAYOUTS))
     if name == "digits":
-        return _digits(seed, ood)
+        return _digits(asked)
     if root is None:
         raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
     root = Path(root).expanduser()
     if name == "folder":
-        spec, read = _own_folders(root, image_size or 224)
+        spec, read = _own_folders(root, asked.image_size or 224)
     else:
-        if image_size is not None:
-            raise checks.UserError(f"image_size: benchmark {name} has images of {SPECS[name].crop} pixels")
         spec = SPECS[name]
-        read = _reader(name, spec, root, layout, download)
-    groups = dict.fromkeys(spec.near, "near") | dict.fromkeys(spec.far, "far")
+        if asked.image_size is not None:
+            raise checks.UserError(f"image_size: benchmark {name} has images of {spec.crop} pixels")
+        read = _reader(name, spec, root, asked)
+    return _Opener(spec, read, asked).benchmark(name)
 
-    prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std)
-    augmented = functools.partial(
-        augmentation, spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip
-    )
 
-    def id_part(split: str) -> ImageDataset:
-        return ImageDataset(read(spec.id_set, split), prepared(), title=spec.title)
+class _Opener:
+    """Data sets of what `read(set name, split)` gives, prepared as `spec` says."""
 
-    def training_images() -> ImageDataset:
-        return ImageDataset(read(spec.id_set, "train"), augmented(), title=spec.title, augment_seed=seed)
+    def __init__(self, spec: Spec, read: Read, options: Options) -> None:
+        self.spec, self.read, self.options = spec, read, options
+        self.prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std)
 
-    def outside(set_name: str, split: str, group: str) -> ImageDataset:
-        source = _without_classes(read(set_name, split))
+    def benchmark(self, name: str) -> ImageBenchmark:
+        spec = self.spec
+        parts = {
+            "train": self.training,
+            "fit": functools.partial(self.inside, "train"),
+            "validation": functools.partial(self.inside, "val"),
+            "test": functools.partial(self.inside, "test"),
+            "validation_ood": functools.partial(self.outside, spec.validation_ood, "val", "validation")
+            if spec.validation_ood
+            else functools.partial(self.scrambled, "val", "validation"),
+        }
+        groups = dict.fromkeys(spec.near, "near") | dict.fromkeys(spec.far, "far")
+        added: dict[str, Callable[[], ImageDataset]] = {
+            title: functools.partial(self.folder, title, folder)
+            for title, folder in (self.options.ood_folders or {}).items()
+        }
+        if self.options.synthetic:
+            added |= {"noise": self.noise, "scrambled": functools.partial(self.scrambled, "test", "synthetic")}
+        chosen = self.options.chosen(groups, added)
+        ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added
+        return ImageBenchmark(name, spec.n_classes, (3, spec.crop, spec.crop), parts, ood)
+
+    def training(self) -> ImageDataset:
+        spec = self.spec
+        augmented = augmentation(spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip)
+        source = self.read(spec.id_set, "train")
+        return ImageDataset(source, augmented, title=spec.title, augment_seed=self.options.seed)
+
+    def inside(self, split: str) -> ImageDataset:
+        return ImageDataset(self.read(self.spec.id_set, split), self.prepared(), title=self.spec.title)
+
+    def outside(self, set_name: str, split: str, group: str) -> ImageDataset:
+        source = self.read(set_name, split)
+        source = source.take(np.arange(len(source)))
+        source.labels, source.classes = np.full(len(source), NO_CLASS), None
         title = DATA_SETS[set_name].title if set_name in DATA_SETS else set_name
-        return ImageDataset(source, prepared(), title=title, group=group)
+        return ImageDataset(source, self.prepared(), title=title, group=group)
 
-    def given(folder: str | Path, title: str) -> ImageDataset:
-        source = readers.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images")
-        return ImageDataset(source, prepared(), title=title, group="far")
+    def folder(self, title: str, folder: str | Path) -> ImageDataset:
+        source = folders.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images")
+        return ImageDataset(source, self.prepared(), title=title, group="far")
 
-    def noise() -> ImageDataset:
-        source = Noise(len(id_part("test")), (3, spec.crop, spec.crop), spec.mean, spec.std, seed)
+    def noise(self) -> ImageDataset:
+        spec = self.spec
+        source = Noise(len(self.inside("test")), (3, spec.crop, spec.crop), spec.mean, spec.std, self.options.seed)
         return ImageDataset(source, title="Gaussian noise", group="synthetic")
 
-    def scrambled(split: str, group: str) -> ImageDataset:
-        return ImageDataset(Scrambled(id_part(split), seed), title="scrambled pixels", group=group)
-
-    ood_parts = {
-        set_name: functools.partial(outside, set_name, "test", group)
-        for set_name, group in groups.items()
-        if ood is None or set_name in ood
-    }
-    ood_parts |= {title: functools.partial(given, folder, title) for title, folder in (ood_folders or {}).items()}
-    if synthetic:
-        ood_parts |= {"noise": noise, "scrambled": functools.partial(scrambled, "test", "synthetic")}
-    _check_chosen(ood, [*groups, *ood_parts])
-    parts = {
-        "train": training_images,
-        "fit": functools.partial(id_part, "train"),
-        "validation": functools.partial(id_part, "val"),
-        "test": functools.partial(id_part, "test"),
-        "validation_ood": functools.partial(outside, spec.validation_ood, "val", "validation")
-        if spec.validation_ood
-        else functools.partial(scrambled, "val", "validation"),
-    }
-    return ImageBenchmark(name, spec.n_classes, (3, spec.crop, spec.crop), parts, ood_parts)
-
-
-def _check_chosen(chosen: Sequence[str] | None, names: Sequence[str]) -> None:
-    for name in chosen or ():
-        if name not in names:
-            raise checks.UserError(checks.unknown("OOD set", name, names))
-
-
-def _without_classes(source: Source) -> Source:
-    blind = source.take(np.arange(len(source)))
-    blind.labels, blind.classes = np.full(len(source), NO_CLASS), None
-    return blind
+    def scrambled(self, split: str, group: str) -> ImageDataset:
+        return ImageDataset(Scrambled(self.inside(split), self.options.seed), title="scrambled pixels", group=group)
 
 
 def hold_out(source: Source, n_held_out: int) -> tuple[Source, Source]:
@@ -319,10 +259,10 @@ def hold_out(source: Source, n_held_out: int) -> tuple[Source, Source]:
     return source.take(np.sort(chosen[:n_held_out])), source.take(np.sort(chosen[n_held_out:]))
 
 
-def _reader(name: str, spec: Spec, root: Path, layout: str, download: bool) -> Callable[[str, str], Source]:
+def _reader(name: str, spec: Spec, root: Path, options: Options) -> Read:
     """read(set name, "train" | "val" | "test") for the layout of `root`; each file is read once."""
     lists = next((folder for folder in (root, root / "data") if (folder / "benchmark_imglist").is_dir()), None)
-    if layout == "openood" or (layout == "auto" and lists is not None):
+    if options.layout == "openood" or (options.layout == "auto" and lists is not None):
         if spec.openood_images is None:
             raise checks.UserError(f"benchmark {name}: OpenOOD has no lists for it; pass layout='torchvision'")
         return _openood_reader(name, spec, lists or root)
@@ -334,7 +274,7 @@ def _reader(name: str, spec: Spec, root: Path, layout: str, download: bool) -> C
         def attempt() -> Source:
             return data_set.read(root, split, data_set.title, data_set.how)
 
-        if not download or data_set.download is None:
+        if not options.download or data_set.download is None:
             return attempt()
         try:
             return attempt()
@@ -357,19 +297,19 @@ def _reader(name: str, spec: Spec, root: Path, layout: str, download: bool) -> C
     return read
 
 
-def _openood_reader(name: str, spec: Spec, root: Path) -> Callable[[str, str], Source]:
+def _openood_reader(name: str, spec: Spec, root: Path) -> Read:
     @functools.cache
     def read(set_name: str, split: str) -> Source:
         images = "images_classic" if set_name == "textures" else spec.openood_images
         path = root / "benchmark_imglist" / name / f"{split}_{set_name}.txt"
         title = DATA_SETS[set_name].title
         n_classes = spec.n_classes if set_name == spec.id_set else None
-        return readers.read_image_list(path, root / images, title, f"get it from {OPENOOD}", n_classes)
+        return folders.read_image_list(path, root / images, title, f"get it from {OPENOOD}", n_classes)
 
     return read
 
 
-def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Source]]:
+def _own_folders(root: Path, size: int) -> tuple[Spec, Read]:
     """The benchmark in `root`: train, test and val with a folder for each class; near and ood with one for each set."""
     where = f"expected {root}/train/<class>/, {root}/test/<class>/, {root}/ood/<name>/"
     if not root.is_dir():
@@ -377,7 +317,7 @@ def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Sour
 
     @functools.cache
     def training() -> Source:
-        return readers.read_image_folder(root / "train", "benchmark folder", where)
+        return folders.read_image_folder(root / "train", "benchmark folder", where)
 
     classes = training().classes
     if len(classes) < 2:
@@ -387,13 +327,13 @@ def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Sour
         )
 
     def inside(folder: str) -> Source:
-        return readers.read_image_folder(root / folder, "benchmark folder", where, classes, all_of_them=False)
+        return folders.read_image_folder(root / folder, "benchmark folder", where, classes, all_of_them=False)
 
     @functools.cache
     def read(set_name: str, split: str) -> Source:
         if set_name in near or set_name in far:
             folder = root / ("near" if set_name in near else "ood") / set_name
-            return readers.read_flat_folder(folder, set_name, where)
+            return folders.read_flat_folder(folder, set_name, where)
         if split == "test":
             return inside("test")
         if (root / "val").is_dir():
@@ -414,8 +354,8 @@ def _own_folders(root: Path, size: int) -> tuple[Spec, Callable[[str, str], Sour
         "",
         resize=size if small else round(size * 256 / 224),
         crop=size,
-        mean=_IMAGENET["mean"],
-        std=_IMAGENET["std"],
+        mean=IMAGENET["mean"],
+        std=IMAGENET["std"],
         augment="pad_crop" if small else "resized_crop",
     )
     return spec, read
@@ -427,11 +367,11 @@ def _folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
-def _digits(seed: int, ood: Sequence[str] | None) -> ImageBenchmark:
+def _digits(options: Options) -> ImageBenchmark:
     """The benchmark `digits` in this form; its OOD images for validation are scrambled validation images."""
     from . import load
 
-    benchmark = load("digits", seed)
+    benchmark = load("digits", options.seed)
 
     def id_part(split: str, title: str = "digits") -> ImageDataset:
         images = getattr(benchmark, split)
@@ -443,9 +383,10 @@ def _digits(seed: int, ood: Sequence[str] | None) -> ImageBenchmark:
         return ImageDataset(Tensors(ood_set.images, labels), title=ood_set.title, group=ood_set.group)
 
     def scrambled() -> ImageDataset:
-        return ImageDataset(Scrambled(id_part("validation"), seed), title="scrambled pixels", group="validation")
+        return ImageDataset(
+            Scrambled(id_part("validation"), options.seed), title="scrambled pixels", group="validation"
+        )
 
-    _check_chosen(ood, list(benchmark.ood))
     parts = {
         "train": functools.partial(id_part, "train"),
         "fit": functools.partial(id_part, "train"),
@@ -453,5 +394,5 @@ def _digits(seed: int, ood: Sequence[str] | None) -> ImageBenchmark:
         "test": functools.partial(id_part, "test"),
         "validation_ood": scrambled,
     }
-    ood_parts = {name: functools.partial(outside, name) for name in benchmark.ood if ood is None or name in ood}
+    ood_parts = {name: functools.partial(outside, name) for name in options.chosen(benchmark.ood)}
     return ImageBenchmark("digits", benchmark.n_classes, tuple(benchmark.train.images.shape[1:]), parts, ood_parts)

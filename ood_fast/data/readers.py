@@ -1,4 +1,4 @@
-"""Readers of the files that data sets come in: torchvision's layouts, image folders, OpenOOD's image lists.
+"""Readers of the files that data sets come in, in torchvision's layouts.
 
 A reader takes the folder and a split, "train" or "test", and gives a `Source`. What is missing is a `UserError` that
 names the files and where to get them. `DATA_SETS` is the table of all of them. Nothing here runs code that a file
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,29 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import checks
-from .images import NO_CLASS, Files, Pixels, Source, torchvision
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
-N_NAMED = 5  # files that a message names before it counts the others
-
-
-def require(title: str, root: Path, names: Iterable[str], where: str) -> None:
-    """UserError that names the files missing below `root`. Each folder is listed once, no file is touched."""
-    wanted: dict[str, list[str]] = {}
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        wanted.setdefault(folder, []).append(file)
-    missing = []
-    for folder, files in wanted.items():
-        try:
-            present = set(os.listdir(root / folder))
-        except (FileNotFoundError, NotADirectoryError):
-            present = set()
-        missing += [f"{folder}/{file}" if folder else file for file in files if file not in present]
-    if missing:
-        named = ", ".join(missing[:N_NAMED])
-        more = f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
-        raise checks.UserError(f"{title}: missing in {root}: {named}{more}; {where}")
+from .folders import read_flat_folder, read_image_folder, require_files
+from .images import Files, Pixels, Source, torchvision
 
 
 def _first_folder(root: Path, *candidates: str, holds: str) -> Path:
@@ -110,7 +88,7 @@ _CIFAR100 = _Cifar("cifar-100-python", ("train",), ("test",), "fine_labels", 100
 def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -> Source:
     """CIFAR-10 or -100 "python version", as torchvision unpacks it: data uint8 (n, 3·32·32), planes R, G, B."""
     files = getattr(layout, split)
-    require(title, root, [f"{layout.folder}/{file}" for file in (*files, layout.meta[0])], where)
+    require_files(title, root, [f"{layout.folder}/{file}" for file in (*files, layout.meta[0])], where)
     pixels, labels = [], []
     for file in files:
         path = root / layout.folder / file
@@ -161,7 +139,7 @@ def read_mnist(root: Path, split: str, title: str, where: str) -> Source:
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     zipped = not folder.joinpath(f"{parts[0]}-{kinds[0]}").exists() and any(folder.glob("*-ubyte.gz"))
     names = [[f"{part}-{kind}{'.gz' if zipped else ''}" for part in parts] for kind in kinds]
-    require(title, folder, [*names[0], *names[1]], where)
+    require_files(title, folder, [*names[0], *names[1]], where)
     images, labels = (np.concatenate([read_idx(folder / name) for name in group]) for group in names)
     _check_labels(folder / names[1][0], labels, len(images), 10)
     return Pixels(images, labels, map(str, range(10)))
@@ -173,7 +151,7 @@ def read_svhn(root: Path, split: str, title: str, where: str) -> Source:
 
     name = f"{split}_32x32.mat"
     folder = _first_folder(root, "svhn", ".", holds=name)
-    require(title, folder, [name], where)
+    require_files(title, folder, [name], where)
     path = folder / name
     try:
         content = loadmat(path, variable_names=("X", "y"))
@@ -197,7 +175,7 @@ def read_gtsrb(root: Path, split: str, title: str, where: str) -> Source:
     if split == "train":
         return read_image_folder(folder / "GTSRB" / "Training", title, where, classes)
     table, images = "GT-final_test.csv", "GTSRB/Final_Test/Images"
-    require(title, folder, [table], where)
+    require_files(title, folder, [table], where)
     with open(folder / table, newline="") as file:
         rows = list(csv.DictReader(file, delimiter=";"))
     try:
@@ -205,7 +183,7 @@ def read_gtsrb(root: Path, split: str, title: str, where: str) -> Source:
     except (KeyError, TypeError, ValueError) as error:
         raise checks.UserError(f"{folder / table}: expected columns Filename and ClassId, separated by ';'") from error
     _check_labels(folder / table, labels, len(names), 43)
-    require(title, folder, names, where)
+    require_files(title, folder, names, where)
     return Files(folder, names, labels, classes)
 
 
@@ -213,9 +191,9 @@ def read_dtd(root: Path, split: str, title: str, where: str) -> Source:
     """Describable textures as torchvision unpacks them. The test split is all 5,640 images, as in OpenOOD."""
     folder = _first_folder(root, "dtd/dtd", "dtd", holds="labels")
     lists = [f"labels/{part}1.txt" for part in (("train",) if split == "train" else ("train", "val", "test"))]
-    require(title, folder, lists, where)
+    require_files(title, folder, lists, where)
     names = [f"images/{line}" for name in lists for line in (folder / name).read_text().split()]
-    require(title, folder, names, where)
+    require_files(title, folder, names, where)
     classes = sorted({name.split("/")[1] for name in names})
     return Files(folder, names, [classes.index(name.split("/")[1]) for name in names], classes)
 
@@ -224,116 +202,30 @@ def read_places365(root: Path, split: str, title: str, where: str) -> Source:
     """Validation images of Places365 as torchvision unpacks them, in 256×256 or full size; there is no other split."""
     table = "places365_val.txt"
     folder = _first_folder(root, "places365", ".", holds=table)
-    require(title, folder, [table], where)
+    require_files(title, folder, [table], where)
     images = "val_256" if (folder / "val_256").is_dir() else "val_large"
     lines = [line.split() for line in (folder / table).read_text().splitlines() if line.strip()]
     names = [f"{images}/{line[0].lstrip('/')}" for line in lines]
-    require(title, folder, names, where)
+    require_files(title, folder, names, where)
     return Files(folder, names, [int(line[1]) for line in lines])
 
 
 def read_tiny_imagenet(root: Path, split: str, title: str, where: str) -> Source:
     """`tiny-imagenet-200/` as it is unpacked: `train/<class>/images`, and a table for the `val` images (our test)."""
     folder = root / "tiny-imagenet-200"
-    require(title, folder, ["wnids.txt"], where)
+    require_files(title, folder, ["wnids.txt"], where)
     classes = sorted((folder / "wnids.txt").read_text().split())
     if split == "train":
         return read_image_folder(folder / "train", title, where, classes)
-    require(title, folder, ["val/val_annotations.txt"], where)
+    require_files(title, folder, ["val/val_annotations.txt"], where)
     lines = (folder / "val/val_annotations.txt").read_text().splitlines()
     rows = [line.split("\t") for line in lines if line.strip()]
     names = [f"val/images/{row[0]}" for row in rows]
-    require(title, folder, names, where)
+    require_files(title, folder, names, where)
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(row[1], -1) if len(row) > 1 else -1 for row in rows]
     _check_labels(folder / "val/val_annotations.txt", labels, len(names), len(classes))
     return Files(folder, names, labels, classes)
-
-
-# ---- folders
-
-
-def read_image_folder(
-    folder: Path, title: str, where: str, classes: Sequence[str] | None = None, *, all_of_them: bool = True
-) -> Files:
-    """`folder/<class>/**`: the classes in the order of their names, as torchvision's ImageFolder, or those given.
-
-    Every class needs images; with `all_of_them` False (a test set), those given may lack some.
-    """
-    if not folder.is_dir():
-        raise checks.UserError(f"{title}: no folder {folder}; expected one folder of images for each class; {where}")
-    present = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    classes = present if classes is None else list(classes)
-    strange = sorted(set(present) - set(classes))
-    if strange:
-        raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {len(classes)} classes of the training")
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        found = [f"{name}/{file}" for file in image_files(folder / name)]
-        if not found and all_of_them:
-            raise checks.UserError(f"{title}: no images in {folder / name} ({', '.join(IMAGE_SUFFIXES)}); {where}")
-        names += found
-        labels += [label] * len(found)
-    if not names:
-        raise checks.UserError(f"{title}: no images in the folders of {folder} ({', '.join(IMAGE_SUFFIXES)}); {where}")
-    return Files(folder, names, labels, classes)
-
-
-def read_flat_folder(folder: Path, title: str, where: str) -> Files:
-    """All images below a folder, whatever its folders are called; without classes."""
-    names = list(image_files(folder))
-    if not names:
-        raise checks.UserError(f"{title}: no images in {folder} ({', '.join(IMAGE_SUFFIXES)}); {where}")
-    return Files(folder, names, [NO_CLASS] * len(names))
-
-
-def image_files(folder: Path) -> Iterable[str]:
-    """The image files below a folder, relative to it, sorted; links are followed, hidden files left out."""
-    for path, _, files in sorted(os.walk(folder, followlinks=True)):
-        for file in sorted(files):
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
-                yield os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/")
-
-
-def read_image_list(path: Path, images: Path, title: str, where: str, n_classes: int | None) -> Files:
-    """OpenOOD's lists: `relative/path label` a line, split at the first space; CRLF and LF.
-
-    `n_classes` None: an OOD set, whatever its labels say.
-    """
-    if not path.is_file():
-        raise checks.UserError(f"{title}: missing: {path}; {where}")
-    names, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        name, _, label = line.strip().partition(" ")
-        if not name:
-            continue
-        try:
-            labels.append(int(label))
-        except ValueError:
-            raise checks.UserError(f"{path}, line {number}: got {line.strip()!r}, expected 'path label'") from None
-        if name.startswith("/") or ".." in name.split("/"):
-            raise checks.UserError(f"{path}, line {number}: {name} is not below the folder of the images")
-        if n_classes is not None and not 0 <= labels[-1] < n_classes:
-            raise checks.UserError(f"{path}, line {number}: label {label}, expected one in [0, {n_classes})")
-        names.append(name)
-    if not names:
-        raise checks.UserError(f"{path}: no images in it")
-    require(title, images, names, where)
-    if n_classes is None:
-        return Files(images, names, [NO_CLASS] * len(names))
-    return Files(images, names, labels, _folder_names(names, labels, n_classes))
-
-
-def _folder_names(names: Sequence[str], labels: Sequence[int], n_classes: int) -> list[str] | None:
-    """What the folders of the classes are called, if each class lies in one folder of its own."""
-    found: dict[int, str] = {}
-    for name, label in zip(names, labels, strict=True):
-        folder = name.rpartition("/")[0].rpartition("/")[2]
-        if found.setdefault(label, folder) != folder:
-            return None
-    if len(set(found.values())) != n_classes:
-        return None
-    return [found[label] for label in range(n_classes)]
 
 
 # ---- the table
