@@ -42,7 +42,7 @@ LAYERS = (
     ("detectors",),
     ("deployment", "interop", "published"),
     ("data", "models", "recipes"),
-    ("diagnostics", "report.tables"),  # what `evaluation` prints with
+    ("diagnostics", "report.tables", "report.pages"),  # what `evaluation` prints with
     ("training",),
     ("evaluation",),
     ("compare",),

@@ -452,7 +452,7 @@ def test_plots_draw_the_numbers(comparison):
     wanted = np.mean(comparison.roc_curves["ce", "MSP", "near"], axis=0)
     assert curve.ys == pytest.approx(wanted)
     assert (curve.xs[0], curve.xs[-1], curve.ys[-1]) == (0, 1, 1)
-    spectrum = report._spectrum(comparison, "").series[1]
+    spectrum = report._spectrum(comparison).series[1]
     assert spectrum.ys[0] == 1
     assert min(spectrum.ys) >= report.SPECTRUM_FLOOR
     assert [report._color((5, 1), index) for index in range(5)] == [5, 1, 13, 9, 21], "never two alike"

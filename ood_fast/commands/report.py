@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from datetime import datetime, timezone
@@ -62,20 +63,11 @@ def run(options: argparse.Namespace, command: str) -> None:
     default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()
     file = page.check_file(default / "report.html" if options.out is None else options.out)
 
-    def progress(what: str, total: int) -> Bar:
-        return Bar(what, total, options.quiet)
-
+    progress = functools.partial(Bar, quiet=options.quiet)
     if options.feature_change:
-        where = device(options.device)
+        given = {"device": device(options.device), "batch_size": options.batch_size, "workers": options.workers}
         for record in records:
-            runs.measure_change(
-                record,
-                options.data_root,
-                device=where,
-                batch_size=options.batch_size,
-                workers=options.workers,
-                progress=progress,
-            )
+            runs.measure_change(record, options.data_root, **given, progress=progress)
     runs.diagnose_runs(records, progress)
     context = {"command": command, "started": started, "versions": versions(), "machine": machine()}
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import heapq
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -164,24 +165,17 @@ class ScoreTable:
         pyarrow = require_pyarrow()
         from pyarrow import parquet
 
-        kinds = {"path": pyarrow.string(), "prediction": pyarrow.string() if self.class_names else pyarrow.int64()}
-        columns = self.columns()
-        schema = pyarrow.schema(
-            [(c, kinds.get(c, pyarrow.bool_() if c.endswith("is_ood") else pyarrow.float64())) for c in columns]
-        )
+        columns, text, flag, score = self.columns(), pyarrow.string(), pyarrow.bool_(), pyarrow.float64()
+        kinds = {"path": text, "prediction": text if self.class_names else pyarrow.int64()}
+        schema = pyarrow.schema([(c, kinds.get(c, flag if c.endswith("is_ood") else score)) for c in columns])
         with parquet.ParquetWriter(path, schema) as writer:
-            group: list[list[Any]] = []
-
-            def flush() -> None:
+            rows = ([path.encode(errors="backslashreplace").decode(), *cells] for path, *cells in self._rows())  # UTF-8
+            full = True
+            while full:
+                group = list(itertools.islice(rows, GROUP_ROWS))
                 values = [list(column) for column in zip(*group, strict=True)] or [[] for _ in columns]
                 writer.write_table(pyarrow.table(values, schema=schema))
-                group.clear()
-
-            for path, *cells in self._rows():
-                group.append([path.encode(errors="backslashreplace").decode(), *cells])  # Parquet's strings are UTF-8
-                if len(group) == GROUP_ROWS:
-                    flush()
-            flush()
+                full = len(group) == GROUP_ROWS
 
 
 def require_pyarrow() -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import checks, files, recipes
 from ..detectors import find
-from ..report.tables import Cell, Section, Table, as_markdown
+from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
 FORMAT = "ood_fast evaluate 1"
@@ -45,6 +45,9 @@ CONVENTIONS = {
     "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
     "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
 }
+
+# What the columns of accuracy and calibration are called.
+CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
 
 # How OpenOOD calls the detectors in its file names; others by their own name in lower case.
 OPENOOD_NAMES = {
@@ -77,9 +80,9 @@ def check_folder(path: str | os.PathLike, request: Mapping[str, Any] | None = No
         raise checks.UserError("--out: got '', expected a folder")
     folder = checks.writable_folder("--out", path)
     taken = [name for name in FILES if (folder / name).exists()]
-    if taken and not _holds_results(folder):
+    if taken and not holds(folder):
         raise checks.UserError(f"--out: {folder} holds {taken[0]}, which no evaluation wrote; choose another folder")
-    if request is not None and _holds_results(folder) and (others := _differences(read(folder), request)):
+    if request is not None and holds(folder) and (others := _differences(read(folder), request)):
         raise checks.UserError(
             f"{folder} holds results of another request ({others}), which these would replace; keep them with another "
             "folder, --out DIR, or replace them with --overwrite"
@@ -104,10 +107,11 @@ def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
     )
 
 
-def _holds_results(folder: Path) -> bool:
+def holds(folder: Path, kind: str = FORMAT) -> bool:
+    """Whether its results.json says that it is of this kind."""
     try:
         files.settle(folder)
-        return json.loads((folder / JSON).read_text(encoding="utf-8")).get("format") == FORMAT
+        return json.loads((folder / JSON).read_text(encoding="utf-8")).get("format") == kind
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -118,8 +122,8 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
     All of it or nothing, see `files.staged`. Of two evaluations that write into one folder, the second waits.
     """
     with files.staged(folder) as staging:
-        _write_csv(staging / "results.csv", _long(results))
-        _write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
+        write_csv(staging / "results.csv", _long(results))
+        write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
         (staging / "results.md").write_text("\n".join(map(as_markdown, build(results))), encoding="utf-8")
         _write_openood(staging / "openood", results)
         (staging / "scores").mkdir()
@@ -133,7 +137,7 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
 
 def read(folder: str | os.PathLike) -> dict[str, Any]:
     """results.json of a folder that `write` wrote; UserError if it is none."""
-    if not _holds_results(Path(folder)):
+    if not holds(Path(folder)):
         raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
     return json.loads((Path(folder) / JSON).read_text(encoding="utf-8"))
 
@@ -198,7 +202,8 @@ def _long(results: Results) -> Iterable[dict[str, Any]]:
             yield {**of_run, **{name: getattr(number, name) for name in names}}
 
 
-def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows, of which there is one at least, under their names."""
     rows = list(rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -317,12 +322,13 @@ def _title(ood_set: str) -> str:
 
 def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
     """None where nothing of it was measured."""
-    titles = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
-    measured = [metric for metric in titles if any((method, metric, "", "") in found for method in results.methods)]
-    known = {s.metric for s in found.values() if s.metric in titles and s.published is not None}
+    measured = [
+        metric for metric in CALIBRATION if any((method, metric, "", "") in found for method in results.methods)
+    ]
+    known = {s.metric for s in found.values() if s.metric in CALIBRATION and s.published is not None}
     rows, columns = [], []
     for metric in measured:
-        columns += [titles[metric], "published", "difference"] if metric in known else [titles[metric]]
+        columns += [CALIBRATION[metric], "published", "difference"] if metric in known else [CALIBRATION[metric]]
     for method in results.methods:
         cells: list[Cell] = []
         for metric in measured:
@@ -332,6 +338,11 @@ def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) ->
         rows.append((method, tuple(cells)))
     if not measured:
         return None
+    return calibration_table(over, columns, rows)
+
+
+def calibration_table(over: str, columns: Iterable[str], rows: Iterable[tuple[str, tuple[Cell, ...]]]) -> Table:
+    """Of rows with cells of `CALIBRATION`; `over` says of how many seeds."""
     caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
     return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
 
@@ -346,7 +357,7 @@ def _cell(summary: Summary | None, with_interval: bool = False) -> Cell:
 
 
 def _published(summary: Summary | None) -> Cell:
-    return Cell("–" if summary is None or summary.published is None else f"{100 * summary.published:.2f}")
+    return Cell(percent(summary and summary.published))
 
 
 def _difference(summary: Summary | None) -> Cell:
@@ -356,29 +367,14 @@ def _difference(summary: Summary | None) -> Cell:
 
 
 def print_tables(results: Results) -> None:
-    """The tables on standard output, by rich."""
-    import sys
-
-    from rich import box, table
+    """The tables and notes on standard output."""
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for built in build(results):
-        if not built.on_terminal:
-            continue
-        drawn = table.Table(title=built.title, caption=built.caption, box=box.SIMPLE_HEAD, title_justify="left")
-        drawn.add_column("")
-        for name in built.columns:
-            drawn.add_column(name, justify="right")
-        for section in built.sections:
-            if section.heading:
-                drawn.add_row(Text(section.heading, style="italic"))
-            for name, cells in section.rows:
-                drawn.add_row(name, *(cell.text for cell in cells))
-        console.print(drawn, markup=False)
+    show(build(results))
     for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
-        console.print(Text(f"{', '.join(names)}: {SMALLER.sub(_with_option, note)}", style="yellow"), soft_wrap=True)
+        told = f"{', '.join(names)}: {SMALLER.sub(_with_option, note)}"
+        Console(highlight=False).print(Text(told, style="yellow"), soft_wrap=True)
 
 
 SMALLER = re.compile(r"^(\w+)(: left out: .*take a smaller (\w+), such as (\d+))")  # as detectors say what does not fit

@@ -107,12 +107,10 @@ class Chart:
         x_axis = Axis.of((x for s in self.series for x in s.xs), self.x_log, self.x_range, frame.ticks[0])
         y_axis = Axis.of((y for s in self.series for y in s.ys), self.y_log, self.y_range, frame.ticks[1])
         x_axis, y_axis = x_axis.between(frame.left, right), y_axis.between(low, frame.top)
-        parts = [
-            f'<polygon class="region {_color(number)}" points="'
-            + " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
-            + '"/>'
-            for number, corners in self.regions
-        ]
+        parts = []
+        for number, corners in self.regions:
+            points = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
+            parts.append(f'<polygon class="region {_color(number)}" points="{points}"/>')
         for tick in x_axis.ticks:
             at = x_axis.at(tick)
             parts.append(f'<path class="grid" d="M{at:.1f} {frame.top}V{low}"/>')
@@ -122,7 +120,7 @@ class Chart:
             parts.append(f'<path class="grid" d="M{frame.left} {at:.1f}H{right}"/>')
             parts.append(_text(_short(tick), frame.left - 4, at + 3.5, "end"))
         parts.append(_text(self.x_label, (frame.left + right) / 2, frame.height - 7))
-        parts.append(_upwards(self.y_label, 9, (frame.top + low) / 2))
+        parts.append(_text(self.y_label, 9, (frame.top + low) / 2, upwards=True))
         for guide in self.guides:
             points = "L".join(f"{x_axis.at(x):.1f} {y_axis.at(y):.1f}" for x, y in guide)
             parts.append(f'<path class="guide" d="M{points}"/>')
@@ -182,13 +180,10 @@ def sheet(title: str, rows: Mapping[str, Sequence[Chart]], x_label: str = "") ->
         y = top + index * frame.height
         middle = y + (frame.top + frame.height - frame.bottom) / 2
         lines = name.split(": ", 1) if names else []
-        parts += [_upwards(line, LINE * (i + 1) - 3, middle, "head") for i, line in enumerate(lines)]
+        parts += [_text(line, LINE * (i + 1) - 3, middle, kind="head", upwards=True) for i, line in enumerate(lines)]
         for column, chart in enumerate(charts):
-            inside = chart.drawn(frame)
-            parts.append(
-                f'<g transform="translate({names + column * frame.width} {y})" '
-                f"{_named(f'{name}, {chart.title}')}>{inside}</g>"
-            )
+            place = f'transform="translate({names + column * frame.width} {y})"'
+            parts.append(f"<g {place} {_named(f'{name}, {chart.title}')}>{chart.drawn(frame)}</g>")
     height = top + len(rows) * frame.height + (LINE if x_label else 0)
     parts.append(_text(x_label, names + (width - names) / 2, height - 4))
     size = f"min-width: {0.85 * width:.0f}px; max-width: {1.4 * width:.0f}px"
@@ -226,15 +221,10 @@ def _named(title: str) -> str:
     return f'role="img" aria-label="{html.escape(title)}"'
 
 
-def _text(text: str, x: float, y: float, anchor: str = "middle", kind: str = "") -> str:
+def _text(text: str, x: float, y: float, anchor: str = "middle", kind: str = "", *, upwards: bool = False) -> str:
     of = f' class="{kind}"' if kind else ""
-    return f'<text{of} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>' if text else ""
-
-
-def _upwards(text: str, x: float, y: float, kind: str = "") -> str:
-    of = f' class="{kind}"' if kind else ""
-    place = f'transform="translate({x} {y:.1f}) rotate(-90)" text-anchor="middle"'
-    return f"<text{of} {place}>{html.escape(text)}</text>" if text else ""
+    place = f'transform="translate({x:.1f} {y:.1f}) rotate(-90)"' if upwards else f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text{of} {place} text-anchor="{anchor}">{html.escape(text)}</text>' if text else ""
 
 
 def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:

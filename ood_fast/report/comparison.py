@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import html
 import json
@@ -17,6 +16,7 @@ import numpy as np
 
 from .. import checks, detectors, files
 from ..evaluation.results import ID
+from ..evaluation.write import CALIBRATION, calibration_table, holds, write_csv
 from ..evaluation.write import CONVENTIONS as OF_EVALUATION
 from ..recipes import BASELINE, LOSSES
 from . import charts, pages
@@ -62,10 +62,7 @@ def write(folder: str | os.PathLike, comparison: Comparison, context: Mapping[st
     with files.staged(folder) as staging:
         for plot in plots:
             (staging / plot.file).write_text(charts.as_file(plot.svg), encoding="utf-8")
-        with (staging / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ("loss", "seed", "detector", "ood_set", "metric", "value"))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in comparison.rows)
+        write_csv(staging / "results.csv", map(asdict, comparison.rows))
         (staging / "results.md").write_text("\n".join(map(as_markdown, tables)), encoding="utf-8")
         (staging / "report.html").write_text(_page(comparison, context, tables, plots), encoding="utf-8")
         text = json.dumps(results_dict(comparison, context), indent=1, ensure_ascii=False, allow_nan=False)
@@ -104,11 +101,7 @@ def free_folder(path: str | os.PathLike) -> Path:
 
 def holds_comparison(folder: Path) -> bool:
     """Whether `write` wrote it."""
-    try:
-        files.settle(folder)
-        return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
+    return holds(folder, FORMAT)
 
 
 # ---- tables
@@ -168,16 +161,11 @@ def tables_of(comparison: Comparison) -> list[Table]:
 def _calibration(losses: tuple[str, ...], summaries: list[PairedSummary], over: str) -> Table:
     """A row for each loss; the best of each column is bold."""
     found = {(s.metric, s.loss): s for s in summaries if not s.detector}
-    columns = {
-        "accuracy": ("accuracy", max),
-        "ECE f": ("ece_softmax", min),
-        "ECE f/(τ‖f‖)": ("ece_scaled_by_norm", min),
-        "ECE f/D": ("ece_scaled_by_distance", min),
-    }
-    cells = (_values([found[metric, loss] for loss in losses], best) for metric, best in columns.values())
-    caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
-    rows = tuple(zip(losses, zip(*cells, strict=True), strict=True))
-    return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", rows),))
+    cells = (
+        _values([found[metric, loss] for loss in losses], max if metric == "accuracy" else min)
+        for metric in CALIBRATION
+    )
+    return calibration_table(over, CALIBRATION.values(), zip(losses, zip(*cells, strict=True), strict=True))
 
 
 def _values(summaries: list[PairedSummary], best: Callable[[list[float]], float]) -> tuple[Cell, ...]:
@@ -225,31 +213,25 @@ def plots_of(comparison: Comparison) -> list[Plot]:
         heading: [_roc(comparison, name, ood_set, labels[name]) for name in names]
         for ood_set, heading in comparison.ood_titles.items()
     }
-    spectrum = "Singular values of the features"
-    return [
-        Plot(
-            "histograms.svg",
-            "Scores",
+    sheets = (
+        (
+            *("Scores", "histograms.svg", {"rows": scores}),
             f"Share of the images by score, seed {seeds[0]}; right = more in-distribution. The height grows with the "
             "square root of the share, so that small shares show; the outermost 1 % of the scores on each side are in "
             "the first and last bin.",
-            charts.sheet("Scores", scores),
         ),
-        Plot(
-            "roc.svg",
-            "ROC curves",
+        (
+            *("ROC curves", "roc.svg", {"rows": curves, "x_label": "share of ID images rejected"}),
             "OOD is the positive class: share of OOD images caught (upwards) against share of ID images rejected, "
             f"{over}.",
-            charts.sheet("ROC curves", curves, "share of ID images rejected"),
         ),
-        Plot(
-            "spectrum.svg",
-            spectrum,
+        (
+            *("Singular values of the features", "spectrum.svg", {"rows": {"": [_spectrum(comparison)]}}),
             f"σ of the centred training features, relative to the largest, {over}; values below {SPECTRUM_FLOOR:g} are "
             "drawn there. A spectrum that falls early: features on few directions.",
-            charts.sheet(spectrum, {"": [_spectrum(comparison, spectrum)]}),
         ),
-    ]
+    )
+    return [Plot(file, title, caption, charts.sheet(title, **drawn)) for title, file, drawn, caption in sheets]
 
 
 def _color(colors: Sequence[int], index: int) -> int:
@@ -278,13 +260,13 @@ def _roc(comparison: Comparison, detector: str, ood_set: str, label: str) -> Cha
     return Chart(label, "", "", series, x_range=(0.0, 1.0), y_range=(0.0, 1.0), guides=[diagonal])
 
 
-def _spectrum(comparison: Comparison, title: str) -> Chart:
+def _spectrum(comparison: Comparison) -> Chart:
     series = []
     for index, loss in enumerate(comparison.settings.losses):
         relative = [values / max(values[0], np.finfo(float).tiny) for values in comparison.singular_values[loss]]
         shown = np.clip(np.mean(relative, axis=0), SPECTRUM_FLOOR, None)
         series.append(Series(loss, list(range(1, len(shown) + 1)), shown.tolist(), color=_color(LOSS_COLORS, index)))
-    return Chart(title, "index", "σ / largest σ", series, y_log=True)
+    return Chart("", "index", "σ / largest σ", series, y_log=True)
 
 
 # ---- the page

@@ -71,9 +71,8 @@ def _notes(title: str, notes: Mapping[str, Sequence[str]], *, opened: bool) -> s
     """Each with the runs that it is about; nothing if there are none. Long lists are folded anyway."""
     if not notes:
         return ""
-    items = "".join(
-        f"<li><b>{html.escape(', '.join(names))}</b>: {html.escape(note)}</li>" for note, names in notes.items()
-    )
+    texts = ((html.escape(", ".join(names)), html.escape(note)) for note, names in notes.items())
+    items = "".join(f"<li><b>{names}</b>: {note}</li>" for names, note in texts)
     opened = opened and len(notes) <= OPEN_NOTES
     return pages.folded(f"{title} ({len(notes)})", f"<ul class=notes>{items}</ul>", opened=opened)
 
@@ -144,10 +143,8 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
         try:
             scores = evaluation.read_scores(evaluated.folder, evaluated.run)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            again = evaluated.results["command"]
-            raise checks.UserError(
-                f"{evaluated.folder}: cannot read its scores ({error}); make them again: {again}"
-            ) from error
+            again = f"make them again: {evaluated.results['command']}"
+            raise checks.UserError(f"{evaluated.folder}: cannot read its scores ({error}); {again}") from error
         for chart, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
             of_detectors.setdefault(detector, []).append(chart)
     shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)
@@ -192,20 +189,20 @@ def _numbers(found: figures.Found) -> list[Table]:
     def cells(diagnosis: Diagnosis, names: Sequence[str], suffix: str = "") -> tuple[Cell, ...]:
         return tuple(Cell(number(diagnosis.numbers.get(f"{name}{suffix}"))) for name in names)
 
-    titles = {name: NUMBERS[name][0] for name in NUMBERS}
+    def table(title: str, names: Sequence[str], sections: Sequence[Section], corner: str) -> Table:
+        caption = ". ".join(f"{NUMBERS[name][0]}: {NUMBERS[name][1]}" for name in names) + "."
+        columns = tuple(NUMBERS[name][0] for name in names)
+        return Table(title, caption, columns, tuple(sections), corner=corner, sortable=True)
+
     rows = tuple((record.name, cells(diagnosis, plain)) for _, record, _, diagnosis in found)
-    told = lambda names: ". ".join(f"{titles[name]}: {NUMBERS[name][1]}" for name in names) + "."  # noqa: E731
-    columns = tuple(map(titles.get, plain))
-    tables = [Table("Numbers", told(plain), columns, (Section("", rows),), corner="run", sortable=True)]
-    sections = []
-    for _, record, evaluated, diagnosis in found:
-        sets = [name for name in diagnosis.sets if f"{of_ood[0]}/{name}" in diagnosis.numbers] if of_ood else []
-        rows = tuple((evaluated.results["sets"][s]["title"], cells(diagnosis, of_ood, f"/{s}")) for s in sets)
-        sections.append(Section(record.name if len(found) > 1 else "", rows))
+    tables = [table("Numbers", plain, [Section("", rows)], "run")]
     if of_ood:
-        columns = tuple(map(titles.get, of_ood))
-        title = "Numbers by OOD set"
-        tables.append(Table(title, told(of_ood), columns, tuple(sections), corner="OOD set", sortable=True))
+        sections = []
+        for _, record, evaluated, diagnosis in found:
+            sets = [name for name in diagnosis.sets if f"{of_ood[0]}/{name}" in diagnosis.numbers]
+            rows = tuple((evaluated.results["sets"][s]["title"], cells(diagnosis, of_ood, f"/{s}")) for s in sets)
+            sections.append(Section(record.name if len(found) > 1 else "", rows))
+        tables.append(table("Numbers by OOD set", of_ood, sections, "OOD set"))
     return tables
 
 
@@ -228,15 +225,12 @@ def _how(records: Sequence[Record], benchmarks: Sequence[str], context: Mapping[
         if record.info:
             facts[f"{record.name}: training"] = _facts(record.info, record.info.get("updated"))
         for benchmark, evaluated in record.evaluated.items():
-            results = evaluated.results
-            facts[f"{record.name}: evaluation on {benchmark}"] = (
-                f"checkpoint {evaluated.run['checkpoint'] or '–'}; {_facts(results, results['started'])}; "
-                f"{results['seconds']:.0f} s"
-            )
+            results, checkpoint = evaluated.results, evaluated.run["checkpoint"] or "–"
+            told = f"checkpoint {checkpoint}; {_facts(results, results['started'])}; {results['seconds']:.0f} s"
+            facts[f"{record.name}: evaluation on {benchmark}"] = told
     facts["this report"] = _facts(context, context["started"])
-    for evaluated in (record.evaluated[b] for b in benchmarks[:1] for record in records if b in record.evaluated):
-        facts |= evaluated.results["conventions"]
-        break
+    evaluations = (record.evaluated[b] for b in benchmarks[:1] for record in records if b in record.evaluated)
+    facts |= next((evaluated.results["conventions"] for evaluated in evaluations), {})
     return (as_html(table) if rows else "") + pages.definitions(facts)
 
 
@@ -264,17 +258,15 @@ def check_file(path: str | os.PathLike) -> Path:
     file = Path(path).expanduser()
     file = file / NAME if file.is_dir() else file
     checks.writable_folder("--out", file.parent)
-    if file.exists() and f'content="{GENERATOR}"' not in _beginning(file):
-        raise checks.UserError(f"--out: {file} is there and is no report of `ood-fast report`; choose another file")
+    if file.exists():
+        try:
+            with file.open(encoding="utf-8", errors="replace") as stream:
+                beginning = stream.read(1000)
+        except OSError as error:
+            raise checks.UserError(f"--out: cannot read {file}: {error.strerror}") from error
+        if f'content="{GENERATOR}"' not in beginning:
+            raise checks.UserError(f"--out: {file} is there and is no report of `ood-fast report`; choose another file")
     return file
-
-
-def _beginning(file: Path) -> str:
-    try:
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            return stream.read(1000)
-    except OSError as error:
-        raise checks.UserError(f"--out: cannot read {file}: {error.strerror}") from error
 
 
 def write(file: str | os.PathLike, records: Sequence[Record], context: Mapping[str, Any]) -> None:

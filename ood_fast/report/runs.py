@@ -110,7 +110,8 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
             )
         if (folder / RESULTS).is_file():
             results = evaluation.read(folder)
-            runs = [(_folder_of(run), run["run"]) for run in results["runs"]]
+            told = [(_told_folder(run), run["run"]) for run in results["runs"]]
+            runs = [(path if (path / RUN).is_file() else None, name) for path, name in told]  # it may be gone
             evaluations = [(folder, results)]
         else:
             runs = [(Path(path), path) for path in evaluation.paths_of(folder)]
@@ -167,12 +168,6 @@ def _above(path: Path | None) -> list[tuple[Path, dict[str, Any]]]:
     return []
 
 
-def _folder_of(run: Mapping[str, Any]) -> Path | None:
-    """The folder of a run that an evaluation names; None if it is no longer there."""
-    folder = _told_folder(run)
-    return folder if (folder / RUN).is_file() else None
-
-
 def _told_folder(run: Mapping[str, Any]) -> Path:
     """What `run` names was seen from where the evaluation was made, and may be another run here."""
     return Path(run.get("folder") or run["run"]).expanduser().resolve()
@@ -199,8 +194,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
         kept = [p[-max(length, 2 if p and p[-1][:1] == "s" and p[-1][1:].isdigit() else 1) :] for p in parts]
         return ["/".join(part.strip("/") for part in of) for of in kept]
 
-    longest = max(map(len, parts))
-    candidates = map(shortened, range(1, longest + 1))
+    candidates = map(shortened, range(1, max(map(len, parts)) + 1))
     return next((short for short in candidates if len(set(short)) == len(short)), list(names))
 
 
@@ -239,15 +233,11 @@ def missing(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def _evaluate_command(record: Record) -> str:
-    data, arguments = record.info.get("data", {}), []
-    if data.get("root"):
-        arguments += ["--data-root", data["root"]]
-    if data.get("layout", "auto") != "auto":
-        arguments += ["--layout", data["layout"]]
-    if data.get("image_size"):
-        arguments += ["--image-size", str(data["image_size"])]
-    for plugin in record.info.get("plugins", ()):
-        arguments += ["--plugin", plugin]
+    data = record.info.get("data", {})
+    layout = data.get("layout", "auto")
+    given = [("--data-root", data.get("root")), ("--layout", layout if layout != "auto" else None)]
+    given += [("--image-size", data.get("image_size")), *(("--plugin", of) for of in record.info.get("plugins", ()))]
+    arguments = [str(part) for option, value in given if value for part in (option, value)]
     return shlex.join(["ood-fast", "evaluate", str(record.path), *arguments])
 
 
@@ -347,14 +337,9 @@ def measure_change(
     if len(checkpoints) < 2:
         told = f"got {len(checkpoints)} checkpoints, expected two or more; train with --keep-every 1"
         raise checks.UserError(f"{record.path / EPOCHS}: {told}")
-    data = record.info.get("data", {})
-    benchmark = open_benchmark(
-        record.info["benchmark"],
-        data_root or data.get("root"),
-        layout=data.get("layout", "auto"),
-        image_size=data.get("image_size"),
-        seed=record.info.get("seed", 0),
-    )
+    data, seed = record.info.get("data", {}), record.info.get("seed", 0)
+    given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
+    benchmark = open_benchmark(record.info["benchmark"], data_root or data.get("root"), **given)
     loader = torch.utils.data.DataLoader(benchmark.test, batch_size, num_workers=workers)
     with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
 

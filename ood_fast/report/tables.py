@@ -80,9 +80,9 @@ def show(tables: Iterable[Table]) -> None:
         console.print(Text(table.title, style="bold underline"))
         rows = table.rows()
         # All sections of a table in the same columns, so that they read as one.
-        name_width = max(len(name) for name, _ in rows)
+        name_width = max((len(name) for name, _ in rows), default=0)
         widths = [
-            max(len(column), *(len(cells[i].text) + marks for _, cells in rows))
+            max(len(column), *(len(cells[i].text) + marks for _, cells in rows), 0)
             for i, column in enumerate(table.columns)
         ]
         for section in table.sections:
