@@ -79,6 +79,8 @@ KERNELS = {
     "predict": Formula("L*n*c", "0", "4*n*c"),
     "distance_gram": Formula("V*(k + c)*m", "4*k*c", "2*k*c*m"),
     "distance_refine": Formula("4*k*c", "0", "0"),  # where no pair is close
+    "fused_row, ELogitNorm": Formula("L*n*c + 4*min(n, u)*c", "L*n*c", "25*n*c"),
+    "fused_row, LogitNorm": Formula("L*n*c", "L*n*c", "22*n*c"),
     "tempered_forward, ELogitNorm": Formula("L*n*c + 4*min(n, u)*c", "0", "15*n*c"),
     "tempered_forward, LogitNorm": Formula("L*n*c", "0", "14*n*c"),
     "tempered_backward, ELogitNorm": Formula("L*n*c + 4*min(n, u)*c", "L*n*c", "12*n*c"),

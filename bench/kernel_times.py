@@ -6,8 +6,8 @@
 The times are the profiler's, by the name of the kernel, so what runs inside a step is what is timed: forward and
 backward, the inputs taking turns so that no cache holds them. Bytes and flops are those of bench/counts.py; ceilings
 are measured in the same run. What is not a kernel of this package (sorting predictions, reductions) is summed as
-"torch". The targets of the row kernel are told by "row kernels, one read and one write": both tempered kernels
-together, against a copy of (n, c).
+"torch". The targets of the row kernel are told by "row kernels, one read and one write": its
+launches together, against a copy of (n, c).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .cases import SHORT_NAMES, Case, Inputs
 from .measure import ceilings, environment, gpu_state, input_sets
 
 ROUNDS = 20
-ROW_KERNELS = ("tempered_forward", "tempered_backward")
+ROW_KERNELS = ("fused_row", "tempered_forward", "tempered_backward")
 
 
 def by_kernel(events: Iterable[tuple[str, float]], rounds: int) -> dict[str, dict[str, float]]:

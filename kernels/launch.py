@@ -77,6 +77,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def lanes_of(target: str) -> int:
+    """Threads of a warp: a wavefront of gfx942 has 64."""
+    return 64 if target == "hip" else 32
+
+
+def has_exp2(target: str) -> bool:
+    """Whether `rows.exp2` and `rows.log2` may name NVIDIA's instructions."""
+    return target.startswith("sm_")
+
+
 def next_power_of_2(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
@@ -100,46 +110,52 @@ class RowConfig:
     num_warps: int
 
 
-# At 8192 columns and 16 warps a thread has 16 columns and no target spills (at most 102 registers); at 16384 both
-# directions spill on sm_80, sm_90 and sm_100, whose threads have 128 registers then. So longer rows are looped.
+# At 8192 columns and 8 warps a thread has 32 columns and no target spills; at 16384 both directions spill on sm_80,
+# sm_90 and sm_100. So longer rows are looped.
 ROW_IN_REGISTERS = 8192
-# Columns of a turn of the looped form: 8 columns a thread with 8 warps, since a lane keeps up to five running sums
-# for each of its columns; half the warps, so that several programs fit a multiprocessor and one computes while
-# another waits for memory.
+# Columns of a turn of the looped form: 8 warps with 8 columns a thread, so that several programs fit a multiprocessor
+# and one computes while another waits for memory.
 ROW_LOOP_BLOCK = 2048
 
 
-def row_config(n_columns: int, target: str, rows_held: int = 1) -> RowConfig:
-    """For kernels that give every row a program, and hold `rows_held` rows of that width in it: two with class
-    probabilities for targets, for which Triton 3.8 spills at 8192 columns on sm_90.
+def row_config(n_columns: int, target: str) -> RowConfig:
+    """For kernels that give every row a program.
 
-    A thread has 8 columns (one 128-bit load in half precision, two in float32) until the warps run out: 16 warps,
-    because 32 leave no more than 64 registers a thread on NVIDIA and gfx942 has no more than 16. A wavefront of
-    gfx942 has 64 lanes.
+    A thread has 32 columns: the fewer warps a row has, the fewer times each reduction is issued, and instructions are
+    what bounds these kernels (up to 1024 columns one warp, no shared memory, no barrier).
     """
-    looped = n_columns * rows_held > ROW_IN_REGISTERS
+    if n_columns > ROW_IN_REGISTERS:
+        return loop_config(n_columns, target)
     # 32 columns at least: one a lane. Narrower blocks only repeat the same column over the lanes.
-    block = ROW_LOOP_BLOCK if looped else max(next_power_of_2(n_columns), 32)
-    lanes = 64 if target == "hip" else 32
-    limit = 8 if looped else 16
-    return RowConfig(block, looped, min(max(block // (8 * lanes), 1), limit))
+    block = max(next_power_of_2(n_columns), 32)
+    return RowConfig(block, False, max(block // (32 * lanes_of(target)), 1))
+
+
+def loop_config(n_columns: int, target: str) -> RowConfig:
+    """8 columns a thread, since a lane keeps up to five running sums for each of its columns."""
+    block = min(max(next_power_of_2(n_columns), 32), ROW_LOOP_BLOCK)
+    return RowConfig(block, True, max(block // (8 * lanes_of(target)), 1))
 
 
 @dataclass(frozen=True)
 class ScanConfig:
-    """One program a row that only scans it (arg-max; sums over features): a lane keeps its own running value, so
-    blocks of any width cost the same registers, and the row is looped over whatever its length."""
+    """One program a row that only scans it for its maximum, `block` columns at a time whatever its length."""
 
     block: int
     num_warps: int
 
 
 def scan_config(n_columns: int, target: str) -> ScanConfig:
-    """At most 2048 columns a turn: 8 a thread with 8 warps, enough loads in flight, few idle lanes at the end of
-    the row."""
-    block = min(max(next_power_of_2(n_columns), 32), 2048)
-    lanes = 64 if target == "hip" else 32
-    return ScanConfig(block, min(max(block // (8 * lanes), 1), 8))
+    """16 columns a thread, at most 4096 a turn: the fewer warps, the fewer times each of the reductions is issued, and
+    two 128-bit loads a thread are enough in flight."""
+    block = min(max(next_power_of_2(n_columns), 32), 4096)
+    return ScanConfig(block, min(max(block // (16 * lanes_of(target)), 1), 8))
+
+
+def feature_block(n_features: int, num_warps: int, target: str) -> int:
+    """Features of a turn, for the kernels that sum over a row of them: 8 a thread, one 128-bit load in half precision,
+    because each of up to four sums has a register for each."""
+    return max(min(next_power_of_2(n_features), 8 * lanes_of(target) * num_warps), 32)
 
 
 @dataclass(frozen=True)
@@ -165,17 +181,21 @@ def dot_precision(target: str) -> str:
 
 
 def tile_config(target: str) -> TileConfig:
-    """64 x 64 results, two stages: the next operands load while these multiply (at most 48 KiB of shared memory; a
-    third stage would pass 64 KiB on gfx942).
+    """Two stages: the next operands load while these multiply (a third would pass 64 KiB of shared memory on gfx942).
 
-    tf32x3 keeps each operand twice, so NVIDIA needs 8 warps, and before sm_90, where the operands lie in registers,
-    turns of 16: with 4 warps or turns of 32 it spills. The ieee form of gfx942 does not, with 4 wavefronts and
-    turns of 32.
+    Chosen for each target, by what its compiled code issues; tf32x3 keeps each operand twice.
+    sm_90: a warp group multiplies 64 rows, and two groups on the same 64 would each do two of the three products in
+    full (20 instructions for 12), so 8 warps have 128 x 64 results.
+    sm_100: its 8 warps issue 12 for 12 at 64 x 64; with 4 warps, or 128 x 64, fp32 spills.
+    sm_80 and others: the operands lie in registers: turns of 16.
+    gfx942: plain multiply-adds, 4 wavefronts.
     """
     precision = dot_precision(target)
     if precision == "ieee":
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2, precision=precision)
-    return TileConfig(64, 64, 32 if int(target[3:]) >= 90 else 16, num_warps=8, num_stages=2, precision=precision)
+    generation = int(target[3:]) // 10
+    rows, inner = 128 if generation == 9 else 64, 32 if generation >= 9 else 16
+    return TileConfig(rows, 64, inner, num_warps=8, num_stages=2, precision=precision)
 
 
 def difference_config() -> TileConfig:
@@ -212,11 +232,16 @@ class SegmentConfig:
 PIECE = 128
 
 
-def segment_config(n_columns: int) -> SegmentConfig:
+def segment_config(n_columns: int, n_samples: int, n_segments: int) -> SegmentConfig:
     """8 rows in flight hide the latency of rows that lie anywhere in memory. 128 columns are one 128-bit load a
-    lane in float32, and 8 values a thread; with 256, sm_100 spills."""
-    columns = min(max(next_power_of_2(n_columns), 32), 128)
-    return SegmentConfig(8, columns, num_warps=4)
+    lane in float32, and 8 values a thread; with 256, sm_100 spills.
+
+    Segments of a sample or two, as of a batch with fewer samples than classes, would leave seven of the eight empty:
+    one at a time, and eight times the columns.
+    """
+    if n_samples < 4 * n_segments:
+        return SegmentConfig(1, min(max(next_power_of_2(n_columns), 32), 1024), num_warps=4)
+    return SegmentConfig(8, min(max(next_power_of_2(n_columns), 32), 128), num_warps=4)
 
 
 # Class splits of the features-only arg-max: as SPLIT_PROGRAMS, at least four tiles of classes a split.

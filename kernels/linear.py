@@ -9,6 +9,7 @@ from torch import Tensor
 from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
+from .weight_gradient import weight_gradient
 
 
 def linear_elogitnorm(
@@ -52,20 +53,20 @@ def linear_elogitnorm(
         z = features[rows].to(dtype)
         logits = F.linear(z, weight, bias)
         part = labels._replace(target=labels.target[rows])
-        loss[rows], distance[rows], tempered, table = losses.elogitnorm_forward(
-            logits, head_weight, part, eps, average_offset
+        part_grad = sample_grad[rows] if grads else None
+        loss[rows], distance[rows], tempered, table, d_logits = losses.elogitnorm_step(
+            logits, head_weight, part, losses.Rule(eps, average_offset), part_grad
         )
         if not grads:
             continue
-        d_logits, d_weight = losses.elogitnorm_backward(
-            sample_grad[rows], logits, head_weight, part, table, tempered, Needs(logits=True, weight=geometry)
-        )
         if needs.features:
             grad_features[rows] = d_logits @ weight
         if needs.weight:
             grad_weight += d_logits.t() @ z
             if geometry:
-                grad_weight += d_weight
+                grad_weight += weight_gradient(
+                    part_grad, tempered.slope, logits, head_weight, tempered.predicted, table
+                )
         if needs.bias:
             grad_bias += d_logits.sum(0, dtype=torch.float32)
     if isinstance(scale, Tensor):

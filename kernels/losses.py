@@ -1,15 +1,114 @@
-"""ELogitNorm and LogitNorm: what launches the kernels of `tempered.py`."""
+"""ELogitNorm and LogitNorm: what launches the kernels of `fused_row.py` and `tempered.py`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..records import Geometry, Labels, Needs, Tempered
 from .distances import geometry_of
-from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
+from .fused_row import fused_row_kernel
+from .launch import (
+    ROW_IN_REGISTERS,
+    alignment,
+    gradient_buffer,
+    has_exp2,
+    launch,
+    loop_config,
+    row_config,
+    target_of,
+    unit_stride,
+)
 from .tempered import tempered_backward_kernel, tempered_forward_kernel
 from .weight_gradient import weight_gradient
+
+
+class Rule(NamedTuple):
+    """What the temperature follows from: ELogitNorm takes the first two, LogitNorm tau."""
+
+    eps: float = 0.0
+    average_offset: int = 0
+    tau: float = 1.0
+
+
+def is_fused(logits: Tensor, labels: Labels) -> bool:
+    """Whether `fused_row_kernel` takes these rows; `tempered.py` has the others."""
+    both = labels.class_weight is not None and labels.label_smoothing > 0
+    return not (labels.target.is_floating_point() or both or logits.shape[1] > ROW_IN_REGISTERS)
+
+
+def _fused(
+    logits: Tensor,
+    labels: Labels,
+    geometry: Geometry | None,
+    tempered: Tempered,
+    prediction_known: bool,
+    statistics: tuple[Tensor, Tensor | None] | None,
+    rule: Rule,
+    sample_grad: Tensor | None,
+) -> Tensor | None:
+    """Launch `fused_row_kernel`: writes loss and distance (`statistics`) and `tempered`, which without `statistics` it
+    reads. Returns the gradient of the logits if `sample_grad` is given."""
+    target, class_weight, ignore_index, label_smoothing = labels
+    table_row, table, _ = geometry or (None, None, None)
+    loss, distance = statistics or (None, None)
+    rows = unit_stride(logits)
+    n_samples, n_classes = rows.shape
+    grad_logits = None if sample_grad is None else gradient_buffer(logits, (n_samples, n_classes))
+    config = row_config(n_classes, target_of(rows))
+    launch(
+        fused_row_kernel,
+        (n_samples,),
+        sample_grad,
+        0 if sample_grad is None else sample_grad.stride(0),
+        rows,
+        rows.stride(0),
+        unit_stride(target),
+        None if class_weight is None else class_weight.contiguous(),
+        table,
+        table_row,
+        tempered.predicted,
+        loss,
+        distance,
+        tempered.temperature,
+        None if loss is None else tempered.log_partition,
+        tempered.slope,
+        grad_logits,
+        n_classes,
+        ignore_index,
+        float(label_smoothing),
+        float(rule.eps),
+        float(rule.average_offset),
+        float(rule.tau),
+        BLOCK=config.block,
+        ALIGN=alignment(n_classes, rows.stride(0)),
+        BOUNDARY=table is not None,
+        PREDICTION_KNOWN=prediction_known,
+        SMOOTHED=label_smoothing > 0,
+        HARDWARE=has_exp2(target_of(rows)),
+        num_warps=config.num_warps,
+    )
+    return None if grad_logits is None else grad_logits.to(logits.dtype)
+
+
+def _shape(logits: Tensor, labels: Labels, geometry: Geometry | None) -> dict[str, object]:
+    """The constants that both kernels of `tempered.py` share."""
+    n_classes = logits.shape[1]
+    probabilities = labels.target.is_floating_point()
+    strides = (logits.stride(0), labels.target.stride(0)) if probabilities else (logits.stride(0),)
+    config = loop_config(n_classes, target_of(logits))
+    return {
+        "BLOCK": config.block,
+        "ALIGN": alignment(n_classes, *strides),
+        "BOUNDARY": geometry is not None,
+        "PROBABILITIES": probabilities,
+        "WEIGHTED": labels.class_weight is not None,
+        "SMOOTHED": labels.label_smoothing > 0,
+        "HARDWARE": has_exp2(target_of(logits)),
+        "num_warps": config.num_warps,
+    }
 
 
 def _forward(
@@ -18,27 +117,27 @@ def _forward(
     geometry: Geometry | None,
     predicted: Tensor,
     prediction_known: bool,
-    *,
-    eps: float = 0.0,
-    average_offset: int = 0,
-    tau: float = 1.0,
-) -> tuple[Tensor, Tensor | None, Tempered]:
-    """Launch `tempered_forward_kernel`; allocates and returns loss, distance and what the backward pass needs."""
-    _, class_weight, ignore_index, label_smoothing = labels
-    table_row, table, _ = geometry or (None, None, None)
-    logits, target = unit_stride(logits), unit_stride(labels.target)
+    rule: Rule,
+    sample_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tempered, Tensor | None]:
+    """Loss, distance, what the backward pass needs and, if `sample_grad` is given, the gradient of the logits."""
+    rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
     n_samples, n_classes = logits.shape
-    probabilities = target.is_floating_point()
     loss, temperature, log_partition, slope = (
         torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(4)
     )
-    distance = None if table is None else torch.empty_like(loss)
-    config = row_config(n_classes, target_of(logits), 2 if target.is_floating_point() else 1)
+    distance = None if geometry is None else torch.empty_like(loss)
+    tempered = Tempered(predicted, temperature, log_partition, slope)
+    if is_fused(logits, labels):
+        grad_logits = _fused(logits, labels, geometry, tempered, prediction_known, (loss, distance), rule, sample_grad)
+        return loss, distance, tempered, grad_logits
+    target, class_weight, ignore_index, label_smoothing = labels
+    table_row, table, _ = geometry or (None, None, None)
     launch(
         tempered_forward_kernel,
         (n_samples,),
-        logits,
-        logits.stride(0),
+        rows,
+        rows.stride(0),
         target,
         target.stride(0),
         None if class_weight is None else class_weight.contiguous(),
@@ -53,38 +152,33 @@ def _forward(
         n_classes,
         ignore_index,
         float(label_smoothing),
-        float(eps),
-        float(average_offset),
-        float(tau),
-        BLOCK=config.block,
-        LOOPED=config.looped,
-        ALIGN=_row_alignment(logits, target),
-        BOUNDARY=table is not None,
+        float(rule.eps),
+        float(rule.average_offset),
+        float(rule.tau),
         PREDICTION_KNOWN=prediction_known,
-        PROBABILITIES=probabilities,
-        WEIGHTED=class_weight is not None,
-        SMOOTHED=label_smoothing > 0,
-        num_warps=config.num_warps,
+        **_shape(rows, labels, geometry),
     )
-    return loss, distance, Tempered(predicted, temperature, log_partition, slope)
+    grad_logits = None if sample_grad is None else _backward(sample_grad, logits, labels, tempered, geometry)
+    return loss, distance, tempered, grad_logits
 
 
 def _backward(
     sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered, geometry: Geometry | None
 ) -> Tensor:
-    """Launch `tempered_backward_kernel`; allocates and returns the gradient of the logits."""
-    _, class_weight, ignore_index, label_smoothing = labels
+    """The gradient of the logits after `_forward`."""
+    if is_fused(logits, labels):
+        return _fused(logits, labels, geometry, tempered, True, None, Rule(), sample_grad)
+    rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
+    target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
-    logits, target = unit_stride(logits), unit_stride(labels.target)
     n_samples, n_classes = logits.shape
     grad_logits = gradient_buffer(logits, (n_samples, n_classes))
-    config = row_config(n_classes, target_of(logits), 2 if target.is_floating_point() else 1)
     launch(
         tempered_backward_kernel,
         (n_samples,),
         sample_grad.contiguous(),
-        logits,
-        logits.stride(0),
+        rows,
+        rows.stride(0),
         target,
         target.stride(0),
         None if class_weight is None else class_weight.contiguous(),
@@ -95,21 +189,9 @@ def _backward(
         n_classes,
         ignore_index,
         float(label_smoothing),
-        BLOCK=config.block,
-        LOOPED=config.looped,
-        ALIGN=_row_alignment(logits, target),
-        BOUNDARY=table is not None,
-        PROBABILITIES=target.is_floating_point(),
-        WEIGHTED=class_weight is not None,
-        SMOOTHED=label_smoothing > 0,
-        num_warps=config.num_warps,
+        **_shape(rows, labels, geometry),
     )
     return grad_logits.to(logits.dtype)
-
-
-def _row_alignment(logits: Tensor, target: Tensor) -> int:
-    strides = [logits.stride(0)] + ([target.stride(0)] if target.is_floating_point() else [])
-    return alignment(logits.shape[1], *strides)
 
 
 def elogitnorm_forward(
@@ -119,12 +201,19 @@ def elogitnorm_forward(
 
     Returns loss, distance, and what the backward pass needs (notation: the package's docstring). For n >= c the row
     kernel finds the predictions itself, so the logits are read once; for n < c they are found first, because the table
-    has a row for each distinct one. The slope costs nothing while the row is in registers, so it is always computed;
+    has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
+    return elogitnorm_step(logits, head_weight, labels, Rule(eps, average_offset), None)[:4]
+
+
+def elogitnorm_step(
+    logits: Tensor, head_weight: Tensor, labels: Labels, rule: Rule, sample_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tempered, Geometry, Tensor | None]:
+    """`elogitnorm_forward`, and the gradient of sum_i sample_grad_i loss_i by the logits from the same read of them."""
     geometry, *prediction = geometry_of(logits, head_weight)
-    loss, distance, tempered = _forward(logits, labels, geometry, *prediction, eps=eps, average_offset=average_offset)
-    return loss, distance, tempered, geometry
+    loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
+    return loss, distance, tempered, geometry, grad_logits
 
 
 def elogitnorm_backward(
@@ -151,7 +240,7 @@ def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bo
     `with_slope` as in `elogitnorm_forward`.
     """
     predicted = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    loss, _, tempered = _forward(logits, labels, None, predicted, False, tau=tau)
+    loss, _, tempered, _ = _forward(logits, labels, None, predicted, False, Rule(tau=tau))
     return loss, tempered
 
 

@@ -20,6 +20,7 @@ from .launch import (
     alignment,
     argmax_splits,
     cdiv,
+    feature_block,
     gradient_buffer,
     launch,
     scan_config,
@@ -28,7 +29,7 @@ from .launch import (
     tile_config,
     unit_stride,
 )
-from .rows import add_product, first_maximum, keep_better, scan_maximum
+from .rows import add_3, add_product, first_maximum, keep_better, scan_maximum
 from .segments import segment_sum
 
 
@@ -61,8 +62,8 @@ def features_argmax_kernel(
     row_mask = rows < n_samples
     begin = split * split_classes
     row_offset = rows.to(tl.int64) * features_stride
-    best = tl.full([ROWS, CLASSES], float("-inf"), tl.float32)
-    index = tl.zeros([ROWS, CLASSES], tl.int32) + (begin + lanes)[None, :]
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    index = tl.zeros([ROWS], tl.int32) + begin
     for class_start in range(begin, tl.minimum(begin + split_classes, n_classes), CLASSES):
         classes = class_start + lanes
         class_mask = classes < n_classes
@@ -88,11 +89,11 @@ def features_argmax_kernel(
         if BIASED:
             logit += tl.load(bias_pointer + classes, mask=class_mask, other=0.0).to(tl.float32)[None, :]
         logit = tl.where(class_mask[None, :], logit, float("-inf"))
-        best, index = keep_better(best, index, logit, classes[None, :])
-    maximum, predicted = first_maximum(best, index, 1)
+        top, column = first_maximum(logit, classes[None, :], 1)
+        best, index = keep_better(best, index, top, column)
     output = rows.to(tl.int64) * tl.num_programs(1) + split
-    tl.store(maximum_pointer + output, maximum, mask=row_mask)
-    tl.store(class_pointer + output, predicted.to(tl.int64), mask=row_mask)
+    tl.store(maximum_pointer + output, best, mask=row_mask)
+    tl.store(class_pointer + output, index.to(tl.int64), mask=row_mask)
 
 
 @triton.jit
@@ -148,12 +149,12 @@ def nci_forward_kernel(
         lengths += tl.abs(z)
         squares += centred * centred
         products += weight * centred
-    norm = tl.sqrt(tl.sum(squares, axis=0))
+    length, square, product = tl.reduce((lengths, squares, products), 0, add_3)
+    norm = tl.sqrt(square)
     # z = mu has no direction: 0, not NaN. A NaN norm is not 0, and stays.
     inverse_norm = tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
-    projection = tl.sum(products, axis=0) * inverse_norm
-    projection = tl.where(maximum == maximum, projection, float("nan"))
-    tl.store(score_pointer + row, projection + alpha * tl.sum(lengths, axis=0))
+    projection = tl.where(maximum == maximum, product * inverse_norm, float("nan"))
+    tl.store(score_pointer + row, projection + alpha * length)
     tl.store(predicted_pointer + row, predicted)
     tl.store(projection_pointer + row, projection)
     tl.store(inverse_norm_pointer + row, inverse_norm)
@@ -319,7 +320,8 @@ def nci_forward(
     )
     predicted = torch.empty(n_samples, dtype=torch.int64, device=features.device)
     target = target_of(features)
-    scan, sums = scan_config(n_columns, target), scan_config(n_features, target)
+    scan = scan_config(n_columns, target)
+    num_warps = max(scan.num_warps, min(scan_config(n_features, target).num_warps, 2))
     launch(
         nci_forward_kernel,
         (n_samples,),
@@ -339,11 +341,11 @@ def nci_forward(
         n_features,
         float(alpha),
         CLASS_BLOCK=scan.block,
-        FEATURE_BLOCK=sums.block,
+        FEATURE_BLOCK=feature_block(n_features, num_warps, target),
         CLASS_ALIGN=alignment(n_columns, logits.stride(0)),
         FEATURE_ALIGN=alignment(n_features, features.stride(0), head_weight.stride(0)),
         BY_SPLIT=classes is not None,
-        num_warps=max(scan.num_warps, sums.num_warps),
+        num_warps=num_warps,
     )
     return score, Projected(predicted, projection, inverse_norm)
 
@@ -366,7 +368,7 @@ def nci_backward(
     sample_grad, center = sample_grad.contiguous(), mean.contiguous()
     n_samples, n_features = z.shape
     align = alignment(n_features, z.stride(0), weight.stride(0))
-    config = segment_config(n_features)
+    config = segment_config(n_features, n_samples, 1)
     column_blocks = cdiv(n_features, config.columns)
     grad_features = grad_weight = grad_mean = None
     if needs.features:

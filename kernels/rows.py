@@ -9,46 +9,77 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Above every column index. Splits the codes of `first_maximum` into columns that hold NaN and columns that hold the
-# maximum.
-_NOT_NAN = tl.constexpr(1 << 30)
-_NEITHER = tl.constexpr((1 << 31) - 1)
+_LAST = tl.constexpr((1 << 31) - 1)  # above every column index
+LOG2_E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(3.0e38)  # the gap of a class that is not there: its exponential is 0, and so is 0 * FAR
+
+
+@triton.jit
+def exp2(x, HARDWARE: tl.constexpr):
+    """2^x. HARDWARE: NVIDIA's instruction, results below 2^-126 as 0; kept, they would cost four more of them."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, HARDWARE: tl.constexpr):
+    """log2 x for x >= 0, as `exp2`."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add_3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def maximum(values, axis: tl.constexpr):
+    """The largest along `axis`, NaN if there is one."""
+    return tl.reduce(values, axis, _larger)
 
 
 @triton.jit
 def first_maximum(values, indices, axis: tl.constexpr):
-    """(maximum, index of its first occurrence) along `axis`; the first NaN, if there is one, is the maximum.
-
-    tl.max drops NaN and tl.argmax leaves their order open, so both are spelled out: the smallest code wins.
-    """
-    is_nan = values != values
-    largest = tl.max(tl.where(is_nan, float("-inf"), values), axis=axis)
-    largest_beside = largest[:, None] if axis == 1 else largest
-    code = tl.where(is_nan, indices, tl.where(values == largest_beside, indices + _NOT_NAN, _NEITHER))
-    code = tl.min(code, axis=axis)
-    return tl.where(code < _NOT_NAN, float("nan"), largest), tl.where(code < _NOT_NAN, code, code - _NOT_NAN)
+    """(maximum, index of its first occurrence) along `axis`; the first NaN, if there is one, is the maximum."""
+    largest = maximum(values, axis)
+    found = (values != values) | (values == (largest[:, None] if axis == 1 else largest))
+    return largest, tl.min(tl.where(found, indices, _LAST), axis=axis)
 
 
 @triton.jit
 def keep_better(best, index, values, columns):
-    """Update each lane's running maximum and its column: the first occurrence stays, and the first NaN stays for
-    good."""
+    """The maximum so far and its column against a later one: the first occurrence stays, the first NaN for good."""
     better = (values > best) | ((values != values) & (best == best))
     return tl.where(better, values, best), tl.where(better, columns, index)
 
 
 @triton.jit
 def scan_maximum(row_pointer, n_columns, BLOCK: tl.constexpr):
-    """`first_maximum` of a row of any length: every lane keeps its own maximum, and the lanes are compared once at
-    the end."""
+    """`first_maximum` of a row of any length, BLOCK columns at a time."""
     lanes = tl.arange(0, BLOCK)
-    best = tl.load(row_pointer + lanes, mask=lanes < n_columns, other=float("-inf")).to(tl.float32)
-    index = lanes
+    values = tl.load(row_pointer + lanes, mask=lanes < n_columns, other=float("-inf")).to(tl.float32)
+    best, index = first_maximum(values, lanes, 0)
     for start in range(BLOCK, n_columns, BLOCK):
         columns = start + lanes
         values = tl.load(row_pointer + columns, mask=columns < n_columns, other=float("-inf")).to(tl.float32)
-        best, index = keep_better(best, index, values, columns)
-    return first_maximum(best, index, 0)
+        top, column = first_maximum(values, columns, 0)
+        best, index = keep_better(best, index, top, column)
+    return best, index
 
 
 @triton.jit
@@ -83,12 +114,11 @@ def mean_distance(distance_sum, n_boundaries, average_offset, valid):
 
 @triton.jit
 def read_label(target_pointer, ignore_index, n_classes):
-    """(class, whether the sample is ignored, whether the class is usable): an unusable class is replaced by 0
-    before any read."""
+    """(class, whether the sample is ignored, whether there is such a class): if not, 0 is read in its place."""
     label = tl.load(target_pointer)
     ignored = label == ignore_index
     usable = (label >= 0) & (label < n_classes)
-    return tl.where(usable, label, 0), ignored, usable | ignored
+    return tl.where(usable, label, 0), ignored, usable
 
 
 @triton.jit

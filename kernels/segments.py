@@ -171,7 +171,7 @@ def segment_sum(
     nothing back.
     """
     n_samples, n_columns = values.shape
-    config = segment_config(n_columns)
+    config = segment_config(n_columns, n_samples, n_segments)
     gaps = center is None
     ordered, order = torch.sort(segment, stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))

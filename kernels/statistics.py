@@ -18,8 +18,31 @@ from torch import Tensor
 
 from ..records import Inputs
 from .distances import distance_table as rows_of_distance_table
-from .launch import alignment, cdiv, launch, row_config, scan_config, target_of, unit_stride
-from .rows import boundary_terms, finite_or_nan, first_maximum, keep_better, live_gap, mean_distance
+from .launch import (
+    alignment,
+    cdiv,
+    feature_block,
+    has_exp2,
+    lanes_of,
+    launch,
+    row_config,
+    scan_config,
+    target_of,
+    unit_stride,
+)
+from .rows import (
+    FAR,
+    LOG2_E,
+    add_2,
+    add_3,
+    exp2,
+    finite_or_nan,
+    first_maximum,
+    keep_better,
+    log2,
+    maximum,
+    mean_distance,
+)
 
 # The statistics, in the order of the kernel's outputs.
 OF_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
@@ -34,20 +57,51 @@ def log1p(x):
 
 
 @triton.jit
-def add_exponential(best, rest, product, logit):
-    """Bring one more logit of each lane into its running sums relative to `best`, the largest so far:
+def partial_sums(
+    logit,
+    columns,
+    WITH_INDEX: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """(f_p, p, sum exp(-g) without p, sum exp(-g) g) of some columns, each (rows,); 0 where nothing is made of it."""
+    if WITH_INDEX:
+        top, column = first_maximum(logit, columns, 1)
+        is_top = columns == column[:, None]
+    else:  # all that are equal to the largest stand aside, and all but one are added again
+        top = maximum(logit, 1)
+        column = tl.zeros_like(top).to(tl.int32)
+        is_top = logit == top[:, None]
+    rest = tl.zeros_like(top)
+    product = tl.zeros_like(top)
+    if WITH_SUM:
+        gap = top[:, None] - logit
+        if WITH_INDEX or WITH_ENTROPY:  # inf * 0, and -inf - -inf beside the one that is p
+            gap = tl.minimum(gap, FAR)
+        exponential = exp2(gap * -LOG2_E, HARDWARE)
+        others = tl.where(is_top, 0.0, exponential)
+        if WITH_ENTROPY:
+            rest, product = tl.reduce((others, exponential * gap), 1, add_2)
+        else:
+            rest = tl.sum(others, axis=1)
+        if not WITH_INDEX:
+            rest += tl.maximum(tl.sum(is_top.to(tl.int32), axis=1) - 1, 0).to(tl.float32)
+    return top, column, rest, product
 
-        rest = sum exp(x - best) over all but the largest        product = sum exp(x - best) (best - x)
 
-    One exponential a logit: whichever of the two is smaller is the one that is weighed down.
-    """
-    both = (best != float("-inf")) & (logit != float("-inf"))
-    difference = tl.where(both, tl.abs(best - logit), 0.0)
+@triton.jit
+def join_sums(top, column, rest, product, later_top, later_column, later_rest, later_product):
+    """`partial_sums` of earlier and later columns together: the side with the smaller maximum is weighed down."""
+    best, index = keep_better(top, column, later_top, later_column)
+    rises = later_top > top
+    both = (top != float("-inf")) & (later_top != float("-inf"))
+    difference = tl.where(both, tl.abs(top - later_top), 0.0)
     scale = tl.where(both, tl.exp(-difference), 0.0)
-    rises = logit > best
-    product = tl.where(rises, scale * (product + difference * (1.0 + rest)), product + scale * difference)
-    rest = tl.where(rises, scale * (1.0 + rest), rest + scale)
-    return rest, product
+    low_rest, low_product = tl.where(rises, rest, later_rest), tl.where(rises, product, later_product)
+    rest = tl.where(rises, later_rest, rest) + scale * (1.0 + low_rest)
+    product = tl.where(rises, later_product, product) + scale * (low_product + difference * (1.0 + low_rest))
+    return best, index, rest, product
 
 
 @triton.jit
@@ -63,25 +117,29 @@ def tail_terms(
     n_classes,
     WITH_GEN: tl.constexpr,
     WITH_DISTANCE: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """What a class adds to "gen", to the sum of the distances and to K, once p and Z are known; [ROWS, BLOCK].
+    """What these columns add to "gen", to the sum of the distances and to K, once p and Z are known; each (rows,).
 
     (P_j (1 - P_j))^gamma = exp(gamma (-g_j + log(1 - P_j) - log Z)), with 1 - P_p = rest / Z: as a difference it would
-    lose its digits as P_p approaches 1. For the others P_j <= 1/2.
+    lose its digits as P_p approaches 1. For the others P_j <= 1/2. Where there is no other class, log 0 = -inf gives 0.
     """
-    live, gap = live_gap(logit, row_maximum)
+    gap = tl.minimum(row_maximum - logit, FAR)
     term = tl.zeros_like(gap)
     product = tl.zeros_like(gap)
-    is_boundary = tl.zeros(gap.shape, tl.int32)
+    is_boundary = tl.zeros_like(gap)
     if WITH_GEN:
-        others = tl.where(columns == predicted, rest, 1.0 + rest - tl.exp(-gap))
-        counts = live & (others > 0)
-        term = tl.exp(gamma * (tl.log(tl.where(counts, others, 1.0)) - gap - 2.0 * log_partition))
-        term = tl.where(counts, term, 0.0)
+        scaled = gap * -LOG2_E
+        others = tl.where(columns == predicted, rest, 1.0 + rest - exp2(scaled, HARDWARE))
+        term = exp2(
+            gamma * (log2(tl.maximum(others, 0.0), HARDWARE) + (scaled - 2.0 * LOG2_E * log_partition)), HARDWARE
+        )
     if WITH_DISTANCE:
-        inverse_distance, is_boundary = boundary_terms(table_row_pointer, columns, n_classes, live)
+        inverse_distance = tl.load(table_row_pointer + columns, mask=columns < n_classes, other=0.0)
+        inverse_distance = tl.where(logit != float("-inf"), inverse_distance, 0.0)
         product = gap * inverse_distance
-    return term, product, is_boundary
+        is_boundary = tl.where(inverse_distance > 0, 1.0, 0.0)
+    return tl.reduce((term, product, is_boundary), 1, add_3)
 
 
 @triton.jit
@@ -117,6 +175,7 @@ def row_statistics_kernel(
     CLASS_ALIGN: tl.constexpr,
     FEATURE_BLOCK: tl.constexpr,
     FEATURE_ALIGN: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """The statistics of ROWS samples. Where a row of logits fits the block it is read once, otherwise "gen" and the
     distance, which need Z and p first, read it again."""
@@ -138,87 +197,80 @@ def row_statistics_kernel(
         WITH_ENTROPY: tl.constexpr = entropy_pointer is not None
         WITH_GEN: tl.constexpr = gen_pointer is not None
         WITH_DISTANCE: tl.constexpr = distance_pointer is not None
+        WITH_INDEX: tl.constexpr = (
+            predicted_pointer is not None or projection_pointer is not None or WITH_GEN or WITH_DISTANCE
+        )
         WITH_SUM: tl.constexpr = WITH_ENTROPY or WITH_GEN or logsumexp_pointer is not None
         WITH_NORMS: tl.constexpr = logit_norm1_pointer is not None or logit_norm2_pointer is not None
         logits_row = logits_pointer + row_offset * logits_stride
         lanes = tl.arange(0, CLASS_BLOCK)[None, :]
         mask = row_mask[:, None] & (lanes < n_classes)
-        best = tl.load(logits_row + lanes, mask=mask, other=float("-inf")).to(tl.float32)
-        index = tl.zeros([ROWS, CLASS_BLOCK], tl.int32) + lanes
-        rest = tl.zeros([ROWS, CLASS_BLOCK], tl.float32)
-        product = tl.zeros([ROWS, CLASS_BLOCK], tl.float32)
+        logit = tl.load(logits_row + lanes, mask=mask, other=float("-inf")).to(tl.float32)
+        row_maximum, column, rest, product = partial_sums(logit, lanes, WITH_INDEX, WITH_SUM, WITH_ENTROPY, HARDWARE)
         if WITH_NORMS:
-            value = tl.where(best != float("-inf"), best, 0.0)
-            lengths = tl.abs(value)
-            squares = value * value
+            value = tl.where(logit != float("-inf"), logit, 0.0)
+            length, square = tl.reduce((tl.abs(value), value * value), 1, add_2)
         if LOOPED:
             for start in range(CLASS_BLOCK, n_classes, CLASS_BLOCK):
                 columns = start + lanes
                 mask = row_mask[:, None] & (columns < n_classes)
                 logit = tl.load(logits_row + columns, mask=mask, other=float("-inf")).to(tl.float32)
+                later_top, later_column, later_rest, later_product = partial_sums(
+                    logit, columns, WITH_INDEX, WITH_SUM, WITH_ENTROPY, HARDWARE
+                )
+                row_maximum, column, rest, product = join_sums(
+                    row_maximum, column, rest, product, later_top, later_column, later_rest, later_product
+                )
                 if WITH_NORMS:
                     value = tl.where(logit != float("-inf"), logit, 0.0)
-                    lengths += tl.abs(value)
-                    squares += value * value
-                if WITH_SUM:
-                    rest, product = add_exponential(best, rest, product, logit)
-                best, index = keep_better(best, index, logit, columns)
-        row_maximum, column = first_maximum(best, index, 1)
+                    more_length, more_square = tl.reduce((tl.abs(value), value * value), 1, add_2)
+                    length += more_length
+                    square += more_square
         predicted = column.to(tl.int64)
         if max_pointer is not None:
             tl.store(max_pointer + rows, row_maximum, mask=row_mask)
         if predicted_pointer is not None:
             tl.store(predicted_pointer + rows, predicted, mask=row_mask)
         if logit_norm1_pointer is not None:
-            tl.store(logit_norm1_pointer + rows, tl.sum(lengths, axis=1), mask=row_mask)
+            tl.store(logit_norm1_pointer + rows, length, mask=row_mask)
         if logit_norm2_pointer is not None:
-            tl.store(logit_norm2_pointer + rows, tl.sqrt(tl.sum(squares, axis=1)), mask=row_mask)
+            tl.store(logit_norm2_pointer + rows, tl.sqrt(square), mask=row_mask)
 
         top = finite_or_nan(row_maximum)
-        log_partition = tl.zeros([ROWS], tl.float32)
-        rest_of_row = tl.zeros([ROWS], tl.float32)
-        if WITH_SUM:
-            # The lanes together, relative to the maximum of the row; the lane that holds it leaves it out.
-            live, gap = live_gap(best, top[:, None])
-            scale = tl.where(live, tl.exp(-gap), 0.0)
-            own = tl.where(index == column[:, None], 0.0, 1.0)
-            rest_of_row = tl.sum(scale * (own + rest), axis=1)
-            rest_of_row = tl.where(top == top, rest_of_row, float("nan"))
-            log_partition = log1p(rest_of_row)
-            if logsumexp_pointer is not None:
-                tl.store(logsumexp_pointer + rows, top + log_partition, mask=row_mask)
-            if WITH_ENTROPY:
-                mean_gap = tl.sum(scale * (product + gap * (1.0 + rest)), axis=1) / (1.0 + rest_of_row)
-                tl.store(entropy_pointer + rows, log_partition + mean_gap, mask=row_mask)
+        rest = tl.where(top == top, rest, float("nan"))
+        log_partition = log1p(rest)
+        if logsumexp_pointer is not None:
+            tl.store(logsumexp_pointer + rows, top + log_partition, mask=row_mask)
+        if WITH_ENTROPY:
+            tl.store(entropy_pointer + rows, log_partition + product / (1.0 + rest), mask=row_mask)
         if WITH_GEN or WITH_DISTANCE:
             table_row = table_pointer
             if WITH_DISTANCE:
                 table_row = table_pointer + predicted[:, None] * table_stride
             if LOOPED:
-                terms = tl.zeros([ROWS, CLASS_BLOCK], tl.float32)
-                products = tl.zeros([ROWS, CLASS_BLOCK], tl.float32)
-                counts = tl.zeros([ROWS, CLASS_BLOCK], tl.int32)
+                gen = tl.zeros([ROWS], tl.float32)
+                distance_sum = tl.zeros([ROWS], tl.float32)
+                n_boundaries = tl.zeros([ROWS], tl.float32)
                 for start in range(0, n_classes, CLASS_BLOCK):
                     columns = start + lanes
                     mask = row_mask[:, None] & (columns < n_classes)
                     logit = tl.load(logits_row + columns, mask=mask, other=float("-inf")).to(tl.float32)
-                    term, product, is_boundary = tail_terms(
-                        logit, columns, top[:, None], column[:, None], rest_of_row[:, None], log_partition[:, None],
-                        gamma, table_row, n_classes, WITH_GEN, WITH_DISTANCE,
+                    more_gen, more_distance, more_boundaries = tail_terms(
+                        logit, columns, top[:, None], column[:, None], rest[:, None], log_partition[:, None],
+                        gamma, table_row, n_classes, WITH_GEN, WITH_DISTANCE, HARDWARE,
                     )  # fmt: skip
-                    terms += term
-                    products += product
-                    counts += is_boundary
+                    gen += more_gen
+                    distance_sum += more_distance
+                    n_boundaries += more_boundaries
             else:
-                terms, products, counts = tail_terms(
-                    best, lanes, top[:, None], column[:, None], rest_of_row[:, None], log_partition[:, None],
-                    gamma, table_row, n_classes, WITH_GEN, WITH_DISTANCE,
+                gen, distance_sum, n_boundaries = tail_terms(
+                    logit, lanes, top[:, None], column[:, None], rest[:, None], log_partition[:, None],
+                    gamma, table_row, n_classes, WITH_GEN, WITH_DISTANCE, HARDWARE,
                 )  # fmt: skip
             if WITH_GEN:
-                gen = tl.where(top == top, tl.sum(terms, axis=1), float("nan"))
-                tl.store(gen_pointer + rows, gen, mask=row_mask)
+                tl.store(gen_pointer + rows, tl.where(top == top, gen, float("nan")), mask=row_mask)
             if WITH_DISTANCE:
-                distance, _ = mean_distance(tl.sum(products, axis=1), tl.sum(counts, axis=1), 0, top == top)
+                distance, _ = mean_distance(distance_sum, n_boundaries, 0, top == top)
                 tl.store(distance_pointer + rows, distance, mask=row_mask)
 
     if features_pointer is not None:
@@ -269,7 +321,7 @@ class StatisticsConfig:
     num_warps: int
 
 
-# Logits of the samples that share a program: 8 a thread with 4 warps, as much as a row of 1000 classes has.
+# Logits of the samples that share a program: 8 a thread with 4 warps.
 SHARED_ELEMENTS = 1024
 # Programs that sharing must leave: eight for each of the 132 multiprocessors of an H100.
 SHARED_PROGRAMS = 1024
@@ -279,15 +331,17 @@ def statistics_config(n_samples: int, n_classes: int, n_features: int, target: s
     """0 classes or features: none are read.
 
     A row of 10 logits would leave most lanes of a program idle, so short rows share one, where there are enough of
-    them. Features are wide: with them each sample has a program of its own. Looped rows have 16 warps, because a lane
-    keeps seven running values for each of its columns: with 8 warps the bf16 form spills 8 bytes on sm_90.
+    them. Features are wide: with them each sample has a program of its own. Looped rows have 16 warps: with 8, Triton
+    3.8 spills 24 bytes in float32 on sm_90.
     """
-    row, scan = row_config(n_classes, target), scan_config(n_features, target)
-    rows, lanes = 1, 64 if target == "hip" else 32
+    row = row_config(n_classes, target)
+    rows = 1
     while n_features == 0 and rows * 2 * row.block <= SHARED_ELEMENTS and cdiv(n_samples, rows * 2) >= SHARED_PROGRAMS:
         rows *= 2
-    num_warps = max(scan.num_warps, 16 if row.looped else row.num_warps, rows * row.block // (8 * lanes))
-    return StatisticsConfig(rows, row.block, row.looped, scan.block, min(num_warps, 16))
+    row_warps = 16 if row.looped else row.num_warps
+    num_warps = row_warps if n_classes else min(scan_config(n_features, target).num_warps, 2)
+    num_warps = max(num_warps, rows * row.block // (8 * lanes_of(target)) if rows > 1 else 1)
+    return StatisticsConfig(rows, row.block, row.looped, feature_block(n_features, num_warps, target), num_warps)
 
 
 def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tensor]:
@@ -309,7 +363,8 @@ def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tenso
     stride = {name: 0 if matrix is None else matrix.stride(0) for name, matrix in (
         ("logits", logits), ("features", features), ("weight", head_weight), ("table", table)
     )}  # fmt: skip
-    config = statistics_config(n_samples, n_classes, n_features, target_of(first))
+    target = target_of(first)
+    config = statistics_config(n_samples, n_classes, n_features, target)
     launch(
         row_statistics_kernel,
         (cdiv(n_samples, config.rows),),
@@ -333,6 +388,7 @@ def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tenso
         CLASS_ALIGN=alignment(n_classes, stride["logits"], stride["table"]),
         FEATURE_BLOCK=config.feature_block,
         FEATURE_ALIGN=alignment(n_features, stride["features"], stride["weight"]),
+        HARDWARE=has_exp2(target),
         num_warps=config.num_warps,
     )
     return [found[name] for name in names]

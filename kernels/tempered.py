@@ -5,10 +5,9 @@
     ELogitNorm: T = D = sum_j g_j R_pj / (K + average_offset); 1, without a gradient, if K = 0 or D <= eps
     LogitNorm:  T = tau (|f| + 1e-7)
 
-The gaps give the stable form at no cost: the largest term of the partition is exp(0). Forward and backward each
-read a row of the logits once and keep it in registers up to `launch.ROW_IN_REGISTERS` classes; above, they read it
-again for each step. The backward keeps nothing of shape (n, c) from the forward: P comes from the logits, the
-temperature and the partition.
+The gaps give the stable form at no cost: the largest term of the partition is exp(0). Here are the kernels for rows of
+any length and any target distribution, which read the row once for each step; most rows take `fused_row.py`. The
+backward keeps nothing of shape (n, c) from the forward: P comes from the logits, the temperature and the partition.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import triton
 import triton.language as tl
 
 from .rows import (
+    LOG2_E,
     boundary_terms,
+    exp2,
     finite_or_nan,
-    first_maximum,
     label_mass,
     live_gap,
     mean_distance,
@@ -30,7 +30,7 @@ from .rows import (
 
 
 @triton.jit
-def _boundary_temperature(distance_sum, n_boundaries, average_offset, eps, valid):
+def boundary_temperature(distance_sum, n_boundaries, average_offset, eps, valid):
     """(D, T, dT/dD / (K + average_offset)) of ELogitNorm."""
     distance, share = mean_distance(distance_sum, n_boundaries, average_offset, valid)
     falls_back = distance <= eps  # K = 0 has D = 0; the kernel's caller has eps >= 0
@@ -38,7 +38,7 @@ def _boundary_temperature(distance_sum, n_boundaries, average_offset, eps, valid
 
 
 @triton.jit
-def _norm_temperature(squared_norm, tau):
+def norm_temperature(squared_norm, tau):
     """(T, tau / |f|) of LogitNorm; the derivative of T by f_j is tau f_j / |f|, taken as 0 at f = 0."""
     norm = tl.sqrt(squared_norm)
     return tau * (norm + 1e-7), tl.where(norm > 0, tau / tl.where(norm > 0, norm, 1.0), 0.0)
@@ -85,16 +85,16 @@ def tempered_forward_kernel(
     average_offset,
     tau,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     ALIGN: tl.constexpr,
     BOUNDARY: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """Loss of one sample and all that its backward needs. A step that sums over the row is one expression where the
-    row is in registers, and one loop with a sum in every lane where it is LOOPED."""
+    """Loss of one sample and all that its backward needs. Each step is one loop over the row, with a sum in every
+    lane."""
     row = tl.program_id(0).to(tl.int64)
     if ALIGN > 1:
         n_classes = n_classes // ALIGN * ALIGN
@@ -104,17 +104,12 @@ def tempered_forward_kernel(
     columns = tl.arange(0, BLOCK)
 
     # The prediction and the largest logit.
-    if not LOOPED:
-        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
     if PREDICTION_KNOWN:
         predicted = tl.load(predicted_pointer + row)
         row_maximum = tl.load(logits_row + predicted).to(tl.float32)
         table_row = tl.load(table_row_pointer + row)
     else:
-        if LOOPED:
-            row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
-        else:
-            row_maximum, predicted = first_maximum(logit, columns, 0)
+        row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
         table_row = predicted.to(tl.int64)
         tl.store(predicted_pointer + row, table_row)
         if BOUNDARY:
@@ -123,41 +118,30 @@ def tempered_forward_kernel(
     valid = row_maximum == row_maximum
 
     # The temperature: sums over the live classes.
-    if LOOPED:
-        distance_sums = tl.zeros([BLOCK], tl.float32)
-        boundary_counts = tl.zeros([BLOCK], tl.int32)
-        squares = tl.zeros([BLOCK], tl.float32)
-        live_counts = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            live, gap = live_gap(logit, row_maximum)
-            if BOUNDARY:
-                inverse_distance, is_boundary = boundary_terms(
-                    table_pointer + table_row * n_classes, offset, n_classes, live
-                )
-                distance_sums += gap * inverse_distance
-                boundary_counts += is_boundary
-            else:
-                squares += tl.where(live, logit * logit, 0.0)
-            live_counts += live.to(tl.int32)
-    else:
+    distance_sums = tl.zeros([BLOCK], tl.float32)
+    boundary_counts = tl.zeros([BLOCK], tl.int32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    live_counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_classes, BLOCK):
+        offset = start + columns
+        logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
         live, gap = live_gap(logit, row_maximum)
         if BOUNDARY:
-            inverse_distance, boundary_counts = boundary_terms(
-                table_pointer + table_row * n_classes, columns, n_classes, live
+            inverse_distance, is_boundary = boundary_terms(
+                table_pointer + table_row * n_classes, offset, n_classes, live
             )
-            distance_sums = gap * inverse_distance
+            distance_sums += gap * inverse_distance
+            boundary_counts += is_boundary
         else:
-            squares = tl.where(live, logit * logit, 0.0)
-        live_counts = live.to(tl.int32)
+            squares += tl.where(live, logit * logit, 0.0)
+        live_counts += live.to(tl.int32)
     if BOUNDARY:
-        distance, temperature, slope_factor = _boundary_temperature(
+        distance, temperature, slope_factor = boundary_temperature(
             tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, eps, valid
         )
         tl.store(distance_pointer + row, distance)
     else:
-        temperature, slope_factor = _norm_temperature(tl.sum(squares, axis=0), tau)
+        temperature, slope_factor = norm_temperature(tl.where(valid, tl.sum(squares, axis=0), float("nan")), tau)
     n_live = tl.sum(live_counts, axis=0)
 
     # The loss: sums of the softmax and of the target distribution.
@@ -166,41 +150,30 @@ def tempered_forward_kernel(
         ignored = False
         target_row = target_pointer + row * target_stride
     else:
-        label, ignored, label_valid = read_label(target_pointer + row, ignore_index, n_classes)
-        valid = valid & label_valid
+        label, ignored, usable = read_label(target_pointer + row, ignore_index, n_classes)
+        valid = valid & (usable | ignored)
         target_row = target_pointer
     inverse_temperature = 1.0 / temperature
-    if LOOPED:
-        exponentials = tl.zeros([BLOCK], tl.float32)
-        gap_sums = tl.zeros([BLOCK], tl.float32)
-        q_sums = tl.zeros([BLOCK], tl.float32)
-        q_gap_sums = tl.zeros([BLOCK], tl.float32)
-        q_masked_sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            live, gap = live_gap(logit, row_maximum)
-            exponential = tl.where(live, tl.exp(-gap * inverse_temperature), 0.0)
-            exponentials += exponential
-            gap_sums += exponential * gap
-            if PROBABILITIES or SMOOTHED:
-                q = target_distribution(
-                    offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
-                    PROBABILITIES, WEIGHTED, SMOOTHED,
-                )  # fmt: skip
-                q_sums += q
-                q_gap_sums += q * gap
-                q_masked_sums += tl.where(live, 0.0, q)
-    else:
-        exponentials = tl.where(live, tl.exp(-gap * inverse_temperature), 0.0)
-        gap_sums = exponentials * gap
+    exponentials = tl.zeros([BLOCK], tl.float32)
+    gap_sums = tl.zeros([BLOCK], tl.float32)
+    q_sums = tl.zeros([BLOCK], tl.float32)
+    q_gap_sums = tl.zeros([BLOCK], tl.float32)
+    q_masked_sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_classes, BLOCK):
+        offset = start + columns
+        logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+        live, gap = live_gap(logit, row_maximum)
+        exponential = tl.where(live, exp2(gap * (inverse_temperature * -LOG2_E), HARDWARE), 0.0)
+        exponentials += exponential
+        gap_sums += exponential * gap
         if PROBABILITIES or SMOOTHED:
-            q_sums = target_distribution(
-                columns, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+            q = target_distribution(
+                offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
                 PROBABILITIES, WEIGHTED, SMOOTHED,
             )  # fmt: skip
-            q_gap_sums = q_sums * gap
-            q_masked_sums = tl.where(live, 0.0, q_sums)
+            q_sums += q
+            q_gap_sums += q * gap
+            q_masked_sums += tl.where(live, 0.0, q)
     if PROBABILITIES or SMOOTHED:
         target_mass = tl.sum(q_sums, axis=0)
         target_gap = tl.sum(q_gap_sums, axis=0)
@@ -234,11 +207,12 @@ def _logit_gradient(
     log_partition,
     slope,
     BOUNDARY: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """dL/df_j = (Q P_j - q_j) / T, and through the temperature -slope R_j (slope sum R at p), or slope f_j for
     LogitNorm."""
     live, gap = live_gap(logit, row_maximum)
-    probability = tl.where(live, tl.exp(-gap * inverse_temperature - log_partition), 0.0)
+    probability = tl.where(live, exp2((gap * inverse_temperature + log_partition) * -LOG2_E, HARDWARE), 0.0)
     gradient = (target_mass * probability - q) * inverse_temperature
     if BOUNDARY:
         return gradient + slope * (tl.where(columns == predicted, inverse_distance_sum, 0.0) - inverse_distance)
@@ -265,12 +239,12 @@ def tempered_backward_kernel(
     ignore_index,
     label_smoothing,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     ALIGN: tl.constexpr,
     BOUNDARY: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """Gradient of one sample's logits, formed in fp32 and rounded once: as P_y approaches 1, Q P_y - q_y cancels."""
     row = tl.program_id(0).to(tl.int64)
@@ -294,74 +268,50 @@ def tempered_backward_kernel(
         ignored = False
         target_row = target_pointer + row * target_stride
     else:
-        label, ignored, label_valid = read_label(target_pointer + row, ignore_index, n_classes)
-        valid = valid & label_valid
+        label, ignored, usable = read_label(target_pointer + row, ignore_index, n_classes)
+        valid = valid & (usable | ignored)
         target_row = target_pointer
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes if BOUNDARY else table_pointer
     # An ignored row has gradient 0 even if it holds NaN, and a row that is not valid has NaN even in masked classes.
     whole_row = tl.where(ignored, 0.0, float("nan"))
     computed = valid & (ignored == 0)
 
-    if LOOPED:
-        # What must be known before the first gradient is written: sum R, and c_live for q, then Q.
-        inverse_distance_sums = tl.zeros([BLOCK], tl.float32)
-        live_counts = tl.zeros([BLOCK], tl.int32)
-        if BOUNDARY or SMOOTHED:
-            for start in range(0, n_classes, BLOCK):
-                offset = start + columns
-                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-                live = logit != float("-inf")
-                live_counts += live.to(tl.int32)
-                if BOUNDARY:
-                    inverse_distance_sums += boundary_terms(table_row, offset, n_classes, live)[0]
-        inverse_distance_sum = tl.sum(inverse_distance_sums, axis=0)
-        n_live = tl.sum(live_counts, axis=0)
-        if PROBABILITIES or SMOOTHED:
-            q_sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, n_classes, BLOCK):
-                offset = start + columns
-                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-                q_sums += target_distribution(
-                    offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
-                    label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
-                )  # fmt: skip
-            target_mass = tl.sum(q_sums, axis=0)
-        else:
-            target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+    # What must be known before the first gradient is written: sum R, and c_live for q, then Q.
+    inverse_distance_sums = tl.zeros([BLOCK], tl.float32)
+    live_counts = tl.zeros([BLOCK], tl.int32)
+    if BOUNDARY or SMOOTHED:
         for start in range(0, n_classes, BLOCK):
             offset = start + columns
             logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
             live = logit != float("-inf")
-            q = target_distribution(
-                offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
-                PROBABILITIES, WEIGHTED, SMOOTHED,
+            live_counts += live.to(tl.int32)
+            if BOUNDARY:
+                inverse_distance_sums += boundary_terms(table_row, offset, n_classes, live)[0]
+    inverse_distance_sum = tl.sum(inverse_distance_sums, axis=0)
+    n_live = tl.sum(live_counts, axis=0)
+    if PROBABILITIES or SMOOTHED:
+        q_sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n_classes, BLOCK):
+            offset = start + columns
+            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+            q_sums += target_distribution(
+                offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
+                label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
             )  # fmt: skip
-            inverse_distance = boundary_terms(table_row, offset, n_classes, live)[0] if BOUNDARY else 0.0
-            gradient = _logit_gradient(
-                logit, row_maximum, offset, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
-                inverse_temperature, log_partition, slope, BOUNDARY,
-            )  # fmt: skip
-            tl.store(grad_row + offset, tl.where(computed, gradient * sample_grad, whole_row), mask=offset < n_classes)
+        target_mass = tl.sum(q_sums, axis=0)
     else:
-        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
+        target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+    for start in range(0, n_classes, BLOCK):
+        offset = start + columns
+        logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
         live = logit != float("-inf")
-        n_live = tl.sum(live.to(tl.int32), axis=0)
         q = target_distribution(
-            columns, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+            offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
             PROBABILITIES, WEIGHTED, SMOOTHED,
         )  # fmt: skip
-        if PROBABILITIES or SMOOTHED:
-            target_mass = tl.sum(q, axis=0)
-        else:
-            target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
-        if BOUNDARY:
-            inverse_distance = boundary_terms(table_row, columns, n_classes, live)[0]
-            inverse_distance_sum = tl.sum(inverse_distance, axis=0)
-        else:
-            inverse_distance = 0.0
-            inverse_distance_sum = 0.0
+        inverse_distance = boundary_terms(table_row, offset, n_classes, live)[0] if BOUNDARY else 0.0
         gradient = _logit_gradient(
-            logit, row_maximum, columns, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
-            inverse_temperature, log_partition, slope, BOUNDARY,
+            logit, row_maximum, offset, predicted, q, target_mass, inverse_distance, inverse_distance_sum,
+            inverse_temperature, log_partition, slope, BOUNDARY, HARDWARE,
         )  # fmt: skip
-        tl.store(grad_row + columns, tl.where(computed, gradient * sample_grad, whole_row), mask=columns < n_classes)
+        tl.store(grad_row + offset, tl.where(computed, gradient * sample_grad, whole_row), mask=offset < n_classes)

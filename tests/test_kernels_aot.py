@@ -68,7 +68,7 @@ def test_no_atomics(compiled: dict[str, Any], target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("kernel", ["predict", "tempered_forward", "tempered_backward", "nci_forward", "segment_sum"])
+@pytest.mark.parametrize("kernel", ["predict", "fused_row", "nci_forward", "segment_sum"])
 def test_rows_of_1000_classes_are_read_128_bits_at_a_time(compiled: dict[str, Any], target: str, kernel: str) -> None:
     """1000 is no multiple of 16, so without the ALIGN argument of the kernels all of these loads would be scalar."""
     rows = offenders(compiled, target, lambda r: r["kernel"] == f"{kernel}_kernel" and r["launch"] == "imagenet")

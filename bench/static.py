@@ -1,0 +1,210 @@
+"""What the kernels should take on a GPU, by their compiled code, without one.
+
+    python -m bench.static                    # the cases of `CASES`, for an H200
+    python -m bench.static --write            # keep the figures in tests/static_gates/, for tests/test_gates.py
+
+For each kernel of a case, compiled for sm_90: instructions that the warps issue, matrix instructions against those
+that the product needs, barriers of a turn, programs that fit a multiprocessor, bytes (bench/counts.py). From these the
+time by issue, at the rate that the schedulers have and at the 70 % of it that kernels reach, and by bytes; the largest
+rules. On a GPU `python -m bench.kernel_times` prints measured times by the same names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import counts, sass
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+TARGET = "sm_90"
+# An H200: 132 multiprocessors with four schedulers at 1.85 GHz, copies at 4.0 TB/s.
+MULTIPROCESSORS, ISSUE, REACHED, BYTES, BF16 = 132, 132 * 4 * 1.85e9, 0.7, 4.0e12, 790e12
+REGISTERS, SHARED, WARPS, BLOCKS = 65536, 227 * 1024, 64, 32
+# Kernels that keep rare rows, or tiles, in a branch: the others take the shortest way through them.
+RARE_BRANCH = ("fused_row", "distance_refine")
+COLUMNS = ("case", "kernel", "instructions", "unit", "matrix", "barriers", "registers", "programs")
+
+
+class Case(NamedTuple):
+    """A step at one shape; `u` distinct predictions; what stands beside it in the table."""
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    u: int
+    beside: tuple[str, ...]
+
+    def sizes(self) -> counts.Sizes:
+        return counts.Sizes.of(self.shape, self.dtype, self.u)
+
+
+CASES = (
+    Case("elogitnorm", (65536, 1000, 2048), torch.bfloat16, 1000, ("copy of (n, c)", "cross_entropy", "head")),
+    Case("elogitnorm", (128, 100, 512), torch.float32, 100, ("copy of (n, c)", "cross_entropy", "head")),
+    Case("elogitnorm", (4096, 21841, 768), torch.bfloat16, 3570, ("copy of (n, c)", "cross_entropy", "head")),
+    Case("linear", (512, 100_000, 512), torch.bfloat16, 511, ("linear_cross_entropy",)),
+    Case("nci", (65536, 1000, 2048), torch.bfloat16, 1000, ("copy of (n, c)",)),
+    Case("statistics", (65536, 1000, 2048), torch.bfloat16, 1000, ("copy of (n, c)",)),
+    Case("MSP", (65536, 1000, 0), torch.bfloat16, 1000, ("copy of (n, c)",)),
+)
+
+
+def run(case: Case) -> None:
+    """The launches of a case, on tensors without data."""
+    import aot_compile as aot
+
+    from ood_fast.kernels import losses
+    from ood_fast.kernels.weight_gradient import weight_gradient
+    from ood_fast.records import Labels
+
+    (n, c, m), dtype = case.shape, case.dtype
+    if case.name in ("elogitnorm", "linear"):
+        logits, weight = aot.meta(n, c, dtype=dtype), aot.meta(c, m, dtype=dtype)
+        labels, grad = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0), aot.meta(()).expand(n)
+        _, _, tempered, geometry, _ = losses.elogitnorm_step(logits, weight, labels, losses.Rule(), grad)
+        weight_gradient(grad, tempered.slope, logits, weight, tempered.predicted, geometry)
+    elif case.name == "nci":
+        aot.run_nci(n, c, m, dtype, weight_dtype=dtype, from_features=False)
+    elif case.name == "statistics":
+        aot.run_statistics(n, c, m, dtype)
+    else:
+        aot.run_statistics(n, c, 0, dtype, ("max", "logsumexp"))
+
+
+def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...]:
+    """How often each loop of a kernel turns, in the order of its code; what depends on the data as it is on average."""
+
+    def of(size: float, block: str) -> float:
+        return math.ceil(size / values[block])
+
+    (n, c, m), u = case.shape, case.u
+    samples = 8  # of a turn of the segmented sums
+    table: dict[str, Callable[[], tuple[float, ...]]] = {
+        "distance_gram": lambda: (of(m, "INNER"),),
+        "distance_refine": lambda: (0,),
+        "predict": lambda: (of(c, "BLOCK") - 1,),
+        "nci_forward": lambda: (of(c, "CLASS_BLOCK") - 1, of(m, "FEATURE_BLOCK")),
+        "row_statistics": lambda: (of(m, "FEATURE_BLOCK"),) if m else (),
+        "weight_gradient_table": lambda: (of(c, "INNER"),),
+        "weight_gradient_own": lambda: (values["split_classes"] / values["INNER"],),
+        "weight_gradient_all": lambda: (of(u, "INNER"), values["n_splits"]),
+        # A piece has at most 128 samples; a segment is summed whole, or from its pieces.
+        "segment_piece": lambda: (min(128, n / u) / samples,),
+        "segment_sum": lambda: (math.ceil(n / u / samples) if n / u <= 128 else 0, n / u / 128 / 4, 0),
+    }
+    rows = of(c, "BLOCK") if kernel.startswith("tempered") else 0
+    return (rows,) * 8 if rows else table.get(kernel, tuple)()
+
+
+def launches(case: Case) -> list[dict[str, Any]]:
+    """A line for each launch of a case: the figures of COLUMNS, and what the prediction needs."""
+    import aot_compile as aot
+
+    found: dict[Any, tuple[tuple[int, ...], dict[str, Any]]] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        found[aot.job_of(kernel, TARGET, "", arguments, dict(options))] = grid, values
+
+    for module in aot.MODULES:
+        for name, stand_in in (("launch", record), ("target_of", lambda _: TARGET)):
+            if hasattr(module, name):
+                setattr(module, name, stand_in)
+    run(case)
+    return [
+        line(case, job, *launch)
+        for job, launch in found.items()
+        if "backward" not in job.kernel or "nci" not in job.kernel
+    ]
+
+
+def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) -> dict[str, Any]:
+    import aot_compile as aot
+
+    kernel = job.kernel.removesuffix("_kernel")
+    compiled = aot.compiled(job)
+    usage, shared = aot.cuda_usage(compiled.asm["cubin"]), compiled.metadata.shared
+    text = aot.nvidia_tool(compiled.asm["cubin"], "nvdisasm", "-ndf", "-c")
+    programs, warps = math.prod(grid), job.num_warps
+    if kernel in ("distance_gram", "weight_gradient_own"):  # tiles of unused rows of the table stop at once
+        programs *= math.ceil(min(case.u, case.shape[0]) / values["ROWS"]) / grid[0]
+    executed = sass.executed(text, turns(kernel, values, case), kernel in RARE_BRANCH)
+    issued = executed["all"] * warps * programs
+    body, flops = sass.busiest_loop(text), 0.0
+    key = {"fused_row": "fused_row, ELogitNorm", "row_statistics": "row_statistics, MSP"}.get(kernel, kernel)
+    if case.name == "statistics":
+        key = "row_statistics, all"
+    needed = counts.of(key, case.sizes()) if key in counts.FORMULAS else counts.Counts(0.0, 0.0)
+    matrix = ""
+    if body["multiplied"]:
+        tile = math.prod(values[name] for name in ("ROWS", "COLUMNS", "INNER"))
+        matrix = round(body["multiplied"] * warps / 4 / (3 * tile), 2)
+        flops = needed.flops / 1e6
+    fit = min(REGISTERS // (usage["registers"] * 32 * warps), SHARED // max(shared, 1), WARPS // warps, BLOCKS)
+    return {
+        "case": f"{case.name} {'x'.join(map(str, case.shape))}",
+        "kernel": kernel,
+        "instructions": round(issued / (flops or case.shape[0]), 1),
+        "unit": "Mflop" if flops else "row",
+        "matrix": matrix,
+        "barriers": body["barriers"],
+        "registers": usage["registers"],
+        "programs": fit,
+        "issue": issued / ISSUE,
+        "bytes": needed.bytes / BYTES,
+    }
+
+
+@functools.cache
+def figures() -> tuple[dict[str, Any], ...]:
+    return tuple(line for case in CASES for line in launches(case))
+
+
+def show() -> str:
+    text = [
+        f"{'':24} {'instructions':>14} {'matrix':>7} {'barriers':>8} {'programs':>8} "
+        f"{'issue':>8} {'at 70 %':>8} {'bytes':>8}  us"
+    ]
+    for case in CASES:
+        lines = launches(case)
+        text.append(f"\n{lines[0]['case']} {case.dtype}".replace("torch.", ""))
+        total = 0.0
+        for found in lines:
+            issue, moved = found["issue"] * 1e6, found["bytes"] * 1e6
+            total += max(issue / REACHED, moved)
+            text.append(
+                f"{found['kernel']:24} {found['instructions']:8.0f}/{found['unit']:5} {found['matrix']:>7} "
+                f"{found['barriers']:8.0f} {found['programs']:8} {issue:8.1f} {issue / REACHED:8.1f} {moved:8.1f}"
+            )
+        text.append(f"{'all':24} {total:64.0f}")
+        for name in case.beside:
+            needed = counts.operation(name, case.sizes())
+            text.append(f"{name:24} {needed.floor(BYTES, BF16) * 1e6:64.0f}")
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="keep the figures in tests/static_gates/")
+    if parser.parse_args().write:
+        import gates
+        import triton
+
+        gates.write(gates.model_table_path(triton.__version__), f"triton {triton.__version__}, {TARGET}", COLUMNS, [
+            {name: found[name] for name in COLUMNS} for found in figures()
+        ])  # fmt: skip
+    else:
+        print(show())
+
+
+if __name__ == "__main__":
+    main()
