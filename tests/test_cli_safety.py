@@ -183,12 +183,12 @@ def test_a_model_that_draws_its_weights_anew_is_refused(capsys):
 
 def test_the_fingerprint_is_of_weights_buffers_and_head_not_of_wrappers():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    of = models.fingerprint(model, model[2])
-    assert of == models.fingerprint(model, model[2])
-    assert of == models.fingerprint(nn.DataParallel(model), model[2])
-    assert of != models.fingerprint(model, model[0])
+    of = models.weight_fingerprint(model, model[2])
+    assert of == models.weight_fingerprint(model, model[2])
+    assert of == models.weight_fingerprint(nn.DataParallel(model), model[2])
+    assert of != models.weight_fingerprint(model, model[0])
     model[1].running_mean[0] = 1e-3
-    assert of != models.fingerprint(model, model[2])
+    assert of != models.weight_fingerprint(model, model[2])
 
 
 # ---- classes and images

@@ -67,7 +67,7 @@ def _why_not(device: str) -> str:
     return "PyTorch cannot compute on it here"
 
 
-def require(package: str, module: str, command: str = "compare") -> None:
+def require_package(package: str, module: str, command: str = "compare") -> None:
     if util.find_spec(module) is None:
         raise refusal(f"{command} needs {package}, which is not installed: pip install {package}")
 

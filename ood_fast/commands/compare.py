@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import DETECTORS, LOSSES, Recipe
-from .common import RunError, device, machine, refusal, require, versions
+from .common import RunError, device, machine, refusal, require_package, versions
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    require("scikit-learn", "sklearn")
-    require("rich", "rich")
+    require_package("scikit-learn", "sklearn")
+    require_package("rich", "rich")
     from ..compare import Settings, compare
     from ..report import comparison as report
     from ..report import tables

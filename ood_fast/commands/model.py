@@ -85,11 +85,11 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
 
 
 def fingerprint_of(model: nn.Module, head: str | None) -> str:
-    """Of the weights and the place of the head, see `models.fingerprint`."""
+    """Of the weights and the place of the head, see `models.weight_fingerprint`."""
     from ..heads import given_head
-    from ..models import fingerprint
+    from ..models import weight_fingerprint
 
-    return fingerprint(model, given_head(model, head))
+    return weight_fingerprint(model, given_head(model, head))
 
 
 def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict[str, Any]) -> None:

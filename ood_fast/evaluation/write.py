@@ -131,7 +131,7 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
             (staging / "scores" / name).mkdir()
             for detector, scores in run.scores.items():
                 np.savez(staging / "scores" / name / f"{detector}.npz", **scores)
-        text = json.dumps(as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(results_as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
         (staging / JSON).write_text(text, encoding="utf-8")
 
 
@@ -154,7 +154,7 @@ def run_names(results: Results) -> list[str]:
     return [name if names.count(name) == 1 else f"{index}-{name}" for index, name in enumerate(names)]
 
 
-def as_dict(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
+def results_as_dict(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
     """Everything of results.json. `context` says how it was run (command, versions, machine, times)."""
     return {
         "format": FORMAT,

@@ -21,7 +21,7 @@ from .. import checks
 from ..heads import find_head
 from . import vision
 from .cct import CCT
-from .checkpoints import fingerprint, load_checkpoint, openood_keys, save_checkpoint, torchvision_keys
+from .checkpoints import load_checkpoint, openood_keys, save_checkpoint, torchvision_keys, weight_fingerprint
 from .small import SmallCNN
 
 __all__ = [
@@ -29,13 +29,13 @@ __all__ = [
     "ModelOptions",
     "SmallCNN",
     "create",
-    "fingerprint",
     "known",
     "load_checkpoint",
     "openood_keys",
     "published_transform",
     "save_checkpoint",
     "torchvision_keys",
+    "weight_fingerprint",
 ]
 
 ACTIVATIONS = ("relu", "leaky_relu")

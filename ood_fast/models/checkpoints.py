@@ -105,7 +105,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return dict(content)
 
 
-def fingerprint(model: nn.Module, head: nn.Module) -> str:
+def weight_fingerprint(model: nn.Module, head: nn.Module) -> str:
     """A hash of what decides features and logits, apart from the code: all weights and buffers, and which layer is the
     head. The same on every device, and for a model and its wrapped form."""
     model = unwrapped(model)
