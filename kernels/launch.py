@@ -74,6 +74,7 @@ def gradient_buffer(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -88,6 +89,7 @@ def has_exp2(target: str) -> bool:
 
 
 def next_power_of_2(size: int) -> int:
+    """The least power of 2 that is no less than n."""
     return 1 << max(size - 1, 0).bit_length()
 
 
@@ -246,4 +248,5 @@ def segment_config(n_columns: int, n_samples: int, n_segments: int) -> SegmentCo
 
 # Class splits of the features-only arg-max: as SPLIT_PROGRAMS, at least four tiles of classes a split.
 def argmax_splits(n_row_tiles: int, n_class_tiles: int) -> int:
+    """In how many parts the classes of a row are searched."""
     return max(1, min(cdiv(SPLIT_PROGRAMS, n_row_tiles), cdiv(n_class_tiles, 4)))

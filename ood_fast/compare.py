@@ -55,6 +55,7 @@ class Settings:
             raise checks.UserError(f"epochs: got {self.recipe.epochs}, expected at least 1")
 
     def as_dict(self) -> dict:
+        """For results.json: detectors with their parameters."""
         parameters = {name: DETECTORS.get(name, {}) for name in self.detectors}
         return {**asdict(self), "detectors": parameters}
 

@@ -96,6 +96,7 @@ class Deployed(nn.Module):
         return logits, score, self.detector.is_ood(score)
 
     def train(self, mode: bool = True) -> Deployed:
+        """Stays in eval mode: scores hold for that."""
         return super().train(False)
 
 

@@ -36,6 +36,7 @@ def refusal(message: str) -> Exception:
 
 
 def device(name: str) -> str:
+    """The device of `--device` as torch names it; UserError if it cannot be used."""
     import torch
 
     from .. import ops
@@ -68,11 +69,13 @@ def _why_not(device: str) -> str:
 
 
 def require_package(package: str, module: str, command: str = "compare") -> None:
+    """UserError with the cure unless the module of a package is there."""
     if util.find_spec(module) is None:
         raise refusal(f"{command} needs {package}, which is not installed: pip install {package}")
 
 
 def versions() -> dict[str, str]:
+    """What results say of the software."""
     found = {"ood_fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -83,6 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
+    """What results say of the machine."""
     return {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count()} CPUs"}
 
 

@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """Carry out the command."""
     require_package("scikit-learn", "sklearn")
     require_package("rich", "rich")
     from ..compare import Settings, compare

@@ -122,6 +122,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """Carry out the command."""
     from .. import evaluation
 
     _check(options)

@@ -62,6 +62,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """Carry out the command."""
     from .. import checks
     from ..detectors import store
 

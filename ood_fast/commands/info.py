@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """Carry out the command."""
     import torch
 
     from .. import detectors

@@ -75,6 +75,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
+    """Carry out the command."""
     from ..recipes import RECIPES, as_dict, find, override
 
     if options.recipe == "list":

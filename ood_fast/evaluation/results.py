@@ -88,6 +88,7 @@ class RunResult:
         ood_set: str = "",
         group: str = "",
     ) -> None:
+        """Add a number, with the interval of its draws (B,)."""
         low, high = (None, None) if draws is None else metrics.percentile_interval(draws)
         self.measurements.append(Measurement(metric, value, detector, ood_set, group, low, high))
         if draws is not None:
@@ -125,6 +126,7 @@ class Summary:
 
     @property
     def difference(self) -> float | None:
+        """Mean less the published number."""
         return None if self.published is None else self.mean - self.published
 
 
@@ -147,6 +149,7 @@ class Results:
 
     @property
     def sets(self) -> dict[str, TestSet]:
+        """What was tested with; the same for all runs."""
         return self.runs[0].sets
 
     @property

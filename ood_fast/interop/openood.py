@@ -69,6 +69,7 @@ class Postprocessor(BasePostprocessor):
 
     @property
     def args(self) -> SimpleNamespace:
+        """What OpenOOD reads of its configuration."""
         return SimpleNamespace(**self.detector.settings())
 
     def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Iterable], ood_loader_dict: Mapping | None) -> None:

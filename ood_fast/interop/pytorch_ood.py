@@ -88,6 +88,7 @@ class PytorchOOD(api.FeaturesDetector):
         return -self.detector.score_features(x, self._logits(x))
 
     def get_hyperparameters(self) -> dict[str, Any]:
+        """The parameters of the detector."""
         return {name: value for name, value in self.detector.settings().items() if name in self.hyperparameter_space}
 
     def set_hyperparameters(self, **hyperparameters: Any) -> PytorchOOD:

@@ -48,6 +48,7 @@ class CCT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (n, channels, height, width) -> logits (n, c)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"x: got images of {x.shape[-2]}×{x.shape[-1]}, expected {self.image_size}×{self.image_size}"

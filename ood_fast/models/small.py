@@ -27,6 +27,7 @@ class SmallCNN(nn.Module):
         self.fc = head(n_features, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (n, channels, height, width) -> logits (n, c)."""
         return self.fc(self.backbone(x))
 
 

@@ -81,6 +81,7 @@ def with_weights(model: nn.Module, enum: str) -> nn.Module:
 
 
 def small_resnet(model: nn.Module) -> None:
+    """A stem for small images, in place."""
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
     model.maxpool = nn.Identity()
@@ -100,12 +101,14 @@ def resnet18_32x32(n_classes: int, in_channels: int, image_size: int | None) -> 
 
 
 def small_densenet(model: nn.Module) -> None:
+    """A stem for small images, in place."""
     model.features.conv0 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
     model.features.pool0 = nn.Identity()
 
 
 def small_vgg16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    """VGG16 with batch normalisation and one linear layer."""
     model = large("vgg16_bn")(n_classes, in_channels, image_size)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Linear(512, n_classes)
@@ -113,11 +116,13 @@ def small_vgg16(n_classes: int, in_channels: int, image_size: int | None) -> nn.
 
 
 def vit_b_16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    """torchvision's ViT-B/16 for a size of images."""
     _colour_only(in_channels)
     return _models().vit_b_16(weights=None, num_classes=n_classes, image_size=image_size or 224)
 
 
 def small_vit(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    """ViT with patches of 4×4."""
     _colour_only(in_channels)
     return _models().VisionTransformer(
         image_size=image_size or 32,
@@ -131,6 +136,7 @@ def small_vit(n_classes: int, in_channels: int, image_size: int | None) -> nn.Mo
 
 
 def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    """Swin with patches of 2×2 and windows of 4×4."""
     _colour_only(in_channels)
     swin = _models().swin_transformer
     version = {}
@@ -149,6 +155,7 @@ def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | No
 
 
 def small_convnext(model: nn.Module) -> None:
+    """Smaller kernels and strides, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Conv2d) and child.kernel_size in ((4, 4), (7, 7)):

@@ -123,10 +123,6 @@ class Run:
             "images_per_second": n_images / max(seconds, 1e-9),
         }
 
-    def info(self, status: str) -> dict[str, Any]:
-        """What run.json says."""
-        return describe(self, status)
-
     def train(self) -> None:
         """Train to the last epoch.
 
@@ -168,7 +164,7 @@ class Run:
         answer: list = [None, None]
         if self.rank == 0:
             try:
-                answer[0] = self.folder.claim(self.info("new"), self.options.resume)
+                answer[0] = self.folder.claim(describe(self, "new"), self.options.resume)
             except checks.UserError as error:
                 answer[1] = str(error)
         if self.n_processes > 1:
@@ -422,7 +418,7 @@ class Run:
 
     def _write_status(self, status: str) -> None:
         if self.rank == 0:
-            self.folder.write_info(self.info(status))
+            self.folder.write_info(describe(self, status))
 
 
 def fit_recipe(

@@ -31,6 +31,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
 
     @property
     def steps_an_epoch(self) -> int:
+        """Full batches of this process in an epoch."""
         return self.n_images // (self.batch_size * self.n_processes)
 
     def __len__(self) -> int:
