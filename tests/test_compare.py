@@ -374,6 +374,20 @@ def test_every_column_is_printed_at_every_width(width, comparison, monkeypatch, 
                 assert any(row[0] == name and cell.text.lstrip("*") in [c.rstrip("*") for c in row] for row in rows)
 
 
+def test_a_name_that_would_leave_no_room_has_a_line_of_its_own(capsys):
+    name = "cifar10-elogitnorm epochs=2 batch_size=16 learning_rate=0.05 model=tiny"
+    row = (name, tuple(tables.Cell(text) for text in ("9.26 [5.74, 16.11]", "47.24", "90.74")))
+    tables.show([tables.Table("T", "c", ("accuracy", "ECE f", "ECE f/D"), (tables.Section("", (row,)),))])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:1] + lines[2:4]] == [
+        ["T"],
+        name.split(),
+        ["9.26", "[5.74,", "16.11]", "47.24", "90.74"],
+    ]
+    tables.show([tables.Table("T", "no rows", ("a",), ())])
+    assert "no rows" in capsys.readouterr().out
+
+
 def test_columns_are_grouped_to_fit():
     assert tables._blocks([10, 10, 10], room=36) == [[0, 1, 2]]
     assert tables._blocks([10, 10, 10], room=35) == [[0, 1], [2]]

@@ -183,7 +183,7 @@ def sheet(title: str, rows: Mapping[str, Sequence[Chart]], x_label: str = "") ->
         parts += [_text(line, LINE * (i + 1) - 3, middle, kind="head", upwards=True) for i, line in enumerate(lines)]
         for column, chart in enumerate(charts):
             place = f'transform="translate({names + column * frame.width} {y})"'
-            parts.append(f"<g {place} {_named(f'{name}, {chart.title}')}>{chart.drawn(frame)}</g>")
+            parts.append(f"<g {place} {_named(f'{name}, {chart.title}' if names else title)}>{chart.drawn(frame)}</g>")
     height = top + len(rows) * frame.height + (LINE if x_label else 0)
     parts.append(_text(x_label, names + (width - names) / 2, height - 4))
     size = f"min-width: {0.85 * width:.0f}px; max-width: {1.4 * width:.0f}px"

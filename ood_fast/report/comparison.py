@@ -161,10 +161,8 @@ def tables_of(comparison: Comparison) -> list[Table]:
 def _calibration(losses: tuple[str, ...], summaries: list[PairedSummary], over: str) -> Table:
     """A row for each loss; the best of each column is bold."""
     found = {(s.metric, s.loss): s for s in summaries if not s.detector}
-    cells = (
-        _values([found[metric, loss] for loss in losses], max if metric == "accuracy" else min)
-        for metric in CALIBRATION
-    )
+    best = {"accuracy": max}
+    cells = (_values([found[name, loss] for loss in losses], best.get(name, min)) for name in CALIBRATION)
     return calibration_table(over, CALIBRATION.values(), zip(losses, zip(*cells, strict=True), strict=True))
 
 

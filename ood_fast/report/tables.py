@@ -81,6 +81,8 @@ def show(tables: Iterable[Table]) -> None:
         rows = table.rows()
         # All sections of a table in the same columns, so that they read as one.
         name_width = max((len(name) for name, _ in rows), default=0)
+        if alone := name_width > console.width // 2:  # long names have lines of their own
+            name_width = 0
         widths = [
             max(len(column), *(len(cells[i].text) + marks for _, cells in rows), 0)
             for i, column in enumerate(table.columns)
@@ -92,7 +94,8 @@ def show(tables: Iterable[Table]) -> None:
                 header = "".join(GAP + table.columns[i].rjust(widths[i] - marks) + " " * marks for i in block)
                 lines = [Text(" " * name_width + header, style="dim")]
                 for name, cells in section.rows:
-                    line = Text(name.ljust(name_width))
+                    lines += [Text(name)] * alone
+                    line = Text("" if alone else name.ljust(name_width))
                     for i in block:
                         # The mark has a column of its own, so that the digits stay below each other.
                         text = cells[i].text + ("*" if cells[i].bold else " ") * marks
