@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Split:
     targets: Tensor
 
     def to(self, device: torch.device | str) -> Split:
+        """The same on `device`."""
         return Split(self.images.to(device), self.targets.to(device))
 
 
@@ -55,6 +57,7 @@ class Benchmark:
 
     @property
     def n_classes(self) -> int:
+        """How many classes there are."""
         return len(self.class_names)
 
     def to(self, device: torch.device | str) -> Benchmark:
@@ -64,7 +67,7 @@ class Benchmark:
         return replace(self, **splits, ood=ood)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in ("ImageBenchmark", "open_benchmark"):
         return getattr(importlib.import_module(".benchmarks", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

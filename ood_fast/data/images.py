@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,16 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from . import decoding
 
+Colour = tuple[float, ...]  # a number for each channel
+Labels = Sequence[int] | np.ndarray | Tensor
+
+DECODING = 2  # counts the changes of what pixels a file gives: fingerprints tell them apart
 NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
 
 
-def torchvision():
+def torchvision() -> ModuleType:
     """The module; `UserError` says how to get it."""
     try:
         import torchvision
@@ -42,14 +48,15 @@ class Source:
         classes: the name of each class, or None where nobody has named them.
     """
 
-    def __init__(self, labels: Sequence[int] | np.ndarray, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, labels: Labels, classes: Iterable[str] | None = None) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.classes = None if classes is None else tuple(classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, index: int):
+    def image(self, index: int) -> Any:
+        """One image: a PIL image in RGB, or a tensor that is ready."""
         raise NotImplementedError
 
     def path(self, index: int) -> str | None:
@@ -60,7 +67,7 @@ class Source:
         """The source of these rows, in this order."""
         raise NotImplementedError
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
         """Feed what identifies the images to a hash."""
         raise NotImplementedError
 
@@ -68,90 +75,117 @@ class Source:
 class Pixels(Source):
     """Images in memory: uint8 (n, height, width), grey, or (n, height, width, 3)."""
 
-    def __init__(self, pixels: np.ndarray, labels, classes=None) -> None:
+    def __init__(self, pixels: np.ndarray, labels: Labels, classes: Iterable[str] | None = None) -> None:
         super().__init__(labels, classes)
         self.pixels = pixels
 
-    def image(self, index: int):
+    def image(self, index: int) -> Any:
+        """One image."""
         from PIL import Image
 
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def take(self, rows: np.ndarray) -> Pixels:
+        """The source of these rows, in this order."""
         return Pixels(self.pixels[rows], self.labels[rows], self.classes)
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
+        """Feed what identifies the images to a hash."""
         digest.update(np.ascontiguousarray(self.pixels))
 
 
 class Files(Source):
-    """Image files below one folder.
+    """Image files below one folder, decoded as `decoding` says.
+
+    `upright` False leaves images as they are stored whatever their EXIF orientation says, as torchvision does.
+    `left_out` says in words what else lies there and is not taken.
 
     The names are one NumPy array of bytes, not a list of strings: data-loader workers are forked, and touching a
     million Python objects would copy all of their pages into each worker.
     """
 
-    def __init__(self, root: Path, names: Sequence[str] | np.ndarray, labels, classes=None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str] | np.ndarray,
+        labels: Labels,
+        classes: Sequence[str] | None = None,
+        *,
+        upright: bool = True,
+        left_out: str = "",
+    ) -> None:
         super().__init__(labels, classes)
-        self.root = Path(root)
+        self.root, self.upright, self.left_out = Path(root), upright, left_out
         self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], "S")
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.names[index])))
+        """The folder and the name; the name alone below the current folder."""
+        name = os.fsdecode(bytes(self.names[index]))
+        return name if self.root == Path() else os.path.join(self.root, name)
 
-    def image(self, index: int):
-        from PIL import Image
-
+    def image(self, index: int) -> Any:
+        """8-bit RGB; UserError with the path and the reason if there is no image, or none that can be read."""
         path = self.path(index)
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise checks.UserError(f"image {path}: {'is no regular file' if os.path.exists(path) else 'no such file'}")
         try:
-            with Image.open(path) as file:
-                return file.convert("RGB")
-        except FileNotFoundError as error:
-            raise checks.UserError(f"image {path}: no such file") from error
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # as decoders fail
-            raise checks.UserError(f"image {path}: cannot be read ({error})") from error
+            with decoding.pillow().open(path) as file:
+                return decoding.rgb(file, self.upright)
+        except Exception as error:  # decoders fail in every way
+            raise checks.UserError(f"image {path}: cannot be read ({error or type(error).__name__})") from error
 
     def take(self, rows: np.ndarray) -> Files:
-        return Files(self.root, self.names[rows], self.labels[rows], self.classes)
+        """The source of these rows, in this order."""
+        return Files(self.root, self.names[rows], self.labels[rows], self.classes, upright=self.upright)
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
+        """Names, sizes and times of change, and how the files are decoded."""
         digest.update(b"\n".join(self.names.tolist()))
+        digest.update(f"decoding {DECODING} {self.upright};".encode())
         for index in range(len(self)):
-            status = os.stat(self.path(index))
+            try:
+                status = os.stat(self.path(index))
+            except OSError as error:
+                raise checks.UserError(f"image {self.path(index)}: {error.strerror}") from error
             digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
 
 
 class Tensors(Source):
     """Images that are prepared: float32 (n, channels, height, width)."""
 
-    def __init__(self, images: Tensor, labels, classes=None) -> None:
+    def __init__(self, images: Tensor, labels: Labels, classes: Iterable[str] | None = None) -> None:
         super().__init__(labels, classes)
         self.images = images
 
     def image(self, index: int) -> Tensor:
+        """One image, prepared."""
         return self.images[index]
 
     def take(self, rows: np.ndarray) -> Tensors:
+        """The source of these rows, in this order."""
         return Tensors(self.images[torch.from_numpy(rows)], self.labels[rows], self.classes)
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
+        """Feed what identifies the images to a hash."""
         digest.update(self.images.contiguous().numpy())
 
 
 class Noise(Source):
     """Gaussian noise with the mean and deviation of each channel of the ID images, clipped to what a pixel can be."""
 
-    def __init__(self, n_images: int, shape: tuple[int, int, int], mean, std, seed: int) -> None:
+    def __init__(self, n_images: int, shape: tuple[int, int, int], mean: Colour, std: Colour, seed: int) -> None:
         super().__init__(np.full(n_images, NO_CLASS))
         self.shape, self.seed = shape, seed
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.low, self.high = -mean / std, (1 - mean) / std
 
     def image(self, index: int) -> Tensor:
+        """One image, prepared."""
         noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
         return noise.clamp(self.low, self.high)
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
+        """Feed what identifies the images to a hash."""
         digest.update(f"noise {len(self)} {self.shape} {self.seed} {self.low.tolist()} {self.high.tolist()}".encode())
 
 
@@ -163,15 +197,18 @@ class Scrambled(Source):
         self.dataset, self.seed = dataset, seed
 
     def image(self, index: int) -> Tensor:
+        """One image, prepared."""
         x, _ = self.dataset[index]
         n_places = x.shape[1] * x.shape[2]
         order = torch.randperm(n_places, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
         return x.flatten(1)[:, order].view_as(x)
 
     def path(self, index: int) -> str | None:
+        """The file of an image; None where one file holds many."""
         return self.dataset.source.path(index)
 
-    def update(self, digest) -> None:
+    def update(self, digest: Any) -> None:
+        """Feed what identifies the images to a hash."""
         digest.update(f"scrambled {self.seed} {self.dataset.fingerprint()}".encode())
 
 
@@ -222,7 +259,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 image = self.transform(image)
         return image, label
 
-    def _random_numbers_of(self, index: int):
+    def _random_numbers_of(self, index: int) -> AbstractContextManager:
         return _global_generator_seeded(mixed(self.augment_seed, int(self._epoch), index))
 
     def set_epoch(self, epoch: int) -> None:
@@ -231,6 +268,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def targets(self) -> Tensor:
+        """The labels, (n,) int64."""
         return torch.from_numpy(self.source.labels)
 
     def path(self, index: int) -> str | None:
@@ -251,7 +289,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 @contextmanager
-def _global_generator_seeded(seed: int):
+def _global_generator_seeded(seed: int) -> Iterator[None]:
     """torchvision's transforms draw from torch's global generator: seed it, and give it back as it was."""
     generator = torch.default_generator
     before = generator.get_state()
@@ -267,7 +305,7 @@ def _global_generator_seeded(seed: int):
 
 @functools.lru_cache
 def preparation(
-    resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = "bilinear"
+    resize: int, crop: int, mean: Colour, std: Colour, interpolation: str = "bilinear"
 ) -> Callable[[Any], Tensor]:
     """PIL image -> normalised tensor: short side to `resize`, the middle `crop`×`crop`; grey for a single mean."""
     transforms = torchvision().transforms
@@ -277,7 +315,7 @@ def preparation(
 
 
 @functools.lru_cache
-def augmentation(kind: str, resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...], flip: bool = True):
+def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, flip: bool = True) -> Callable:
     """The same with random crops and flips. `kind`: "pad_crop" pads by 4 and cuts `crop`×`crop`; "resized_crop" cuts
     8 to 100 % of the area and scales it.
     """
@@ -291,6 +329,6 @@ def augmentation(kind: str, resize: int, crop: int, mean: tuple[float, ...], std
     return transforms.Compose([*steps, *_normalised(mean, std)])
 
 
-def _normalised(mean, std) -> tuple:
+def _normalised(mean: Colour, std: Colour) -> tuple:
     transforms = torchvision().transforms
     return transforms.ToTensor(), transforms.Normalize(mean, std)

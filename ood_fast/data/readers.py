@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .. import checks
-from .folders import read_flat_folder, read_image_folder, require_files
+from .folders import read_flat_folder, read_image_folder, read_lines, require_files
 from .images import Files, Pixels, Source, torchvision
 
 
@@ -33,7 +34,7 @@ def _first_folder(root: Path, *candidates: str, holds: str) -> Path:
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles NumPy arrays among plain lists, dicts, strings and numbers, and refuses every other name."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         # NumPy 2 moved numpy.core to numpy._core; `_reconstruct` makes an empty array that is filled afterwards.
@@ -176,8 +177,7 @@ def read_gtsrb(root: Path, split: str, title: str, where: str) -> Source:
         return read_image_folder(folder / "GTSRB" / "Training", title, where, classes)
     table, images = "GT-final_test.csv", "GTSRB/Final_Test/Images"
     require_files(title, folder, [table], where)
-    with open(folder / table, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
+    rows = list(csv.DictReader(read_lines(folder / table), delimiter=";"))
     try:
         names, labels = [f"{images}/{row['Filename']}" for row in rows], [int(row["ClassId"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
@@ -192,7 +192,7 @@ def read_dtd(root: Path, split: str, title: str, where: str) -> Source:
     folder = _first_folder(root, "dtd/dtd", "dtd", holds="labels")
     lists = [f"labels/{part}1.txt" for part in (("train",) if split == "train" else ("train", "val", "test"))]
     require_files(title, folder, lists, where)
-    names = [f"images/{line}" for name in lists for line in (folder / name).read_text().split()]
+    names = [f"images/{line.strip()}" for name in lists for line in read_lines(folder / name) if line.strip()]
     require_files(title, folder, names, where)
     classes = sorted({name.split("/")[1] for name in names})
     return Files(folder, names, [classes.index(name.split("/")[1]) for name in names], classes)
@@ -204,21 +204,27 @@ def read_places365(root: Path, split: str, title: str, where: str) -> Source:
     folder = _first_folder(root, "places365", ".", holds=table)
     require_files(title, folder, [table], where)
     images = "val_256" if (folder / "val_256").is_dir() else "val_large"
-    lines = [line.split() for line in (folder / table).read_text().splitlines() if line.strip()]
-    names = [f"{images}/{line[0].lstrip('/')}" for line in lines]
+    names, labels = [], []
+    for number, line in enumerate(read_lines(folder / table), start=1):
+        name, _, label = line.strip().partition(" ")
+        if name and not label.strip().isdecimal():
+            raise checks.UserError(f"{folder / table}, line {number}: got {line!r}, expected 'path label'")
+        if name:
+            names.append(f"{images}/{name.lstrip('/')}")
+            labels.append(int(label))
     require_files(title, folder, names, where)
-    return Files(folder, names, [int(line[1]) for line in lines])
+    return Files(folder, names, labels)
 
 
 def read_tiny_imagenet(root: Path, split: str, title: str, where: str) -> Source:
     """`tiny-imagenet-200/` as it is unpacked: `train/<class>/images`, and a table for the `val` images (our test)."""
     folder = root / "tiny-imagenet-200"
     require_files(title, folder, ["wnids.txt"], where)
-    classes = sorted((folder / "wnids.txt").read_text().split())
+    classes = sorted(line.strip() for line in read_lines(folder / "wnids.txt") if line.strip())
     if split == "train":
         return read_image_folder(folder / "train", title, where, classes)
     require_files(title, folder, ["val/val_annotations.txt"], where)
-    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
+    lines = read_lines(folder / "val/val_annotations.txt")
     rows = [line.split("\t") for line in lines if line.strip()]
     names = [f"val/images/{row[0]}" for row in rows]
     require_files(title, folder, names, where)
@@ -247,10 +253,11 @@ class DataSet:
 
     @property
     def how(self) -> str:
+        """How to get the files, for messages."""
         return f"get it from {self.where}" + (", or ask for the download (--download)" if self.download else "")
 
 
-def _torchvision_download(name: str, folder: str = ".", **keywords) -> Callable[[Path, str], object]:
+def _torchvision_download(name: str, folder: str = ".", **keywords: Any) -> Callable[[Path, str], object]:
     """A download by the data set of that name in torchvision, which checks what arrives."""
 
     def download(root: Path, split: str) -> object:
