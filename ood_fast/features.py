@@ -13,11 +13,13 @@ in memory at a time.
 
 from __future__ import annotations
 
-import pickle
+import math
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ class Stored:
     def rows(self, rows: slice) -> Stored:
         """These samples, with the head."""
 
-        def cut(values):
+        def cut(values: Any) -> Any:
             return None if values is None else values[rows]
 
         return replace(self, **{name: cut(getattr(self, name)) for name in ("features", "logits", "targets", "paths")})
@@ -78,14 +80,41 @@ def files(path: str | Path) -> list[Path]:
 
 
 def batches(path: str | Path, size: int = 8192) -> Iterator[Stored]:
-    """The samples of all files that `path` means, at most `size` at a time."""
+    """The samples of all files that `path` means, at most `size` at a time; UserError names a row of NaN."""
+    width = None
     for file in files(path):
-        if file.suffix == ".parquet":
-            yield from _parquet_batches(file, size)
+        first = 0
+        for stored in _batches_of(file, size):
+            m = stored.features.shape[1]
+            if width is not None and m != width:
+                raise checks.UserError(f"{file}: features: got {m} a row, expected {width} as in the files before it")
+            width = m
+            _refuse_nan(file, stored, first)
+            first += len(stored)
+            yield stored
+
+
+def _batches_of(file: Path, size: int) -> Iterator[Stored]:
+    if file.suffix == ".parquet":
+        yield from _parquet_batches(file, size)
+        return
+    stored = load(file)
+    for start in range(0, len(stored), size):
+        yield stored.rows(slice(start, start + size))
+
+
+def _refuse_nan(file: Path, stored: Stored, first: int) -> None:
+    """UserError that names the row of the file and its path; `first` is the row where this part begins."""
+    for name, values in (("features", stored.features), ("logits", stored.logits)):
+        if values is None or not bool(values.isnan().any()):
             continue
-        stored = load(file)
-        for start in range(0, len(stored), size):
-            yield stored.rows(slice(start, start + size))
+        rows = values.isnan().any(dim=1).nonzero().flatten()
+        row = int(rows[0])
+        where = f"row {first + row} of the file" + (f" ({stored.paths[row]})" if stored.paths else "")
+        raise checks.UserError(
+            f"{file}: {name}: got NaN in {len(rows)} of {len(values)} rows, the first is {where}; expected numbers, "
+            "look at that input, and at the model in reduced precision"
+        )
 
 
 def load_head(file: str | Path) -> tuple[Tensor, Tensor | None] | None:
@@ -118,51 +147,110 @@ def _held(file: Path) -> object:
     """What a .npz or .pt file holds by its names; None for an array of a .npz whose name is not known."""
     try:
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] if name in _NAMES else None for name in archive.files}
+            return _held_in_npz(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except checks.UserError:
+        raise
     except OSError as error:
         raise checks.UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file fails in every way: zlib.error, MemoryError, UnpicklingError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise checks.UserError(f"{file}: is damaged, or not a file of {file.suffix} ({reason})") from error
 
 
+def _held_in_npz(file: Path) -> dict[str, np.ndarray | None]:
+    with zipfile.ZipFile(file) as archive:
+        members = {Path(info.filename).stem: info for info in archive.infolist() if info.filename.endswith(".npy")}
+        for name, info in members.items():
+            if name in _NAMES:
+                _check_size(file, name, archive, info)
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] if name in _NAMES else None for name in arrays.files}
+
+
+def _check_size(file: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Before anything is unpacked: what the header promises is there, and fits into memory."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        promised = math.prod(shape) * dtype.itemsize
+        held = info.file_size - member.tell()
+    if dtype.hasobject:
+        raise checks.UserError(f"{file}: {name}: holds Python objects, expected numbers or text")
+    if promised != held:
+        raise checks.UserError(f"{file}: {name}: {shape} of {dtype} takes {promised} bytes, the file holds {held}")
+    if promised > _memory():
+        raise checks.UserError(f"{file}: {name}: takes {promised / 2**30:,.0f} GiB, more than this machine has")
+
+
+def _memory() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return math.inf
+
+
 def _checked(file: Path, held: object) -> Stored:
+    """What is held, as tensors of the dtypes and shapes that it should have; UserError if it is not."""
     if not isinstance(held, dict) or "features" not in held:
         found = ", ".join(map(repr, held)) or "nothing" if isinstance(held, dict) else type(held).__name__
         others = ", ".join(f"`{name}`" for name in _NAMES[1:])
         raise checks.UserError(f"{file}: got {found}, expected `features` (n, m), and what there is of {others}")
-    tensors: dict = {}
-    for name in _NAMES:
-        value = held.get(name)
-        if value is None:
-            continue
-        if name == "paths":
-            tensors[name] = tuple(map(str, value))
-            continue
-        if not isinstance(value, Tensor):
-            try:
-                value = torch.from_numpy(np.asarray(value))
-            except TypeError as error:
-                raise checks.UserError(f"{file}: {name}: {error}") from error
-        tensors[name] = value
-    dims = {"features": 2, "logits": 2, "W": 2, "b": 1}
-    for name, n_dims in dims.items():
-        if name in tensors and (tensors[name].dim() != n_dims or not tensors[name].is_floating_point()):
-            got = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
+    found = {name: held[name] for name in _NAMES if held.get(name) is not None}
+    tensors: dict[str, Any] = {name: _tensor(file, name, value) for name, value in found.items() if name != "paths"}
+    for name, n_dims in {"features": 2, "logits": 2, "W": 2, "b": 1}.items():
+        value = tensors.get(name)
+        if value is not None and (value.dim() != n_dims or not value.is_floating_point() or 0 in value.shape[1:]):
+            got = f"{value.dtype} {tuple(value.shape)}"
             raise checks.UserError(f"{file}: {name}: got {got}, expected floating-point numbers in {n_dims} dimensions")
-    if "targets" in tensors:
-        targets = tensors["targets"]
+    targets = tensors.get("targets")
+    if targets is not None:
         if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
             got = f"{targets.dtype} {tuple(targets.shape)}"
             raise checks.UserError(f"{file}: targets: got {got}, expected integers (n,)")
         tensors["targets"] = targets.long()
+    if "paths" in found:
+        tensors["paths"] = _paths(file, found["paths"])
     n_rows = len(tensors["features"])
     for name in ("logits", "targets", "paths"):
         if name in tensors and len(tensors[name]) != n_rows:
             raise checks.UserError(f"{file}: got {len(tensors[name])} {name} and {n_rows} features, expected as many")
     return Stored(**tensors)
+
+
+def _tensor(file: Path, name: str, value: object) -> Tensor:
+    """Dense, of a dtype that PyTorch computes with."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise checks.UserError(
+                f"{file}: {name}: got a tensor in {value.layout}, {value.dtype}, expected a dense one"
+            )
+        if value.is_floating_point() and value.element_size() < 2:
+            raise checks.UserError(f"{file}: {name}: got {value.dtype}, expected float16, bfloat16, float32 or float64")
+        return value
+    try:
+        return torch.from_numpy(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise checks.UserError(f"{file}: {name}: {error}") from error
+
+
+def _paths(file: Path, value: object) -> tuple[str, ...]:
+    """Text, of what a file holds as text, as bytes, or as numbers; no path is missing."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        raise checks.UserError(f"{file}: paths: got {type(value).__name__}, expected one text a row")
+    for row, path in enumerate(value):
+        if not isinstance(path, (str, bytes, int)):
+            got = "null" if path is None else type(path).__name__
+            raise checks.UserError(f"{file}: paths, row {row}: got {got}, expected text")
+    return tuple(os.fsdecode(path) if isinstance(path, bytes) else str(path) for path in value)
+
+
+# ---- Parquet
+
+_COLUMNS = {"features": "features", "logits": "logits", "target": "targets", "path": "paths"}
 
 
 def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
@@ -176,22 +264,54 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
             names = opened.schema_arrow.names
             if "features" not in names:
                 _checked(file, dict.fromkeys(names))  # raises, and lists them
-            columns = [name for name in ("features", "logits", "target", "path") if name in names]
+            columns = [name for name in _COLUMNS if name in names]
+            first, widths = 0, dict[str, int]()
             for batch in opened.iter_batches(size, columns=columns):
-                held = {}
-                for name in columns:
-                    column = batch.column(name)
-                    if name == "path":
-                        held["paths"] = column.to_pylist()
-                    elif name == "target":
-                        held["targets"] = column.to_numpy(zero_copy_only=False).copy()
-                    else:
-                        flat = column.flatten().to_numpy(zero_copy_only=False)
-                        if len(batch) and len(flat) % len(batch):
-                            raise checks.UserError(f"{file}: {name}: got rows of different lengths")
-                        held[name] = flat.reshape(len(batch), -1).copy()
+                held = {_COLUMNS[name]: _column(file, name, batch.column(name), first, widths) for name in columns}
+                first += len(batch)
                 yield _checked(file, held)
     except OSError as error:
         raise checks.UserError(f"{file}: cannot be read ({error})") from error
     except pyarrow.ArrowException as error:
         raise checks.UserError(f"{file}: is damaged, or not a Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _column(file: Path, name: str, column: Any, first: int, widths: dict[str, int]) -> Any:
+    """The values of one column of a batch that begins at row `first`; `widths`: of the rows of lists before it."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    def refuse(row: int, got: str, expected: str) -> Exception:
+        return checks.UserError(f"{file}: row {first + row}, column {name!r}: got {got}, expected {expected}")
+
+    column = _plain(column)
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise refuse(row, "null", "a value in every row")
+    if name == "path":
+        return column.to_pylist()
+    if name == "target":
+        if not types.is_integer(column.type):
+            raise refuse(0, str(column.type), "integers")
+        return column.to_numpy(zero_copy_only=False).astype(np.int64)
+    is_list = types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type)
+    if not is_list:
+        raise refuse(0, str(column.type), "lists of floating-point numbers")
+    lengths = np.asarray(pyarrow.compute.list_value_length(column))
+    width = widths.setdefault(name, int(lengths[0]) if len(lengths) else 1)
+    other = np.flatnonzero(lengths != (width or -1))
+    if len(other):
+        raise refuse(int(other[0]), f"{lengths[other[0]]} values", f"{width or 'some'} as in the rows before it")
+    flat = _plain(column.flatten())
+    if not types.is_floating(flat.type):
+        raise refuse(0, str(column.type), "lists of floating-point numbers")
+    if flat.null_count:
+        row, place = divmod(flat.is_null().to_pylist().index(True), width)
+        raise refuse(row, f"null at place {place}", f"{width} numbers")
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), width).copy()
+
+
+def _plain(column: Any) -> Any:
+    """Without the dictionary and the extension type that it may be stored in."""
+    column = getattr(column, "storage", column)
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
