@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .detectors.base import Detector
+from .detectors import Detector
 from .heads import given_head, unwrapped
 from .models.running import check_head, logits_of
 
@@ -52,7 +52,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
             f"detector: {detector.label} passes inputs of its own through the model, expected one that scores features "
             "and logits"
         )
-    detector._require_fitted()
+    detector.require_fitted()
     if detector.threshold is None:
         raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied

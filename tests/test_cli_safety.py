@@ -81,7 +81,7 @@ def score(*arguments: str) -> int:
 
 @pytest.mark.parametrize("named", ["payload:go", "os:abort", "builtins:exit", "timm.x:y", ":", "a:b:c"])
 def test_code_that_a_file_names_is_shown_and_not_run(named, capsys):
-    store.save(MSP(), "d.safetensors", notes={"model": named, "size": 8, "resize": 8})
+    MSP().save("d.safetensors", notes={"model": named, "size": 8, "resize": 8})
     assert score() == 2
     error = capsys.readouterr().err
     assert f"--model {named}" in error
@@ -104,7 +104,7 @@ def test_modules_beside_the_data_do_not_run(module, command, tmp_path):
         (hostile / f"{name}.py").write_text(f"open('RAN-{name}', 'w').close()\nraise ImportError('{name}')\n")
     features = {"features": np.random.default_rng(0).normal(size=(60, 6)), "W": np.ones((3, 6))}
     np.savez(hostile / "train.npz", **{name: value.astype(np.float32) for name, value in features.items()})
-    store.save(MSP(), hostile / "d.safetensors")
+    MSP().save(hostile / "d.safetensors")
     arguments = {
         "info": [],
         "fit": ["--features", "train.npz", "--detectors", "NCI", "--out", "x.safetensors"],

@@ -11,7 +11,8 @@ from detector_cases import FITTED, NAMES, C, M, Net, classes_of, make
 from torch import nn
 
 from ood_fast import checks, detectors
-from ood_fast.detectors import DetectorSet, run, sets
+from ood_fast.detectors import DetectorSet, sets
+from ood_fast.detectors.fitting import Fit
 from ood_fast.statistics import row_statistics
 
 X = torch.randn(60, 6)
@@ -54,10 +55,9 @@ def test_the_model_runs_once_a_batch():
 def test_each_statistic_is_gathered_once():
     """NCI and fDBD want the mean of the same features; all Gaussians the same scatter."""
     fitting = all_of_them()
-    run._begin(fitting.detectors)
-    parts = run._parts(fitting.detectors)
+    parts = Fit(fitting.detectors).parts
     assert len({part.key() for part in parts}) == len(parts)
-    assert fitting["NCI"]._gathered["mean"] is fitting["FDBD"]._gathered["mean"]
+    assert fitting["NCI"].gathered["mean"] is fitting["FDBD"].gathered["mean"]
 
 
 def test_rows_are_read_once(monkeypatch):
@@ -135,11 +135,11 @@ def test_a_set_keeps_its_state_dict():
 def test_variants_take_part_in_one_fit():
     z, head = torch.randn(50, M).relu(), nn.Linear(M, C).requires_grad_(False)
     original = detectors.NCI()
-    run._begin([original])
+    Fit([original])
     variants = list(original.variants())
     assert [variant.alpha for variant in variants] == list(detectors.NCI.grid["alpha"])
-    run.partial_fit(variants, z, head(z), classes_of(head(z)))
-    run.finalize(variants, head, None)
+    Fit(variants).take(z, head(z), classes_of(head(z)))
+    Fit(variants).finish(head)
     for variant in variants:
         alone = detectors.NCI(alpha=variant.alpha).fit_features(z, head=head)
         torch.testing.assert_close(variant.score_features(z, head(z)), alone.score_features(z, head(z)))

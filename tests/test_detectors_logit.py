@@ -271,7 +271,7 @@ def test_all_are_registered():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 3, 7, 9])
 def test_the_k_smallest_are_those_of_topk(k, dtype):
-    from ood_fast.detectors.selection import k_smallest
+    from ood_fast.detectors.numbers import k_smallest
 
     values = torch.randint(0, 4, (20, 14), dtype=dtype)[:, ::2]  # ties; not contiguous
     expected = values.sort(dim=1).values[:, :k]

@@ -25,6 +25,7 @@ from ood_fast import checks, data, detectors, evaluation, metrics, published, re
 from ood_fast.data import ImageBenchmark
 from ood_fast.data.images import ImageDataset, Tensors
 from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet
+from ood_fast.detectors.fitting import DoesNotFit, Note
 from ood_fast.evaluation.trained import Trained
 from ood_fast.evaluation.write import FILES
 from ood_fast.train import fit_recipe
@@ -671,8 +672,8 @@ def test_the_spread_is_that_of_a_sample(results, tmp_path):
 
 def test_a_note_of_several_runs_is_one_line(results, capsys):
     for run in results.runs:
-        run.notes = ["ViM: left out: dim: got 512, expected less than 64, the number of features; take a smaller dim, "]
-        run.notes[0] += "such as 32"
+        reason = "dim: got 512, expected less than 64, the number of features; take a smaller dim, such as 32"
+        run.notes = [Note.left_out("ViM", DoesNotFit(reason, "dim", 32))]
     results.runs[2].notes.append("another")
     evaluation.print_tables(results)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("runs/s")]

@@ -246,7 +246,7 @@ def test_one_bank_serves_all_who_ask(data):
 
 def held(detector: detectors.Detector) -> int:
     """Bytes of all tensors that a fit in progress holds."""
-    parts = detector._gathered.values()
+    parts = detector.gathered.values()
     values = [value for part in parts for value in vars(part).values()]
     tensors = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return sum(item.untyped_storage().nbytes() for item in tensors if isinstance(item, torch.Tensor))

@@ -136,6 +136,5 @@ def test_a_fit_in_parts_leaves_out_the_same():
     z, head = torch.randn(60, M), nn.Linear(M, C).requires_grad_(False)
     search = Search(DetectorSet(["KNN", "ReAct"]))
     for name in ("KNN", "ReAct"):
-        part = {candidate: detector for candidate, detector in search.items() if candidate.startswith(name)}
-        DetectorSet(part).fit_features(z, head(z), Y, head)
+        search.only([candidate for candidate in search if candidate.startswith(name)]).fit_features(z, head(z), Y, head)
     assert list(search.score_features(z, head(z))) == ["KNN 0", *(f"ReAct {index}" for index in range(4))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -64,7 +63,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     from .. import checks
-    from ..detectors import store
 
     _check(options)
     import_plugins(options.plugin)
@@ -81,11 +79,11 @@ def run(options: argparse.Namespace, command: str) -> None:
         except RuntimeError as error:  # what the model says of the images
             raise RunError(cannot_take(open_data.notes, error)) from error
         except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
-            raise refusal(_with_flag(str(error), detectors, options.tune)) from error
+            raise refusal(_with_flag(error, detectors, options.tune)) from error
         if process.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
-                store.save(fitted, out, open_data.class_names, notes=open_data.notes)
+                fitted.save(out, open_data.class_names, notes=open_data.notes)
             except OSError as error:
                 raise RunError(f"cannot write {out}: {error}") from error
             if not options.quiet:
@@ -261,16 +259,15 @@ def _open_features(options: argparse.Namespace) -> _Data:
 
 
 def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, process: Process) -> DetectorSet:
-    from ..detectors import DetectorSet
     from ..detectors.search import Search
 
     fitting = Search(detectors) if options.tune else detectors
-    on_validation = {n: d for n, d in fitting.items() if options.validation and d.fits_on == "validation"}
-    on_train = {name: detector for name, detector in fitting.items() if name not in on_validation}
+    on_validation = [name for name, d in fitting.items() if options.validation and d.fits_on == "validation"]
+    on_train = [name for name in fitting if name not in on_validation]
     if on_train:
-        data.fit(DetectorSet(on_train), options.data or options.features, process)
+        data.fit(fitting.only(on_train), options.data or options.features, process)
     if on_validation:
-        data.fit(DetectorSet(on_validation), options.validation, process)
+        data.fit(fitting.only(on_validation), options.validation, process)
     if not options.validation:
         return fitting
     inside = _joined(data.scores(fitting, options.validation, process), process)
@@ -291,16 +288,17 @@ def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, proce
     return fitting
 
 
-def _with_flag(message: str, detectors: DetectorSet, tuned: bool) -> str:
-    """The message; with the flag for a parameter that it names, as in "KNN: k: got ..., such as VALUE, ..."."""
-    label, parameter, *_ = [*message.split(": "), ""]
-    for name, detector in detectors.items():
-        searched = tuned and parameter in detector.grid  # --set does not reach it
-        if label in (name, detector.label) and parameter in detector.settings() and not searched:
-            advised = re.search(r"such as (\d+)", message)
-            setting = f"{parameter}={advised[1]}" if advised else "PARAMETER=VALUE"
-            return f"{message}; --set {name}.{setting}"
-    return message
+def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
+    """The message; with the flag for a parameter that the data are too few for."""
+    from ..detectors.fitting import DoesNotFit
+
+    if isinstance(error, DoesNotFit):
+        for name, detector in detectors.items():
+            searched = tuned and error.parameter in detector.grid  # --set does not reach it
+            if error.detector in (name, detector.label) and not searched:
+                setting = f"{error.parameter}={error.advice}" if error.advice else "PARAMETER=VALUE"
+                return f"{error}; --set {name}.{setting}"
+    return str(error)
 
 
 def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     from .. import checks
-    from ..detectors import DetectorSet, store
+    from ..detectors import DetectorSet, load, store
 
     if bool(options.data) == bool(options.features):
         raise refusal("--data, --features: expected one of them, images or stored features")
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     import_plugins(options.plugin)
     where = device(options.device)
     try:
-        loaded, notes = store.load(options.detectors, where), store.notes(options.detectors)
+        loaded, notes = load(options.detectors, where), store.notes(options.detectors)
     except (OSError, ValueError) as error:
         raise refusal(f"--detectors: {error}") from error
     detectors = loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded])

@@ -1,15 +1,16 @@
-"""Post-hoc detectors. Score direction: higher = more in-distribution. The contract is in `base.py`.
+"""Post-hoc detectors. Score direction: higher = more in-distribution. The contract is in `base`.
 
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `subspace` (directions that the data does not use), `neighbour` (kept training features), `gradient` (passes of their
-own through the model). What fitting gathers is in `streaming`, the pass over the data in `run`, many detectors at once
-in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
+own through the model). What every detector does is in `detector`, what fitting gathers in `streaming`, the pass over
+the data in `fitting`, many detectors at once in `sets`, the search for parameters in `search`, thresholds in
+`threshold`, files in `store`.
 """
 
 from .activation import ASH, SCALE, ReAct
-from .base import Detector
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
+from .detector import Detector
 from .feature import NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
 from .gradient import ODIN
@@ -17,8 +18,7 @@ from .logit import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
 from .neighbour import KNN, NNGuide
 from .registry import create, find, known, register
 from .search import tune
-from .sets import DetectorSet
-from .store import load
+from .sets import DetectorSet, load
 from .subspace import NECO, ViM
 from .threshold import Calibration, conformal_pvalue, conformal_threshold, tpr_threshold
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .. import checks
 from . import streaming
-from .base import Detector
-from .precision import linear
+from .detector import Detector
+from .numbers import at_least_float32, exact_linear
 from .registry import register
-from .streaming import at_least_float32
 
 # exp(s1/s2) of ASH-S and SCALE. Features >= 0 have s1/s2 <= m/k, 20 at p = 95; beyond, only features below 0 with a sum
 # s2 near 0 come, whose exponential would be inf.
@@ -28,7 +27,7 @@ class ReshapedEnergy(Detector):
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         reshaped = self._reshape(at_least_float32(features))
-        return torch.logsumexp(linear(reshaped, self.head_weight, self.head_bias), dim=1)
+        return torch.logsumexp(exact_linear(reshaped, self.head_weight, self.head_bias), dim=1)
 
 
 @register
@@ -51,6 +50,7 @@ class ReAct(ReshapedEnergy):
         self.p = p
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"values": streaming.Percentiles()}
 
     def _finish(self, values: streaming.Percentiles) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..functional import boundary_distance
+from ..functional import boundary_distance, temperature_of
 from ..statistics import distance_table, row_statistics
 from . import streaming
-from .base import Detector
+from .detector import Detector
 from .logit import confidence
+from .numbers import at_least_float32
 from .registry import register
-from .streaming import at_least_float32
 
 # The table R of all pairs of classes is kept up to this size (c = 4096 in float32); above it, the rows that a batch
 # needs are computed anew.
@@ -38,6 +38,7 @@ class BoundaryDetector(Detector):
         self.boundaries = self.table.count_nonzero(1) if fits else None
 
     def constants(self) -> dict[str, Any]:
+        """What they are taken with."""
         kept = self._buffers  # by way of the attributes of a module each would take half a microsecond
         return {"W": kept["head_weight"], "table": kept["table"], "boundaries": kept["boundaries"]}
 
@@ -71,6 +72,7 @@ class FDBD(BoundaryDetector):
         self.reduction, self.denominator = reduction, denominator
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"mean": streaming.FeatureMean()}
 
     def _finish(self, mean: streaming.FeatureMean) -> None:
@@ -82,9 +84,11 @@ class FDBD(BoundaryDetector):
         return "centred_norm" if self.denominator == "centred" else "norm2"
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("distance", self._length)
 
     def constants(self) -> dict[str, Any]:
+        """What they are taken with."""
         return {**super().constants(), "mean": self._buffers["mean"]}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -116,6 +120,7 @@ class BoundaryDistance(BoundaryDetector):
         self.average = average
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("distance",) if self.average == "boundaries" else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -171,7 +176,7 @@ class TemperedMSP(BoundaryDetector):
         temperature = self.temperature
         if temperature == "distance":
             distance = row_statistics(("distance",), logits, **self.constants())["distance"]
-            temperature = torch.where(distance <= self.eps, 1.0, distance).unsqueeze(1)
+            temperature = temperature_of(distance, self.eps).unsqueeze(1)
         elif temperature == "norm":
             norm = row_statistics(("logit_norm2",), logits)["logit_norm2"]
             temperature = (self.tau * (norm + 1e-7)).unsqueeze(1)

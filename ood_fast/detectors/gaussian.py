@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .. import checks
 from . import streaming
-from .base import Detector
-from .precision import linear
+from .detector import Detector
+from .numbers import at_least_float32, exact_linear
 from .registry import register
-from .streaming import at_least_float32
 
 METRICS = ("inner", "euclidean", "cosine")
 
@@ -51,6 +50,7 @@ class Mahalanobis(Detector):
         self.half, self.scatter, self.ridge, self.rtol = half, scatter, ridge, rtol
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"scatter": streaming.Scatter(), "means": streaming.ClassMeans()}
 
     def _finish(self, scatter: streaming.Scatter, means: streaming.ClassMeans) -> None:
@@ -72,9 +72,9 @@ class Mahalanobis(Detector):
         return at_least_float32(features).to(self.mean.dtype) - self.mean
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        z = linear(self._centred(features), self.root)
+        z = exact_linear(self._centred(features), self.root)
         # ‖z‖² is the same for every class: their order does not need it.
-        table = self.class_means.square().sum(dim=1) - 2 * linear(z, self.class_means)
+        table = self.class_means.square().sum(dim=1) - 2 * exact_linear(z, self.class_means)
         return -(z - self.class_means[table.argmin(dim=1)]).square().sum(dim=1)
 
 
@@ -98,7 +98,7 @@ class RMDS(Mahalanobis):
         self.common_root = self._root(scatter.scatter, scatter).to(scatter.like)
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        common = linear(self._centred(features), self.common_root).square().sum(dim=1)
+        common = exact_linear(self._centred(features), self.common_root).square().sum(dim=1)
         return super()._score(features, logits) + common
 
 
@@ -128,18 +128,18 @@ class SHE(Detector):
         self.metric = metric
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"means": streaming.ClassMeans("correct")}
 
     def _finish(self, means: streaming.ClassMeans) -> None:
         self.patterns = means.value().to(means.like)
         self.known = (means.count > 0).to(means.like.device)
 
+    def widths(self) -> tuple[int | None, int | None]:
+        """(m, c) of the patterns."""
+        return (None, None) if self.patterns is None else (self.patterns.shape[1], self.patterns.shape[0])
+
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
-        if logits.shape[1] != len(self.patterns):
-            raise ValueError(
-                f"logits: got shape {tuple(logits.shape)}, expected (n, {len(self.patterns)}), the classes that this "
-                "SHE was fitted on"
-            )
         z = at_least_float32(features).to(self.patterns.dtype)
         top, predicted = logits.max(dim=1)  # argmax need not give the first of ties
         pattern = self.patterns[predicted]

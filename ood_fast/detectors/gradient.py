@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..models import running
-from .base import Detector
+from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of
+from .detector import Detector
 from .logit import confidence
+from .numbers import at_least_float32, refuse_rows
 from .registry import register
-from .run import refuse_nan
-from .streaming import at_least_float32
 
 
 @register
@@ -64,9 +63,7 @@ class ODIN(Detector):
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
         if not isinstance(x, (Tensor, Mapping)):
-            return running.joined(
-                [self.score(model, running.inputs_and_targets(batch)[0]) for batch in running.batches_of(x)]
-            )
+            return joined([self.score(model, inputs_and_targets(batch)[0]) for batch in batches_of(x)])
         checks.instance("x", x, Tensor, "a tensor, one batch of inputs; ODIN moves them along their gradient")
         if not x.is_floating_point():
             raise TypeError(f"x: got dtype {x.dtype}, expected floating point: ODIN moves inputs by their gradient")
@@ -76,19 +73,19 @@ class ODIN(Detector):
             )
         parameter = next(model.parameters(), None)
         x = x.detach() if parameter is None else x.detach().to(parameter.device)
-        with torch.inference_mode(False), running.evaluating(model):
+        with torch.inference_mode(False), evaluating(model):
             step = self._direction(model, x)
             with torch.no_grad():
-                logits = at_least_float32(running.logits_of(model(x - self.eps * step)))
+                logits = at_least_float32(logits_of(model(x - self.eps * step)))
             scores = confidence(logits, self.temperature)
-        refuse_nan("logits", logits, scores)
+        refuse_rows("logits", logits, scores)
         return scores
 
     def _direction(self, model: nn.Module, x: Tensor) -> Tensor:
         """sign(∂L/∂x) / std."""
         with torch.enable_grad():
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-            logits = at_least_float32(running.logits_of(model(x)))
+            logits = at_least_float32(logits_of(model(x)))
             loss = F.cross_entropy(logits / self.temperature, logits.max(dim=1).indices, reduction="sum")
             # T times the loss: the sign is the same, and in half precision a gradient divided by T would be 0.
             (gradient,) = torch.autograd.grad(loss * self.temperature, x)

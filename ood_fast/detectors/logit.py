@@ -13,11 +13,9 @@ from .. import checks
 from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
-from .base import Detector
-from .precision import linear
+from .detector import Detector
+from .numbers import at_least_float32, exact_linear, k_smallest
 from .registry import register
-from .selection import k_smallest
-from .streaming import at_least_float32
 
 
 def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -45,6 +43,7 @@ class MSP(Detector):
         self.temperature = temperature
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("max", "logsumexp") if self.temperature == 1 else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -66,6 +65,7 @@ class MaxLogit(Detector):
     needs_logits = True
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("max",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -90,6 +90,7 @@ class Energy(Detector):
         self.temperature = temperature
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("logsumexp",) if self.temperature == 1 else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -112,6 +113,7 @@ class Entropy(Detector):
     needs_logits = True
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("entropy",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -148,9 +150,11 @@ class GEN(Detector):
         self.gamma, self.M, self.reduction, self.clamp = gamma, M, reduction, clamp
 
     def statistics(self) -> tuple[str, ...]:
+        """What `_combine` takes."""
         return ("gen",) if self.M is None and self.reduction == "sum" and not self.clamp else ()
 
     def constants(self) -> dict[str, Any]:
+        """What they are taken with."""
         return {"gamma": self.gamma}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -196,18 +200,19 @@ class KLMatching(Detector):
     fits_on = "validation"
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"typical": streaming.ClassMeans(by="predicted", of="softmax")}
 
     def _finish(self, typical: streaming.ClassMeans) -> None:
         means = typical.value()[typical.count > 0]
         self.log_typical = means.clamp_min(torch.finfo(typical.like.dtype).tiny).log().to(typical.like)
 
+    def widths(self) -> tuple[int | None, int | None]:
+        """(None, c) of the typical softmax."""
+        return None, None if self.log_typical is None else self.log_typical.shape[1]
+
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        if logits.shape[1] != self.log_typical.shape[1]:
-            raise ValueError(
-                f"logits: got shape {tuple(logits.shape)}, expected (n, {self.log_typical.shape[1]}), the classes that "
-                f"this {self.label} was fitted on"
-            )
         probability = torch.softmax(at_least_float32(logits), dim=1)
         entropy = row_statistics(("entropy",), logits)["entropy"]
-        return entropy + linear(probability, self.log_typical).amax(dim=1)  # the KL is −entropy − Σ_j P_j log d_kj
+        # The KL is −entropy − Σ_j P_j log d_kj.
+        return entropy + exact_linear(probability, self.log_typical).amax(dim=1)

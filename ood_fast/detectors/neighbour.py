@@ -13,10 +13,10 @@ from .. import checks
 from ..eager.precision import is_exporting
 from ..functional import l2_normalize
 from . import streaming
-from .base import Detector
-from .precision import linear
+from .detector import Detector
+from .fitting import DoesNotFit
+from .numbers import at_least_float32, double, exact_linear
 from .registry import register
-from .streaming import at_least_float32
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
 # library takes fresh pages for each block, whose faults cost a quarter of the time. In float64 half as many.
@@ -55,10 +55,10 @@ def row_tiles(bank: Tensor) -> tuple[Tensor, ...]:
 def products(queries: Tensor, bank: Tensor) -> Tensor:
     """queries @ bank.T, (n, N), in the dtype of the queries."""
     if bank.dtype == queries.dtype:
-        return linear(queries, bank)
+        return exact_linear(queries, bank)
     table, start = queries.new_empty(queries.shape[0], len(bank)), 0  # torch.export would take len(queries) as fixed
     for tile in row_tiles(bank):
-        table[:, start : start + len(tile)] = linear(queries, tile.to(queries.dtype))
+        table[:, start : start + len(tile)] = exact_linear(queries, tile.to(queries.dtype))
         start += len(tile)
     return table
 
@@ -76,7 +76,7 @@ def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
 
 def centred_squares(bank: Tensor, mean: Tensor) -> Tensor:
     """‖x − mean‖² of each row x of a bank (N, m), (N,); the mean and they in float64."""
-    return torch.cat([(streaming.double(tile) - mean).square().sum(dim=1) for tile in row_tiles(bank)])
+    return torch.cat([(double(tile) - mean).square().sum(dim=1) for tile in row_tiles(bank)])
 
 
 def squared_distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
@@ -87,11 +87,13 @@ def squared_distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor)
 
 
 def check_bank(k: int, bank: Tensor, or_else: str) -> None:
+    """DoesNotFit unless the bank has k rows."""
     if k > len(bank):
-        cure = (
-            f"take a smaller k, such as {math.ceil(len(bank) / 10)}, or {or_else}" if len(bank) else f"take {or_else}"
+        advice = math.ceil(len(bank) / 10) or None
+        cure = f"take a smaller k, such as {advice}, or {or_else}" if advice else f"take {or_else}"
+        raise DoesNotFit(
+            f"k: got {k}, expected at most {len(bank)}, the number of training features kept; {cure}", "k", advice
         )
-        raise ValueError(f"k: got {k}, expected at most {len(bank)}, the number of training features kept; {cure}")
 
 
 @register
@@ -140,6 +142,7 @@ class KNN(Detector):
         self.budget, self.dtype, self.seed = budget, dtype, seed
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"bank": streaming.Bank("unit", budget=self.budget, dtype=self.dtype, seed=self.seed)}
 
     def _finish(self, bank: streaming.Bank) -> None:
@@ -149,9 +152,9 @@ class KNN(Detector):
 
     def _keep(self, rows: Tensor, like: Tensor) -> None:
         """The bank, and what is measured of it, in the dtype and on the device of `like`."""
-        total = sum(streaming.double(tile).sum(dim=0) for tile in row_tiles(rows))
+        total = sum(double(tile).sum(dim=0) for tile in row_tiles(rows))
         self.bank, self.mean = rows, (total / len(rows)).to(like)
-        self.squares = centred_squares(rows, streaming.double(self.mean)).to(like)
+        self.squares = centred_squares(rows, double(self.mean)).to(like)
 
     # .half(), .float(), .double() round what was measured, or give it digits that it does not have.
     def _apply(self, *args: Any, **keywords: Any) -> KNN:
@@ -254,6 +257,7 @@ class NNGuide(Detector):
         self.k, self.fraction, self.budget, self.dtype, self.seed = k, fraction, budget, dtype, seed
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         bank = streaming.Bank("energy", fraction=self.fraction, budget=self.budget, dtype=self.dtype, seed=self.seed)
         return {"bank": bank}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import checks
 
 if TYPE_CHECKING:
-    from .base import Detector
+    from .detector import Detector
 
 _REGISTRY: dict[str, type[Detector]] = {}
 D = TypeVar("D", bound="type[Detector]")
@@ -40,13 +40,16 @@ def find(name: str) -> type[Detector]:
 
     UserError with the known names and the nearest one otherwise.
     """
-    key = _key(name)
-    if key in _REGISTRY:
-        return _REGISTRY[key]
-    for cls in _REGISTRY.values():
-        if _key(cls.label) == key:
-            return cls
+    if cls := registered(name):
+        return cls
     raise checks.UserError(checks.unknown("detector", name, known()))
+
+
+def registered(name: str) -> type[Detector] | None:
+    """As `find`; None where there is none."""
+    key = _key(name)
+    labels = (cls for cls in _REGISTRY.values() if _key(cls.label) == key)
+    return _REGISTRY.get(key) or next(labels, None)
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .. import checks, metrics
 from ..models.running import Batch
-from .base import Detector
+from .detector import Detector
+from .fitting import DoesNotFit, Note
 from .sets import DetectorSet
 
 
@@ -33,7 +34,7 @@ class Search(DetectorSet):
     """Every candidate of the detectors of a set: fit and score it like any other, then `choose`.
 
     Candidates that do not fit the data (KNN's k above the number of training features, ViM's dim above m) take no part;
-    `left_out` tells which, and why. They are also left out of a fit in parts, of `DetectorSet`s of some candidates.
+    `left_out` tells which, and why. They are also left out of a fit in parts, of `only` some candidates.
 
     Args:
         detectors: what to tune. One whose grid is empty is its own only candidate.
@@ -55,19 +56,20 @@ class Search(DetectorSet):
         for name, detector in detectors.items():
             for index, variant in enumerate(detector.variants(grids.get(name))):
                 candidates[name, index] = variant
-        for variant in candidates.values():
-            variant._is_candidate = True
         super().__init__({f"{name} {index}": variant for (name, index), variant in candidates.items()})
+        self.failures = {}
         self.tuned = {name: [f"{name} {i}" for of, i in candidates if of == name] for name in detectors}
         self.grids = {name: tuple(grids.get(name, detector.grid)) for name, detector in detectors.items()}
         self.optional = optional
-        self.left_out: list[str] = []
+        self.left_out: list[Note] = []
 
     def score_features(self, *args: Any, **keywords: Any) -> dict[str, Tensor]:
+        """As the set's, of the candidates that fit."""
         self.leave_out()
         return super().score_features(*args, **keywords)
 
     def score_loader(self, *args: Any, **keywords: Any) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """As the set's, of the candidates that fit."""
         self.leave_out()
         return super().score_loader(*args, **keywords)
 
@@ -76,20 +78,21 @@ class Search(DetectorSet):
 
         ValueError, the first candidate's, for a detector that has none left and is not `optional`.
         """
-        reasons = {name: detector._failure for name, detector in self.items() if detector._failure is not None}
+        reasons = {name: self.failures[detector] for name, detector in self.items() if detector in self.failures}
         if not reasons:
             return
         for name, candidates in list(self.tuned.items()):
             failed = [candidate for candidate in candidates if candidate in reasons]
             if failed and len(failed) == len(candidates):
                 if not self.optional:
-                    raise ValueError(f"{name}: {reasons[failed[0]]}") from reasons[failed[0]]
-                self.left_out.append(f"{name}: left out: {reasons[failed[0]]}")
+                    first = reasons[failed[0]]
+                    raise first.of(name) if isinstance(first, DoesNotFit) else ValueError(f"{name}: {first}") from first
+                self.left_out.append(Note.left_out(name, reasons[failed[0]]))
                 del self.tuned[name]
                 continue
             for candidate in failed:
                 tried = ", ".join(f"{key}={value}" for key, value in self._settings(name, candidate).items())
-                self.left_out.append(f"{name}: {tried} left out: {reasons[candidate]}")
+                self.left_out.append(Note.left_out(name, reasons[candidate], tried))
             self.tuned[name] = [candidate for candidate in candidates if candidate not in reasons]
         kept = {name: detector for name, detector in self.items() if name not in reasons}
         self.names, self.detectors = tuple(kept), nn.ModuleList(kept.values())
@@ -125,8 +128,6 @@ class Search(DetectorSet):
             winners[name] = self[candidates[best]]
             settings = [self._settings(name, candidate) for candidate in candidates]
             trials[name] = [Trial(*pair) for pair in zip(settings, aurocs, strict=True)]
-        for winner in winners.values():
-            winner._is_candidate = False  # the next fit that fails raises
         return DetectorSet(winners), trials
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
-from ..models import running
-from ..models.running import Batch
+from ..models.running import Batch, batches_of, check_loader, joined, run_model
 from ..statistics import row_statistics
-from . import run, store
-from .base import Detector, check_read
+from . import registry, store
+from .detector import Detector, check_read, save
+from .fitting import Fit, Head
 from .registry import create
-from .run import Head
+from .threshold import Calibration
 
 
 class DetectorSet(nn.Module):
@@ -51,9 +51,10 @@ class DetectorSet(nn.Module):
         for name, detector in named.items():
             checks.instance(f"detectors[{name!r}]", detector, Detector, "a Detector or the name of one")
         self.names = tuple(named)
+        self.failures: dict[Detector, ValueError] | None = None  # where those of a fit go, in place of being raised
         self.detectors = nn.ModuleList(named.values())
         self.register_load_state_dict_post_hook(_share_again)
-        self._share()
+        self.share()
 
     def __getitem__(self, name: str) -> Detector:
         return dict(self.items())[name]
@@ -65,11 +66,23 @@ class DetectorSet(nn.Module):
         return len(self.names)
 
     def items(self) -> Iterator[tuple[str, Detector]]:
+        """The names, each with its detector."""
         return zip(self.names, self.detectors, strict=True)
 
-    def save(self, path: str | os.PathLike, class_names: Iterable[str] | None = None) -> None:
-        """Write the fitted detectors to one safetensors file, see `store`; `ood_fast.detectors.load(path)` reads it."""
-        store.save(self, path, class_names)
+    def only(self, names: Iterable[str]) -> DetectorSet:
+        """The set of these detectors, to be fitted apart from the others."""
+        part = DetectorSet({name: self[name] for name in names})
+        part.failures = self.failures
+        return part
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        class_names: Iterable[str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the fitted detectors to one file, as `Detector.save` does."""
+        save(dict(self.items()), path, class_names, notes, "set")
 
     # ---- fitting
 
@@ -89,10 +102,10 @@ class DetectorSet(nn.Module):
             model, loader, head, group: as in `Detector.fit`.
         """
         on_train, on_validation = self._by_data(validation is not None)
-        run.fit(on_train, model, loader, head, group)
+        Fit(on_train, anew=True, failures=self.failures).run(model, loader, head, group)
         if validation is not None:
-            run.fit(on_validation, model, validation, head, group)
-        return self._share()
+            Fit(on_validation, anew=True, failures=self.failures).run(model, validation, head, group)
+        return self.share()
 
     def fit_features(
         self,
@@ -110,10 +123,10 @@ class DetectorSet(nn.Module):
             features, logits, targets, head: as in `Detector.fit_features`.
         """
         on_train, on_validation = self._by_data(validation is not None)
-        run.fit_features(on_train, features, logits, targets, head)
+        Fit(on_train, anew=True, failures=self.failures).run_stored(features, logits, targets, head)
         if validation is not None:
-            run.fit_features(on_validation, *validation, head)
-        return self._share()
+            Fit(on_validation, anew=True, failures=self.failures).run_stored(*validation, head)
+        return self.share()
 
     def _by_data(self, has_validation: bool) -> tuple[list[Detector], list[Detector]]:
         """The detectors that are fitted on training data, and those on validation data, if there is any."""
@@ -124,15 +137,15 @@ class DetectorSet(nn.Module):
         self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
     ) -> DetectorSet:
         """As `Detector.partial_fit`, for all of them."""
-        run.partial_fit(self.detectors, features, logits, targets)
+        Fit(self.detectors).take(features, logits, targets)
         return self
 
     def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> DetectorSet:
         """As `Detector.finalize`, for all of them."""
-        run.finalize(self.detectors, head, group)
-        return self._share()
+        Fit(self.detectors, failures=self.failures).finish(head, group)
+        return self.share()
 
-    def _share(self) -> DetectorSet:
+    def share(self) -> DetectorSet:
         """Let equal buffers be one tensor: less memory, and detectors that may share a read are known by it."""
         kept: dict[tuple, list[Tensor]] = {}
         for detector in self.detectors:
@@ -148,7 +161,7 @@ class DetectorSet(nn.Module):
     # .to(device), .half(), ... copy each buffer by itself.
     def _apply(self, *args: Any, **keywords: Any) -> DetectorSet:
         super()._apply(*args, **keywords)
-        return self._share()
+        return self.share()
 
     # ---- scoring
 
@@ -158,9 +171,9 @@ class DetectorSet(nn.Module):
 
         Arguments as in `Detector.score`; `score_loader` gives the scores batch by batch.
         """
-        with closing(self.score_loader(model, running.batches_of(x), head)) as batches:
+        with closing(self.score_loader(model, batches_of(x), head)) as batches:
             parts = [scores for _, scores in batches]
-        return {name: running.joined([scores[name] for scores in parts]) for name in self}
+        return {name: joined([scores[name] for scores in parts]) for name in self}
 
     @torch.no_grad()
     def score_loader(
@@ -171,11 +184,11 @@ class DetectorSet(nn.Module):
         The model runs once a batch, and again only for detectors that pass inputs of their own through it (ODIN).
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
-        running.check_loader(loader)
+        check_loader(loader)
         for detector in self.detectors:
-            detector._require_fitted()
+            detector.require_fitted()
         head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
-        for batch in running.run_model(model, loader, head):
+        for batch in run_model(model, loader, head):
             scores = self.score_features(batch.features, batch.logits, skip_models=True)
             for name, detector in self.items():
                 if detector.needs_model:
@@ -203,19 +216,19 @@ class DetectorSet(nn.Module):
             if not statistics or (detector.needs_features and logits is None):
                 scores[name] = detector.score_features(features, logits)
                 continue
-            detector._require_fitted()
+            detector.require_fitted()
             shared[name] = detector, statistics
             needs_features |= detector.needs_features
             needs_logits |= detector.needs_logits
         check_read(features, logits, needs_features, needs_logits)
         for read in _reads(shared, features, logits):
             statistics = row_statistics(read.statistics, logits, features, **read.constants)
-            combined = {name: detector._combine(statistics) for name, detector in read.members.items()}
+            combined = {name: detector.combine(statistics) for name, detector in read.members.items()}
             # One look at all of them: asking the device for each would take as long as a score. (Infinities of both
             # signs make NaN of the sum too; then each detector looks.)
             if not torch.compiler.is_compiling() and math.isnan(torch.cat(list(combined.values())).sum().item()):
                 for name, detector in read.members.items():
-                    detector._check_scores(combined[name], features, logits)
+                    detector.check_scores(combined[name], features, logits)
             scores |= combined
         return {name: scores[name] for name in self if name in scores}
 
@@ -226,7 +239,7 @@ class DetectorSet(nn.Module):
 
 def _share_again(detectors: DetectorSet, _: Any) -> None:
     """After loading a state_dict, which holds each buffer by itself. A function of the module: pickles name it."""
-    detectors._share()
+    detectors.share()
 
 
 class _Read:
@@ -252,7 +265,7 @@ def _reads(
     """The reads that give these detectors their statistics; widths are checked."""
     reads: list[_Read] = []
     for name, (detector, statistics) in shared.items():
-        detector._check_widths(features, logits)
+        detector.check_widths(features, logits)
         wanted = detector.constants()
         for read in reads:
             if read.agrees(wanted):
@@ -263,3 +276,60 @@ def _reads(
         read.statistics.update(statistics)
         read.members[name] = detector
     return reads
+
+
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detector | DetectorSet:
+    """Read what `save` wrote: a detector or a set of them, fitted, with its threshold, on `device`.
+
+    A detector class of your own has to be registered first, see `ood_fast.detectors.register`.
+
+    Raises:
+        OSError: the file is not there, or cannot be read.
+        ValueError: it is damaged, not of this package, of a newer format, or holds a detector that is not known, or one
+            that cannot score.
+    """
+    content = store.read_file(path)
+    read = [tensor for record in content.detectors.values() for tensor in record.buffers.values()]
+    moved = {id(tensor): tensor.to(device) for tensor in read}
+    detectors = {}
+    for name, record in content.detectors.items():
+        buffers = {buffer: moved[id(tensor)] for buffer, tensor in record.buffers.items()}
+        detectors[name] = _restored(path, record._replace(buffers=buffers))
+        detectors[name].class_names = None if content.class_names is None else tuple(content.class_names)
+    return DetectorSet(detectors) if content.kind == "set" else next(iter(detectors.values()))
+
+
+def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
+    method = record.method
+    cls = registry.registered(method)
+    if cls is None:
+        raise ValueError(
+            f"{path}: {checks.unknown('detector', method, registry.known())}; a class of your own has to be imported, "
+            "with @ood_fast.detectors.register before it, before its file is read"
+        )
+    try:
+        detector = cls(**record.settings)
+        detector.load_state_dict(record.buffers, assign=True)
+        detector.calibration = None if record.calibration is None else Calibration(**record.calibration)
+    except Exception as error:  # whatever the class thinks of what the file says
+        raise ValueError(f"{path}: the {method} of this ood_fast cannot be made from the file: {error}") from error
+    if not detector.fitted:
+        raise ValueError(f"{path}: the file holds a {method} without what it was fitted on")
+    try:
+        _try(detector)
+    except Exception as error:
+        raise ValueError(f"{path}: the {method} in the file cannot score: {error}") from error
+    return detector
+
+
+@torch.no_grad()
+def _try(detector: Detector) -> None:
+    """Score one row of small numbers, which shows buffers and settings that do not fit each other."""
+    n_features, n_classes = detector.widths()
+    device = next((buffer.device for buffer in detector.buffers()), torch.device("cpu"))
+    if detector.needs_model or (detector.needs_features and n_features is None) or device.type == "meta":
+        return
+    z, f = (torch.linspace(0.5, 1.5, width or 2, device=device)[None] for width in (n_features, n_classes))
+    scores = detector.score_features(z, f)
+    if scores.shape != (1,) or scores.isnan().any():
+        raise ValueError(f"a row scores {scores.tolist()}, expected a number")

@@ -1,5 +1,7 @@
 """Fitted detectors as files: safetensors, which hold numbers and text and can run no code.
 
+Here bytes become metadata and tensors, and the reverse; `sets.load` makes detectors of them.
+
 A file holds one detector or a `DetectorSet`. Its tensors are the buffers, each stored once however many detectors share
 it, under the names "KNN/bank", "NCI/mean". Its metadata, all text:
 
@@ -22,44 +24,38 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..files import replacing
-from . import registry
-from .threshold import Calibration
-
-if TYPE_CHECKING:
-    from .base import Detector
-    from .sets import DetectorSet
 
 FORMAT, FORMAT_VERSION = "ood_fast detectors", 1
 
 
-def save(
-    detectors: Detector | DetectorSet,
-    path: str | os.PathLike,
-    class_names: Iterable[str] | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a fitted detector or a set of them. The file appears under its name once it is complete, or not at all.
+class Saved(NamedTuple):
+    """What a file holds of one detector."""
 
-    Args:
-        path: the file, an older one is replaced; the suffix .safetensors is usual.
-        class_names: one a class, in the order of the logits; None: the `class_names` of the detector.
-        notes: numbers, strings, lists and mappings of your own, which `notes` reads back.
+    method: str  # the name of its class
+    settings: dict[str, Any]
+    calibration: dict[str, Any] | None
+    buffers: dict[str, Tensor]
 
-    Raises:
-        OSError: the path is a folder, or its folder does not exist or cannot be written to.
-        RuntimeError: a detector is not fitted.
-        ValueError: a class that is not registered, or class names that do not fit the head.
-        TypeError: a setting that is no number, string, dtype, nor a tuple, list or mapping of those.
-    """
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    kind: str  # "detector" or "set"
+    detectors: dict[str, Saved]
+    class_names: list[str] | None
+    notes: dict[str, Any]
+
+
+def write(path: str | os.PathLike, content: Content) -> None:
+    """Write a file, as `Detector.save` says."""
     from safetensors.torch import save_file
 
     from .. import __version__
@@ -67,87 +63,68 @@ def save(
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise OSError(f"{path}: expected the path of a file in a folder that exists")
-    named = dict(detectors.items()) if hasattr(detectors, "items") else {type(detectors).__name__: detectors}
-    if class_names is None:
-        class_names = next((d.class_names for d in named.values() if d.class_names is not None), None)
-    class_names = _checked_names(class_names, named)
     stored: dict[tuple, tuple[str, Tensor]] = {}
-    entries = {name: _entry(name, detector, stored) for name, detector in named.items()}
-    tensors = dict(stored.values())
+    entries = {name: _entry(name, record, stored) for name, record in content.detectors.items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "ood_fast": __version__,
         "torch": torch.__version__,
-        "kind": "set" if hasattr(detectors, "items") else "detector",
+        "kind": content.kind,
         "detectors": json.dumps(entries),
-        "class_names": json.dumps(class_names),
-        "notes": json.dumps(dict(notes or {})),
+        "class_names": json.dumps(content.class_names),
+        "notes": json.dumps(content.notes),
     }
     metadata["crc32"] = _checksum_of_text(metadata)
     with replacing(path) as part:
-        save_file(tensors, part, metadata)
+        save_file(dict(stored.values()), part, metadata)
 
 
-def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detector | DetectorSet:
-    """Read what `save` wrote: a detector or a set of them, fitted, with its threshold, on `device`.
-
-    A detector class of your own has to be registered first, see `ood_fast.detectors.register`.
+def read_file(path: str | os.PathLike) -> Content:
+    """What `write` wrote, with each tensor found as its metadata state it.
 
     Raises:
         OSError: the file is not there, or cannot be read.
-        ValueError: it is damaged, not of this package, of a newer format, or holds a detector that is not known.
+        ValueError: it is damaged, not of this package, or of a newer format.
     """
     path = Path(path)
     metadata, tensors = _read(path)
-    entries, class_names = json.loads(metadata["detectors"]), json.loads(metadata["class_names"])
-    _check_tensors(path, entries, tensors)
-    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
-    detectors = {name: _detector(path, entry, tensors) for name, entry in entries.items()}
-    for detector in detectors.values():
-        detector.class_names = None if class_names is None else tuple(class_names)
-    if metadata["kind"] == "detector":
-        (detector,) = detectors.values()
-        return detector
-    from .sets import DetectorSet
-
-    return DetectorSet(detectors)
+    try:
+        entries, class_names = json.loads(metadata["detectors"]), json.loads(metadata["class_names"])
+        found = json.loads(metadata.get("notes", "{}"))
+        stated = {each["key"]: each for entry in entries.values() for each in entry["tensors"].values()}
+        _check_tensors(stated, tensors)
+        records = {name: _record(entry, tensors) for name, entry in entries.items()}
+        if metadata["kind"] != "set" and (metadata["kind"] != "detector" or len(records) != 1):
+            raise ValueError(f"its kind is {metadata['kind']!r}, of {len(records)} detectors")
+        if class_names is not None and not all(isinstance(name, str) for name in class_names):
+            raise ValueError(f"its class names are {class_names!r}")
+        return Content(metadata["kind"], records, class_names, dict(found))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = str(error) if type(error) is ValueError else f"its metadata are not as they are written ({error!r})"
+        raise ValueError(f"{path}: the file is damaged: {reason}") from None
 
 
 def notes(path: str | os.PathLike) -> dict[str, Any]:
-    """The notes that were saved with the detectors; raises as `load`."""
-    metadata, _ = _read(Path(path))
-    return json.loads(metadata.get("notes", "{}"))
+    """The notes that were saved with the detectors; raises as `read_file`."""
+    return read_file(path).notes
 
 
 # ---- writing
 
 
-def _entry(name: str, detector: Detector, stored: dict[tuple, tuple[str, Tensor]]) -> dict[str, Any]:
+def _entry(name: str, record: Saved, stored: dict[tuple, tuple[str, Tensor]]) -> dict[str, Any]:
     """What the metadata say of one detector; its tensors are added to `stored`, those that are there already once."""
-    method = type(detector).__name__
-    if _registered(method) is not type(detector):
-        raise ValueError(
-            f"{method}: is not registered, so that no file of it could be read; put @ood_fast.detectors.register "
-            "before the class"
-        )
-    detector._require_fitted()
     stated = {}
-    for buffer, tensor in detector.state_dict().items():
+    for buffer, tensor in record.buffers.items():
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if identity not in stored or not tensor.numel():  # empty tensors all lie at address 0
             stored[identity] = (f"{name}/{buffer}", _alone(tensor, {other[0] for other in stored}))
         key, written = stored[identity]
         stated[buffer] = {"key": key, **_kind(tensor), "crc32": _checksum(written)}
-    calibration = detector.calibration
-    if detector.threshold is None or (calibration and calibration.threshold != float(detector.threshold)):
-        calibration = None  # the threshold was set by other means since
-    return {
-        "method": method,
-        "settings": {key: _encoded(f"{method}: {key}", value) for key, value in detector.settings().items()},
-        "calibration": None if calibration is None else _encoded("calibration", calibration._asdict())["mapping"],
-        "tensors": stated,
-    }
+    settings = {key: _encoded(f"{record.method}: {key}", value) for key, value in record.settings.items()}
+    calibration = None if record.calibration is None else _encoded("calibration", record.calibration)["mapping"]
+    return {"method": record.method, "settings": settings, "calibration": calibration, "tensors": stated}
 
 
 def _alone(tensor: Tensor, addresses: set[int]) -> Tensor:
@@ -159,24 +136,6 @@ def _alone(tensor: Tensor, addresses: set[int]) -> Tensor:
 
 def _kind(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-
-
-def _checked_names(class_names: Iterable[str] | None, named: Mapping[str, Detector]) -> list[str] | None:
-    if class_names is None:
-        return None
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names: got the string {class_names!r}, expected one string a class")
-    class_names = list(class_names)
-    for name in class_names:
-        checks.instance("class_names", name, str, "one string a class")
-    for detector in named.values():
-        n_classes = len(detector.head_weight) if detector.needs_head and detector.fitted else len(class_names)
-        if len(class_names) != n_classes:
-            raise ValueError(
-                f"class_names: got {len(class_names)}, expected {n_classes}, the classes of the head that "
-                f"{detector.label} was fitted with"
-            )
-    return class_names
 
 
 def _encoded(what: str, value: Any) -> Any:
@@ -224,13 +183,6 @@ def _checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
 
 
-def _registered(method: str) -> type[Detector] | None:
-    try:
-        return registry.find(method)
-    except checks.UserError:
-        return None
-
-
 # ---- reading
 
 
@@ -262,39 +214,28 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _check_tensors(path: Path, entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(stated: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     """ValueError unless the file holds the tensors that its metadata state, and no other."""
-    stated = {tensor["key"]: tensor for entry in entries.values() for tensor in entry["tensors"].values()}
     missing, extra = sorted({*stated} - {*tensors}), sorted({*tensors} - {*stated})
     if missing:
-        raise ValueError(f"{path}: the file is damaged: the tensor {', '.join(missing)} is missing")
+        raise ValueError(f"the tensor {', '.join(missing)} is missing")
     if extra:
-        raise ValueError(f"{path}: the file is damaged: it has the tensor {', '.join(extra)} of no detector")
+        raise ValueError(f"it has the tensor {', '.join(extra)} of no detector")
     for key, tensor in tensors.items():
         found, expected = _kind(tensor), {name: stated[key][name] for name in ("dtype", "shape")}
         if found != expected:
             got, want = (f"{kind['dtype']} {tuple(kind['shape'])}" for kind in (found, expected))
-            raise ValueError(f"{path}: the file is damaged: the tensor {key} is {got}, expected {want}")
+            raise ValueError(f"the tensor {key} is {got}, expected {want}")
         if _checksum(tensor) != stated[key]["crc32"]:
-            raise ValueError(f"{path}: the file is damaged: the tensor {key} does not match its checksum")
+            raise ValueError(f"the tensor {key} does not match its checksum")
 
 
-def _detector(path: Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Detector:
-    method = entry["method"]
-    cls = _registered(method)
-    if cls is None:
-        raise ValueError(
-            f"{path}: {checks.unknown('detector', method, registry.known())}; a class of your own has to be imported, "
-            "with @ood_fast.detectors.register before it, before its file is read"
-        )
-    try:
-        detector = cls(**{key: _decoded(value) for key, value in entry["settings"].items()})
-        buffers = {buffer: tensors[stated["key"]] for buffer, stated in entry["tensors"].items()}
-        detector.load_state_dict(buffers, assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: the {method} of this ood_fast cannot be made from the file: {error}") from error
-    if not detector.fitted:
-        raise ValueError(f"{path}: the file holds a {method} without what it was fitted on")
-    if entry["calibration"] is not None:
-        detector.calibration = Calibration(**{key: _decoded(value) for key, value in entry["calibration"].items()})
-    return detector
+def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+    method, calibration = entry["method"], entry["calibration"]
+    if not isinstance(method, str):
+        raise ValueError(f"the name of a method is {method!r}")
+    settings = {key: _decoded(value) for key, value in entry["settings"].items()}
+    buffers = {buffer: tensors[each["key"]] for buffer, each in entry["tensors"].items()}
+    if calibration is not None:
+        calibration = {key: _decoded(value) for key, value in calibration.items()}
+    return Saved(method, settings, calibration, buffers)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import l2_normalize
+from .numbers import at_least_float32, double
 
 # Values up to which percentiles are exact: 128 MiB in float32. OpenOOD's 5,000 validation images of 2,048 features are
 # 10 million.
@@ -29,15 +30,6 @@ COUNTED_AT_ONCE = 1 << 22  # values: as int64, 32 MiB for each of the temporarie
 HASHED_AT_ONCE = 1 << 17  # values
 # Values that a `Bank` keeps where only an average is taken of them: 128 MiB in float32.
 SAMPLE_VALUES = 1 << 25
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half-precision values as float32: statistics and scores are computed in float32 or better."""
-    return values.float() if values.dtype.itemsize < 4 else values
-
-
-def double(values: Tensor) -> Tensor:
-    return (values.cpu() if values.device.type == "mps" else values).double()  # no float64 on MPS
 
 
 class Gathered:
@@ -80,9 +72,11 @@ class Gathered:
     # ---- what a subclass supplies; never called with no rows
 
     def update(self, features: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Take in one batch."""
         raise NotImplementedError
 
     def merge(self, other: Any) -> None:
+        """Take in what `other` gathered from other rows."""
         raise NotImplementedError
 
 
@@ -107,6 +101,7 @@ class Scatter(Gathered):
     """Mean μ and scatter Σ (z − μ)(z − μ)ᵀ of the features: Chan, Golub and LeVeque's pairwise update, in float64."""
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         rows = double(features)
         mean = rows.mean(dim=0)
@@ -114,6 +109,7 @@ class Scatter(Gathered):
         self._add(len(rows), mean, rows.T @ rows)
 
     def merge(self, other: Scatter) -> None:
+        """Take in what `other` gathered from other rows."""
         self._add(other.rows, other.mean, other.scatter)
 
     def _add(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
@@ -135,11 +131,13 @@ class FeatureMean(Gathered):
     """The mean of the features."""
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         total = (features.cpu() if features.device.type == "mps" else features).sum(dim=0, dtype=torch.float64)
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: FeatureMean) -> None:
+        """Take in what `other` gathered from other rows."""
         self.total = self.total + other.total
 
     def value(self) -> Tensor:
@@ -154,11 +152,13 @@ class MeanMaxLogit(Gathered):
     reads = ("logits",)
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor | None) -> None:
+        """Take in one batch."""
         self.like = at_least_float32(logits[:0])
         total = double(logits.amax(dim=1)).sum()
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: MeanMaxLogit) -> None:
+        """Take in what `other` gathered from other rows."""
         self.total = self.total + other.total
 
     def value(self) -> Tensor:
@@ -185,10 +185,12 @@ class ClassMeans(Gathered):
 
     @property
     def reads(self) -> tuple[str, ...]:
+        """What a batch must hold."""
         by = {"target": ("targets",), "correct": ("logits", "targets"), "predicted": ("logits",)}[self.by]
         return (*by, "features" if self.of == "features" else "logits")
 
     def update(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
         classes = (
             targets if self.by == "target" else logits.max(dim=1).indices
         )  # argmax need not give the first of ties
@@ -226,6 +228,7 @@ class ClassMeans(Gathered):
         self.total, self.count = total, count
 
     def merge(self, other: ClassMeans) -> None:
+        """Take in what `other` gathered from other rows."""
         n_classes = max(len(self.count), len(other.count))
         self._widen(n_classes, other.total)
         self.total[: len(other.count)] += other.total
@@ -258,10 +261,12 @@ class Percentiles(Gathered):
         self.counts: Tensor | None = None
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         self._take(at_least_float32(features).flatten().cpu())
 
     def merge(self, other: Percentiles) -> None:
+        """Take in what `other` gathered from other rows."""
         for values in other.kept:
             self._take(values)
         if other.counts is not None:
@@ -345,9 +350,11 @@ class Bank(Gathered):
 
     @property
     def reads(self) -> tuple[str, ...]:
+        """What a batch must hold."""
         return ("features", "logits") if self.kind == "energy" else ("features",)
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
         z = at_least_float32(features)
         self.like = z[:0]
         keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64)
@@ -382,6 +389,7 @@ class Bank(Gathered):
         return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def merge(self, other: Bank) -> None:
+        """Take in what `other` gathered from other rows."""
         for rows, keys in zip(other.kept, other.keys, strict=True):
             self._keep(rows, keys)
 

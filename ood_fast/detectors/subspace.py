@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import checks
 from . import streaming
-from .base import Detector
-from .precision import linear
+from .detector import Detector
+from .fitting import DoesNotFit
+from .numbers import at_least_float32, double, exact_linear
 from .registry import register
-from .streaming import at_least_float32
 
 NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0
 
@@ -30,10 +30,14 @@ def principal_directions(matrix: Tensor) -> Tensor:
 
 
 def check_dim(dim: int, n_features: int) -> None:
+    """DoesNotFit unless there are more features than dimensions."""
     if dim >= n_features:
-        raise ValueError(
+        advice = n_features // 2
+        raise DoesNotFit(
             f"dim: got {dim}, expected less than {n_features}, the number of features; take a smaller dim, such as "
-            f"{n_features // 2}"
+            f"{advice}",
+            "dim",
+            advice,
         )
 
 
@@ -66,6 +70,7 @@ class ViM(Detector):
         self.dim = dim
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {
             "scatter": streaming.Scatter(),
             "max_logit": streaming.MeanMaxLogit(),
@@ -74,7 +79,7 @@ class ViM(Detector):
 
     def _finish(self, scatter: streaming.Scatter, max_logit: streaming.MeanMaxLogit, sample: streaming.Bank) -> None:
         check_dim(self.dim, len(scatter.mean))
-        weight = streaming.double(self.head_weight).to(scatter.mean.device)
+        weight = double(self.head_weight).to(scatter.mean.device)
         origin = torch.zeros_like(scatter.mean)
         if self.head_bias is not None:
             origin = -torch.linalg.pinv(weight) @ self.head_bias.to(weight)
@@ -82,9 +87,10 @@ class ViM(Detector):
         principal = principal_directions(moment)[:, : self.dim].contiguous()
         residual, length = self._mean_lengths(sample.value(), origin, principal)
         if residual <= NO_RESIDUAL * length:
-            raise ValueError(
+            raise DoesNotFit(
                 f"dim: got {self.dim}, but the training features lie in {self.dim} dimensions and leave no residual; "
-                "take a smaller dim, or more training data"
+                "take a smaller dim, or more training data",
+                "dim",
             )
         self.origin, self.principal = origin.to(scatter.like), principal.to(scatter.like)
         self.alpha = (max_logit.value().to(residual.device) / residual).to(scatter.like)
@@ -94,14 +100,14 @@ class ViM(Detector):
         """The means of ‖r‖ and of ‖x‖, in float64."""
         total = origin.new_zeros(2)
         for chunk in rows.split(8192):
-            x = streaming.double(chunk) - origin
+            x = double(chunk) - origin
             lengths = [torch.linalg.vector_norm(t, dim=1).sum() for t in (x - x @ principal @ principal.T, x)]
             total += torch.stack(lengths)
         return total / len(rows)
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         x = at_least_float32(features).to(self.origin.dtype) - self.origin
-        residual = x - linear(linear(x, self.principal.T), self.principal)
+        residual = x - exact_linear(exact_linear(x, self.principal.T), self.principal)
         energy = torch.logsumexp(at_least_float32(logits), dim=1)
         return energy - self.alpha * torch.linalg.vector_norm(residual, dim=1)
 
@@ -137,14 +143,18 @@ class NECO(Detector):
         self.needs_logits = use_max_logit
 
     def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
         return {"scatter": streaming.Scatter()}
 
     def _finish(self, scatter: streaming.Scatter) -> None:
         check_dim(self.dim, len(scatter.mean))
         if self.dim >= scatter.rows:
-            raise ValueError(
+            advice = math.ceil(scatter.rows / 2)
+            raise DoesNotFit(
                 f"dim: got {self.dim}, but {scatter.rows} training features span less; take a smaller dim, such as "
-                f"{math.ceil(scatter.rows / 2)}, or more data"
+                f"{advice}, or more data",
+                "dim",
+                advice,
             )
         covariance = scatter.covariance()
         variance = covariance.diagonal()
@@ -157,7 +167,7 @@ class NECO(Detector):
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         x = (z - self.mean) / self.deviation
-        inside = torch.linalg.vector_norm(linear(x, self.principal.T), dim=1)
+        inside = torch.linalg.vector_norm(exact_linear(x, self.principal.T), dim=1)
         length = torch.linalg.vector_norm(z if self.raw_length else x, dim=1)
         share = torch.where(length == 0, 0.0, inside / length)
         return share * at_least_float32(logits).amax(dim=1) if self.use_max_logit else share

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..detectors.streaming import double
+from ..detectors.numbers import double
 from ..functional import boundary_distance, nci_score, temperature_of
 from .collapse import Chunk, Moments
 from .plane import Plane

@@ -152,7 +152,7 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
     for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
         if not names:
             continue
-        fitting = DetectorSet({name: search[name] for name in names})
+        fitting = search.only(names)
         if any(detector.gathers() for detector in fitting.detectors):
             for features, logits, targets in result.outputs[part].chunks(device):
                 fitting.partial_fit(features, logits, targets)

@@ -13,7 +13,6 @@ import csv
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 from .. import checks, files, recipes
 from ..detectors import find
+from ..detectors.fitting import Note
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
@@ -373,16 +373,15 @@ def print_tables(results: Results) -> None:
 
     show(build(results))
     for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
-        told = f"{', '.join(names)}: {SMALLER.sub(_with_option, note)}"
+        told = f"{', '.join(names)}: {with_option(note)}"
         Console(highlight=False).print(Text(told, style="yellow"), soft_wrap=True)
 
 
-SMALLER = re.compile(r"^(\w+)(: left out: .*take a smaller (\w+), such as (\d+))")  # as detectors say what does not fit
-
-
-def _with_option(found: re.Match) -> str:
-    detector, text, parameter, value = found.groups()
-    return f"{detector}{text} (--set {detector}.{parameter}={value})"
+def with_option(note: str) -> str:
+    """The note, with the option that follows its advice."""
+    if isinstance(note, Note) and note.advice is not None:
+        return f"{note} (--set {note.detector}.{note.parameter}={note.advice})"
+    return note
 
 
 def by_note(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

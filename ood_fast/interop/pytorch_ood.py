@@ -44,6 +44,7 @@ class PytorchOOD(api.FeaturesDetector):
     info = api.DetectorInfo(tasks={api.Task.CLASSIFICATION})
 
     def __new__(cls, detector: detectors.Detector, *args: Any, **keywords: Any) -> PytorchOOD:
+        """One of a subclass that is named like the detector."""
         return super().__new__(type(type(detector).__name__, (cls,), {}) if cls is PytorchOOD else cls)
 
     def __init__(

@@ -1,0 +1,302 @@
+"""What every detector does with the mathematics that its class supplies by the contract in `base`: it is fitted,
+scores, has a threshold, and is saved."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checks
+from ..heads import given_head
+from ..models.running import batches_of, joined, run_model
+from . import registry, store, streaming, threshold
+from .base import Contract
+from .fitting import Fit, Head
+from .numbers import refuse_rows
+from .threshold import Calibration
+
+
+class Detector(Contract):
+    """Base class of all detectors; `base` says what a subclass supplies."""
+
+    threshold: Tensor | None  # scores below are OOD, see `predict`; set by `calibrate`
+    calibration: Calibration | None  # what `calibrate` set it from
+    class_names: tuple[str, ...] | None  # of the classes, kept in files
+    gathered: dict[str, streaming.Gathered] | None  # of a fit that has begun, see `Fit`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calibration = self.class_names = self.gathered = None
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether it keeps anything of the data or the head."""
+        return self.needs_head or bool(self.state)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the detector can score; always true for one that needs no fitting."""
+        # By way of the attributes of a module each name would take half a microsecond.
+        for name in (*self.state, "head_weight") if self.needs_head else self.state:
+            if self._buffers.get(name) is None:
+                return False
+        return True
+
+    def require_fitted(self) -> None:
+        """RuntimeError unless it can score."""
+        if not self.fitted:
+            raise RuntimeError(
+                f"{self.label} is not fitted: call fit(model, loader) or fit_features(features, ...) before scoring"
+            )
+
+    # ---- fitting
+
+    def fit(
+        self,
+        model: nn.Module,
+        loader: Iterable,
+        head: str | nn.Linear | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Detector:
+        """Run `model` once over `loader` and fit on what enters its head. Returns self.
+
+        Args:
+            model: a classifier; runs in eval mode without gradients, and its modes are restored.
+            loader: batches x, or (x, y, ...), or mappings; moved to the device of the model.
+            head: the layer that makes the logits, or its name; None: the one that `ood_fast.heads.find_head` finds.
+            group: the processes of torch.distributed that each fit on their part of the data; all get the same result.
+        """
+        Fit([self], anew=True).run(model, loader, head, group)
+        return self
+
+    def fit_features(
+        self,
+        features: Tensor | None,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        head: Head | None = None,
+    ) -> Detector:
+        """Fit on stored features (n, m), logits (n, c), class indices (n,) and head, as far as the method needs them.
+
+        `head` is an `nn.Linear` or `(W, b)` with W (c, m), b (c,) or None; it is copied. Returns self.
+        """
+        Fit([self], anew=True).run_stored(features, logits, targets, head)
+        return self
+
+    def partial_fit(
+        self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
+    ) -> Detector:
+        """Take in one batch of training data. The first call after construction or `finalize` begins a new fit."""
+        Fit([self]).take(features, logits, targets)
+        return self
+
+    def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> Detector:
+        """End a fit: turn what `partial_fit` gathered, here or in all processes of `group`, into the buffers `state`.
+
+        Returns self.
+        """
+        Fit([self]).finish(head, group)
+        return self
+
+    def finish(self, gathered: Mapping[str, streaming.Gathered]) -> None:
+        """Fill the buffers from what was gathered, by the class's `_finish`."""
+        self._finish(**gathered)
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
+        """Scores (n,) of one input batch, or (N,) of all batches of a loader, in their order, on the model's device.
+
+        Args:
+            model: as in `fit`; runs once over the inputs.
+            x: one batch of inputs, a tensor or a mapping of the model's keyword arguments; or a loader as in `fit`.
+            head: as in `fit`. A detector that reads nothing but logits looks for none.
+        """
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        batches = batches_of(x)
+        self.require_fitted()
+        read_from = given_head(model, head) if self.needs_features else None
+        with closing(run_model(model, batches, read_from)) as done:  # also when scoring raises, modes are restored
+            return joined([self.score_features(batch.features, batch.logits) for batch in done])
+
+    def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.
+
+        Raises ValueError, naming the first such row, for features or logits that hold NaN, or inf that makes NaN of
+        the score.
+        """
+        self.require_fitted()
+        check_read(features, logits, self.needs_features, self.needs_logits)
+        self.check_widths(features, logits)
+        scores = self._score(features, logits)
+        self.check_scores(scores, features, logits)
+        return scores
+
+    def forward(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """As `score_features`."""
+        return self.score_features(features, logits)
+
+    def combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Scores (n,) from the row statistics that the class asks for, by its `_combine`; nothing is checked."""
+        return self._combine(statistics)
+
+    def check_widths(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """ValueError unless what passed `check_read` is as wide as what the detector was fitted on."""
+        n_features, n_classes = self.widths()
+        if self.needs_features and n_features is not None and features.shape[1] != n_features:
+            raise ValueError(
+                f"features: got shape {tuple(features.shape)}, expected (n, {n_features}), the width that this "
+                f"{self.label} was fitted on"
+            )
+        if self.needs_logits and n_classes is not None and logits.shape[1] != n_classes:
+            of = "of the head that this {} was fitted with" if self.needs_head else "that this {} was fitted on"
+            raise ValueError(
+                f"logits: got shape {tuple(logits.shape)}, expected (n, {n_classes}), the classes "
+                f"{of.format(self.label)}"
+            )
+
+    def check_scores(self, scores: Tensor, features: Tensor | None, logits: Tensor | None) -> None:
+        """ValueError that names the first row whose NaN or inf made NaN of its score."""
+        # A program that is to run without Python cannot raise.
+        if torch.compiler.is_compiling() or not scores.isnan().any():
+            return
+        if self.needs_features:
+            refuse_rows("features", features, scores)
+        if self.needs_logits:
+            refuse_rows("logits", logits, scores)
+
+    # ---- thresholds
+
+    def predict(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """Whether each row is out-of-distribution, (n,) bool: its score is below `threshold`."""
+        return self.is_ood(self.score_features(features, logits))
+
+    def is_ood(self, scores: Tensor) -> Tensor:
+        """Whether each score, (n,), is below `threshold`."""
+        if self.threshold is None:
+            raise RuntimeError(
+                f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
+            )
+        return scores < self.threshold
+
+    def calibrate(self, scores: Tensor, tpr: float | None = None, alpha: float | None = None) -> Detector:
+        """Set `threshold` from scores (n,) of in-distribution data that took no part in the fit. Returns self.
+
+        Args:
+            tpr: keep at least this share of the scores given (0.95 if neither is given), see `tpr_threshold`.
+            alpha: flag a new in-distribution input with a chance of at most alpha, see `conformal_threshold`.
+        """
+        self.threshold, self.calibration = threshold.calibration(scores, tpr, alpha)
+        return self
+
+    # ---- parameters
+
+    def variants(self, grid: Mapping[str, Iterable] | None = None) -> Iterator[Detector]:
+        """A new detector for every combination of `grid` (default: the class's), the other parameters as here.
+
+        Each takes part in a fit that has begun here, so that one pass over the data serves them all. What is already
+        fitted is not passed on: its buffers may depend on the parameters.
+        """
+        grid = self.grid if grid is None else grid
+        for values in itertools.product(*grid.values()):
+            variant = type(self)(**{**self.settings(), **dict(zip(grid, values, strict=True))})
+            variant.gathered = self.gathered
+            yield variant
+
+    # ---- files
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        class_names: Iterable[str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the fitted detector to a safetensors file; `ood_fast.detectors.load(path)` reads it.
+
+        The file appears under its name once it is complete, or not at all; an older one is replaced.
+
+        Args:
+            path: the suffix .safetensors is usual.
+            class_names: one a class, in the order of the logits; None: the attribute `class_names`.
+            notes: numbers, strings, lists and mappings of your own, which `store.notes` reads back.
+
+        Raises:
+            OSError: the path is a folder, or its folder does not exist or cannot be written to.
+            RuntimeError: the detector is not fitted.
+            ValueError: a class that is not registered, or class names that do not fit the head.
+            TypeError: a setting that is no number, string, dtype, nor a tuple, list or mapping of those.
+        """
+        save({type(self).__name__: self}, path, class_names, notes)
+
+    def record(self) -> store.Saved:
+        """What a file holds of it."""
+        method = type(self).__name__
+        if registry.registered(method) is not type(self):
+            raise ValueError(
+                f"{method}: is not registered, so that no file of it could be read; put @ood_fast.detectors.register "
+                "before the class"
+            )
+        self.require_fitted()
+        calibration = self.calibration
+        if self.threshold is None or (calibration and calibration.threshold != float(self.threshold)):
+            calibration = None  # the threshold was set by other means since
+        return store.Saved(
+            method, self.settings(), None if calibration is None else calibration._asdict(), dict(self.state_dict())
+        )
+
+    # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [name for name in self.buffer_names() if prefix + name in state_dict]
+        for name in names:
+            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        if "head_weight" in names and "head_bias" not in names:
+            self.head_bias = None
+        if names:  # what belongs to an earlier fit must not stay beside what is loaded
+            for name in set(self.optional_state).difference(names):
+                setattr(self, name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def save(
+    named: Mapping[str, Detector],
+    path: str | os.PathLike,
+    class_names: Iterable[str] | None,
+    notes: Mapping[str, Any] | None,
+    kind: str = "detector",
+) -> None:
+    """As `Detector.save`, for one detector or the set of them."""
+    if class_names is None:
+        class_names = next((d.class_names for d in named.values() if d.class_names is not None), None)
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: got the string {class_names!r}, expected one string a class")
+    listed = None if class_names is None else list(class_names)
+    for name in listed or ():
+        checks.instance("class_names", name, str, "one string a class")
+    records = {name: detector.record() for name, detector in named.items()}
+    for detector in named.values():
+        if listed is not None and detector.needs_head and len(listed) != len(detector.head_weight):
+            raise ValueError(
+                f"class_names: got {len(listed)}, expected {len(detector.head_weight)}, the classes of the head that "
+                f"{detector.label} was fitted with"
+            )
+    store.write(path, store.Content(kind, records, listed, dict(notes or {})))
+
+
+def check_read(features: object, logits: object, needs_features: bool, needs_logits: bool) -> None:
+    """Features (n, m) and logits (n, c), as far as they are needed."""
+    if needs_features:
+        checks.float_tensor("features", features, 2, "(n, m)")
+    if needs_logits:
+        checks.logits(logits)
+    if needs_features and needs_logits and features.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"
+        )

@@ -1,0 +1,228 @@
+"""The fit of any number of detectors on the same data, in one pass. `Detector` and `DetectorSet` are the interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checks
+from ..heads import given_head, inference_head
+from ..models.running import check_loader, run_model
+from . import streaming
+from .numbers import refuse_rows
+
+if TYPE_CHECKING:
+    from .detector import Detector
+
+FIT_CHUNK = 65536  # rows of stored features that are taken in at a time: bounds the float64 copy that the sums make
+Head = nn.Linear | tuple[Tensor, Tensor | None]
+
+_EXPECTED = {
+    "features": "the features (n, m) of the training data",
+    "logits": "their logits (n, c)",
+    "targets": "their class indices (n,), int64",
+}
+
+
+class DoesNotFit(ValueError):
+    """A parameter that the training data are too few for: its name, and a value to try, None if there is none."""
+
+    detector = ""  # its name, once it is known
+
+    def __init__(self, text: str, parameter: str, advice: int | None = None) -> None:
+        super().__init__(text)
+        self.parameter, self.advice = parameter, advice
+
+    def of(self, detector: str) -> DoesNotFit:
+        """The same, that says of which detector."""
+        named = type(self)(f"{detector}: {self}", self.parameter, self.advice)
+        named.detector = detector
+        return named
+
+
+class Note(str):
+    """What a person is to be told about a detector: a sentence that knows what it is about.
+
+    Attributes:
+        detector: its name.
+        kind: "left out".
+        parameter, advice: of a `DoesNotFit`, None of other reasons.
+    """
+
+    detector: str
+    kind: str
+    parameter: str | None
+    advice: int | None
+
+    def __new__(cls, text: str, **about: Any) -> Note:
+        """The sentence `text`, and the attributes."""
+        note = super().__new__(cls, text)
+        vars(note).update({"detector": "", "kind": "", "parameter": None, "advice": None, **about})
+        return note
+
+    @classmethod
+    def left_out(cls, detector: str, reason: Exception, tried: str = "") -> Note:
+        """That a detector takes no part, or those of its candidates that have the parameters `tried`."""
+        about = {name: getattr(reason, name, None) for name in ("parameter", "advice")} if not tried else {}
+        text = f"{detector}: {tried}{' ' if tried else ''}left out: {reason}"
+        return cls(text, detector=detector, kind="left out", **about)
+
+
+class Fit:
+    """A fit of `detectors`: it owns what they gather, each thing once whatever the number that want it.
+
+    Each detector holds its part as `gathered` until the end, so that one fit may go on in several calls and sets.
+
+    Args:
+        anew: drop what a fit that was begun has gathered.
+        failures: where the `ValueError` of a detector that does not fit the data goes, in place of being raised.
+    """
+
+    def __init__(
+        self, detectors: Iterable[Detector], *, anew: bool = False, failures: dict[Detector, ValueError] | None = None
+    ) -> None:
+        self.detectors = [detector for detector in detectors if detector.needs_fit]
+        self.failures = failures
+        pool: dict[tuple, streaming.Gathered] = {}
+        for detector in self.detectors:
+            if anew or detector.gathered is None:
+                gathered = detector.gathers().items()
+                detector.gathered = {name: pool.setdefault(part.key(), part) for name, part in gathered}
+        parts = [part for detector in self.detectors for part in (detector.gathered or {}).values()]
+        self.parts = list({id(part): part for part in parts}.values())
+
+    def run(
+        self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None, group: dist.ProcessGroup | None
+    ) -> None:
+        """All of it, on one pass of `model` over `loader`."""
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        check_loader(loader)
+        reads_features = any("features" in part.reads for part in self.parts)
+        needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
+        layer = given_head(model, head) if needs_head else None
+        try:
+            if self.parts:
+                with closing(run_model(model, loader, layer)) as batches:  # whatever is raised, the model is set back
+                    for batch in batches:
+                        self.take(batch.features, batch.logits, batch.targets)
+            self.finish(layer, group)
+        finally:
+            self._end()
+
+    def run_stored(
+        self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None, head: Head | None
+    ) -> None:
+        """All of it, on stored features, cut into batches."""
+        n_rows = next((len(given) for given in (features, logits, targets) if given is not None), 0)
+        try:
+            for start in range(0, n_rows if self.detectors else 0, FIT_CHUNK):
+                rows = slice(start, start + FIT_CHUNK)
+                self.take(*(None if given is None else given[rows] for given in (features, logits, targets)))
+            self.finish(head)
+        finally:
+            self._end()
+
+    @torch.no_grad()
+    def take(self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None) -> None:
+        """Take in one batch."""
+        given = {"features": features, "logits": logits, "targets": targets}
+        for detector in self.detectors:
+            for name in sorted({name for part in (detector.gathered or {}).values() for name in part.reads}):
+                if given[name] is None:
+                    raise ValueError(
+                        f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
+                    )
+        _check_batch(features, logits, targets)
+        for part in self.parts:
+            for name, width in part.widths.items():
+                if given[name].shape[1] != width:
+                    got = tuple(given[name].shape)
+                    raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
+        for part in self.parts:
+            part.take(features, logits, targets)
+
+    @torch.no_grad()
+    def finish(self, head: Head | None, group: dist.ProcessGroup | None = None) -> None:
+        """Fill the buffers of all from what was gathered, in this process or in all processes of `group`.
+
+        With a head that does not fit nothing is lost: what was gathered stays for the right one.
+        """
+        if head is not None:
+            head = self._copied(head)
+        if group is not None:
+            streaming.gather(self.parts, group)
+        try:
+            for detector in self.detectors:
+                self._finish(detector, head)
+        finally:
+            self._end()
+
+    def _finish(self, detector: Detector, head: tuple[Tensor, Tensor | None] | None) -> None:
+        gathered = detector.gathered or {}
+        if not all(part.rows for part in gathered.values()):
+            raise ValueError(f"{detector.label}: no data to fit on; the loader or the feature tensor was empty")
+        if detector.needs_head:
+            if head is None:
+                raise ValueError(
+                    f"{detector.label}: head: got None, expected the nn.Linear that made the logits, or (W, b)"
+                )
+            detector.head_weight, detector.head_bias = head
+        try:
+            detector.finish(gathered)
+        except ValueError as error:  # k or dim does not fit the data
+            if self.failures is None:
+                if isinstance(error, DoesNotFit):
+                    raise error.of(detector.label) from error
+                raise ValueError(f"{detector.label}: {error}") from error
+            self.failures[detector] = error
+        else:
+            if self.failures is not None:
+                self.failures.pop(detector, None)  # of an earlier fit
+
+    def _end(self) -> None:
+        for detector in self.detectors:
+            detector.gathered = None
+
+    def _copied(self, head: Head) -> tuple[Tensor, Tensor | None]:
+        """(W, b), one copy for all, of an `nn.Linear` or (W, b) that fits the features and logits gathered."""
+        if not isinstance(head, nn.Linear) and not (isinstance(head, tuple) and len(head) == 2):
+            raise TypeError(f"head: got {type(head).__name__}, expected an nn.Linear or (W, b)")
+        weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
+        checks.float_tensor("head: W", weight, 2, "(c, m)")
+        checks.head_bias(bias, weight)
+        for part in self.parts:
+            expected = tuple(
+                part.widths.get(name, n) for name, n in zip(("logits", "features"), weight.shape, strict=True)
+            )
+            if weight.shape != expected:
+                raise ValueError(
+                    f"head: got W of shape {tuple(weight.shape)}, expected {expected} to fit the features and logits "
+                    "given"
+                )
+        if isinstance(head, nn.Linear):
+            weight, bias = inference_head(head)
+        return weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+    """ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit can take."""
+    if features is not None:
+        checks.float_tensor("features", features, 2, "(n, m)")
+        refuse_rows("features", features, 0 * features.sum(dim=1))  # NaN where a row holds inf, too
+    if logits is not None:
+        checks.logits(logits)
+        refuse_rows("logits", logits, 0 * logits.amax(dim=1))
+    if targets is not None:
+        checks.instance("targets", targets, Tensor, _EXPECTED["targets"])
+        if targets.dtype != torch.int64 or targets.dim() != 1:
+            raise TypeError(f"targets: got {targets.dtype} {tuple(targets.shape)}, expected {_EXPECTED['targets']}")
+    given = {"features": features, "logits": logits, "targets": targets}
+    lengths = {name: len(value) for name, value in given.items() if value is not None}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise ValueError(f"features, logits, targets: got {got}, expected as many of each")

@@ -1,0 +1,71 @@
+"""Numbers of the scores: their precision, products of matrices, the k smallest, and rows that hold none."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..eager.precision import compute_dtype, full_precision, is_exporting, matmul
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half-precision values as float32: statistics and scores are computed in float32 or better."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def double(values: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def exact_linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in float32 (float64 where any of them has it), whatever autocast says: scores are differences of large
+    numbers, and reshaped features overflow float16. Fit for `torch.compile` and `torch.export`; differentiable."""
+    dtype = compute_dtype(x, W, b)
+    x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    if is_exporting():  # the graph keeps no autocast of its own
+        exact = nullcontext()
+    elif torch.compiler.is_compiling():  # the compiler cannot trace the other precision settings
+        exact = torch.autocast(x.device.type, enabled=False)
+    elif x.requires_grad:
+        exact = full_precision(x.device)
+    else:  # takes half the time of F.linear on some CPUs, and is not differentiable
+        with full_precision(x.device):
+            result = matmul(x, W.t())
+        return result if b is None else result.add_(b)
+    with exact:
+        return F.linear(x, W, b)
+
+
+def k_smallest(values: Tensor, k: int) -> Tensor:
+    """(n, k): the k smallest of each row of `values` (n, c), in any order. ``values.topk(k, 1, False, False).values``.
+
+    On the CPU by NumPy, whose partition takes a quarter of topk's time at c = 1000, k = 100.
+    """
+    plain = values.device.type == "cpu" and not values.requires_grad and not torch.compiler.is_compiling()
+    if not plain or type(values) is not Tensor or k >= values.shape[1]:
+        return values.topk(min(k, values.shape[1]), dim=1, largest=False, sorted=False).values
+    return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, :k])
+
+
+def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
+    """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it;
+    `of_rows` (n,) is NaN where a row holds either.
+
+    One word from the device; the rows are looked at only where something is wrong.
+    """
+    suspect = of_rows.isnan()
+    if suspect.any():
+        found, rows = "NaN", values.isnan().any(dim=1)
+        if not rows.any():
+            found, rows = "inf", suspect & values.isinf().any(dim=1)
+        rows = rows.nonzero()
+        if len(rows):
+            raise ValueError(
+                f"{argument}: got {found} in {len(rows)} of {len(values)} rows, the first is row {int(rows[0])}, "
+                "expected numbers; look at that input, and at the model in reduced precision"
+            )
