@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .files import check_zip
 
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")
 _NAMES = ("features", "logits", "targets", "paths", "W", "b")
@@ -148,6 +149,7 @@ def _held(file: Path) -> object:
     try:
         if file.suffix == ".npz":
             return _held_in_npz(file)
+        check_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except checks.UserError:
         raise

@@ -376,7 +376,10 @@ def as_dict(recipe: TrainingRecipe) -> dict[str, Any]:
 def from_dict(settings: Mapping[str, Any]) -> TrainingRecipe:
     """The recipe with these values, on top of `"base"` if it names one. `UserError` as in `override`."""
     settings = dict(settings)
-    base = find(settings.pop("base")) if "base" in settings else TrainingRecipe()
+    base = _base(settings.pop("base")) if "base" in settings else TrainingRecipe()
+    name = settings.get("name", base.name)
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\\0:*?"<>|'):
+        raise _refusal(f"name: got {name!r}, expected a name that a folder can have")
     changes: dict[str, Any] = {}
     for key, value in settings.items():
         name = key if key in ("name", "source") else _field(key)
@@ -384,6 +387,13 @@ def from_dict(settings: Mapping[str, Any]) -> TrainingRecipe:
             raise _refusal(f"{key}: got {value!r}, expected {_FIELDS[name].expected}")
         changes[name] = tuple(value) if isinstance(value, list) else value
     return replace(base, **changes)
+
+
+def _base(name: Any) -> TrainingRecipe:
+    """A recipe of the package: files on top of files could go round."""
+    if not isinstance(name, str) or name not in RECIPES:
+        raise _refusal(f"base: {_unknown('recipe', name, RECIPES)}")
+    return RECIPES[name]
 
 
 def _field(key: str) -> str:

@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +74,14 @@ def run(options: argparse.Namespace, command: str) -> None:
     with processes(where) as process:
         options.quiet |= process.rank > 0
         source = None if options.features else images.read_folder(options.data, with_classes=False)
-        table = ScoreTable(out, detectors, _identity(options, source), process, options.overwrite)
-        with Bar(f"scoring {options.data or options.features}", None, options.quiet) as bar:
-            try:
+        with ScoreTable(out, detectors, _identity(options, source), process, options.overwrite) as table:
+            what = f"scoring {options.data or options.features}"
+            with Bar(what, None, options.quiet) as bar, _told(notes):
                 if source is None:
                     _score_features(detectors, table, options, process, bar)
                 else:
                     _score_images(detectors, source, table, options, notes, process, bar, where)
-            except checks.UserError:
-                raise
-            except RuntimeError as error:  # what the model says of the images
-                raise RunError(cannot_take(notes, error)) from error
-            except ValueError as error:  # what the detectors say of the data: NaN, features of another width
-                raise RunError(f"{error}; what was scored before is kept") from error
-        counts = table.finish()
+            counts = table.finish()
     if counts and not options.quiet:
         n_rows, n_ood, n_bad = counts
         print(f"{n_rows} rows in {out}")
@@ -93,6 +89,21 @@ def run(options: argparse.Namespace, command: str) -> None:
             print(f"  {name}: {count} ({100 * count / max(1, n_rows):.1f} %) are out-of-distribution")
         if n_bad:
             print(f"  {n_bad} images could not be read and were skipped")
+
+
+@contextmanager
+def _told(notes: dict[str, Any]) -> Iterator[None]:
+    """What model and detectors say of the data, as an error of this command."""
+    from ..checks import UserError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except RuntimeError as error:  # what the model says of the images
+        raise RunError(cannot_take(notes, error)) from error
+    except ValueError as error:  # what the detectors say of the data: NaN, features of another width
+        raise RunError(f"{error}; what was scored before is kept") from error
 
 
 def _identity(options: argparse.Namespace, source: Any) -> str:

@@ -11,10 +11,11 @@ import heapq
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..files import BusyError, locked, replacing
 from .common import Process, RunError, refusal
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ class ScoreTable:
         part = self._part(process.rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         self.start = 0
+        self.alone = ExitStack()
+        try:
+            part.touch()
+            self.alone.enter_context(locked(part, wait=0))
+            if not part.exists():  # taken away by one that was done while this one waited for the lock
+                raise BusyError
+        except BusyError as error:
+            raise refusal(f"--out: another ood-fast score is at work on {out}") from error
+        except OSError as error:
+            raise RunError(f"cannot write {part}: {error.strerror}") from error
         try:
             if part.exists() and not overwrite:
                 self.start = self._resumed(part)
@@ -50,6 +61,13 @@ class ScoreTable:
                 self.file.write(self.header + "\n")
         except OSError as error:
             raise RunError(f"cannot write {part}: {error.strerror}") from error
+
+    def __enter__(self) -> ScoreTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.alone.close()
 
     def _part(self, rank: int) -> Path:
         return self.out.with_name(f".{self.out.name}.part{rank}")

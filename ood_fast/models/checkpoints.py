@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..files import replacing
+from ..files import check_zip, replacing
 from ..heads import unwrapped
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
@@ -94,12 +95,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _safetensors().load_file(path)
+        check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except checks.UserError:
         raise
     except Exception as error:  # a file that is no checkpoint fails in any way: pickle, zip, struct, KeyError, ...
-        reason = str(error).strip().split("\n")[0]
-        raise checks.UserError(f"{path}: cannot be read as tensors and plain values ({reason})") from error
+        raise checks.UserError(f"{path}: {_why_not_read(path, error)}") from error
     if not isinstance(content, Mapping):
         raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     return dict(content)
@@ -121,6 +122,23 @@ def update_with_weights(digest: Any, model: nn.Module) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _why_not_read(path: Path, error: Exception) -> str:
+    """In words of our own: torch's advise what is dangerous, in colours."""
+    try:
+        others = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no checkpoint at all
+        others = []
+    if not others:
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0]
+        return f"cannot be read as tensors and plain values ({reason})"
+    state = 'model.state_dict() if isinstance(model, torch.nn.Module) else model["model"]'
+    return (
+        f"holds objects of {', '.join(others[:N_LISTED])} beside tensors, whose reading could run code. If you trust "
+        f'the file, convert it once: model = torch.load("{path.name}", weights_only=False); '
+        f'torch.save({state}, "weights.pth")  (or the key under which the weights are)'
+    )
 
 
 def n_classes_of(path: str | os.PathLike) -> int | None:

@@ -16,7 +16,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,22 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While a run trains, no other may in this folder, which is made; UserError if one does, or it cannot be."""
+        checks.writable_folder("--out", self.path)
+        missing = [parent for parent in (self.path, *self.path.parents) if not parent.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with files.locked(self.path):
+                yield
+        except files.BusyError as error:
+            raise checks.UserError(f"--out: {self.path}: another training is at work there") from error
+        finally:
+            for parent in missing:  # where nothing came of it
+                with suppress(OSError):
+                    parent.rmdir()
 
     def claim(self, info: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
         """What `last.ckpt` holds of the run that `info` tells of, to continue from; None to start anew. Writes nothing.

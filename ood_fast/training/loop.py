@@ -134,11 +134,15 @@ class Run:
             DivergedError: the loss is not finite; the checkpoints before it are kept.
             Interrupted. OSError: a file cannot be written; the one before it is kept.
         """
-        with random_state_kept(self.device), convolutions_timed(), Signals() as self._signals:
+        with (
+            self.folder.alone() if self.rank == 0 else nullcontext(),
+            random_state_kept(self.device),
+            convolutions_timed(),
+            Signals() as self._signals,
+        ):
             state = self._claim()
             self._build(state)
             if self.rank == 0:
-                self.out.mkdir(parents=True, exist_ok=True)
                 self._write_tables("running")
                 self.watcher.on_start(self)
             self._loading.fill_(True)
