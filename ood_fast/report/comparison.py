@@ -145,8 +145,8 @@ def tables_of(comparison: Comparison) -> list[Table]:
         interval = "mean [95 % interval, Student's t], bold where it excludes 0" if several else "one seed, no interval"
         paired = f"Loss minus baseline with the same classes, split, first weights and batches; {interval}."
         title = f": paired difference to {BASELINE} (percentage points)"
-        fpr95 = by_set("fpr95_ood_positive", falls, f"FPR95{title}", f"{paired} Below 0 is better.", others)
-        result += [by_set("auroc", rises, f"AUROC{title}", paired, others), replace(fpr95, on_terminal=False)]
+        lower = by_set("fpr95_ood_positive", falls, f"FPR95{title}", f"{paired} Below 0 is better.", others)
+        result += [by_set("auroc", rises, f"AUROC{title}", paired, others), replace(lower, on_terminal=False)]
     result.append(_calibration(settings.losses, summaries, over))
     area = f"{over}. Area under precision-recall; depends on how many images there are."
     other = "FPR95 (%), ID positive, lower is better"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..detectors import find
-from ..diagnostics import NUMBERS, Diagnosis, accuracy_by_norm, reliability
+from ..diagnostics import NUMBERS, Diagnosis, FeatureChange, accuracy_by_norm, reliability
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
 from ..diagnostics.plane import regions
@@ -85,11 +85,10 @@ def _by_epoch(
 
 def change(records: Sequence[Record]) -> list[Chart]:
     """One for each run that it was measured for."""
-    return [_change(record) for record in records if record.change is not None]
+    return [_change(record, record.change) for record in records if record.change is not None]
 
 
-def _change(record: Record) -> Chart:
-    found = record.change
+def _change(record: Record, found: FeatureChange) -> Chart:
     names = [
         f"‖z‖ ≥ {number(low, 3)}" if math.isinf(high) else f"{number(low, 3)} ≤ ‖z‖ < {number(high, 3)}"
         for low, high in pairwise(found.edges.tolist())
@@ -264,8 +263,8 @@ def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str,
     left, right, low, high = _box(torch.cat([*drawn.values(), diagnosis.plane_means]))
     classes = record.info.get("class_names") or list(map(str, range(len(diagnosis.plane_weight))))
     of_class = sets[ID].target[_some(len(sets[ID]))]
-    outside = [key for key in drawn if key != ID and len(drawn[key])]
-    series = [Series(titles[key], *drawn[key].T.tolist(), kind="crosses", color=INK, listed=False) for key in outside]
+    outside = [(titles[key], drawn[key].T.tolist()) for key in drawn if key != ID and len(drawn[key])]
+    series = [Series(title, xs, ys, "crosses", INK, listed=False) for title, (xs, ys) in outside]
     for c in of_class.unique().tolist():
         xs, ys = drawn[ID][of_class == c].T.tolist()
         called = f"ID class {classes[c]}" if c >= 0 else "ID"

@@ -125,7 +125,7 @@ def _duration(seconds: float) -> str:
 
 
 def _evaluation(found: Sequence[tuple[Record, Evaluated]]) -> str:
-    sets = {}
+    sets: dict[str, dict[str, Any]] = {}
     for _, evaluated in found:
         sets |= evaluated.results["sets"]
     told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())

@@ -271,9 +271,10 @@ def _outputs(record: Record, evaluated: Evaluated) -> dict[str, Path]:
         below = Path(*Path(told).parts[-2:])
         own = [] if record.path is None else [record.path / "cache" / below]
         places = [*own, Path(told), evaluated.folder.parent.parent / "cache" / below]
-        folders[name] = next((place for place in places if place.is_dir()), None)
-        if folders[name] is None:
+        place = next((place for place in places if place.is_dir()), None)
+        if place is None:
             raise checks.UserError(f"the features of {name} are no longer in {told}")
+        folders[name] = place
     return folders
 
 
