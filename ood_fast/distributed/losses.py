@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import checks
 from ..eager import sizes
-from ..eager.distances import centered, weight_tile
-from ..eager.precision import compute_dtype, full_precision, matmul
+from ..eager.linear import linear_backward, linear_into
+from ..eager.precision import compute_dtype, full_precision
 from ..eager.rows import Targets
 from ..eager.sizes import join, slices
 from ..functional import as_places, as_rows, average_offset, empty_loss
@@ -367,36 +367,10 @@ def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
 
 
 def linear(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
-    """z W^T + b in the dtype of z, tile by tile of W, of which one product could hold a whole copy."""
+    """z W^T + b in the dtype of z."""
     logits = z.new_empty(z.shape[0], head_weight.shape[0])
-    zero = z.new_zeros(())
-    for columns in _tiles(head_weight):
-        tile_bias = zero if bias is None else bias[columns].to(z.dtype)
-        logits[:, columns] = matmul(z, head_weight[columns].to(z.dtype).t()).add_(tile_bias)
+    linear_into(logits, z, head_weight, z.new_zeros(()) if bias is None else bias.to(z.dtype))
     return logits
-
-
-def _linear_backward(
-    gradient: Tensor,
-    z: Tensor,
-    head_weight: Tensor,
-    mean_row: Tensor,
-    grad_z: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:
-    """grad_z += G (W - mean row), and grad_weight += G^T z, from the gradient G of the logits; tile by tile of W."""
-    buffer = weight_tile(head_weight, mean_row.dtype)
-    for columns in _tiles(head_weight):
-        if grad_z is not None:
-            grad_z.add_(matmul(gradient[:, columns], centered(head_weight[columns], mean_row, buffer)))
-        if grad_weight is not None:
-            grad_weight[columns].add_(matmul(gradient[:, columns].t(), z))
-
-
-def _tiles(head_weight: Tensor) -> Iterator[slice]:
-    """Slices of the classes, of which a centred copy stays small."""
-    n_classes, n_features = head_weight.shape
-    return slices(n_classes, sizes.WEIGHT_TILE_ELEMENTS // max(1, n_features))
 
 
 def _linear(
@@ -410,8 +384,7 @@ def _linear(
 ) -> tuple[Tensor | None, ...]:
     """(loss and D of every sample, dz of those of this rank, dW, db), in chunks of rows of one size on every rank.
 
-    dz is a sum over the ranks of G (W - mean row): the mean row drops out, because the rows of G sum to 0 over all
-    classes. The gradients are None if not needed, or without `sample_grad`.
+    The gradients are None if not needed, or without `sample_grad`.
     """
     labels, _, eps, offset, shards = keywords
     dtype = compute_dtype(z, head_weight)
@@ -437,7 +410,7 @@ def _linear(
             wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
             gradient, push = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
             part_z = None if grad_z is None else grad_z[rows]
-            _linear_backward(gradient, chunk, head_weight, mean_row, part_z, grad_weight)
+            linear_backward(gradient, None, chunk, None, head_weight, mean_row, part_z, grad_weight)
             if grad_bias is not None:
                 grad_bias.add_(gradient.sum(0))
             if push is not None:

@@ -59,7 +59,7 @@ def linear_elogitnorm(
             n_rows = chunk.stop - chunk.start
             logits, inverses = buffer[:n_rows], None
             z = features[chunk].to(dtype)
-            _linear_into(logits, z, head_weight, bias)
+            linear_into(logits, z, head_weight, bias)
             top, predicted = logits.max(1)
             if not square:
                 inverses = buffer[n_rows : 2 * n_rows]
@@ -70,7 +70,7 @@ def linear_elogitnorm(
                 continue
             push = inverses if needs.weight and needs.geometry else None
             into = None if grad_features is None else grad_features[chunk]
-            _linear_backward(logits, push, z, predicted, head_weight, mean_row, into, grad_weight)
+            linear_backward(logits, push, z, predicted, head_weight, mean_row, into, grad_weight)
             if grad_bias is not None:
                 grad_bias.add_(logits.sum(0))
         if worked.gap_sums is not None:
@@ -132,24 +132,25 @@ class _Worked:
         return results
 
 
-def _linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:
+def linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:
     """logits = z W^T + b, tile by tile of W: in one product the matrix library would pack half of W beside it."""
     for columns in slices(head_weight.shape[0], sizes.WEIGHT_TILE_ELEMENTS // max(1, z.shape[1])):
         tile_bias = bias[columns] if bias.dim() else bias
         torch.add(matmul(z, head_weight[columns].to(logits.dtype).t()), tile_bias, out=logits[:, columns])
 
 
-def _linear_backward(
+def linear_backward(
     gradient: Tensor,
     push: Tensor | None,
     z: Tensor,
-    predicted: Tensor,
+    predicted: Tensor | None,
     head_weight: Tensor,
     mean_row: Tensor,
     grad_features: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
-    """Write dz = G W, (r, m), from the logit gradient G (r, c); add to `grad_weight` G^T z and what `push` (r, c) says.
+    """Write dz = G W, (r, m), from the logit gradient G (r, c); add to `grad_weight` G^T z and what `push` (r, c) says,
+    which is None, as `predicted` may be, where nothing comes through the distances.
 
     `push` is -S of `weight_gradient`, the second half of the buffer that `gradient` begins, so that both are one
     operand. W is read once, in centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.

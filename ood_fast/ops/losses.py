@@ -25,6 +25,13 @@ def _check_indices(backend: ModuleType, labels: Labels, n_classes: int) -> None:
         checks.index_range(target, n_classes, labels.ignore_index)
 
 
+def _labels(
+    target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float, *rest: Any
+) -> tuple[Labels, str, tuple]:
+    """(labels, reduction, the others) from the part of a flat schema that begins with the target."""
+    return Labels(target, class_weight, ignore_index, label_smoothing), reduction, rest
+
+
 def normalizer(labels: Labels, reduction: str, dtype: torch.dtype, shards: Shards | None = None) -> Tensor:
     """What the sum of the losses is divided by, 0-dim: for "mean" the weight of all that count, otherwise 1."""
     target, class_weight, ignore_index, _ = labels
@@ -116,25 +123,12 @@ def _fake_elogitnorm(logits: Tensor, head_weight: Tensor, *rest: Any) -> tuple[T
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_elogitnorm,
 )
-def _elogitnorm(
-    logits: Tensor,
-    head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    with_slope: bool,
-) -> tuple[Tensor, ...]:
+def _elogitnorm(logits: Tensor, head_weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """loss, D, normalizer, *tempered, *geometry."""
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    labels, reduction, keywords = _labels(*flat)  # eps, average_offset, with_slope
     backend = backend_of(logits, head_weight)
     _check_indices(backend, labels, logits.shape[1])
-    loss, distance, tempered, geometry = backend.elogitnorm_forward(
-        logits, head_weight, labels, eps, average_offset, with_slope
-    )
+    loss, distance, tempered, geometry = backend.elogitnorm_forward(logits, head_weight, labels, *keywords)
     divisor = normalizer(labels, reduction, loss.dtype)
     return reduced(loss, divisor, reduction), distance, divisor, *tempered, *geometry
 
@@ -146,19 +140,10 @@ def _elogitnorm(
     fake_logits_and_weight,
 )
 def _elogitnorm_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    head_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    saved: list[Tensor],
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    need_logits: bool,
-    need_weight: bool,
+    grad_loss: Tensor, logits: Tensor, head_weight: Tensor, *flat: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    target, class_weight, saved, *keywords = flat
+    labels, reduction, (need_logits, need_weight) = _labels(target, class_weight, *keywords)
     sample_grad = sample_grads(grad_loss, saved[0], reduction, labels)
     tempered, geometry = Tempered(*saved[1:5]), Geometry(*saved[5:])
     needs = Needs(logits=need_logits, weight=need_weight)
@@ -203,6 +188,10 @@ def elogitnorm(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _linear_needs(detach_geometry: bool, features: bool, weight: bool, bias: bool) -> Needs:
+    return Needs(features=features, weight=weight, bias=bias, geometry=not detach_geometry)
+
+
 def _fake_linear(features: Tensor, head_weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype, reduction = compute_dtype(features, head_weight), rest[4]
     needs = [need and reduction != "none" for need in rest[-3:]]
@@ -229,29 +218,16 @@ def _fake_linear_gradients(features: Tensor, head_weight: Tensor, needs: tuple |
     _fake_linear,
 )
 def _linear_elogitnorm(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    detach_geometry: bool,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
+    features: Tensor, head_weight: Tensor, head_bias: Tensor | None, *flat: Any
 ) -> tuple[Tensor | None, ...]:
     """Loss, D, and unless the reduction is "none" the gradients: they cost least while the logits are at hand."""
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
-    needs = Needs(features=need_features, weight=need_weight, bias=need_bias, geometry=not detach_geometry)
+    labels, reduction, (eps, average_offset, detach_geometry, *needed) = _labels(*flat)
+    needs = _linear_needs(detach_geometry, *needed)
     backend = backend_of(features, head_weight)
     _check_indices(backend, labels, head_weight.shape[0])
     divisor = normalizer(labels, reduction, compute_dtype(features, head_weight))
     sample_grad = None
-    if reduction != "none" and (need_features or need_weight or need_bias):
+    if reduction != "none" and any(needed):
         sample_grad = sample_grads(torch.ones_like(divisor), divisor, reduction, labels)
     loss, *rest = backend.linear_elogitnorm(
         features, head_weight, head_bias, labels, eps, average_offset, sample_grad, needs
@@ -267,25 +243,11 @@ def _linear_elogitnorm(
     lambda grad_loss, features, head_weight, *rest: _fake_linear_gradients(features, head_weight, rest[-3:]),
 )
 def _linear_elogitnorm_backward(
-    grad_loss: Tensor,
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    eps: float,
-    average_offset: int,
-    detach_geometry: bool,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
+    grad_loss: Tensor, features: Tensor, head_weight: Tensor, head_bias: Tensor | None, *flat: Any
 ) -> tuple[Tensor | None, ...]:
     """The gradients from the start again: for reduction "none", and when a graph is walked a second time."""
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
-    needs = Needs(features=need_features, weight=need_weight, bias=need_bias, geometry=not detach_geometry)
+    labels, reduction, (eps, average_offset, detach_geometry, *needed) = _labels(*flat)
+    needs = _linear_needs(detach_geometry, *needed)
     divisor = normalizer(labels, reduction, compute_dtype(features, head_weight))
     sample_grad = sample_grads(grad_loss, divisor, reduction, labels)
     _, _, *grads = backend_of(features, head_weight).linear_elogitnorm(
@@ -374,21 +336,12 @@ def _fake_logitnorm(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     " float tau, bool with_slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_logitnorm,
 )
-def _logitnorm(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    tau: float,
-    with_slope: bool,
-) -> tuple[Tensor, ...]:
+def _logitnorm(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """loss, normalizer, *tempered."""
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+    labels, reduction, keywords = _labels(*flat)  # tau, with_slope
     backend = backend_of(logits)
     _check_indices(backend, labels, logits.shape[1])
-    loss, tempered = backend.logitnorm_forward(logits, labels, tau, with_slope)
+    loss, tempered = backend.logitnorm_forward(logits, labels, *keywords)
     divisor = normalizer(labels, reduction, loss.dtype)
     return reduced(loss, divisor, reduction), divisor, *tempered
 
@@ -399,17 +352,9 @@ def _logitnorm(
     " int ignore_index, str reduction, float label_smoothing) -> Tensor",
     lambda grad_loss, logits, *rest: fake_gradient(logits, True),
 )
-def _logitnorm_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    saved: list[Tensor],
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    labels = Labels(target, class_weight, ignore_index, label_smoothing)
+def _logitnorm_backward(grad_loss: Tensor, logits: Tensor, *flat: Any) -> Tensor:
+    target, class_weight, saved, *keywords = flat
+    labels, reduction, _ = _labels(target, class_weight, *keywords)
     sample_grad = sample_grads(grad_loss, saved[0], reduction, labels)
     return backend_of(logits).logitnorm_backward(sample_grad, logits, labels, Tempered(*saved[1:]))
 

@@ -100,16 +100,11 @@ def _fake_nci_gradients(grad: Tensor, features: Tensor, head_weight: Tensor, mea
     _fake_nci_score,
 )
 def _nci_score(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    mean: Tensor,
-    logits: Tensor | None,
-    alpha: float,
+    features: Tensor, head_weight: Tensor, bias: Tensor | None, mean: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """score, *projected."""
     backend = backend_of(features, head_weight, mean)
-    score, projected = backend.nci_forward(features, head_weight, head_bias, mean, logits, alpha)
+    score, projected = backend.nci_forward(features, head_weight, bias, mean, *rest)
     return score, *projected
 
 
@@ -121,19 +116,10 @@ def _nci_score(
     _fake_nci_gradients,
 )
 def _nci_score_backward(
-    grad_score: Tensor,
-    features: Tensor,
-    head_weight: Tensor,
-    mean: Tensor,
-    predicted: Tensor,
-    projection: Tensor,
-    inverse_norm: Tensor,
-    alpha: float,
-    need_features: bool,
-    need_weight: bool,
-    need_mean: bool,
+    grad_score: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *flat: Any
 ) -> tuple[Tensor | None, ...]:
-    projected = Projected(predicted, projection, inverse_norm)
+    *projected, alpha, need_features, need_weight, need_mean = flat
+    projected = Projected(*projected)
     needs = Needs(features=need_features, weight=need_weight, mean=need_mean)
     backend = backend_of(features, head_weight, mean)
     return backend.nci_backward(grad_score, features, head_weight, mean, projected, alpha, needs)
@@ -186,17 +172,9 @@ def _fake_row_statistics(names: list[str], *inputs_and_gamma: Any) -> list[Tenso
     " -> Tensor[]",
     _fake_row_statistics,
 )
-def _row_statistics(
-    names: list[str],
-    logits: Tensor | None,
-    features: Tensor | None,
-    head_weight: Tensor | None,
-    mean: Tensor | None,
-    table: Tensor | None,
-    gamma: float,
-) -> list[Tensor]:
-    inputs = Inputs(logits, features, head_weight, mean, table)
-    return backend_of(*inputs).row_statistics(names, inputs, gamma)
+def _row_statistics(names: list[str], *inputs_and_gamma: Any) -> list[Tensor]:
+    *inputs, gamma = inputs_and_gamma
+    return backend_of(*inputs).row_statistics(names, Inputs(*inputs), gamma)
 
 
 def row_statistics(names: list[str], inputs: Inputs, gamma: float, boundaries: Tensor | None = None) -> list[Tensor]:
