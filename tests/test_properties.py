@@ -269,7 +269,7 @@ def test_logitnorm_agrees_with_the_reference(data):
 # Digits: D to 1e-4 and dW to 1e-3 relative in float32, for given logits
 # ----------------------------------------------------------------------------------------------------------------------
 
-# n, c, m: a full table; one so large that small.py takes products; and rows of the predicted classes only
+# n, c, m: a full table; a larger one; and rows of the predicted classes only
 HARD_SHAPES = {"n>=c": (24, 17, 64), "n>=c, product": (70, 65, 64), "n<c": (5, 40, 64)}
 
 

@@ -63,7 +63,7 @@ def products(queries: Tensor, bank: Tensor) -> Tensor:
     return table
 
 
-def is_traced() -> bool:
+def becomes_program() -> bool:
     """Whether what runs becomes a program, which cannot choose by the numbers that it will see."""
     return torch.compiler.is_compiling() or is_exporting()
 
@@ -71,7 +71,7 @@ def is_traced() -> bool:
 def query_chunks(queries: Tensor, n_bank: int) -> Iterator[Tensor]:
     """Rows whose tables stay within `CHUNK_ELEMENTS` float32. A compiled program takes all at once."""
     rows = max(1, CHUNK_ELEMENTS * 4 // (n_bank * queries.dtype.itemsize))
-    return iter([queries] if is_traced() or len(queries) <= rows else queries.split(rows))
+    return iter([queries] if becomes_program() or len(queries) <= rows else queries.split(rows))
 
 
 def centred_squares(bank: Tensor, mean: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class KNN(Detector):
         unit = l2_normalize(z)[0]
         squared, unsure = self._ranked(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
-        if not is_traced() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
+        if not becomes_program() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
             again = unsure.nonzero().squeeze(1)
             squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
         score = -squared if self.squared else -squared.sqrt()
@@ -205,7 +205,7 @@ class KNN(Detector):
         # What was not taken is behind the last that was.
         unsure = near[:, -1] if near.shape[1] < n_bank else torch.zeros_like(near[:, -1])
         first, last = max(0, k - 1 - WINDOW), k + WINDOW
-        if is_traced():  # as many for each query
+        if becomes_program():  # as many for each query
             distances = (queries.unsqueeze(1) - self.bank[rows[:, first:last]].to(queries.dtype)).square().sum(dim=2)
             return distances.topk(k - first, dim=1, largest=False).values[:, -1], unsure
         place = torch.arange(near.shape[1], device=near.device)

@@ -366,7 +366,7 @@ def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
     return max(sizes.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
 
 
-def linear(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_logits(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
     """z W^T + b in the dtype of z."""
     logits = z.new_empty(z.shape[0], head_weight.shape[0])
     linear_into(logits, z, head_weight, z.new_zeros(()) if bias is None else bias.to(z.dtype))
@@ -399,7 +399,7 @@ def _linear(
     with full_precision(z.device):
         for rows in slices(z.shape[0], chunk_rows(shards.counts, z.device)):
             chunk = z[rows].to(dtype)
-            logits = linear(chunk, head_weight, bias)
+            logits = linear_logits(chunk, head_weight, bias)
             targets = Targets(labels._replace(target=labels.target[rows]), shards.n_classes, dtype, shards)
             found = together.find(logits, head_weight, mean_row, offset, shards)
             loss, tempered, totals = together.losses(logits, targets, found, eps, shards)

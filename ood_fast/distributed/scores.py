@@ -18,7 +18,7 @@ from ..functional import average_offset
 from ..ops.registration import Operator, first_derivative
 from ..records import Needs, Tempered
 from . import rows as together
-from .losses import chunk_rows, linear, needs_grad
+from .losses import chunk_rows, linear_logits, needs_grad
 from .shards import Call, Shards, agree
 
 
@@ -114,7 +114,9 @@ def nci_score(
     with torch.no_grad(), full_precision(z.device):
         if logits is None:
             step = chunk_rows(layout.counts, z.device)
-            chunks = [together.predict(linear(z[rows].to(dtype), W, b), layout, dtype) for rows in slices(len(z), step)]
+            chunks = [
+                together.predict(linear_logits(z[rows].to(dtype), W, b), layout, dtype) for rows in slices(len(z), step)
+            ]
             top, predicted = join(chunks)
         else:
             top, predicted = together.predict(logits, layout, dtype)
