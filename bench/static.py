@@ -70,7 +70,7 @@ def run(case: Case) -> None:
     if case.name in ("elogitnorm", "linear"):
         logits, weight = aot.meta(n, c, dtype=dtype), aot.meta(c, m, dtype=dtype)
         labels, grad = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0), aot.meta(()).expand(n)
-        _, _, tempered, geometry, _ = losses.elogitnorm_step(logits, weight, labels, losses.Rule(), grad)
+        _, _, tempered, geometry, _ = losses.elogitnorm_step(logits, weight, labels, 1e-6, 0, grad)
         weight_gradient(grad, tempered.slope, logits, weight, tempered.predicted, geometry)
     elif case.name == "nci":
         aot.run_nci(n, c, m, dtype, weight_dtype=dtype, from_features=False)

@@ -42,6 +42,9 @@ from typing import Any
 
 _HOME = {
     "elogitnorm_forward": "losses",
+    "elogitnorm_step": "losses",
+    "steps_ahead": "losses",
+    "scale_": "losses",
     "elogitnorm_backward": "losses",
     "logitnorm_forward": "losses",
     "logitnorm_backward": "losses",

@@ -21,6 +21,8 @@ from .rows import add_product, scan_maximum
 # At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that D is held to. Closer pairs are
 # recomputed; heads that have learnt have few, because rows of unrelated classes have s near |w_p|^2 + |w_j|^2.
 CLOSE_PAIR = tl.constexpr(1 / 64)
+# The smallest normal float32: GPUs take the root of less as that of 0. Rows less than 1.1e-19 apart coincide.
+SMALLEST_SQUARE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -80,8 +82,8 @@ def distance_gram_kernel(
 ):
     """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, a and b centred; -1 where s is too small for this form
     (CLOSE_PAIR)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
     if tl.max(row_class, axis=0) >= 0:
         row_mask = row_class >= 0
@@ -127,8 +129,8 @@ def distance_refine_kernel(
     """Recompute the close pairs of a tile from sum (w_p - w_j)^2: the difference of neighbouring floats is exact,
     so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep all their digits. A tile without a close
     pair costs one read."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
     if tl.max(row_class, axis=0) >= 0:
         row_mask = row_class >= 0
@@ -154,7 +156,7 @@ def distance_refine_kernel(
                 ).to(tl.float32)
                 difference = a[:, None, :] - b[None, :, :]
                 squared_distance += tl.sum(difference * difference, axis=2)
-            is_apart = squared_distance > 0
+            is_apart = squared_distance >= SMALLEST_SQUARE
             inverse_distance = tl.where(is_apart, tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)), 0.0)
             tl.store(table_pointer + offsets, inverse_distance, mask=is_close)
 
@@ -222,7 +224,7 @@ def distance_table(head_weight: Tensor, row_class: Tensor) -> Tensor:
     tile = tile_config(target_of(head_weight))
     launch(
         distance_gram_kernel,
-        (cdiv(n_rows, tile.rows), cdiv(n_classes, tile.columns)),
+        (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)),
         head_weight,
         head_weight.stride(0),
         mean_row(head_weight),
@@ -241,7 +243,7 @@ def distance_table(head_weight: Tensor, row_class: Tensor) -> Tensor:
     tile = difference_config()
     launch(
         distance_refine_kernel,
-        (cdiv(n_rows, tile.rows), cdiv(n_classes, tile.columns)),
+        (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)),
         head_weight,
         head_weight.stride(0),
         row_class,

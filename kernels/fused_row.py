@@ -175,3 +175,14 @@ def fused_row_kernel(
             at_top = by_exponential + by_slope * slope_sum - spread
             at_top -= tl.where(label == predicted, own_mass * by_logit, 0.0)
             tl.store(grad_row + predicted, at_top, mask=computed)
+
+
+@triton.jit
+def scale_kernel(values_pointer, factor_pointer, n_values, BLOCK: tl.constexpr):
+    """values *= factor, 0-dim; nothing is read or written where it is 1, which only the device knows."""
+    factor = tl.load(factor_pointer).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < n_values
+        values = tl.load(values_pointer + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(values_pointer + place, values * factor, mask=inside)

@@ -55,7 +55,7 @@ def linear_elogitnorm(
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
         loss[rows], distance[rows], tempered, table, d_logits = losses.elogitnorm_step(
-            logits, head_weight, part, losses.Rule(eps, average_offset), part_grad
+            logits, head_weight, part, eps, average_offset, part_grad
         )
         if not grads:
             continue

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..records import Geometry, Labels, Needs, Tempered
 from .distances import geometry_of
-from .fused_row import fused_row_kernel
+from .fused_row import fused_row_kernel, scale_kernel
 from .launch import (
     ROW_IN_REGISTERS,
     alignment,
+    cdiv,
     gradient_buffer,
     has_exp2,
     launch,
@@ -204,16 +205,38 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    return elogitnorm_step(logits, head_weight, labels, Rule(eps, average_offset), None)[:4]
+    return elogitnorm_step(logits, head_weight, labels, eps, average_offset, None)[:4]
 
 
 def elogitnorm_step(
-    logits: Tensor, head_weight: Tensor, labels: Labels, rule: Rule, sample_grad: Tensor | None
+    logits: Tensor,
+    head_weight: Tensor,
+    labels: Labels,
+    eps: float,
+    average_offset: int,
+    sample_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tempered, Geometry, Tensor | None]:
     """`elogitnorm_forward`, and the gradient of sum_i sample_grad_i loss_i by the logits from the same read of them."""
     geometry, *prediction = geometry_of(logits, head_weight)
+    rule = Rule(eps, average_offset)
     loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
     return loss, distance, tempered, geometry, grad_logits
+
+
+def steps_ahead(logits: Tensor, labels: Labels) -> bool:
+    """Whether `elogitnorm_step` takes one read and one write for loss and gradient, and the gradient of a loss whose
+    scale comes later can be held in the logits' dtype: in fp16, 1/n of it would fall below the range."""
+    return logits.dtype != torch.float16 and is_fused(logits, labels)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient *= factor (0-dim), in place and without a pass over it where the factor is 1."""
+    if gradient.dtype == torch.bfloat16 and target_of(gradient) == "interpreter":  # which truncates
+        return gradient.mul_(factor)
+    block = 8 * 32 * 4  # 8 a thread with 4 warps: a 128-bit load in half precision
+    grid = (cdiv(gradient.numel(), block),)
+    launch(scale_kernel, grid, gradient, factor, gradient.numel(), BLOCK=block, num_warps=4)
+    return gradient
 
 
 def elogitnorm_backward(

@@ -331,15 +331,13 @@ def statistics_config(n_samples: int, n_classes: int, n_features: int, target: s
     """0 classes or features: none are read.
 
     A row of 10 logits would leave most lanes of a program idle, so short rows share one, where there are enough of
-    them. Features are wide: with them each sample has a program of its own. Looped rows have 16 warps: with 8, Triton
-    3.8 spills 24 bytes in float32 on sm_90.
+    them. Features are wide: with them each sample has a program of its own.
     """
     row = row_config(n_classes, target)
     rows = 1
     while n_features == 0 and rows * 2 * row.block <= SHARED_ELEMENTS and cdiv(n_samples, rows * 2) >= SHARED_PROGRAMS:
         rows *= 2
-    row_warps = 16 if row.looped else row.num_warps
-    num_warps = row_warps if n_classes else min(scan_config(n_features, target).num_warps, 2)
+    num_warps = row.num_warps if n_classes else min(scan_config(n_features, target).num_warps, 2)
     num_warps = max(num_warps, rows * row.block // (8 * lanes_of(target)) if rows > 1 else 1)
     return StatisticsConfig(rows, row.block, row.looped, feature_block(n_features, num_warps, target), num_warps)
 

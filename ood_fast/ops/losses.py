@@ -12,7 +12,7 @@ from .. import checks, eager
 from ..eager.precision import compute_dtype
 from ..records import Geometry, Labels, Needs, Tempered
 from .backend import backend_of
-from .registration import Differentiable, Operator, call, first_derivative, needs_grad, operator
+from .registration import Differentiable, Operator, call, first_derivative, is_traced, needs_grad, operator
 
 if TYPE_CHECKING:
     from ..distributed.shards import Shards
@@ -153,8 +153,31 @@ def _elogitnorm_backward(
 
 
 class _ELogitNorm(Differentiable):
+    """Where the kernels can, one pass over the logits makes the loss and the gradient of them for an upstream gradient
+    of 1; the first backward pass scales and hands it out, a further one computes it."""
+
     operator = _elogitnorm
     n_visible = 2
+
+    @classmethod
+    def forward(cls, ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, *rule, _ = inputs
+        labels = Labels(target, class_weight, ignore_index, label_smoothing)
+        backend = backend_of(logits, head_weight)
+        ahead = reduction != "none" and ctx.needs_input_grad[0] and backend is not eager
+        ctx.ahead = None
+        if not ahead or not backend.steps_ahead(logits, labels):
+            return super().forward(ctx, *inputs)
+        _check_indices(backend, labels, logits.shape[1])
+        divisor = normalizer(labels, reduction, torch.float32)
+        upstream = divisor.reciprocal().expand(logits.shape[0])  # the kernel leaves out what is ignored
+        loss, distance, tempered, geometry, ctx.ahead = backend.elogitnorm_step(
+            logits, head_weight, labels, *rule, upstream
+        )
+        cls.save(ctx, inputs, (loss, distance, divisor, *tempered, *geometry))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(distance)
+        return reduced(loss, divisor, reduction), distance
 
     @staticmethod
     def save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -165,8 +188,17 @@ class _ELogitNorm(Differentiable):
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
         logits, head_weight, target, class_weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
+        ahead, ctx.ahead = getattr(ctx, "ahead", None), None
+        run = _elogitnorm_backward
+        if ahead is not None and not is_traced(grad_loss):
+
+            def finish(grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+                grad_weight = _elogitnorm_backward.run(grad_loss, *others[:-2], False, True)[1] if needed[1] else None
+                return backend_of(logits, head_weight).scale_(ahead, grad_loss), grad_weight
+
+            run = Operator("elogitnorm_backward", finish)
         args = (grad_loss, logits, head_weight, target, class_weight, saved, *ctx.keywords, *needed)
-        return *first_derivative(_elogitnorm_backward, args, needed, (logits, head_weight)), *[None] * 8
+        return *first_derivative(run, args, needed, (logits, head_weight)), *[None] * 8
 
 
 def elogitnorm(

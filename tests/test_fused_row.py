@@ -1,0 +1,105 @@
+"""Loss and logit gradient from one read of a row: when that kernel runs, and what the backward pass does."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import ood_fast
+from ood_fast import ops
+
+launch = pytest.importorskip("ood_fast.kernels.launch")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    with ops.use_backend("triton"):
+        launch.launches.clear()
+        yield
+
+
+def problem(n: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits, W = (3 * torch.randn(n, c)).to(dtype).requires_grad_(), torch.randn(c, 6).to(dtype).requires_grad_()
+    return logits, torch.zeros(n, 6, dtype=dtype), W, torch.zeros(c, dtype=dtype), torch.randint(c, (n,))
+
+
+@pytest.mark.parametrize(("n", "c"), [(9, 5), (4, 37)])
+def test_one_read_and_one_write(interpreted, n: int, c: int) -> None:
+    """A step launches the row kernel once; a second backward pass, through the retained graph, launches it again."""
+    inputs = problem(n, c)
+    loss = ood_fast.elogitnorm(*inputs)
+    first = torch.autograd.grad(3 * loss, (inputs[0], inputs[2]), retain_graph=True)
+    assert launch.launches["fused_row_kernel"] == 1
+    assert not {"tempered_forward_kernel", "tempered_backward_kernel"} & launch.launches.keys()
+    second = torch.autograd.grad(3 * loss, (inputs[0], inputs[2]))
+    assert launch.launches["fused_row_kernel"] == 2
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"reduction": "none"}, {"weight": True, "label_smoothing": 0.1}, {"no_grad": True}]
+)
+def test_no_gradient_before_it_is_known(interpreted, keywords: dict) -> None:
+    """Where every sample has an upstream gradient of its own, or nobody asks for one, or in other kernels' rows."""
+    logits, *others = problem(9, 5)
+    keywords = keywords | ({"weight": torch.ones(5)} if "weight" in keywords else {})
+    if keywords.pop("no_grad", False):
+        logits = logits.detach()
+    loss = ood_fast.elogitnorm(logits, *others, **keywords)
+    assert launch.launches["scale_kernel"] == 0
+    assert getattr(loss.grad_fn, "ahead", None) is None
+
+
+def test_half_precision_waits_for_its_loss_scale(interpreted) -> None:
+    """1/n of a gradient would fall below fp16's range before the loss scale arrives."""
+    logits, *others = problem(9, 5, torch.float16)
+    loss = ood_fast.elogitnorm(logits, *others)
+    (gradient,) = torch.autograd.grad(loss * 2.0**20, logits)
+    assert launch.launches["fused_row_kernel"] == 2
+    assert gradient.isinf().logical_or(gradient != 0).all()
+
+
+def test_rows_nearer_than_a_float_can_square_coincide(interpreted) -> None:
+    """Rows 1e-20 apart: 1e-40 is no normal float32, and a GPU's root of it is that of 0."""
+    logits, _, W, *_ = problem(4, 5)
+    W = torch.zeros_like(W) + torch.eye(5, 6)
+    W[1] = 0
+    W[2] = W[1]
+    W[2, 0] = 1e-20
+    together = W.clone()
+    together[2] = W[1]
+    found = [ood_fast.boundary_distance(logits.detach(), weight) for weight in (W, together)]
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
+
+
+def test_grids_of_three_million_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axes y and z of a grid end at 65,535: no launch passes it, forward or backward."""
+    from ood_fast.kernels import boundary, distances, fused_row, losses, segments, tempered, weight_gradient
+    from ood_fast.records import Labels, Needs
+
+    grids: dict[str, tuple[int, ...]] = {}
+
+    def record(kernel, grid, *arguments, **options) -> None:
+        grids[kernel.fn.__name__] = grid
+
+    for module in (boundary, distances, fused_row, losses, segments, tempered, weight_gradient):
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", record)
+        if hasattr(module, "target_of"):
+            monkeypatch.setattr(module, "target_of", lambda tensor: "sm_90")
+    n, c, m = 256, 3_000_000, 64
+    logits, W = (torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in ((n, c), (c, m)))
+    labels = Labels(torch.empty(n, dtype=torch.int64, device="meta"), None, -100, 0.0)
+    grad = torch.empty(n, device="meta")
+    _, _, tempered_row, geometry = losses.elogitnorm_forward(logits, W, labels, 1e-6, 0)
+    needs = Needs(logits=True, weight=True)
+    losses.elogitnorm_backward(grad, logits, W, labels, geometry, tempered_row, needs)
+    assert {"distance_gram_kernel", "distance_refine_kernel", "segment_sum_kernel"} <= grids.keys()
+    assert {name: grid for name, grid in grids.items() if max(grid[1:], default=0) > 65_535} == {}
