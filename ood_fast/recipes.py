@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .values import KINDS
 
 # What `data.open_benchmark` takes; here, because it is wanted where torch is not imported
 BENCHMARK_NAMES = ("cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin")
@@ -404,55 +405,4 @@ def _field(key: str) -> str:
     return name
 
 
-# ---- values, by the type of their field as it is written above
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How a value is written on the command line (`parse`, ValueError otherwise), and what JSON gives (`accepts`)."""
-
-    expected: str
-    parse: Callable[[str], Any]
-    accepts: Callable[[Any], bool]
-
-
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in _BOOLEANS:
-        raise ValueError(text)
-    return _BOOLEANS[text.lower()]
-
-
-def _number(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(text)
-    return float(text)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_KINDS = {
-    "str": _Kind("a name", str, lambda value: isinstance(value, str)),
-    "bool": _Kind("true or false", _boolean, lambda value: isinstance(value, bool)),
-    "int": _Kind("a whole number", int, _is_int),
-    "float": _Kind("a number", _number, _is_number),
-    "float | None": _Kind(
-        "a number or none",
-        lambda text: None if text.lower() == "none" else _number(text),
-        lambda value: value is None or _is_number(value),
-    ),
-    "tuple[int, ...]": _Kind(
-        "whole numbers, as 40,50",
-        lambda text: tuple(int(part) for part in text.split(",") if part.strip()),
-        lambda value: isinstance(value, (list, tuple)) and all(map(_is_int, value)),
-    ),
-}
-_FIELDS = {field.name: _KINDS[str(field.type)] for field in fields(TrainingRecipe)}
+_FIELDS = {field.name: KINDS[str(field.type)] for field in fields(TrainingRecipe)}

@@ -28,7 +28,7 @@ from ..data.loading import Loader
 from .build import criterion_of, model_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
-from .options import DivergedError, Interrupted, RunOptions, Watcher
+from .options import DivergedError, Interrupted, RunOptions, Watcher, status_of
 from .order import Batches
 from .randomness import convolutions_timed, random_state, random_state_kept, set_random_state
 from .schedules import learning_rate
@@ -151,7 +151,7 @@ class Run:
                     self._train_epoch()
             except BaseException as error:
                 with suppress(OSError):  # a full disk must not hide the reason
-                    self._write_status(_status(error))
+                    self._write_status(status_of(error))
                 raise
             finally:
                 self._loading.fill_(False)
@@ -440,12 +440,6 @@ def _n_correct(logits: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point():
         return target.gather(1, predicted[:, None]).sum()
     return (predicted == target).sum()
-
-
-def _status(error: BaseException) -> str:
-    if isinstance(error, (Interrupted, KeyboardInterrupt)):
-        return "interrupted"
-    return "diverged" if isinstance(error, DivergedError) else "failed"
 
 
 def _index(device: torch.device) -> int:

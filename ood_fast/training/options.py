@@ -78,3 +78,10 @@ class RunOptions:
             checks.positive_int("keep_every", self.keep_every, " or None")
         if self.sync_bn and torch.device(self.device).type == "cpu":
             raise checks.UserError("sync_bn: PyTorch's SyncBatchNorm runs on GPUs, not on the CPU")
+
+
+def status_of(error: BaseException) -> str:
+    """What run.json says of a run that ended with this error."""
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return "interrupted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
