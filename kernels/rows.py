@@ -39,11 +39,13 @@ def _larger(a, b):
 
 @triton.jit
 def add_2(a0, a1, b0, b1):
+    """Two sums in one reduction."""
     return a0 + b0, a1 + b1
 
 
 @triton.jit
 def add_3(a0, a1, a2, b0, b1, b2):
+    """Three sums in one reduction."""
     return a0 + b0, a1 + b1, a2 + b2
 
 

@@ -62,7 +62,7 @@ _HOMES = {  # the others: functional
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..detectors import DetectorSet
+    from ..detectors import Detector, DetectorSet
 
 
 def add(commands: Any) -> None:
@@ -113,7 +113,7 @@ def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
     """ODIN steps by what the channels of images were divided by, as in OpenOOD, unless --set says otherwise."""
     from ..detectors import ODIN, DetectorSet
 
-    def prepared(detector):
+    def prepared(detector: Detector) -> Detector:
         if not isinstance(detector, ODIN) or detector.std is not None:
             return detector
         return ODIN(**{**detector.settings(), "std": notes.get("std")})

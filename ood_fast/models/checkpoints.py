@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def n_classes_of(path: str | os.PathLike) -> int | None:
     return len(matrices[-1]) if matrices else None
 
 
-def _safetensors():
+def _safetensors() -> ModuleType:
     try:
         from safetensors import torch as safetensors
     except ImportError as error:

@@ -12,6 +12,7 @@ What changes for small images:
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from .. import checks
 Build = Callable[[int, int, "int | None"], nn.Module]
 
 
-def _models():
+def _models() -> ModuleType:
     try:
         from torchvision import models
     except ImportError as error:

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +266,7 @@ class Run:
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.recipe, self.epoch * self.steps_an_epoch + step, self.steps_an_epoch)
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager:
         dtype = AUTOCAST.get(self.recipe.amp)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
