@@ -262,7 +262,7 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
     except ImportError as error:
         raise checks.UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             names = opened.schema_arrow.names
             if "features" not in names:
                 _checked(file, dict.fromkeys(names))  # raises, and lists them

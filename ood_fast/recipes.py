@@ -342,11 +342,14 @@ def find(name: str | Path) -> TrainingRecipe:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _refusal(f"recipe {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(f"recipe {path}: no JSON ({error})") from error
     if not isinstance(settings, dict):
         raise _refusal(f"recipe {path}: expected an object of settings")
-    return from_dict({"name": path.stem, **settings})
+    settings = {"name": path.stem, **settings}
+    if settings["name"] == "":
+        raise _refusal(f"recipe {path}: name: got '', expected a name that a folder can have")
+    return from_dict(settings)
 
 
 def override(recipe: TrainingRecipe, settings: Iterable[str]) -> TrainingRecipe:
@@ -378,8 +381,8 @@ def from_dict(settings: Mapping[str, Any]) -> TrainingRecipe:
     """The recipe with these values, on top of `"base"` if it names one. `UserError` as in `override`."""
     settings = dict(settings)
     base = _base(settings.pop("base")) if "base" in settings else TrainingRecipe()
-    name = settings.get("name", base.name)
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\\0:*?"<>|'):
+    name = settings.get("name", base.name)  # of the folder that a run is written in; empty for settings without a name
+    if not isinstance(name, str) or name in (".", "..") or set(name) & set('/\\\0:*?"<>|'):
         raise _refusal(f"name: got {name!r}, expected a name that a folder can have")
     changes: dict[str, Any] = {}
     for key, value in settings.items():

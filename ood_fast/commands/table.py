@@ -45,10 +45,11 @@ class ScoreTable:
         self.alone = ExitStack()
         try:
             part.touch()
-            self.alone.enter_context(locked(part, wait=0))
-            if not part.exists():  # taken away by one that was done while this one waited for the lock
+            self.alone.enter_context(locked(part))  # waits for what a killed one has left running
+            if not part.exists() or (out.exists() and not overwrite):  # another one was done meanwhile
                 raise BusyError
         except BusyError as error:
+            self.alone.close()
             raise refusal(f"--out: another ood-fast score is at work on {out}") from error
         except OSError as error:
             raise RunError(f"cannot write {part}: {error.strerror}") from error
@@ -186,7 +187,7 @@ class ScoreTable:
         columns, text, flag, score = self.columns(), pyarrow.string(), pyarrow.bool_(), pyarrow.float64()
         kinds = {"path": text, "prediction": text if self.class_names else pyarrow.int64()}
         schema = pyarrow.schema([(c, kinds.get(c, flag if c.endswith("is_ood") else score)) for c in columns])
-        with parquet.ParquetWriter(path, schema) as writer:
+        with parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
             rows = ([path.encode(errors="backslashreplace").decode(), *cells] for path, *cells in self._rows())  # UTF-8
             full = True
             while full:

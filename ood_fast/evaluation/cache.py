@@ -111,7 +111,7 @@ def model_key(model: nn.Module, head: nn.Linear) -> str:
     head."""
     place = next(path for path, module in model.named_modules() if module is head)
     digest = hashlib.sha256(f"{model!r} {place}".encode())
-    update_with_weights(digest, model)
+    update_with_weights(digest, model.state_dict())
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from ..heads import unwrapped
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
+CHECKSUM = "blake2b"  # in the metadata of our safetensors files
 N_LISTED = 20  # keys that a message lists before it counts the others
 
 
@@ -50,7 +51,8 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
     state = unwrapped(contents).state_dict() if isinstance(contents, nn.Module) else contents
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix == ".safetensors":
-            file.write(_safetensors().save({key: value.contiguous() for key, value in state.items()}))
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            file.write(_safetensors().save(tensors, {CHECKSUM: _checksum(tensors)}))
             return
         try:
             torch.save(dict(state), file)
@@ -95,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise checks.UserError(f"no checkpoint {path}")
     try:
         if path.suffix == ".safetensors":
-            return _safetensors().load_file(path)
+            return _read_safetensors(path)
         check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except checks.UserError:
@@ -113,16 +115,34 @@ def weight_fingerprint(model: nn.Module, head: nn.Module) -> str:
     model = unwrapped(model)
     place = next((path for path, module in model.named_modules() if module is head), "")
     digest = hashlib.sha256(place.encode())
-    update_with_weights(digest, model)
+    update_with_weights(digest, model.state_dict())
     return digest.hexdigest()
 
 
-def update_with_weights(digest: Any, model: nn.Module) -> None:
-    """Put names, dtypes, shapes and bytes of all weights and buffers into a hash."""
-    for name, value in model.state_dict().items():
+def update_with_weights(digest: Any, state: Mapping[str, Any]) -> None:
+    """Put names, dtypes, shapes and bytes of all tensors of a state_dict into a hash."""
+    for name, value in state.items():
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _safetensors()
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        kept = (file.metadata() or {}).get(CHECKSUM)  # of files that we wrote; the format has none
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    if kept is not None and kept != _checksum(state):
+        raise checks.UserError(f"{path}: is damaged, its checksum does not fit")
+    return state
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    update_with_weights(digest, {key: state[key] for key in sorted(state)})
+    return digest.hexdigest()
 
 
 def _why_not_read(path: Path, error: Exception) -> str:

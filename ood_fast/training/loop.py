@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,13 +134,8 @@ class Run:
             DivergedError: the loss is not finite; the checkpoints before it are kept.
             Interrupted. OSError: a file cannot be written; the one before it is kept.
         """
-        with (
-            self.folder.alone() if self.rank == 0 else nullcontext(),
-            random_state_kept(self.device),
-            convolutions_timed(),
-            Signals() as self._signals,
-        ):
-            state = self._claim()
+        with ExitStack() as owning, random_state_kept(self.device), convolutions_timed(), Signals() as self._signals:
+            state = self._claim(owning)
             self._build(state)
             if self.rank == 0:
                 self._write_tables("running")
@@ -163,11 +158,12 @@ class Run:
 
     # ---- before the first step
 
-    def _claim(self) -> dict[str, Any] | None:
+    def _claim(self, owning: ExitStack) -> dict[str, Any] | None:
         """The checkpoint to continue from; what rank 0 reads, or its error, reaches every process."""
         answer: list = [None, None]
         if self.rank == 0:
             try:
+                owning.enter_context(self.folder.alone())  # until the training ends
                 answer[0] = self.folder.claim(describe(self, "new"), self.options.resume)
             except checks.UserError as error:
                 answer[1] = str(error)

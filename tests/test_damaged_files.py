@@ -1,0 +1,65 @@
+"""Files of others that are damaged, hostile or of another kind: an error that names them, never other numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from torch import nn
+
+from ood_fast import checks, features, models, recipes
+
+
+def flipped(path, needle, bit=0x40):
+    """The file with an exponent bit of the first number of `needle` changed."""
+    content = bytearray(path.read_bytes())
+    content[bytes(content).index(needle) + 3] ^= bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.safetensors"])
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, name):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    net = nn.Linear(64, 10)
+    models.save_checkpoint(net, tmp_path / name)
+    models.load_checkpoint(nn.Linear(64, 10), tmp_path / name)
+    flipped(tmp_path / name, net.weight.detach().numpy().tobytes()[:32])
+    with pytest.raises(checks.UserError, match=f"{name}: .*is damaged"):
+        models.load_checkpoint(nn.Linear(64, 10), tmp_path / name)
+
+
+def test_safetensors_of_others_have_no_checksum_and_load(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    net = nn.Linear(4, 2)
+    safetensors.save_file(net.state_dict(), tmp_path / "a.safetensors")
+    models.load_checkpoint(nn.Linear(4, 2), tmp_path / "a.safetensors")
+
+
+# ---- recipes and runs
+
+
+@pytest.mark.parametrize("name", ["/anywhere", "../x", "a/b", "a\\b", "..", "", "a\0b", "C:x"])
+def test_a_recipe_cannot_choose_where_it_is_written(tmp_path, name):
+    (tmp_path / "r.json").write_text(json.dumps({"base": "digits-ce", "name": name}))
+    with pytest.raises(checks.UserError, match="name: got"):
+        recipes.find(tmp_path / "r.json")
+
+
+def test_settings_without_a_name_are_a_recipe(tmp_path):
+    assert recipes.from_dict({"epochs": 3}).epochs == 3
+    plain = recipes.TrainingRecipe()
+    assert recipes.from_dict(recipes.as_dict(plain)) == plain  # as load_run reads it
+    (tmp_path / "r.json").write_text("[" * 100_000)
+    with pytest.raises(checks.UserError, match="no JSON"):
+        recipes.find(tmp_path / "r.json")
+
+
+def test_a_flipped_bit_in_parquet_is_found_where_its_writer_left_checksums(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    z = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    path, table = tmp_path / "z.parquet", pa.table({"features": pa.array(list(z))})
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    assert features.load(path).features.tolist() == z.tolist()
+    flipped(path, z.tobytes()[:32])
+    with pytest.raises(checks.UserError, match=r"z\.parquet: .*(damaged|cannot be read)"):
+        features.load(path)
