@@ -156,8 +156,9 @@ def _why_not_read(path: Path, error: Exception) -> str:
         return f"cannot be read as tensors and plain values ({reason})"
     state = 'model.state_dict() if isinstance(model, torch.nn.Module) else model["model"]'
     return (
-        f"holds objects of {', '.join(others[:N_LISTED])} beside tensors, whose reading could run code. If you trust "
-        f'the file, convert it once: model = torch.load("{path.name}", weights_only=False); '
+        f"cannot be read as tensors and plain values: holds objects of {', '.join(others[:N_LISTED])}, whose reading "
+        f"could run code. If you trust the file, convert it once: model = torch.load({str(path)!r}, "
+        "weights_only=False); "
         f'torch.save({state}, "weights.pth")  (or the key under which the weights are)'
     )
 
