@@ -128,7 +128,6 @@ def held(value: float, target: float | None) -> str:
 # Most of extra / head: when all predictions differ, and when half of them do. Detached: at most half of the extra.
 EXTRA = {((256, 1000, 2048), 256): 1.0, ((256, 1000, 2048), 128): 0.7, ((64, 21841, 768), 64): 1.3}
 PEAK_MB = {(256, 1000, 2048): 16}
-SMALL_RATIO = 4.0
 
 
 def dense() -> None:
@@ -162,7 +161,7 @@ def small() -> None:
         ratio = {candidate: seconds / ce for candidate, seconds in t.items()}
         print(
             f"{name:15} {1e6 * ce:16.0f} {calls['cross-entropy']:6d}"
-            f" {held(ratio['elogitnorm'], SMALL_RATIO):>28} {calls['elogitnorm']:5d}"
+            f" {ratio['elogitnorm']:>28.2f} {calls['elogitnorm']:5d}"
             f" {ratio['detached']:10.1f} {ratio['floor']:9.1f}"
         )
 
