@@ -67,7 +67,7 @@ class Agreement(Detector):
                 f"{path}: the folders are not in the order of the model's classes: {100 * right / n_images:.1f} % of "
                 f"the images are predicted as their folder says, {100 * by_meaning / n_images:.1f} % if folders and "
                 f"classes are matched; folders by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: "
-                f"{', '.join(order)}{more}; rename the folders so that their order by name is that of the classes"
+                f"{', '.join(order)}{more}; pass the model's order as --classes FILE"
             )
         chance = 1 / n_classes
         if right <= n_images * chance + 2 * (n_images * chance * (1 - chance)) ** 0.5:

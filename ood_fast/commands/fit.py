@@ -139,9 +139,10 @@ class _Data:
 
 class _ImageData(_Data):
     def __init__(
-        self, model: torch.nn.Module, prepared: dict[str, Any], options: argparse.Namespace, names: Any
+        self, model: torch.nn.Module, prepared: dict[str, Any], options: argparse.Namespace, order: Any, names: Any
     ) -> None:
-        self.model, self.prepared, self.options, self.class_names = model, prepared, options, names
+        self.model, self.prepared, self.options, self.class_order = model, prepared, options, order
+        self.class_names = names
         self.notes = {name: getattr(options, name) for name in REMEMBERED} | {
             **prepared,
             "fingerprint": fingerprint_of(model, options.head),
@@ -156,7 +157,7 @@ class _ImageData(_Data):
         from ..detectors import DetectorSet
         from .agreement import Agreement
 
-        source = images.read_folder(path, with_classes=True)
+        source = images.read_images(path, with_classes=True, classes=self.class_order)
         if source.classes is None:
             self._without_classes(detectors, path)
         if not _reads_data(detectors):
@@ -186,7 +187,7 @@ class _ImageData(_Data):
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
-            batches = self._batches(images.read_folder(path, with_classes=False), process, bar)
+            batches = self._batches(images.read_images(path), process, bar)
             for _, scores in detectors.score_loader(self.model, batches, self.options.head):
                 yield scores
 
@@ -227,13 +228,16 @@ def _say(options: argparse.Namespace, text: str) -> None:
 
 
 def _open_images(options: argparse.Namespace, where: str, process: Process) -> _Data:
-    source = images.read_folder(options.data, with_classes=True)
+    source = images.read_images(options.data, with_classes=True)
     n_classes = None if source.classes is None else len(source.classes)
     model = load_model(options, n_classes, where)
-    names = source.classes if source.classes and n_classes == _n_outputs(model, options.head) else None
     prepared = preparation_of(options, model)
     _say(options, f"images: {text_of(prepared)}")
-    return _ImageData(model, prepared, options, names)
+    names = images.class_order(model, source, prepared, options) if source.classes or options.classes else None
+    n_outputs = _n_outputs(model, options.head)
+    if options.classes and n_outputs not in (None, len(names)):
+        raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
+    return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 
 def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
-PREPARATION = ("size", "resize", "mean", "std", "interpolation")
+PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation")
 
 
 def load_model(options: argparse.Namespace, n_classes: int | None, device: str) -> nn.Module:
@@ -107,8 +107,10 @@ def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict
 
 
 def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """size, resize, mean, std, interpolation: as given, else as `kept` with the detectors, else the model's own."""
-    own = {**_own_preparation(options, model), **{name: kept[name] for name in PREPARATION if name in (kept or {})}}
+    """What `PREPARATION` names: as given, else as `kept` with the detectors, else the model's own."""
+    kept = kept or {}
+    own = {"orientation": "stored" if "size" in kept else "exif"}  # older files do not say it: it was not read
+    own |= {**_own_preparation(options, model), **{name: kept[name] for name in PREPARATION if name in kept}}
     size = options.size or own["size"]
     resize = options.resize or (size * 8 // 7 if options.size else own["resize"])
     if size < 1 or resize < size:
@@ -116,7 +118,8 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     numbers = {name: _numbers(name, getattr(options, name)) or tuple(own[name]) for name in ("mean", "std")}
     if len(numbers["mean"]) != len(numbers["std"]):
         raise refusal(f"--mean, --std: got {len(numbers['mean'])} and {len(numbers['std'])} numbers, expected as many")
-    return {"size": size, "resize": resize, **numbers, "interpolation": options.interpolation or own["interpolation"]}
+    chosen = {name: getattr(options, name) or own[name] for name in ("interpolation", "orientation")}
+    return {"size": size, "resize": resize, **numbers, **chosen}
 
 
 def _own_preparation(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:

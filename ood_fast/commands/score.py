@@ -33,7 +33,12 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--detectors", required=True, metavar="FILE", help="what `ood-fast fit` wrote")
     parser.add_argument("--out", required=True, metavar="FILE", help="the table: .csv or .parquet")
-    parser.add_argument("--data", metavar="FOLDER", help="folder of images, at any depth")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="folder of images, at any depth; images; a pattern; - for a list on stdin",
+    )
     parser.add_argument("--features", metavar="PATH", help="stored features: .npz, .pt, .parquet, or a folder of them")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -73,9 +78,11 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
     with processes(where) as process:
         options.quiet |= process.rank > 0
-        source = None if options.features else images.read_folder(options.data, with_classes=False)
+        source = None if options.features else images.read_images(options.data)
+        if options.classes is not None:
+            _name_classes(detectors, options.classes)
         with ScoreTable(out, detectors, _identity(options, source), process, options.overwrite) as table:
-            what = f"scoring {options.data or options.features}"
+            what = f"scoring {' '.join(options.data[:2]) if options.data else options.features}"
             with Bar(what, None, options.quiet) as bar, _told(notes):
                 if source is None:
                     _score_features(detectors, table, options, process, bar)
@@ -106,6 +113,18 @@ def _told(notes: dict[str, Any]) -> Iterator[None]:
         raise RunError(f"{error}; what was scored before is kept") from error
 
 
+def _name_classes(detectors: DetectorSet, file: str) -> None:
+    """Call the classes as `--classes` does."""
+    from ..data.folders import class_names
+
+    names = tuple(class_names(file))
+    for detector in detectors.detectors:
+        c = len(detector.class_names or ()) or (len(detector.head_weight) if detector.needs_head else len(names))
+        if c != len(names):
+            raise refusal(f"--classes {file}: {len(names)} names, but the detectors were fitted on {c} classes")
+        detector.class_names = names
+
+
 def _identity(options: argparse.Namespace, source: Any) -> str:
     """A key of all that decides the rows: an interrupted run with another one is not continued."""
     from .. import features
@@ -123,9 +142,13 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
         "resize",
         "mean",
         "std",
+        "interpolation",
+        "orientation",
+        "classes",
     )
     chosen = {name: getattr(options, name) for name in names}
-    for name in ("data", "features", "checkpoint"):
+    chosen["data"] = [str(Path(path).resolve()) for path in options.data or ()]
+    for name in ("features", "checkpoint", "classes"):
         if chosen[name]:
             chosen[name] = str(Path(chosen[name]).resolve())
     digest.update(json.dumps(chosen, sort_keys=True).encode())

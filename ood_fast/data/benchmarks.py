@@ -11,8 +11,9 @@ them and names everything that is missing.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from .. import checks
 from . import folders
-from .images import NO_CLASS, ImageDataset, Noise, Scrambled, Source, Tensors, augmentation, preparation
+from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, Tensors, augmentation, preparation
 from .readers import DATA_SETS, OPENOOD
 from .specs import IMAGENET, SPECS, Spec
 
@@ -121,6 +122,8 @@ class Options:
     synthetic: bool = False
     image_size: int | None = None
     seed: int = 0
+    classes: Sequence[str] | None = None
+    upright: bool | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -155,6 +158,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
             "synthetic".
         image_size = None: of "folder" only, default 224.
         seed = 0: of the augmentation and of synthetic images. Splits are the same for every seed, except for "digits".
+        classes = None: of "folder" only, the class folders in the order of a model's outputs, default by name.
+        upright = None: turn images as their EXIF orientation says; default for "folder" only, as torchvision and
+            OpenOOD, whose numbers the others give, take them as stored.
 
     In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
     of the classes. OpenOOD also leaves out OOD images whose subject is an ID class (of Tiny ImageNet, Places365): for
@@ -177,20 +183,24 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
         raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
     root = Path(root).expanduser()
     if name == "folder":
-        spec, read = _own_folders(root, asked.image_size or 224)
+        spec, read = _own_folders(root, asked.image_size or 224, asked.classes)
     else:
+        if asked.classes is not None:
+            raise checks.UserError(f"classes: benchmark {name} has an order of its own")
         spec = SPECS[name]
         if asked.image_size is not None:
             raise checks.UserError(f"image_size: benchmark {name} has images of {spec.crop} pixels")
         read = _reader(name, spec, root, asked)
-    return _Opener(spec, read, asked).benchmark(name)
+    upright = name == "folder" if asked.upright is None else asked.upright
+    return _Opener(spec, read, replace(asked, upright=upright)).benchmark(name)
 
 
 class _Opener:
     """Data sets of what `read(set name, split)` gives, prepared as `spec` says."""
 
     def __init__(self, spec: Spec, read: Read, options: Options) -> None:
-        self.spec, self.read, self.options = spec, read, options
+        self.spec, self.options = spec, options
+        self._read = read
         self.prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std)
 
     def benchmark(self, name: str) -> ImageBenchmark:
@@ -215,6 +225,16 @@ class _Opener:
         ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added
         return ImageBenchmark(name, spec.n_classes, (3, spec.crop, spec.crop), parts, ood)
 
+    def read(self, set_name: str, split: str) -> Source:
+        return self._told(self._read(set_name, split))
+
+    def _told(self, source: Source) -> Source:
+        if isinstance(source, Files):
+            source.upright = bool(self.options.upright)
+            if source.left_out:
+                warnings.warn(source.left_out, stacklevel=2)
+        return source
+
     def training(self) -> ImageDataset:
         spec = self.spec
         augmented = augmentation(spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip)
@@ -233,7 +253,7 @@ class _Opener:
 
     def folder(self, title: str, folder: str | Path) -> ImageDataset:
         source = folders.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images")
-        return ImageDataset(source, self.prepared(), title=title, group="far")
+        return ImageDataset(self._told(source), self.prepared(), title=title, group="far")
 
     def noise(self) -> ImageDataset:
         spec = self.spec
@@ -309,7 +329,7 @@ def _openood_reader(name: str, spec: Spec, root: Path) -> Read:
     return read
 
 
-def _own_folders(root: Path, size: int) -> tuple[Spec, Read]:
+def _own_folders(root: Path, size: int, order: Sequence[str] | None) -> tuple[Spec, Read]:
     """The benchmark in `root`: train, test and val with a folder for each class; near and ood with one for each set."""
     where = f"expected {root}/train/<class>/, {root}/test/<class>/, {root}/ood/<name>/"
     if not root.is_dir():
@@ -317,7 +337,7 @@ def _own_folders(root: Path, size: int) -> tuple[Spec, Read]:
 
     @functools.cache
     def training() -> Source:
-        return folders.read_image_folder(root / "train", "benchmark folder", where)
+        return folders.read_image_folder(root / "train", "benchmark folder", where, order)
 
     classes = training().classes
     if len(classes) < 2:

@@ -105,10 +105,11 @@ class Listing:
             return self._leave_out(f"a folder that cannot be listed: {error.strerror}", below)
         for entry in listed:
             name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
+            kind = _kind(entry)
+            if kind == "folder":
                 (links if entry.is_symlink() else waiting).append(name)
-            elif not entry.is_file():
-                self._leave_out("a dangling link" if entry.is_symlink() else "no regular file", name)
+            elif kind != "file":
+                self._leave_out(kind, name)
             else:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 if suffix in decoding.suffixes() if suffix else decoding.has_signature(entry.path):
@@ -119,6 +120,18 @@ class Listing:
 
     def _leave_out(self, why: str, name: str) -> None:
         self.left_out.setdefault(why, []).append(name)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """ "folder", "file", or what else it is."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # a link to itself
+        return "a dangling link"
+    return "a dangling link" if entry.is_symlink() and not os.path.exists(entry.path) else "no regular file"
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -215,7 +228,7 @@ def _class_folders(folder: Path, title: str, left_out: dict[str, list[str]]) -> 
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if _kind(entry) != "folder":
             left_out.setdefault("beside the class folders", []).append(entry.name)
             continue
         identity = _identity(folder / entry.name)

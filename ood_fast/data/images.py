@@ -136,7 +136,8 @@ class Files(Source):
 
     def take(self, rows: np.ndarray) -> Files:
         """The source of these rows, in this order."""
-        return Files(self.root, self.names[rows], self.labels[rows], self.classes, upright=self.upright)
+        options = {"upright": self.upright, "left_out": self.left_out}
+        return Files(self.root, self.names[rows], self.labels[rows], self.classes, **options)
 
     def update(self, digest: Any) -> None:
         """Names, sizes and times of change, and how the files are decoded."""
@@ -145,8 +146,9 @@ class Files(Source):
         for index in range(len(self)):
             try:
                 status = os.stat(self.path(index))
-            except OSError as error:
-                raise checks.UserError(f"image {self.path(index)}: {error.strerror}") from error
+            except OSError:  # `image` says so
+                digest.update(b"missing;")
+                continue
             digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
 
 

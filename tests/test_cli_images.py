@@ -1,0 +1,203 @@
+"""What `score --data` takes, and the order of the classes, as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ood_fast import cli
+
+pytest.importorskip("torchvision")
+from PIL import Image
+
+C = 12
+MODEL = f"""
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    '''Class k by the mean red level k / {C - 1}: right without training.'''
+    def __init__(self, order=range({C})):
+        super().__init__()
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(3, {C})
+        level = torch.tensor([float(k) for k in order]) / {C - 1}
+        with torch.no_grad():
+            self.fc.weight.zero_()
+            self.fc.weight[:, 0] = 160 * level
+            self.fc.bias.copy_(-80 * level * level)
+
+    def forward(self, x):
+        return self.fc(self.pool(x).flatten(1))
+
+def build():
+    return Net()
+
+def shuffled():
+    return Net([3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10])
+
+def labelled():
+    model = shuffled()
+    order = [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10]
+    model.config = type("Config", (), {{"id2label": {{i: NAMES[k] for i, k in enumerate(order)}}}})
+    return model
+
+NAMES = [f"cls{{k}}" for k in range({C})]
+"""
+SIZES = ["--size", "8", "--resize", "8", "--mean", "0,0,0", "--std", "1,1,1"]
+MODEL_OPTIONS = [*SIZES, "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("leveller", None)
+    Path("leveller.py").write_text(MODEL)
+    return tmp_path
+
+
+def draw(path: str, k: int) -> None:
+    pixels = np.random.default_rng(k).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    pixels[..., 0] = 255 * k // (C - 1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def fit(names: list[str], *options: str, model: str = "build") -> int:
+    for k, name in enumerate(names):
+        for i in range(3):
+            draw(f"train/{name}/{i}.png", k)
+    given = ["fit", "--data", "train", "--model", f"leveller:{model}", *MODEL_OPTIONS, "--detectors", "MSP,SHE"]
+    return cli.main([*given, "--out", "d.safetensors", *options])
+
+
+def score(*data: str, options: tuple[str, ...] = ()) -> list[dict]:
+    given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--other-model", "--workers", "0"]
+    assert cli.main([*given, "--out", "s.csv", "--overwrite", "--device", "cpu", *options, "--data", *data]) == 0
+    with open("s.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_can_be_scored(monkeypatch, capsys):
+    assert fit([f"cls{k}" for k in range(C)]) == 0
+    for k, name in enumerate(["p/a.png", "p/b.gif", "p/deep/c.png", "q/d.jpg"]):
+        draw(name, k)
+    Path("p/notes.txt").write_text("")
+    capsys.readouterr()
+
+    def paths(*data: str) -> list[str]:
+        return [row["path"] for row in score(*data)]
+
+    assert paths("p/a.png") == ["p/a.png"]
+    assert paths("q/d.jpg", "p/a.png", "q") == ["q/d.jpg", "p/a.png", "q/d.jpg"]
+    assert paths("p") == ["p/a.png", "p/b.gif", "p/deep/c.png"]
+    assert "1 below p left out: 1 × .txt (notes.txt)" in capsys.readouterr().err
+    assert paths("p/*") == ["p/a.png", "p/b.gif"]
+    assert "1 that match p/* left out (p/notes.txt)" in capsys.readouterr().err
+    assert paths("p/**/*.png") == ["p/a.png", "p/deep/c.png"]
+    for separator in ("\n", "\r\n", "\0"):
+        listed = separator.join(["q/d.jpg", "p/a.png", ""]).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+        assert paths("-") == ["q/d.jpg", "p/a.png"]
+    assert [row["prediction"] for row in score("p/*.png", "p/deep/c.png", "q")] == ["cls0", "cls2", "cls3"]
+
+
+@pytest.mark.parametrize(
+    ("data", "stdin", "message"),
+    [
+        (["nowhere"], b"", "--data nowhere: no such file or folder"),
+        (["*.png"], b"", "no image matches the pattern"),
+        (["-"], b"", "got no path on stdin"),
+        (["-"], b"train/cls1/0.png\ngone.png\n", "--data -, path 2: gone.png: no such file"),
+        (["pipe.png"], b"", "pipe.png: is no regular file"),
+        (["link.png"], b"", "link.png: no such file"),
+        (["empty"], b"", "no images in empty"),
+    ],
+)
+def test_what_cannot_be_scored(data, stdin, message, monkeypatch, capsys):
+    assert fit([f"cls{k}" for k in range(C)]) == 0
+    os.mkfifo("pipe.png")
+    Path("link.png").symlink_to("gone.png")
+    Path("empty").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--workers", "0", "--out", "s.csv"]
+    assert cli.main([*given, "--data", *data]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not Path("s.csv").exists()
+
+
+def test_bad_ones_that_are_named_are_skipped_on_request():
+    assert fit([f"cls{k}" for k in range(C)]) == 0
+    os.mkfifo("pipe.png")
+    Path("link.png").symlink_to("gone.png")
+    Path("text.png").write_text("no image")
+    rows = score("pipe.png", "train/cls1/0.png", "link.png", "text.png", options=("--skip-bad",))
+    assert [row["path"] for row in rows] == ["train/cls1/0.png"]
+
+
+ORDERS = {
+    "numbers": [str(k) for k in range(C)],
+    "cls2 before cls10": [f"cls{k}" for k in range(C)],
+    "Zebra after apple": ["apple", *[f"m{k:02d}" for k in range(C - 2)], "Zebra"],
+}
+
+
+@pytest.mark.parametrize("names", ORDERS.values(), ids=ORDERS)
+def test_class_order(names, capsys):
+    """The model was trained in the natural order, the names sort otherwise."""
+    assert sorted(names) != names
+    assert fit(names) == 0
+    error = capsys.readouterr().err
+    assert f"natural order, {', '.join(names)}: 36 of 36" in error
+    assert "accuracy on train: 100.0 %" in error
+    assert all(Path(row["path"]).parent.name == row["prediction"] for row in score("train"))
+
+
+def test_a_model_in_the_order_of_the_names_stays_so(capsys):
+    names = sorted(str(k) for k in range(C))  # as torchvision's ImageFolder numbers them
+    assert fit(names) == 0
+    assert "natural order" not in capsys.readouterr().err
+    assert all(Path(row["path"]).parent.name == row["prediction"] for row in score("train"))
+
+
+def test_another_order_is_refused_until_it_is_given(capsys):
+    names = [f"cls{k}" for k in range(C)]
+    assert fit(names, model="shuffled") == 2
+    error = capsys.readouterr().err
+    assert "not in the order of the model's classes" in error
+    assert "--classes FILE" in error
+    assert not Path("d.safetensors").exists()
+    order = [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10]
+    Path("classes.txt").write_text("\n".join(names[k] for k in order))
+    assert fit(names, "--classes", "classes.txt", model="shuffled") == 0
+    assert "accuracy on train: 100.0 %" in capsys.readouterr().err
+    Path("few.txt").write_text("\n".join(names[:-1]))
+    assert fit(names, "--classes", "few.txt", model="shuffled") == 2
+    assert "few.txt: 11 names, but the model has 12 outputs" in capsys.readouterr().err
+
+
+def test_the_labels_of_the_model_order_the_folders(capsys):
+    assert fit([f"cls{k}" for k in range(C)], model="labelled") == 0
+    assert "accuracy on train: 100.0 %" in capsys.readouterr().err
+
+
+def test_names_given_to_score():
+    assert fit([f"cls{k}" for k in range(C)]) == 0
+    Path("names.json").write_text(str([f"species {k}" for k in range(C)]).replace("'", '"'))
+    assert score("train/cls7", options=("--classes", "names.json"))[0]["prediction"] == "species 7"
+    Path("names.txt").write_text("a\nb")
+    given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--out", "t.csv", "--data", "train"]
+    assert cli.main([*given, "--classes", "names.txt"]) == 2
+
+
+def test_the_orientation_is_remembered():
+    assert fit([f"cls{k}" for k in range(C)], "--orientation", "stored") == 0
+    from ood_fast.detectors import store
+
+    assert store.notes("d.safetensors")["orientation"] == "stored"
