@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from ood_fast import checks, features, models, recipes
+from ood_fast import checks, cli, features, models, recipes
 
 
 def flipped(path, needle, bit=0x40):
@@ -63,3 +63,36 @@ def test_a_flipped_bit_in_parquet_is_found_where_its_writer_left_checksums(tmp_p
     flipped(path, z.tobytes()[:32])
     with pytest.raises(checks.UserError, match=r"z\.parquet: .*(damaged|cannot be read)"):
         features.load(path)
+
+
+# ---- what `fit` writes
+
+
+@pytest.mark.parametrize(("out", "message"), [
+    ("d.pt", "what is written is safetensors"),
+    ("d.NPZ", "what is written is safetensors"),
+    ("folder", "is a folder"),
+    ("file/d.safetensors", "cannot be a folder"),
+])  # fmt: skip
+def test_fit_looks_at_out_before_it_works(tmp_path, monkeypatch, capsys, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert cli.main(["fit", "--features", "not-there.npz", "--out", out]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_while_detectors_are_written(tmp_path, monkeypatch, capsys):
+    safetensors = pytest.importorskip("safetensors")
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    np.savez("z.npz", features=np.ones((8, 3), np.float32), W=np.eye(3, dtype=np.float32))
+    assert cli.main(["fit", "--features", "z.npz", "--detectors", "MSP", "--out", "d.safetensors", "--quiet"]) == 1
+    assert "cannot write d.safetensors: I/O error" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["z.npz"]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ..detectors import Detector, DetectorSet
 
+OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
+
 
 def add(commands: Any) -> None:
     """The parser of the command."""
@@ -62,13 +64,10 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    from .. import checks
-
     _check(options)
     import_plugins(options.plugin)
     detectors = detector_set(options.detectors, options.set, bool(options.features))
-    out = Path(options.out).expanduser()
-    checks.writable_folder("--out", out.parent)
+    out = _checked_out(options.out)
     where = device(options.device)
     with processes(where) as process:
         options.quiet |= process.rank > 0
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             try:
                 fitted.save(out, open_data.class_names, notes=open_data.notes)
             except OSError as error:
-                raise RunError(f"cannot write {out}: {error}") from error
+                raise RunError(str(error)) from error
             if not options.quiet:
                 _tell(fitted, out)
 
@@ -107,6 +106,19 @@ def _check(options: argparse.Namespace) -> None:
                     "make its results worthless, choose on validation data",
                     file=sys.stderr,
                 )
+
+
+def _checked_out(name: str) -> Path:
+    """The file to write, before an hour of work: its folder can be written, and its ending does not lie."""
+    from .. import checks
+
+    out = Path(name).expanduser()
+    checks.writable_folder("--out", out.parent)
+    if out.is_dir() or not out.name:
+        raise refusal(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise refusal(f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors")
+    return out
 
 
 def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:

@@ -56,6 +56,7 @@ class Content(NamedTuple):
 
 def write(path: str | os.PathLike, content: Content) -> None:
     """Write a file, as `Detector.save` says."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from .. import __version__
@@ -77,7 +78,10 @@ def write(path: str | os.PathLike, content: Content) -> None:
     }
     metadata["crc32"] = _checksum_of_text(metadata)
     with replacing(path) as part:
-        save_file(dict(stored.values()), part, metadata)
+        try:
+            save_file(dict(stored.values()), part, metadata)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
 
 
 def read_file(path: str | os.PathLike) -> Content:
