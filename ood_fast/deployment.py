@@ -15,14 +15,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector
-from .heads import given_head, unwrapped
-from .models.running import check_head, logits_of
+from .heads import capture_features, given_head, unwrapped
+from .models.running import check_head, check_width, logits_of
 
 
 def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:
@@ -60,12 +61,36 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     if detector.needs_features:
         layer = given_head(model, head)
         path = next(name for name, module in model.named_modules() if module is layer)
+        path = ".".join(part for part in path.split(".") if part != "_orig_mod")
     parameter = next(model.parameters(), None)
     for name, buffer in detector.named_buffers():
         if parameter is not None:
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
-    return Deployed(copy.deepcopy(model), copy.deepcopy(detector, shared), path)
+    return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy without what torch.compile put around parts; ValueError for one whose parameters are sharded."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"model: {name} is sharded over processes, expected a whole model: load its full state_dict "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict) into a plain one"
+            )
+    # The weights that old-style weight_norm and spectral_norm left in the last pass are part of its graph.
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(model, memo)
+    for module in list(copied.modules()):
+        for name, child in list(module.named_children()):
+            if unwrapped(child) is not child:
+                setattr(module, name, unwrapped(child))
+    return copied
 
 
 class Deployed(nn.Module):
@@ -77,6 +102,7 @@ class Deployed(nn.Module):
         self.detector = detector
         self.eval()
         self._seen = None
+        self._checked = head is None
         self.head = head
         if head is not None:
             self._seen = _Seen()
@@ -84,14 +110,20 @@ class Deployed(nn.Module):
 
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
-        logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
+        checking = not self._checked and not torch.compiler.is_compiling()  # the first batch, where Python runs
+        layer = self.model.get_submodule(self.head) if checking else None
+        with capture_features(layer) if checking else nullcontext() as captured:
+            logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
         features = None
         if self._seen is not None:
             head = self.model
             for name in self.head.split("."):  # get_submodule cannot be traced by torch 2.9
                 head = getattr(head, name)
-            check_head(head, logits)
+            check_width(head, logits)
             features = self._seen.take()
+            if checking and len(logits):
+                check_head(head, captured, logits)
+                self._checked = True
         score = self.detector.score_features(features, logits)
         return logits, score, self.detector.is_ood(score)
 

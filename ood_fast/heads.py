@@ -10,9 +10,13 @@ Scoring needs the features, which most models do not return:
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +43,7 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
         ValueError: no linear layer; more than one that could be the head, all of which are listed: pass `name`.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
+    _refuse_script(model)
     if name is not None:
         return _head_by_name(model, name, "name")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -65,6 +70,7 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     """The head that an argument `head` means: a layer of `model`, by its name or itself; None: `find_head(model)`."""
     if head is None:
         return find_head(model)
+    _refuse_script(model)
     if isinstance(head, str):
         return _head_by_name(model, head, "head")
     checks.instance("head", head, nn.Linear, "the name of a layer or an nn.Linear")
@@ -73,8 +79,20 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     return head
 
 
-# What DistributedDataParallel and torch.compile put before the names of the model that they wrap.
-_WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+def _refuse_script(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model: got a ScriptModule, whose layers cannot be watched; pass the module that it was made from, or take "
+            "features and logits yourself and call fit_features and score_features of the detector"
+        )
+
+
+# What DistributedDataParallel, torch.compile and PEFT put before the names of the model that they wrap.
+_WRAPPERS = [
+    outer + inner
+    for inner in ("", "base_model.model.")
+    for outer in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -83,10 +101,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, wrappers):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif "_orig_mod" in dict(model.named_children()):
+            model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _active(layer: nn.Module) -> nn.Module:
+    """The copy of a layer that PEFT trains and runs (`modules_to_save`); any other layer itself."""
+    saved = getattr(layer, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict) or not hasattr(layer, "original_module"):
+        return layer
+    active = [name for name in layer.active_adapters if name in saved]
+    return saved[active[0]] if active and not layer.disable_adapters else layer.original_module
 
 
 def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]:
@@ -101,6 +128,8 @@ def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]
                 path.append(path[-1].get_submodule(part))
         except AttributeError:
             continue
+        if _active(path[-1]) is not path[-1]:
+            path.append(_active(path[-1]))
         return path[::-1]
     linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     raise ValueError(f"{argument}: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
@@ -109,12 +138,14 @@ def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]
 def _head_by_name(model: nn.Module, name: str, argument: str) -> nn.Linear:
     head = path_to_layer(model, name, argument)[0]
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{argument}: {name!r} is a {type(head).__name__}, expected an nn.Linear")
+        advice = "; merge the adapter first: model.merge_and_unload()" if hasattr(head, "base_layer") else ""
+        raise ValueError(f"{argument}: {name!r} is a {type(head).__name__}, expected an nn.Linear{advice}")
     return head
 
 
 def _search(module: nn.Module) -> nn.Linear | None:
     """The head inside `module`, which holds at least one linear layer; None where that is anyone's guess."""
+    module = _active(module)
     if isinstance(module, nn.Linear):
         return module
     parts = {name: child for name, child in module.named_children() if _holds_linear(child)}
@@ -153,39 +184,132 @@ class CapturedFeatures:
 
     def __init__(self) -> None:
         self._features: Tensor | None = None
+        self.dtype: torch.dtype | None = None  # of what came out of the head
 
     @property
     def features(self) -> Tensor:
         """z (n, m) of the last forward pass, still part of its autograd graph; RuntimeError before the first."""
         if self._features is None:
-            raise RuntimeError("the head has not run: call the model inside capture_features(head)")
+            raise RuntimeError(
+                "the head has not run as a module: call the model inside capture_features(head), where head is the "
+                "nn.Linear that makes the logits"
+            )
         return self._features
+
+    def keep(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None, output: Any = None) -> None:
+        """Forward hook of the head; keeps nothing of passes that another call made."""
+        if any(captured is self for captured in _CAPTURING.get()):
+            (self._features,) = (*args, *(kwargs or {}).values())  # a linear layer takes one argument
+            self.dtype = getattr(output, "dtype", None)
+
+
+# A layer is shared by all who call its model, so every capture sees every pass. Which are its own, the context says:
+# that of the thread, or of the asyncio task.
+_CAPTURING: ContextVar[tuple[CapturedFeatures, ...]] = ContextVar("capturing", default=())
+
+
+class _Uncompiled:
+    """While any capture is open, what torch.compile made runs uncompiled: a compiled program calls no new hook.
+
+    The stance is the process's, so it is counted: the first one in sets it, the last one out restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.stance: Any = None
+
+    def enter(self) -> None:
+        """One more; under the lock, to be held by the caller."""
+        self.count += 1
+        if self.stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it is slow
+            self.stance = torch.compiler.set_stance("force_eager")
+            self.stance.__enter__()
+
+    def leave(self) -> None:
+        """One less; under the lock, to be held by the caller."""
+        self.count -= 1
+        if not self.count and self.stance is not None:
+            stance, self.stance = self.stance, None
+            stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 @contextmanager
 def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
     """While this context is open, `.features` of what it yields is the input of the head's last forward pass.
 
-    A forward pre-hook, removed at the end: nothing is computed twice, and the model is not changed. For scoring and
+    A forward hook, removed at the end: nothing is computed twice, and the model is not changed. For scoring and
     evaluation; the training losses need no features. Of an `L2NormLinear`, the features before normalisation.
+
+    Safe in any number of threads and asyncio tasks that share the model: each sees the passes that it made itself, not
+    those of threads that it starts (several devices of `DataParallel`: capture in the model inside it). Compiled models
+    run uncompiled meanwhile, in all threads.
     """
     captured = CapturedFeatures()
-
-    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        (captured._features,) = (*args, *kwargs.values())  # a linear layer takes one argument
-
-    handle = head.register_forward_pre_hook(keep, with_kwargs=True)
+    with _UNCOMPILED.lock:  # handles take their numbers from a counter that all threads share
+        _UNCOMPILED.enter()
+        handle = head.register_forward_hook(captured.keep, with_kwargs=True)
+    _CAPTURING.set((*_CAPTURING.get(), captured))
     try:
         yield captured
     finally:
-        handle.remove()
+        _CAPTURING.set(tuple(other for other in _CAPTURING.get() if other is not captured))
+        with _UNCOMPILED.lock:
+            handle.remove()
+            _UNCOMPILED.leave()
 
 
 def inference_head(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """(W, b) with which the layer makes its logits from z in evaluation: W/τ for an `L2NormLinear` with τ."""
-    if isinstance(head, L2NormLinear) and head.tau is not None and head.scale_at_test:
-        return head.weight / head.tau, head.bias
-    return head.weight, head.bias
+    """(W, b) with which the layer makes its logits from z in evaluation: W/τ for an `L2NormLinear` with τ.
+
+    A weight that `fully_shard` or tensor parallelism shards is gathered, by all its processes.
+    """
+    weight, bias = head.weight, head.bias
+    check_whole(head)
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+    tau = temperature_of_head(head, training=False)
+    return (weight if tau is None else weight / tau), bias
+
+
+def check_whole(head: nn.Module) -> None:
+    """ValueError for a weight that ZeRO-3 or FSDP has emptied or flattened: nothing can be read from it."""
+    if head.weight.dim() < 2 or not head.weight.numel():
+        raise ValueError(
+            f"head: got a weight of shape {tuple(head.weight.shape)}, as DeepSpeed's ZeRO-3 and FSDP leave it between "
+            "passes, expected (c, m); gather it around the call: `with deepspeed.zero.GatheredParameters(list("
+            "head.parameters())):` or `with FSDP.summon_full_params(model):`, or use fully_shard"
+        )
+
+
+def temperature_of_head(head: nn.Module, training: bool) -> float | None:
+    """τ that a head divides its features by, in training or in evaluation; None where it does not."""
+    scales = isinstance(head, L2NormLinear) and (training or head.scale_at_test)
+    return head.tau if scales else None
+
+
+def adapted_weight(layer: nn.Module) -> Tensor:
+    """The weight that a layer works with: with the adapters of PEFT (LoRA) that are active and not merged into it.
+
+    Raises ValueError for an adapter that is no sum of weights (DoRA, IA³, prompts).
+    """
+    if not hasattr(layer, "base_layer"):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    if layer.merged or layer.disable_adapters:
+        return weight
+    active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", ())]
+    others = {**getattr(layer, "use_dora", {}), **getattr(layer, "lora_variant", {})}
+    if not hasattr(layer, "get_delta_weight") or not active or any(others.get(name) for name in active):
+        raise ValueError(
+            f"head: the weight of a {type(layer).__module__}.{type(layer).__name__} cannot be told, expected LoRA; "
+            "merge the adapter (model.merge_and_unload()), or train a copy of the head (modules_to_save)"
+        )
+    return weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
 
 
 class L2NormLinear(nn.Linear):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .heads import path_to_layer
+from .heads import adapted_weight, check_whole, path_to_layer, temperature_of_head
 
 
 class _Loss(nn.Module):
@@ -31,6 +35,7 @@ class _Loss(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """The keywords, for repr."""
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
 
 
@@ -49,7 +54,12 @@ class ELogitNormLoss(_Loss):
 
     The head is not a submodule of the criterion: ``criterion.parameters()`` is empty, and moving the criterion does not
     move the head. Moves and casts of the head are followed, since its weight is read at each call. So are parametrised
-    heads (weight norm): the gradient reaches what the weight is computed from.
+    heads (weight norm): the gradient reaches what the weight is computed from; LoRA's W + BA, by the layer that PEFT
+    puts in place of the head; its `modules_to_save`, by the head's plain name; W/τ of an `L2NormLinear` with τ.
+
+    A copy (`copy.deepcopy`) follows the head that is copied in the same call, as in a model that has the criterion, or
+    in ``copy.deepcopy((model, criterion))``; copied alone, its call raises RuntimeError. Any number of threads may call
+    one criterion.
 
     A head that `fully_shard` keeps sharded between forward and backward is gathered for the loss, by FSDP itself: its
     gradient is averaged over the processes together with that of the layer. Where a module around the head is the
@@ -62,7 +72,7 @@ class ELogitNormLoss(_Loss):
     Raises:
         TypeError: `head` is not a module, or without `name` has no 2-D `weight`; in a call, the weight is sharded and
         no module at hand can gather it. ValueError: there is no layer called `name`; in a call, the logits have
-        not as many classes as the weight has rows.
+        not as many classes as the weight has rows, the weight is emptied by ZeRO-3, or an adapter is no LoRA.
 
     Paper: Ding et al., CVPR 2026, arXiv:2504.11434.
     """
@@ -89,7 +99,7 @@ class ELogitNormLoss(_Loss):
         checks.real("eps", eps, 0.0)
         checks.one_of("average", average, checks.AVERAGES)
         # In a tuple, so that nn.Module does not register the head as a submodule of the criterion.
-        self._owner = (head,)
+        self._owner: tuple[nn.Module] | weakref.ref[nn.Module] = (head,)
         self.name = name
         self.eps = eps
         self.average = average
@@ -102,6 +112,8 @@ class ELogitNormLoss(_Loss):
         """The layer whose weight the next call will use."""
         head = self._path()[0]
         head_weight = getattr(head, "weight", None)
+        if isinstance(head_weight, Tensor) and not head_weight.numel():
+            return head  # emptied by ZeRO-3, and whole in the call if it is gathered around that
         if not isinstance(head_weight, Tensor) or not (head_weight.dim() == 2 or _is_linear(head, head_weight)):
             advice = (
                 "" if self.name else "; for a whole model give the name of its last layer: ELogitNormLoss(model, 'fc')"
@@ -114,10 +126,16 @@ class ELogitNormLoss(_Loss):
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c); dense: (n, c, d1, ...)."""
-        head_weight = self.head.weight
+        head = self.head
+        head_weight = adapted_weight(head)
+        if not head_weight.numel():
+            check_whole(head)
         gathered = None
         if type(head_weight) not in (Tensor, nn.Parameter):
             head_weight, gathered = self._gathered(head_weight)
+        tau = temperature_of_head(head, head.training)
+        if tau is not None:
+            head_weight = head_weight / tau
         keywords = {
             "eps": self.eps,
             "average": self.average,
@@ -147,8 +165,29 @@ class ELogitNormLoss(_Loss):
 
     def _path(self) -> list[nn.Module]:
         """The head, and from the inside out the modules around it that this criterion knows of."""
-        (owner,) = self._owner
-        return [owner] if self.name is None else path_to_layer(owner, self.name, "name")
+        owner = self._owned()
+        path = [owner] if self.name is None else path_to_layer(owner, self.name, "name")
+        # PEFT keeps the layer as `base_layer` of the one that adds the adapter to it.
+        return path[1:] if len(path) > 1 and getattr(path[1], "base_layer", None) is path[0] else path
+
+    def _owned(self) -> nn.Module:
+        owner = self._owner() if isinstance(self._owner, weakref.ref) else self._owner[0]
+        if owner is None:
+            raise RuntimeError(
+                "ELogitNormLoss: this copy has no head, since it was copied without the model; copy both in one call, "
+                "copy.deepcopy((model, criterion)), or build a new criterion on the copied model"
+            )
+        return owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_owner": (self._owned(),)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ELogitNormLoss:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_owner"})
+        # Weakly: a head that nothing else in this copy holds is gone with `memo`, and nobody trains it.
+        vars(twin)["_owner"] = weakref.ref(copy.deepcopy(self._owned(), memo))
+        return twin
 
     def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The weight that FSDP has gathered, and the module that holds it; any other weight as it is.

@@ -297,3 +297,18 @@ def test_a_head_that_does_not_run_as_a_module(batch):
     knn = KNN(k=1).fit_features(torch.randn(4, 192)).calibrate(torch.randn(20))
     with pytest.raises(RuntimeError, match="its head did not run as a module"):
         deploy(Direct(), knn)(batch)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nan_is_flagged_in_programs(batch, tmp_path):
+    """Also where the threshold is what every score passes."""
+    model = small_mlp().eval()
+    detector = fitted("Energy", model, batch)
+    detector.threshold = torch.tensor(-torch.inf)
+    deployed = deploy(model, detector)
+    x = batch.clone()
+    x[0] = torch.nan
+    expected = [True] + [False] * (len(x) - 1)
+    assert exported(deployed, batch).module()(x)[2].tolist() == expected
+    session = onnx_session(deployed, batch, tmp_path / "model.onnx")
+    assert session(x)[2].tolist() == expected

@@ -10,6 +10,7 @@ from support import Batch
 from torch import nn
 
 import ood_fast
+from ood_fast.heads import L2NormLinear
 
 
 class Classifier(nn.Module):
@@ -230,3 +231,35 @@ def test_bad_input_of_the_others():
         ood_fast.l2_normalize(torch.ones(3).long())
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         ood_fast.LogitNormLoss()(batch.logits)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_copy_follows_the_copied_model_or_refuses(data, by_name):
+    x, y = data
+    model = Classifier()
+    criterion = ood_fast.ELogitNormLoss(model, "fc") if by_name else ood_fast.ELogitNormLoss(model.fc)
+    for first in (True, False):  # in either order
+        pair = copy.deepcopy((model, criterion) if first else (criterion, model))
+        twin, follower = pair if first else pair[::-1]
+        with torch.no_grad():
+            twin.fc.weight.mul_(3)
+        assert follower.head is twin.fc
+        assert torch.equal(follower(twin(x), y), expected_loss(twin, x, y))
+        again, second = copy.deepcopy([twin, follower])
+        assert second.head is again.fc
+    for alone in (copy.deepcopy(criterion), copy.deepcopy([criterion])[0]):
+        with pytest.raises(RuntimeError, match="copied without the model; copy both in one call"):
+            alone(model(x), y)
+    assert copy.copy(criterion).head is model.fc
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale_at_test", [True, False])
+def test_the_temperature_of_the_head_is_part_of_its_weight(training, scale_at_test):
+    torch.manual_seed(0)
+    head = L2NormLinear(6, 4, tau=0.1, scale_at_test=scale_at_test).train(training)
+    z, y = torch.randn(9, 6), torch.arange(9) % 4
+    logits = head(z)
+    _, distance = ood_fast.ELogitNormLoss(head, return_distance=True)(logits, y)
+    tau = 0.1 if training or scale_at_test else 1.0
+    torch.testing.assert_close(distance, ood_fast.boundary_distance(logits, head.weight / tau))

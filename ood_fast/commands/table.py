@@ -158,7 +158,7 @@ class ScoreTable:
             _, path, prediction, scores = row
             cells: list[Any] = []
             for name, score, threshold in zip(self.detectors, scores, thresholds, strict=True):
-                is_ood = None if threshold is None else score < threshold
+                is_ood = None if threshold is None else not score >= threshold
                 cells += [score, is_ood]
                 if is_ood:
                     self.n_ood[name] += 1

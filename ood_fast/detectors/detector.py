@@ -185,7 +185,7 @@ class Detector(Contract):
             raise RuntimeError(
                 f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
             )
-        return scores < self.threshold
+        return ~(scores >= self.threshold)  # NaN compares as False: what is unknown is flagged
 
     def calibrate(self, scores: Tensor, tpr: float | None = None, alpha: float | None = None) -> Detector:
         """Set `threshold` from scores (n,) of in-distribution data that took no part in the fit. Returns self.

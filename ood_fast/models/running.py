@@ -5,16 +5,18 @@ Detectors, evaluation and diagnostics read models through `run_model`; `deployme
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
-from ..heads import capture_features
+from ..heads import CapturedFeatures, capture_features, inference_head, unwrapped
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
 
@@ -35,41 +37,76 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
 
     One forward pass a batch, in eval mode, without gradients; the modes of all modules are restored, also when
     something raises. Batches are moved to the device of the model. Without a head the features are None.
+
+    Safe in any number of threads that share the model, as long as none of them trains it: see `evaluating` and
+    `heads.capture_features`. With a head, what runs is the module inside torch.compile, DataParallel and DDP.
+
+    Raises ValueError where the head cannot have made the logits: on the first batch they are computed from the features
+    once more, see `check_head`.
     """
+    if head is not None or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        model = unwrapped(model)  # DDP waits for the other processes, which may have nothing to score
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
-    with evaluating(model), nullcontext() if head is None else capture_features(head) as captured:
+    checked = False
+    with evaluating(model):
         for given in loader:
             x, targets = inputs_and_targets(given)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-            logits = logits_of(model(x) if isinstance(x, Tensor) else model(**x))
+            with nullcontext() if head is None else capture_features(head) as captured:
+                output = model(x) if isinstance(x, Tensor) else model(**x)
+            logits = logits_of(output)
             if head is not None:
-                check_head(head, logits)
+                check_width(head, logits)
+            if not checked and len(logits):
+                checked = True
+                check_no_probabilities(logits) if head is None else check_head(head, captured, logits)
             features = None if head is None else captured.features
             yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
 
 
+_SWITCHED: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: a module, its own mode, how many hold it in eval mode
+_SWITCHING = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every layer is in the mode that it was in: frozen ones may differ from the model."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Eval mode inside; afterwards every layer is in the mode that it was in: frozen ones may differ from the model.
+
+    Counted: of several threads that evaluate models with common layers, the last one out restores these.
+    """
+    with _SWITCHING:
+        held = [module for module in model.modules() if module.training or id(module) in _SWITCHED]
+        for module in held:
+            _, training, count = _SWITCHED.get(id(module), (module, module.training, 0))
+            _SWITCHED[id(module)] = (module, training, count + 1)
+        if any(module.training for module in held):
+            model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _SWITCHING:
+            for module in held:
+                _, training, count = _SWITCHED.pop(id(module))
+                if count > 1:
+                    _SWITCHED[id(module)] = (module, training, count - 1)
+                else:
+                    module.training = training
 
 
 def logits_of(output: Any) -> Tensor:
     """The logits in what a classifier returns: a tensor, an object or mapping with `logits`, or a tuple's first."""
+    got = None
     if isinstance(output, Mapping):
+        got = f"a mapping of {', '.join(map(str, output))}"
         output = output.get("logits")
     output = getattr(output, "logits", output)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
+    if hasattr(output, "full_tensor"):  # of a head that tensor parallelism shards
+        output = output.full_tensor()
     if not isinstance(output, Tensor) or output.dim() != 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        got = got or (f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__)
         raise ValueError(
             f"model: got an output of {got}, expected logits (n, c), or an object or mapping with `logits`"
         )
@@ -120,11 +157,93 @@ def joined(scores: list[Tensor]) -> Tensor:
     return scores[0] if len(scores) == 1 else torch.cat(scores)
 
 
-def check_head(head: nn.Linear, logits: Tensor) -> None:
-    """ValueError for a layer that cannot have made the logits: the features would be those of a hidden layer."""
+def check_width(head: nn.Linear, logits: Tensor) -> None:
+    """ValueError for a layer that has not as many outputs as there are logits."""
     if logits.shape[1] != head.out_features:
         raise ValueError(
             f"head: got a layer {head.in_features} → {head.out_features}, but the logits have shape "
             f"{tuple(logits.shape)}; pass head=..., the nn.Linear that makes them or its name; with a head of "
-            "another kind, use fit_features and score_features"
+            "another kind, use fit_features and score_features; of a model that returns a tuple the first is read, of "
+            "a mapping `logits`"
+        )
+
+
+def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> None:
+    """ValueError where F.linear(z, W, b) are not the logits, up to rounding: something adds to them or changes them.
+
+    An error of many roundings of relative size u is about u (Σ_j z_j² W_kj² + b_k²)^½: eight of them are allowed, u
+    that of the least exact dtype at hand.
+    """
+    z = captured.features.detach()
+    if z.is_meta or logits.is_meta:
+        return
+    if z.shape[:-1] != logits.shape[:1]:
+        raise ValueError(
+            f"features: got shape {tuple(z.shape)} at the head for logits {tuple(logits.shape)}, expected (n, m): the "
+            "model makes its logits of several rows; pass it through fit_features and score_features"
+        )
+    weight, bias = inference_head(head)
+    dtypes = {value.dtype for value in (z, weight, logits)} | ({captured.dtype} if captured.dtype else set())
+    wide = torch.float64 if dtypes == {torch.float64} else torch.float32
+    z, weight, given = (value.detach().to(wide) for value in (z, weight, logits))
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(wide)
+    with torch.autocast(z.device.type, enabled=False):
+        expected = F.linear(z, weight, bias)
+        spread = F.linear(z.square(), weight.square(), bias.square()).sqrt()
+        length = F.linear(z.abs(), weight.abs(), bias.abs())
+    unit = max(_unit(dtype, z.device) for dtype in dtypes)
+    allowed = 8 * unit * spread + 32 * torch.finfo(wide).eps * length
+    allowed += 2 * unit * expected.abs() + max(torch.finfo(dtype).tiny for dtype in dtypes)
+    difference = (expected - given).abs()
+    beyond = (difference > allowed) & ~(given.isinf() & (expected.abs() > torch.finfo(logits.dtype).max))
+    if not beyond.any():  # also where something is NaN, which has messages of its own
+        return
+    worst = int(difference.masked_fill(~beyond, -1.0).argmax())
+    row, k = divmod(worst, given.shape[1])
+    raise ValueError(
+        f"head: the layer {head.in_features} → {head.out_features} does not make the logits: they differ from "
+        f"F.linear(z, W, b) by up to {difference[row, k]:.3g} (row {row}, class {k}: {given[row, k]:.4g} for "
+        f"{expected[row, k]:.4g}){_cause(expected, given)}. Let the model return what its last linear layer makes; "
+        "merge an adapter such as LoRA (model.merge_and_unload()) or several heads into one nn.Linear; or call "
+        "fit_features(features, logits, targets, head=(W, b)) and score_features with those that belong together"
+    )
+
+
+def _unit(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative size of one rounding of a linear layer: float32 may be multiplied in fewer digits."""
+    if dtype != torch.float32:
+        return torch.finfo(dtype).eps
+    if device.type == "cpu":
+        fewer = {"bf16": 2.0**-7, "tf32": 2.0**-10}
+        return fewer.get(torch.backends.mkldnn.matmul.fp32_precision, torch.finfo(dtype).eps)
+    return 2.0**-10
+
+
+def _cause(expected: Tensor, given: Tensor) -> str:
+    """What the logits look like beside those of the head, for a message."""
+    scale = float((given * expected).sum() / expected.square().sum().clamp_min(1e-30))
+    candidates = {
+        "the softmax": expected.softmax(1),
+        "the log-softmax": expected.log_softmax(1),
+        "the sigmoid": expected.sigmoid(),
+        f"{scale:.4g} times (a temperature?) the output": scale * expected,
+        "the clamped output": expected.clamp(given.min(), given.max()),
+    }
+    for name, candidate in candidates.items():
+        if torch.allclose(candidate, given, rtol=1e-2, atol=1e-3):
+            return f": the model returns {name} of this layer"
+    if torch.allclose(expected.sort(1).values, given.sort(1).values, rtol=1e-2, atol=1e-3):
+        return ": the model returns the output of this layer with its classes in another order"
+    return ""
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """ValueError for rows that are all probabilities, which scores of logits would take for logits."""
+    if logits.is_meta or logits.shape[1] < 2:
+        return
+    rows = logits.detach().float()
+    if ((rows > 0) & (rows < 1)).all() and ((rows.sum(1) - 1).abs() < 1e-2 * rows.shape[1] ** -0.5).all():
+        raise ValueError(
+            "model: got an output whose rows are probabilities, above 0 with sum 1, expected logits: leave out the "
+            "softmax at its end"
         )

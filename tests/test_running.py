@@ -1,0 +1,399 @@
+"""Models as people bring them: shared by threads, compiled, wrapped, with something between the head and the logits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import ood_fast
+from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet
+from ood_fast.heads import capture_features, find_head
+from ood_fast.models.running import evaluating
+
+N_THREADS = 8
+
+
+class Net(nn.Module):
+    """An MLP with batch norm; `after` stands between the head and what it returns."""
+
+    def __init__(self, after: Callable = lambda logits, z: logits, m: int = 16, c: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, m), nn.BatchNorm1d(m), nn.ReLU())
+        self.fc = nn.Linear(m, c)
+        self.after = after
+
+    def forward(self, x):
+        z = self.body(x)
+        return self.after(self.fc(z), z)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(64, 8) * torch.linspace(0.2, 4, 64)[:, None]
+
+
+def in_threads(work: Callable[[int], object]) -> list:
+    """What work(k) gives in each of eight threads that start together; what one raises is raised."""
+    results, start = [None] * N_THREADS, threading.Barrier(N_THREADS)
+
+    def run(k: int) -> None:
+        start.wait()
+        try:
+            results[k] = work(k)
+        except Exception as error:
+            results[k] = error
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(N_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+# Threads
+
+COMPILED = {
+    "plain": lambda model: model,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "model.compile()": lambda model: model.compile(backend="eager") or model,
+}
+
+
+@pytest.mark.parametrize("wrap", COMPILED)
+def test_threads_score_and_fit_as_one_does(wrap, x):
+    """One model in training mode, eight threads: each gets its own scores and fit, and the model is as before."""
+    model = Net().train()
+    expected = DetectorSet(["MSP", "NCI", "FDBD"]).fit(model, [x])
+    want = [expected.score(model, x[k : k + 4]) for k in range(N_THREADS)]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    used = COMPILED[wrap](model)
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            fitted = DetectorSet(["MSP", "NCI", "FDBD"]).fit(used, [x])
+            for detectors in (expected, fitted):
+                for name, scores in detectors.score(used, x[k : k + 4]).items():
+                    torch.testing.assert_close(scores, want[k][name])
+
+    in_threads(work)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not model.fc._forward_hooks
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("wrap", COMPILED)
+def test_threads_capture_their_own_features(wrap, x):
+    model = Net().eval()
+    used = COMPILED[wrap](model)
+    with torch.no_grad():
+        used(x)  # compiled before anything captures
+        want = model.body(x)
+
+    def work(k: int) -> None:
+        for _ in range(30):
+            with torch.no_grad(), capture_features(model.fc) as captured:
+                used(x[k : k + 3])
+                torch.testing.assert_close(captured.features, want[k : k + 3])
+
+    in_threads(work)
+    assert not model.fc._forward_hooks
+    with torch.no_grad():
+        used(x)
+    torch._dynamo.reset()
+
+
+def test_captures_inside_each_other(x):
+    """Both see the passes that run while both are open, the outer one also those after."""
+    model = Net().eval()
+    with capture_features(model.fc) as outer:
+        with capture_features(model.fc) as inner:
+            model(x)
+        model(x[:3])
+    assert len(inner.features) == 64
+    assert len(outer.features) == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_train_as_one_does(compiled):
+    """One criterion on one head, eight threads: the losses and distances of each are those of its own batch."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 5)
+    criterion = ood_fast.ELogitNormLoss(head, return_distance=True)
+    called = torch.compile(criterion, backend="eager") if compiled else criterion
+    z, y = torch.randn(N_THREADS, 12, 16), torch.randint(0, 5, (N_THREADS, 12))
+    want = [criterion(head(z[k]), y[k]) for k in range(N_THREADS)]
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            loss, distance = called(head(z[k]), y[k])
+            torch.testing.assert_close(loss, want[k][0])
+            torch.testing.assert_close(distance, want[k][1])
+            loss.backward()
+
+    in_threads(work)
+    torch._dynamo.reset()
+
+
+def test_the_last_one_out_restores_the_modes():
+    """Also of models that share layers, and whatever the order of leaving."""
+    model = Net().train()
+    model.body[1].eval()  # a frozen layer
+    first, second = evaluating(model), evaluating(model.body)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.training
+    assert not any(module.training for module in model.body.modules())
+    second.__exit__(None, None, None)
+    assert model.body[0].training
+    assert not model.body[1].training
+
+
+# The head makes the logits
+
+CHANGED = {
+    "softmax": (lambda f, z: f.softmax(1), "returns the softmax"),
+    "log-softmax": (lambda f, z: f.log_softmax(1), "returns the log-softmax"),
+    "sigmoid": (lambda f, z: f.sigmoid(), "returns the sigmoid"),
+    "temperature": (lambda f, z: f / 1.5, "0.6667 times"),
+    "clamp": (lambda f, z: f.clamp(-0.3, 0.3), "clamped"),
+    "permutation": (lambda f, z: f[:, [1, 0, 2, 3]], "another order"),
+    "a second head": (lambda f, z: (f + z[:, :4]) / 2, "merge an adapter"),
+    "an adapter": (lambda f, z: f + 0.01 * z[:, 4:8], "merge an adapter"),
+    "centred": (lambda f, z: f - f.mean(1, keepdim=True), "merge an adapter"),
+    "masked": (lambda f, z: f.masked_fill(torch.arange(4) == 1, -torch.inf), "up to inf"),
+    "(features, logits)": (lambda f, z: (z, f), r"the logits have shape \(\d+, 16\).*a tuple the first is read"),
+    "features as wide as the logits": (lambda f, z: (z[:, :4], f), "does not make the logits"),
+    "a mapping without logits": (lambda f, z: {"output": f, "z": z}, "got an output of a mapping of output, z"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_changes_the_logits_is_refused(name, x):
+    after, message = CHANGED[name]
+    model = Net(after).eval()
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    fitted = NCI().fit(plain, [x])
+    for call in (
+        lambda: NCI().fit(model, [x], head="fc"),
+        lambda: fitted.score(model, [x, x[:1]], head="fc"),
+        lambda: DetectorSet([fitted]).score(model, x, "fc"),
+        lambda: ood_fast.deploy(model, fitted.calibrate(fitted.score(plain, x)), head="fc")(x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+SAME = {
+    "a tensor": lambda f, z: f,
+    "a tuple": lambda f, z: (f, z),
+    "a mapping": lambda f, z: {"features": z, "logits": f},
+    "a copy in another dtype": lambda f, z: f.double(),
+    "a copy in bfloat16": lambda f, z: f.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_what_makes_the_logits_is_taken(name, dtype, scale, x):
+    model = Net(SAME[name], m=512).eval().to(dtype)
+    with torch.no_grad():
+        model.fc.weight.mul_(scale)
+    assert FDBD().fit(model, [x.to(dtype)]).score(model, x.to(dtype)).shape == (64,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_inside_the_model_is_rounding(dtype, x):
+    class Inside(Net):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=dtype):
+                logits = super().forward(x)
+            return logits.float()
+
+    model = Inside(m=512).eval()
+    assert NCI().fit(model, [x]).score(model, x).isfinite().all()
+
+
+def test_an_empty_batch_is_no_proof(x):
+    model = Net(lambda f, z: f.softmax(1)).eval()
+    with pytest.raises(ValueError, match="returns the softmax"):
+        NCI().fit(model, [x[:0], x])
+
+
+def test_probabilities_are_no_logits(x):
+    with pytest.raises(ValueError, match=r"rows are probabilities.*leave out the softmax"):
+        MSP().score(Net(lambda f, z: f.softmax(1)).eval(), x)
+    one_hot = nn.Sequential(nn.Flatten())
+    assert MSP().score(one_hot, torch.eye(3)).shape == (3,)
+
+
+def test_empty_weights_of_zero_3(x):
+    """Whole in the forward pass alone."""
+    model = Net().eval()
+    whole, empty = model.fc.weight.data, torch.empty(0)
+
+    def fill(*_: object) -> None:
+        model.fc.weight.data = whole
+
+    def drop(*_: object) -> None:
+        model.fc.weight.data = empty
+
+    drop()
+    model.fc.register_forward_pre_hook(fill)
+    model.fc.register_forward_hook(drop)
+    criterion = ood_fast.ELogitNormLoss(model.fc)
+    message = r"weight of shape \(0,\), as DeepSpeed's ZeRO-3.*GatheredParameters"
+    with pytest.raises(ValueError, match=message):
+        criterion(model(x), torch.arange(64) % 4)
+    with pytest.raises(ValueError, match=message):
+        FDBD().fit(model, [x])
+    fill()
+    assert criterion(model.body(x) @ whole.T, torch.arange(64) % 4).isfinite()  # gathered around the call
+
+
+# Compiled and wrapped
+
+WRAPPED = {
+    "torch.compile": lambda m: torch.compile(m, backend="eager"),
+    "model.compile()": lambda m: m.compile(backend="eager") or m,
+    "a compiled part": lambda m: setattr(m, "body", torch.compile(m.body, backend="eager")) or m,
+    "a compiled head": lambda m: setattr(m, "fc", torch.compile(m.fc, backend="eager")) or m,
+    "DataParallel": nn.DataParallel,
+    "compiled DataParallel": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
+    "weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m.fc) and m,
+    "old weight_norm": lambda m: nn.utils.weight_norm(m.fc) and m,
+    "spectral_norm": lambda m: nn.utils.parametrizations.spectral_norm(m.fc) and m,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_models(name, used_before, x):
+    model = Net().eval()
+    wrapped = WRAPPED[name](model)
+    used = wrapped.eval()
+    if used_before:
+        used(x)
+    with torch.no_grad():
+        logits = used(x)
+        z = model.body(x)
+    weight, bias = (value.detach() for value in (find_head(used).weight, find_head(used).bias))
+    want = NCI().fit_features(z, logits, head=(weight, bias))
+    fitted = NCI().fit(used, [x])
+    torch.testing.assert_close(fitted.score(used, x), want.score_features(z, logits))
+    deployed = ood_fast.deploy(used, fitted.calibrate(fitted.score(used, x)))
+    torch.testing.assert_close(deployed(x)[1], fitted.score(used, x))
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_and_distributed_models(process_group, x):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Net().eval()
+    want = NCI().fit(model, [x])
+    scores = want.calibrate(torch.rand(50)).score(model, x)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    torch.testing.assert_close(NCI().fit(wrapped, [x]).score(wrapped, x), scores)
+    torch.testing.assert_close(ood_fast.deploy(wrapped, want)(x)[1], scores)
+    fully_shard(model.fc)
+    fully_shard(model)
+    fitted = NCI().fit(model, [x])
+    assert type(fitted.head_weight) is torch.Tensor
+    torch.testing.assert_close(fitted.score(model, x), scores)
+    with pytest.raises(ValueError, match=r"is sharded over processes, expected a whole model.*full_state_dict"):
+        ood_fast.deploy(model, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_model_says_what_to_pass(x):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    scripted = torch.jit.trace(model, x)
+    for call in (lambda: NCI().fit(scripted, [x]), lambda: NCI().fit(scripted, [x], head="2")):
+        with pytest.raises(ValueError, match=r"got a ScriptModule.*pass the module that it was made from"):
+            call()
+    torch.testing.assert_close(MSP().score(scripted, x), MSP().score(model, x))
+
+
+# NaN
+
+
+def test_nan_is_out():
+    detector = MSP().calibrate(torch.rand(50))
+    scores = torch.tensor([float("nan"), float("-inf"), -1.0, 2.0])
+    assert detector.is_ood(scores).tolist() == [True, True, True, False]
+    detector.threshold = torch.tensor(float("nan"))
+    assert detector.is_ood(scores).all()
+
+
+# PEFT
+
+
+def lora(**config):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, **config)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_the_loss_follows_an_adapter(x):
+    model = lora(target_modules=["fc"])
+    layer = model.base_model.model.fc
+    W = layer.base_layer.weight + layer.get_delta_weight("default")
+    y = torch.arange(64) % 4
+    logits = model(x)
+    want = ood_fast.boundary_distance(logits, W)
+    for criterion in (
+        ood_fast.ELogitNormLoss(layer, return_distance=True),
+        ood_fast.ELogitNormLoss(model, "fc", return_distance=True),
+        ood_fast.ELogitNormLoss(model, "base_model.model.fc.base_layer", return_distance=True),
+    ):
+        loss, distance = criterion(model(x), y)
+        torch.testing.assert_close(distance, want)
+        model.zero_grad()
+        loss.backward()
+        assert layer.lora_A["default"].weight.grad.any()
+    with model.disable_adapter():
+        _, distance = criterion(model(x), y)
+        torch.testing.assert_close(distance, ood_fast.boundary_distance(model(x), layer.base_layer.weight))
+    model.merge_adapter()
+    torch.testing.assert_close(criterion(model(x), y)[1], want)
+    with pytest.raises(ValueError, match="merge the adapter"):
+        ood_fast.ELogitNormLoss(lora(target_modules=["fc"], use_dora=True), "fc")(logits, y)
+    with pytest.raises(ValueError, match="merge the adapter first"):
+        NCI().fit(model, [x], head="fc")
+
+
+def test_modules_to_save_by_the_plain_name(x):
+    model = lora(target_modules=["body.0"], modules_to_save=["fc"])
+    saved = model.base_model.model.fc.modules_to_save["default"]
+    nn.init.normal_(saved.weight)
+    assert find_head(model) is find_head(model, "fc") is saved
+    assert ood_fast.ELogitNormLoss(model, "fc").head is saved
+    fitted = NCI().fit(model, [x])
+    torch.testing.assert_close(fitted.head_weight, saved.weight.detach())
+    torch.testing.assert_close(NCI().fit(model, [x], head="fc").score(model, x), fitted.score(model, x))
