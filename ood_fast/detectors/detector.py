@@ -180,7 +180,7 @@ class Detector(Contract):
         return self.is_ood(self.score_features(features, logits))
 
     def is_ood(self, scores: Tensor) -> Tensor:
-        """Whether each score, (n,), is below `threshold`."""
+        """Whether each score, (n,), is not at or above `threshold`: below it, or NaN."""
         if self.threshold is None:
             raise RuntimeError(
                 f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
