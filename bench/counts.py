@@ -150,8 +150,8 @@ def launches(operation: str, sizes: Sizes) -> list[str]:
     forward = [*table, "tempered_forward, ELogitNorm"]
     return {
         "elogitnorm forward": forward,
-        "elogitnorm": [*forward, "tempered_backward, ELogitNorm", *weight],
-        "elogitnorm, detached": [*forward, "tempered_backward, ELogitNorm"],
+        "elogitnorm": [*table, "fused_row, ELogitNorm", *weight],
+        "elogitnorm, detached": [*table, "fused_row, ELogitNorm"],
         "logitnorm forward": ["tempered_forward, LogitNorm"],
         "logitnorm": ["tempered_forward, LogitNorm", "tempered_backward, LogitNorm"],
         "boundary_distance": [*table, "boundary_distance_forward"],

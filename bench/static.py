@@ -12,7 +12,7 @@ rules. On a GPU `python -m bench.kernel_times` prints measured times by the same
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -62,18 +62,19 @@ def run(case: Case) -> None:
     """The launches of a case, on tensors without data."""
     import aot_compile as aot
 
-    from ood_fast.kernels import losses
+    from ood_fast.kernels import losses, nci
     from ood_fast.kernels.weight_gradient import weight_gradient
     from ood_fast.records import Labels
 
     (n, c, m), dtype = case.shape, case.dtype
+    logits = aot.meta(n, c, dtype=dtype)
     if case.name in ("elogitnorm", "linear"):
-        logits, weight = aot.meta(n, c, dtype=dtype), aot.meta(c, m, dtype=dtype)
+        weight = aot.meta(c, m, dtype=dtype)
         labels, grad = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0), aot.meta(()).expand(n)
         _, _, tempered, geometry, _ = losses.elogitnorm_step(logits, weight, labels, 1e-6, 0, grad)
         weight_gradient(grad, tempered.slope, logits, weight, tempered.predicted, geometry)
     elif case.name == "nci":
-        aot.run_nci(n, c, m, dtype, weight_dtype=dtype, from_features=False)
+        nci.nci_forward(aot.meta(n, m, dtype=dtype), aot.meta(c, m, dtype=dtype), None, aot.meta(m), logits, 1e-3)
     elif case.name == "statistics":
         aot.run_statistics(n, c, m, dtype)
     else:
@@ -120,11 +121,7 @@ def launches(case: Case) -> list[dict[str, Any]]:
             if hasattr(module, name):
                 setattr(module, name, stand_in)
     run(case)
-    return [
-        line(case, job, *launch)
-        for job, launch in found.items()
-        if "backward" not in job.kernel or "nci" not in job.kernel
-    ]
+    return [line(case, job, *launch) for job, launch in found.items()]
 
 
 def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +133,8 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
     text = aot.nvidia_tool(compiled.asm["cubin"], "nvdisasm", "-ndf", "-c")
     programs, warps = math.prod(grid), job.num_warps
     if kernel in ("distance_gram", "weight_gradient_own"):  # tiles of unused rows of the table stop at once
-        programs *= math.ceil(min(case.u, case.shape[0]) / values["ROWS"]) / grid[0]
+        axis = 1 if kernel == "distance_gram" else 0
+        programs *= math.ceil(min(case.u, case.shape[0]) / values["ROWS"]) / grid[axis]
     executed = sass.executed(text, turns(kernel, values, case), kernel in RARE_BRANCH)
     issued = executed["all"] * warps * programs
     body, flops = sass.busiest_loop(text), 0.0
@@ -164,11 +162,6 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
     }
 
 
-@functools.cache
-def figures() -> tuple[dict[str, Any], ...]:
-    return tuple(line for case in CASES for line in launches(case))
-
-
 def show() -> str:
     text = [
         f"{'':24} {'instructions':>14} {'matrix':>7} {'barriers':>8} {'programs':>8} "
@@ -193,17 +186,22 @@ def show() -> str:
 
 
 def main() -> None:
+    import triton
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="keep the figures in tests/static_gates/")
-    if parser.parse_args().write:
-        import gates
-        import triton
-
-        gates.write(gates.model_table_path(triton.__version__), f"triton {triton.__version__}, {TARGET}", COLUMNS, [
-            {name: found[name] for name in COLUMNS} for found in figures()
-        ])  # fmt: skip
-    else:
+    parser.add_argument("--json", action="store_true", help="print the figures that are kept")
+    arguments = parser.parse_args()
+    if not (arguments.write or arguments.json):
         print(show())
+        return
+    kept = [{name: found[name] for name in COLUMNS} for case in CASES for found in launches(case)]
+    if arguments.json:
+        print(json.dumps({"triton": triton.__version__, "lines": kept}))
+    else:
+        import gates
+
+        gates.write(gates.model_table_path(triton.__version__), f"triton {triton.__version__}, {TARGET}", COLUMNS, kept)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,6 @@ def segment_sum_kernel(
 
 def segment_sum(
     segment: Tensor,
-    n_segments: int,
     sample_grad: Tensor,
     factor: Tensor,
     values: Tensor,
@@ -171,6 +170,7 @@ def segment_sum(
     nothing back.
     """
     n_samples, n_columns = values.shape
+    n_segments = output.shape[0]
     config = segment_config(n_columns, n_samples, n_segments)
     gaps = center is None
     ordered, order = torch.sort(segment, stable=True)

@@ -181,7 +181,6 @@ def weight_gradient(
     n_rows = table.shape[0]
     summed = segment_sum(
         table_row,
-        n_rows,
         sample_grad.contiguous(),
         slope,
         logits,

@@ -1,6 +1,7 @@
 """The committed tables behind test_gates.py, and how to make them anew after a change that is meant:
 
     python tests/gates.py kernels      # registers, shared memory, load widths of every kernel: some two minutes
+    python -m bench.static --write     # the cost model: instructions that the cases issue, by kernel
     python tests/gates.py calls        # calls, passes and products of every function on the CPU: seconds
 
 `static_gates/kernels-triton-<version>.csv` has a line for each kernel, dtypes and target. What compilers make of a
@@ -48,9 +49,19 @@ HIP_LOADS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 @functools.cache
 def compiled() -> dict[str, Any]:
     """What aot_compile.py prints: every kernel compiled for every target, once in a test run, in another process."""
+    return _printed(str(Path(__file__).with_name("aot_compile.py")))
+
+
+@functools.cache
+def model() -> dict[str, Any]:
+    """What `python -m bench.static --json` prints: the cost model of its cases."""
+    return _printed("-m", "bench.static", "--json")
+
+
+def _printed(*command: str) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    worker = Path(__file__).with_name("aot_compile.py")
-    process = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment)
+    command = (sys.executable, *command)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[1])
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout)
 
@@ -105,6 +116,30 @@ def worse_kernels(expected: list[Line], found: list[Line]) -> list[str]:
             complaints.append(f"{', '.join(grown)}: was {_show(before)}; is {_show(line)}")
     missing = known.keys() - {_key(line) for line in found}
     return complaints + [f"in the table, but no longer compiled: {_show(known[key])}" for key in sorted(missing)]
+
+
+def model_table_path(triton_version: str) -> Path:
+    return FOLDER / f"model-triton-{triton_version}.csv"
+
+
+def worse_model(expected: list[Line], found: Iterable[Line]) -> list[str]:
+    """Where the cost model (bench/static.py) says more than the table allows: 2 % more instructions, a matrix
+    instruction or a barrier more, a program fewer on a multiprocessor."""
+    known = {(line["case"], line["kernel"]): line for line in expected}
+    complaints = []
+    for line in found:
+        line = {name: line[name] for name in next(iter(known.values()), line)}
+        before = known.get((line["case"], line["kernel"]))
+        if before is None:
+            complaints.append(f"not in the table: {_show(line)}")
+            continue
+        most = {name: float(before[name] or 0) for name in ("instructions", "matrix", "barriers")}
+        most["instructions"] *= 1.02
+        grown = [name for name, bound in most.items() if float(line[name] or 0) > bound]
+        grown += ["programs"] if int(line["programs"]) < int(before["programs"]) else []
+        if grown:
+            complaints.append(f"{', '.join(grown)}: was {_show(before)}; is {_show(line)}")
+    return complaints
 
 
 def _key(line: Line) -> tuple[str, ...]:

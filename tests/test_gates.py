@@ -40,6 +40,24 @@ class TestKernels:
         assert records
         assert [r for r in records if r["sass"]["local"] or r["sass"]["atomics"]] == []
 
+    def test_no_case_issues_more_than_its_line(self):
+        """`python -m bench.static` in another process, since this one may have imported Triton as an interpreter."""
+        found = gates.model()
+        path = gates.model_table_path(found["triton"])
+        if not path.exists():
+            pytest.skip(f"no table for triton {found['triton']}: python -m bench.static --write makes {path.name}")
+        _, expected = gates.read(path)
+        assert_none(gates.worse_model(expected, found["lines"]), "or python -m bench.static --write")
+
+
+def test_a_dearer_case_is_named():
+    line = {"case": "a", "kernel": "k", "instructions": 100.0, "unit": "row", "matrix": 1.0, "barriers": 2}
+    line |= {"registers": 40, "programs": 4}
+    assert gates.worse_model([line], [line | {"instructions": 101.0}]) == []
+    for change in ({"instructions": 103.0}, {"matrix": 1.67}, {"barriers": 10}, {"programs": 3}):
+        (complaint,) = gates.worse_model([line], [line | change])
+        assert complaint.startswith(next(iter(change)))
+
 
 def test_a_worse_kernel_is_named():
     """A table compared with itself passes; one register more, a narrower load, an unknown and a lost line do not."""
