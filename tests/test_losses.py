@@ -263,3 +263,12 @@ def test_the_temperature_of_the_head_is_part_of_its_weight(training, scale_at_te
     _, distance = ood_fast.ELogitNormLoss(head, return_distance=True)(logits, y)
     tau = 0.1 if training or scale_at_test else 1.0
     torch.testing.assert_close(distance, ood_fast.boundary_distance(logits, head.weight / tau))
+
+
+@pytest.mark.parametrize("dense", [(), (3,)])
+def test_one_logit_is_refused_with_the_cure(dense):
+    """Softmax over one class is 1: a binary classifier has two logits here."""
+    head, y = nn.Linear(6, 1), torch.zeros(4, *dense, dtype=torch.long)
+    for criterion in (ood_fast.ELogitNormLoss(head), ood_fast.LogitNormLoss()):
+        with pytest.raises(ValueError, match=r"got one class.*two outputs, nn\.Linear\(m, 2\)"):
+            criterion(torch.randn(4, 1, *dense), y)
