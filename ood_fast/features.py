@@ -80,8 +80,8 @@ def files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def batches(path: str | Path, size: int = 8192) -> Iterator[Stored]:
-    """The samples of all files that `path` means, at most `size` at a time; UserError names a row of NaN."""
+def batches(path: str | Path, size: int = 8192, *, nan: bool = False) -> Iterator[Stored]:
+    """The samples of all files that `path` means, at most `size` at a time; UserError for NaN unless `nan`."""
     width = None
     for file in files(path):
         first = 0
@@ -90,7 +90,8 @@ def batches(path: str | Path, size: int = 8192) -> Iterator[Stored]:
             if width is not None and m != width:
                 raise checks.UserError(f"{file}: features: got {m} a row, expected {width} as in the files before it")
             width = m
-            _refuse_nan(file, stored, first)
+            if not nan:
+                _refuse_nan(file, stored, first)
             first += len(stored)
             yield stored
 

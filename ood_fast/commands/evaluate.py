@@ -64,6 +64,11 @@ def add(commands: Any) -> None:
         help="leave out images that cannot be read, instead of stopping; every image is read once more to find them",
     )
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the benchmark folder (default: 224)")
+    data.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="of the benchmark folder: its classes in the order of the model's outputs, one a line or JSON",
+    )
     stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
     stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
     stored.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
@@ -222,7 +227,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
 
 
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
-ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size")
+ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
 ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache")
 
 
@@ -269,12 +274,13 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, 
     return json.loads(json.dumps(told, default=str))  # as it is read again
 
 
-DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "skip_bad")
+DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "classes", "skip_bad")
 
 
 def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None], ImageBenchmark]:
     """The benchmark, by the seed of a run: that of `digits` draws its classes by it."""
     from ..data import open_benchmark
+    from ..data.folders import class_names
 
     if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
         raise refusal(f"{path}: no such file or folder")
@@ -303,6 +309,7 @@ def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None]
                 ood_folders=folders,
                 synthetic=options.synthetic,
                 image_size=options.image_size or trained_on.get("image_size"),
+                classes=None if options.classes is None else class_names(options.classes),
                 seed=seed,
             )
         return opened[seed]

@@ -66,7 +66,7 @@ class StoredOutputs:
             )
 
     def _stored(self) -> Iterator[features.Stored]:
-        for stored in features.batches(self.file):
+        for stored in features.batches(self.file, nan=True):  # `chunks` refuses it
             try:
                 yield stored.with_logits(self.head)
             except ValueError as error:  # the head is of another width
