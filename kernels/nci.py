@@ -395,7 +395,7 @@ def nci_backward(
     if needs.weight:
         grad_weight = gradient_buffer(head_weight, tuple(head_weight.shape))
         segment_sum(
-            *(projected.predicted, head_weight.shape[0], sample_grad, projected.inverse_norm, z, grad_weight),
+            *(projected.predicted, sample_grad, projected.inverse_norm, z, grad_weight),
             center=center,
         )
         grad_weight = grad_weight.to(head_weight.dtype)
