@@ -85,7 +85,7 @@ def test_pytorch_ood_detector(name, model, adapters):
     assert type(adapter).__name__ == name
     train = DataLoader(TensorDataset(images(60, 0), torch.arange(60) % C), batch_size=16)
     assert adapter.fit(train) is adapter
-    assert adapter.requires_fit == fitted(name, model).needs_fit
+    assert adapter.requires_fit == (fitted(name, model).needs_fit and bool(adapter.detector.gathers()))
     x = images(10, 1)
     torch.testing.assert_close(adapter(x), -fitted(name, model).score(model, x))
     assert model.training
@@ -117,6 +117,48 @@ def test_pytorch_ood_fit_leaves_ood_samples_out(model, adapters):
     mixed = [(images(60, 0), torch.arange(60) % C), (images(20, 9, 50.0), torch.full((20,), -1))]
     adapter = adapters.PytorchOOD(NCI(), model).fit(mixed)
     torch.testing.assert_close(adapter.detector.mean, fitted("NCI", model).mean)
+
+
+def test_pytorch_ood_batches_of_ood_alone_and_labels_of_any_dtype(model, adapters):
+    """Their `validation_set()` ends in batches that hold OOD data alone; data sets give int32 and float labels."""
+    expected = fitted("Mahalanobis", model).score(model, images(5, 1))
+    alone = (images(8, 9, 50.0), torch.full((8,), -1))
+    for dtype in (torch.int32, torch.int16, torch.float32, torch.float64):
+        batches = [alone, (images(60, 0), (torch.arange(60) % C).to(dtype)), alone]
+        adapter = adapters.PytorchOOD(detectors.Mahalanobis(), model).fit(batches)
+        torch.testing.assert_close(adapter(images(5, 1)), -expected)
+    z = model.eval().body(images(60, 0)).detach()
+    stored = adapters.PytorchOOD(detectors.Mahalanobis(), model).fit_features(z, (torch.arange(60) % C).float())
+    torch.testing.assert_close(stored(images(5, 1)), -expected)
+    with pytest.raises(ValueError, match=r"y: got 0\.5 in row 1, expected class indices"):
+        adapters.PytorchOOD(NCI(), model).fit([(images(2, 0), torch.tensor([0.0, 0.5]))])
+    with pytest.raises(ValueError, match="no data to fit on"):
+        adapters.PytorchOOD(NCI(), model).fit([alone])
+
+
+@pytest.mark.parametrize("name", ["ASH", "SCALE", "BoundaryDistance", "TemperedMSP"])
+def test_pytorch_ood_without_fit_where_there_is_nothing_to_fit(name, model, adapters):
+    """The head alone is needed: that of the model as it is when it is asked, also after training it further."""
+    adapter = adapters.PytorchOOD(detectors.create(name), model)
+    assert not adapter.requires_fit
+    x = images(6, 1)
+    for _ in range(2):
+        torch.testing.assert_close(adapter(x), -fitted(name, model).score(model, x))
+        z = adapter.encoder(x)
+        torch.testing.assert_close(adapter.predict_features(z), adapter(x))
+        with torch.no_grad():
+            model.fc.weight.mul_(torch.linspace(0.5, 2, C).unsqueeze(1))
+    kept = adapters.PytorchOOD(fitted(name, model), model)
+    before = kept.detector.head_weight.clone()
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    kept(x)
+    assert torch.equal(kept.detector.head_weight, before), "a fitted one stays as it is"
+    from pytorch_ood.api import RequiresFittingException
+
+    assert adapters.PytorchOOD(detectors.ReAct(), model).requires_fit, "its percentile is of the data"
+    with pytest.raises(RequiresFittingException):
+        adapters.PytorchOOD(detectors.create(name)).predict_features(torch.randn(2, M))
 
 
 def test_pytorch_ood_errors(model, adapters):
@@ -294,6 +336,7 @@ def loaders():
     }
 
 
+@pytest.mark.filterwarnings("ignore:ODIN. no Normalize found")
 @pytest.mark.parametrize("name", detectors.known())
 def test_openood_evaluator(name, model, loaders):
     """Setup, search, evaluation, for every detector; every number is that of detectors fitted one by one."""
@@ -347,6 +390,96 @@ def test_openood_search_runs_the_net_once_a_loader(model, loaders):
     """Whatever the number of candidates: one pass to fit, one over each validation set."""
     Evaluator(model, Postprocessor(NCI()), loaders)
     assert model.passes == sum(len(x) for x in (loaders["id"]["train"], loaders["id"]["val"], loaders["ood"]["val"]))
+
+
+def test_openood_search_leaves_out_what_does_not_fit(model, loaders):
+    """60 training images of 16 features: OpenOOD's own grids hold what no such data allow."""
+    knn = Evaluator(model, Postprocessor(KNN(k=3)), loaders).postprocessor
+    assert knn.args_dict == {"k": [50]}
+    assert knn.args.k == 50
+    vim = Evaluator(model, Postprocessor(detectors.ViM(), args_dict={"dim": [4, 1000, 8]}), loaders)
+    assert vim.postprocessor.args_dict == {"dim": [4, 8]}
+    assert [values for values, _ in vim.tried] == [[4], [8]]
+    guide = Postprocessor(detectors.NNGuide(), args_dict={"k": [3, 40, 100], "fraction": [1.0, 0.5]})
+    evaluator = Evaluator(model, guide, loaders)  # 40 of half of 60 is too many, 100 always
+    assert 100 not in guide.args_dict["k"]
+    assert len(evaluator.tried) == len(guide.args_dict["k"]) * len(guide.args_dict["fraction"]) == 2
+    with pytest.raises(ValueError, match="ViM: dim: got 256, expected less than 16"):
+        Postprocessor(detectors.ViM()).setup(model, loaders["id"], loaders["ood"])
+    again = Postprocessor(KNN())
+    again.setup(model, loaders["id"], loaders["ood"])
+    many = [{"data": images(300, 7), "label": torch.arange(300) % C}]
+    again.setup(model, {"train": many}, {})
+    assert again.args_dict == {"k": [50, 100, 200]}, "each setup begins with all candidates"
+
+
+def test_openood_without_a_search_scores_one_candidate(model, loaders, monkeypatch):
+    """`OODEvaluator` never says that the search is done, and may make none."""
+    scored = []
+    score_loader = detectors.DetectorSet.score_loader
+
+    def counting(self, *args):
+        scored.append(len(self))
+        return score_loader(self, *args)
+
+    monkeypatch.setattr(detectors.DetectorSet, "score_loader", counting)
+    test = [loaders["id"]["test"], *loaders["ood"]["far"].values()]
+    start = detectors.GEN()
+    postprocessor = Postprocessor(start)
+    postprocessor.setup(model, loaders["id"], loaders["ood"])
+    for loader in test:
+        postprocessor.inference(model, loader, False)
+    assert scored == [1, 1, 1]
+    evaluator = Evaluator(model, postprocessor, loaders)
+    assert scored[3:] == [42, 42], "the two of the search"
+    postprocessor.hyperparam_search_done = False
+    settings = postprocessor.args
+    for loader in test:
+        _, got, _ = postprocessor.inference(model, loader, False)
+        literal = detectors.GEN(gamma=settings.gamma, M=settings.M)
+        expected = torch.cat([literal.score(model, batch["data"]) for batch in loader])
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5)
+    assert scored[5:] == [1, 1, 1]
+    assert len(evaluator.tried) == 42
+
+
+class Preprocessed(torch.utils.data.Dataset):
+    """As OpenOOD's ImglistDataset holds its preprocessor, and this the transform of torchvision."""
+
+    def __init__(self, x, std) -> None:
+        self.x, self.transform_image = (
+            x,
+            types.SimpleNamespace(
+                transform=types.SimpleNamespace(transforms=[str, types.SimpleNamespace(mean=[0.5] * 3, std=std)])
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"data": self.x[index], "label": index % C}
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_openood_odin_takes_the_deviation_of_the_images(subset, model):
+    std = [0.25, 0.5, 0.2]
+    dataset = Preprocessed(images(20, 1), std)
+    loader = DataLoader(torch.utils.data.Subset(dataset, range(20)) if subset else dataset, batch_size=8)
+    postprocessor = Postprocessor(detectors.ODIN(), APS_mode=False)
+    postprocessor.setup(model, {"train": loader}, {})
+    assert postprocessor.args.std == tuple(std)
+    expected = detectors.ODIN(std=std).score(model, images(20, 1))
+    np.testing.assert_allclose(postprocessor.inference(model, loader, False)[1], expected.numpy(), rtol=1e-5)
+    searched = Postprocessor(detectors.ODIN(), args_dict={"eps": [0.0014, 0.0028]})
+    searched.setup(model, {"train": loader}, {})
+    searched.set_hyperparam([0.0028])
+    assert searched.args.std == tuple(std)
+    own = Postprocessor(detectors.ODIN(std=(1, 1, 1)), APS_mode=False)
+    own.setup(model, {"train": loader}, {})
+    assert own.args.std == (1, 1, 1), "what is given stays"
+    with pytest.warns(UserWarning, match=r"pass ODIN\(std=\.\.\.\)"):
+        Postprocessor(detectors.ODIN(), APS_mode=False).setup(model, {"train": []}, {})
 
 
 def test_openood_parameters(model, loaders):

@@ -34,7 +34,7 @@ class Mahalanobis(Detector):
         half: times ½, the factor in the Gaussian's logarithm.
         scatter: not divided by N.
         ridge: added to every eigenvalue of the covariance (or scatter), >= 0.
-        rtol: see above, >= 0; None: m · 2⁻⁵². OpenOOD inverts in float32, with m · 2⁻²³.
+        rtol: see above, >= 0; None: m · 2⁻⁵². OpenOOD inverts in float64, too, with the same share of the largest.
     """
 
     needs_features = True

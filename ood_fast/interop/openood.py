@@ -15,6 +15,8 @@ OpenOOD is not on the package index. Where it can be imported the class derives 
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..detectors import Detector, DetectorSet
+from ..detectors import ODIN, Detector, DetectorSet
 
 try:
     from openood.postprocessors import BasePostprocessor
@@ -37,15 +39,20 @@ class Postprocessor(BasePostprocessor):
 
     With `APS_mode`, their automatic parameter search: `setup` fits the detector for every combination of `args_dict`
     in one pass, and the search runs `net` once over each validation set, where theirs runs it for each combination.
+    Candidates that do not fit the data (KNN's k above the number of training images, ViM's dim above the features) are
+    taken out of `args_dict`.
+
+    `ODIN()` without `std` takes that of the normalisation of the loaders' images, as OpenOOD does; a warning says where
+    none can be found.
 
     Args:
         detector: fitted or not; `setup` fits a copy for each combination of parameters.
         head: the layer of the net that makes the logits, or its name; None: the one found.
         APS_mode: None: where the detector has parameters to search.
-        args_dict: parameter -> candidates; None: the grid of the detector, OpenOOD's own. Each must fit the data: for
-            ViM, whose grid has 1000 directions, give others where there are fewer features.
+        args_dict: parameter -> candidates; None: the grid of the detector, OpenOOD's own.
 
     Attributes:
+        args_dict: as given; after `setup` those that fit the data.
         args: the parameters in use, by name, as their configurations give them.
         hyperparam_search_done: set by their evaluator after the search.
     """
@@ -61,9 +68,11 @@ class Postprocessor(BasePostprocessor):
         self.config = None
         self.detector = detector
         self.head = head
-        self.args_dict = {name: list(values) for name, values in (args_dict or detector.grid).items()}
+        self._grid = {name: list(values) for name, values in (args_dict or detector.grid).items()}
+        self.args_dict = dict(self._grid)
         self.APS_mode = bool(self.args_dict) if APS_mode is None else APS_mode
         self.hyperparam_search_done = False
+        self._n_set = 0  # calls of set_hyperparam since setup
         self._candidates: dict[tuple, Detector] = {}
         self._searched: dict[tuple[int, int], tuple] = {}  # of net and loader -> both, and what the pass gave
 
@@ -78,16 +87,47 @@ class Postprocessor(BasePostprocessor):
         The loaders give mappings with "data" and "label"; OOD data are not looked at. A detector that is fitted already
         and has no parameters to search stays as it is.
         """
-        self._candidates, self._searched = {}, {}
+        self._candidates, self._searched, self._n_set, self.args_dict = {}, {}, 0, dict(self._grid)
+        if isinstance(self.detector, ODIN) and self.detector.std is None:
+            self._take_std(*id_loader_dict.values())
         if self.APS_mode:
             values = itertools.product(*self.args_dict.values())
             self._candidates = dict(zip(values, self.detector.variants(self.args_dict), strict=True))
         if self._candidates or not self.detector.fitted:
             named = _set(self._candidates or {(): self.detector})
+            named.failures = {} if self._candidates else None
             validation = _Pairs(id_loader_dict["val"]) if "val" in id_loader_dict else None
             named.fit(net, _Pairs(id_loader_dict["train"]), self.head, validation=validation)
+            self._leave_out(named.failures or {})
         current = tuple(self._values())
         self.detector = self._candidates.get(current) or next(iter(self._candidates.values()), self.detector)
+
+    def _take_std(self, *loaders: Iterable) -> None:
+        found = [std for std in map(_std_of, loaders) if std is not None]
+        if found:
+            self.detector = ODIN(**{**self.detector.settings(), "std": found[0]})
+        else:
+            warnings.warn(
+                "ODIN: no Normalize found in the preprocessing of the loaders, the step is taken as if images were "
+                "not divided by a standard deviation; pass ODIN(std=...)",
+                stacklevel=3,
+            )
+
+    def _leave_out(self, failures: Mapping[Detector, ValueError]) -> None:
+        """Take values out of `args_dict` until all combinations fit: their search makes every combination."""
+        failed = [values for values, detector in self._candidates.items() if detector in failures]
+        if len(failed) == len(self._candidates) and failed:
+            first = failures[self._candidates[failed[0]]]
+            raise ValueError(f"{self.detector.label}: {first}") from first
+        while failed:
+            # The value with the largest share of failures: one that never fits goes before those that it is tried with.
+            tried = Counter(pair for values in self._candidates for pair in enumerate(values))
+            lost = Counter(pair for values in failed for pair in enumerate(values))
+            place, value = max(lost, key=lambda pair: lost[pair] / tried[pair])
+            self._candidates = {key: kept for key, kept in self._candidates.items() if key[place] != value}
+            failed = [key for key in failed if key[place] != value]
+            name = list(self.args_dict)[place]
+            self.args_dict[name] = [kept for kept in self.args_dict[name] if kept != value]
 
     def postprocess(self, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
         """(predicted class (n,), score (n,)) of a batch of inputs."""
@@ -97,11 +137,12 @@ class Postprocessor(BasePostprocessor):
     def inference(self, net: nn.Module, data_loader: Iterable, progress: bool = True) -> tuple[np.ndarray, ...]:
         """(predicted classes, scores, labels) of all data, as NumPy arrays.
 
-        Before `hyperparam_search_done` all candidates are scored in one pass and kept, so that the next candidate on
-        the same loader costs nothing.
+        In a search all candidates are scored in one pass and kept, so that the next candidate on the same loader costs
+        nothing. A search sets its first parameters, asks for every validation set, and sets the next: a loader that
+        comes later, or without parameters set, is scored by the detector in use alone.
         """
-        if self.APS_mode and not self.hyperparam_search_done and self._candidates:
-            key = (id(net), id(data_loader))
+        key = (id(net), id(data_loader))
+        if not self.hyperparam_search_done and (key in self._searched or (self._candidates and self._n_set == 1)):
             if key not in self._searched:
                 result = self._collect(net, data_loader, self._candidates, progress)
                 self._searched[key] = (net, data_loader, result)  # keeps both alive, and so their ids
@@ -118,6 +159,7 @@ class Postprocessor(BasePostprocessor):
             raise ValueError(f"hyperparam: got {hyperparam}, expected one of {list(map(list, self._candidates))}")
         (new,) = self.detector.variants({name: [value] for name, value in zip(self.args_dict, values, strict=True)})
         self.detector = self._candidates.get(values, new)
+        self._n_set += 1
 
     def get_hyperparam(self) -> Any:
         """The parameter in use, a list of them if they are several."""
@@ -152,6 +194,23 @@ class Postprocessor(BasePostprocessor):
 
 def _set(detectors: Mapping[tuple, Detector]) -> DetectorSet:
     return DetectorSet({str(key): detector for key, detector in detectors.items()})
+
+
+def _std_of(loader: Iterable) -> tuple[float, ...] | None:
+    """What the images of a loader were divided by: `std` of the Normalize in its data set's preprocessing."""
+    waiting, seen = [getattr(loader, "dataset", None)], set()
+    while waiting:
+        step = waiting.pop()
+        if step is None or id(step) in seen:
+            continue
+        seen.add(id(step))
+        if hasattr(step, "mean") and hasattr(step, "std") and not callable(step.std):
+            return tuple(map(float, step.std))
+        waiting += step if isinstance(step, (list, tuple)) else []
+        # In OpenOOD: ImglistDataset, its preprocessor, torchvision's Compose; Subset has a data set inside.
+        names = ("dataset", "transforms", "transform", "preprocessor", "transform_image")
+        waiting += [getattr(step, name, None) for name in names]
+    return None
 
 
 class _Pairs:

@@ -35,6 +35,9 @@ class PytorchOOD(api.FeaturesDetector):
     for all detectors and candidates. Without a linear head (a detector of logits alone) or where a detector passes
     inputs of its own through the model (ODIN) it is None, and they run the model for each.
 
+    A detector that takes nothing from the data but the head (ASH, SCALE, boundary distance) needs no `fit`: it follows
+    that of the model.
+
     Args:
         detector: fitted or not.
         model: the classifier; None: only `fit_features` and `predict_features` work.
@@ -57,21 +60,26 @@ class PytorchOOD(api.FeaturesDetector):
         self.encoder = None
         if model is not None and self.head is not None and not detector.needs_model:
             self.encoder = _encoder(model, self.head)
-        self.requires_fit = detector.needs_fit
+        # A fitted one keeps the head that it was fitted with.
+        self._follows_head = self.head is not None and _needs_head_alone(detector) and not detector.fitted
+        self.requires_fit = detector.needs_fit and not self._follows_head
         self.hyperparameter_space = {name: list(values) for name, values in detector.grid.items()}
 
     def fit(self, data_loader: Iterable) -> PytorchOOD:
-        """Fit on batches (x, y) in one pass of the model; samples with y < 0, their mark of OOD data, are left out."""
-        if self.requires_fit:
+        """Fit on batches (x, y) in one pass of the model; samples with y < 0, their mark of OOD data, are left out.
+
+        Labels are whole numbers of any dtype.
+        """
+        if self.detector.needs_fit:
             self._require_model()
             self.detector.fit(self.model, _known(data_loader), self.head)
         return self
 
     def fit_features(self, x: Tensor, y: Tensor | None = None) -> PytorchOOD:
         """Fit on features (n, m) and class indices (n,); the logits come from the head. y < 0 is left out."""
-        if self.requires_fit:
+        if self.detector.needs_fit:
             if y is not None:
-                x, y = x[y >= 0], y[y >= 0]
+                x, y = x[y >= 0], _indices(y[y >= 0])
             head = None if self.head is None else inference_head(self.head)
             self.detector.fit_features(x, self._logits(x), y, head)
         return self
@@ -109,6 +117,11 @@ class PytorchOOD(api.FeaturesDetector):
             raise api.ModelNotSetException
 
     def _require_fitted(self) -> None:
+        if self._follows_head:
+            weight, bias = inference_head(self.head)
+            pairs = zip((self.detector.head_weight, self.detector.head_bias), (weight, bias), strict=True)
+            if not all(_same(kept, given) for kept, given in pairs):
+                self.detector.finalize((weight, bias))
         if not self.detector.fitted:
             raise api.RequiresFittingException
 
@@ -150,6 +163,30 @@ def _encoder(model: nn.Module, head: nn.Linear) -> _Encoder:
 
 
 def _known(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader without the samples with y < 0; of a batch that holds no other, nothing."""
     for x, y in loader:
         known = y >= 0
-        yield (x, y) if known.all() else (x[known], y[known])
+        if known.all():
+            yield x, _indices(y)
+        elif known.any():
+            yield x[known], _indices(y[known])
+
+
+def _indices(y: Tensor) -> Tensor:
+    """Class indices, int64, of labels of any dtype."""
+    indices = y.long()
+    if y.is_floating_point() and not torch.equal(indices.to(y), y):
+        row = int((indices.to(y) != y).int().argmax())
+        raise ValueError(f"y: got {float(y[row])} in row {row}, expected class indices")
+    return indices
+
+
+def _same(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
+
+
+def _needs_head_alone(detector: detectors.Detector) -> bool:
+    """Whether a fit takes the head and nothing of the data."""
+    return detector.needs_head and not detector.gathers()
