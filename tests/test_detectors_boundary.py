@@ -126,7 +126,10 @@ def test_corners(form, table_bytes, head, train_features, monkeypatch):
 @forms
 def test_a_head_without_boundaries(form, train_features):
     z = torch.randn(4, M, dtype=torch.float64)
-    for weight in (torch.zeros(3, M, dtype=torch.float64), torch.randn(1, M, dtype=torch.float64)):
+    weight = torch.zeros(3, M, dtype=torch.float64)
+    compare(form, train_features, (weight, None), z, torch.nn.functional.linear(z, weight))
+    weight = torch.randn(1, M, dtype=torch.float64)
+    with pytest.raises(ValueError, match="one logit a row"):
         compare(form, train_features, (weight, None), z, torch.nn.functional.linear(z, weight))
 
 

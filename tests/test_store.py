@@ -365,3 +365,47 @@ def test_every_byte_counts(tmp_path):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="damaged: "):
                 load(path)
+
+
+def changed(path, change) -> None:
+    """The file with other metadata and right checksums."""
+    with safe_open(path, "pt") as file:
+        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    entries = json.loads(metadata["detectors"])
+    result = change(entries, metadata)
+    metadata["detectors"] = result if isinstance(result, str) else json.dumps(entries)
+    metadata["crc32"] = store._checksum_of_text(metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries, _: "[]",
+        lambda entries, _: "{}",
+        lambda entries, _: "null",
+        lambda entries, _: "[" * 100_000,
+        lambda entries, _: entries["KNN"].pop("method") and None,
+        lambda entries, _: entries["KNN"].pop("tensors") and None,
+        lambda entries, _: entries["KNN"].update(method=5),
+        lambda entries, _: entries["KNN"].update(method=["KNN"]),
+        lambda entries, _: entries["KNN"].update(method="FDBD"),
+        lambda entries, _: entries["KNN"].update(calibration={"x": 1}),
+        lambda entries, _: entries["KNN"].update(settings=None),
+        lambda entries, _: entries["KNN"].update(settings={"k": {"tuple": 3}}),
+        lambda entries, _: entries["KNN"].update(settings={"k": {"a": 1, "b": 2}}),
+        lambda entries, _: entries["KNN"]["settings"].update(k=N + 1),
+        lambda entries, _: entries["KNN"]["tensors"].pop("mean") and None,
+        lambda entries, _: entries["KNN"]["tensors"].update(mean=entries["KNN"]["tensors"]["bank"]),
+        lambda entries, metadata: metadata.update(kind="zoo"),
+        lambda entries, metadata: metadata.update(class_names="3"),
+        lambda entries, metadata: metadata.update(class_names="[1]"),
+        lambda entries, metadata: metadata.update(notes="[1]"),
+        lambda entries, metadata: metadata.update(notes="{"),
+    ],
+)
+def test_crafted_files_with_right_checksums_are_refused(change, data, tmp_path):
+    fitted("KNN", data).save(tmp_path / "it")
+    changed(tmp_path / "it", change)
+    with pytest.raises(ValueError, match="it: "):
+        load(tmp_path / "it")

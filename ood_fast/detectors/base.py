@@ -58,6 +58,7 @@ class Contract(nn.Module):
     needs_features: bool = False  # to score
     needs_logits: bool = False  # to score
     needs_head: bool = False  # keeps a copy of the head as the buffers head_weight (c, m) and head_bias (c,)
+    compares_classes: bool = False  # of one logit a row the score would be the same for all: refused
     needs_model: bool = False  # scores inputs, by passes of its own through the model
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None

@@ -14,7 +14,7 @@ from ..statistics import distance_table, row_statistics
 from . import streaming
 from .detector import Detector
 from .logit import confidence
-from .numbers import at_least_float32
+from .numbers import at_least_float32, nan_where_too_long
 from .registry import register
 
 # The table R of all pairs of classes is kept up to this size (c = 4096 in float32); above it, the rows that a batch
@@ -28,6 +28,7 @@ class BoundaryDetector(Detector):
     boundaries of each class, `boundaries` (c,)."""
 
     needs_logits = True
+    compares_classes = True
     needs_head = True
     optional_state = ("table", "boundaries")
 
@@ -94,7 +95,8 @@ class FDBD(BoundaryDetector):
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         distance, length = statistics["distance"], statistics[self._length]
         factor = self._buffers["head_weight"].shape[0] - 1 if self.reduction == "sum" else 1
-        return factor * distance / length.clamp_min(torch.finfo(length.dtype).eps)
+        score = factor * distance / length.clamp_min(torch.finfo(length.dtype).eps)
+        return nan_where_too_long(score, length)
 
 
 @register

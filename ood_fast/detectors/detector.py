@@ -19,7 +19,7 @@ from ..models.running import batches_of, joined, run_model
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
-from .numbers import refuse_rows
+from .numbers import refuse_one_logit, refuse_rows
 from .threshold import Calibration
 
 
@@ -135,6 +135,8 @@ class Detector(Contract):
         """
         self.require_fitted()
         check_read(features, logits, self.needs_features, self.needs_logits)
+        if self.compares_classes:
+            refuse_one_logit(logits)
         self.check_widths(features, logits)
         scores = self._score(features, logits)
         self.check_scores(scores, features, logits)

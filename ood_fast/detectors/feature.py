@@ -13,7 +13,7 @@ from ..functional import nci_score
 from ..statistics import row_statistics
 from . import streaming
 from .detector import Detector
-from .numbers import at_least_float32
+from .numbers import at_least_float32, nan_where_too_long
 from .registry import register
 
 
@@ -48,7 +48,8 @@ class FeatureNorm(Detector):
         return (f"{'norm' if self.of == 'features' else 'logit_norm'}{1 if self.p == 1 else 2}",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        return statistics[self.statistics()[0]]
+        norm = statistics[self.statistics()[0]]
+        return nan_where_too_long(norm, norm)
 
     def _score(self, features: Tensor | None, logits: Tensor | None) -> Tensor:
         if self.statistics():
@@ -56,7 +57,8 @@ class FeatureNorm(Detector):
         values = at_least_float32(features if self.of == "features" else logits)
         if self.of == "logits":
             values = values.masked_fill(values.isneginf(), 0.0)
-        return torch.linalg.vector_norm(values, ord=self.p, dim=1)
+        norm = torch.linalg.vector_norm(values, ord=self.p, dim=1)
+        return nan_where_too_long(norm, norm)
 
 
 @register
@@ -114,10 +116,11 @@ class NCI(Detector):
             return self.alpha * norm
         length = statistics["centred_norm"]
         proximity = (statistics["projection"] / length).masked_fill_(length == 0, 0.0)  # 0 for z = μ
-        return torch.add(proximity, norm, alpha=self.alpha)
+        return nan_where_too_long(torch.add(proximity, norm, alpha=self.alpha), length)
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         if logits is not None or not self.proximity:
             return super()._score(features, logits)
         proximity = nci_score(features, self.head_weight, self.head_bias, self.mean, None, alpha=0.0)
-        return proximity + self.alpha * row_statistics((self._norm,), None, features)[self._norm]
+        read = row_statistics((self._norm, "centred_norm"), None, features, mean=self.mean)
+        return nan_where_too_long(proximity + self.alpha * read[self._norm], read["centred_norm"])

@@ -14,7 +14,7 @@ from .. import checks
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from . import streaming
-from .numbers import refuse_rows
+from .numbers import at_least_float32, refuse_one_logit, refuse_rows
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -138,6 +138,8 @@ class Fit:
                         f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
                     )
         _check_batch(features, logits, targets)
+        if logits is not None and any(detector.compares_classes for detector in self.detectors):
+            refuse_one_logit(logits)
         for part in self.parts:
             for name, width in part.widths.items():
                 if given[name].shape[1] != width:
@@ -195,6 +197,9 @@ class Fit:
         weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
         checks.float_tensor("head: W", weight, 2, "(c, m)")
         checks.head_bias(bias, weight)
+        refuse_rows("head: W", weight, 0 * torch.linalg.vector_norm(at_least_float32(weight), dim=1))
+        if bias is not None and (bias.isnan() | (bias == torch.inf)).any():
+            raise ValueError("head: b: got NaN or inf, expected numbers; look at the training of the model")
         for part in self.parts:
             expected = tuple(
                 part.widths.get(name, n) for name, n in zip(("logits", "features"), weight.shape, strict=True)
@@ -213,7 +218,8 @@ def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor
     """ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit can take."""
     if features is not None:
         checks.float_tensor("features", features, 2, "(n, m)")
-        refuse_rows("features", features, 0 * features.sum(dim=1))  # NaN where a row holds inf, too
+        # NaN where a row holds NaN or inf, or is too long.
+        refuse_rows("features", features, 0 * torch.linalg.vector_norm(at_least_float32(features), dim=1))
     if logits is not None:
         checks.logits(logits)
         refuse_rows("logits", logits, 0 * logits.amax(dim=1))

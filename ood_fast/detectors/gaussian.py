@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import checks
 from . import streaming
 from .detector import Detector
-from .numbers import at_least_float32, exact_linear
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 METRICS = ("inner", "euclidean", "cosine")
@@ -63,7 +63,9 @@ class Mahalanobis(Detector):
         values, vectors = torch.linalg.eigh(matrix)
         rtol = len(matrix) * torch.finfo(torch.float64).eps
         rounding = rtol * torch.linalg.matrix_norm(scatter.scatter)
-        cut = torch.maximum(rounding, values[-1] * (rtol if self.rtol is None else self.rtol))
+        # Features that do not vary seem to: the mean of n equal numbers is off by up to n · 2⁻⁵² of them.
+        of_means = scatter.rows * (scatter.rows * torch.finfo(torch.float64).eps * scatter.mean).square().sum()
+        cut = torch.maximum(rounding + of_means, values[-1] * (rtol if self.rtol is None else self.rtol))
         values = torch.where(values > cut, values, 0.0) / (1 if self.scatter else scatter.rows) + self.ridge
         inverse = torch.where(values > 0, (0.5 if self.half else 1.0) / values, 0.0)
         return (vectors * inverse.sqrt()) @ vectors.T
@@ -146,7 +148,9 @@ class SHE(Detector):
         if self.metric == "inner":
             score = (z * pattern).sum(dim=1)
         elif self.metric == "euclidean":
-            score = -torch.linalg.vector_norm(z - pattern, dim=1)
+            length = torch.linalg.vector_norm(z - pattern, dim=1)
+            score = nan_where_too_long(-length, length)
         else:
             score = torch.cosine_similarity(z, pattern, dim=1)
+            score = nan_where_too_long(score, torch.linalg.vector_norm(z, dim=1))
         return torch.where(self.known[predicted] | score.isnan(), score, -torch.inf).masked_fill(top.isnan(), torch.nan)

@@ -13,7 +13,7 @@ from .. import checks
 from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of
 from .detector import Detector
 from .logit import confidence
-from .numbers import at_least_float32, refuse_rows
+from .numbers import at_least_float32, refuse_one_logit, refuse_rows
 from .registry import register
 
 
@@ -37,6 +37,7 @@ class ODIN(Detector):
     """
 
     needs_logits = True
+    compares_classes = True
     needs_model = True
     grid = {"temperature": (1, 10, 100, 1000), "eps": (0.0014, 0.0028)}
 
@@ -77,6 +78,7 @@ class ODIN(Detector):
             step = self._direction(model, x)
             with torch.no_grad():
                 logits = at_least_float32(logits_of(model(x - self.eps * step)))
+            refuse_one_logit(logits)
             scores = confidence(logits, self.temperature)
         refuse_rows("logits", logits, scores)
         return scores

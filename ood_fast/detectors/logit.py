@@ -36,22 +36,15 @@ class MSP(Detector):
     """
 
     needs_logits = True
+    compares_classes = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         checks.real("temperature", temperature, 0.0, open_low=True)
         self.temperature = temperature
 
-    def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
-        return ("max", "logsumexp") if self.temperature == 1 else ()
-
-    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        return (statistics["max"] - statistics["logsumexp"]).exp()
-
+    # Not exp(max − logsumexp) of the shared statistics, whose difference rounds at the size of the logits.
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        if self.temperature == 1:
-            return super()._score(features, logits)
         return confidence(at_least_float32(logits), self.temperature)
 
 
@@ -111,6 +104,7 @@ class Entropy(Detector):
     """
 
     needs_logits = True
+    compares_classes = True
 
     def statistics(self) -> tuple[str, ...]:
         """What `_combine` takes."""
@@ -138,6 +132,7 @@ class GEN(Detector):
     """
 
     needs_logits = True
+    compares_classes = True
     grid = {"gamma": (0.01, 0.1, 0.5, 1, 2, 5, 10), "M": (10, 50, 100, 200, 500, 1000)}
 
     def __init__(self, gamma: float = 0.1, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
@@ -196,6 +191,7 @@ class KLMatching(Detector):
 
     label = "KL matching"
     needs_logits = True
+    compares_classes = True
     state = ("log_typical",)  # log d_k, a row for each class that was predicted, (k, c)
     fits_on = "validation"
 

@@ -15,7 +15,7 @@ from ..functional import l2_normalize
 from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
-from .numbers import at_least_float32, double, exact_linear
+from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
 from .registry import register
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
@@ -166,13 +166,13 @@ class KNN(Detector):
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
-        unit = l2_normalize(z)[0]
+        unit, lengths = l2_normalize(z)
         squared, unsure = self._ranked(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
         if not becomes_program() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
             again = unsure.nonzero().squeeze(1)
             squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
-        score = -squared if self.squared else -squared.sqrt()
+        score = nan_where_too_long(-squared if self.squared else -squared.sqrt(), lengths)
         return score + self.alpha * torch.linalg.vector_norm(z, ord=1, dim=1) if self.alpha else score
 
     def _ranked(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,10 +268,10 @@ class NNGuide(Detector):
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         dtype = at_least_float32(self.bank[:0]).dtype
-        unit = l2_normalize(at_least_float32(features).to(dtype))[0]
+        unit, lengths = l2_normalize(at_least_float32(features).to(dtype))
         chunks = query_chunks(unit, len(self.bank))
         guidance = torch.cat([largest(products(q, self.bank), self.k)[0].mean(dim=1) for q in chunks])
-        return guidance * torch.logsumexp(at_least_float32(logits), dim=1)
+        return nan_where_too_long(guidance, lengths) * torch.logsumexp(at_least_float32(logits), dim=1)
 
 
 def check_kept(budget: object, dtype: object, seed: object) -> None:

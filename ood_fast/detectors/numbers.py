@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..eager.precision import compute_dtype, full_precision, is_exporting, matmul
 
+# A row may be too long for the sum of its squares in float32 from here on: (2e17)² · 8192 features.
+TOO_LONG = 2e17
+
 
 def at_least_float32(values: Tensor) -> Tensor:
     """Half-precision values as float32: statistics and scores are computed in float32 or better."""
@@ -52,9 +55,24 @@ def k_smallest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, :k])
 
 
+def nan_where_too_long(values: Tensor, lengths: Tensor) -> Tensor:
+    """`values` (n,), NaN where the length (n,) of the row that they were made with is inf: they would be wrong."""
+    return values.masked_fill(lengths.isinf(), torch.nan)
+
+
+def refuse_one_logit(logits: Tensor) -> None:
+    """ValueError for logits (n, 1), of which every softmax is 1 and every distance between classes 0."""
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, one logit a row, expected (n, c) of two classes or more: the "
+            "softmax of one is 1 whatever the input. For a binary classifier with the logit f give two, [0, f]: a head "
+            "with a row of zeros, W = [0, w], b = [0, b]"
+        )
+
+
 def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
-    """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it;
-    `of_rows` (n,) is NaN where a row holds either.
+    """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it, or
+    the numbers whose squares are beyond float32; `of_rows` (n,) is NaN where a row holds such.
 
     One word from the device; the rows are looked at only where something is wrong.
     """
@@ -63,6 +81,8 @@ def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
         found, rows = "NaN", values.isnan().any(dim=1)
         if not rows.any():
             found, rows = "inf", suspect & values.isinf().any(dim=1)
+        if not rows.any():
+            found, rows = f"numbers beyond {TOO_LONG:.1e}", suspect & (values.abs().amax(dim=1) > TOO_LONG)
         rows = rows.nonzero()
         if len(rows):
             raise ValueError(

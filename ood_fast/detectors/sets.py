@@ -19,6 +19,7 @@ from ..statistics import row_statistics
 from . import registry, store
 from .detector import Detector, check_read, save
 from .fitting import Fit, Head
+from .numbers import refuse_one_logit
 from .registry import create
 from .threshold import Calibration
 
@@ -265,6 +266,8 @@ def _reads(
     """The reads that give these detectors their statistics; widths are checked."""
     reads: list[_Read] = []
     for name, (detector, statistics) in shared.items():
+        if detector.compares_classes:
+            refuse_one_logit(logits)
         detector.check_widths(features, logits)
         wanted = detector.constants()
         for read in reads:

@@ -13,20 +13,24 @@ from .. import checks
 from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
-from .numbers import at_least_float32, double, exact_linear
+from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
 from .registry import register
 
 NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0
 
 
-def principal_directions(matrix: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix (m, m), as columns, those of the largest eigenvalues first.
+def principal_directions(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a symmetric matrix (m, m), those of the `dim` largest eigenvalues as columns, (m, dim); and all
+    eigenvalues, (m,), the largest first.
 
     The component of largest size is positive: processes that sum in another order get the same signs.
     """
-    vectors = torch.linalg.eigh(matrix).eigenvectors.flip(1)
+    values, vectors = torch.linalg.eigh(matrix)
+    vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    vectors = (vectors * torch.where(largest < 0, -1.0, 1.0))[:, :dim]
+    # `contiguous` would leave a single column as it lies, and products of it round otherwise than those of a copy.
+    return vectors.clone(memory_format=torch.contiguous_format), values.flip(0)
 
 
 def check_dim(dim: int, n_features: int) -> None:
@@ -84,7 +88,7 @@ class ViM(Detector):
         if self.head_bias is not None:
             origin = -torch.linalg.pinv(weight) @ self.head_bias.to(weight)
         moment = scatter.covariance().addr(scatter.mean - origin, scatter.mean - origin)
-        principal = principal_directions(moment)[:, : self.dim].contiguous()
+        principal, _ = principal_directions(moment, self.dim)
         residual, length = self._mean_lengths(sample.value(), origin, principal)
         if residual <= NO_RESIDUAL * length:
             raise DoesNotFit(
@@ -109,7 +113,8 @@ class ViM(Detector):
         x = at_least_float32(features).to(self.origin.dtype) - self.origin
         residual = x - exact_linear(exact_linear(x, self.principal.T), self.principal)
         energy = torch.logsumexp(at_least_float32(logits), dim=1)
-        return energy - self.alpha * torch.linalg.vector_norm(residual, dim=1)
+        length = torch.linalg.vector_norm(residual, dim=1)
+        return nan_where_too_long(energy - self.alpha * length, length)
 
 
 @register
@@ -161,7 +166,18 @@ class NECO(Detector):
         rounding = scatter.rows * torch.finfo(variance.dtype).eps  # of a mean: what a constant feature seems to vary by
         varies = (variance > (rounding * scatter.mean).square()) & self.standardize
         deviation = torch.where(varies, variance.sqrt(), 1.0)
-        principal = principal_directions(covariance / torch.outer(deviation, deviation))[:, : self.dim].contiguous()
+        principal, values = principal_directions(covariance / torch.outer(deviation, deviation), self.dim)
+        # Beyond the rank lie whatever directions rounding leaves, others for each order of the batches.
+        noise = len(values) * torch.finfo(values.dtype).eps * values[0]
+        noise = noise + (rounding * scatter.mean / deviation).square().sum()
+        rank = int((values > noise).sum())
+        if self.dim > rank:
+            raise DoesNotFit(
+                f"dim: got {self.dim}, but the training features vary in {rank} directions only; take a smaller dim, "
+                f"such as {max(1, rank // 2)}, or more data",
+                "dim",
+                max(1, rank // 2),
+            )
         self.mean, self.deviation, self.principal = (t.to(scatter.like) for t in (scatter.mean, deviation, principal))
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
@@ -169,5 +185,5 @@ class NECO(Detector):
         x = (z - self.mean) / self.deviation
         inside = torch.linalg.vector_norm(exact_linear(x, self.principal.T), dim=1)
         length = torch.linalg.vector_norm(z if self.raw_length else x, dim=1)
-        share = torch.where(length == 0, 0.0, inside / length)
+        share = nan_where_too_long(torch.where(length == 0, 0.0, inside / length), length)
         return share * at_least_float32(logits).amax(dim=1) if self.use_max_logit else share
