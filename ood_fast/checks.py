@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -245,3 +246,21 @@ def positive_int(argument: str, value: object, alternative: str = "") -> None:
     """ValueError unless `value` is an int >= 1; `alternative` ends the sentence that says so."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{argument}: got {value!r}, expected an int >= 1{alternative}")
+
+
+def why_not_read(path: Path, error: Exception) -> str:
+    """Of a file that `torch.load` did not read, in words of our own: torch's advise what is dangerous, in colours."""
+    try:
+        others = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no checkpoint at all
+        others = []
+    if not others:
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0]
+        return f"cannot be read as tensors and plain values ({reason})"
+    state = 'model.state_dict() if isinstance(model, torch.nn.Module) else model["model"]'
+    return (
+        f"cannot be read as tensors and plain values: holds objects of {', '.join(others[:SHORT_LIST])}, whose reading "
+        f"could run code. If you trust the file, convert it once: model = torch.load({str(path)!r}, "
+        "weights_only=False); "
+        f'torch.save({state}, "weights.pth")  (or the key under which the weights are)'
+    )

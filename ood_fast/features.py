@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -157,6 +158,8 @@ def _held(file: Path) -> object:
     except OSError as error:
         raise checks.UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged file fails in every way: zlib.error, MemoryError, UnpicklingError, ...
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
+            raise checks.UserError(f"{file}: {checks.why_not_read(file, error)}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise checks.UserError(f"{file}: is damaged, or not a file of {file.suffix} ({reason})") from error
 

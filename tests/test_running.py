@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ood_fast
-from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet
+from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet, Mahalanobis
 from ood_fast.heads import capture_features, find_head
 from ood_fast.models.running import evaluating
 
@@ -397,3 +397,17 @@ def test_modules_to_save_by_the_plain_name(x):
     fitted = NCI().fit(model, [x])
     torch.testing.assert_close(fitted.head_weight, saved.weight.detach())
     torch.testing.assert_close(NCI().fit(model, [x], head="fc").score(model, x), fitted.score(model, x))
+
+
+@pytest.mark.parametrize("x_name", ["image", "pixel_values", "x", "img"])
+@pytest.mark.parametrize("y_name", ["label", "labels", "fine_label", "class_idx", None])
+def test_batches_as_mappings_have_any_names(x_name, y_name):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    batch = {x_name: x, **({} if y_name is None else {y_name: y})}
+    fitted = NCI().fit(model, [batch])
+    torch.testing.assert_close(fitted.score(model, [batch]), NCI().fit(model, [(x, y)]).score(model, x))
+    if y_name is not None:
+        by_class, expected = Mahalanobis().fit(model, [batch]), Mahalanobis().fit(model, [(x, y)])
+        torch.testing.assert_close(by_class.score(model, x), expected.score(model, x))

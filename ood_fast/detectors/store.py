@@ -24,9 +24,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -107,6 +107,23 @@ def read_file(path: str | os.PathLike) -> Content:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else f"its metadata are not as they are written ({error!r})"
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
+
+
+class Savable(Protocol):
+    """A detector, or a set of them."""
+
+    def save(self, path: str | os.PathLike, class_names: Iterable[str] | None, notes: Mapping[str, Any] | None) -> None:
+        """Write it to a file."""
+
+
+def save(
+    detectors: Savable,
+    path: str | os.PathLike,
+    class_names: Iterable[str] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """`detectors.save(path, class_names, notes)`."""
+    detectors.save(path, class_names, notes)
 
 
 def notes(path: str | os.PathLike) -> dict[str, Any]:

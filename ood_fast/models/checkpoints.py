@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except checks.UserError:
         raise
     except Exception as error:  # a file that is no checkpoint fails in any way: pickle, zip, struct, KeyError, ...
-        raise checks.UserError(f"{path}: {_why_not_read(path, error)}") from error
+        raise checks.UserError(f"{path}: {checks.why_not_read(path, error)}") from error
     if not isinstance(content, Mapping):
         raise checks.UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     return dict(content)
@@ -143,24 +142,6 @@ def _checksum(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     update_with_weights(digest, {key: state[key] for key in sorted(state)})
     return digest.hexdigest()
-
-
-def _why_not_read(path: Path, error: Exception) -> str:
-    """In words of our own: torch's advise what is dangerous, in colours."""
-    try:
-        others = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no checkpoint at all
-        others = []
-    if not others:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0]
-        return f"cannot be read as tensors and plain values ({reason})"
-    state = 'model.state_dict() if isinstance(model, torch.nn.Module) else model["model"]'
-    return (
-        f"cannot be read as tensors and plain values: holds objects of {', '.join(others[:N_LISTED])}, whose reading "
-        f"could run code. If you trust the file, convert it once: model = torch.load({str(path)!r}, "
-        "weights_only=False); "
-        f'torch.save({state}, "weights.pth")  (or the key under which the weights are)'
-    )
 
 
 def n_classes_of(path: str | os.PathLike) -> int | None:

@@ -119,7 +119,12 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor |
     if isinstance(batch, Mapping):
         x = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in _TARGETS}
         targets = next((batch[name] for name in _TARGETS if name in batch), None)
-        if x:
+        indices = [name for name, value in x.items() if value.dim() == 1 and not value.is_floating_point()]
+        if targets is None and len(indices) == 1 and len(x) > 1:  # the classes, by a name of the user's
+            targets = x.pop(indices[0])
+        if len(x) == 1:  # whatever its name: the model may call it something else
+            (x,) = x.values()
+        if isinstance(x, Tensor) or x:
             return x, targets if isinstance(targets, Tensor) else None
     elif isinstance(batch, (tuple, list)) and batch:
         x, targets = batch[0], batch[1] if len(batch) > 1 else None
