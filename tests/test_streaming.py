@@ -53,7 +53,8 @@ MAKERS = {
 
 def test_every_class_is_in_the_list():
     of = {type(make()) for make in MAKERS.values()}
-    assert of == set(streaming.Gathered.__subclasses__())
+    # Those of other modules, imported or not, have their own tests.
+    assert of == {each for each in streaming.Gathered.__subclasses__() if each.__module__ == streaming.__name__}
 
 
 @pytest.mark.parametrize("name", MAKERS)
