@@ -236,7 +236,7 @@ class Detector(Contract):
             ValueError: a class that is not registered, or class names that do not fit the head.
             TypeError: a setting that is no number, string, dtype, nor a tuple, list or mapping of those.
         """
-        save({type(self).__name__: self}, path, class_names, notes)
+        save_named({type(self).__name__: self}, path, class_names, notes)
 
     def record(self) -> store.Saved:
         """What a file holds of it."""
@@ -267,7 +267,7 @@ class Detector(Contract):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def save(
+def save_named(
     named: Mapping[str, Detector],
     path: str | os.PathLike,
     class_names: Iterable[str] | None,

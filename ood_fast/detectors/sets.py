@@ -17,7 +17,7 @@ from ..heads import given_head
 from ..models.running import Batch, batches_of, check_loader, joined, run_model
 from ..statistics import row_statistics
 from . import registry, store
-from .detector import Detector, check_read, save
+from .detector import Detector, check_read, save_named
 from .fitting import Fit, Head
 from .numbers import refuse_one_logit
 from .registry import create
@@ -83,7 +83,7 @@ class DetectorSet(nn.Module):
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the fitted detectors to one file, as `Detector.save` does."""
-        save(dict(self.items()), path, class_names, notes, "set")
+        save_named(dict(self.items()), path, class_names, notes, "set")
 
     # ---- fitting
 
