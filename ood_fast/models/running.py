@@ -122,7 +122,7 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor |
         indices = [name for name, value in x.items() if value.dim() == 1 and not value.is_floating_point()]
         if targets is None and len(indices) == 1 and len(x) > 1:  # the classes, by a name of the user's
             targets = x.pop(indices[0])
-        if len(x) == 1 and "pixel_values" not in x:  # transformers' name goes by keyword; others may be the data's alone
+        if len(x) == 1 and "pixel_values" not in x:  # that name of transformers goes by keyword
             (x,) = x.values()
         if isinstance(x, Tensor) or x:
             return x, targets if isinstance(targets, Tensor) else None
