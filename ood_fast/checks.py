@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,13 +59,13 @@ def real(argument: str, value: object, low: float, high: float = float("inf"), *
         raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
 
 
-def _describe(value: object) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def float_tensor(argument: str, value: object, n_dims: int, shape_text: str) -> None:
+def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> None:
     """TypeError unless `value` is a floating-point tensor, ValueError unless it has `n_dims` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: got {_describe(value)}, expected a tensor of shape {shape_text}")
@@ -93,7 +94,7 @@ def same_device(argument: str, value: Tensor, other_argument: str, other: Tensor
         )
 
 
-def logits(value: object, *, dense: bool = False) -> None:
+def logits(value: Any, *, dense: bool = False) -> None:
     """Logits: floating point, (n, c) with c >= 1; with `dense` also (n, c, d1, ...)."""
     if dense:
         float_tensor("logits", value, max(2, getattr(value, "ndim", 2)), "(n, c) or (n, c, d1, ...)")
@@ -103,7 +104,7 @@ def logits(value: object, *, dense: bool = False) -> None:
         raise ValueError(f"logits: got shape {tuple(value.shape)}, expected at least one class")
 
 
-def head_weight(weight: object, logits_: Tensor) -> None:
+def head_weight(weight: Any, logits_: Tensor) -> None:
     """W: floating point, (c, m), on the device of the logits."""
     float_tensor("W", weight, 2, "(c, m)")
     if weight.shape[0] != logits_.shape[1]:
@@ -114,7 +115,7 @@ def head_weight(weight: object, logits_: Tensor) -> None:
     same_device("W", weight, "logits", logits_)
 
 
-def head_bias(bias: object | None, weight: Tensor) -> None:
+def head_bias(bias: Any, weight: Tensor) -> None:
     """b: None, or floating point, (c,), on the device of W."""
     if bias is None:
         return
@@ -126,7 +127,7 @@ def head_bias(bias: object | None, weight: Tensor) -> None:
     same_device("b", bias, "W", weight)
 
 
-def features(z: object, weight: Tensor, n_samples: int | None = None, places: tuple[int, ...] = ()) -> None:
+def features(z: Any, weight: Tensor, n_samples: int | None = None, places: tuple[int, ...] = ()) -> None:
     """z: floating point, (n, m, *places) with m of W (and n and d1, ... of the logits), on the device of W."""
     float_tensor("z", z, 2 + len(places), "(n, m, d1, ...)" if places else "(n, m)")
     if z.shape[1] != weight.shape[1]:
@@ -144,7 +145,7 @@ def features(z: object, weight: Tensor, n_samples: int | None = None, places: tu
     same_device("z", z, "W", weight)
 
 
-def feature_mean(mean: object, z: Tensor) -> None:
+def feature_mean(mean: Any, z: Tensor) -> None:
     """mean: floating point, (m,), on the device of z."""
     float_tensor("mean", mean, 1, "(m,)")
     if mean.shape[0] != z.shape[1]:
@@ -152,7 +153,7 @@ def feature_mean(mean: object, z: Tensor) -> None:
     same_device("mean", mean, "z", z)
 
 
-def target(y: object, logits_: Tensor) -> None:
+def target(y: Any, logits_: Tensor) -> None:
     """y: int64 class indices (n,), or floating-point class probabilities (n, c), on the device of the logits.
 
     For logits (n, c, d1, ...): (n, d1, ...) or (n, c, d1, ...).
@@ -183,7 +184,7 @@ def _expected_target(logits_: Tensor) -> str:
     )
 
 
-def class_weight(weight: object | None, logits_: Tensor) -> None:
+def class_weight(weight: Any, logits_: Tensor) -> None:
     """weight: None, or floating point, (c,), one non-trainable factor a class."""
     if weight is None:
         return

@@ -142,7 +142,7 @@ LOSSES = {
 BASELINE = "ce"
 
 # detector class name -> parameters that differ from the class's defaults
-DETECTORS: dict[str, dict[str, object]] = {
+DETECTORS: dict[str, dict[str, Any]] = {
     "MSP": {},
     "MaxLogit": {},
     "Energy": {},
@@ -159,7 +159,7 @@ HAAS = "Haas et al., TMLR 2024, arXiv 2306.04072"
 OPENOOD = "OpenOOD v1.5"
 
 # The mean over all c classes is what the authors' code takes and the published numbers come from; the paper says c − 1.
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "ce": {"loss": "ce"},
     "logitnorm": {"loss": "logitnorm"},
     "elogitnorm": {"loss": "elogitnorm", "average": "classes"},
@@ -258,7 +258,11 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         benchmark, _, rest = name.partition("-")
         for kind, head, where in (("l2norm", "l2norm", with_l2), ("nol2", "linear", without)):
             if where is not None:
-                named = {"name": f"{benchmark}-{kind}-{rest}", "source": f"{_A1}; {where}", "head": head}
+                named: dict[str, Any] = {
+                    "name": f"{benchmark}-{kind}-{rest}",
+                    "source": f"{_A1}; {where}",
+                    "head": head,
+                }
                 yield replace(_HAAS_RESNET, benchmark=benchmark, **settings, **named)
     yield replace(
         _HAAS_RESNET,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from importlib import util
+from typing import Any
 
 
 class Bar:
@@ -27,7 +28,9 @@ class Bar:
 
         # What a narrow terminal has no room for is left out: words and time below 80 columns, the bar below 60.
         console = Console(stderr=True)
-        columns = [progress.TextColumn("{task.description}", table_column=Column(no_wrap=True))]
+        columns: list[progress.ProgressColumn] = [
+            progress.TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        ]
         if console.width >= 60:
             columns.append(progress.BarColumn())
         columns.append(progress.MofNCompleteColumn(table_column=Column(no_wrap=True)))
@@ -57,7 +60,9 @@ class Bar:
         """So many are done; `what` is done now, and some words about it. None: as before."""
         self.done = done
         if self.bar:
-            told = {name: text for name, text in (("description", what), ("words", words)) if text is not None}
+            told: dict[str, Any] = {
+                name: text for name, text in (("description", what), ("words", words)) if text is not None
+            }
             self.bar.update(self.task, completed=done, **told)
 
     def line(self, text: str, only_plain: bool = False) -> None:

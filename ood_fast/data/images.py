@@ -136,8 +136,8 @@ class Files(Source):
 
     def take(self, rows: np.ndarray) -> Files:
         """The source of these rows, in this order."""
-        options = {"upright": self.upright, "left_out": self.left_out}
-        return Files(self.root, self.names[rows], self.labels[rows], self.classes, **options)
+        upright, left_out = self.upright, self.left_out
+        return Files(self.root, self.names[rows], self.labels[rows], self.classes, upright=upright, left_out=left_out)
 
     def update(self, digest: Any) -> None:
         """Names, sizes and times of change, and how the files are decoded."""

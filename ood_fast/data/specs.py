@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Spec:
     openood_images: str | None = None  # OpenOOD's folder of images; None: OpenOOD has no such benchmark
 
 
-_CIFAR = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
-IMAGENET = {
+_CIFAR: dict[str, Any] = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
+IMAGENET: dict[str, Any] = {
     "near": ("ssb_hard", "ninco"),
     "far": ("inaturalist", "textures", "openimage_o"),
     "validation_ood": "openimage_o",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def linear_elogitnorm(
     """
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = compute_dtype(features, head_weight)
-    new = {"dtype": dtype, "device": features.device}
+    new: dict[str, Any] = {"dtype": dtype, "device": features.device}
     mean_row = head_weight.mean(0, dtype=dtype)
     bias = torch.zeros((), **new) if head_bias is None else head_bias.to(dtype)
     needs = Needs() if sample_grad is None else needs

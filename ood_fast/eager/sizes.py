@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,6 @@ def take(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def join(chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def join(chunks: Sequence[tuple[Tensor, ...]]) -> Any:
     """The n-vectors (or (n, .) buffers) of all chunks, in order."""
     return chunks[0] if len(chunks) == 1 else tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))

@@ -89,7 +89,7 @@ def _cct(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     return CCT(n_classes, in_channels, image_size or 32)
 
 
-_CNN = {"relu": True, "convolutional": True}
+_CNN: dict[str, Any] = {"relu": True, "convolutional": True}
 MODELS = {
     "small_cnn": _Model(_small_cnn, _small_cnn, **_CNN),
     "resnet18_32x32": _Model(None, vision.resnet18_32x32, **_CNN),

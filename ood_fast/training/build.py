@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ def model_of(
 
 def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`."""
-    smoothing = {"label_smoothing": recipe.label_smoothing}
+    smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
     if recipe.loss == "logitnorm":
         return LogitNormLoss(recipe.tau, **smoothing)
     if recipe.loss == "elogitnorm":
-        keywords = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
+        keywords: dict[str, Any] = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
         return ELogitNormLoss(find_head(model), **keywords, **smoothing)
     return nn.CrossEntropyLoss(**smoothing)
 

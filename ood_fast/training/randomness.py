@@ -14,8 +14,8 @@ import torch
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of the global generators of Python, NumPy, torch and the device, as what torch.load reads safely."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
