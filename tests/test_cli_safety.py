@@ -270,3 +270,49 @@ def test_validation_data_may_lie_below_a_folder_called_test():
     draw("test/oodval", ["x"])
     arguments = ["--validation", "test/val", "--ood-validation", "test/oodval", "--tune"]
     assert fit(*arguments) == 0
+
+
+# ---- code that was named here before
+
+
+def on_the_path(monkeypatch, folder: str) -> None:
+    """As PYTHONPATH has it: found without the current folder."""
+    Path(folder).mkdir(exist_ok=True)
+    monkeypatch.setattr(sys, "path", [str(Path(folder).resolve()), *sys.path])
+    Path("ownmodel.py").rename(Path(folder) / "ownmodel.py")
+
+
+def test_code_that_this_user_has_named_before_may_be_named_by_a_file(monkeypatch, capsys):
+    on_the_path(monkeypatch, "lib")
+    assert fit() == 0
+    assert score() == 0
+    assert "--model ownmodel:build, which was named here before" in capsys.readouterr().err
+    MSP().save("d.safetensors", notes={"model": "ownmodel:shuffled", "size": 8, "resize": 8})
+    assert score() == 2, "another callable of the same module was not named"
+
+
+@pytest.mark.parametrize("change", ["content", "place", "state"])
+def test_other_code_of_that_name_does_not_run(change, monkeypatch, tmp_path, capsys):
+    on_the_path(monkeypatch, "lib")
+    assert fit() == 0
+    hostile = "open('RAN', 'w').close()\n" + MODEL
+    sys.modules.pop("ownmodel", None)
+    if change == "content":
+        Path("lib/ownmodel.py").write_text(hostile)
+    elif change == "place":
+        Path("other").mkdir()
+        Path("other/ownmodel.py").write_text(hostile)
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "other"), *sys.path[1:]])
+    else:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "nothing"))
+    assert score() == 2
+    assert "not run because a file names it" in capsys.readouterr().err
+    assert not Path("RAN").exists()
+
+
+def test_where_nothing_can_be_kept_nothing_is(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    on_the_path(monkeypatch, "lib")
+    assert fit() == 0
+    assert score() == 2

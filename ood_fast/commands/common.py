@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -91,28 +88,6 @@ def machine() -> dict[str, str]:
 
 
 # ---- what `fit`, `score` and their like share
-
-
-def import_asked_for(name: str, option: str) -> ModuleType:
-    """A module that the command line names, from where packages are or, at last, the current folder.
-
-    Last, and only then: a `PIL.py` that lies beside the data must not run in the place of the package.
-    """
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise refusal(
-            f"{option}: cannot import {name!r} ({error}), looked for it where packages are and here"
-        ) from error
-
-
-def import_plugins(modules: list[str]) -> None:
-    """Import the user's modules, whose detectors register themselves."""
-    for name in modules:
-        import_asked_for(name, "--plugin")
 
 
 def detector_set(names: str, settings: list[str], on_features: bool) -> DetectorSet:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
-from .common import RunError, detector_set, device, import_plugins, listed, machine, processes, refusal, versions
+from .code import import_plugins
+from .common import RunError, detector_set, device, listed, machine, processes, refusal, versions
 from .progress import Bar
 
 if TYPE_CHECKING:

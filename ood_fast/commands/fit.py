@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images
-from .common import Process, RunError, detector_set, device, import_plugins, processes, refusal
+from .code import import_plugins
+from .common import Process, RunError, detector_set, device, processes, refusal
 from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
 from .progress import Bar
 

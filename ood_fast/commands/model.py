@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .common import import_asked_for, refusal
+from . import code
+from .common import refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,9 +64,10 @@ def _call(path: str) -> nn.Module:
 
     module, _, name = path.partition(":")
     try:
-        found = getattr(import_asked_for(module, f"--model {path}"), name)
+        found = getattr(code.import_asked_for(module, f"--model {path}"), name)
     except AttributeError as error:
         raise refusal(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
+    code.remember(path)
     model = found()
     if not isinstance(model, nn.Module):
         raise refusal(f"--model {path}: gave a {type(model).__name__}, expected an nn.Module")
@@ -72,12 +75,18 @@ def _call(path: str) -> nn.Module:
 
 
 def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
-    """Take from the notes of a detectors file what the command line leaves open. Code that a file names is not run."""
+    """Take from the notes of a detectors file what the command line leaves open.
+
+    Code that a file names is not run, unless a command line of this user has named the same.
+    """
     if options.model is None and (named := notes.get("model")) is not None and _is_callable(str(named)):
-        raise refusal(
-            f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, pass "
-            "it again if it is yours"
-        )
+        if not code.is_known(str(named)):
+            raise refusal(
+                f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, "
+                "pass it again if it is yours"
+            )
+        if not options.quiet:
+            print(f"ood-fast: --model {named}, which was named here before", file=sys.stderr)
     chosen = options.checkpoint is not None or options.pretrained  # weights belong together
     for name in REMEMBERED:
         if getattr(options, name) in (None, False) and not (chosen and name in ("checkpoint", "pretrained")):

@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .common import RunError, device, import_plugins, machine, refusal, versions
+from .code import import_plugins
+from .common import RunError, device, machine, refusal, versions
 from .progress import Bar
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images
-from .common import Process, RunError, device, import_plugins, processes, refusal
+from .code import import_plugins
+from .common import Process, RunError, device, processes, refusal
 from .model import cannot_take, check_fingerprint, load_model, preparation_of, recall
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
-from .common import Process, RunError, device, import_plugins, machine, processes, refusal, versions
+from .code import import_plugins
+from .common import Process, RunError, device, machine, processes, refusal, versions
 from .progress import Bar
 
 if TYPE_CHECKING:

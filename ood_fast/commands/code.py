@@ -1,0 +1,105 @@
+"""Code of the user: imported because a command line names it, never because a file does.
+
+What a command line has named is remembered in `$XDG_STATE_HOME/ood_fast/code.json` (`~/.local/state` without it): the
+name, where its module was found and a checksum. A file that `fit` or `train` wrote may then name it again, if it is the
+same code and found without looking into the current folder. No file beside the data can say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..files import write_text
+from .common import refusal
+
+MOST_REMEMBERED = 500
+_appended: set[str] = set()  # current folders that are on the path because a command line asked
+
+
+def import_asked_for(name: str, option: str) -> ModuleType:
+    """A module that the command line names, from where packages are or, at last, the current folder.
+
+    Last, and only then: a `PIL.py` that lies beside the data must not run in the place of the package.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+        _appended.add(here)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise refusal(
+            f"{option}: cannot import {name!r} ({error}), looked for it where packages are and here"
+        ) from error
+
+
+def import_plugins(modules: list[str]) -> None:
+    """Import the user's modules, whose detectors and models register themselves."""
+    for name in modules:
+        import_asked_for(name, "--plugin")
+        remember(name)
+
+
+def remember(name: str) -> None:
+    """The command line has named the code `name`, MODULE or MODULE:CALLABLE. Where nothing can be kept, nothing is."""
+    known = {"name": name, "files": _files(name)}
+    held = _remembered()
+    if known["files"] and known not in held:
+        with suppress(OSError):
+            _store().parent.mkdir(parents=True, exist_ok=True)
+            write_text(_store(), json.dumps([*held, known][-MOST_REMEMBERED:], indent=1) + "\n")
+
+
+def is_known(name: str) -> bool:
+    """Whether a command line of this user has named this very code, and it is found outside of the current folder."""
+    files = _files(name)
+    return bool(files) and {"name": name, "files": files} in _remembered()
+
+
+def import_known(modules: list[str]) -> list[str]:
+    """Import those plugins that a file names and that are known; the others."""
+    unknown = []
+    for name in modules:
+        if name in sys.modules:
+            continue
+        if is_known(name):
+            importlib.import_module(name)
+        else:
+            unknown.append(name)
+    return unknown
+
+
+def _store() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "ood_fast/code.json"
+
+
+def _remembered() -> list[Any]:
+    try:
+        held = json.loads(_store().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # none yet; no home
+        return []
+    return held if isinstance(held, list) else []
+
+
+def _files(name: str) -> dict[str, str]:
+    """The files that importing a module would run, with checksums, found without running any; empty if it is not."""
+    path: list[str] | None = [entry for entry in sys.path if entry and entry not in _appended]
+    found, module = {}, ""
+    for part in name.partition(":")[0].split("."):
+        module = f"{module}.{part}" if module else part
+        spec = PathFinder.find_spec(module, path)
+        if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+            return {}
+        origin = os.path.realpath(spec.origin)
+        found[origin] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()
+        path = list(spec.submodule_search_locations or ())
+    return found
