@@ -21,7 +21,7 @@ from .measure import input_sets
 
 # The rows, by their names in bench/counts.py.
 DETECTORS = {
-    "MSP": ("max", "logsumexp"),
+    "MSP": ("confidence",),
     "GEN": ("gen",),
     "entropy": ("entropy",),
     "fDBD": ("distance", "centred_norm"),

@@ -1,7 +1,8 @@
 """Row statistics: what the scores of most detectors are made of, from one read of the logits and one of the features.
 
     rest = sum_{j != p} exp(-g_j)          Z = 1 + rest
-    logsumexp = f_p + log Z                entropy = log Z + sum_j exp(-g_j) g_j / Z
+    logsumexp = f_p + log Z                confidence = 1 / Z
+    entropy = log Z + sum_j exp(-g_j) g_j / Z
     gen = sum_j (P_j (1 - P_j))^gamma      D = sum_j g_j R_pj / K
 
 Statistics are chosen by their output pointers: what has none is compiled away, and so is the read that only it needs.
@@ -45,7 +46,7 @@ from .rows import (
 )
 
 # The statistics, in the order of the kernel's outputs.
-OF_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
+OF_LOGITS = ("max", "predicted", "logsumexp", "confidence", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
 OF_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
 
 
@@ -156,6 +157,7 @@ def row_statistics_kernel(
     max_pointer,  # (n,) this and what follows is written, None where it is not asked for
     predicted_pointer,  # (n,) int64
     logsumexp_pointer,  # (n,)
+    confidence_pointer,  # (n,)
     entropy_pointer,  # (n,)
     gen_pointer,  # (n,)
     logit_norm1_pointer,  # (n,)
@@ -200,7 +202,9 @@ def row_statistics_kernel(
         WITH_INDEX: tl.constexpr = (
             predicted_pointer is not None or projection_pointer is not None or WITH_GEN or WITH_DISTANCE
         )
-        WITH_SUM: tl.constexpr = WITH_ENTROPY or WITH_GEN or logsumexp_pointer is not None
+        WITH_SUM: tl.constexpr = (
+            WITH_ENTROPY or WITH_GEN or logsumexp_pointer is not None or confidence_pointer is not None
+        )
         WITH_NORMS: tl.constexpr = logit_norm1_pointer is not None or logit_norm2_pointer is not None
         logits_row = logits_pointer + row_offset * logits_stride
         lanes = tl.arange(0, CLASS_BLOCK)[None, :]
@@ -241,6 +245,8 @@ def row_statistics_kernel(
         log_partition = log1p(rest)
         if logsumexp_pointer is not None:
             tl.store(logsumexp_pointer + rows, top + log_partition, mask=row_mask)
+        if confidence_pointer is not None:
+            tl.store(confidence_pointer + rows, 1.0 / (1.0 + rest), mask=row_mask)
         if WITH_ENTROPY:
             tl.store(entropy_pointer + rows, log_partition + product / (1.0 + rest), mask=row_mask)
         if WITH_GEN or WITH_DISTANCE:

@@ -17,7 +17,17 @@ from .eager.precision import compute_dtype, is_exporting
 from .ops import scores
 from .records import Inputs
 
-FROM_LOGITS = ("max", "predicted", "logsumexp", "entropy", "gen", "logit_norm1", "logit_norm2", "distance")
+FROM_LOGITS = (
+    "max",
+    "predicted",
+    "logsumexp",
+    "confidence",
+    "entropy",
+    "gen",
+    "logit_norm1",
+    "logit_norm2",
+    "distance",
+)
 FROM_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
 STATISTICS = FROM_LOGITS + FROM_FEATURES
 
@@ -40,6 +50,7 @@ def row_statistics(
         max           f.amax(1)
         predicted     f.argmax(1), int64, the first class on ties
         logsumexp     f.logsumexp(1)
+        confidence    max_j P_j = 1 / sum_j exp(-g_j); exp(max - logsumexp) would round at the size of the logits
         entropy       -sum_j P_j log P_j
         gen           sum_j P_j^gamma (1 - P_j)^gamma over all classes
         logit_norm1   f.abs().sum(1)
@@ -75,7 +86,8 @@ def row_statistics(
     as precise for certain predictions as for others. It counts as 0 below the smallest float.
 
     NaN in a row gives NaN in all that is made of that row ("projection" is made of both); "predicted" is then some
-    class. "logsumexp", "entropy", "gen" and "distance" are NaN also for a row that holds +inf or has no live class.
+    class. "logsumexp", "confidence", "entropy", "gen" and "distance" are NaN also for a row that holds +inf or has no
+    live class.
 
     Under `torch.export` and `torch.onnx` the graph holds plain ATen operators; "distance" without `table` then takes
     direct differences of rows of W.

@@ -74,7 +74,16 @@ def test_rows_are_read_once(monkeypatch):
     monkeypatch.setattr(sets, "row_statistics", counted)
     fitted.score(net, X)
     assert len(calls) == 1
-    assert set(calls[0]) == {"max", "logsumexp", "distance", "norm1", "norm2", "centred_norm", "projection"}
+    assert set(calls[0]) == {
+        "max",
+        "logsumexp",
+        "confidence",
+        "distance",
+        "norm1",
+        "norm2",
+        "centred_norm",
+        "projection",
+    }
     # Sharing is found again after a move and after loading, which copy every buffer.
     fitted.double().float()
     fitted.score(net, X)

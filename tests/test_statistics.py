@@ -19,7 +19,7 @@ from ood_fast.statistics import FROM_FEATURES, FROM_LOGITS, STATISTICS, distance
 
 INF, NAN = math.inf, math.nan
 # What is NaN where a row of logits holds +inf or has no live class.
-OF_GAPS = ("logsumexp", "entropy", "gen", "distance")
+OF_GAPS = ("logsumexp", "confidence", "entropy", "gen", "distance")
 
 
 def literal(logits: Tensor, features: Tensor, W: Tensor, mean: Tensor, gamma: float = 0.1) -> dict[str, Tensor]:
@@ -51,6 +51,7 @@ def literal_row(f: list[float], z: list[float], W: list, mean: list[float], gamm
     rest = math.fsum(math.exp(-gap[j]) for j in live if j != p)
     log_z = math.log1p(rest)
     found["logsumexp"] = top + log_z
+    found["confidence"] = 1 / (1 + rest)
     found["entropy"] = log_z + math.fsum(math.exp(-gap[j]) * gap[j] for j in live) / (1 + rest)
     found["gen"] = 0.0
     for j in live:

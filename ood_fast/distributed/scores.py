@@ -239,6 +239,7 @@ def _row_statistics(
         "max": top,
         "predicted": predicted,
         "logsumexp": (top + log_partition).masked_fill_(broken, torch.nan),
+        "confidence": (1 + rest).reciprocal(),
         "entropy": mean_gap / (1 + rest) + log_partition,
         "logit_norm1": norm1,
         "logit_norm2": squares.sqrt(),

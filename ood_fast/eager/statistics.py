@@ -24,6 +24,7 @@ _LOG2_E = 1 / math.log(2)
 # three float32 temporaries (6 MiB) stay in the last cache. Smaller chunks, in each core's own cache, are slower.
 CHUNK_ELEMENTS = 1 << 19
 
+_OF_SOFTMAX = {"logsumexp", "confidence", "entropy", "gen"}
 SUM_OF_BAG = 0  # the mode of `embedding_bag`, as its operators number them
 
 
@@ -64,7 +65,8 @@ def _by_chunks(function: Callable[..., dict[str, Tensor]], traced: bool, *tensor
 class _LogitStatistics:
     """With e_j = exp(-g_j), rest = sum_{j != p} e_j and Z = 1 + rest:
 
-        logsumexp = f_p + log Z      entropy = log Z + sum_j e_j g_j / Z      gen = sum_j (e_j (1 - e_j/Z) / Z)^gamma
+        logsumexp = f_p + log Z      confidence = 1 / Z
+        entropy = log Z + sum_j e_j g_j / Z      gen = sum_j (e_j (1 - e_j/Z) / Z)^gamma
 
     A masked class has g = inf, e = 0 and adds nothing. A row with NaN or +inf, or without a live class, has g_p = NaN.
     """
@@ -82,7 +84,7 @@ class _LogitStatistics:
         if names & {"predicted", "distance", "projection"}:
             self.predicted = logits.argmax(1) if traced else _first_equal(logits, self.top)
             self.column = self.predicted.unsqueeze(1) if self.by_hand else None
-        if names & {"logsumexp", "entropy", "gen", "distance"}:
+        if names & {"distance", *_OF_SOFTMAX}:
             self.gap = self.top - logits
 
     def found(self, boundaries: Tensor | None, gamma: float) -> dict[str, Tensor]:
@@ -92,7 +94,7 @@ class _LogitStatistics:
             found["max"] = self.top.squeeze(1)
         if self.predicted is not None:
             found["predicted"] = self.predicted
-        if self.names & {"logsumexp", "entropy", "gen"}:
+        if self.names & _OF_SOFTMAX:
             found |= self.of_softmax(gamma)
         if "distance" in self.names:
             found["distance"] = self.distance(boundaries)
@@ -105,18 +107,22 @@ class _LogitStatistics:
         return found
 
     def of_softmax(self, gamma: float) -> dict[str, Tensor]:
-        """logsumexp, entropy and gen."""
+        """logsumexp, confidence, entropy and gen."""
         gap, column = self.gap, self.column
         exponential = exp_of_minus(gap)
         if not self.names & {"entropy", "gen"}:
-            return {"logsumexp": self.top.squeeze(1) + exponential.sum(1).log()}
+            partition = exponential.sum(1)
+            found = {"confidence": partition.reciprocal()} if "confidence" in self.names else {}
+            if "logsumexp" in self.names:
+                found["logsumexp"] = self.top.squeeze(1) + partition.log()
+            return found
         # With the column e_p becomes g_p: 0, or NaN without softmax. Later it is a factor of g_p, or overwritten.
         if column is None:
             rest = softmax_rest(exponential)
         else:
             rest = exponential.scatter_(1, column, self.top - self.top).sum(1)
         log_partition, inverse = rest.log1p(), (rest + 1).reciprocal()
-        found = {"logsumexp": self.top.squeeze(1) + log_partition}
+        found = {"logsumexp": self.top.squeeze(1) + log_partition, "confidence": inverse}
         if "entropy" in self.names:
             weighted = row_dots(gap, exponential) if self.by_hand else None
             if not self.by_hand or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
