@@ -44,7 +44,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     return f"{message}; {hint} {listed}" if len(names) > SHORT_LIST else f"{message}; {listed}; {hint}"
 
 
-def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
+def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -75,7 +75,7 @@ def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> Non
         raise ValueError(f"{argument}: got shape {tuple(value.shape)}, expected {n_dims} dimensions {shape_text}")
 
 
-def same_device(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
+def same_device(argument: str, value: Any, other_argument: str, other: Any) -> None:
     """ValueError unless both tensors live on one device; TypeError where only one of them is a DTensor."""
     if value.device != other.device:
         raise ValueError(f"{argument}: is on {value.device}, expected {other.device}, where {other_argument} is")
@@ -172,7 +172,7 @@ def target(y: Any, logits_: Tensor) -> None:
     same_device("y", y, "logits", logits_)
 
 
-def _per_sample(shape: torch.Size) -> torch.Size:
+def _per_sample(shape: torch.Size) -> tuple[int, ...]:
     """(n, c, d1, ...) without c."""
     return shape[:1] if len(shape) == 2 else shape[:1] + shape[2:]
 

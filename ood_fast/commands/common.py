@@ -95,7 +95,7 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
     from .. import checks
     from ..detectors import DetectorSet, find, known
 
-    chosen = {}
+    chosen: dict[str, Any] = {}
     usable = [name for name in known() if not (on_features and find(name).needs_model)]
     for name in usable if names == "all" else listed(names):
         cls = find(name)

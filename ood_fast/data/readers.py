@@ -104,7 +104,7 @@ def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -
     return Pixels(np.concatenate(pixels), labels, names)
 
 
-def _check_labels(path: Path, labels: Sequence[int] | None, n_images: int, n_classes: int) -> None:
+def _check_labels(path: Path, labels: Sequence[int] | np.ndarray | None, n_images: int, n_classes: int) -> None:
     if labels is None or len(labels) != n_images:
         n_labels = "no" if labels is None else len(labels)
         raise checks.UserError(f"{path}: {n_labels} labels for {n_images} images")

@@ -38,8 +38,8 @@ class Plane:
     def head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The head on the plane, f(u) = u (W Aᵀ)ᵀ + (W o + b): its weight (c, 2) and bias (c,)."""
         weight = weight.to(self.axes)
-        bias = 0.0 if bias is None else bias.to(self.axes)
-        return weight @ self.axes.T, weight @ self.origin + bias
+        level = weight @ self.origin
+        return weight @ self.axes.T, level if bias is None else level + bias.to(self.axes)
 
 
 def plane_of(geometry: Moments) -> Plane:

@@ -36,8 +36,8 @@ def masked_class(head_weight: Tensor, *columns: Tensor | None) -> tuple[Tensor |
     """W, logits (or the bias), and other columns, with a class more: its logit is -inf, everything else of it 0."""
     masked, *others = columns
     masked = head_weight.new_full((1,), -math.inf) if masked is None else F.pad(masked, (0, 1), value=-math.inf)
-    others = (t if t is None or not t.is_floating_point() else F.pad(t, (0, 1)) for t in others)
-    return F.pad(head_weight, (0, 0, 0, 1)), masked, *others
+    padded = (t if t is None or not t.is_floating_point() else F.pad(t, (0, 1)) for t in others)
+    return F.pad(head_weight, (0, 0, 0, 1)), masked, *padded
 
 
 def _flip_negative(bits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ def _gather(tensor: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> 
     return torch.cat([part[:count] for part, count in zip(every.split(longest), counts, strict=True)])
 
 
-def process_group(group: object) -> dist.ProcessGroup:
+def process_group(group: Any) -> dist.ProcessGroup:
     """The process group that `group` means; ValueError where this process has none or is not part of it."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")

@@ -323,8 +323,8 @@ class _LinearELogitNorm(Differentiable):
                 return tuple(grad * grad_loss if need else None for grad, need in zip(kept, needed, strict=True))
 
             grads = first_derivative(Operator("linear_elogitnorm", scale), (grad_loss,), needed, inputs[:3])
-        grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs[:3], strict=True)]
-        return *grads, *[None] * 11
+        cast = (None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs[:3], strict=True))
+        return *cast, *[None] * 11
 
 
 def linear_elogitnorm(

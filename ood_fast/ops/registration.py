@@ -41,7 +41,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))  # what an argument
 class Operator:
     """A function in plain Python, the same registered with torch, and its `Differentiable` where it has one."""
 
-    def __init__(self, name: str, run: Callable, registered: Callable | None = None) -> None:
+    def __init__(self, name: str, run: Callable, registered: Any = None) -> None:
         self.name, self.run, self.registered = name, run, registered or run
         self.function: type[Differentiable] | None = None
 

@@ -118,8 +118,8 @@ def _nci_score(
 def _nci_score_backward(
     grad_score: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *flat: Any
 ) -> tuple[Tensor | None, ...]:
-    *projected, alpha, need_features, need_weight, need_mean = flat
-    projected = Projected(*projected)
+    *fields, alpha, need_features, need_weight, need_mean = flat
+    projected = Projected(*fields)
     needs = Needs(features=need_features, weight=need_weight, mean=need_mean)
     backend = backend_of(features, head_weight, mean)
     return backend.nci_backward(grad_score, features, head_weight, mean, projected, alpha, needs)

@@ -44,7 +44,7 @@ class Mixing:
         if kind == "mixup":
             x = torch.lerp(x[other], x, share)
         else:
-            rows, columns = _rectangle(random, x.shape[-2:], 1 - share)
+            rows, columns = _rectangle(random, tuple(x.shape[-2:]), 1 - share)
             x, theirs = x.clone(), x[other]
             x[..., rows, columns] = theirs[..., rows, columns]
             share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / x[0, 0].numel()
