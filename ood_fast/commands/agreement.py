@@ -1,33 +1,38 @@
-"""Whether a model and the class folders that detectors are fitted on speak of the same classes, in the same order."""
+"""Whether a model and class folders speak of the same classes in the same order: counted on the way, or on a sample."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..detectors import Detector
 from ..detectors.streaming import Gathered
+from ..evaluation.agreement import accuracy, at_chance, confusion, other_order
 from .common import refusal
 
-LEAST_IMAGES = 20  # of fewer, nothing is said
-MOST_PAIRS = 1 << 24  # of classes, that are counted: 128 MiB
+if TYPE_CHECKING:
+    from ..data.images import ImageDataset
+
+SAMPLED = 256  # images that decide between two orders of the classes
+BATCH = 32
 LISTED = 12  # classes in a message
 
 
 @dataclass
 class Confusion(Gathered):
-    """How often class j was predicted for images of class i, (c, c) int64."""
+    """How often class j was predicted for images of class i, (c + 1, c) int64."""
 
     reads = ("logits", "targets")
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
-        c = logits.shape[1]
-        pairs = targets.to(logits.device).clamp(max=c) * c + logits.argmax(dim=1)  # a class too many is row c
-        counted = torch.bincount(pairs, minlength=(c + 1) * c).view(c + 1, c).cpu()
+        counted = confusion(logits, targets)
         self.like = logits[:0]
         self.counts = counted if self.rows == 0 else self.counts + counted
 
@@ -50,29 +55,94 @@ class Agreement(Detector):
 
     def accuracy(self) -> float:
         """Of the images of all class folders."""
-        return (self.counts.diagonal().sum() / self.counts.sum()).item()
+        return accuracy(self.counts)
 
     def check(self, names: Sequence[str], path: str) -> None:
         """UserError where the folders are other classes than the model's, or the same in another order."""
-        counts, n_classes = self.counts, self.counts.shape[1]
-        n_images, right = int(counts.sum()), int(counts.diagonal().sum())
-        if n_images < LEAST_IMAGES or n_classes < 2:
-            return
-        meant = counts.argmax(dim=1)[: len(names)]
-        by_meaning = int(counts[: len(meant)].amax(dim=1).sum())
-        if right < n_images / 2 <= by_meaning and len(set(meant.tolist())) == len(meant):
-            order = [f"{name} -> {int(index)}" for name, index in zip(names[:LISTED], meant, strict=False)]
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            raise refusal(
-                f"{path}: the folders are not in the order of the model's classes: {100 * right / n_images:.1f} % of "
-                f"the images are predicted as their folder says, {100 * by_meaning / n_images:.1f} % if folders and "
-                f"classes are matched; folders by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: "
-                f"{', '.join(order)}{more}; pass the model's order as --classes FILE"
-            )
-        chance = 1 / n_classes
-        if right <= n_images * chance + 2 * (n_images * chance * (1 - chance)) ** 0.5:
-            raise refusal(
-                f"{path}: accuracy {100 * right / n_images:.1f} %, no better than chance ({100 * chance:.1f} %); usual "
-                "causes: another --mean, --std or --size than in training, weights that are not this model's, folders "
-                "of other classes"
-            )
+        if wrong := other_order(self.counts, names) or at_chance(self.counts):
+            raise refusal(f"{path}: {wrong}")
+
+
+def check_sample(model: nn.Module, dataset: ImageDataset, names: Sequence[str], path: str) -> None:
+    """UserError where some predictions of a model that is trained say that the classes have another order."""
+    logits, labels = _sampled(model, dataset)
+    if len(labels) and (wrong := other_order(confusion(logits, labels), names)):
+        raise refusal(f"{path}: {wrong}")
+
+
+def class_order(
+    model: nn.Module, dataset: ImageDataset, options: argparse.Namespace, names: Sequence[str] | None = None
+) -> list[str]:
+    """The names of the class folders of `dataset` in the order of the model's outputs.
+
+    Those of `--classes`; else the labels that the model itself names, if the folders are called alike; else the order
+    of the names, or the natural one (2 before 10, apple before Zebra) where the predictions of some images say that the
+    model was trained with it.
+    """
+    from ..data import folders
+
+    if options.classes is not None:
+        return folders.class_names(options.classes)
+    names, own = list(names or dataset.source.classes), own_labels(model)
+    if own is not None and set(names) <= set(own):
+        return own
+    natural = sorted(names, key=folders.natural)
+    if natural == names:
+        return names
+    logits, labels = _sampled(model, dataset)
+    if not len(labels):
+        return names
+    given = [names[label] for label in labels.tolist()]
+    guesses = logits.argmax(dim=1).tolist()
+    by_name = sum(guess == label for guess, label in zip(guesses, labels.tolist(), strict=True))
+    by_nature = sum(guess < len(names) and natural[guess] == name for guess, name in zip(guesses, given, strict=True))
+    if not by_name < len(given) / 2 < by_nature:
+        return names
+    if not options.quiet:
+        more = ", ..." if len(names) > LISTED else ""
+        print(
+            f"ood-fast: classes in their natural order, {', '.join(natural[:LISTED])}{more}: {by_nature} of "
+            f"{len(given)} images are predicted as their folder says, {by_name} in the order "
+            f"{', '.join(names[:LISTED])}{more}; --classes FILE sets another",
+            file=sys.stderr,
+        )
+    return natural
+
+
+def own_labels(model: nn.Module) -> list[str] | None:
+    """What the configuration of a Hugging Face or timm model calls its outputs, if it does."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(named, dict) and set(named) == set(range(len(named))):
+        labels = [named[index] for index in range(len(named))]
+        if labels != [f"LABEL_{index}" for index in range(len(named))]:
+            return labels
+    config = getattr(model, "pretrained_cfg", None)
+    labels = config.get("label_names") if isinstance(config, dict) else None
+    return None if labels is None else list(labels)
+
+
+def _sampled(model: nn.Module, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+    """Logits and labels of at most `SAMPLED` images from all over the data that can be read."""
+    from ..checks import UserError
+    from ..models.running import logits_of
+
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    images, labels = [], []
+    for index in range(0, len(dataset), max(1, -(-len(dataset) // SAMPLED))):
+        try:
+            x, label = dataset[index]
+        except UserError:  # the pass over the data tells it
+            continue
+        images.append(x)
+        labels.append(label)
+    nothing = torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
+    if not images:
+        return nothing
+    try:
+        with torch.no_grad():
+            parts = [
+                logits_of(model(torch.stack(images[i : i + BATCH]).to(device))) for i in range(0, len(images), BATCH)
+            ]
+    except (RuntimeError, ValueError):  # what the model cannot take is told by the pass, too
+        return nothing
+    return torch.cat(parts).cpu(), torch.tensor(labels)

@@ -7,15 +7,18 @@ import functools
 import json
 import os
 import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
-from .code import import_plugins
+from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, processes, refusal, versions
+from .images import MODEL_HELP, add_preparation
+from .model import PREPARATION, allow, is_callable, named, preparation_of, text_of
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="of the benchmark folder: its classes in the order of the model's outputs, one a line or JSON",
     )
+    preparation = parser.add_argument_group("images, where they differ from the model's own and the benchmark's")
+    add_preparation(preparation, "the model's own, else the benchmark's", "exif for own folders, else stored")
     stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
     stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
     stored.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
@@ -93,9 +98,7 @@ def add(commands: Any) -> None:
     model.add_argument(
         "--checkpoint", default="best", metavar="C", help="best (default), final, last, or a file of RUN"
     )
-    model.add_argument(
-        "--model", metavar="NAME", help="of a checkpoint that does not say: resnet18_32x32, timm:NAME, ..."
-    )
+    model.add_argument("--model", metavar="NAME", help=f"of a checkpoint that does not say: {MODEL_HELP}")
     model.add_argument("--recipe", metavar="NAME", help="what such a checkpoint was trained with; says the model too")
     model.add_argument("--head", metavar="LAYER", help="name of the layer that makes the logits, if it is not found")
     scores = parser.add_argument_group("detectors")
@@ -184,12 +187,12 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
     from .. import evaluation
 
     paths = [path for given in options.runs for path in evaluation.paths_of(given)]
-    benchmark_of = _benchmarks(options, paths[0])
-    first = benchmark_of(_seed(paths[0]))
+    benchmarks = _Benchmarks(options, paths[0])
+    first = benchmarks.open(_info(paths[0]).get("seed"))
     return _folder(options, paths, first.name), functools.partial(
         evaluation.evaluate_runs,
         _opened(options, paths, first),
-        lambda trained: benchmark_of(trained.seed),
+        benchmarks.of,
         chosen,
         skip_bad=options.skip_bad,
         cache=options.cache,
@@ -227,9 +230,10 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
     )
 
 
+SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
 ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
-ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache")
+ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -275,47 +279,100 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, 
     return json.loads(json.dumps(told, default=str))  # as it is read again
 
 
-DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "classes", "skip_bad")
+DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "classes", "skip_bad", *PREPARATION)
 
 
-def _benchmarks(options: argparse.Namespace, path: str) -> Callable[[int | None], ImageBenchmark]:
-    """The benchmark, by the seed of a run: that of `digits` draws its classes by it."""
-    from ..data import open_benchmark
-    from ..data.folders import class_names
+class _Benchmarks:
+    """The benchmark by the run: that of `digits` draws its classes by the seed, and images are prepared for the model.
 
-    if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
-        raise refusal(f"{path}: no such file or folder")
-    info = _info(path)
-    name = options.benchmark or info.get("benchmark")
-    if name is None:
-        raise refusal(f"--benchmark: {path} does not say which; give one")
-    trained_on = (info.get("data") or {}) if name == info.get("benchmark") else {}
-    root = options.data_root or trained_on.get("root")
-    layout = options.layout or (trained_on.get("layout") if root == trained_on.get("root") else None) or "auto"
-    folders = dict(_named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
-    for title in folders:
-        if "/" in title:
-            raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
-    opened: dict[int, ImageBenchmark] = {}
+    A run of `ood-fast train` says how its images were prepared and in which order its classes are. Of other models the
+    timm, transformers or torchvision model says it, unless the benchmark's images are of another scale.
+    """
 
-    def of(seed: int | None) -> ImageBenchmark:
-        seed = (seed or 0) if name == "digits" else options.seed
-        if seed not in opened:
-            opened[seed] = open_benchmark(
-                name,
-                root,
+    def __init__(self, options: argparse.Namespace, path: str) -> None:
+        if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
+            raise refusal(f"{path}: no such file or folder")
+        info = _info(path)
+        self.options = options
+        self.name = options.benchmark or info.get("benchmark")
+        if self.name is None:
+            raise refusal(f"--benchmark: {path} does not say which; give one")
+        self.trained_on = (info.get("data") or {}) if self.name == info.get("benchmark") else {}
+        self.root = options.data_root or self.trained_on.get("root")
+        same = self.root == self.trained_on.get("root")
+        self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
+        self.folders = dict(_named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
+        for title in self.folders:
+            if "/" in title:
+                raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
+        self.opened: dict[tuple, ImageBenchmark] = {}
+        self.told: dict[str, str] = {}
+
+    def open(
+        self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
+    ) -> ImageBenchmark:
+        """One for each seed, preparation and order of classes."""
+        from ..data import open_benchmark
+        from ..data.folders import class_names
+
+        options = self.options
+        seed = (seed or 0) if self.name == "digits" else options.seed
+        classes = class_names(options.classes) if options.classes is not None else classes
+        key = (seed, None if prepared is None else str(prepared), None if classes is None else tuple(classes))
+        if key not in self.opened:
+            self.opened[key] = open_benchmark(
+                self.name,
+                self.root,
                 download=options.download,
-                layout=layout,
+                layout=self.layout,
                 ood=None if options.ood is None else listed(options.ood),
-                ood_folders=folders,
+                ood_folders=self.folders,
                 synthetic=options.synthetic,
-                image_size=options.image_size or trained_on.get("image_size"),
-                classes=None if options.classes is None else class_names(options.classes),
+                image_size=options.image_size or self.trained_on.get("image_size"),
+                classes=classes,
+                upright=None if options.orientation is None else options.orientation == "exif",
+                truncated=options.truncated == "allow",
+                prepared=prepared,
                 seed=seed,
             )
-        return opened[seed]
+        return self.opened[key]
 
-    return of
+    def of(self, run: Trained) -> ImageBenchmark:
+        """The benchmark for a model."""
+        plain = self.open(run.seed)
+        prepared = None if self.name == "digits" else self._prepared(run, plain)
+        if self.name != "folder" or self.options.classes is not None:
+            return self.open(run.seed, prepared)
+        classes, names = (run.info or {}).get("class_names"), plain.class_names
+        if classes is None:
+            from .agreement import class_order
+
+            classes = class_order(run.model, self.open(run.seed, prepared).fit, self.options)
+        if sorted(classes) != sorted(names) or list(classes) == list(names):
+            return self.open(run.seed, prepared)  # what does not fit is told by the evaluation
+        return self.open(run.seed, prepared, classes)
+
+    def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
+        from .. import models
+
+        options = self.options
+        given = [getattr(options, name) for name in ("size", "resize", "mean", "std", "interpolation")]
+        published = run.name.startswith("pretrained:")
+        name = run.name.removeprefix("pretrained:") if published else options.model or ""
+        own = None if run.info else models.own_preparation(run.model, name, published)
+        size = plain.image_shape[-1]
+        if own is not None and (own["size"] > SMALL_IMAGE) != (size > SMALL_IMAGE):
+            own = None
+        if own is None and not any(given):
+            return None
+        asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
+        spec = plain.prepared or {}
+        prepared = preparation_of(asked, run.model, own or spec)
+        prepared = {name: prepared[name] for name in ("size", "resize", "mean", "std", "interpolation")}
+        if not options.quiet and self.told.get(run.name) is None:
+            print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
+        self.told[run.name] = text_of(prepared)
+        return prepared
 
 
 def _named_path(option: str, text: str, expected: str) -> tuple[str, str]:
@@ -334,10 +391,6 @@ def _info(path: str) -> dict[str, Any]:
     return read_info(folder) if (folder / RUN).is_file() else {}
 
 
-def _seed(path: str) -> int | None:
-    return _info(path).get("seed")
-
-
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
     from ..evaluation.trained import default_folder
 
@@ -351,14 +404,29 @@ def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> st
 
 def _opened(options: argparse.Namespace, paths: list[str], benchmark: ImageBenchmark) -> Iterator[Trained]:
     from .. import evaluation
+    from ..checks import UserError
 
+    shape = benchmark.image_shape
+    if options.size:
+        shape = (shape[0], options.size, options.size)
     for path in paths:
-        yield evaluation.open_run(
-            path,
-            benchmark.n_classes,
-            benchmark.image_shape,
-            model=options.model,
-            recipe=options.recipe,
-            checkpoint=options.checkpoint,
-            head=options.head,
-        )
+        info, model = _info(path), options.model
+        unknown = import_known(info.get("plugins") or [])
+        if info:
+            allow(info["recipe"]["model"], options.model, path)
+            model = None if options.model == info["recipe"]["model"] else model
+        elif model is not None and is_callable(model):
+            model = named(model)
+        try:
+            yield evaluation.open_run(
+                path,
+                benchmark.n_classes,
+                shape,
+                model=model,
+                recipe=options.recipe,
+                checkpoint=options.checkpoint,
+                head=options.head,
+            )
+        except UserError as error:
+            missing = f"; it was trained with --plugin {', '.join(unknown)}, pass it if it is yours" if unknown else ""
+            raise refusal(f"{error}{missing}") from error

@@ -246,7 +246,11 @@ def _open_images(options: argparse.Namespace, where: str, process: Process) -> _
     model = load_model(options, n_classes, where)
     prepared = preparation_of(options, model)
     _say(options, f"images: {text_of(prepared)}")
-    names = images.class_order(model, source, prepared, options) if source.classes or options.classes else None
+    names = None
+    if source.classes or options.classes:
+        from .agreement import class_order
+
+        names = class_order(model, images.dataset_of(source, prepared), options)
     n_outputs = _n_outputs(model, options.head)
     if options.classes and n_outputs not in (None, len(names)):
         raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 from .common import RunError, refusal
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..data.images import Files, ImageDataset
 
-SAMPLED = 256  # images that decide between two orders of the classes
-LISTED = 12  # classes in a message
+
+MODEL_HELP = "resnet18_32x32, one of torchvision's classifiers, timm:NAME, hf:FOLDER, or MODULE:CALLABLE"
 
 
 def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> None:
@@ -28,11 +26,10 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
     )
     own = "as fitted" if remembered else "the model's own"
-    resize = f"{own}, size · 8/7 if --size is given"
     group.add_argument(
         "--model",
         metavar="NAME",
-        help="a model of ood_fast (resnet18_32x32, resnet50, ...), timm:NAME, or MODULE:CALLABLE",
+        help=MODEL_HELP,
     )
     group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
     group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
@@ -40,27 +37,7 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
     group.add_argument(
         "--n-classes", type=int, metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
-    group.add_argument("--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {own})")
-    group.add_argument(
-        "--resize", type=int, metavar="PIXELS", help=f"after their short side got this length (default: {resize})"
-    )
-    group.add_argument(
-        "--mean", metavar="A,B,C", help=f"of the normalisation, a number for each channel (default: {own})"
-    )
-    group.add_argument(
-        "--std", metavar="A,B,C", help=f"of the normalisation, a number for each channel (default: {own})"
-    )
-    group.add_argument(
-        "--interpolation",
-        choices=("bilinear", "bicubic", "nearest", "lanczos"),
-        help=f"of the resizing (default: {own})",
-    )
-    group.add_argument(
-        "--orientation",
-        choices=("exif", "stored"),
-        help="turn images as their EXIF data says, or take them as stored, as torchvision does (default: "
-        + ("as fitted)" if remembered else "exif)"),
-    )
+    add_preparation(group, own, "as fitted" if remembered else "exif")
     group.add_argument(
         "--classes",
         metavar="FILE",
@@ -73,11 +50,47 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
 
 
+def add_preparation(group: Any, own: str, orientation: str) -> None:
+    """How images are prepared; `own` and `orientation` say what holds by default."""
+    group.add_argument("--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {own})")
+    group.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help=f"after their short side got this length (default: {own}, size · 8/7 if --size is given)",
+    )
+    for name in ("mean", "std"):
+        what = f"of the normalisation, a number for each channel (default: {own})"
+        group.add_argument(f"--{name}", metavar="A,B,C", help=what)
+    group.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
+        help=f"of the resizing (default: {own})",
+    )
+    group.add_argument(
+        "--orientation",
+        choices=("exif", "stored"),
+        help="turn images as their EXIF data says, or take them as stored, as torchvision does (default: "
+        f"{orientation})",
+    )
+    add_truncated(group)
+
+
+def add_truncated(group: Any) -> None:
+    """What happens to files that end too early."""
+    group.add_argument(
+        "--truncated",
+        choices=("refuse", "allow"),
+        help="image files that end too early: an error (default), or what is there, as OpenOOD takes them",
+    )
+
+
 def dataset_of(source: Files, prepared: dict[str, Any]) -> ImageDataset:
     """The images of `source`, prepared as `preparation_of` says."""
     from ..data.images import ImageDataset, preparation
 
     source.upright = prepared.get("orientation", "exif") == "exif"
+    source.truncated = prepared.get("truncated") == "allow"
     names = ("resize", "size", "mean", "std", "interpolation")
     return ImageDataset(source, preparation(*(prepared[name] for name in names)))
 
@@ -221,74 +234,3 @@ def _on_stdin() -> list[str]:
         if not os.path.lexists(path):
             raise refusal(f"--data -, path {number}: {path}: no such file")
     return paths
-
-
-# ---- the order of the classes
-
-
-def class_order(model: nn.Module, source: Files, prepared: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """The names of the class folders in the order of the model's outputs.
-
-    Those of `--classes`; else the labels that the model itself names, if the folders are called alike; else the order
-    of the names, or the natural one (2 before 10, apple before Zebra) where the predictions of some images say that the
-    model was trained with it.
-    """
-    from ..data import folders
-
-    if options.classes is not None:
-        return folders.class_names(options.classes)
-    names, own = list(source.classes), _own_labels(model)
-    if own is not None and set(names) <= set(own):
-        return own
-    natural = sorted(names, key=folders.natural)
-    if natural == names:
-        return names
-    predicted, labels = _some_predictions(model, source, prepared)
-    pairs = [(guess, names[label], label) for guess, label in zip(predicted, labels, strict=True)]
-    by_name = sum(guess == label for guess, _, label in pairs)
-    by_nature = sum(guess < len(names) and natural[guess] == name for guess, name, _ in pairs)
-    if not by_name < len(pairs) / 2 < by_nature:
-        return names
-    if not options.quiet:
-        more = ", ..." if len(names) > LISTED else ""
-        print(
-            f"ood-fast: classes in their natural order, {', '.join(natural[:LISTED])}{more}: {by_nature} of "
-            f"{len(pairs)} images are predicted as their folder says, {by_name} in the order "
-            f"{', '.join(names[:LISTED])}{more}; --classes FILE sets another",
-            file=sys.stderr,
-        )
-    return natural
-
-
-def _own_labels(model: nn.Module) -> list[str] | None:
-    """What the configuration of a Hugging Face or timm model calls its outputs, if it does."""
-    named = getattr(getattr(model, "config", None), "id2label", None)
-    if isinstance(named, dict) and set(named) == set(range(len(named))):
-        labels = [named[index] for index in range(len(named))]
-        if labels != [f"LABEL_{index}" for index in range(len(named))]:
-            return labels
-    config = getattr(model, "pretrained_cfg", None)
-    labels = config.get("label_names") if isinstance(config, dict) else None
-    return None if labels is None else list(labels)
-
-
-def _some_predictions(model: nn.Module, source: Files, prepared: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """(predicted, labels) of at most `SAMPLED` images from all over the data that can be read."""
-    import torch
-
-    from ..checks import UserError
-
-    dataset = dataset_of(source, prepared)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    predicted, labels = [], []
-    for index in range(0, len(dataset), max(1, -(-len(dataset) // SAMPLED))):
-        try:
-            x, label = dataset[index]
-            with torch.no_grad():
-                logits = model(x[None].to(device))
-        except (UserError, RuntimeError):  # the pass over the data tells it
-            continue
-        if isinstance(logits, torch.Tensor) and logits.dim() == 2:
-            predicted.append(int(logits.argmax()))
-            labels.append(label)
-    return predicted, labels

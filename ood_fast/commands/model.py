@@ -12,9 +12,8 @@ from .common import refusal
 if TYPE_CHECKING:
     from torch import nn
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
-PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation")
+PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
 
 
 def load_model(options: argparse.Namespace, n_classes: int | None, device: str) -> nn.Module:
@@ -33,9 +32,9 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     if options.checkpoint is not None and options.pretrained:
         raise refusal("--checkpoint, --pretrained: expected one of them")
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
-    if _is_callable(options.model):
-        model = _call(options.model)
-    elif options.pretrained:
+    if is_callable(options.model):
+        model = named(options.model)
+    elif options.pretrained or (options.checkpoint is None and options.model.startswith(models.HF)):
         model = models.create(options.model, options.n_classes, pretrained=True)
     elif options.checkpoint is None:
         raise refusal(
@@ -52,14 +51,15 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     return model.to(torch.device(device)).eval()
 
 
-def _is_callable(name: str) -> bool:
+def is_callable(name: str) -> bool:
     """Whether it is MODULE:CALLABLE, code of the user."""
-    from ..models import TIMM
+    from ..models import HF, TIMM
 
-    return ":" in name and not name.startswith(TIMM)
+    return ":" in name and not name.startswith((TIMM, HF))
 
 
-def _call(path: str) -> nn.Module:
+def named(path: str) -> nn.Module:
+    """What MODULE:CALLABLE gives, which the command line names."""
     from torch import nn
 
     module, _, name = path.partition(":")
@@ -74,12 +74,29 @@ def _call(path: str) -> nn.Module:
     return model
 
 
+def allow(name: str, said: str | None, where: str) -> None:
+    """Let `models.create` call MODULE:CALLABLE, which the file `where` names, if the command line has `said` the same.
+
+    Also if this user's command lines have named that code before. UserError otherwise.
+    """
+    from .. import models
+
+    if not is_callable(name):
+        return
+    if said != name and not code.is_known(name):
+        raise refusal(
+            f"{where} names the model {name}; code is not run because a file names it, pass --model {name} if it is "
+            "yours"
+        )
+    models.register(name, lambda n_classes, in_channels, image_size: named(name))
+
+
 def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
     """Take from the notes of a detectors file what the command line leaves open.
 
     Code that a file names is not run, unless a command line of this user has named the same.
     """
-    if options.model is None and (named := notes.get("model")) is not None and _is_callable(str(named)):
+    if options.model is None and (named := notes.get("model")) is not None and is_callable(str(named)):
         if not code.is_known(str(named)):
             raise refusal(
                 f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, "
@@ -117,37 +134,24 @@ def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict
 
 def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `PREPARATION` names: as given, else as `kept` with the detectors, else the model's own."""
+    from ..models import own_preparation
+    from ..models.preparation import IMAGENET
+
     kept = kept or {}
-    own = {"orientation": "stored" if "size" in kept else "exif"}  # older files do not say it: it was not read
-    own |= {**_own_preparation(options, model), **{name: kept[name] for name in PREPARATION if name in kept}}
+    # older files do not say the orientation: it was not read
+    own = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}
+    own |= own_preparation(model, options.model, options.pretrained) or IMAGENET
+    own |= {name: kept[name] for name in PREPARATION if name in kept}
     size = options.size or own["size"]
     resize = options.resize or (size * 8 // 7 if options.size else own["resize"])
-    if size < 1 or resize < size:
+    if size < 1 or (isinstance(resize, int) and resize < size):
         raise refusal(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
+    resize = resize if isinstance(resize, int) else tuple(resize)  # as JSON has it, a list
     numbers = {name: _numbers(name, getattr(options, name)) or tuple(own[name]) for name in ("mean", "std")}
     if len(numbers["mean"]) != len(numbers["std"]):
         raise refusal(f"--mean, --std: got {len(numbers['mean'])} and {len(numbers['std'])} numbers, expected as many")
-    chosen = {name: getattr(options, name) or own[name] for name in ("interpolation", "orientation")}
+    chosen = {name: getattr(options, name) or own[name] for name in ("interpolation", "orientation", "truncated")}
     return {"size": size, "resize": resize, **numbers, **chosen}
-
-
-def _own_preparation(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """What the model was trained with, as timm's models and published weights say; else ImageNet's at 224 pixels."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and "mean" in config:  # timm
-        size = config.get("test_input_size" if options.pretrained else "input_size") or config["input_size"]
-        share = config.get("test_crop_pct" if options.pretrained else "crop_pct") or config.get("crop_pct") or 0.875
-        return {
-            "size": size[-1],
-            "resize": int(size[-1] / share),
-            "mean": config["mean"],
-            "std": config["std"],
-            "interpolation": config.get("interpolation") or "bilinear",
-        }
-    from ..models import published_transform
-
-    own = published_transform(options.model) if options.pretrained else None
-    return {"size": 224, "resize": 256, **IMAGENET, "interpolation": "bilinear"} | (own or {})
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
@@ -174,5 +178,7 @@ def cannot_take(prepared: dict[str, Any], error: RuntimeError) -> str:
 def text_of(prepared: dict[str, Any]) -> str:
     """A preparation in a line."""
     mean, std = (",".join(f"{number:g}" for number in prepared[name]) for name in ("mean", "std"))
-    resized = f"short side {prepared['resize']} ({prepared['interpolation']}), middle {prepared['size']}"
+    whole = prepared["resize"] if isinstance(prepared["resize"], (list, tuple)) else None
+    scaled = f"short side {prepared['resize']}" if whole is None else f"{whole[0]}×{whole[1]}"
+    resized = f"{scaled} ({prepared['interpolation']}), middle {prepared['size']}"
     return f"{resized}, mean {mean}, std {std}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import images
 from .code import import_plugins
 from .common import Process, RunError, device, processes, refusal
-from .model import cannot_take, check_fingerprint, load_model, preparation_of, recall
+from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
 
@@ -131,22 +131,7 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
     from .. import features
 
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
-    names = (
-        "data",
-        "features",
-        "model",
-        "checkpoint",
-        "pretrained",
-        "head",
-        "n_classes",
-        "size",
-        "resize",
-        "mean",
-        "std",
-        "interpolation",
-        "orientation",
-        "classes",
-    )
+    names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
     chosen = {name: getattr(options, name) for name in names}
     chosen["data"] = [str(Path(path).resolve()) for path in options.data or ()]
     for name in ("features", "checkpoint", "classes"):
@@ -203,7 +188,7 @@ def _score_images(
     check_fingerprint(model, options, notes)
     prepared = preparation_of(options, model, notes)
     if not options.quiet:
-        _warn_of_other_settings({"model": options.model, **prepared}, notes)
+        _warn_of_other_settings({"model": options.model, **prepared, "truncated": None}, notes)
     rows = process.share(len(source))
     bar.total = len(rows)
     rest = range(max(rows.start, table.start), rows.stop)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..recipes import BENCHMARK_NAMES
 from .code import import_plugins
 from .common import Process, RunError, device, machine, processes, refusal, versions
+from .images import MODEL_HELP, add_truncated
+from .model import allow
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -50,11 +52,18 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"in place of the recipe's, the same as --set model=NAME: {MODEL_HELP}"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data-root", metavar="DIR", help="the folder of the data sets")
     data.add_argument("--download", action="store_true", help="download what is missing, where torchvision can")
     data.add_argument("--layout", default="auto", metavar="L", help="auto (default), torchvision, openood")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of benchmark=folder (default: 224)")
+    data.add_argument(
+        "--classes", metavar="FILE", help="of benchmark=folder: its classes in this order, one a line or JSON"
+    )
+    add_truncated(data)
     workers = min(4, os.cpu_count() or 1)
     data.add_argument("--workers", type=int, default=workers, metavar="N", help="loading processes, of each process")
     speed = parser.add_argument_group("speed")
@@ -84,14 +93,18 @@ def run(options: argparse.Namespace, command: str) -> None:
         print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
         return
     original = find(options.recipe)
-    recipe = override(original, options.set)
+    settings = [*options.set, *([f"model={options.model}"] if options.model else [])]
+    recipe = override(original, settings)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
     if options.show:
         print(json.dumps(as_dict(recipe), indent=2, ensure_ascii=False))
         return
     _check(options)
     import_plugins(options.plugin)
+    said = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == "model"]
+    allow(recipe.model, said[-1] if said else None, options.recipe)
     from ..data import open_benchmark
+    from ..data.folders import class_names
     from ..train import DivergedError, Interrupted, Run
 
     out = Path(options.out if options.out is not None else Path("runs") / recipe.name / f"s{options.seed}")
@@ -104,10 +117,13 @@ def run(options: argparse.Namespace, command: str) -> None:
             download=options.download,
             layout=options.layout,
             image_size=options.image_size,
+            classes=None if options.classes is None else class_names(options.classes),
+            truncated=options.truncated == "allow",
             seed=options.seed,
         )
         if options.download:
             _download(benchmark, options.diagnostics, process)
+        _check_order(recipe, benchmark, options)
         progress = Told(options)
         training = Run(
             recipe,
@@ -161,6 +177,21 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal(f"--out: got {options.out!r}, expected a folder")
     if options.tensorboard and util.find_spec("tensorboard") is None:
         raise refusal("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
+
+
+def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: argparse.Namespace) -> None:
+    """UserError where the weights that training starts from, head included, have the classes in another order."""
+    from .. import models
+    from ..training import model_of
+
+    if recipe.pretrained is False or options.resume:
+        return
+    if recipe.pretrained is True and models.n_published(recipe.model) != benchmark.n_classes:
+        return  # the head is new
+    from .agreement import check_sample
+
+    model = model_of(recipe, benchmark.n_classes, benchmark.image_shape).eval()
+    check_sample(model, benchmark.fit, benchmark.class_names, options.data_root or benchmark.name)
 
 
 def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) -> None:

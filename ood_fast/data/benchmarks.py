@@ -45,6 +45,7 @@ class ImageBenchmark:
     Attributes:
         name, n_classes.
         image_shape: (channels, height, width) of every x.
+        prepared: size, resize, mean, std and interpolation; None for "digits".
         train: the training images, augmented; `train.set_epoch(e)` chooses the random numbers.
         fit: the training images prepared as the test images are, for fitting detectors.
         validation, test: ID images with their classes.
@@ -63,6 +64,7 @@ class ImageBenchmark:
     ) -> None:
         self.name, self.n_classes, self.image_shape = name, n_classes, image_shape
         self._parts, self._ood = parts, ood
+        self.prepared: dict[str, Any] | None = None
 
     @functools.cached_property
     def train(self) -> ImageDataset:
@@ -124,6 +126,8 @@ class Options:
     seed: int = 0
     classes: Sequence[str] | None = None
     upright: bool | None = None
+    truncated: bool = False
+    prepared: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -161,6 +165,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
         classes = None: of "folder" only, the class folders in the order of a model's outputs, default by name.
         upright = None: turn images as their EXIF orientation says; default for "folder" only, as torchvision and
             OpenOOD, whose numbers the others give, take them as stored.
+        truncated = False: take what is there of image files that end too early, as OpenOOD does.
+        prepared = None: size, resize, mean, std and interpolation in place of the benchmark's, for a model that was
+            trained with others, see `models.own_preparation`; not for "digits".
 
     In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
     of the classes. OpenOOD also leaves out OOD images whose subject is an ID class (of Tiny ImageNet, Places365): for
@@ -191,6 +198,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
         if asked.image_size is not None:
             raise checks.UserError(f"image_size: benchmark {name} has images of {spec.crop} pixels")
         read = _reader(name, spec, root, asked)
+    if asked.prepared is not None:
+        own = {"crop" if key == "size" else key: value for key, value in asked.prepared.items()}
+        spec = replace(spec, **{key: own[key] for key in ("resize", "crop", "mean", "std", "interpolation")})
     upright = name == "folder" if asked.upright is None else asked.upright
     return _Opener(spec, read, replace(asked, upright=upright)).benchmark(name)
 
@@ -201,7 +211,7 @@ class _Opener:
     def __init__(self, spec: Spec, read: Read, options: Options) -> None:
         self.spec, self.options = spec, options
         self._read = read
-        self.prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std)
+        self.prepared = functools.partial(preparation, spec.resize, spec.crop, spec.mean, spec.std, spec.interpolation)
 
     def benchmark(self, name: str) -> ImageBenchmark:
         spec = self.spec
@@ -223,14 +233,17 @@ class _Opener:
             added |= {"noise": self.noise, "scrambled": functools.partial(self.scrambled, "test", "synthetic")}
         chosen = self.options.chosen(groups, added)
         ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added
-        return ImageBenchmark(name, spec.n_classes, (3, spec.crop, spec.crop), parts, ood)
+        opened = ImageBenchmark(name, spec.n_classes, (len(spec.mean), spec.crop, spec.crop), parts, ood)
+        own = {name: getattr(spec, name) for name in ("resize", "mean", "std", "interpolation")}
+        opened.prepared = {"size": spec.crop, **own}
+        return opened
 
     def read(self, set_name: str, split: str) -> Source:
         return self._told(self._read(set_name, split))
 
     def _told(self, source: Source) -> Source:
         if isinstance(source, Files):
-            source.upright = bool(self.options.upright)
+            source.upright, source.truncated = bool(self.options.upright), self.options.truncated
             if source.left_out:
                 warnings.warn(source.left_out, stacklevel=2)
         return source
@@ -257,7 +270,9 @@ class _Opener:
 
     def noise(self) -> ImageDataset:
         spec = self.spec
-        source = Noise(len(self.inside("test")), (3, spec.crop, spec.crop), spec.mean, spec.std, self.options.seed)
+        source = Noise(
+            len(self.inside("test")), (len(spec.mean), spec.crop, spec.crop), spec.mean, spec.std, self.options.seed
+        )
         return ImageDataset(source, title="Gaussian noise", group="synthetic")
 
     def scrambled(self, split: str, group: str) -> ImageDataset:

@@ -11,6 +11,9 @@ several frames or pages             the first
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 # Formats that Pillow registers and cannot decode by itself; EPS would start Ghostscript.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+_SWITCH = threading.Lock()
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and of TIFF
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 
@@ -56,6 +60,26 @@ def has_signature(path: str) -> bool:
         return False
     container = start[8:12] == b"WEBP" or start[4:12] in (b"ftypavif", b"ftypheic", b"ftypheix", b"ftypmif1")
     return start.startswith(SIGNATURES) or container
+
+
+@contextmanager
+def truncated_files(allowed: bool) -> Iterator[None]:
+    """Whether Pillow gives what is there of a file that ends too early, the rest grey or black, or raises OSError.
+
+    Pillow has one switch for all threads: those that allow it wait for each other, and leave it as it was.
+    """
+    pillow()
+    from PIL import ImageFile
+
+    if not allowed and not ImageFile.LOAD_TRUNCATED_IMAGES:
+        yield
+        return
+    with _SWITCH:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, allowed
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def rgb(file: Image.Image, upright: bool = True) -> Image.Image:

@@ -98,6 +98,7 @@ class Files(Source):
     """Image files below one folder, decoded as `decoding` says.
 
     `upright` False leaves images as they are stored whatever their EXIF orientation says, as torchvision does.
+    `truncated` True takes what is there of files that end too early, as OpenOOD does; else they are errors.
     `left_out` says in words what else lies there and is not taken.
 
     The names are one NumPy array of bytes, not a list of strings: data-loader workers are forked, and touching a
@@ -112,10 +113,11 @@ class Files(Source):
         classes: Sequence[str] | None = None,
         *,
         upright: bool = True,
+        truncated: bool = False,
         left_out: str = "",
     ) -> None:
         super().__init__(labels, classes)
-        self.root, self.upright, self.left_out = Path(root), upright, left_out
+        self.root, self.upright, self.truncated, self.left_out = Path(root), upright, truncated, left_out
         self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], "S")
 
     def path(self, index: int) -> str:
@@ -129,10 +131,12 @@ class Files(Source):
         if not os.path.isfile(path):  # opening a pipe would wait for ever
             raise checks.UserError(f"image {path}: {'is no regular file' if os.path.exists(path) else 'no such file'}")
         try:
-            with decoding.pillow().open(path) as file:
+            with decoding.truncated_files(self.truncated), decoding.pillow().open(path) as file:
                 return decoding.rgb(file, self.upright)
         except Exception as error:  # decoders fail in every way
-            raise checks.UserError(f"image {path}: cannot be read ({error or type(error).__name__})") from error
+            why = str(error) or type(error).__name__
+            cure = "; --truncated allow takes what is there" * ("truncated" in why)
+            raise checks.UserError(f"image {path}: cannot be read ({why}{cure})") from error
 
     def take(self, rows: np.ndarray) -> Files:
         """The source of these rows, in this order."""
@@ -142,7 +146,7 @@ class Files(Source):
     def update(self, digest: Any) -> None:
         """Names, sizes and times of change, and how the files are decoded."""
         digest.update(b"\n".join(self.names.tolist()))
-        digest.update(f"decoding {DECODING} {self.upright};".encode())
+        digest.update(f"decoding {DECODING} {self.upright}{' truncated' * self.truncated};".encode())
         for index in range(len(self)):
             try:
                 status = os.stat(self.path(index))
@@ -307,9 +311,10 @@ def _global_generator_seeded(seed: int) -> Iterator[None]:
 
 @functools.lru_cache
 def preparation(
-    resize: int, crop: int, mean: Colour, std: Colour, interpolation: str = "bilinear"
+    resize: int | tuple[int, int], crop: int, mean: Colour, std: Colour, interpolation: str = "bilinear"
 ) -> Callable[[Any], Tensor]:
-    """PIL image -> normalised tensor: short side to `resize`, the middle `crop`×`crop`; grey for a single mean."""
+    """PIL image -> normalised tensor: short side to `resize` (all of it to (height, width)), the middle `crop`×`crop`;
+    grey for a single mean."""
     transforms = torchvision().transforms
     grey = [transforms.Grayscale()] if len(mean) == 1 else []
     resized = transforms.Resize(resize, transforms.InterpolationMode(interpolation))

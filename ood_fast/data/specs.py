@@ -20,12 +20,13 @@ class Spec:
     near: tuple[str, ...]
     far: tuple[str, ...]
     validation_ood: str
-    resize: int
+    resize: int | tuple[int, int]
     crop: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     augment: str
     flip: bool = True
+    interpolation: str = "bilinear"
     openood_images: str | None = None  # OpenOOD's folder of images; None: OpenOOD has no such benchmark
 
 

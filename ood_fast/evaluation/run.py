@@ -20,6 +20,7 @@ from ..data.benchmarks import SPECS
 from ..detectors import ODIN, Detector, DetectorSet
 from ..detectors.search import Search
 from ..heads import inference_head
+from . import agreement
 from .cache import FeatureCache, Outputs, rank
 from .measure import (
     FIT,
@@ -167,6 +168,8 @@ def evaluate_run(
     tested = {ID: benchmark.test, **benchmark.ood}
     sets = {name: TestSet(part.title, part.group, len(part)) for name, part in tested.items()}
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
+    if run.info is None:
+        result.notes += _disagreement(outputs[TEST], benchmark)
     if unfinished := run.unfinished:
         result.notes.append(unfinished)
     weight, bias = inference_head(cached.head)
@@ -175,6 +178,16 @@ def evaluate_run(
     result.standard = frozenset(name for name, detector in given.items() if _is_standard(detector, grids.get(name)))
     measure(result, prepared, [VALIDATION_OOD], how, before)
     return result
+
+
+def _disagreement(test: Outputs, benchmark: ImageBenchmark) -> list[str]:
+    """Of a model whose training is not known: UserError where the classes have another order, a note at chance."""
+    counts = torch.stack([agreement.confusion(logits, targets) for _, logits, targets in test.chunks()]).sum(dim=0)
+    cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
+    if wrong := agreement.other_order(counts, benchmark.class_names, cure):
+        raise checks.UserError(f"{test.title}: {wrong}")
+    at_chance = agreement.at_chance(counts)
+    return [at_chance] if at_chance else []
 
 
 def _outputs(

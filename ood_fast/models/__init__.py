@@ -8,6 +8,7 @@ Every model ends in one linear layer, its head, which `heads.find_head` finds; w
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ from torch import nn
 
 from .. import checks
 from ..heads import find_head
-from . import vision
+from . import hugging_face, vision
 from .cct import CCT
 from .checkpoints import load_checkpoint, openood_keys, save_checkpoint, torchvision_keys, weight_fingerprint
+from .hugging_face import HF
+from .preparation import own_preparation
 from .small import SmallCNN
 
 __all__ = [
@@ -31,8 +34,10 @@ __all__ = [
     "create",
     "known",
     "load_checkpoint",
+    "n_published",
     "openood_keys",
-    "published_transform",
+    "own_preparation",
+    "register",
     "save_checkpoint",
     "torchvision_keys",
     "weight_fingerprint",
@@ -71,14 +76,13 @@ class _Model:
     """`build(n_classes, in_channels, image_size)` and, for small images, `build_small` with the same arguments.
 
     relu: every activation is an `nn.ReLU` module, so that it can be exchanged. convolutional: spectral normalisation
-    means something. weights: the name in torchvision of weights trained on ImageNet.
+    means something.
     """
 
     build: Callable[[int, int, int | None], nn.Module] | None
     build_small: Callable[[int, int, int | None], nn.Module] | None = None
     relu: bool = False
     convolutional: bool = False
-    weights: str | None = None
 
 
 def _small_cnn(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
@@ -94,26 +98,25 @@ MODELS = {
     "small_cnn": _Model(_small_cnn, _small_cnn, **_CNN),
     "resnet18_32x32": _Model(None, vision.resnet18_32x32, **_CNN),
     "cct_7_3x1": _Model(None, _cct),
-    "resnet18": _Model(*vision.both("resnet18", vision.small_resnet), **_CNN, weights="ResNet18_Weights"),
-    "resnet50": _Model(*vision.both("resnet50", vision.small_resnet), **_CNN, weights="ResNet50_Weights"),
-    "vgg16": _Model(vision.large("vgg16"), vision.small_vgg16, **_CNN, weights="VGG16_Weights"),
-    "densenet121": _Model(
-        *vision.both("densenet121", vision.small_densenet), convolutional=True, weights="DenseNet121_Weights"
-    ),
-    "vit_b_16": _Model(vision.vit_b_16, vision.small_vit, weights="ViT_B_16_Weights"),
-    "swin_t": _Model(vision.large("swin_t"), partial(vision.small_swin, "swin_t"), weights="Swin_T_Weights"),
-    "swin_v2_t": _Model(
-        vision.large("swin_v2_t"), partial(vision.small_swin, "swin_v2_t"), weights="Swin_V2_T_Weights"
-    ),
-    "convnext_tiny": _Model(
-        *vision.both("convnext_tiny", vision.small_convnext), convolutional=True, weights="ConvNeXt_Tiny_Weights"
-    ),
+    "resnet18": _Model(*vision.both("resnet18", vision.small_resnet), **_CNN),
+    "resnet50": _Model(*vision.both("resnet50", vision.small_resnet), **_CNN),
+    "vgg16": _Model(vision.large("vgg16"), vision.small_vgg16, **_CNN),
+    "densenet121": _Model(*vision.both("densenet121", vision.small_densenet), convolutional=True),
+    "vit_b_16": _Model(vision.vit_b_16, vision.small_vit),
+    "swin_t": _Model(vision.large("swin_t"), partial(vision.small_swin, "swin_t")),
+    "swin_v2_t": _Model(vision.large("swin_v2_t"), partial(vision.small_swin, "swin_v2_t")),
+    "convnext_tiny": _Model(*vision.both("convnext_tiny", vision.small_convnext), convolutional=True),
 }
 
 
 def known() -> list[str]:
-    """The names that `create` takes, besides "timm:NAME"."""
+    """The names that `create` takes, besides "timm:NAME", "hf:NAME" and torchvision's others."""
     return sorted(MODELS)
+
+
+def register(name: str, build: Callable[[int, int, int | None], nn.Module]) -> None:
+    """Let `create` build a model of your own by this name: `build(n_classes, in_channels, image_size)`."""
+    MODELS[name] = _Model(build, build, relu=True, convolutional=True)
 
 
 def create(
@@ -130,11 +133,12 @@ def create(
     over the weights of the model's own, so that losses can be compared from the same start.
 
     Args:
-        name: one of `known()`, or "timm:NAME" if timm is installed.
+        name: one of `known()`, another of torchvision's classifiers, "timm:NAME" if timm is installed, or with
+            transformers "hf:FOLDER" or "hf:NAME", of a folder that `save_pretrained` wrote or of the hub.
         n_classes: None, with `pretrained=True`: those of the weights.
         head: makes the last layer from (m, n_classes): `nn.Linear`, `L2NormLinear`, `partial(L2NormLinear, tau=0.1)`.
-        pretrained: True: torchvision's weights `IMAGENET1K_V1` (timm's default), from torch.hub's cache or downloaded;
-            a path: that checkpoint. With other than 1000 classes the head is new.
+        pretrained: True: torchvision's weights `IMAGENET1K_V1` (timm's default, those of the folder), from the cache of
+            each or downloaded; a path: that checkpoint. With other than their classes the head is new.
         options: the keywords of `ModelOptions`.
 
     Raises:
@@ -142,16 +146,21 @@ def create(
     """
     given = ModelOptions(**options)
     if n_classes is None and pretrained is True:
-        n_classes = _n_published(name)
+        n_classes = n_published(name)
     if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
         raise ValueError(f"n_classes: got {n_classes!r}, expected a whole number of at least 1")
     if name.startswith(TIMM):
         model, kind = _timm(name.removeprefix(TIMM), n_classes, pretrained is True, given), None
-    elif name in MODELS:
-        kind = MODELS[name]
+    elif name.startswith(HF):
+        _check_option("small_images", name, not given.small_images, "of this package")
+        model, kind = hugging_face.create(name.removeprefix(HF), n_classes, given.in_channels, pretrained is True), None
+    elif name in MODELS or name in vision.names():
+        kind = MODELS.get(name) or _Model(vision.large(name))
         model = _build(name, kind, n_classes, pretrained is True, given)
+        kind = kind if name in MODELS else None
     else:
-        raise checks.UserError(checks.unknown("model", name, [*known(), "timm:NAME"]))
+        near = difflib.get_close_matches(name, vision.names(), n=1)
+        raise checks.UserError(checks.unknown("model", name, {*known(), *near, "timm:NAME", "hf:NAME"}))
     if given.activation == "leaky_relu":
         _check_option("activation", name, kind is None or kind.relu, "all of whose activations are ReLU modules")
         _exchange(model, nn.ReLU, lambda relu: nn.LeakyReLU(inplace=relu.inplace))
@@ -172,30 +181,16 @@ def _build(name: str, kind: _Model, n_classes: int, pretrained: bool, given: Mod
         raise checks.UserError(f"small_images: {name} has no form for small images")
     if not pretrained:
         return build(n_classes, given.in_channels, given.image_size)
-    if kind.weights is None or build is not kind.build:
+    if name not in vision.names() or build is not kind.build:
         raise checks.UserError(f"pretrained: there are no weights for {name}{' for small images' * given.small_images}")
-    return vision.with_weights(build(1000, given.in_channels, given.image_size), kind.weights)
+    return vision.with_weights(build(1000, given.in_channels, given.image_size), name)
 
 
-def _n_published(name: str) -> int:
+def n_published(name: str) -> int:
     """The classes of the weights that were published with a model."""
-    if not name.startswith(TIMM):
-        return 1000
-    return _timm_config(name.removeprefix(TIMM)).num_classes
-
-
-def published_transform(name: str) -> dict[str, Any] | None:
-    """How images were prepared for the published weights of one of torchvision's models; None for others."""
-    if name not in MODELS or MODELS[name].weights is None:
-        return None
-    transform = vision.weights_of(MODELS[name].weights).transforms()
-    return {
-        "size": transform.crop_size[0],
-        "resize": transform.resize_size[0],
-        "mean": tuple(transform.mean),
-        "std": tuple(transform.std),
-        "interpolation": transform.interpolation.value,
-    }
+    if name.startswith(HF):
+        return hugging_face.n_published(name.removeprefix(HF))
+    return _timm_config(name.removeprefix(TIMM)).num_classes if name.startswith(TIMM) else 1000
 
 
 def _check_option(option: str, name: str, possible: bool, expected: str) -> None:

@@ -190,7 +190,7 @@ def _own_name(key: str, own: Mapping[str, Tensor]) -> str:
         stripped = stripped.partition(".")[2]
     candidates = [stripped, stripped.partition(".")[2]] if stripped.startswith(OWNERS) else [stripped]
     for name in candidates:
-        for renamed in (name, *torchvision_keys({name: None}), *openood_keys({name: None})):
+        for renamed in (name, *torchvision_keys({name: None}), *openood_keys({name: None}), f"model.{name}"):
             if renamed in own:
                 return renamed
     return stripped

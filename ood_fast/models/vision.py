@@ -11,6 +11,7 @@ What changes for small images:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from .. import checks
 
+AUXILIARY = ("googlenet", "inception_v3")  # with further heads for training, which are left out
 Build = Callable[[int, int, "int | None"], nn.Module]
 
 
@@ -40,7 +42,8 @@ def large(name: str) -> Build:
 
     def build(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
         _colour_only(in_channels)
-        return getattr(_models(), name)(weights=None, num_classes=n_classes)
+        extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+        return _models().get_model(name, weights=None, num_classes=n_classes, **extra)
 
     return build
 
@@ -57,16 +60,27 @@ def both(name: str, shrink: Callable[[nn.Module], None]) -> tuple[Build, Build]:
     return build, build_small
 
 
-def weights_of(enum: str) -> Any:
-    """torchvision's description of the weights `IMAGENET1K_V1` of a model."""
-    return getattr(_models(), enum).IMAGENET1K_V1
+@functools.cache
+def names() -> frozenset[str]:
+    """torchvision's classifiers; empty without it."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return frozenset()
+    return frozenset(models.list_models(module=models))
 
 
-def with_weights(model: nn.Module, enum: str) -> nn.Module:
-    """torchvision's weights `IMAGENET1K_V1`, from torch.hub's cache or downloaded into it."""
+def weights_of(name: str) -> Any:
+    """torchvision's description of the weights of a model: `IMAGENET1K_V1`, or its default where there is none."""
+    weights = _models().get_model_weights(name)
+    return getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)
+
+
+def with_weights(model: nn.Module, name: str) -> nn.Module:
+    """`weights_of(name)`, from torch.hub's cache or downloaded into it."""
     import torch
 
-    weights = weights_of(enum)
+    weights = weights_of(name)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -74,6 +88,9 @@ def with_weights(model: nn.Module, enum: str) -> nn.Module:
         raise checks.UserError(
             f"pretrained: cannot get the weights ({error}); put {weights.url} into {folder}/ yourself"
         ) from error
+    if name in AUXILIARY:  # heads that the model does without when it is evaluated
+        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+        model.transform_input = True  # as torchvision does with these weights
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # a ViT for another image size

@@ -1,0 +1,66 @@
+"""Whether a model and the images speak of the same classes, in the same order: said by the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LEAST_IMAGES = 20  # of fewer, nothing is said
+LISTED = 12  # classes in a message
+
+
+def confusion(logits: Tensor, targets: Tensor) -> Tensor:
+    """How often class j was predicted for images of class i: (c + 1, c) int64 on the CPU; row c: of other classes."""
+    c = logits.shape[1]
+    pairs = targets.to(logits.device).clamp(max=c) * c + logits.argmax(dim=1)
+    return torch.bincount(pairs, minlength=(c + 1) * c).view(c + 1, c).cpu()
+
+
+def accuracy(counts: Tensor) -> float:
+    """The share on the diagonal of `confusion`."""
+    return (counts.diagonal().sum() / counts.sum()).item()
+
+
+CURE = "pass the model's order as --classes FILE"
+
+
+def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE) -> str:
+    """Both orders, where the classes `names` are those of the model in another one; else nothing.
+
+    That is where fewer than half of the images are predicted as they are labelled, but half or more, and more than
+    chance explains, if each class is matched with a prediction of its own.
+    """
+    n_images, right = int(counts.sum()), int(counts.diagonal().sum())
+    meant = counts.argmax(dim=1)[: len(names)]
+    by_meaning = int(counts[: len(meant)].amax(dim=1).sum())
+    enough = n_images >= LEAST_IMAGES and by_meaning > _chance(counts, 4)
+    if not enough or not right < n_images / 2 <= by_meaning or len(set(meant.tolist())) < len(meant):
+        return ""
+    order = [f"{name} -> {int(index)}" for name, index in zip(names[:LISTED], meant, strict=False)]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (
+        f"the folders are not in the order of the model's classes: {100 * right / n_images:.1f} % of the images are "
+        f"predicted as their folder says, {100 * by_meaning / n_images:.1f} % if folders and classes are matched; "
+        f"folders by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: {', '.join(order)}{more}; "
+        f"{cure}"
+    )
+
+
+def at_chance(counts: Tensor) -> str:
+    """What may be wrong, where the accuracy is no better than chance; else nothing."""
+    n_images, n_classes = int(counts.sum()), counts.shape[1]
+    right = int(counts.diagonal().sum())
+    if n_images < LEAST_IMAGES or n_classes < 2 or right > _chance(counts, 2):
+        return ""
+    return (
+        f"accuracy {100 * right / n_images:.1f} %, no better than chance ({100 / n_classes:.1f} %); usual causes: "
+        "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
+    )
+
+
+def _chance(counts: Tensor, deviations: float) -> float:
+    """How many images a guess may get right: the expectation and some standard deviations."""
+    n_images, share = int(counts.sum()), 1 / counts.shape[1]
+    return n_images * share + deviations * (n_images * share * (1 - share)) ** 0.5
