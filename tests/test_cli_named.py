@@ -15,7 +15,7 @@ from torch import nn
 from ood_fast import checks, cli, models
 from ood_fast.data import open_benchmark
 from ood_fast.detectors import store
-from ood_fast.models.hugging_face import preparation_of
+from ood_fast.models.hugging_face import of_processor
 
 QUICK = ["--workers", "0", "--device", "cpu"]
 PLAIN = ["--size", "8", "--resize", "8", "--mean", "0,0,0", "--std", "1,1,1"]
@@ -231,7 +231,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(vit):
     ],
 )
 def test_sizes_of_processors(settings, expected):
-    found = preparation_of({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **settings})
+    found = of_processor({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **settings})
     assert (found["resize"], found["size"]) == expected
 
 
@@ -243,7 +243,7 @@ def test_pixels_of_processors_are_those_of_ours():
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     from ood_fast.data.images import preparation
 
-    told = preparation_of(processor.to_dict())
+    told = of_processor(processor.to_dict())
     ours = preparation(*(told[name] for name in ("resize", "size", "mean", "std", "interpolation")))(image)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -269,7 +269,7 @@ def test_a_run_remembers_its_plugin(monkeypatch, capsys):
     Path("lib").mkdir()
     Path("lib/ownplugin.py").write_text(
         "from torch import nn\nfrom ood_fast import models\n"
-        "models.register('own', lambda c, channels, size: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), "
+        "models.add_model('own', lambda c, channels, size: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), "
         "nn.Linear(4 * channels, c)))\n"
     )
     monkeypatch.setattr(sys, "path", [str(Path("lib").resolve()), *sys.path])

@@ -88,7 +88,7 @@ def allow(name: str, said: str | None, where: str) -> None:
             f"{where} names the model {name}; code is not run because a file names it, pass --model {name} if it is "
             "yours"
         )
-    models.register(name, lambda n_classes, in_channels, image_size: named(name))
+    models.add_model(name, lambda n_classes, in_channels, image_size: named(name))
 
 
 def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:

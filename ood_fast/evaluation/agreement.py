@@ -18,11 +18,6 @@ def confusion(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.bincount(pairs, minlength=(c + 1) * c).view(c + 1, c).cpu()
 
 
-def accuracy(counts: Tensor) -> float:
-    """The share on the diagonal of `confusion`."""
-    return (counts.diagonal().sum() / counts.sum()).item()
-
-
 CURE = "pass the model's order as --classes FILE"
 
 

@@ -31,13 +31,13 @@ __all__ = [
     "CCT",
     "ModelOptions",
     "SmallCNN",
+    "add_model",
     "create",
     "known",
     "load_checkpoint",
     "n_published",
     "openood_keys",
     "own_preparation",
-    "register",
     "save_checkpoint",
     "torchvision_keys",
     "weight_fingerprint",
@@ -114,7 +114,7 @@ def known() -> list[str]:
     return sorted(MODELS)
 
 
-def register(name: str, build: Callable[[int, int, int | None], nn.Module]) -> None:
+def add_model(name: str, build: Callable[[int, int, int | None], nn.Module]) -> None:
     """Let `create` build a model of your own by this name: `build(n_classes, in_channels, image_size)`."""
     MODELS[name] = _Model(build, build, relu=True, convolutional=True)
 
@@ -189,7 +189,7 @@ def _build(name: str, kind: _Model, n_classes: int, pretrained: bool, given: Mod
 def n_published(name: str) -> int:
     """The classes of the weights that were published with a model."""
     if name.startswith(HF):
-        return hugging_face.n_published(name.removeprefix(HF))
+        return hugging_face.n_labels(name.removeprefix(HF))
     return _timm_config(name.removeprefix(TIMM)).num_classes if name.startswith(TIMM) else 1000
 
 

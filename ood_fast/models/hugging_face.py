@@ -19,7 +19,7 @@ class HuggingFaceClassifier(nn.Module):
 
     Attributes:
         config: of the model; its `id2label` names the classes.
-        preparation: how its processor prepares images, see `preparation_of`; None without one.
+        preparation: how its processor prepares images, see `of_processor`; None without one.
     """
 
     def __init__(self, model: nn.Module, preparation: dict[str, Any] | None) -> None:
@@ -66,7 +66,7 @@ def create(name: str, n_classes: int | None, in_channels: int, pretrained: bool)
     return HuggingFaceClassifier(model.eval() if pretrained else model, _preparation(name))
 
 
-def n_published(name: str) -> int:
+def n_labels(name: str) -> int:
     """How many classes the classifier of that name tells apart."""
     try:
         return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
@@ -90,10 +90,10 @@ def _preparation(name: str) -> dict[str, Any] | None:
         processor = _transformers(name).AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
-    return preparation_of(processor.to_dict(), name)
+    return of_processor(processor.to_dict(), name)
 
 
-def preparation_of(settings: dict[str, Any], name: str = "") -> dict[str, Any]:
+def of_processor(settings: dict[str, Any], name: str = "") -> dict[str, Any]:
     """What the settings of an image processor do, as size, resize, mean, std, interpolation.
 
     `resize` is a length for the short side, or (height, width) where the whole image is brought to it. Pixels are in
