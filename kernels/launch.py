@@ -23,6 +23,12 @@ launches: Counter[str] = Counter()
 LINEAR_LOGIT_ELEMENTS = 1 << 26
 
 
+NO_COMPILER = (
+    "ood_fast: Triton found no C compiler, which it needs to launch kernels; install gcc (or name one by the "
+    "environment variable CC), or choose the slower PyTorch path: OOD_FAST_BACKEND=eager"
+)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 2, **constants: Any
 ) -> None:
@@ -33,11 +39,16 @@ def launch(
     """
     launches[kernel.fn.__name__] += 1
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
+    try:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
+                kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        else:
             kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-    else:
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    except RuntimeError as error:
+        if "C compiler" in str(error):  # Triton compiles a launcher in C for each kernel that it meets
+            raise RuntimeError(NO_COMPILER) from error
+        raise
 
 
 @functools.cache

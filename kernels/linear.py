@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
+from .losses import Rule
 from .weight_gradient import weight_gradient
 
 
@@ -24,9 +27,27 @@ def linear_elogitnorm(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, D, dz, dW, db) of z W^T + b, gradients of sum_i sample_grad_i loss_i in fp32; see `ood_fast.eager`.
 
-    The logits come from the vendor's matrix product in the dtype that features and head have in common, as F.linear
-    would make them; the chunk follows from the number of classes alone.
+    The logits come from the vendor's matrix product in the dtype that features and head have in common, whatever
+    autocast says: it would choose another in a backward pass that computes them again, and fp16 behind the back of the
+    scale below. The chunk follows from the number of classes alone.
     """
+    kind = features.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if on else contextlib.nullcontext():
+        return _linear_elogitnorm(
+            features, head_weight, head_bias, labels, Rule(eps, average_offset), sample_grad, needs
+        )
+
+
+def _linear_elogitnorm(
+    features: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    labels: Labels,
+    rule: Rule,
+    sample_grad: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = torch.promote_types(features.dtype, head_weight.dtype)
     weight = head_weight.to(dtype)
@@ -55,7 +76,7 @@ def linear_elogitnorm(
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
         loss[rows], distance[rows], tempered, table, d_logits = losses.elogitnorm_step(
-            logits, head_weight, part, eps, average_offset, part_grad
+            logits, head_weight, part, rule.eps, rule.average_offset, part_grad
         )
         if not grads:
             continue

@@ -12,6 +12,14 @@ from .rows import finite_or_nan, live_gap
 
 
 @triton.jit
+def _place(n_columns, BLOCK: tl.constexpr):
+    """(row of the result, block of its columns) of a program: one axis for both, for the others end at 65,535."""
+    blocks = tl.cdiv(n_columns, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    return program // blocks, program % blocks
+
+
+@triton.jit
 def _sum_samples(
     begin,
     end,
@@ -79,11 +87,11 @@ def segment_piece_kernel(
 ):
     """Sum of one piece, at most PIECE samples, of a segment that has more: however uneven the segments, no program
     has more."""
-    piece = tl.program_id(0).to(tl.int64)
+    piece, block = _place(n_columns, BLOCK)
     if ALIGN > 1:
         n_columns = n_columns // ALIGN * ALIGN
         values_stride = values_stride // ALIGN * ALIGN
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     segment = tl.load(piece_segment_pointer + piece)
     if segment < n_segments:
         begin = tl.load(offsets_pointer + segment) + (piece - tl.load(piece_start_pointer + segment)) * PIECE
@@ -119,11 +127,11 @@ def segment_sum_kernel(
     HAS_PIECES: tl.constexpr,
 ):
     """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE; times R^3 if GAPS."""
-    segment = tl.program_id(0).to(tl.int64)
+    segment, block = _place(n_columns, BLOCK)
     if ALIGN > 1:
         n_columns = n_columns // ALIGN * ALIGN
         values_stride = values_stride // ALIGN * ALIGN
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
     begin = tl.load(offsets_pointer + segment)
     end = tl.load(offsets_pointer + segment + 1)
@@ -190,7 +198,7 @@ def segment_sum(
         partial = torch.empty(n_pieces, n_columns, dtype=torch.float32, device=values.device)
         launch(
             segment_piece_kernel,
-            (n_pieces, column_blocks),
+            (n_pieces * column_blocks,),
             offsets,
             order,
             piece_segment,
@@ -213,7 +221,7 @@ def segment_sum(
         )
     launch(
         segment_sum_kernel,
-        (n_segments, column_blocks),
+        (n_segments * column_blocks,),
         offsets,
         order,
         piece_start,

@@ -253,7 +253,7 @@ def test_cuda_graph_capture(model, batches):
 
     def build():
         trained = copy.deepcopy(model).cuda()
-        optimizer = torch.optim.SGD(trained.parameters(), lr=torch.tensor(0.1, device="cuda"), foreach=True)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)  # a tensor as lr would be read by the host
         return trained, ood_fast.ELogitNormLoss(trained.fc), optimizer
 
     with ops.use_backend("auto"):

@@ -1,0 +1,223 @@
+"""What launchers do, without running a kernel: tensors without data (device "meta") and a recorder of launches.
+
+A host that waited for the device would need data, which there is none of: what passes here can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ood_fast
+from ood_fast import ops
+from ood_fast.statistics import row_statistics
+
+aot_compile = pytest.importorskip("aot_compile", reason="triton is not installed")
+launch = pytest.importorskip("ood_fast.kernels.launch")
+meta = aot_compile.meta
+
+# The most programs of each axis of a grid, on NVIDIA.
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """(kernel, grid) of every launch, none of which takes place."""
+    grids: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        grids.append((kernel.fn.__name__, grid))
+
+    for module in aot_compile.MODULES:
+        for name, stand_in in (("launch", record), ("target_of", lambda tensor: "sm_90")):
+            if callable(getattr(module, name, None)):
+                monkeypatch.setattr(module, name, stand_in)
+    with ops.use_backend("triton"):
+        yield grids
+
+
+def steps(n: int, c: int, m: int, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Any]]:
+    """Each public function on (n, c, m), with its backward pass."""
+    logits, z, W = (meta(*shape, dtype=dtype).requires_grad_() for shape in ((n, c), (n, m), (c, m)))
+    b, y, mean = meta(c, dtype=dtype).requires_grad_(), meta(n, dtype=torch.int64), meta(m)
+    grad = torch.autograd.grad
+    return {
+        "elogitnorm": lambda: grad(ood_fast.elogitnorm(logits, z, W, b, y), (logits, W)),
+        "elogitnorm, none": lambda: grad(
+            ood_fast.elogitnorm(logits, z, W, b, y, reduction="none"), (logits, W), meta(n)
+        ),
+        "linear_elogitnorm": lambda: grad(ood_fast.linear_elogitnorm(z, W, b, y), (z, W, b)),
+        "logitnorm": lambda: grad(ood_fast.logitnorm(logits, y), logits),
+        "boundary_distance": lambda: grad(ood_fast.boundary_distance(logits, W).sum(), (logits, W)),
+        "nci_score": lambda: grad(ood_fast.nci_score(z, W, b, mean, logits).sum(), (z, W)),
+        "nci_score, from features": lambda: ood_fast.nci_score(z.detach(), W.detach(), b.detach(), mean),
+        "row_statistics": lambda: row_statistics(["max", "gen"], logits.detach()),
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", [(96, 3_000_000, 64), (64, 10_000_000, 32), (3_000_000, 1000, 512), (70_000, 80_000, 8)]
+)
+@pytest.mark.parametrize("name", steps(2, 3, 4))
+def test_no_grid_is_larger_than_a_gpu_takes(launched: list, shape: tuple[int, int, int], name: str) -> None:
+    """Classes and samples go along axis x: the others end at 65,535 programs."""
+    steps(*shape)[name]()
+    assert launched
+    assert [
+        found for found in launched if any(k > most for k, most in zip(found[1], MOST_PROGRAMS, strict=False))
+    ] == []
+
+
+class _Trace(TorchDispatchMode):
+    """The names of all operators; what makes a tensor of a size that only data tells, or a number, would raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(300, 10, 8), (9, 40, 8), (4096, 21841, 16)])
+@pytest.mark.parametrize("name", steps(2, 3, 4))
+def test_nothing_waits_for_the_device(launched: list, shape: tuple[int, int, int], name: str) -> None:
+    """So a step can be captured in a CUDA graph."""
+    step = steps(*shape)[name]
+    with _Trace() as trace:
+        step()
+    assert launched
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+    assert [name for name in trace.names if any(f"aten.{wait}." in name for wait in waits)] == []
+
+
+def test_without_a_c_compiler_the_cure_is_said() -> None:
+    class Kernel:
+        fn = test_nothing_waits_for_the_device
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            def run(*arguments: Any, **options: Any) -> None:
+                raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+            return run
+
+    with pytest.raises(RuntimeError, match=r"no C compiler.*install gcc.*OOD_FAST_BACKEND=eager"):
+        launch.launch(Kernel(), (1,), torch.zeros(1), num_warps=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Through the interpreter
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(backend: Any) -> Iterator[Any]:
+    """Fresh memory is filled with NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield backend
+    torch.use_deterministic_algorithms(False)
+
+
+def _inputs(n: int, c: int, m: int, backend: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logits, W = 2 * torch.randn(n, c), torch.randn(c, m)
+    return logits.to(backend.device), W.to(backend.device), torch.randint(c, (n,), device=backend.device)
+
+
+def _layouts(matrix: Tensor) -> dict[str, Tensor]:
+    rows, columns = matrix.shape
+    shifted = matrix.new_zeros(matrix.numel() + 1)[1:].view(rows, columns).copy_(matrix)
+    wide = matrix.new_zeros(rows, 2 * columns + 1)
+    wide[:, ::2][:, :columns] = matrix
+    return {
+        "misaligned": shifted,
+        "wider rows": torch.nn.functional.pad(matrix, (0, 3))[:, :columns],
+        "column stride": wide[:, ::2][:, :columns],
+        "transposed": matrix.t().contiguous().t(),
+    }
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 4), (3, 9, 4)])
+@pytest.mark.parametrize("layout", ["misaligned", "wider rows", "column stride", "transposed"])
+def test_any_layout_and_no_unwritten_output(poisoned: Any, shape: tuple[int, int, int], layout: str) -> None:
+    logits, W, y = _inputs(*shape, poisoned)
+    found = []
+    for f, w in ((logits, W), (_layouts(logits)[layout], _layouts(W)[layout])):
+        f, w = f.detach().requires_grad_(), w.detach().requires_grad_()
+        loss = ood_fast.elogitnorm(f, None, w, None, y)
+        found.append((loss, *torch.autograd.grad(loss, (f, w))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+    assert all(t.isfinite().all() for t in found[0])
+
+
+def test_rows_of_stride_0(poisoned: Any) -> None:
+    logits, W, y = _inputs(6, 5, 4, poisoned)
+    row = logits[:1].expand(6, 5)
+    torch.testing.assert_close(
+        ood_fast.elogitnorm(row, None, W, None, y), ood_fast.elogitnorm(row.contiguous(), None, W, None, y)
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3), (3, 5, 3)])
+def test_rows_1e_20_apart_coincide(backend: Any, shape: tuple[int, int, int]) -> None:
+    """The square of their distance is no normal float32: no boundary, as between equal rows; nothing is inf or NaN."""
+    if backend.name == "eager":
+        pytest.skip("a CPU takes the root of what is no normal float32")
+    logits, W, y = _inputs(*shape, backend)
+    W = W * 1e-10
+    W[1] = 0.0
+    near, same = W.clone(), W
+    near[2], same[2] = 0.0, 0.0
+    near[2, 0] = 1e-20
+    found = []
+    for w in (near, same):
+        w = w.requires_grad_()
+        loss, distance = ood_fast.elogitnorm(logits, None, w, None, y, return_distance=True)
+        found.append((loss, distance, *torch.autograd.grad(loss, w)))
+    assert all(t.isfinite().all() for t in found[0])
+    torch.testing.assert_close(found[0][:2], found[1][:2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_does_not_choose_another_dtype(backend: Any, reduction: str) -> None:
+    """In and outside of autocast the same bits, and in the backward pass, which computes them again for "none"."""
+    z, W = torch.randn(5, 4, device=backend.device), torch.randn(7, 4, device=backend.device)
+    y = torch.randint(7, (5,), device=backend.device)
+    found = []
+    for enabled in (False, True):
+        a, w = z.detach().requires_grad_(), W.detach().requires_grad_()
+        with torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=enabled):
+            loss = ood_fast.linear_elogitnorm(a, w, None, y, reduction=reduction)
+        found.append((loss, *torch.autograd.grad(loss.sum(), (a, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", [33_000, 66_000])
+def test_more_elements_than_int32_counts(c: int) -> None:
+    """n c > 2^31: the last rows are those of the same samples alone."""
+    n = 2**31 // c + 2
+    logits, W = torch.zeros(n, c, dtype=torch.bfloat16, device="cuda"), torch.randn(c, 8, device="cuda")
+    logits[-3:] = torch.randn(3, c, device="cuda")
+    y = torch.randint(c, (n,), device="cuda")
+    with torch.no_grad():
+        loss = ood_fast.elogitnorm(logits, None, W, None, y, reduction="none")
+        alone = ood_fast.elogitnorm(logits[-3:], None, W, None, y[-3:], reduction="none")
+    torch.testing.assert_close(loss[-3:], alone)
+
+
+@pytest.mark.gpu
+def test_side_stream() -> None:
+    logits, W, y = (t.cuda() for t in (2 * torch.randn(64, 10), torch.randn(10, 8), torch.randint(10, (64,))))
+    expected = ood_fast.elogitnorm(logits, None, W, None, y)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = ood_fast.elogitnorm(logits, None, W, None, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(found, expected)
