@@ -13,7 +13,6 @@ in memory at a time.
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import zipfile
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .files import check_zip
+from .intact import check_zip, memory, read_npz
 
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")
 _NAMES = ("features", "logits", "targets", "paths", "W", "b")
@@ -73,6 +72,8 @@ def files(path: str | Path) -> list[Path]:
         found = sorted(entry for entry in path.iterdir() if entry.suffix in SUFFIXES)
         if not found:
             raise checks.UserError(f"{path}: holds no feature file, expected {', '.join(SUFFIXES)}")
+        if strange := [entry for entry in found if not entry.is_file()]:  # reading a pipe would wait for ever
+            raise checks.UserError(f"{strange[0]}: is no regular file, or a dangling link")
         return found
     if not path.is_file():
         raise checks.UserError(f"{path}: no such file or folder")
@@ -150,7 +151,7 @@ def _held(file: Path) -> object:
     """What a .npz or .pt file holds by its names; None for an array of a .npz whose name is not known."""
     try:
         if file.suffix == ".npz":
-            return _held_in_npz(file)
+            return read_npz(file, _NAMES)
         check_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except checks.UserError:
@@ -162,39 +163,6 @@ def _held(file: Path) -> object:
             raise checks.UserError(f"{file}: {checks.why_not_read(file, error)}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise checks.UserError(f"{file}: is damaged, or not a file of {file.suffix} ({reason})") from error
-
-
-def _held_in_npz(file: Path) -> dict[str, np.ndarray | None]:
-    with zipfile.ZipFile(file) as archive:
-        members = {Path(info.filename).stem: info for info in archive.infolist() if info.filename.endswith(".npy")}
-        for name, info in members.items():
-            if name in _NAMES:
-                _check_size(file, name, archive, info)
-    with np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] if name in _NAMES else None for name in arrays.files}
-
-
-def _check_size(file: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Before anything is unpacked: what the header promises is there, and fits into memory."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(member)
-        promised = math.prod(shape) * dtype.itemsize
-        held = info.file_size - member.tell()
-    if dtype.hasobject:
-        raise checks.UserError(f"{file}: {name}: holds Python objects, expected numbers or text")
-    if promised != held:
-        raise checks.UserError(f"{file}: {name}: {shape} of {dtype} takes {promised} bytes, the file holds {held}")
-    if promised > _memory():
-        raise checks.UserError(f"{file}: {name}: takes {promised / 2**30:,.0f} GiB, more than this machine has")
-
-
-def _memory() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on this system
-        return math.inf
 
 
 def _checked(file: Path, held: object) -> Stored:
@@ -218,6 +186,9 @@ def _checked(file: Path, held: object) -> Stored:
         tensors["targets"] = targets.long()
     if "paths" in found:
         tensors["paths"] = _paths(file, found["paths"])
+    n_bytes = sum(value.numel() * value.element_size() for name, value in tensors.items() if name != "paths")
+    if n_bytes > memory():  # of few bytes, each in many places
+        raise checks.UserError(f"{file}: takes {n_bytes / 2**30:,.0f} GiB, more than this machine has")
     n_rows = len(tensors["features"])
     for name in ("logits", "targets", "paths"):
         if name in tensors and len(tensors[name]) != n_rows:
@@ -276,8 +247,10 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
                 held = {_COLUMNS[name]: _column(file, name, batch.column(name), first, widths) for name in columns}
                 first += len(batch)
                 yield _checked(file, held)
+    except UnicodeDecodeError as error:  # also a ValueError, as what `_checked` raises
+        raise checks.UserError(f"{file}: is damaged, a text is not in UTF-8 ({error})") from error
     except OSError as error:
-        raise checks.UserError(f"{file}: cannot be read ({error})") from error
+        raise checks.UserError(f"{file}: cannot be read ({str(error).strip().splitlines()[0]})") from error
     except pyarrow.ArrowException as error:
         raise checks.UserError(f"{file}: is damaged, or not a Parquet file ({str(error).splitlines()[0]})") from error
 

@@ -18,7 +18,6 @@ import platform
 import shutil
 import stat
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -206,21 +205,6 @@ def _lock(handle: int, exclusive: int, wait: float | None) -> None:
             if time.monotonic() >= end:
                 raise BusyError(errno.EAGAIN, "busy") from None
         time.sleep(0.05)
-
-
-def check_zip(path: str | os.PathLike) -> None:
-    """ValueError if a file that is a zip archive, as torch's are, has parts that do not agree with their checksums.
-
-    torch.load does not look at them: a flipped bit would be a weight.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
-                damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"is damaged ({error})") from error
-            if damaged is not None:
-                raise ValueError(f"is damaged: {damaged} does not agree with its checksum")
 
 
 # ---- parts: ".NAME.HOST-PID-NUMBER.part"

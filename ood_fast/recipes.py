@@ -342,6 +342,8 @@ def find(name: str | Path) -> TrainingRecipe:
     path = Path(name)
     if path.suffix != ".json":
         raise _refusal(_unknown("recipe", str(name), RECIPES))
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise _refusal(f"recipe {path}: is no regular file")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -351,9 +353,12 @@ def find(name: str | Path) -> TrainingRecipe:
     if not isinstance(settings, dict):
         raise _refusal(f"recipe {path}: expected an object of settings")
     settings = {"name": path.stem, **settings}
-    if settings["name"] == "":
-        raise _refusal(f"recipe {path}: name: got '', expected a name that a folder can have")
-    return from_dict(settings)
+    try:
+        if settings["name"] == "":
+            raise _refusal("name: got '', expected a name that a folder can have")
+        return from_dict(settings)
+    except ValueError as error:
+        raise _refusal(f"recipe {path}: {error}") from error
 
 
 def override(recipe: TrainingRecipe, settings: Iterable[str]) -> TrainingRecipe:

@@ -252,10 +252,14 @@ def test_an_idx_file_that_was_cut_off(tmp_path):
         (content[:-5], "2347 values for shape"),
         (b"<html>", "does not begin"),
         (content[:6], r"0 values for .* not complete"),
+        (content + b"x", "more than 2352 values"),
+        (content[:4] + b"\xff\xff\xff\xff" + content[8:], "2352 values for shape .4294967295, 28, 28"),
+        (content[:11] + b"\x01" + content[12:], r"shape \(3, 1, 28\), expected \('n', 28, 28\)"),
+        (idx(np.zeros(3, np.uint8)), "does not begin as an idx file of 3 dimensions"),
     ):
         path.write_bytes(cut)
         with pytest.raises(checks.UserError, match=message):
-            readers.read_idx(path)
+            readers.read_idx(path, 28, 28)
 
 
 @pytest.mark.parametrize("name", ["svhn/test_32x32.mat", "test_32x32.mat"])

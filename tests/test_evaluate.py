@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -435,7 +436,18 @@ def damages():
     def no_file(folder: Path) -> None:
         next(folder.glob("test-*/features.npy")).unlink()
 
-    return [truncated, of_another_shape, no_header, empty, fewer_scores, no_meta, no_file]
+    def flipped(name: str) -> Callable[[Path], None]:
+        def flip(folder: Path) -> None:
+            file = next(folder.glob(f"test-*/{name}"))
+            content = bytearray(file.read_bytes())
+            content[-40] ^= 1
+            file.write_bytes(content)
+
+        flip.__name__ = f"a bit of {name}"
+        return flip
+
+    flips = map(flipped, ("features.npy", "logits.npy", "targets.npy", "ODIN-*.npy", "meta.json"))
+    return [truncated, of_another_shape, no_header, empty, fewer_scores, no_meta, no_file, *flips]
 
 
 @pytest.mark.parametrize("damage", damages(), ids=lambda damage: damage.__name__)
@@ -509,15 +521,16 @@ def test_a_killed_evaluation_leaves_no_half_written_set(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = (tmp_path / "s0/cache").iterdir()
-    names = {entry.name.partition("-")[0] for entry in folder.iterdir() if entry.is_dir()}
-    assert names == {"fit", "validation", "validation_ood", ".writing"}
+    names = {entry.parent.name.partition("-")[0] for entry in folder.glob("*/meta.json")}
+    assert names == {"fit", "validation", "validation_ood"}
+    assert list(folder.glob("test-*/.staged*"))
     # Dying's repr, and so the key, is another than Net's: the run goes on in the same folder with the same class.
     run = replace(trained(tmp_path), model=Dying().eval())
     run.model.n_images = -1000
     again = evaluate(tmp_path, ["MSP", "KNN"], run=run)
     assert run.model.n_images == -1000 + 45 + sum(len(part) for part in make_benchmark().ood.values())
     assert numbers(again) == numbers(evaluate(tmp_path / "fresh", ["MSP", "KNN"]))
-    assert not list(folder.glob(".writing*"))
+    assert not list(folder.rglob(".staged*"))
 
 
 def test_what_another_evaluation_keeps_meanwhile_stays(tmp_path, monkeypatch):
@@ -527,13 +540,14 @@ def test_what_another_evaluation_keeps_meanwhile_stays(tmp_path, monkeypatch):
         answer = is_whole(folder, shapes)
         if not kept:
             kept.append(None)
-            evaluate(tmp_path, ["MSP"])
-            kept[0] = (folder / "features.npy").stat().st_ino
+            kept[0] = evaluate(tmp_path, ["MSP", "KNN"])
         return answer
 
     monkeypatch.setattr(evaluation.cache, "_is_whole", another_comes_between)
     result = evaluate(tmp_path, ["MSP"])
-    assert (result.outputs["fit"].path / "features.npy").stat().st_ino == kept[0]
+    for name, outputs in result.outputs.items():  # both still have theirs, whoever came last
+        assert torch.equal(outputs.features, kept[0].outputs[name].features)
+    assert not list((tmp_path / "s0/cache").rglob(".staged*"))
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -559,7 +573,7 @@ def test_nan_names_the_image_and_is_not_kept(tmp_path):
         evaluate(tmp_path, ["MSP"], make_benchmark(svhn=bad), batch_size=10)
     (folder,) = (tmp_path / "s0/cache").iterdir()
     assert not list(folder.glob("svhn-*"))
-    assert not list(folder.glob(".writing*"))
+    assert not list(folder.rglob(".staged*"))
 
 
 # ---- bad input

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ood_fast import checks, features
+from ood_fast import checks, features, intact
 
 ROWS = [[float(10 * i + j) for j in range(8)] for i in range(4)]
 
@@ -151,7 +151,7 @@ def test_damaged_files(tmp_path, monkeypatch):
         features.load(tmp_path / "null.pt")
     zipped(tmp_path / "good.npz", features=array(z), paths=array(np.array([b"\xe9.png"] * 60)), other=array(z))
     assert features.load(tmp_path / "good.npz").paths[0] == "\udce9.png"  # no "b'...'"
-    monkeypatch.setattr(features, "_memory", lambda: 1000)
+    monkeypatch.setattr(intact, "memory", lambda: 1000)
     with pytest.raises(checks.UserError, match=r"features: takes .* more than this machine has"):
         features.load(tmp_path / "good.npz")
 

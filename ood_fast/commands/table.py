@@ -6,7 +6,6 @@ interruption stays, and a line that was cut off is dropped. At the end the parts
 
 from __future__ import annotations
 
-import csv
 import heapq
 import itertools
 import json
@@ -15,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import spreadsheet
 from ..files import BusyError, locked, replacing
 from .common import Process, RunError, refusal
 
@@ -176,9 +176,7 @@ class ScoreTable:
     def _write_csv(self, path: Path) -> None:
         # Names of files need not be UTF-8 on Linux: their bytes come out as they are.
         with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns())
-            writer.writerows(self._rows())
+            spreadsheet.write_rows(file, itertools.chain([self.columns()], self._rows()), "\r\n")
 
     def _write_parquet(self, path: Path) -> None:
         pyarrow = require_pyarrow()

@@ -24,6 +24,8 @@ LIST_ENCODING = "save the list in UTF-8"
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8 with LF or CRLF; UserError with the line that is in another encoding."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise checks.UserError(f"{path}: is no regular file, expected a list")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -37,7 +39,7 @@ def read_lines(path: Path) -> list[str]:
 def is_below(name: str) -> bool:
     """Whether a name of a list stays in the folder that it is relative to."""
     parts = name.replace("\\", "/").split("/")
-    return bool(name) and parts[0] != "" and not parts[0].endswith(":") and ".." not in parts and "\0" not in name
+    return bool(name) and parts[0] != "" and not re.match("[A-Za-z]:", name) and ".." not in parts and "\0" not in name
 
 
 def require_files(title: str, root: Path, names: Iterable[str], where: str) -> None:
@@ -55,7 +57,7 @@ def require_files(title: str, root: Path, names: Iterable[str], where: str) -> N
     for folder, files in wanted.items():
         try:
             present = set(os.listdir(root / folder))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # also a name that is too long
             present = set()
         missing += [f"{folder}/{file}" if folder else file for file in files if file not in present]
     if missing:
@@ -180,7 +182,7 @@ def class_names(file: str | Path) -> list[str]:
             names = [name for name in content if isinstance(name, str)]
             if len(names) != len(content):
                 raise ValueError("a name that is no text")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = "expected a list of names, or names and the indices 0 ... n - 1"
             raise checks.UserError(f"--classes {path}: {error}; {expected}") from error
     if not names:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import pickle
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,15 +102,18 @@ def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -
         _check_labels(path, targets, len(data), layout.n_classes)
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += targets
-    names = safe_unpickle(root / layout.folder / layout.meta[0]).get(layout.meta[1])
+    meta = root / layout.folder / layout.meta[0]
+    names = safe_unpickle(meta).get(layout.meta[1])
+    if not isinstance(names, list) or len(names) != layout.n_classes or not all(isinstance(n, str) for n in names):
+        raise checks.UserError(f"{meta}: expected {layout.meta[1]!r} to be the names of {layout.n_classes} classes")
     return Pixels(np.concatenate(pixels), labels, names)
 
 
-def _check_labels(path: Path, labels: Sequence[int] | np.ndarray | None, n_images: int, n_classes: int) -> None:
-    if labels is None or len(labels) != n_images:
-        n_labels = "no" if labels is None else len(labels)
+def _check_labels(path: Path, labels: Any, n_images: int, n_classes: int) -> None:
+    if not isinstance(labels, (list, np.ndarray)) or len(labels) != n_images:
+        n_labels = len(labels) if isinstance(labels, (list, np.ndarray)) else "no"
         raise checks.UserError(f"{path}: {n_labels} labels for {n_images} images")
-    outside = [label for label in labels if not 0 <= label < n_classes]
+    outside = [y for y in labels if not (isinstance(y, (int, np.integer)) and 0 <= y < n_classes)]
     if outside:
         raise checks.UserError(f"{path}: label {outside[0]}, expected one in [0, {n_classes})")
 
@@ -116,20 +121,31 @@ def _check_labels(path: Path, labels: Sequence[int] | np.ndarray | None, n_image
 # ---- MNIST, SVHN
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An idx file of unsigned bytes, also gzipped: 0 0 8 n_dims, each extent as a big-endian int32, the values."""
+def read_idx(path: Path, *row: int) -> np.ndarray:
+    """An idx file of unsigned bytes, also gzipped: 0 0 8 n_dims, each extent as a big-endian int32, the values.
+
+    UserError unless its shape is (n, *row) and it holds as many values; no more than those is unpacked.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-    except (gzip.BadGzipFile, EOFError) as error:
+            if file.read(4) != bytes([0, 0, 8, 1 + len(row)]):
+                raise checks.UserError(f"{path}: does not begin as an idx file of {1 + len(row)} dimensions of bytes")
+            extents = [file.read(4) for _ in range(1 + len(row))]
+            if len(extents[-1]) < 4:
+                raise checks.UserError(f"{path}: 0 values for shape (?); the file is not complete")
+            shape = tuple(int.from_bytes(extent, "big") for extent in extents)
+            if shape[1:] != row:
+                raise checks.UserError(f"{path}: got values of shape {shape}, expected {('n', *row)}")
+            n_values = math.prod(shape)
+            values, left = bytearray(), n_values + 1
+            while left and (part := file.read(min(left, 1 << 20))):  # a header may promise more than there is memory
+                values += part
+                left -= len(part)
+    except (OSError, EOFError, zlib.error) as error:
         raise checks.UserError(f"{path}: cannot be read ({error})") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise checks.UserError(f"{path}: does not begin as an idx file of unsigned bytes does")
-    n_dims = content[3]
-    values = content[4 + 4 * n_dims :]
-    shape = np.frombuffer(content, ">i4", n_dims, offset=4).tolist() if len(content) >= 4 + 4 * n_dims else [-1]
-    if len(values) != int(np.prod(shape)):
-        raise checks.UserError(f"{path}: {len(values)} values for shape {tuple(shape)}; the file is not complete")
+    if len(values) != n_values:
+        told = f"more than {n_values}" if len(values) > n_values else str(len(values))
+        raise checks.UserError(f"{path}: {told} values for shape {shape}; the file is not complete")
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
@@ -141,7 +157,10 @@ def read_mnist(root: Path, split: str, title: str, where: str) -> Source:
     zipped = not folder.joinpath(f"{parts[0]}-{kinds[0]}").exists() and any(folder.glob("*-ubyte.gz"))
     names = [[f"{part}-{kind}{'.gz' if zipped else ''}" for part in parts] for kind in kinds]
     require_files(title, folder, [*names[0], *names[1]], where)
-    images, labels = (np.concatenate([read_idx(folder / name) for name in group]) for group in names)
+    images, labels = (
+        np.concatenate([read_idx(folder / name, *row) for name in group])
+        for group, row in zip(names, ((28, 28), ()), strict=True)
+    )
     _check_labels(folder / names[1][0], labels, len(images), 10)
     return Pixels(images, labels, map(str, range(10)))
 
@@ -156,12 +175,13 @@ def read_svhn(root: Path, split: str, title: str, where: str) -> Source:
     path = folder / name
     try:
         content = loadmat(path, variable_names=("X", "y"))
+        pixels, digits = content["X"], np.asarray(content["y"]).ravel()
+        fits = pixels.dtype == np.uint8 and pixels.shape[:3] == (32, 32, 3) and pixels.ndim == 4
     except Exception as error:  # scipy's reader fails in many ways on a file that was cut off
-        raise checks.UserError(f"{path}: cannot be read as a MATLAB file ({error})") from error
-    pixels, digits = content.get("X"), content.get("y")
-    if pixels is None or digits is None or pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3):
-        raise checks.UserError(f"{path}: expected X, uint8 of shape (32, 32, 3, n), and y")
-    labels = digits.ravel().astype(np.int64) % 10
+        raise checks.UserError(f"{path}: cannot be read as a MATLAB file with X and y ({error})") from error
+    if not fits or digits.dtype.kind not in "iuf" or not ((digits >= 0) & (digits <= 10)).all():
+        raise checks.UserError(f"{path}: expected X, uint8 of shape (32, 32, 3, n), and digits y of 1 to 10")
+    labels = digits.astype(np.int64) % 10
     _check_labels(path, labels, pixels.shape[3], 10)
     return Pixels(pixels.transpose(3, 0, 1, 2), labels, map(str, range(10)))
 
@@ -177,10 +197,12 @@ def read_gtsrb(root: Path, split: str, title: str, where: str) -> Source:
         return read_image_folder(folder / "GTSRB" / "Training", title, where, classes)
     table, images = "GT-final_test.csv", "GTSRB/Final_Test/Images"
     require_files(title, folder, [table], where)
-    rows = list(csv.DictReader(read_lines(folder / table), delimiter=";"))
     try:
+        rows = list(csv.DictReader(read_lines(folder / table), delimiter=";"))
         names, labels = [f"{images}/{row['Filename']}" for row in rows], [int(row["ClassId"]) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, checks.UserError):
+            raise
         raise checks.UserError(f"{folder / table}: expected columns Filename and ClassId, separated by ';'") from error
     _check_labels(folder / table, labels, len(names), 43)
     require_files(title, folder, names, where)
@@ -207,8 +229,8 @@ def read_places365(root: Path, split: str, title: str, where: str) -> Source:
     names, labels = [], []
     for number, line in enumerate(read_lines(folder / table), start=1):
         name, _, label = line.strip().partition(" ")
-        if name and not label.strip().isdecimal():
-            raise checks.UserError(f"{folder / table}, line {number}: got {line!r}, expected 'path label'")
+        if name and not (label.strip().isdecimal() and len(label) < 10 and int(label) < 365):
+            raise checks.UserError(f"{folder / table}, line {number}: got {line[:80]!r}, expected 'path label'")
         if name:
             names.append(f"{images}/{name.lstrip('/')}")
             labels.append(int(label))

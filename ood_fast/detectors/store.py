@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..intact import checksum_of
 
 FORMAT, FORMAT_VERSION = "ood_fast detectors", 1
 
@@ -76,7 +77,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
         "class_names": json.dumps(content.class_names),
         "notes": json.dumps(content.notes),
     }
-    metadata["crc32"] = _checksum_of_text(metadata)
+    metadata["crc32"] = checksum_of(metadata)
     with replacing(path) as part:
         try:
             save_file(dict(stored.values()), part, metadata)
@@ -195,11 +196,6 @@ def _decoded(value: Any) -> Any:
     raise ValueError(f"no setting is written as {value!r}")
 
 
-def _checksum_of_text(metadata: Mapping[str, str]) -> str:
-    text = json.dumps({key: value for key, value in metadata.items() if key != "crc32"}, sort_keys=True)
-    return f"{zlib.crc32(text.encode()):08x}"
-
-
 def _checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
 
@@ -215,6 +211,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected a file that save wrote")
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path}: is no regular file, expected one that save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -230,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path}: has format version {version!r}, written by ood_fast {metadata.get('ood_fast', '?')}; ood_fast "
             f"{__version__} reads up to {FORMAT_VERSION}: install a newer one"
         )
-    if not {"kind", "detectors", "class_names"} <= {*metadata} or metadata.get("crc32") != _checksum_of_text(metadata):
+    if not {"kind", "detectors", "class_names"} <= {*metadata} or metadata.get("crc32") != checksum_of(metadata):
         raise ValueError(f"{path}: the file is damaged: its metadata do not match their checksum")
     return metadata, tensors
 

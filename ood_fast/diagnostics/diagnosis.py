@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from .. import checks, metrics
 from ..files import replacing
 from ..heads import find_head, inference_head
+from ..intact import read_npz
 from ..models.running import run_model
 from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
@@ -99,24 +99,23 @@ class Diagnosis:
     @classmethod
     def load(cls, file: str | os.PathLike) -> Diagnosis:
         """Read what `save` wrote; UserError if it is something else, or damaged."""
+        held = read_npz(file)
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                plain = json.loads(str(archive["json"]))
-                if plain.pop("format") != FORMAT:
-                    raise checks.UserError(f"{file}: is of another version, expected {FORMAT!r}")
-                arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "json"}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            plain = json.loads(str(held.pop("json")))
+            if plain.pop("format") != FORMAT:
+                raise checks.UserError(f"{file}: is of another version, expected {FORMAT!r}")
+            everything = {**plain, **{name: torch.from_numpy(array) for name, array in held.items()}}
+
+            def part(kind: type, prefix: str) -> Any:
+                return kind(**{entry.name: everything[prefix + entry.name] for entry in fields(kind)})
+
+            everything["collapse"] = part(NeuralCollapse, "collapse/")
+            everything["sets"] = {name: part(Samples, f"sets/{name}/") for name in plain["sets"]}
+            return part(cls, "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, checks.UserError):
                 raise
             raise checks.UserError(f"{file}: cannot be read as a diagnosis ({error})") from error
-        everything = {**plain, **arrays}
-
-        def part(kind: type, prefix: str) -> Any:
-            return kind(**{entry.name: everything[prefix + entry.name] for entry in fields(kind)})
-
-        everything["collapse"] = part(NeuralCollapse, "collapse/")
-        everything["sets"] = {name: part(Samples, f"sets/{name}/") for name in plain["sets"]}
-        return part(cls, "")
 
 
 def diagnose(

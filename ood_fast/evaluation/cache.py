@@ -5,9 +5,9 @@
 
 <model> is a hash of the weights, the layers with their settings and the place of the head; <data> one of the images,
 their labels and their preparation (`ImageDataset.fingerprint`). So nothing stale is ever read: other weights or other
-images have another name. Features (n, m) and logits (n, c) are float32, and mapped into memory when read. A folder
-appears under its name when all of it is written. Under `torchrun` every process writes its rows of the same files: they
-must lie on a disk that all of them see.
+images have another name. Features (n, m) and logits (n, c) are float32, and mapped into memory when read. Files appear
+under their names when all is written (`files.staged`), each with a checksum, which is looked at before it is used.
+Under `torchrun` every process writes its rows of the same files: they must lie on a disk that all of them see.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, intact
 from ..data.loading import Loader
 from ..detectors import Detector
-from ..files import replacing
+from ..files import replacing, settle, staged
 from ..heads import given_head, inference_head
 from ..models.checkpoints import update_with_weights
 from ..models.running import run_model
 
 META, HEAD = "meta.json", "head.npz"
-WRITING = ".writing-"
 CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
 
 
@@ -82,17 +79,27 @@ class Outputs:
 
 
 def read_outputs(path: str | os.PathLike) -> Outputs:
-    """What a folder of the cache holds; UserError if it does not hold all of it."""
+    """What a folder of the cache holds; UserError if it does not hold all of it, as it was written."""
     path = Path(path)
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-        features, logits, targets = (_mapped(path / f"{file}.npy") for file in ("features", "logits", "targets"))
-        scores = {file.stem: _mapped(file) for file in path.glob("*-*.npy")}
-        if not {len(features), len(logits), len(targets), *map(len, scores.values())} == {len(targets)}:
-            raise ValueError("files of different lengths")
-        return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
+        settle(path)
+        for file in path.glob("*.npy"):
+            intact.check_seal(file)
+        return _opened(path)
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:  # as JSON and NumPy say of damaged files
         raise checks.UserError(f"{path}: no features of a model there, or damaged ({error})") from error
+
+
+def _opened(path: Path) -> Outputs:
+    """The same without a look at the checksums of the arrays, which is one more pass over the files."""
+    meta = json.loads((path / META).read_text(encoding="utf-8"))
+    if meta[intact.CHECKSUM] != intact.checksum_of(meta):
+        raise ValueError(f"{META} does not agree with its checksum")
+    features, logits, targets = (_mapped(path / f"{file}.npy") for file in ("features", "logits", "targets"))
+    scores = {file.stem: _mapped(file) for file in path.glob("*-*.npy")}
+    if not {len(features), len(logits), len(targets), *map(len, scores.values())} == {len(targets)}:
+        raise ValueError("files of different lengths")
+    return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
 
 
 def read_head(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
@@ -100,9 +107,9 @@ def read_head(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
     them. UserError if they cannot be read."""
     file = Path(path).parent / HEAD
     try:
-        with np.load(file) as held:
-            return torch.from_numpy(held["W"]), torch.from_numpy(held["b"]) if "b" in held else None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        held = intact.read_npz(file)
+        return torch.from_numpy(held["W"]), torch.from_numpy(held["b"]) if "b" in held else None
+    except (KeyError, TypeError, ValueError) as error:
         raise checks.UserError(f"{file}: no head of a model there, or damaged ({error})") from error
 
 
@@ -167,62 +174,57 @@ class FeatureCache:
             UserError: an image cannot be read; the disk has no room.
             OSError: it cannot be written. RuntimeError: another process failed.
         """
-        plan = _everyone(self._plan(name, dataset, detectors) if rank() == 0 else None)[0]
-        if isinstance(plan, str):
-            raise checks.UserError(plan)
-        if plan.missing:
-            error = None
-            try:
-                self._run(plan, dataset, detectors)
-            except BaseException as raised:
-                error = raised
-            failures = [text for text in _everyone(None if error is None else f"{error}") if text is not None]
-            if failures:
+        with ExitStack() as stack:
+            plan = _everyone(self._plan(name, dataset, detectors, stack) if rank() == 0 else None)[0]
+            if isinstance(plan, str):
+                raise checks.UserError(plan)
+            if plan.missing:
+                error = None
+                try:
+                    self._run(plan, dataset, detectors)
+                except BaseException as raised:
+                    error = raised
+                failures = [text for text in _everyone(None if error is None else f"{error}") if text is not None]
+                if failures:
+                    raise error or RuntimeError(f"another process failed: {failures[0]}")
                 if rank() == 0:
-                    shutil.rmtree(plan.staging, ignore_errors=True)
-                raise error or RuntimeError(f"another process failed: {failures[0]}")
-            if rank() == 0:
-                self._publish(plan)
-            _everyone(None)
-        return read_outputs(plan.folder)
+                    self._complete(plan)
+        _everyone(None)
+        return _opened(plan.folder)
 
-    def _plan(self, name: str, dataset: Any, detectors: Sequence[Detector]) -> _Plan | str:
-        """What is missing, and where it goes; the message of a UserError if there is no room."""
+    def _plan(self, name: str, dataset: Any, detectors: Sequence[Detector], stack: ExitStack) -> _Plan | str:
+        """What is missing, and where it is written until `stack` closes; the message of a UserError if there is no
+        room."""
         data = dataset.fingerprint()
         folder = self.folder / f"{name}-{data[:16]}"
         shapes = {"features": (len(dataset), self.head.in_features), "logits": (len(dataset), self.head.out_features)}
         missing: dict[str, tuple[tuple[int, ...], str]] = {}
-        there = folder.exists()  # asked first: what another evaluation publishes after this is whole
         if not _is_whole(folder, shapes):
             missing = {file: (shape, "<f4") for file, shape in shapes.items()}
         for key in map(score_key, detectors):
             if missing or not (folder / f"{key}.npy").is_file():
                 missing[key] = ((len(dataset),), "<f8")
-        staging = self.folder / f"{WRITING}{socket.gethostname()}-{os.getpid()}-{name}"
         meta = {"set": name, "title": dataset.title, "group": dataset.group, "data": data, "model": self.key}
-        plan = _Plan(folder, staging, missing, meta)
+        staging = folder
         try:
             self._write_head()
-            if not missing:
-                return plan
-            self._remove_left_behind()
-            if "features" in missing and there:
-                shutil.rmtree(folder)
-            needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
-            free = shutil.disk_usage(self.folder).free
-            if needed > free:
-                return (
-                    f"--cache: {self.folder} has {free / 2**30:.1f} GiB free, but features and logits of {name} take "
-                    f"{needed / 2**30:.1f} GiB"
-                )
-            staging.mkdir()
+            if missing:
+                needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
+                free = shutil.disk_usage(self.folder).free
+                if needed > free:
+                    return (
+                        f"--cache: {self.folder} has {free / 2**30:.1f} GiB free, but features and logits of {name} "
+                        f"take {needed / 2**30:.1f} GiB"
+                    )
+                staging = stack.enter_context(staged(folder))
+                _remove_damaged(folder)
             for file, (shape, dtype) in missing.items():
                 np.lib.format.open_memmap(staging / f"{file}.npy", "w+", np.dtype(dtype), shape).flush()
             if "features" in missing:
                 np.save(staging / "targets.npy", dataset.targets.numpy())
         except OSError as error:
             return f"--cache: cannot write to {self.folder}: {error.strerror or error}"
-        return plan
+        return _Plan(folder, staging, missing, meta)
 
     def _write_head(self) -> None:
         try:
@@ -234,13 +236,6 @@ class FeatureCache:
         held = {"W": weight} if bias is None else {"W": weight, "b": bias}
         with replacing(self.folder / HEAD) as part, open(part, "wb") as file:
             np.savez(file, **{name: value.detach().cpu().numpy() for name, value in held.items()})
-
-    def _remove_left_behind(self) -> None:
-        """What processes of this machine that are no longer there were writing."""
-        for entry in self.folder.glob(f"{WRITING}{socket.gethostname()}-*"):
-            pid = entry.name.removeprefix(f"{WRITING}{socket.gethostname()}-").partition("-")[0]
-            if pid.isdigit() and (not _alive(int(pid)) or int(pid) == os.getpid()):
-                shutil.rmtree(entry, ignore_errors=True)
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
@@ -273,19 +268,13 @@ class FeatureCache:
         if bar is not None:
             self.images_per_second[plan.meta["set"]] = bar.rate()
 
-    def _publish(self, plan: _Plan) -> None:
+    def _complete(self, plan: _Plan) -> None:
+        """Checksums, and what names the set."""
+        for file in plan.staging.glob("*.npy"):
+            intact.seal(file)
         if "features" in plan.missing:
-            (plan.staging / META).write_text(json.dumps(plan.meta, indent=1, ensure_ascii=False), encoding="utf-8")
-            try:
-                os.replace(plan.staging, plan.folder)
-            except OSError:
-                if not (plan.folder / META).is_file():  # there if another evaluation was sooner
-                    raise
-                shutil.rmtree(plan.staging)
-            return
-        for file in plan.missing:
-            os.replace(plan.staging / f"{file}.npy", plan.folder / f"{file}.npy")
-        plan.staging.rmdir()
+            meta = {**plan.meta, intact.CHECKSUM: intact.checksum_of(plan.meta)}
+            (plan.staging / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _is_whole(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> bool:
@@ -296,6 +285,15 @@ def _is_whole(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> bool:
         return False
     found = {name: (tuple(getattr(held, name).shape), getattr(held, name).dtype) for name in shapes}
     return found == {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Scores that nobody asks for now would be found damaged every time."""
+    for file in folder.glob("*-*.npy"):
+        try:
+            intact.check_seal(file)
+        except (OSError, ValueError):
+            file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -343,18 +341,6 @@ def _image_of(name: str, dataset: Any, first: int) -> Callable[[int], str]:
 
 def _mapped(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": pages are shared until somebody writes, in memory only
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":  # signal 0 is Ctrl-C on Windows
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def rank() -> int:

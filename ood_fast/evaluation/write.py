@@ -9,7 +9,6 @@ scores/<run>/X.npz   the scores of detector X, an array for each set, "id" the i
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -20,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import checks, files, recipes
+from .. import checks, files, recipes, spreadsheet
 from ..detectors import find
 from ..detectors.fitting import Note
+from ..intact import read_npz
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
@@ -145,7 +145,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
 def read_scores(folder: str | os.PathLike, run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """detector -> set -> (n,), of one of the `runs` of `read(folder)`."""
     files = {name: Path(folder) / run["scores"] / f"{name}.npz" for name in run["detectors"]}
-    return {name: dict(np.load(file)) for name, file in files.items()}
+    return {name: read_npz(file) for name, file in files.items()}
 
 
 def run_names(results: Results) -> list[str]:
@@ -203,12 +203,9 @@ def _long(results: Results) -> Iterable[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows, of which there is one at least, under their names."""
-    rows = list(rows)
+    """Rows under their names."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        spreadsheet.write_records(file, list(rows), "\r\n")
 
 
 def _write_openood(folder: Path, results: Results) -> None:
@@ -222,7 +219,7 @@ def _write_openood(folder: Path, results: Results) -> None:
             rows = openood_rows([run for run in runs if detector in run.scores], detector)
             name = OPENOOD_NAMES.get(detector, detector.lower())
             with (inside / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+                spreadsheet.write_rows(file, rows)
 
 
 def _file_name(method: str, index: int) -> str:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..files import check_zip, replacing
+from ..files import replacing
 from ..heads import unwrapped
+from ..intact import check_zip
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
 OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module

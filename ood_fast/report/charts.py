@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import html
 import io
 import math
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .. import spreadsheet
 from . import pages
 
 COLORS = 8  # --c0 to --c7 of style.css; further series repeat them, dashed
@@ -89,12 +89,12 @@ class Chart:
     def as_csv(self) -> str:
         """The numbers that are drawn: series, x, y; of steps, from, to, y."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         steps = any(series.kind == "steps" for series in self.series)
-        writer.writerow(["series", *(("from", "to") if steps else (self.x_label,)), self.y_label])
+        rows = [["series", *(("from", "to") if steps else (self.x_label,)), self.y_label]]
         for series in self.series:
             columns = (series.xs[:-1], series.xs[1:], series.ys) if steps else (series.xs, series.ys)
-            writer.writerows([series.name, *(f"{value:.7g}" for value in row)] for row in zip(*columns, strict=True))
+            rows += [[series.name, *(f"{value:.7g}" for value in row)] for row in zip(*columns, strict=True)]
+        spreadsheet.write_rows(text, rows)
         return text.getvalue()
 
     def as_svg(self) -> str:

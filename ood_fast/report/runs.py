@@ -6,7 +6,6 @@ diagnose_runs(records)       # from the features that `ood-fast evaluate` keeps;
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import os
@@ -21,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checks, evaluation, files
+from .. import checks, evaluation, files, spreadsheet
 from ..data import open_benchmark
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
 from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Progress, no_progress
+from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 from .comparison import holds_comparison
 
@@ -147,12 +147,11 @@ def _read(path: Path | None, name: str) -> Record:
 def _columns(file: Path) -> Columns:
     """The columns of a table of numbers; nothing if it is not there. What is empty is NaN."""
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = spreadsheet.read_records(file)
         return {name: [float(row[name] or math.nan) for row in rows] for name in (rows[0] if rows else ())}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:  # TypeError: a row with too many or too few entries
+    except (OSError, ValueError) as error:
         raise checks.UserError(f"{file}: cannot be read as a table of numbers ({error})") from error
 
 
@@ -364,9 +363,10 @@ def _read_change(record: Record) -> None:
     checkpoints = _checkpoints(record.path)
     kept = _change_file(record.path, checkpoints)
     if kept.is_file():
-        with np.load(kept) as held:
+        with suppress(checks.UserError, KeyError):  # damaged: it can be measured again
+            held = read_npz(kept)
             record.change = FeatureChange(*(torch.from_numpy(held[name]) for name in ("edges", "count", "steps")))
-        record.change_epochs = list(map(_epoch, checkpoints))
+            record.change_epochs = list(map(_epoch, checkpoints))
 
 
 def _change_file(path: Path, checkpoints: Sequence[Path]) -> Path:

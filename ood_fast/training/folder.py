@@ -10,7 +10,6 @@ epochs/0010.ckpt  state_dicts, if asked for
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import checks, files, models, recipes
+from .. import checks, files, intact, models, recipes, spreadsheet
 from ..models.checkpoints import read_checkpoint
 from .build import model_of
 
@@ -127,10 +126,7 @@ class RunFolder:
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows anew: after a resume, none is there twice."""
         text = io.StringIO()
-        columns = dict.fromkeys(column for row in rows for column in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        spreadsheet.write_records(text, rows)
         files.write_text(self.path / name, text.getvalue())
 
     def write_checkpoint(self, name: str, contents: nn.Module | Mapping[str, Any]) -> None:
@@ -166,11 +162,9 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = Path(path).expanduser() / RUN
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = intact.read_json(file)
     except OSError as error:
         raise checks.UserError(f"{path}: no run ({RUN}: {error.strerror})") from error
-    except ValueError as error:
-        raise checks.UserError(f"{file}: no JSON ({error})") from error
     if not isinstance(info, dict) or not isinstance(info.get("recipe"), dict):
         raise checks.UserError(f"{file}: says nothing of a recipe, expected what `ood-fast train` writes")
     for name, kind in (("benchmark", str), ("n_classes", int), ("image_shape", list)):

@@ -1,0 +1,201 @@
+"""Damage of every format: found, or the same numbers; never another exception, never numbers of a header's promise."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ood_fast import checks, detectors, diagnostics, features, intact, models, recipes
+from ood_fast.evaluation import cache
+
+N_MUTATIONS = 60
+
+
+def mutations(content: bytes, n: int = N_MUTATIONS) -> Iterator[bytes]:
+    """Flipped bits, foreign bytes, and ends that were cut off."""
+    numbers = random.Random(0)
+    for index in range(n):
+        changed, at = bytearray(content), numbers.randrange(len(content))
+        if index % 3 == 0:
+            changed[at] ^= 1 << numbers.randrange(8)
+        elif index % 3 == 1:
+            changed[at : at + 4] = numbers.randbytes(4)
+        else:
+            del changed[at:]
+        if changed != content:
+            yield bytes(changed)
+
+
+def refusal(read: Callable[[Path], Any], path: Path) -> tuple[str | None, Any]:
+    """What the reader says of the file, or what it reads."""
+    try:
+        return None, read(path)
+    except ValueError as error:
+        return str(error), None
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+Z, TARGETS = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+HEAD = nn.Linear(6, 3)
+LOGITS = HEAD(Z).detach()
+STORED = {"features": Z, "logits": LOGITS, "targets": TARGETS, "W": HEAD.weight.detach(), "b": HEAD.bias.detach()}
+PATHS = [f"{row}.png" for row in range(40)]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    head = nn.Linear(6, 3)
+    models.load_checkpoint(head, path)
+    return dict(head.state_dict())
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return dict(vars(features.load(path)))
+
+
+def scores(path: Path) -> dict[str, torch.Tensor]:
+    found = detectors.load(path)
+    return {name: found[name].score_features(Z, LOGITS) for name in found}
+
+
+def fitted(path: Path) -> None:
+    found = detectors.DetectorSet([detectors.KNN(k=3), detectors.NCI()])
+    found.partial_fit(Z, LOGITS, TARGETS)
+    found.finalize((HEAD.weight, HEAD.bias))
+    found.save(path, class_names=["a", "b", "c"])
+
+
+def parquet(path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"features": list(Z.numpy()), "target": TARGETS.numpy(), "path": PATHS}
+    pq.write_table(pa.table(columns), path, write_page_checksum=True)
+
+
+def of_the_cache(path: Path) -> None:
+    for name in ("features", "logits", "targets"):
+        np.save(path.with_name(f"{name}.npy"), STORED[name].numpy())
+        intact.seal(path.with_name(f"{name}.npy"))
+    meta = {"set": "test", "title": "Test", "group": "id"}
+    path.with_name("meta.json").write_text(json.dumps({**meta, "crc32": intact.checksum_of(meta)}))
+
+
+def outputs(path: Path) -> dict[str, Any]:
+    held = cache.read_outputs(path.parent)
+    return {**vars(held), "scores": {}}
+
+
+def diagnosis(path: Path) -> None:
+    chunk = [(Z, LOGITS, TARGETS)]
+    diagnostics.diagnose(chunk, chunk, {}, (HEAD.weight, HEAD.bias)).save(path)
+
+
+def kept_diagnosis(path: Path) -> dict[str, Any]:
+    return {"text": repr(diagnostics.Diagnosis.load(path))}
+
+
+ARRAYS = {name: value.numpy() for name, value in STORED.items()} | {"paths": PATHS}
+FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "d.safetensors": (fitted, scores),
+    "c.ckpt": (lambda path: models.save_checkpoint(HEAD, path), weights),
+    "c.safetensors": (lambda path: models.save_checkpoint(HEAD, path), weights),
+    "f.npz": (lambda path: np.savez(path, **ARRAYS), stored),
+    "compressed.npz": (lambda path: np.savez_compressed(path, **ARRAYS), stored),
+    "f.pt": (lambda path: torch.save({**STORED, "paths": PATHS}, path), stored),
+    "f.parquet": (parquet, stored),
+    "features.npy": (of_the_cache, outputs),
+    "targets.npy": (of_the_cache, outputs),
+    "meta.json": (of_the_cache, outputs),
+    "diagnosis.npz": (diagnosis, kept_diagnosis),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damage_is_found_or_changes_nothing(name, tmp_path):
+    write, read = FORMATS[name]
+    path = tmp_path / name
+    write(path)
+    content, expected, n_found = path.read_bytes(), read(path), 0
+    for changed in mutations(content):
+        path.write_bytes(changed)
+        told, found = refusal(read, path)
+        if told is None:
+            assert same(found, expected)
+        else:
+            assert str(tmp_path) in told
+            assert "\n" not in told
+            n_found += 1
+    assert n_found > N_MUTATIONS / 2
+
+
+def test_damaged_recipes_are_told_with_their_path(tmp_path):
+    path = tmp_path / "r.json"
+    content = json.dumps({"base": "digits-ce", "name": "mine", "epochs": 4, "milestones": [1, 2], "lr": 0.1}).encode()
+    for changed in mutations(content, 150):
+        path.write_bytes(changed)
+        told, _ = refusal(recipes.find, path)  # text has no checksum: another number is another recipe
+        assert told is None or f"recipe {path}: " in told
+
+
+def test_a_seal_stands_behind_what_readers_read(tmp_path):
+    path, values = tmp_path / "x.npy", np.arange(5.0)
+    np.save(path, values)
+    with pytest.raises(ValueError, match=r"x\.npy does not agree with its checksum"):
+        intact.check_seal(path)
+    intact.seal(path)
+    intact.check_seal(path)
+    np.testing.assert_array_equal(np.load(path), values)
+    np.testing.assert_array_equal(np.load(path, mmap_mode="c"), values)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="checksum"):
+        intact.check_seal(path)
+
+
+def npz(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def array(values: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.asarray(values))
+    return file.getvalue()
+
+
+def test_what_would_not_fit_into_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = npz(tmp_path / "x.npz", features=array(np.zeros((300, 4))), logits=array(np.zeros((300, 4))))
+    torch.save({"features": torch.zeros(300, 8)}, tmp_path / "x.pt")
+    torch.save({"features": torch.zeros(1, 1).expand(1 << 40, 8)}, tmp_path / "many.pt")  # 4 bytes in the file
+    with pytest.raises(checks.UserError, match=r"many\.pt: takes .* GiB, more than this machine has"):
+        features.load(tmp_path / "many.pt")
+    monkeypatch.setattr(intact, "memory", lambda: 10_000.0)
+    monkeypatch.setattr(np.lib.format, "read_array", None)  # each is small enough, both are not
+    with pytest.raises(checks.UserError, match=r"x\.npz: logits: takes .* more than this machine has"):
+        intact.read_npz(path)
+    monkeypatch.setattr(intact, "memory", lambda: 9_000.0)
+    with pytest.raises(checks.UserError, match=r"x\.pt: .*more than this machine has"):
+        features.load(tmp_path / "x.pt")
+
+
+def test_a_name_that_was_changed_in_one_of_its_two_places_is_found(tmp_path):
+    path = npz(tmp_path / "x.npz", features=array([[1.0]]), logits=array([[1.0]]))
+    content = path.read_bytes()
+    at = content.rindex(b"logits.npy")
+    path.write_bytes(content[:at] + b"Logits.npy" + content[at + 10 :])
+    with pytest.raises(checks.UserError, match="damaged"):
+        features.load(path)
