@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format bench compare ci
+.PHONY: help venv install test lint types format docs bench compare ci
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
@@ -21,9 +21,15 @@ lint:  ## what CI checks of the style
 	ruff check .
 	ruff format --check .
 
+types:  ## what mypy says
+	mypy
+
 format:  ## mend what can be mended of it
 	ruff check --fix .
 	ruff format .
+
+docs:  ## the site, in site/; needs pip install -e '.[docs]'
+	mkdocs build --strict
 
 bench:  ## ours beside the reference and cross-entropy, under four minutes
 	$(PYTHON) -m pytest bench/ --benchmark-only

@@ -1,4 +1,4 @@
-"""The table of detectors in the README is the one that the code gives."""
+"""The table of detectors in the docs is the one that the code gives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from ood_fast import detectors
 from ood_fast.detectors import catalogue
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/detectors.md"
 
 
-def test_the_readme_has_the_table_of_this_code():
-    assert catalogue.table() in README.read_text(encoding="utf-8"), (
-        "run python -m ood_fast.detectors.catalogue and paste its output into README.md"
+def test_the_page_has_the_table_of_this_code():
+    assert catalogue.table() in PAGE.read_text(encoding="utf-8"), (
+        "run python -m ood_fast.detectors.catalogue and paste its output into docs/detectors.md"
     )
 
 
