@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a run failed; 2 the request cannot be met as it was asked 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import shlex
@@ -41,6 +42,11 @@ def _main(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    if not arguments[0].startswith("-") and arguments[0] not in names:
+        near = difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown command {arguments[0]!r}; {hint}known: {', '.join(names)}")
     options = parser.parse_args(arguments)
     from .checks import UserError  # imports torch: not for --help and --version
 

@@ -201,3 +201,19 @@ def test_the_orientation_is_remembered():
     from ood_fast.detectors import store
 
     assert store.notes("d.safetensors")["orientation"] == "stored"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["evalute"], "unknown command 'evalute'; did you mean evaluate?"),
+        (["fit", "--workers", "-1"], "--workers: got -1, expected at least 0"),
+        (["score", "--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
+        (["evaluate", "--seed", "x"], "--seed: got x, expected a whole number of at least 0"),
+        (["train", "--save-minutes", "nan"], "--save-minutes: got nan, expected at least 0"),
+        (["report", "--batch-size", "1.5"], "--batch-size: got 1.5, expected a whole number of at least 1"),
+    ],
+)
+def test_typos_are_told_before_anything_is_imported(given, message, capsys):
+    assert cli.main(given) == 2
+    assert message in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recipes import DETECTORS, LOSSES, Recipe
 from .common import RunError, device, machine, refusal, require_package, versions
+from .options import share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--epochs", default=str(Recipe.epochs), metavar="N", help=f"training epochs {default}")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-DATA)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    share(parser, "device", "quiet")
     parser.set_defaults(run=run)
 
 

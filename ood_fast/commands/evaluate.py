@@ -19,6 +19,7 @@ from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, processes, refusal, versions
 from .images import MODEL_HELP, add_preparation
 from .model import PREPARATION, allow, is_callable, named, preparation_of, text_of
+from .options import at_least, share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def add(commands: Any) -> None:
         help=f"{', '.join(BENCHMARK_NAMES)} (default: the one that the first run was trained for)",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", metavar="DIR", help="folder of the data sets (default: where it was trained from)")
-    data.add_argument("--layout", metavar="L", help="auto (default), torchvision, openood")
-    data.add_argument("--download", action="store_true", help="fetch what is missing, where torchvision can")
+    share(data, "data-root", "layout", "download", "image-size")
     data.add_argument("--ood", metavar="A,B", help="only these OOD sets")
     data.add_argument(
         "--ood-folder",
@@ -62,12 +61,8 @@ def add(commands: Any) -> None:
         help="a far-OOD set of your own; may be repeated",
     )
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
-    data.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out images that cannot be read, instead of stopping; every image is read once more to find them",
-    )
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the benchmark folder (default: 224)")
+    more = "leave out images that cannot be read; every image is read once more to find them"
+    share(data, "skip-bad", skip_bad={"help": more})
     data.add_argument(
         "--classes",
         metavar="FILE",
@@ -77,7 +72,7 @@ def add(commands: Any) -> None:
     add_preparation(preparation, "the model's own, else the benchmark's", "exif for own folders, else stored")
     stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
     stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
-    stored.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
+    share(stored, "head-file")
     stored.add_argument("--test", metavar="PATH", help="of in-distribution test data")
     stored.add_argument(
         "--ood-features",
@@ -100,7 +95,7 @@ def add(commands: Any) -> None:
     )
     model.add_argument("--model", metavar="NAME", help=f"of a checkpoint that does not say: {MODEL_HELP}")
     model.add_argument("--recipe", metavar="NAME", help="what such a checkpoint was trained with; says the model too")
-    model.add_argument("--head", metavar="LAYER", help="name of the layer that makes the logits, if it is not found")
+    share(model, "head")
     scores = parser.add_argument_group("detectors")
     scores.add_argument("--detectors", default="all", metavar="A,B", help="(default: all that can be fitted)")
     scores.add_argument(
@@ -111,9 +106,11 @@ def add(commands: Any) -> None:
         action="store_true",
         help="take parameters as they are, instead of the best of OpenOOD's grids on validation data",
     )
-    scores.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
-    scores.add_argument("--bootstrap", type=int, default=200, metavar="N", help="draws for intervals, 0: none (200)")
-    scores.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws and of synthetic images (0)")
+    share(scores, "plugin")
+    scores.add_argument(
+        "--bootstrap", type=at_least(0), default=200, metavar="N", help="draws for intervals, 0: none (200)"
+    )
+    share(scores, "seed", seed={"help": "of the draws and of synthetic images (0)"})
     parser.add_argument("--cache", metavar="DIR", help="where features are kept (default: RUN/cache)")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: RUN/eval/BENCHMARK)")
     parser.add_argument(
@@ -121,12 +118,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="replace results of other detectors or settings in that folder; those of the same are replaced without",
     )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="loading processes"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    share(parser, "batch-size", "workers", "device", "quiet")
     parser.set_defaults(run=run)
 
 
@@ -249,9 +241,6 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--ood-validation: needs --validation")
     if options.download and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise refusal("--download: every process would fetch the same files; download in one process first")
-    for name, least in (("bootstrap", 0), ("batch_size", 1), ("workers", 0), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise refusal(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least {least}")
 
 
 def _grids(settings: list[str], chosen: Any) -> dict[str, dict[str, tuple]]:

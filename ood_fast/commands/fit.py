@@ -13,6 +13,7 @@ from . import images
 from .code import import_plugins
 from .common import Process, RunError, detector_set, device, processes, refusal
 from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
+from .options import share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -38,11 +39,10 @@ def add(commands: Any) -> None:
         "--detectors", default="MSP,Energy,KNN,NCI,FDBD", metavar="A,B", help="or all (default: %(default)s)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="A.k=3", help="a parameter of a detector")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
     data = parser.add_argument_group("data: folders of images, or feature files with --features")
     data.add_argument("--data", metavar="PATH", help="training images, a folder for each class")
     data.add_argument("--features", metavar="PATH", help="training features: .npz, .pt, .parquet, or a folder of them")
-    data.add_argument("--head-file", metavar="FILE", help="feature file with the head W, b, if --features has none")
+    share(data, "head-file")
     data.add_argument("--validation", metavar="PATH", help="in-distribution data that was not trained on")
     data.add_argument(
         "--ood-validation", action="append", default=[], metavar="PATH", help="OOD data for --tune; may be repeated"
@@ -58,8 +58,7 @@ def add(commands: Any) -> None:
     )
     threshold.add_argument("--alpha", type=float, metavar="A", help="thresholds that flag new ID data with chance <= A")
     images.add_options(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    share(parser, "skip-bad", "plugin", "quiet")
     parser.set_defaults(run=run)
 
 

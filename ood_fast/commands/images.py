@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import RunError, refusal
+from .options import at_least, share
 
 if TYPE_CHECKING:
     from ..data.images import Files, ImageDataset
@@ -33,9 +34,9 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
     )
     group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
     group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
-    group.add_argument("--head", metavar="LAYER", help="name of the layer that makes the logits, if it is not found")
+    share(group, "head")
     group.add_argument(
-        "--n-classes", type=int, metavar="N", help="number of classes (default: of the checkpoint's head)"
+        "--n-classes", type=at_least(1), metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
     add_preparation(group, own, "as fitted" if remembered else "exif")
     group.add_argument(
@@ -43,19 +44,17 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         metavar="FILE",
         help="names of the classes in the order of the model's outputs: one a line, or JSON",
     )
-    group.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="loading processes"
-    )
-    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    share(group, "batch-size", "workers", "device", batch_size={"default": 128})
 
 
 def add_preparation(group: Any, own: str, orientation: str) -> None:
     """How images are prepared; `own` and `orientation` say what holds by default."""
-    group.add_argument("--size", type=int, metavar="PIXELS", help=f"images are cropped to this square (default: {own})")
+    group.add_argument(
+        "--size", type=at_least(1), metavar="PIXELS", help=f"images are cropped to this square (default: {own})"
+    )
     group.add_argument(
         "--resize",
-        type=int,
+        type=at_least(1),
         metavar="PIXELS",
         help=f"after their short side got this length (default: {own}, size · 8/7 if --size is given)",
     )
@@ -73,16 +72,7 @@ def add_preparation(group: Any, own: str, orientation: str) -> None:
         help="turn images as their EXIF data says, or take them as stored, as torchvision does (default: "
         f"{orientation})",
     )
-    add_truncated(group)
-
-
-def add_truncated(group: Any) -> None:
-    """What happens to files that end too early."""
-    group.add_argument(
-        "--truncated",
-        choices=("refuse", "allow"),
-        help="image files that end too early: an error (default), or what is there, as OpenOOD takes them",
-    )
+    share(group, "truncated")
 
 
 def dataset_of(source: Files, prepared: dict[str, Any]) -> ImageDataset:
@@ -118,56 +108,30 @@ class Images:
     def __iter__(self) -> Iterator[tuple]:
         import torch
 
+        from ..data.loading import ErrorsAsItems, split
+
         loader = torch.utils.data.DataLoader(
-            _Tolerant(self.dataset, self.rows),
+            ErrorsAsItems(torch.utils.data.Subset(self.dataset, self.rows)),
             batch_size=self.options.batch_size,
             num_workers=self.options.workers,
-            collate_fn=_joined,
+            collate_fn=split,
         )
         has_classes = self.dataset.source.classes is not None
-        for x, y, indices, bad in loader:
-            for index, reason in bad:
-                self._report(index, reason)
-            if indices:
-                yield x, y if has_classes else None, indices, [self.dataset.path(index) for index in indices]
-            self.on_batch(len(indices) + len(bad))
+        first = self.rows.start
+        for batch, good, bad in loader:
+            for place, reason in bad:
+                self._report(first + place, reason)
+            if good:
+                indices = [first + place for place in good]
+                yield batch[0], batch[1] if has_classes else None, indices, [self.dataset.path(i) for i in indices]
+            first += len(good) + len(bad)
+            self.on_batch(len(good) + len(bad))
 
     def _report(self, index: int, reason: str) -> None:
         if not self.options.skip_bad:
             raise RunError(f"{reason}; pass --skip-bad to leave such images out")
         print(f"ood-fast: skipped {reason}", file=sys.stderr, flush=True)
         self.on_bad(index, self.dataset.path(index))
-
-
-class _Tolerant:
-    """A data set whose unreadable images are items too: a worker that raises would end the whole loader."""
-
-    def __init__(self, dataset: Any, rows: range) -> None:
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> tuple:
-        from ..checks import UserError
-
-        if position >= len(self.rows):
-            raise IndexError(position)
-        index = self.rows[position]
-        try:
-            return (*self.dataset[index], index, None)
-        except UserError as error:
-            return None, None, index, str(error)
-
-
-def _joined(items: list[tuple]) -> tuple:
-    import torch
-
-    good = [item for item in items if item[3] is None]
-    bad = [(index, reason) for _, _, index, reason in items if reason is not None]
-    x = torch.stack([item[0] for item in good]) if good else torch.empty(0)
-    y = torch.tensor([item[1] for item in good], dtype=torch.int64)
-    return x, y, [item[2] for item in good], bad
 
 
 def read_images(data: str | Sequence[str], with_classes: bool = False, classes: Sequence[str] | None = None) -> Files:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .code import import_plugins
-from .common import RunError, device, machine, refusal, versions
+from .common import RunError, device, machine, versions
+from .options import share
 from .progress import Bar
 
 
@@ -39,23 +39,13 @@ def add(commands: Any) -> None:
         help="run the model of each checkpoint in RUN/epochs (train --keep-every) over the ID test images; kept for "
         "later reports",
     )
-    change.add_argument("--data-root", metavar="DIR", help="(default: the folder that the run was trained from)")
-    change.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    change.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    workers = min(4, os.cpu_count() or 1)
-    change.add_argument("--workers", type=int, default=workers, metavar="N", help="loading processes")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import own models and detectors from it"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    share(change, "data-root", "device", "batch-size", "workers")
+    share(parser, "plugin", "quiet")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """The command."""
-    for name, least in (("batch_size", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise refusal(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least {least}")
     from ..report import page, runs
 
     import_plugins(options.plugin)

@@ -15,6 +15,7 @@ from . import images
 from .code import import_plugins
 from .common import Process, RunError, device, processes, refusal
 from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
+from .options import share
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
 
@@ -42,13 +43,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--features", metavar="PATH", help="stored features: .npz, .pt, .parquet, or a folder of them")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import own detectors from it")
     parser.add_argument(
         "--other-model", action="store_true", help="score also with weights that the detectors were not fitted on"
     )
     images.add_options(parser, remembered=True)
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    share(parser, "skip-bad", "plugin", "quiet")
     parser.set_defaults(run=run)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..recipes import BENCHMARK_NAMES
 from .code import import_plugins
 from .common import Process, RunError, device, machine, processes, refusal, versions
-from .images import MODEL_HELP, add_truncated
+from .images import MODEL_HELP
 from .model import allow
+from .options import at_least, share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -49,25 +49,19 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--show", action="store_true", help="print the recipe with its changes, as a FILE.json is written, and stop"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    share(parser, "seed")
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
     parser.add_argument(
         "--model", metavar="NAME", help=f"in place of the recipe's, the same as --set model=NAME: {MODEL_HELP}"
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", metavar="DIR", help="the folder of the data sets")
-    data.add_argument("--download", action="store_true", help="download what is missing, where torchvision can")
-    data.add_argument("--layout", default="auto", metavar="L", help="auto (default), torchvision, openood")
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="of benchmark=folder (default: 224)")
+    share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
     data.add_argument(
         "--classes", metavar="FILE", help="of benchmark=folder: its classes in this order, one a line or JSON"
     )
-    add_truncated(data)
-    workers = min(4, os.cpu_count() or 1)
-    data.add_argument("--workers", type=int, default=workers, metavar="N", help="loading processes, of each process")
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, ...")
+    share(speed, "device")
     speed.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: as the recipe says)")
     speed.add_argument("--compile", action="store_true", help="torch.compile the model")
     speed.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
@@ -75,12 +69,17 @@ def add(commands: Any) -> None:
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--diagnostics", action="store_true", help="write diagnostics.csv: what the features look like")
     kept.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, in RUN/tensorboard")
-    kept.add_argument("--keep-every", type=int, metavar="N", help="keep the weights of each N-th epoch, in RUN/epochs")
     kept.add_argument(
-        "--save-minutes", type=float, default=15.0, metavar="M", help="save within epochs too (default: %(default)g)"
+        "--keep-every", type=at_least(1), metavar="N", help="keep the weights of each N-th epoch, in RUN/epochs"
     )
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import it first: own models")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    kept.add_argument(
+        "--save-minutes",
+        type=at_least(0, float),
+        default=15.0,
+        metavar="M",
+        help="save within epochs too (default: %(default)g)",
+    )
+    share(parser, "plugin", "quiet")
     parser.set_defaults(run=run)
 
 
@@ -165,14 +164,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.seed < 0:
-        raise refusal(f"--seed: got {options.seed}, expected a number that is not negative")
-    if options.workers < 0:
-        raise refusal(f"--workers: got {options.workers}, expected 0 or more")
-    if options.save_minutes < 0:
-        raise refusal(f"--save-minutes: got {options.save_minutes:g}, expected 0 (after epochs only) or more")
-    if options.keep_every is not None and options.keep_every < 1:
-        raise refusal(f"--keep-every: got {options.keep_every}, expected at least 1")
     if options.out is not None and not options.out.strip():
         raise refusal(f"--out: got {options.out!r}, expected a folder")
     if options.tensorboard and util.find_spec("tensorboard") is None:

@@ -11,6 +11,7 @@ import torch
 from .. import checks
 from ..data import ImageBenchmark
 from ..data.images import ImageDataset, Scrambled
+from ..data.loading import ErrorsAsItems
 
 PARTS = ("fit", "validation", "validation_ood", "test")
 NAMED = 20  # images in a note
@@ -55,7 +56,8 @@ def _without_bad(
 ) -> ImageDataset:
     if not len(dataset) or dataset.path(0) is None:  # all of it came from one file, and is in memory
         return dataset
-    loader = torch.utils.data.DataLoader(_Errors(dataset), BATCH, num_workers=workers, collate_fn=list)
+    reading = ErrorsAsItems(dataset, dataset.source.image)
+    loader = torch.utils.data.DataLoader(reading, BATCH, num_workers=workers, collate_fn=_reasons)
     errors: list[str | None] = []
     with progress(f"reading {name}", len(dataset)) as bar:
         for batch in loader:
@@ -73,20 +75,6 @@ def _without_bad(
     return ImageDataset(dataset.source.take(rows), dataset.transform, title=dataset.title, group=dataset.group)
 
 
-class _Errors:
-    """For each image, why it cannot be read; None if it can. A worker that raises would end the whole loader."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> str | None:
-        if index >= len(self.dataset):
-            raise IndexError(index)
-        try:
-            self.dataset.source.image(index)
-        except checks.UserError as error:
-            return str(error)
-        return None
+def _reasons(items: list[Any]) -> list[str | None]:
+    """Why each image cannot be read; None if it can."""
+    return [str(item) if isinstance(item, checks.UserError) else None for item in items]

@@ -1,0 +1,56 @@
+"""Options that several commands have, each written once, and what `type=` checks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """A `type=`: a number of that kind which is not below `least`."""
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= least:  # also NaN
+            what = "a whole number of " if kind is int and value is None else ""
+            raise argparse.ArgumentTypeError(f"got {text}, expected {what}at least {least:g}")
+        return value
+
+    return number
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "plugin": {"action": "append", "default": [], "metavar": "MODULE", "help": "import own detectors, models from it"},
+    "data-root": {"metavar": "DIR", "help": "folder of the data sets (default: where it was trained from)"},
+    "layout": {"metavar": "L", "help": "auto (default), torchvision, openood"},
+    "download": {"action": "store_true", "help": "fetch what is missing, where torchvision can"},
+    "image-size": {"type": at_least(1), "metavar": "PIXELS", "help": "of the benchmark folder (default: 224)"},
+    "truncated": {
+        "choices": ("refuse", "allow"),
+        "help": "image files that end too early: an error (default), or what is there, as OpenOOD takes them",
+    },
+    "skip-bad": {"action": "store_true", "help": "leave out images that cannot be read"},
+    "head": {"metavar": "LAYER", "help": "name of the layer that makes the logits, if it is not found"},
+    "head-file": {"metavar": "FILE", "help": "feature file with the head W, b, if --features has none"},
+    "batch-size": {"type": at_least(1), "default": 256, "metavar": "N", "help": "(default: %(default)s)"},
+    "workers": {
+        "type": at_least(0),
+        "default": min(4, os.cpu_count() or 1),
+        "metavar": "N",
+        "help": "loading processes, of each process",
+    },
+    "device": {"default": "auto", "help": "auto (default), cpu, cuda, cuda:1, mps, ..."},
+    "quiet": {"action": "store_true", "help": "print nothing but errors"},
+    "seed": {"type": at_least(0), "default": 0, "metavar": "N", "help": "(default: %(default)s)"},
+}
+
+
+def share(group: Any, *names: str, **changes: dict[str, Any]) -> None:
+    """Add options of `SHARED` to a parser or group; `changes` of some by their names."""
+    for name in names:
+        group.add_argument(f"--{name}", **SHARED[name] | changes.get(name.replace("-", "_"), {}))
