@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager.precision import double
+
 POSITIVES = ("ood", "id")
 ECE_BINS = 15
 
@@ -77,7 +79,7 @@ def detection(id_scores: Any, ood_scores: Any) -> dict[str, float]:
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
     """Share of rows of `logits` (n, c) whose arg-max is `target` (n,)."""
-    return (logits.argmax(dim=1) == target).double().mean().item()
+    return double(logits.argmax(dim=1) == target).mean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, target: Tensor, n_bins: int = ECE_BINS) -> float:
@@ -89,8 +91,8 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, n_bins: in
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
     """
-    confidence, predicted = probabilities.double().max(dim=1)
-    return calibration_error(confidence, predicted == target, n_bins)
+    confidence, predicted = double(probabilities).max(dim=1)
+    return calibration_error(confidence, predicted == target.to(predicted.device), n_bins)
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BINS) -> float:
@@ -103,13 +105,14 @@ def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BIN
 
 def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
     """Which of `n_bins` equal bins (lo, hi] each confidence (n,) is in, (n,) int64."""
+    confidence = double(confidence)
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
-    return torch.bucketize(confidence.double(), edges[1:-1])  # right=False: an edge belongs to the bin below it
+    return torch.bucketize(confidence, edges[1:-1])  # right=False: an edge belongs to the bin below it
 
 
 def _gaps(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
     """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64."""
-    return confidence_bins(confidence, n_bins), correct.double() - confidence.double()
+    return confidence_bins(confidence, n_bins), double(correct) - double(confidence)
 
 
 # ---- intervals: the metrics of samples drawn anew
@@ -243,7 +246,7 @@ def _counts(id_scores: Any, ood_scores: Any, positive: str) -> tuple[Tensor, Ten
 
 
 def _scores(argument: str, values: Any) -> Tensor:
-    scores = torch.as_tensor(values).detach().double()
+    scores = double(torch.as_tensor(values).detach())
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"{argument}: got shape {tuple(scores.shape)}, expected (n,) with n >= 1")
     if scores.isnan().any():

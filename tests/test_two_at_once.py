@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,3 +165,39 @@ def test_the_base_of_a_recipe_is_one_of_the_package(base, tmp_path, monkeypatch)
     with pytest.raises(checks.UserError, match="base: unknown recipe"):
         recipes.find("r.json")
     assert os.listdir() == ["r.json"]
+
+
+def test_parts_are_held_until_they_are_merged(tmp_path, monkeypatch):
+    """The second process of torchrun is done first: until the first has merged its part, nobody else gets it."""
+    from ood_fast.commands import table
+    from ood_fast.detectors import MSP, DetectorSet
+
+    meeting = threading.Barrier(2)
+    monkeypatch.setattr("torch.distributed.barrier", lambda group: meeting.wait(20))
+    detectors, out, seen = DetectorSet([MSP()]), tmp_path / "s.csv", []
+
+    class Rank(SimpleNamespace):
+        size, group = 2, "both"
+
+    def score(rank: int) -> None:
+        with table.ScoreTable(out, detectors, "same", Rank(rank=rank), overwrite=False) as scores:
+            scores.write([rank], [f"{rank}.png"], torch.tensor([0]), {"MSP": torch.tensor([0.5])})
+            scores.finish()
+
+    merged = table.ScoreTable._merged
+
+    def slowly(self):
+        time.sleep(0.2)  # the other one is long done
+        with open(tmp_path / ".s.csv.part1", "rb") as part, pytest.raises(BlockingIOError):
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(1)
+        return merged(self)
+
+    monkeypatch.setattr(table.ScoreTable, "_merged", slowly)
+    threads = [threading.Thread(target=score, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert seen == [1]
+    assert len(out.read_text().splitlines()) == 3

@@ -125,12 +125,19 @@ class ScoreTable:
         """
         self._append(())  # a batch of bad images only comes without rows
         self.file.close()
+        self._meet()
+        try:
+            return self._merged() if self.process.rank == 0 else None
+        finally:
+            self._meet()  # no other score takes a part, which each process holds, before it is merged
+
+    def _meet(self) -> None:
         if self.process.group is not None:
             import torch.distributed as dist
 
             dist.barrier(self.process.group)
-        if self.process.rank > 0:
-            return None
+
+    def _merged(self) -> tuple[int, dict[str, int], int]:
         self.n_bad, self.n_rows = 0, 0
         self.n_ood = {name: 0 for name, d in self.detectors.items() if d.threshold is not None}
         try:

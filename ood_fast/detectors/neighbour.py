@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager.precision import is_exporting
+from ..eager.precision import double, has_float64, is_exporting
 from ..functional import l2_normalize
 from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
-from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
@@ -169,7 +169,7 @@ class KNN(Detector):
         unit, lengths = l2_normalize(z)
         squared, unsure = self._ranked(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
-        if not becomes_program() and z.dtype == torch.float32 and z.device.type != "mps" and unsure.any():
+        if not becomes_program() and z.dtype == torch.float32 and has_float64(z.device) and unsure.any():
             again = unsure.nonzero().squeeze(1)
             squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
         score = nan_where_too_long(-squared if self.squared else -squared.sqrt(), lengths)

@@ -20,11 +20,6 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-def double(values: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none (MPS)."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
-
-
 def exact_linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in float32 (float64 where any of them has it), whatever autocast says: scores are differences of large
     numbers, and reshaped features overflow float16. Fit for `torch.compile` and `torch.export`; differentiable."""

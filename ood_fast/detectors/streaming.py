@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..eager.precision import double
 from ..functional import l2_normalize
-from .numbers import at_least_float32, double
+from .numbers import at_least_float32
 
 # Values up to which percentiles are exact: 128 MiB in float32. OpenOOD's 5,000 validation images of 2,048 features are
 # 10 million.
@@ -133,7 +134,7 @@ class FeatureMean(Gathered):
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
         """Take in one batch."""
         self.like = at_least_float32(features[:0])
-        total = (features.cpu() if features.device.type == "mps" else features).sum(dim=0, dtype=torch.float64)
+        total = double(features).sum(dim=0)
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: FeatureMean) -> None:

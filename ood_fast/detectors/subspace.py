@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager.precision import double
 from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
-from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..detectors.numbers import double
+from ..eager.precision import double
 from ..heads import find_head
 from ..models.running import run_model
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..detectors.numbers import double
 from ..detectors.streaming import ClassMeans, Scatter
+from ..eager.precision import double
 
 Chunk = tuple[Tensor, Tensor, Tensor | None]  # features (n, m), logits (n, c), targets (n,)
 COSINE_BINS = 200

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..detectors.numbers import double
+from ..eager.precision import double
 from ..functional import boundary_distance, nci_score, temperature_of
 from .collapse import Chunk, Moments
 from .plane import Plane
@@ -96,14 +96,14 @@ def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's r of x and y, (n,): 1 where D(z) grows with ‖z‖ along a line (Ding et al., fig. 2); NaN where either
     does not vary.
     """
-    x, y = (values.double() - values.double().mean() for values in (x, y))
+    x, y = (double(values) - double(values).mean() for values in (x, y))
     size = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
     return ((x @ y) / size).clamp(-1, 1).item() if size > 0 else math.nan
 
 
 def coefficient_of_variation(values: Tensor) -> float:
     """std / mean of (n,), ddof 0; NaN where the mean is 0. Of the feature norms, by epoch: Haas et al., fig. 3."""
-    values = values.double()
+    values = double(values)
     mean = values.mean()
     return (values.std(correction=0) / mean).item() if mean != 0 else math.nan
 
@@ -130,8 +130,8 @@ def accuracy_by_norm(norm: Tensor, correct: Tensor, n_bins: int = NORM_BINS) -> 
     Haas et al., TMLR 2024, fig. 7: 125 bins of CIFAR-10's 10,000 test images.
     """
     n_bins = max(1, min(n_bins, len(norm) // 20))
-    norm, order = norm.double().sort(stable=True)
-    correct = correct[order].double()
+    norm, order = double(norm).sort(stable=True)
+    correct = double(correct)[order]
     parts = [(part.mean(), right.mean(), len(part)) for part, right in zip(*_split(n_bins, norm, correct), strict=True)]
     norms, accuracies, counts = (torch.tensor(column, dtype=torch.float64) for column in zip(*parts, strict=True))
     return NormBins(norms, accuracies, counts.long(), correlation(torch.arange(n_bins), _ranks(accuracies)))
@@ -168,7 +168,7 @@ def reliability(confidence: Tensor, correct: Tensor, n_bins: int = metrics.ECE_B
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599. Of softmax(f) and of
     softmax(f / D): Ding et al., arXiv:2504.11434.
     """
-    confidence, correct = confidence.double(), correct.double()
+    confidence, correct = double(confidence), double(correct)
     bins = metrics.confidence_bins(confidence, n_bins)
     count = torch.bincount(bins, minlength=n_bins)
     mean_confidence, accuracy = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..eager.precision import double
+
 
 def singular_values(features: Tensor) -> Tensor:
     """Singular values of the centred features, largest first: σ_i of (Z − mean) / √n, in float64.
@@ -19,7 +21,7 @@ def singular_values(features: Tensor) -> Tensor:
     Returns:
         (min(n, m),) in float64.
     """
-    centred = features.double() - features.double().mean(dim=0)
+    centred = double(features) - double(features).mean(dim=0)
     return torch.linalg.svdvals(centred / len(features) ** 0.5)
 
 
@@ -30,7 +32,7 @@ def spectrum(covariance: Tensor) -> Tensor:
     An eigenvalue is known to about m · 2⁻⁵² of the largest: those below count as 0, so that σ_i is 0 where it would be
     smaller than about 1e-7 σ_1 (at m = 512). Beyond min(n − 1, m) they are 0 in any case.
     """
-    values = torch.linalg.eigvalsh(covariance.double()).flip(0)
+    values = torch.linalg.eigvalsh(double(covariance)).flip(0)
     noise = len(values) * torch.finfo(torch.float64).eps * values[:1].clamp(min=0)
     return torch.where(values > noise, values, 0.0).sqrt()
 

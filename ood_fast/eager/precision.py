@@ -44,6 +44,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def has_float64(device: torch.device | str) -> bool:
+    """Whether a device knows float64. What asks for it goes by `double`, or asks here."""
+    return torch.device(device).type not in WITHOUT_FLOAT64
+
+
+def double(values: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (values if has_float64(values.device) else values.cpu()).double()
+
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
     if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's

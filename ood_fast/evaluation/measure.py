@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import checks, detectors, metrics
 from ..detectors import Detector, DetectorSet
 from ..detectors.search import Search, Trial
+from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from .cache import Outputs, score_key
@@ -61,7 +62,7 @@ class Measuring:
     @property
     def exact_device(self) -> torch.device | str:
         """Where scores are computed: in float64, which MPS has not."""
-        return "cpu" if torch.device(self.device).type == "mps" else self.device
+        return self.device if has_float64(self.device) else "cpu"
 
     def for_chosen(self, chosen: object | None) -> Measuring:
         """With `leave_out` decided: where no detectors were named, those that do not fit are left out."""

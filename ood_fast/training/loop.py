@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Subset
 from .. import checks, recipes
 from ..data.images import mixed
 from ..data.loading import Loader
+from ..eager.precision import has_float64
 from .build import criterion_of, model_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
@@ -221,7 +222,7 @@ class Run:
 
     def _begin_epoch(self) -> None:
         self.step = 0
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        dtype = torch.float64 if has_float64(self.device) else torch.float32
         self._sums = torch.zeros(2, dtype=dtype, device=self.device)  # of the losses of steps, of correct images
         self._first_bad = torch.tensor(NEVER, device=self.device)
         self._seconds, self._since = 0.0, time.perf_counter()
