@@ -566,3 +566,73 @@ def test_a_full_disk_is_a_failure(root, seeds, capsys, monkeypatch):
     assert evaluate(seeds / "s0", *on_cifar10(root), "--quiet") == 1
     assert "ood-fast: failed: cannot write the results to" in capsys.readouterr().err
     assert json.loads((seeds / "s0/eval/cifar10/results.json").read_text()) == before
+
+
+# ---- what is read, chosen and left out
+
+
+def without(root: Path, folder: Path, *names: str) -> Path:
+    """The data without some of its folders."""
+    folder.mkdir()
+    for entry in root.iterdir():
+        if entry.name not in names:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def test_only_what_the_detectors_need_is_read(root, seeds, tmp_path, capsys):
+    """Tiny ImageNet is near-OOD too: `--ood` leaves the OOD images for validation alone to need it."""
+    there = without(root, tmp_path / "less", "tiny-imagenet-200")
+    chosen = ["--detectors=MSP,Energy", "--ood=svhn", "--no-tune", "--quiet"]
+    assert evaluate(seeds / "s0", *on_cifar10(there, *chosen)) == 0, capsys.readouterr().err
+    assert {json.loads(file.read_text())["set"] for file in (seeds / "s0/cache").rglob("meta.json")} == {"test", "svhn"}
+    held = evaluation.read(seeds / "s0/eval/cifar10")["runs"][0]
+    assert set(held["images_per_second"]) == {"test", "svhn"}
+    assert evaluate(seeds / "s0", *on_cifar10(there, "--detectors=NCI", "--ood=svhn", "--quiet", "--overwrite")) == 2
+
+
+def test_odin_is_asked_for(root, seeds, capsys):
+    given = ["--ood=svhn", "--no-tune", "--set=KNN.k=5"]
+    assert evaluate(seeds / "s0", *on_cifar10(root, *given)) == 0
+    output = capsys.readouterr()
+    assert "left out, as it takes long: ODIN; --detectors all has it" in output.err
+    assert "ODIN" not in output.out
+    assert evaluate(seeds / "s0", *on_cifar10(root, "--detectors=ODIN,MSP", "--overwrite", *given[:2])) == 0
+    output = capsys.readouterr()
+    assert "ODIN runs the model forth and back on every image" in output.err
+    assert "ODIN" in output.out
+
+
+def test_chosen_parameters_are_told(root, seeds, capsys):
+    assert evaluate(seeds / "s0", *on_cifar10(root, "--detectors=NCI,FDBD", "--ood=svhn")) == 0
+    assert "(AUROC on validation data): NCI: alpha=" in capsys.readouterr().out
+
+
+def test_a_choice_that_costs_is_told(capsys):
+    """Validation says that norms tell the sets apart, the test sets say the opposite."""
+    random = np.random.default_rng(2)
+    W = random.normal(size=(3, 8)).astype(np.float32)
+    Path("f").mkdir()
+    for name, scale, shift in (("train", 1, 1), ("test", 1, 1), ("val", 1, 1), ("valood", 0.1, 0.3), ("far", 9, 0.3)):
+        z = (scale * (random.normal(size=(60, 8)) / 2 + shift * W[random.integers(0, 3, 60)])).astype(np.float32)
+        targets = (z @ W.T).argmax(1)
+        np.savez(f"f/{name}.npz", features=z, logits=z @ W.T, targets=targets, W=W)
+    given = ["--features=f/train.npz", "--test=f/test.npz", "--ood-features=far=f/far.npz", "--validation=f/val.npz"]
+    assert evaluate(*given, "--ood-validation=f/valood.npz", "--detectors=NCI", "--out=out") == 0
+    output = capsys.readouterr().out
+    assert "chosen on validation data, costs" in output
+    assert "AUROC on far-OOD test sets" in output
+
+
+def test_one_sample_a_class_fits_no_class(capsys):
+    random = np.random.default_rng(0)
+    W = random.normal(size=(12, 8)).astype(np.float32)
+    for name, n in (("train", 12), ("test", 24), ("far", 24)):
+        z = random.normal(size=(n, 8)).astype(np.float32)
+        np.savez(f"{name}.npz", features=z, logits=z @ W.T, targets=np.arange(n) % 12, W=W)
+    given = ["--features=train.npz", "--test=test.npz", "--ood-features=far=far.npz"]
+    assert evaluate(*given, "--out=out") == 0
+    output = capsys.readouterr().out
+    assert "Mahalanobis: left out: is fitted on each class, but no class has two training samples" in output
+    assert evaluate(*given, "--out=out", "--detectors=SHE,MSP", "--overwrite") == 2
+    assert "SHE: is fitted on each class, but no class has two training samples" in capsys.readouterr().err

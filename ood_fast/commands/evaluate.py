@@ -9,16 +9,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
+from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
-from .common import RunError, detector_set, device, listed, machine, processes, refusal, versions
+from .common import RunError, detector_set, device, machine, processes, refusal, versions
 from .images import MODEL_HELP, add_preparation
-from .model import PREPARATION, allow, is_callable, named, preparation_of, text_of
+from .model import PREPARATION, allow, is_callable, named
 from .options import at_least, share
 from .progress import Bar
 
@@ -97,7 +98,11 @@ def add(commands: Any) -> None:
     model.add_argument("--recipe", metavar="NAME", help="what such a checkpoint was trained with; says the model too")
     share(model, "head")
     scores = parser.add_argument_group("detectors")
-    scores.add_argument("--detectors", default="all", metavar="A,B", help="(default: all that can be fitted)")
+    scores.add_argument(
+        "--detectors",
+        metavar="A,B",
+        help="or all (default: all that fit, and pass no image through the model)",
+    )
     scores.add_argument(
         "--set", action="append", default=[], metavar="KNN.k=10", help="a parameter, which is then not searched"
     )
@@ -128,7 +133,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     _check(options)
     import_plugins(options.plugin)
-    chosen = detector_set(options.detectors, options.set, on_features=bool(options.features))
+    chosen = _chosen(options)
     grids = _grids(options.set, chosen)
     request = _request(options, chosen, grids)
     folder, evaluate = (_on_features if options.features else _on_images)(options, chosen)
@@ -141,7 +146,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             return  # the first does it all: there is no model to run
         try:
             results = evaluate(
-                leave_out=options.detectors == "all",
+                leave_out=options.detectors in (None, "all"),
                 tune=not options.no_tune,
                 grids=grids,
                 device=where,
@@ -171,7 +176,42 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise RunError(f"cannot write the results to {folder}: {error.strerror or error}") from error
     if not options.quiet:
         evaluation.print_tables(results)
+        _print_choices(results)
         print(f"Evaluated in {context['seconds']:.0f} s. Results: {folder}/, tables in {folder}/results.md")
+
+
+def _chosen(options: argparse.Namespace) -> DetectorSet:
+    """The detectors. By default without those that pass images through the model several times; a line says so."""
+    on_features = bool(options.features)
+    if options.detectors is not None:
+        chosen = detector_set(options.detectors, options.set, on_features)
+        slow = [name for name, detector in chosen.items() if detector.needs_model]
+        if slow and not options.quiet:
+            n_tried = len([v for name in slow for v in chosen[name].variants({} if options.no_tune else None)])
+            times = f"runs the model forth and back on every image, {n_tried} times on validation images"
+            print(f"ood-fast: {', '.join(slow)} {times}: this takes long", file=sys.stderr)
+        return chosen
+    from ..detectors import find, known
+
+    asked = {find(text.partition(".")[0].strip()).__name__ for text in options.set}
+    slow = [name for name in known() if find(name).needs_model and name not in asked]
+    if slow and not on_features and not options.quiet:
+        print(f"ood-fast: left out, as it takes long: {', '.join(slow)}; --detectors all has it", file=sys.stderr)
+    names = [name for name in known() if name not in slow and not (on_features and find(name).needs_model)]
+    return detector_set(",".join(names), options.set, on_features)
+
+
+def _print_choices(results: Results) -> None:
+    """The parameters that validation data chose, each with its AUROC there."""
+    told: dict[str, list[str]] = {}
+    for run in results.runs:
+        for name, tried in run.trials.items():
+            best = max(tried, key=lambda trial: trial["auroc"])
+            found = ", ".join(f"{key}={value}" for key, value in best.items() if key != "auroc")
+            text = f"{name}: {found} ({100 * best['auroc']:.2f}, best of {len(tried)})"
+            told.setdefault(run.trained.name, []).append(text)
+    for name, texts in told.items():
+        print(f"Chosen for {name} (AUROC on validation data): {'; '.join(texts)}")
 
 
 def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results | None]]:
@@ -179,8 +219,8 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
     from .. import evaluation
 
     paths = [path for given in options.runs for path in evaluation.paths_of(given)]
-    benchmarks = _Benchmarks(options, paths[0])
-    first = benchmarks.open(_info(paths[0]).get("seed"))
+    benchmarks = Benchmarks(options, paths[0])
+    first = benchmarks.open(run_info(paths[0]).get("seed"))
     return _folder(options, paths, first.name), functools.partial(
         evaluation.evaluate_runs,
         _opened(options, paths, first),
@@ -199,7 +239,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
 
     ood = {}
     for text in options.ood_features:
-        title, path = _named_path("--ood-features", text, "[near/]NAME=PATH")
+        title, path = named_path("--ood-features", text, "[near/]NAME=PATH")
         group, slash, name = title.rpartition("/")
         if slash and group not in ("near", "far"):
             raise refusal(f"--ood-features: got {text!r}, expected near/NAME=PATH, far/NAME=PATH or NAME=PATH")
@@ -222,7 +262,6 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
     )
 
 
-SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
 ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
 ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
@@ -271,115 +310,6 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, 
 DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "classes", "skip_bad", *PREPARATION)
 
 
-class _Benchmarks:
-    """The benchmark by the run: that of `digits` draws its classes by the seed, and images are prepared for the model.
-
-    A run of `ood-fast train` says how its images were prepared and in which order its classes are. Of other models the
-    timm, transformers or torchvision model says it, unless the benchmark's images are of another scale.
-    """
-
-    def __init__(self, options: argparse.Namespace, path: str) -> None:
-        if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
-            raise refusal(f"{path}: no such file or folder")
-        info = _info(path)
-        self.options = options
-        self.name = options.benchmark or info.get("benchmark")
-        if self.name is None:
-            raise refusal(f"--benchmark: {path} does not say which; give one")
-        self.trained_on = (info.get("data") or {}) if self.name == info.get("benchmark") else {}
-        self.root = options.data_root or self.trained_on.get("root")
-        same = self.root == self.trained_on.get("root")
-        self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
-        self.folders = dict(_named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
-        for title in self.folders:
-            if "/" in title:
-                raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
-        self.opened: dict[tuple, ImageBenchmark] = {}
-        self.told: dict[str, str] = {}
-
-    def open(
-        self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
-    ) -> ImageBenchmark:
-        """One for each seed, preparation and order of classes."""
-        from ..data import open_benchmark
-        from ..data.folders import class_names
-
-        options = self.options
-        seed = (seed or 0) if self.name == "digits" else options.seed
-        classes = class_names(options.classes) if options.classes is not None else classes
-        key = (seed, None if prepared is None else str(prepared), None if classes is None else tuple(classes))
-        if key not in self.opened:
-            self.opened[key] = open_benchmark(
-                self.name,
-                self.root,
-                download=options.download,
-                layout=self.layout,
-                ood=None if options.ood is None else listed(options.ood),
-                ood_folders=self.folders,
-                synthetic=options.synthetic,
-                image_size=options.image_size or self.trained_on.get("image_size"),
-                classes=classes,
-                upright=None if options.orientation is None else options.orientation == "exif",
-                truncated=options.truncated == "allow",
-                prepared=prepared,
-                seed=seed,
-            )
-        return self.opened[key]
-
-    def of(self, run: Trained) -> ImageBenchmark:
-        """The benchmark for a model."""
-        plain = self.open(run.seed)
-        prepared = None if self.name == "digits" else self._prepared(run, plain)
-        if self.name != "folder" or self.options.classes is not None:
-            return self.open(run.seed, prepared)
-        classes, names = (run.info or {}).get("class_names"), plain.class_names
-        if classes is None:
-            from .agreement import class_order
-
-            classes = class_order(run.model, self.open(run.seed, prepared).fit, self.options)
-        if sorted(classes) != sorted(names) or list(classes) == list(names):
-            return self.open(run.seed, prepared)  # what does not fit is told by the evaluation
-        return self.open(run.seed, prepared, classes)
-
-    def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
-        from .. import models
-
-        options = self.options
-        given = [getattr(options, name) for name in ("size", "resize", "mean", "std", "interpolation")]
-        published = run.name.startswith("pretrained:")
-        name = run.name.removeprefix("pretrained:") if published else options.model or ""
-        own = None if run.info else models.own_preparation(run.model, name, published)
-        size = plain.image_shape[-1]
-        if own is not None and (own["size"] > SMALL_IMAGE) != (size > SMALL_IMAGE):
-            own = None
-        if own is None and not any(given):
-            return None
-        asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
-        spec = plain.prepared or {}
-        prepared = preparation_of(asked, run.model, own or spec)
-        prepared = {name: prepared[name] for name in ("size", "resize", "mean", "std", "interpolation")}
-        if not options.quiet and self.told.get(run.name) is None:
-            print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
-        self.told[run.name] = text_of(prepared)
-        return prepared
-
-
-def _named_path(option: str, text: str, expected: str) -> tuple[str, str]:
-    title, equals, path = text.partition("=")
-    if not (title and equals and path):
-        raise refusal(f"{option}: got {text!r}, expected {expected}")
-    return title, path
-
-
-def _info(path: str) -> dict[str, Any]:
-    """run.json of a run; nothing if it has none."""
-    from ..evaluation.trained import RUN
-    from ..training.folder import read_info
-
-    folder = Path(path).expanduser()
-    return read_info(folder) if (folder / RUN).is_file() else {}
-
-
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
     from ..evaluation.trained import default_folder
 
@@ -399,7 +329,7 @@ def _opened(options: argparse.Namespace, paths: list[str], benchmark: ImageBench
     if options.size:
         shape = (shape[0], options.size, options.size)
     for path in paths:
-        info, model = _info(path), options.model
+        info, model = run_info(path), options.model
         unknown = import_known(info.get("plugins") or [])
         if info:
             allow(info["recipe"]["model"], options.model, path)

@@ -101,10 +101,10 @@ class ImageBenchmark:
         """What the classes are called, or their numbers."""
         return self.fit.source.classes or tuple(map(str, range(self.n_classes)))
 
-    def check(self) -> None:
-        """Read every set; one `UserError` with all that is missing."""
+    def check(self, parts: Iterable[str] | None = None) -> None:
+        """Read every set, or those `parts` and the OOD sets; one `UserError` with all that is missing."""
         problems = []
-        for opened in [*self._parts.values(), *self._ood.values()]:
+        for opened in [*(self._parts[name] for name in parts or self._parts), *self._ood.values()]:
             try:
                 opened()
             except checks.UserError as error:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -250,6 +251,7 @@ class FeatureCache:
         wanted = [d for d in detectors if score_key(d) in plan.missing]
         done = rows.start
         writers = {file: _Rows(plan.staging / f"{file}.npy", rows.start) for file in plan.missing}
+        start = time.perf_counter()
         try:
             with self.progress(plan.meta["set"], len(rows)) as bar:
                 for batch in run_model(self.model, loader, self.head):
@@ -265,8 +267,7 @@ class FeatureCache:
         finally:
             for writer in writers.values():
                 writer.close()
-        if bar is not None:
-            self.images_per_second[plan.meta["set"]] = bar.rate()
+        self.images_per_second[plan.meta["set"]] = len(rows) / max(time.perf_counter() - start, 1e-9)
 
     def _complete(self, plan: _Plan) -> None:
         """Checksums, and what names the set."""

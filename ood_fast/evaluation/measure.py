@@ -6,6 +6,7 @@ images, and the ties would decide the metrics.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from .results import DETECTION, GROUPS, ID, RunResult
 
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no OOD set can be called
+NO_CLASSES = "is fitted on each class, but no class has two training samples"
+COSTS = 0.01  # of AUROC, from where on a choice is said to cost
 Progress = Callable[[str, int], Any]
 
 
@@ -130,6 +133,48 @@ def measure(
     draws = metrics.Bootstrap(how.bootstrap, how.seed) if how.bootstrap else None
     _classification(result, result.outputs[TEST], draws)
     _detection(result, draws, how.progress)
+    if blind and result.trials:
+        _costs(result, given, search, how)
+
+
+def _costs(result: RunResult, given: Mapping[str, Detector], search: Search, how: Measuring) -> None:
+    """A note where a parameter that validation data chose is worse on a group of test sets than what was given."""
+    asked = {name: given[name].settings() for name in result.trials if name in search.tuned}
+    before = {
+        name: next((search[c] for c in search.tuned[name] if search[c].settings() == settings), None)
+        for name, settings in asked.items()
+        if result.settings[name] != _plain(settings)
+    }
+    before = {name: detector for name, detector in before.items() if detector is not None}
+    if not before:
+        return
+    scores = {
+        name: _scores(DetectorSet(before), result.outputs[TEST if name == ID else name], how.progress)
+        for name in result.sets
+    }
+    for name in before:
+        for group, mean_name in GROUPS.items():
+            members = [part for part, of in result.sets.items() if of.group == group]
+            if not members:
+                continue
+            was = fmean(metrics.auroc(scores[ID][name], scores[part][name]) for part in members)
+            lost = was - result.value("auroc", name, mean_name)
+            if lost >= COSTS:
+                tried = {key: result.settings[name][key] for key in search.grids[name]}
+                told = ", ".join(f"{key}={value}" for key, value in tried.items())
+                result.notes.append(
+                    f"{name}: {told}, chosen on validation data, costs {100 * lost:.1f} AUROC on {group}-OOD test sets "
+                    f"beside the default; --no-tune or --set keeps it"
+                )
+
+
+def parts_of(given: Mapping[str, Detector], how: Measuring) -> set[str]:
+    """The parts of a benchmark that these detectors need: training images where one is fitted on them, validation
+    images, OOD ones too, where parameters are chosen."""
+    grids = how.grids_of(given)
+    variants = [variant for name, d in given.items() for variant in d.variants(grids.get(name))]
+    fitted = {VALIDATION if d.fits_on == "validation" else FIT for d in variants if d.gathers()}
+    return {TEST, *fitted, *((VALIDATION, VALIDATION_OOD) if len(variants) > len(given) else ())}
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -154,10 +199,15 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
         if not names:
             continue
         fitting = search.only(names)
+        counts: Counter[int] = Counter()
         if any(detector.gathers() for detector in fitting.detectors):
             for features, logits, targets in result.outputs[part].chunks(device):
                 fitting.partial_fit(features, logits, targets)
+                counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)
+        if counts and max(counts.values()) < 2:  # nothing of a class can be estimated
+            by_class = (d for d in fitting.detectors if any("targets" in part.reads for part in d.gathers().values()))
+            search.failures |= dict.fromkeys(by_class, ValueError(NO_CLASSES))
 
 
 def kept_scores(search: Search, outputs: Outputs) -> dict[str, Tensor]:

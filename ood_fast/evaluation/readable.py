@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ BATCH = 64
 
 
 def readable(
-    benchmark: ImageBenchmark, workers: int, progress: Callable[[str, int], Any]
+    benchmark: ImageBenchmark, workers: int, progress: Callable[[str, int], Any], wanted: Iterable[str] = PARTS
 ) -> tuple[ImageBenchmark, list[str]]:
     """The benchmark without the image files that cannot be read, and a note for each set that lacks some.
+
+    Of `wanted` parts and the OOD sets; the other parts are as they were.
 
     Every image is read once. Sets that lack none are the same; of the others the fingerprint is another one, so that
     what the cache keeps of the one is never taken for that of the other. Not for training: `train` is as it was.
@@ -45,9 +48,10 @@ def readable(
             dataset = checked(name, dataset)
         return lambda: dataset
 
-    parts = {name: opened(name, getattr(benchmark, name)) for name in PARTS}
+    parts = {name: opened(name, getattr(benchmark, name)) for name in PARTS if name in wanted}
     ood = {name: opened(name, dataset) for name, dataset in benchmark.ood.items()}
-    parts["train"] = lambda: benchmark.train
+    for name in {"train", *PARTS} - set(wanted):
+        parts[name] = functools.partial(getattr, benchmark, name)
     return ImageBenchmark(benchmark.name, benchmark.n_classes, benchmark.image_shape, parts, ood), notes
 
 

@@ -34,6 +34,7 @@ from .measure import (
     check_names,
     kept_scores,
     measure,
+    parts_of,
 )
 from .readable import readable
 from .results import ID, Results, RunResult, TestSet
@@ -90,8 +91,9 @@ def evaluate_runs(
     for run in runs:
         opened = benchmark(run) if callable(benchmark) else benchmark
         if id(opened) not in checked:
-            opened.check()
-            checked[id(opened)] = readable(opened, loading.workers, how.progress) if skip_bad else (opened, [])
+            parts = parts_of(by_name(chosen), how.for_chosen(chosen))
+            opened.check(parts)
+            checked[id(opened)] = readable(opened, loading.workers, how.progress, parts) if skip_bad else (opened, [])
         opened, notes = checked[id(opened)]
         result = evaluate_run(run, opened, chosen, **{**options, "check": False})
         if result is None:
@@ -146,7 +148,7 @@ def evaluate_run(
     how, loading = _options(options)
     how = how.for_chosen(chosen)
     if loading.check:
-        benchmark.check()
+        benchmark.check(parts_of(by_name(chosen), how))
     check_names(benchmark.ood)
     given = by_name(chosen)
     run.model.to(how.device)
@@ -197,15 +199,18 @@ def _outputs(
     seen."""
     seeing = {name: detector for name, detector in prepared.items() if detector.needs_model}
     search = Search(DetectorSet(seeing), how.grids_of(seeing)) if seeing else None
-    candidates = list(search.detectors) if search is not None and how.tune else []
+    parts = parts_of(prepared, how)
+    candidates = list(search.detectors) if search is not None and VALIDATION_OOD in parts else []
     outputs = {
-        FIT: cached.outputs(FIT, benchmark.fit),
-        VALIDATION: cached.outputs(VALIDATION, benchmark.validation, candidates),
-        VALIDATION_OOD: cached.outputs(VALIDATION_OOD, benchmark.validation_ood, candidates),
+        part: cached.outputs(part, getattr(benchmark, part), [] if part == FIT else candidates)
+        for part in (FIT, VALIDATION, VALIDATION_OOD)
+        if part in parts
     }
     before = NOTHING_CHOSEN
     if search is not None:
-        inside, outside = (kept_scores(search, outputs[part]) for part in (VALIDATION, VALIDATION_OOD))
+        inside, outside = (
+            kept_scores(search, outputs[part]) if part in parts else {} for part in (VALIDATION, VALIDATION_OOD)
+        )
         chosen_set, trials = search.choose(inside, {VALIDATION_OOD: outside})
         before = Chosen(dict(chosen_set.items()), trials)
     tested = {TEST: benchmark.test, **benchmark.ood}

@@ -25,7 +25,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel
 OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
 CHECKSUM = "blake2b"  # in the metadata of our safetensors files
-N_LISTED = 20  # keys that a message lists before it counts the others
+N_LISTED = 4  # keys that a message lists before it counts the others
 
 
 def openood_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,128 @@
+"""The benchmark of `ood-fast evaluate`, prepared for each model that it measures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import listed, refusal
+from .model import preparation_of, text_of
+
+if TYPE_CHECKING:
+    from ..data import ImageBenchmark
+    from ..evaluation import Trained
+
+SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
+
+
+class Benchmarks:
+    """The benchmark by the run: that of `digits` draws its classes by the seed, and images are prepared for the model.
+
+    A run of `ood-fast train` says how its images were prepared and in which order its classes are. Of other models the
+    timm, transformers or torchvision model says it, unless the benchmark's images are of another scale.
+    """
+
+    def __init__(self, options: argparse.Namespace, path: str) -> None:
+        if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
+            raise refusal(f"{path}: no such file or folder")
+        info = run_info(path)
+        self.options = options
+        self.name = options.benchmark or info.get("benchmark")
+        if self.name is None:
+            raise refusal(f"--benchmark: {path} does not say which; give one")
+        self.trained_on = (info.get("data") or {}) if self.name == info.get("benchmark") else {}
+        self.root = options.data_root or self.trained_on.get("root")
+        same = self.root == self.trained_on.get("root")
+        self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
+        self.folders = dict(named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
+        for title in self.folders:
+            if "/" in title:
+                raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
+        self.opened: dict[tuple, ImageBenchmark] = {}
+        self.told: dict[str, str] = {}
+
+    def open(
+        self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
+    ) -> ImageBenchmark:
+        """One for each seed, preparation and order of classes."""
+        from ..data import open_benchmark
+        from ..data.folders import class_names
+
+        options = self.options
+        seed = (seed or 0) if self.name == "digits" else options.seed
+        classes = class_names(options.classes) if options.classes is not None else classes
+        key = (seed, None if prepared is None else str(prepared), None if classes is None else tuple(classes))
+        if key not in self.opened:
+            self.opened[key] = open_benchmark(
+                self.name,
+                self.root,
+                download=options.download,
+                layout=self.layout,
+                ood=None if options.ood is None else listed(options.ood),
+                ood_folders=self.folders,
+                synthetic=options.synthetic,
+                image_size=options.image_size or self.trained_on.get("image_size"),
+                classes=classes,
+                upright=None if options.orientation is None else options.orientation == "exif",
+                truncated=options.truncated == "allow",
+                prepared=prepared,
+                seed=seed,
+            )
+        return self.opened[key]
+
+    def of(self, run: Trained) -> ImageBenchmark:
+        """The benchmark for a model."""
+        plain = self.open(run.seed)
+        prepared = None if self.name == "digits" else self._prepared(run, plain)
+        if self.name != "folder" or self.options.classes is not None:
+            return self.open(run.seed, prepared)
+        classes, names = (run.info or {}).get("class_names"), plain.class_names
+        if classes is None:
+            from .agreement import class_order
+
+            classes = class_order(run.model, self.open(run.seed, prepared).fit, self.options)
+        if sorted(classes) != sorted(names) or list(classes) == list(names):
+            return self.open(run.seed, prepared)  # what does not fit is told by the evaluation
+        return self.open(run.seed, prepared, classes)
+
+    def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
+        from .. import models
+
+        options = self.options
+        given = [getattr(options, name) for name in ("size", "resize", "mean", "std", "interpolation")]
+        published = run.name.startswith("pretrained:")
+        name = run.name.removeprefix("pretrained:") if published else options.model or ""
+        own = None if run.info else models.own_preparation(run.model, name, published)
+        size = plain.image_shape[-1]
+        if own is not None and (own["size"] > SMALL_IMAGE) != (size > SMALL_IMAGE):
+            own = None
+        if own is None and not any(given):
+            return None
+        asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
+        spec = plain.prepared or {}
+        prepared = preparation_of(asked, run.model, own or spec)
+        prepared = {name: prepared[name] for name in ("size", "resize", "mean", "std", "interpolation")}
+        if not options.quiet and self.told.get(run.name) is None:
+            print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
+        self.told[run.name] = text_of(prepared)
+        return prepared
+
+
+def named_path(option: str, text: str, expected: str) -> tuple[str, str]:
+    """(NAME, PATH) of NAME=PATH."""
+    title, equals, path = text.partition("=")
+    if not (title and equals and path):
+        raise refusal(f"{option}: got {text!r}, expected {expected}")
+    return title, path
+
+
+def run_info(path: str) -> dict[str, Any]:
+    """run.json of a run; nothing if it has none."""
+    from ..evaluation.trained import RUN
+    from ..training.folder import read_info
+
+    folder = Path(path).expanduser()
+    return read_info(folder) if (folder / RUN).is_file() else {}
