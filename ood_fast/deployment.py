@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .detectors import Detector
+from .detectors import Detector, threshold
 from .heads import capture_features, given_head, unwrapped
 from .models.running import check_head, check_width, logits_of
 
@@ -56,6 +56,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     detector.require_fitted()
     if detector.threshold is None:
         raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
+    threshold.check(detector.threshold)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
     path = None
     if detector.needs_features:

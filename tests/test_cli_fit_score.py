@@ -330,11 +330,10 @@ def test_odin_steps_by_the_deviation_that_images_are_divided_by(photos):
 def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys):
     arguments = ["fit", "--data", "train", "--detectors", "NCI,KNN", "--set", "KNN.k=2", *ON_IMAGES]
     tuned = ["--tune", "--validation", "val", "--ood-validation", "ood", "--out", "d.safetensors"]
-    # OpenOOD's candidates for k need at least 50 features.
-    assert cli.main([*arguments, *tuned]) == 2
-    error = capsys.readouterr().err
-    assert "KNN: k: got 50, expected at most 21" in error
-    assert "--set" not in error, "the search would replace what it sets"
+    # OpenOOD's candidates for k need at least 50 features: the smallest is lowered.
+    with pytest.warns(UserWarning, match=r"KNN: k: the default of 50 does not fit, .*: takes 21"):
+        assert cli.main([*arguments, *tuned]) == 0
+    assert detectors.load("d.safetensors")["KNN"].k == 21
     arguments[4] = "NCI"
     arguments = [argument for argument in arguments if argument not in ("--set", "KNN.k=2")]
     assert cli.main([*arguments, *tuned]) == 0
@@ -599,11 +598,18 @@ def test_a_parameter_that_does_not_fit_the_data_is_told_with_its_flag(names, tol
     arguments = ["fit", "--features", write("train.npz", held), "--out", "d.safetensors", "--detectors", names]
     if names == "NNGuide":
         arguments += ["--set", "NNGuide.fraction=1e-8"]
+    else:  # at their defaults they take the largest that fits
+        with pytest.warns(UserWarning, match=r"the default of \d+ does not fit, .*, the largest that does"):
+            assert cli.main(arguments) == 0
+        given = {"NCI,KNN,FDBD": "KNN.k=50", "NECO": "NECO.dim=100", "ViM": "ViM.dim=256"}
+        arguments += ["--set", given[names]]
+    capsys.readouterr()
+    Path("d.safetensors").unlink(missing_ok=True)
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(f"ood-fast: error: {told}\n", error)
     if names != "NNGuide":
-        assert cli.main([*arguments, *error.split("; ")[-1].split()]) == 0
+        assert cli.main([*arguments[:-2], *error.split("; ")[-1].split()]) == 0
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".parquet"])

@@ -204,16 +204,18 @@ def test_nothing_of_the_test_images_is_seen_before_parameters_are_chosen(tmp_pat
 
 def test_what_does_not_fit_the_data_is_left_out_with_a_note(tmp_path):
     result = evaluate(tmp_path, ["MSP", "KNN", "ViM"])
-    assert list(result.scores) == ["MSP", "KNN"]
+    assert list(result.scores) == ["MSP", "KNN", "ViM"]
+    assert result.settings["ViM"]["dim"] == 7
     assert result.settings["KNN"]["k"] == 50, "of OpenOOD's candidates, 60 training images have only these neighbours"
     assert [note.partition(": got ")[0] for note in result.notes] == [
+        "ViM: dim=256 does not fit the data: 7 is taken, the largest that does",
         *(f"KNN: k={k} left out: k" for k in (100, 200, 500, 1000)),
-        "ViM: left out: dim",
+        "ViM: dim=1000 left out: dim",
     ]
     with pytest.raises(checks.UserError, match="ViM: dim: got 256, expected less than 8"):
-        evaluate(tmp_path, ["MSP", "ViM"], leave_out=False)
+        evaluate(tmp_path, ["MSP", "ViM"], leave_out=False, grids={"ViM": {"dim": (256,)}})
     with pytest.raises(checks.UserError, match="no detector could be fitted: ViM: left out"):
-        evaluate(tmp_path, ["ViM"])
+        evaluate(tmp_path, ["ViM"], grids={"ViM": {"dim": (256,)}})
 
 
 def test_odin_steps_by_the_deviation_of_the_normalisation(tmp_path):

@@ -99,8 +99,11 @@ def test_candidates_that_do_not_fit_the_data_take_no_part():
     fitted.fit(net, [(X, Y)])
     with pytest.raises(ValueError, match="k: got 50, expected at most 40"):
         fitted.fit(net, [(X[:40], Y[:40])])
-    with pytest.raises(ValueError, match="dim"):
-        tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far)
+    with pytest.warns(UserWarning, match=f"ViM: dim: the default of 256 does not fit, .* takes {M - 1}, the largest"):
+        fitted, trials = tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far)
+    assert (fitted["ViM"].dim, trials["ViM"]) == (M - 1, [])
+    with pytest.raises(ValueError, match="ViM: dim: got 256, expected less than 12"):
+        tune(DetectorSet(["ViM"]), net, [(X, Y)], [(X, Y)], far, grids={"ViM": {"dim": (256,)}})
 
 
 def test_an_empty_grid_keeps_what_a_detector_was_given():
@@ -112,10 +115,11 @@ def test_an_empty_grid_keeps_what_a_detector_was_given():
 
 
 def test_what_is_left_out_is_told():
-    """Of 60 training features with width 12, ViM has no candidate and KNN one of five; MSP has nothing to fit."""
+    """Of 60 training features with width 12, KNN has one candidate of five, ViM none; MSP has nothing to fit."""
     z, head = torch.randn(60, M), nn.Linear(M, C).requires_grad_(False)
     data = (z, head(z), Y, head)
-    search = Search(DetectorSet(["MSP", "KNN", "ViM"]), optional=True).fit_features(*data)
+    grids = {"ViM": {"dim": (256, 1000)}}
+    search = Search(DetectorSet(["MSP", "KNN", "ViM"]), grids, optional=True).fit_features(*data)
     assert search.left_out == []
     scores = search.score_features(z, head(z))
     assert list(scores) == ["MSP 0", "KNN 0"]
@@ -128,7 +132,14 @@ def test_what_is_left_out_is_told():
     search.leave_out()
     assert len(search.left_out) == 5, "told once"
     with pytest.raises(ValueError, match="ViM: dim: got 256"):
-        Search(DetectorSet(["MSP", "ViM"])).fit_features(*data).leave_out()
+        Search(DetectorSet(["MSP", "ViM"]), grids).fit_features(*data).leave_out()
+    with pytest.warns(UserWarning, match="takes 11, the largest"):
+        own = Search(DetectorSet(["ViM"])).fit_features(*data)
+    own.leave_out()
+    assert [note.partition(": got ")[0] for note in own.left_out] == [
+        "ViM: dim=256 does not fit the data: 11 is taken, the largest that does",
+        "ViM: dim=1000 left out: dim",
+    ]
 
 
 def test_a_fit_in_parts_leaves_out_the_same():

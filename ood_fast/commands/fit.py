@@ -178,6 +178,7 @@ class _ImageData(_Data):
             return
         agreement = Agreement() if source.classes and path == self.options.data else None
         fitting = detectors if agreement is None else DetectorSet({**dict(detectors.items()), "": agreement})
+        fitting.failures = detectors.failures
         with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
             batches = self._batches(source, process, bar)
             fitting.fit(self.model, batches, self.options.head, process.group)

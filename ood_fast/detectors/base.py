@@ -58,7 +58,6 @@ class Contract(nn.Module):
     needs_features: bool = False  # to score
     needs_logits: bool = False  # to score
     needs_head: bool = False  # keeps a copy of the head as the buffers head_weight (c, m) and head_bias (c,)
-    compares_classes: bool = False  # of one logit a row the score would be the same for all: refused
     needs_model: bool = False  # scores inputs, by passes of its own through the model
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
@@ -67,11 +66,21 @@ class Contract(nn.Module):
 
     head_weight: Tensor | None
     head_bias: Tensor | None
+    given: frozenset[str]  # parameters that whoever made it named; the others are at their defaults
+    lowered: dict[str, int]  # defaults that the data of the last fit were too few for, see `fitting.at_most`
+    among_others: bool  # fitted in a set, which lowers such defaults; by itself a detector refuses them
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "label" not in vars(cls):
             cls.label = cls.__name__
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Contract:
+        """Remembers which parameters it is given."""
+        made = super().__new__(cls)
+        named = list(inspect.signature(cls).parameters)[: len(args)] if args else ()
+        vars(made).update(given=frozenset({*keywords, *named}), lowered={}, among_others=False)
+        return made
 
     def __init__(self) -> None:
         super().__init__()

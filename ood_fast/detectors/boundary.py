@@ -28,7 +28,6 @@ class BoundaryDetector(Detector):
     boundaries of each class, `boundaries` (c,)."""
 
     needs_logits = True
-    compares_classes = True
     needs_head = True
     optional_state = ("table", "boundaries")
 

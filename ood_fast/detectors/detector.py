@@ -19,7 +19,7 @@ from ..models.running import batches_of, joined, run_model
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
-from .numbers import refuse_one_logit, refuse_rows
+from .numbers import check_features, refuse_one_logit, refuse_rows
 from .threshold import Calibration
 
 
@@ -135,8 +135,6 @@ class Detector(Contract):
         """
         self.require_fitted()
         check_read(features, logits, self.needs_features, self.needs_logits)
-        if self.compares_classes:
-            refuse_one_logit(logits)
         self.check_widths(features, logits)
         scores = self._score(features, logits)
         self.check_scores(scores, features, logits)
@@ -196,7 +194,10 @@ class Detector(Contract):
             tpr: keep at least this share of the scores given (0.95 if neither is given), see `tpr_threshold`.
             alpha: flag a new in-distribution input with a chance of at most alpha, see `conformal_threshold`.
         """
-        self.threshold, self.calibration = threshold.calibration(scores, tpr, alpha)
+        try:
+            self.threshold, self.calibration = threshold.calibration(scores, tpr, alpha)
+        except ValueError as error:
+            raise ValueError(f"{self.label}: {error}") from error
         return self
 
     # ---- parameters
@@ -209,8 +210,12 @@ class Detector(Contract):
         """
         grid = self.grid if grid is None else grid
         for values in itertools.product(*grid.values()):
-            variant = type(self)(**{**self.settings(), **dict(zip(grid, values, strict=True))})
-            variant.gathered = self.gathered
+            chosen = dict(zip(grid, values, strict=True))
+            variant = type(self)(**{**self.settings(), **self.lowered, **chosen})
+            # Of the class's own candidates the smallest stands for a default: it may be lowered to what fits.
+            lowest = {name for name in chosen if grid is self.grid and chosen[name] == grid[name][0]}
+            variant.given = (self.given | set(chosen)) - lowest
+            variant.gathered, variant.among_others = self.gathered, self.among_others
             yield variant
 
     # ---- files
@@ -247,6 +252,8 @@ class Detector(Contract):
                 "before the class"
             )
         self.require_fitted()
+        if self.threshold is not None:
+            threshold.check(self.threshold)
         calibration = self.calibration
         if self.threshold is None or (calibration and calibration.threshold != float(self.threshold)):
             calibration = None  # the threshold was set by other means since
@@ -293,11 +300,12 @@ def save_named(
 
 
 def check_read(features: object, logits: object, needs_features: bool, needs_logits: bool) -> None:
-    """Features (n, m) and logits (n, c), as far as they are needed."""
+    """Features (n, m) and logits (n, c) of two classes or more, as far as they are needed."""
     if needs_features:
-        checks.float_tensor("features", features, 2, "(n, m)")
+        check_features(features)
     if needs_logits:
         checks.logits(logits)
+        refuse_one_logit(logits)
     if needs_features and needs_logits and features.shape[0] != logits.shape[0]:
         raise ValueError(
             f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from .. import checks
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from . import streaming
-from .numbers import at_least_float32, refuse_one_logit, refuse_rows
+from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -45,12 +46,53 @@ class DoesNotFit(ValueError):
         return named
 
 
+class Limit(NamedTuple):
+    """What the data allow a parameter to be."""
+
+    most: int
+    why: str
+    cure: str
+    advice: int | None
+
+
+def at_most(detector: Detector, parameter: str, *limits: Limit) -> None:
+    """Hold a parameter to what the data allow: in a set a default is lowered to it, with a warning, and is back for the
+    next fit; of one that was given, DoesNotFit."""
+    value = detector.lowered.pop(parameter, getattr(detector, parameter))
+    setattr(detector, parameter, value)
+    is_default = detector.among_others and parameter not in detector.given
+    broken = [limit for limit in limits if value > limit.most]
+    if not broken:
+        return
+    limit = min(broken, key=lambda limit: limit.most) if is_default else broken[0]
+    if not is_default or limit.most < 1:
+        raise DoesNotFit(f"{parameter}: got {value}, {limit.why}; {limit.cure}", parameter, limit.advice)
+    detector.lowered[parameter] = value
+    setattr(detector, parameter, limit.most)
+    tell(detector, f"{parameter}: the default of {value} does not fit, {limit.why}: takes {limit.most}, the largest "
+         f"that does; give {parameter} to choose")  # fmt: skip
+
+
+def tell_missing(detector: Detector, classes: list[int], text: str) -> None:
+    """Warn of classes that per-class state has nothing of; `text` has a place for them."""
+    if classes:
+        names = detector.class_names or ()
+        named = [repr(names[k]) if k < len(names) else str(k) for k in classes[: checks.SHORT_LIST]]
+        more = f" and {len(classes) - len(named)} more" if len(classes) > len(named) else ""
+        tell(detector, text.format(f"class {', '.join(named)}{more}") + "; fit on data of all classes")
+
+
+def tell(detector: Detector, text: str) -> None:
+    """Warn of what a fit makes of the data."""
+    warnings.warn(f"{detector.label}: {text}", stacklevel=2)
+
+
 class Note(str):
     """What a person is to be told about a detector: a sentence that knows what it is about.
 
     Attributes:
         detector: its name.
-        kind: "left out".
+        kind: "left out" or "lowered".
         parameter, advice: of a `DoesNotFit`, None of other reasons.
     """
 
@@ -64,6 +106,13 @@ class Note(str):
         note = super().__new__(cls, text)
         vars(note).update({"detector": "", "kind": "", "parameter": None, "advice": None, **about})
         return note
+
+    @classmethod
+    def lowered(cls, name: str, detector: Detector, parameter: str, default: int) -> Note:
+        """That `at_most` lowered a default."""
+        taken = getattr(detector, parameter)
+        text = f"{name}: {parameter}={default} does not fit the data: {taken} is taken, the largest that does"
+        return cls(text, detector=name, kind="lowered", parameter=parameter)
 
     @classmethod
     def left_out(cls, detector: str, reason: Exception, tried: str = "") -> Note:
@@ -81,15 +130,22 @@ class Fit:
     Args:
         anew: drop what a fit that was begun has gathered.
         failures: where the `ValueError` of a detector that does not fit the data goes, in place of being raised.
+        together: whether they are a set, see `at_most`.
     """
 
     def __init__(
-        self, detectors: Iterable[Detector], *, anew: bool = False, failures: dict[Detector, ValueError] | None = None
+        self,
+        detectors: Iterable[Detector],
+        *,
+        anew: bool = False,
+        failures: dict[Detector, ValueError] | None = None,
+        together: bool = False,
     ) -> None:
         self.detectors = [detector for detector in detectors if detector.needs_fit]
         self.failures = failures
         pool: dict[tuple, streaming.Gathered] = {}
         for detector in self.detectors:
+            detector.among_others = together
             if anew or detector.gathered is None:
                 gathered = detector.gathers().items()
                 detector.gathered = {name: pool.setdefault(part.key(), part) for name, part in gathered}
@@ -138,7 +194,7 @@ class Fit:
                         f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
                     )
         _check_batch(features, logits, targets)
-        if logits is not None and any(detector.compares_classes for detector in self.detectors):
+        if logits is not None and any(detector.needs_logits or detector.needs_head for detector in self.detectors):
             refuse_one_logit(logits)
         for part in self.parts:
             for name, width in part.widths.items():
@@ -196,6 +252,8 @@ class Fit:
             raise TypeError(f"head: got {type(head).__name__}, expected an nn.Linear or (W, b)")
         weight, bias = head if isinstance(head, tuple) else (head.weight, head.bias)
         checks.float_tensor("head: W", weight, 2, "(c, m)")
+        if len(weight) == 1 and any(detector.needs_head for detector in self.detectors):
+            refuse_one_logit(weight.new_empty(0, 1))
         checks.head_bias(bias, weight)
         refuse_rows("head: W", weight, 0 * torch.linalg.vector_norm(at_least_float32(weight), dim=1))
         if bias is not None and (bias.isnan() | (bias == torch.inf)).any():
@@ -217,7 +275,7 @@ class Fit:
 def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
     """ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit can take."""
     if features is not None:
-        checks.float_tensor("features", features, 2, "(n, m)")
+        check_features(features)
         # NaN where a row holds NaN or inf, or is too long.
         refuse_rows("features", features, 0 * torch.linalg.vector_norm(at_least_float32(features), dim=1))
     if logits is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import checks
 from . import streaming
 from .detector import Detector
+from .fitting import tell_missing
 from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
@@ -22,7 +23,8 @@ class Mahalanobis(Detector):
 
     Eigenvalues of the covariance up to rtol times the largest count as 0, and so do those within the rounding error of
     the sums, m · 2⁻⁵² times the norm of the covariance about the common mean: directions in which classes do not vary
-    take no part. Classes without training samples are left out. Fitted on features and targets.
+    take no part. Classes without training samples are left out, with a warning; one sample a class is refused, as no
+    direction is left. Fitted on features and targets.
 
     Scored by one product with the root P^½ and one with the class means that it has been applied to: the nearest class
     is ranked by the expanded square, its distance measured by the difference.
@@ -54,6 +56,12 @@ class Mahalanobis(Detector):
         return {"scatter": streaming.Scatter(), "means": streaming.ClassMeans()}
 
     def _finish(self, scatter: streaming.Scatter, means: streaming.ClassMeans) -> None:
+        if not self.ridge and means.count.max() < 2:
+            raise ValueError(
+                "targets: got one training sample a class, expected two or more of some class: their covariance is 0; "
+                "take more data, or a ridge"
+            )
+        tell_missing(self, means.missing(), "no training sample of {}: inputs of it count as those of others")
         root = self._root(means.within(scatter), scatter)
         class_means = (means.value() - scatter.mean)[means.count > 0] @ root
         self.mean, self.root, self.class_means = (t.to(scatter.like) for t in (scatter.mean, root, class_means))
@@ -110,8 +118,8 @@ class SHE(Detector):
 
         z · S_p        S_c = mean feature of the training samples of class c that are classified correctly
 
-    A class without such a sample has no pattern: an input predicted as one scores −inf, below all others. Fitted on
-    features, logits and targets.
+    A class without such a sample has no pattern, of which a warning tells: an input predicted as one scores −inf, below
+    all others. Fitted on features, logits and targets.
 
     Zhang et al., "Out-of-Distribution Detection based on In-Distribution Data Patterns Memorization with Modern
     Hopfield Energy", ICLR 2023.
@@ -134,6 +142,13 @@ class SHE(Detector):
         return {"means": streaming.ClassMeans("correct")}
 
     def _finish(self, means: streaming.ClassMeans) -> None:
+        if not means.count.any():
+            raise ValueError(
+                "targets: got no training sample that is classified correctly, expected some of each class; look at "
+                "the order of the classes"
+            )
+        text = "no training sample of {} is classified correctly: inputs predicted as one score -inf"
+        tell_missing(self, means.missing(), text)
         self.patterns = means.value().to(means.like)
         self.known = (means.count > 0).to(means.like.device)
 

@@ -37,7 +37,6 @@ class ODIN(Detector):
     """
 
     needs_logits = True
-    compares_classes = True
     needs_model = True
     grid = {"temperature": (1, 10, 100, 1000), "eps": (0.0014, 0.0028)}
 

@@ -14,6 +14,7 @@ from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
 from .detector import Detector
+from .fitting import tell_missing
 from .numbers import at_least_float32, exact_linear, k_smallest
 from .registry import register
 
@@ -36,7 +37,6 @@ class MSP(Detector):
     """
 
     needs_logits = True
-    compares_classes = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -115,7 +115,6 @@ class Entropy(Detector):
     """
 
     needs_logits = True
-    compares_classes = True
 
     def statistics(self) -> tuple[str, ...]:
         """What `_combine` takes."""
@@ -143,7 +142,6 @@ class GEN(Detector):
     """
 
     needs_logits = True
-    compares_classes = True
     grid = {"gamma": (0.01, 0.1, 0.5, 1, 2, 5, 10), "M": (10, 50, 100, 200, 500, 1000)}
 
     def __init__(self, gamma: float = 0.1, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
@@ -194,15 +192,14 @@ class KLMatching(Detector):
 
         −min_k Σ_j P_j log(P_j / d_kj),    d_k = mean softmax of the validation samples that are predicted as k
 
-    Classes that are never predicted in fitting have no d_k and are left out of the minimum. A d_kj below the smallest
-    normal float counts as that: a class that fitting never saw possible costs much, not infinity.
+    Classes that are never predicted in fitting have no d_k and are left out of the minimum, with a warning. A d_kj
+    below the smallest normal float counts as that: a class that fitting never saw possible costs much, not infinity.
 
     Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022, arXiv:1911.11132.
     """
 
     label = "KL matching"
     needs_logits = True
-    compares_classes = True
     state = ("log_typical",)  # log d_k, a row for each class that was predicted, (k, c)
     fits_on = "validation"
 
@@ -211,6 +208,9 @@ class KLMatching(Detector):
         return {"typical": streaming.ClassMeans(by="predicted", of="softmax")}
 
     def _finish(self, typical: streaming.ClassMeans) -> None:
+        tell_missing(
+            self, typical.missing(), "no sample is predicted as {}: inputs predicted so are compared with others"
+        )
         means = typical.value()[typical.count > 0]
         self.log_typical = means.clamp_min(torch.finfo(typical.like.dtype).tiny).log().to(typical.like)
 

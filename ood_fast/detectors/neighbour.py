@@ -16,6 +16,8 @@ from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
 from .numbers import at_least_float32, exact_linear, nan_where_too_long
+from .fitting import Limit, at_most
+from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
 from .registry import register
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
@@ -86,14 +88,15 @@ def squared_distances(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor)
     return torch.cat([(queries[q] - bank[r].to(queries.dtype)).square().sum(dim=1) for q, r in pairs])
 
 
-def check_bank(k: int, bank: Tensor, or_else: str) -> None:
-    """DoesNotFit unless the bank has k rows."""
-    if k > len(bank):
-        advice = math.ceil(len(bank) / 10) or None
-        cure = f"take a smaller k, such as {advice}, or {or_else}" if advice else f"take {or_else}"
-        raise DoesNotFit(
-            f"k: got {k}, expected at most {len(bank)}, the number of training features kept; {cure}", "k", advice
-        )
+def check_bank(detector: KNN | NNGuide, bank: Tensor, or_else: str) -> None:
+    """`at_most` of k: there are as many neighbours as the bank has rows."""
+    advice = math.ceil(len(bank) / 10) or None
+    cure = f"take a smaller k, such as {advice}, or {or_else}" if advice else f"take {or_else}"
+    at_most(
+        detector,
+        "k",
+        Limit(len(bank), f"expected at most {len(bank)}, the number of training features kept", cure, advice),
+    )
 
 
 @register
@@ -147,7 +150,7 @@ class KNN(Detector):
 
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
-        check_bank(self.k, rows, "more training data")
+        check_bank(self, rows, "more training data")
         self._keep(rows, bank.like)
 
     def _keep(self, rows: Tensor, like: Tensor) -> None:
@@ -230,7 +233,8 @@ class NNGuide(Detector):
 
     Args:
         k: number of neighbours; 1 <= k <= number of features kept.
-        fraction: each training feature is kept with this chance, 0 < fraction <= 1.
+        fraction: each training feature is kept with this chance, 0 < fraction <= 1. In a set where
+            neither k nor fraction is given, at least k of them.
         budget: keep at most so many of them; None: no limit.
         dtype: what they are kept in, such as torch.float16, which halves the memory; None: as they come, float32 at
             least.
@@ -258,12 +262,13 @@ class NNGuide(Detector):
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
-        bank = streaming.Bank("energy", fraction=self.fraction, budget=self.budget, dtype=self.dtype, seed=self.seed)
-        return {"bank": bank}
+        least = 0 if not self.among_others or {"k", "fraction"} & self.given else self.lowered.get("k", self.k)
+        kept = {"budget": self.budget, "fraction": self.fraction, "least": least}
+        return {"bank": streaming.Bank("energy", **kept, dtype=self.dtype, seed=self.seed)}
 
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
-        check_bank(self.k, rows, f"a larger fraction than {self.fraction:g}")
+        check_bank(self, rows, f"a larger fraction than {self.fraction:g}")
         self.bank = rows
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:

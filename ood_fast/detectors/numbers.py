@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..eager.precision import compute_dtype, full_precision, is_exporting, matmul
 
 # A row may be too long for the sum of its squares in float32 from here on: (2e17)² · 8192 features.
@@ -53,6 +54,13 @@ def k_smallest(values: Tensor, k: int) -> Tensor:
 def nan_where_too_long(values: Tensor, lengths: Tensor) -> Tensor:
     """`values` (n,), NaN where the length (n,) of the row that they were made with is inf: they would be wrong."""
     return values.masked_fill(lengths.isinf(), torch.nan)
+
+
+def check_features(features: object) -> None:
+    """Floating point, (n, m), m >= 1."""
+    checks.float_tensor("features", features, 2, "(n, m)")
+    if features.shape[1] == 0:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, expected at least one feature")
 
 
 def refuse_one_logit(logits: Tensor) -> None:

@@ -33,8 +33,9 @@ class Trial:
 class Search(DetectorSet):
     """Every candidate of the detectors of a set: fit and score it like any other, then `choose`.
 
-    Candidates that do not fit the data (KNN's k above the number of training features, ViM's dim above m) take no part;
-    `left_out` tells which, and why. They are also left out of a fit in parts, of `only` some candidates.
+    Candidates that do not fit the data (KNN's k above the number of training features, ViM's dim above m) take no part,
+    but for the smallest of the class's own grid, which is lowered to what fits; `left_out` tells of both, and why. They
+    are also left out of a fit in parts, of `only` some candidates.
 
     Args:
         detectors: what to tune. One whose grid is empty is its own only candidate.
@@ -78,6 +79,10 @@ class Search(DetectorSet):
 
         ValueError, the first candidate's, for a detector that has none left and is not `optional`.
         """
+        for name, candidates in self.tuned.items():
+            for detector in map(self.__getitem__, candidates):
+                told = [Note.lowered(name, detector, *pair) for pair in detector.lowered.items()]
+                self.left_out += [note for note in told if note not in self.left_out]
         reasons = {name: self.failures[detector] for name, detector in self.items() if detector in self.failures}
         if not reasons:
             return
@@ -117,6 +122,8 @@ class Search(DetectorSet):
         self.leave_out()
         winners, trials = {}, {}
         for name, candidates in self.tuned.items():
+            for candidate in candidates:  # a winner is fitted again with what was chosen, or refused
+                self[candidate].given |= set(self.grids[name])
             if len(candidates) == 1:  # nothing to choose: its scores need not be there
                 winners[name], trials[name] = self[candidates[0]], []
                 continue

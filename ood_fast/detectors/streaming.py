@@ -192,19 +192,19 @@ class ClassMeans(Gathered):
 
     def update(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
         """Take in one batch."""
-        classes = (
-            targets if self.by == "target" else logits.max(dim=1).indices
-        )  # argmax need not give the first of ties
+        # Of a binary classifier with one logit the targets are two classes. (argmax need not give the first of ties.)
+        n_logits = None if logits is None or logits.shape[1] == 1 else logits.shape[1]
+        classes = targets if self.by == "target" else logits.max(dim=1).indices
         rows = features if self.of == "features" else torch.softmax(at_least_float32(logits), dim=1)
         if self.by != "predicted":
-            self._check(targets, None if logits is None else logits.shape[1])
+            self._check(targets, n_logits)
         if self.by == "correct":
             right = classes == targets
             classes, rows = classes[right], rows[right]
         self.like = at_least_float32(rows[:0])
         rows = double(rows)
         classes = classes.to(rows.device)
-        n_classes = int(targets.max()) + 1 if logits is None else logits.shape[1]
+        n_classes = int(targets.max()) + 1 if n_logits is None else n_logits
         self._widen(max(n_classes, len(self.count)), rows)
         # index_put_ adds in a fixed order on a GPU too; index_add_ does not.
         self.total.index_put_((classes,), rows, accumulate=True)
@@ -238,6 +238,10 @@ class ClassMeans(Gathered):
     def value(self) -> Tensor:
         """(c, m) in float64, or (c, c) of the softmax; zero for a class without rows, see `count` (c,)."""
         return self.total / self.count.clamp(min=1).unsqueeze(1)
+
+    def missing(self) -> list[int]:
+        """The classes without rows, of those that logits or targets told of."""
+        return (self.count == 0).nonzero().flatten().tolist()
 
     def within(self, scatter: Scatter) -> Tensor:
         """Scatter about the class means, Σ (z − μ_y)(z − μ_y)ᵀ (m, m), from that about the mean of the same rows."""
@@ -333,6 +337,7 @@ class Bank(Gathered):
         budget: at most so many rows, every one of the stream with the same chance (None: no limit).
         values: a budget in numbers instead of rows: at most values // m rows.
         fraction: each row is kept with this chance.
+        least: but at least so many, if there are.
         dtype: what they are stored in (None: as they come, float32 at least).
         seed: of the choice.
     """
@@ -341,6 +346,7 @@ class Bank(Gathered):
     budget: int | None = None
     values: int | None = None
     fraction: float = 1.0
+    least: int = 0
     dtype: torch.dtype | None = None
     seed: int = 0
 
@@ -360,7 +366,7 @@ class Bank(Gathered):
         self.like = z[:0]
         keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64)
         if self.fraction < 1:
-            chosen = (keys < self.fraction).nonzero().squeeze(1)
+            chosen = self._chosen(keys)
             z, keys = z[chosen.to(z.device)], keys[chosen]
             logits = logits[chosen.to(logits.device)] if self.kind == "energy" else None
         if self.kind != "raw":
@@ -402,6 +408,14 @@ class Bank(Gathered):
         if limit is not None and self.size > 2 * limit:  # twice: each row is then moved twice on average, not always
             self._shrink(limit)
 
+    def _chosen(self, keys: Tensor) -> Tensor:
+        """The places of the keys below `fraction`, and of others that are among the `least` smallest so far."""
+        bound = self.fraction
+        if self.least:
+            smallest = torch.cat([*self.keys, keys]).topk(min(self.least, self.size + len(keys)), largest=False).values
+            bound = max(bound, float(smallest[-1]) + 2.0**-53)
+        return (keys < bound).nonzero().squeeze(1)
+
     def _limit(self, n_features: int) -> int | None:
         return self.budget if self.values is None else max(1, self.values // n_features)
 
@@ -414,6 +428,10 @@ class Bank(Gathered):
 
     def value(self) -> Tensor:
         """The rows kept, (k, m), in the order in which they came; one tensor for all who ask."""
+        if self.least and self.size > self.least:  # others have come that are drawn before some of them
+            rows, keys = torch.cat(self.kept), torch.cat(self.keys)
+            chosen = keys < max(self.fraction, float(keys.kthvalue(self.least).values) + 2.0**-53)
+            self.kept, self.keys, self.size = [rows[chosen.to(rows.device)]], [keys[chosen]], int(chosen.sum())
         limit = self._limit(self.like.shape[1])
         if len(self.kept) > 1 or (limit is not None and self.size > limit):
             self._shrink(self.size if limit is None else limit)

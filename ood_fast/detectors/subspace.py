@@ -15,35 +15,39 @@ from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit
 from .numbers import at_least_float32, exact_linear, nan_where_too_long
+from .fitting import DoesNotFit, Limit, at_most
+from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
 from .registry import register
 
 NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0
 
 
-def principal_directions(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of a symmetric matrix (m, m), those of the `dim` largest eigenvalues as columns, (m, dim); and all
-    eigenvalues, (m,), the largest first.
+def principal_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a symmetric matrix (m, m) as columns, and its eigenvalues, (m,); the largest first.
 
     The component of largest size is positive: processes that sum in another order get the same signs.
     """
     values, vectors = torch.linalg.eigh(matrix)
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    vectors = (vectors * torch.where(largest < 0, -1.0, 1.0))[:, :dim]
+    return vectors * torch.where(largest < 0, -1.0, 1.0), values.flip(0)
+
+
+def leading(directions: Tensor, dim: int) -> Tensor:
+    """The first `dim` columns, by themselves."""
     # `contiguous` would leave a single column as it lies, and products of it round otherwise than those of a copy.
-    return vectors.clone(memory_format=torch.contiguous_format), values.flip(0)
+    return directions[:, :dim].clone(memory_format=torch.contiguous_format)
 
 
-def check_dim(dim: int, n_features: int) -> None:
-    """DoesNotFit unless there are more features than dimensions."""
-    if dim >= n_features:
-        advice = n_features // 2
-        raise DoesNotFit(
-            f"dim: got {dim}, expected less than {n_features}, the number of features; take a smaller dim, such as "
-            f"{advice}",
-            "dim",
-            advice,
-        )
+def limit_of_dim(most: int, why: str, advice: int, or_else: str = "") -> Limit:
+    """Of the dimensions of a principal space."""
+    advice = max(1, advice)
+    return Limit(most, why, f"take a smaller dim, such as {advice}{or_else}", advice)
+
+
+def by_width(n_features: int) -> Limit:
+    """There are more features than dimensions."""
+    return limit_of_dim(n_features - 1, f"expected less than {n_features}, the number of features", n_features // 2)
 
 
 @register
@@ -83,13 +87,17 @@ class ViM(Detector):
         }
 
     def _finish(self, scatter: streaming.Scatter, max_logit: streaming.MeanMaxLogit, sample: streaming.Bank) -> None:
-        check_dim(self.dim, len(scatter.mean))
         weight = double(self.head_weight).to(scatter.mean.device)
         origin = torch.zeros_like(scatter.mean)
         if self.head_bias is not None:
             origin = -torch.linalg.pinv(weight) @ self.head_bias.to(weight)
         moment = scatter.covariance().addr(scatter.mean - origin, scatter.mean - origin)
-        principal, _ = principal_directions(moment, self.dim)
+        directions, values = principal_directions(moment)
+        limits = [by_width(len(values))]
+        if self.among_others and "dim" not in self.given:
+            limits.append(self._by_residual(values))
+        at_most(self, "dim", *limits)
+        principal = leading(directions, self.dim)
         residual, length = self._mean_lengths(sample.value(), origin, principal)
         if residual <= NO_RESIDUAL * length:
             raise DoesNotFit(
@@ -99,6 +107,14 @@ class ViM(Detector):
             )
         self.origin, self.principal = origin.to(scatter.like), principal.to(scatter.like)
         self.alpha = (max_logit.value().to(residual.device) / residual).to(scatter.like)
+
+    @staticmethod
+    def _by_residual(values: Tensor) -> Limit:
+        """The space leaves a residual; `values`: of the second moment, the largest first."""
+        outside = values.clamp(min=0).flip(0).cumsum(0).flip(0)  # of the first d directions, for each d
+        share = max(NO_RESIDUAL**2, 2 * len(values) * torch.finfo(values.dtype).eps)
+        used = int((outside > share * outside[0]).sum())
+        return limit_of_dim(used - 1, f"but the training features lie in {used} dimensions", used // 2)
 
     @staticmethod
     def _mean_lengths(rows: Tensor, origin: Tensor, principal: Tensor) -> Tensor:
@@ -153,32 +169,28 @@ class NECO(Detector):
         return {"scatter": streaming.Scatter()}
 
     def _finish(self, scatter: streaming.Scatter) -> None:
-        check_dim(self.dim, len(scatter.mean))
-        if self.dim >= scatter.rows:
-            advice = math.ceil(scatter.rows / 2)
-            raise DoesNotFit(
-                f"dim: got {self.dim}, but {scatter.rows} training features span less; take a smaller dim, such as "
-                f"{advice}, or more data",
-                "dim",
-                advice,
-            )
         covariance = scatter.covariance()
         variance = covariance.diagonal()
         rounding = scatter.rows * torch.finfo(variance.dtype).eps  # of a mean: what a constant feature seems to vary by
         varies = (variance > (rounding * scatter.mean).square()) & self.standardize
         deviation = torch.where(varies, variance.sqrt(), 1.0)
-        principal, values = principal_directions(covariance / torch.outer(deviation, deviation), self.dim)
+        directions, values = principal_directions(covariance / torch.outer(deviation, deviation))
         # Beyond the rank lie whatever directions rounding leaves, others for each order of the batches.
         noise = len(values) * torch.finfo(values.dtype).eps * values[0]
         noise = noise + (rounding * scatter.mean / deviation).square().sum()
         rank = int((values > noise).sum())
-        if self.dim > rank:
-            raise DoesNotFit(
-                f"dim: got {self.dim}, but the training features vary in {rank} directions only; take a smaller dim, "
-                f"such as {max(1, rank // 2)}, or more data",
-                "dim",
-                max(1, rank // 2),
-            )
+        span, vary = (
+            f"but {scatter.rows} training features span less",
+            f"but the training features vary in {rank} directions only",
+        )
+        at_most(
+            self,
+            "dim",
+            by_width(len(values)),
+            limit_of_dim(scatter.rows - 1, span, math.ceil(scatter.rows / 2), ", or more data"),
+            limit_of_dim(rank, vary, rank // 2, ", or more data"),
+        )
+        principal = leading(directions, self.dim)
         self.mean, self.deviation, self.principal = (t.to(scatter.like) for t in (scatter.mean, deviation, principal))
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:

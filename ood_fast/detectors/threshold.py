@@ -29,7 +29,7 @@ def tpr_threshold(scores: Tensor, tpr: float = 0.95) -> Tensor:
     _check_scores("scores", scores)
     checks.real("tpr", tpr, 0.0, 1.0, open_low=True)
     n_kept = math.ceil(tpr * len(scores) - 1e-9)  # 0.95 · 20 is 19, not 19.000000000000004
-    return torch.topk(scores.detach(), n_kept).values[-1].clone()
+    return _finite(torch.topk(scores.detach(), n_kept).values[-1].clone(), scores)
 
 
 def conformal_threshold(scores: Tensor, alpha: float = 0.05) -> Tensor:
@@ -55,7 +55,7 @@ def conformal_threshold(scores: Tensor, alpha: float = 0.05) -> Tensor:
             f"scores: got {len(scores)}, expected at least {math.ceil(1 / alpha - 1 - 1e-9)} for alpha={alpha}: with "
             "fewer no threshold that flags anything has the guarantee; give more scores or a larger alpha"
         )
-    return torch.topk(scores.detach(), k, largest=False).values[-1].clone()
+    return _finite(torch.topk(scores.detach(), k, largest=False).values[-1].clone(), scores)
 
 
 def conformal_pvalue(scores: Tensor, calibration: Tensor) -> Tensor:
@@ -85,6 +85,23 @@ def calibration(scores: Tensor, tpr: float | None = None, alpha: float | None = 
         level = 0.95 if tpr is None else tpr
         threshold, by = tpr_threshold(scores, level), "tpr"
     return threshold, Calibration(by, float(level), len(scores), float(threshold))
+
+
+def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
+    """ValueError for a threshold at infinity, which flags nothing, or all."""
+    if threshold.isinf():
+        n_such = int((scores == threshold).sum())
+        raise ValueError(
+            f"scores: got {float(threshold)} in {n_such} of {len(scores)}, so that it would be the threshold, expected "
+            "a number: with -inf nothing is flagged; fit on data of all classes, or calibrate on other data"
+        )
+    return threshold
+
+
+def check(threshold: Tensor) -> None:
+    """ValueError for NaN or an infinity: everything would be flagged, or nothing."""
+    if not threshold.isfinite().all():
+        raise ValueError(f"threshold: got {threshold.tolist()}, expected a number; calibrate on other data")
 
 
 def _check_scores(argument: str, scores: Tensor) -> None:
