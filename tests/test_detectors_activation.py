@@ -112,8 +112,8 @@ def test_ties_zeros_and_negative_features(make, reshape, form, head, train_featu
 
 
 @forms
-def test_one_class_and_one_feature(make, reshape, form):
-    head = nn.Linear(1, 1).double().requires_grad_(False)
+def test_one_feature(make, reshape, form):
+    head = nn.Linear(1, 2).double().requires_grad_(False)
     train, z = torch.rand(9, 1, dtype=torch.float64), torch.tensor([[0.0], [0.3], [5.0], [-2.0]], dtype=torch.float64)
     compare(make(**form).fit_features(train, head=head), reshape, form, head, train.tolist(), z)
 

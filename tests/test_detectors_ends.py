@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from detector_cases import NAMES, C, M, make
 
-from ood_fast import detectors, metrics
+from ood_fast import deploy, detectors, metrics
 from ood_fast.detectors import NECO, Detector, DetectorSet, Mahalanobis, load
 
 
@@ -136,3 +138,105 @@ def test_scores_of_gaps_keep_their_digits_far_from_0(name, top, together):
 def test_nan_is_out():
     detector = detectors.MSP().calibrate(torch.rand(100))
     assert detector.is_ood(torch.tensor([float("nan"), float("inf"), -float("inf")])).tolist() == [True, False, True]
+
+
+# ---- logits that all have something added
+
+
+CATALOGUE = (*NAMES, "NECO raw", "GEN of all", "MSP at 3", "TemperedMSP of norm", "KNN + L1")
+LEVELS = ("MaxLogit", "Energy", "ReAct", "ASH", "SCALE", "ViM", "NECO", "NNGuide")  # a level moves with the logits
+
+
+def of_catalogue(name: str) -> Detector:
+    others = {
+        "NECO raw": lambda: NECO(dim=4, use_max_logit=False),
+        "GEN of all": lambda: detectors.GEN(M=None),
+        "MSP at 3": lambda: detectors.MSP(temperature=3.0),
+        "TemperedMSP of norm": lambda: detectors.TemperedMSP("norm"),
+        "KNN + L1": lambda: detectors.KNN(k=5, alpha=0.1),
+    }
+    return others[name]() if name in others else make(name)
+
+
+class Shifted(torch.nn.Module):
+    """A classifier whose head has `shift` added to its bias."""
+
+    def __init__(self, W: torch.Tensor, shift: float) -> None:
+        super().__init__()
+        self.body, self.fc = torch.nn.Identity(), torch.nn.Linear(M, C)
+        self.fc.weight.data, self.fc.bias.data = W.clone(), torch.full((C,), shift)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x))
+
+
+@pytest.fixture(scope="module")
+def shifts() -> dict:
+    """Features, inside and outside, whose logits float32 rounds by up to 3e-5 beside 1e3; models by shift."""
+    g = torch.Generator().manual_seed(5)
+    W = torch.randn(C, M, generator=g)
+    centre = 1.2 * W[torch.arange(3000) % C]
+    z = torch.cat([centre[:1500] + torch.randn(1500, M, generator=g), torch.randn(1500, M, generator=g).abs()])
+    y = (z @ W.T).argmax(1)
+    return {"z": z, "y": y, "models": {shift: Shifted(W, shift).eval() for shift in (0.0, 300.0, 1e3, -1e3)}}
+
+
+def scores_of(detector: Detector, model: torch.nn.Module, shifts: dict, way: str) -> torch.Tensor:
+    z, y, loader = shifts["z"], shifts["y"], [(shifts["z"][:1500], shifts["y"][:1500])]
+    if way == "set":
+        together = DetectorSet({"it": detector, "MSP": "MSP", "MaxLogit": "MaxLogit", "NCI": "NCI"})
+        return together.fit(model, loader).score(model, z)["it"]
+    if way == "pytorch-ood":
+        pytest.importorskip("pytorch_ood")
+        from ood_fast.interop.pytorch_ood import PytorchOOD
+
+        return -PytorchOOD(detector, model).fit(loader)(z)
+    if way == "openood":
+        from ood_fast.interop.openood import Postprocessor
+
+        postprocessor = Postprocessor(detector, APS_mode=False)
+        batches = [{"data": z[:1500], "label": y[:1500]}]
+        postprocessor.setup(model, {"train": batches}, {})
+        return torch.from_numpy(postprocessor.inference(model, [{"data": z, "label": y}], False)[1])
+    detector.fit(model, loader)
+    if way == "alone":
+        return detector.score(model, z)
+    detector.threshold = torch.tensor(0.0)
+    deployed = deploy(model, detector)
+    if way == "export":
+        deployed = torch.export.export(deployed, (z,)).module()
+    if way == "onnx":
+        deployed = torch.onnx.export(deployed, (z,), dynamo=True, verbose=False)
+    return deployed(z)[1]
+
+
+def assert_rates_stay(name: str, way: str, shift: float, shifts: dict) -> None:
+    """Of a detector whose score is another one with another bias (a share times a level, ViM's origin W⁺b), as in
+    float64. Where a score is a level, its own digits at that size count too."""
+    found = rates(scores_of(of_catalogue(name), shifts["models"][shift], shifts, way), 1500)
+    if name in ("NECO", "NNGuide", "ViM", "TemperedMSP of norm"):
+        exact = copy.deepcopy(shifts["models"][shift]).double()
+        wide = {**shifts, "z": shifts["z"].double()}
+        expected = rates(scores_of(of_catalogue(name), exact, wide, "alone"), 1500)
+    else:
+        expected = rates(scores_of(of_catalogue(name), shifts["models"][0.0], shifts, "alone"), 1500)
+    assert found == pytest.approx(expected, abs=2e-3 if name in LEVELS else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("way", "shift"),
+    [*((way, 1e3) for way in ("alone", "set", "pytorch-ood", "openood", "deploy")), ("set", 300.0), ("set", -1e3)],
+)
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.filterwarnings("ignore:.*class [0-9]")
+def test_a_constant_added_to_all_logits_moves_no_rate(name, way, shift, shifts):
+    assert_rates_stay(name, way, shift, shifts)
+
+
+@pytest.mark.parametrize("way", ["export", "onnx"])
+@pytest.mark.parametrize("name", ["MSP", "GEN of all", "TemperedMSP", "ReAct"])
+def test_nor_in_a_program(name, way, shifts):
+    if way == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    assert_rates_stay(name, way, 1e3, shifts)

@@ -172,6 +172,12 @@ class Detector(Contract):
             refuse_rows("features", features, scores)
         if self.needs_logits:
             refuse_rows("logits", logits, scores)
+        rows = scores.isnan().nonzero()
+        raise ValueError(
+            f"{'features' if self.needs_features else 'logits'}: row {int(rows[0])}, of {len(rows)} such, is further "
+            f"from what this {self.label} was fitted on than its numbers reach: its score is NaN; fit on features of a "
+            "like size"
+        )
 
     # ---- thresholds
 

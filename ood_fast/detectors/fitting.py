@@ -15,7 +15,7 @@ from .. import checks
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from . import streaming
-from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows
+from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows, refuse_short
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -186,6 +186,8 @@ class Fit:
     @torch.no_grad()
     def take(self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None) -> None:
         """Take in one batch."""
+        if not self.detectors:
+            return
         given = {"features": features, "logits": logits, "targets": targets}
         for detector in self.detectors:
             for name in sorted({name for part in (detector.gathered or {}).values() for name in part.reads}):
@@ -276,8 +278,9 @@ def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor
     """ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit can take."""
     if features is not None:
         check_features(features)
-        # NaN where a row holds NaN or inf, or is too long.
-        refuse_rows("features", features, 0 * torch.linalg.vector_norm(at_least_float32(features), dim=1))
+        lengths = torch.linalg.vector_norm(at_least_float32(features), dim=1)
+        refuse_rows("features", features, 0 * lengths)  # NaN where a row holds NaN or inf, or is too long
+        refuse_short(features, lengths)
     if logits is not None:
         checks.logits(logits)
         refuse_rows("logits", logits, 0 * logits.amax(dim=1))

@@ -73,6 +73,16 @@ def refuse_one_logit(logits: Tensor) -> None:
         )
 
 
+def refuse_short(features: Tensor, lengths: Tensor) -> None:
+    """ValueError for features that are not 0 and all so short, (n,), that their squares are below the dtype."""
+    shortest = torch.finfo(lengths.dtype).tiny ** 0.5 / torch.finfo(lengths.dtype).eps
+    if len(lengths) and lengths.max() < shortest and features.any():
+        raise ValueError(
+            f"features: got rows of length {float(lengths.max()):.1e} at most, expected some of {shortest:.0e} or "
+            "more, whose squares are numbers; scale them"
+        )
+
+
 def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
     """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it, or
     the numbers whose squares are beyond float32; `of_rows` (n,) is NaN where a row holds such.

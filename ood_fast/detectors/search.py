@@ -124,6 +124,7 @@ class Search(DetectorSet):
         for name, candidates in self.tuned.items():
             for candidate in candidates:  # a winner is fitted again with what was chosen, or refused
                 self[candidate].given |= set(self.grids[name])
+                self[candidate].lowered = {}
             if len(candidates) == 1:  # nothing to choose: its scores need not be there
                 winners[name], trials[name] = self[candidates[0]], []
                 continue

@@ -1,0 +1,223 @@
+"""Data that lack something for a detector: classes, rows, features, a second logit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from detector_cases import NAMES, C, M, Net, make
+
+from ood_fast import deploy, detectors
+from ood_fast.detectors import (
+    KNN,
+    NECO,
+    RMDS,
+    SHE,
+    DetectorSet,
+    KLMatching,
+    Mahalanobis,
+    NNGuide,
+    ViM,
+    conformal_threshold,
+    load,
+    tpr_threshold,
+)
+from ood_fast.detectors.search import Search
+
+N = 40
+
+
+def data(n: int = N, m: int = M) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple]:
+    z, W = torch.randn(n, m), torch.randn(C, m)
+    f = z @ W.T
+    return z, f, f.argmax(1), (W, None)
+
+
+def fitted_on(detector, z, f, y, head, rows):
+    return detector.fit_features(z[rows], f[rows], y[rows], head)
+
+
+# ---- classes
+
+
+@pytest.mark.parametrize("name", ["Mahalanobis", "RMDS", "SHE", "KLMatching"])
+@pytest.mark.parametrize("in_set", [False, True])
+def test_classes_that_were_not_seen_are_told_once(name, in_set):
+    z, f, y, head = data(200)
+    rows = (y != 1) & (y != 4)
+    detector = DetectorSet([name, "MSP"]) if in_set else make(name)
+    with pytest.warns(
+        UserWarning, match=rf"{make(name).label}: no .* class 1, 4[ :].*; fit on data of all classes"
+    ) as told:
+        fitted_on(detector, z, f, y, head, rows)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(name).fit_features(z, f, y, head)
+
+
+def test_many_classes_are_counted_and_names_are_used():
+    z, y = torch.randn(40, M), torch.arange(40) % 2 * 50
+    detector = Mahalanobis()
+    detector.class_names = ("cat", "dog")
+    with pytest.warns(UserWarning, match=r"no training sample of class 'dog', 2, 3, .* and 39 more: "):
+        detector.fit_features(z, None, y)
+
+
+@pytest.mark.parametrize("kind", [Mahalanobis, RMDS])
+def test_one_sample_a_class_has_no_covariance(kind):
+    z, y = torch.randn(C, M), torch.arange(C)
+    with pytest.raises(ValueError, match=r"targets: got one training sample a class, expected two or more"):
+        kind().fit_features(z, None, y)
+    assert kind(ridge=1.0).fit_features(z, None, y).score_features(torch.randn(4, M)).unique().numel() == 4
+    kind().fit_features(torch.randn(C + 1, M), None, torch.tensor([*range(C), 0]))
+
+
+def test_she_needs_something_right():
+    z, f, y, head = data()
+    with pytest.raises(ValueError, match="SHE: targets: got no training sample that is classified correctly"):
+        SHE().fit_features(z, f, (y + 1) % C, head)
+
+
+def test_a_binary_classifier_with_one_logit_has_two_classes():
+    z, y = torch.randn(N, M), torch.arange(N) % 2
+    expected = Mahalanobis().fit_features(z, None, y).score_features(z)
+    found = Mahalanobis().fit_features(z, torch.randn(N, 1), y).score_features(z)
+    torch.testing.assert_close(found, expected)
+
+
+# ---- thresholds
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.inf])
+def test_a_threshold_at_infinity_is_refused(low):
+    scores = torch.cat([torch.full((20,), low), torch.randn(80)])
+    for call in (
+        lambda: tpr_threshold(scores, 0.95 if low < 0 else 0.1),
+        lambda: conformal_threshold(scores, 0.1 if low < 0 else 0.9),
+        lambda: SHE().calibrate(scores, tpr=0.95 if low < 0 else 0.1),
+    ):
+        with pytest.raises(ValueError, match=rf"scores: got {low} in 20 of 100, so that it would be the threshold"):
+            call()
+    few = torch.cat([torch.full((3,), -torch.inf), torch.randn(97)])  # below the threshold like any other
+    assert tpr_threshold(few, 0.95).isfinite()
+    assert conformal_threshold(few, 0.05).isfinite()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_a_threshold_that_is_no_number_is_not_kept(value, tmp_path):
+    detector = detectors.MSP()
+    detector.threshold = torch.tensor(value)
+    with pytest.raises(ValueError, match=r"threshold: got .*, expected a number"):
+        detector.save(tmp_path / "it")
+    with pytest.raises(ValueError, match=r"threshold: got .*, expected a number"):
+        deploy(Net(), detector)
+
+
+# ---- one logit, no features
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if make(name).needs_logits or make(name).needs_head])
+def test_one_logit_is_refused_by_all_that_read_logits_or_a_head(name):
+    z, W = torch.randn(N, M), torch.randn(1, M)
+    with pytest.raises(ValueError, match=r"one logit a row, expected .* give two, \[0, f\]"):
+        make(name).fit_features(z, z @ W.T, torch.zeros(N).long(), (W, None)).score_features(z, z @ W.T)
+
+
+@pytest.mark.parametrize("name", ["KNN", "Mahalanobis", "RMDS", "FeatureNorm"])
+def test_one_logit_does_not_matter_to_features(name):
+    z, f = torch.randn(N, M), torch.randn(N, 1)
+    scores = make(name).fit_features(z, f, torch.arange(N) % 2).score_features(z, f)
+    torch.testing.assert_close(
+        scores, DetectorSet({"it": make(name)}).fit_features(z, f, torch.arange(N) % 2)(z, f)["it"]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if make(name).needs_features])
+def test_no_features_are_refused(name):
+    z, f, y, head = data()
+    with pytest.raises(
+        ValueError, match=r"features: got shape \(40, 0\), expected at least one feature|head: got W of"
+    ):
+        make(name).fit_features(z[:, :0], f, y, head).score_features(z[:, :0], f)
+    with pytest.raises(ValueError, match=r"features: got shape \(40, 0\), expected at least one feature"):
+        make(name).fit_features(z, f, y, head).score_features(z[:, :0], f)
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ("detector", "most"),
+    [(KNN, N), (NNGuide, N), (ViM, M - 1), (NECO, M - 1)],
+)
+def test_in_a_set_a_default_takes_the_largest_that_fits(detector, most):
+    name, parameter = detector.__name__, "k" if "k" in detector().settings() else "dim"
+    default = getattr(detector(), parameter)
+    given = data()
+    z, f, *_ = given
+    together = DetectorSet([name, "MSP"])
+    with pytest.warns(
+        UserWarning, match=rf"{name}: {parameter}: the default of {default} does not fit, .* takes {most}"
+    ) as told:
+        together.fit_features(*given)
+    assert len(told) == 1
+    assert getattr(together[name], parameter) == most
+    fixed = detector(**{parameter: most}, **({"fraction": 1.0} if detector is NNGuide else {})).fit_features(*given)
+    torch.testing.assert_close(together.score_features(z, f)[name], fixed.score_features(z, f))
+    with pytest.raises(ValueError, match=rf"{name}: {parameter}: got {default}, "):
+        DetectorSet([detector(**{parameter: default})]).fit_features(*given)
+    with pytest.raises(ValueError, match=rf"{name}: {parameter}: got {default}, "):
+        detector().fit_features(*given)
+    big = data(400, 300)
+    together.fit_features(*big)
+    assert getattr(together[name], parameter) == default, "a larger fit has its default"
+
+
+def test_the_largest_is_that_of_the_directions_and_not_of_the_width():
+    z, f, y, head = data()
+    z[:, 5:] = 0
+    with pytest.warns(UserWarning, match="takes"):
+        fitted = DetectorSet([NECO(), ViM()]).fit_features(z, f, y, head)
+    assert (fitted["NECO"].dim, fitted["ViM"].dim) == (5, 4)
+    with pytest.raises(ValueError, match=r"NECO: dim: got 100, .* take a smaller dim, such as 1"):
+        DetectorSet(["NECO"]).fit_features(torch.ones(N, M), f)
+
+
+def test_a_set_that_was_lowered_is_loaded_as_it_is(tmp_path):
+    given = data()
+    with pytest.warns(UserWarning, match="takes"):
+        fitted = DetectorSet(["KNN", "ViM"]).fit_features(*given)
+    fitted.save(tmp_path / "set")
+    loaded = load(tmp_path / "set")
+    assert (loaded["KNN"].k, loaded["ViM"].dim) == (N, M - 1)
+    for name, scores in loaded.score_features(*given[:2]).items():
+        torch.testing.assert_close(scores, fitted[name].score_features(*given[:2]))
+
+
+def test_nnguide_keeps_k_rows_of_few():
+    """A hundredth of 300 features is three: as many as neighbours are kept, the same whatever the batches."""
+    z, f, y, head = data(300)
+    fitted = DetectorSet(["NNGuide"]).fit_features(z, f, y, head)
+    assert fitted["NNGuide"].bank.shape == (100, M)
+    parts = DetectorSet(["NNGuide"])
+    for rows in torch.randperm(300).split(17):
+        parts.partial_fit(z[rows], f[rows])
+    parts.finalize()
+    torch.testing.assert_close(parts.score_features(z, f), fitted.score_features(z, f))
+    many = data(30_000, 3)
+    assert 200 < len(DetectorSet(["NNGuide"]).fit_features(*many)["NNGuide"].bank) < 400, "a hundredth"
+
+
+def test_a_search_lowers_its_smallest_candidate_and_says_so():
+    given = data()
+    with pytest.warns(UserWarning, match="ViM: dim: the default of 256 does not fit"):
+        search = Search(DetectorSet(["ViM", "KNN"])).fit_features(*given)
+    scores = search.score_features(*given[:2])
+    winners, _ = search.choose(scores, {"far": scores})
+    assert (winners["ViM"].dim, winners["KNN"].k) == (M - 1, N)
+    assert [note.kind for note in search.left_out] == ["lowered", "lowered", *["left out"] * 5]
+    with pytest.raises(ValueError, match="ViM: dim: got 11, expected less than 4"):
+        winners.fit_features(*data(N, 4))  # what a search has chosen is no default
+    assert KLMatching().given == frozenset()
