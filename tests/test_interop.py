@@ -161,6 +161,46 @@ def test_pytorch_ood_without_fit_where_there_is_nothing_to_fit(name, model, adap
         adapters.PytorchOOD(detectors.create(name)).predict_features(torch.randn(2, M))
 
 
+@pytest.mark.parametrize("name", detectors.known())
+@pytest.mark.filterwarnings("ignore:.*class [0-9]")
+def test_pytorch_ood_as_their_own_tests_use_theirs(name, model, adapters):
+    """What their files in tests/detectors check: one sample a batch, float labels, shuffled loaders, an adapter called in
+    training mode and without gradients, finite scores a sample, RequiresFittingException before the fit."""
+    from pytorch_ood.api import RequiresFittingException
+
+    adapter = adapters.PytorchOOD(detectors.create(name, **SETTINGS.get(name, {})), model)
+    x = images(16, 1)
+    if adapter.requires_fit:
+        with pytest.raises(RequiresFittingException):
+            adapter(x)
+        if not adapter.detector.needs_model:
+            with pytest.raises(RequiresFittingException):
+                adapter.predict_features(torch.randn(3, M))
+    model.eval()
+    train = images(40, 0)
+    with torch.no_grad():
+        y = model(train).argmax(1).float()  # each class that is predicted is right
+    model.train()
+    adapter.fit(DataLoader(TensorDataset(train, y), batch_size=1, shuffle=True))
+    with torch.no_grad():
+        scores = adapter(x)
+    assert scores.shape == (16,)
+    assert not scores.requires_grad
+    assert (scores.isfinite() | (scores.isinf() & torch.tensor(name == "SHE"))).all()
+    torch.testing.assert_close(torch.cat([adapter(each) for each in x.split(1)]), scores, rtol=1e-4, atol=1e-5)
+    assert adapter(images(1, 2) * 10).shape == (1,)
+
+
+def test_pytorch_ood_dense_logits_are_refused_in_words(adapters):
+    """Their scores of a segmentation model are (n, h, w); ours are of classifiers."""
+    dense = nn.Conv2d(3, C, 1)
+    for detector in (MSP(), detectors.Entropy()):
+        with pytest.raises(ValueError, match=r"model: got an output of shape \(5, 4, 6, 6\), expected logits \(n, c\)"):
+            adapters.PytorchOOD(detector, dense)(images(5, 0))
+        with pytest.raises(ValueError, match=r"logits: got shape \(5, 4, 6, 6\), expected 2 dimensions \(n, c\)"):
+            detector.score_features(None, dense(images(5, 0)).detach())
+
+
 def test_pytorch_ood_errors(model, adapters):
     from pytorch_ood.api import ModelNotSetException, RequiresFittingException
 
@@ -406,6 +446,10 @@ def test_openood_search_leaves_out_what_does_not_fit(model, loaders):
     assert len(evaluator.tried) == len(guide.args_dict["k"]) * len(guide.args_dict["fraction"]) == 2
     with pytest.raises(ValueError, match="ViM: dim: got 256, expected less than 16"):
         Postprocessor(detectors.ViM()).setup(model, loaders["id"], loaders["ood"])
+    few = Postprocessor(detectors.NNGuide())  # k = 100 of the hundredth that is kept
+    with pytest.warns(UserWarning, match="NNGuide: k: the default of 100 does not fit, .* takes 60"):
+        few.setup(model, loaders["id"], loaders["ood"])
+    assert few.inference(model, loaders["id"]["test"], False)[1].shape == (40,)
     again = Postprocessor(KNN())
     again.setup(model, loaders["id"], loaders["ood"])
     many = [{"data": images(300, 7), "label": torch.arange(300) % C}]
