@@ -164,8 +164,8 @@ def test_pytorch_ood_without_fit_where_there_is_nothing_to_fit(name, model, adap
 @pytest.mark.parametrize("name", detectors.known())
 @pytest.mark.filterwarnings("ignore:.*class [0-9]")
 def test_pytorch_ood_as_their_own_tests_use_theirs(name, model, adapters):
-    """What their files in tests/detectors check: one sample a batch, float labels, shuffled loaders, an adapter called in
-    training mode and without gradients, finite scores a sample, RequiresFittingException before the fit."""
+    """What their files in tests/detectors check: one sample a batch, float labels, shuffled loaders, an adapter called
+    in training mode and without gradients, finite scores a sample, RequiresFittingException before the fit."""
     from pytorch_ood.api import RequiresFittingException
 
     adapter = adapters.PytorchOOD(detectors.create(name, **SETTINGS.get(name, {})), model)
