@@ -14,10 +14,8 @@ from ..eager.precision import double, has_float64, is_exporting
 from ..functional import l2_normalize
 from . import streaming
 from .detector import Detector
-from .fitting import DoesNotFit
-from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .fitting import Limit, at_most
-from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C

@@ -13,10 +13,8 @@ from .. import checks
 from ..eager.precision import double
 from . import streaming
 from .detector import Detector
-from .fitting import DoesNotFit
-from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .fitting import DoesNotFit, Limit, at_most
-from .numbers import at_least_float32, double, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 NO_RESIDUAL = 1e-7  # of the length of the features: what float32 leaves of a residual that is 0
