@@ -78,7 +78,6 @@ class Counts(NamedTuple):
 KERNELS = {
     "predict": Formula("L*n*c", "0", "4*n*c"),
     "distance_gram": Formula("V*(k + c)*m", "4*k*c", "2*k*c*m"),
-    "distance_refine": Formula("4*k*c", "0", "0"),  # where no pair is close
     "fused_row, ELogitNorm": Formula("L*n*c + 4*min(n, u)*c", "L*n*c", "25*n*c"),
     "fused_row, LogitNorm": Formula("L*n*c", "L*n*c", "22*n*c"),
     "tempered_forward, ELogitNorm": Formula("L*n*c + 4*min(n, u)*c", "0", "15*n*c"),
@@ -145,7 +144,7 @@ def of(name: str, sizes: Sizes) -> Counts:
 def launches(operation: str, sizes: Sizes) -> list[str]:
     """The kernels that an operation of a benchmark consists of, in order."""
     few = sizes.n < sizes.c  # samples: a row of the table for each distinct prediction, found before it
-    table = (["predict"] if few else []) + ["distance_gram", "distance_refine"]
+    table = (["predict"] if few else []) + ["distance_gram"]
     weight = ["segment_sum"] + (["weight_gradient_own", "weight_gradient_all"] if few else ["weight_gradient_table"])
     forward = [*table, "tempered_forward, ELogitNorm"]
     return {

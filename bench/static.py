@@ -30,7 +30,7 @@ TARGET = "sm_90"
 MULTIPROCESSORS, ISSUE, REACHED, BYTES, BF16 = 132, 132 * 4 * 1.85e9, 0.7, 4.0e12, 790e12
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 227 * 1024, 64, 32
 # Kernels that keep rare rows, or tiles, in a branch: the others take the shortest way through them.
-RARE_BRANCH = ("fused_row", "distance_refine")
+RARE_BRANCH = ("fused_row",)
 COLUMNS = ("case", "kernel", "instructions", "unit", "matrix", "barriers", "registers", "programs")
 
 
@@ -90,8 +90,7 @@ def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...]:
     (n, c, m), u = case.shape, case.u
     samples = 8  # of a turn of the segmented sums
     table: dict[str, Callable[[], tuple[float, ...]]] = {
-        "distance_gram": lambda: (of(m, "INNER"),),
-        "distance_refine": lambda: (0,),
+        "distance_gram": lambda: (of(m, "INNER"), 0),  # no pair is close
         "predict": lambda: (of(c, "BLOCK") - 1,),
         "nci_forward": lambda: (of(c, "CLASS_BLOCK") - 1, of(m, "FEATURE_BLOCK")),
         "row_statistics": lambda: (of(m, "FEATURE_BLOCK"),) if m else (),

@@ -8,13 +8,15 @@ all classes, n < c a table of the distinct predictions.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry
-from .launch import alignment, cdiv, difference_config, launch, scan_config, target_of, tile_config, unit_stride
+from .launch import TileConfig, alignment, cdiv, launch, scan_config, target_of, tile_config, unit_stride
 from .rows import add_product, scan_maximum
 
 # The Gram form of s has an error of up to 1e-6 (|w_p|^2 + |w_j|^2), from rounding m products (README.md, section 2).
@@ -44,33 +46,92 @@ def predict_kernel(
 
 
 @triton.jit
-def load_centred(
-    weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, BY_COLUMN: tl.constexpr
-):
-    """w_class - mean row, (classes, features) or, BY_COLUMN, its transpose, in fp32; 0 outside the matrix.
+def load_rows(weight_pointer, weight_stride, mean_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr):
+    """Rows of W (classes, features), 0 outside the matrix: less the mean row, in fp32, where one is given.
 
-    Differences of rows do not change when the mean row is subtracted from all, but products of the rest lose far
-    fewer digits.
+    Differences of rows do not change when the mean row is subtracted from all, but fp32 products of the rest lose far
+    fewer digits. Without a mean the dtype stays, for a product that is exact; UPCAST: fp32, for the interpreter.
     """
-    feature_mask = features < n_features
-    mean = tl.load(mean_pointer + features, mask=feature_mask, other=0.0)
-    row = classes.to(tl.int64) * weight_stride
-    if BY_COLUMN:
-        mask = feature_mask[:, None] & class_mask[None, :]
-        weight = tl.load(weight_pointer + row[None, :] + features[:, None], mask=mask, other=0.0).to(tl.float32)
-        return tl.where(mask, weight - mean[:, None], 0.0)
+    inside = mask[:, None] & (features < n_features)[None, :]
+    places = weight_pointer + (classes.to(tl.int64) * weight_stride)[:, None] + features[None, :]
+    weight = tl.load(places, mask=inside, other=0.0)
+    if mean_pointer is not None:
+        mean = tl.load(mean_pointer + features, mask=features < n_features, other=0.0)
+        return tl.where(inside, weight.to(tl.float32) - mean[None, :], 0.0)
+    elif UPCAST:
+        return weight.to(tl.float32)
     else:
-        mask = class_mask[:, None] & feature_mask[None, :]
-        weight = tl.load(weight_pointer + row[:, None] + features[None, :], mask=mask, other=0.0).to(tl.float32)
-        return tl.where(mask, weight - mean[None, :], 0.0)
+        return weight
+
+
+@triton.jit
+def load_columns(
+    weight_pointer, weight_stride, mean_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr
+):
+    """The transpose of `load_rows`, (features, classes)."""
+    inside = mask[None, :] & (features < n_features)[:, None]
+    places = weight_pointer + (classes.to(tl.int64) * weight_stride)[None, :] + features[:, None]
+    weight = tl.load(places, mask=inside, other=0.0)
+    if mean_pointer is not None:
+        mean = tl.load(mean_pointer + features, mask=features < n_features, other=0.0)
+        return tl.where(inside, weight.to(tl.float32) - mean[:, None], 0.0)
+    elif UPCAST:
+        return weight.to(tl.float32)
+    else:
+        return weight
+
+
+@triton.jit
+def table_classes(row_class_pointer, rows, n_rows):
+    """The class of each table row, -1 for none."""
+    if row_class_pointer is None:
+        return tl.where(rows < n_rows, rows, -1).to(tl.int64)
+    else:
+        return tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
+
+
+@triton.jit
+def refine_tile(
+    weight_pointer,
+    weight_stride,
+    row_class_pointer,
+    table_pointer,
+    n_rows,
+    n_classes,
+    n_features,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Replace the entries of -1 in a tile of R, 32 x 32 at a time: the products have the registers."""
+    PARTS: tl.constexpr = COLUMNS // 32
+    for part in range(ROWS // 32 * PARTS):
+        rows = tl.program_id(1) * ROWS + part // PARTS * 32 + tl.arange(0, 32)
+        classes = tl.program_id(0) * COLUMNS + part % PARTS * 32 + tl.arange(0, 32)
+        row_class = table_classes(row_class_pointer, rows, n_rows)
+        row_mask, class_mask = row_class >= 0, classes < n_classes
+        places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
+        is_close = tl.load(places, mask=row_mask[:, None] & class_mask[None, :], other=0.0) < 0
+        if tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0) > 0:
+            squared_distance = tl.zeros([32, 32], tl.float32)
+            row_place = weight_pointer + row_class * weight_stride
+            class_place = weight_pointer + classes.to(tl.int64) * weight_stride
+            for feature in range(n_features):
+                a = tl.load(row_place + feature, mask=row_mask, other=0.0).to(tl.float32)
+                b = tl.load(class_place + feature, mask=class_mask, other=0.0).to(tl.float32)
+                difference = a[:, None] - b[None, :]
+                squared_distance += difference * difference
+            is_apart = squared_distance >= SMALLEST_SQUARE
+            inverse_distance = tl.where(is_apart, tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)), 0.0)
+            tl.store(places, inverse_distance, mask=is_close)
 
 
 @triton.jit
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32
-    row_class_pointer,  # (k,) int64: the class of each table row, -1 for none
+    mean_pointer,  # (m,) fp32, or None: the rows are multiplied as they are
+    norm_pointer,  # (c,) fp32 |w_j|, read where there is no mean
+    row_class_pointer,  # (k,) int64: the class of each table row, -1 for none; None: row r is class r
     table_pointer,  # (k, c) fp32: written
     n_rows,
     n_classes,
@@ -79,86 +140,65 @@ def distance_gram_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, a and b centred; -1 where s is too small for this form
-    (CLOSE_PAIR)."""
+    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, and from sum (w_p - w_j)^2 where that is too small (CLOSE_PAIR).
+
+    Differences of neighbouring floats are exact, so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep
+    all their digits. bf16 rows are not centred: their products are exact, and a common offset only makes more pairs
+    close.
+    """
     classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
+    class_mask = classes < n_classes
+    row_class = table_classes(row_class_pointer, rows, n_rows)
+    row_mask = row_class >= 0
+    inverse_distance = tl.zeros([ROWS, COLUMNS], tl.float32)  # of rows that nobody uses: two runs give the same bits
+    any_close = False
     if tl.max(row_class, axis=0) >= 0:
-        row_mask = row_class >= 0
-        class_mask = classes < n_classes
         row_norms = tl.zeros([ROWS], tl.float32)
         class_norms = tl.zeros([COLUMNS], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_features, INNER):
             features = start + tl.arange(0, INNER)
-            a = load_centred(
-                weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, False
+            a = load_rows(
+                weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
             )
-            b = load_centred(
-                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, True
+            b = load_columns(
+                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST
             )
-            row_norms += tl.sum(a * a, axis=1)
-            class_norms += tl.sum(b * b, axis=0)
+            if mean_pointer is not None:
+                row_norms += tl.sum(a * a, axis=1)
+                class_norms += tl.sum(b * b, axis=0)
             products = add_product(products, a, b, PRECISION)
+        if mean_pointer is None:
+            row_norms = tl.load(norm_pointer + row_class, mask=row_mask, other=0.0)
+            class_norms = tl.load(norm_pointer + classes, mask=class_mask, other=0.0)
+            row_norms *= row_norms
+            class_norms *= class_norms
         norms = row_norms[:, None] + class_norms[None, :]
         squared_distance = norms - 2.0 * products
-        is_close = squared_distance <= norms * CLOSE_PAIR
+        own = row_class[:, None] == classes[None, :]
+        is_close = (squared_distance <= norms * CLOSE_PAIR) & row_mask[:, None] & class_mask[None, :] & (own == 0)
         # 1 where it will not be used, so that no root of a negative rounding error is taken
-        inverse_distance = tl.rsqrt(tl.where(is_close, 1.0, squared_distance))
-        inverse_distance = tl.where(is_close, -1.0, inverse_distance)
-        inverse_distance = tl.where(row_class[:, None] == classes[None, :], 0.0, inverse_distance)
-        offsets = rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
-        tl.store(table_pointer + offsets, inverse_distance, mask=row_mask[:, None] & class_mask[None, :])
-
-
-@triton.jit
-def distance_refine_kernel(
-    weight_pointer,  # (c, m)
-    weight_stride,
-    row_class_pointer,  # (k,) int64
-    table_pointer,  # (k, c) fp32: entries of -1 are replaced
-    n_rows,
-    n_classes,
-    n_features,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Recompute the close pairs of a tile from sum (w_p - w_j)^2: the difference of neighbouring floats is exact,
-    so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep all their digits. A tile without a close
-    pair costs one read."""
-    classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
-    if tl.max(row_class, axis=0) >= 0:
-        row_mask = row_class >= 0
-        class_mask = classes < n_classes
-        offsets = rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
-        is_close = tl.load(table_pointer + offsets, mask=row_mask[:, None] & class_mask[None, :], other=0.0) < 0
-        if tl.max(is_close.to(tl.int32)) > 0:
-            squared_distance = tl.zeros([ROWS, COLUMNS], tl.float32)
-            row_offset = row_class * weight_stride
-            class_offset = classes.to(tl.int64) * weight_stride
-            for start in range(0, n_features, INNER):
-                features = start + tl.arange(0, INNER)
-                feature_mask = (features < n_features)[None, :]
-                a = tl.load(
-                    weight_pointer + row_offset[:, None] + features[None, :],
-                    mask=row_mask[:, None] & feature_mask,
-                    other=0.0,
-                ).to(tl.float32)
-                b = tl.load(
-                    weight_pointer + class_offset[:, None] + features[None, :],
-                    mask=class_mask[:, None] & feature_mask,
-                    other=0.0,
-                ).to(tl.float32)
-                difference = a[:, None, :] - b[None, :, :]
-                squared_distance += tl.sum(difference * difference, axis=2)
-            is_apart = squared_distance >= SMALLEST_SQUARE
-            inverse_distance = tl.where(is_apart, tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)), 0.0)
-            tl.store(table_pointer + offsets, inverse_distance, mask=is_close)
+        inverse_distance = tl.rsqrt(tl.where(is_close | own, 1.0, squared_distance))
+        inverse_distance = tl.where(own | (row_mask[:, None] == 0), 0.0, tl.where(is_close, -1.0, inverse_distance))
+        any_close = tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0) > 0
+    places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
+    tl.store(places, inverse_distance, mask=(rows < n_rows)[:, None] & class_mask[None, :])
+    if any_close:
+        tl.debug_barrier()
+        refine_tile(
+            weight_pointer,
+            weight_stride,
+            row_class_pointer,
+            table_pointer,
+            n_rows,
+            n_classes,
+            n_features,
+            ROWS,
+            COLUMNS,
+        )
 
 
 def geometry_of(logits: Tensor, head_weight: Tensor) -> tuple[Geometry, Tensor, bool]:
@@ -171,7 +211,7 @@ def geometry_of(logits: Tensor, head_weight: Tensor) -> tuple[Geometry, Tensor, 
     if n_samples >= n_classes:
         row_class = torch.arange(n_classes, device=logits.device)
         return (
-            Geometry(torch.empty_like(predicted), distance_table(head_weight, row_class), row_class),
+            Geometry(torch.empty_like(predicted), distance_table(head_weight, None), row_class),
             predicted,
             False,
         )
@@ -208,53 +248,55 @@ def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:
     return table_row, row_class
 
 
-def mean_row(head_weight: Tensor) -> Tensor:
-    """The mean row of W, (m,) fp32."""
-    return torch.mean(head_weight, dim=0, dtype=torch.float32)
+class Product(NamedTuple):
+    """How rows of W are multiplied: what is read beside them, and the constants of the kernel."""
+
+    mean: Tensor | None  # (m,) fp32
+    tile: TileConfig
+    constants: dict[str, object]
 
 
-def distance_table(head_weight: Tensor, row_class: Tensor) -> Tensor:
-    """R (k, c) fp32 between the classes in `row_class` and all classes; rows of class -1 are left as they are."""
+def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 64) -> Product:
+    """bf16 rows as they are, which is exact; others in fp32, less their mean row, which is computed unless given."""
+    target = target_of(head_weight)
+    exact = head_weight.dtype == torch.bfloat16
+    tile = tile_config(target, exact, columns)
+    if mean is None and not exact:
+        mean = torch.mean(head_weight, dim=0, dtype=torch.float32)
+    constants = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "PRECISION": tile.precision,
+        "UPCAST": target == "interpreter",  # which multiplies bf16 as if it were an integer
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return Product(mean, tile, constants)
+
+
+def distance_table(head_weight: Tensor, row_class: Tensor | None) -> Tensor:
+    """R (k, c) fp32 between the classes in `row_class` (None: all) and all classes; 0 in rows of class -1."""
     head_weight = unit_stride(head_weight)
     n_classes, n_features = head_weight.shape
-    n_rows = row_class.shape[0]
-    # Zeros where rows may stay unused: they are returned, and an operator must give the same twice.
-    new = torch.empty if n_rows == n_classes else torch.zeros
-    table = new(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
-    tile = tile_config(target_of(head_weight))
+    n_rows = n_classes if row_class is None else row_class.shape[0]
+    table = torch.empty(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
+    product = product_of(head_weight)
+    norms = None
+    if product.mean is None:
+        norms = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)
     launch(
         distance_gram_kernel,
-        (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)),
+        (cdiv(n_classes, product.tile.columns), cdiv(n_rows, product.tile.rows)),
         head_weight,
         head_weight.stride(0),
-        mean_row(head_weight),
+        product.mean,
+        norms,
         row_class,
         table,
         n_rows,
         n_classes,
         n_features,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        PRECISION=tile.precision,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    tile = difference_config()
-    launch(
-        distance_refine_kernel,
-        (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)),
-        head_weight,
-        head_weight.stride(0),
-        row_class,
-        table,
-        n_rows,
-        n_classes,
-        n_features,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **product.constants,
     )
     return table

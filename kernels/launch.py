@@ -193,7 +193,7 @@ def dot_precision(target: str) -> str:
     return "tf32x3" if target.startswith("sm_") and int(target[3:]) >= 80 else "ieee"
 
 
-def tile_config(target: str) -> TileConfig:
+def tile_config(target: str, exact: bool = False, columns: int = 64) -> TileConfig:
     """Two stages: the next operands load while these multiply (a third would pass 64 KiB of shared memory on gfx942).
 
     Chosen for each target, by what its compiled code issues; tf32x3 keeps each operand twice.
@@ -202,19 +202,17 @@ def tile_config(target: str) -> TileConfig:
     sm_100: its 8 warps issue 12 for 12 at 64 x 64; with 4 warps, or 128 x 64, fp32 spills.
     sm_80 and others: the operands lie in registers: turns of 16.
     gfx942: plain multiply-adds, 4 wavefronts.
+    `exact` (bf16): one or two products for three, without conversion: longer turns, and `columns` where there are
+    registers for 128.
     """
     precision = dot_precision(target)
     if precision == "ieee":
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2, precision=precision)
     generation = int(target[3:]) // 10
-    rows, inner = 128 if generation == 9 else 64, 32 if generation >= 9 else 16
-    return TileConfig(rows, 64, inner, num_warps=8, num_stages=2, precision=precision)
-
-
-def difference_config() -> TileConfig:
-    """Direct differences 32 x 32 x 16: the 16384 differences of a turn are 64 registers a thread with 8 warps. With
-    turns of 8, Triton 3.6 spills on sm_80 with 4 warps, and Triton 3.9 on sm_90 with 8."""
-    return TileConfig(32, 32, 16, num_warps=8, num_stages=1, precision="ieee")
+    if exact and generation == 9:
+        return TileConfig(128, columns, 64, num_warps=8, num_stages=3, precision="ieee")
+    rows, inner = 128 if generation == 9 else 64, 32 if generation >= 9 or exact else 16
+    return TileConfig(rows, 64, inner, num_warps=8, num_stages=2, precision="ieee" if exact else precision)
 
 
 # Tiles of the product that sums over all classes for the few rows of distinct predictions: with 64 rows and m = 512

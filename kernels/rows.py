@@ -171,3 +171,16 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
     means nothing else for these dtypes) asks for it to be apart.
     """
     return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+
+
+@triton.jit
+def add_split_product(total, values, weight, PRECISION: tl.constexpr):
+    """total + values weight, `values` in fp32. With weight in bf16, values in two bf16 parts, 16 bits: what their
+    rounding leaves out is 4e-6 of each, in a gradient that is stored in bf16."""
+    if weight.dtype == tl.bfloat16:
+        high = values.to(tl.bfloat16)
+        low = (values - high.to(tl.float32)).to(tl.bfloat16)
+        part = tl.dot(low, weight, max_num_imprecise_acc=values.shape[1])
+        return total + tl.dot(high, weight, part, max_num_imprecise_acc=values.shape[1])
+    else:
+        return add_product(total, values, weight, PRECISION)

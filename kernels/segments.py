@@ -117,7 +117,8 @@ def segment_sum_kernel(
     center_pointer,  # (columns,); None if GAPS
     partial_pointer,  # (pieces, columns) fp32; None unless HAS_PIECES
     table_pointer,  # (k, columns) R; None unless GAPS
-    summed_pointer,  # (k, columns): written, 0 for an empty segment
+    summed_pointer,  # (k, columns or more): written, 0 for an empty segment and behind the columns
+    summed_stride,
     n_columns,
     PIECE: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -127,7 +128,7 @@ def segment_sum_kernel(
     HAS_PIECES: tl.constexpr,
 ):
     """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE; times R^3 if GAPS."""
-    segment, block = _place(n_columns, BLOCK)
+    segment, block = _place(summed_stride, BLOCK)
     if ALIGN > 1:
         n_columns = n_columns // ALIGN * ALIGN
         values_stride = values_stride // ALIGN * ALIGN
@@ -156,7 +157,9 @@ def segment_sum_kernel(
             inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)
             # Step by step: R^3 alone leaves fp32 for rows 1e-13 apart, whose gaps are as small.
             total = total * inverse_distance * inverse_distance * inverse_distance
-    tl.store(summed_pointer + segment * n_columns + columns, total, mask=inside)
+    tl.store(
+        summed_pointer + segment * summed_stride + columns, tl.where(inside, total, 0.0), mask=columns < summed_stride
+    )
 
 
 def segment_sum(
@@ -221,7 +224,7 @@ def segment_sum(
         )
     launch(
         segment_sum_kernel,
-        (n_segments * column_blocks,),
+        (n_segments * cdiv(output.shape[1], config.columns),),
         offsets,
         order,
         piece_start,
@@ -234,6 +237,7 @@ def segment_sum(
         partial,
         table,
         output,
+        output.stride(0),
         n_columns,
         PIECE=PIECE,
         SAMPLES=config.samples,

@@ -8,18 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry
-from .distances import load_centred, mean_row
-from .launch import cdiv, class_splits, gradient_buffer, launch, target_of, tile_config, unit_stride
-from .rows import add_product
+from .distances import load_rows, product_of
+from .launch import cdiv, class_splits, gradient_buffer, launch, unit_stride
+from .rows import add_split_product
 from .segments import segment_sum
 
 
 @triton.jit
 def weight_gradient_table_kernel(
-    summed_pointer,  # (c, c) S
+    summed_pointer,  # (c, c) S, its rows padded by zeros
+    summed_stride,
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,)
+    mean_pointer,  # (m,) fp32, or None
     grad_weight_pointer,  # (c, m) contiguous: written
     n_classes,
     n_features,
@@ -27,6 +28,7 @@ def weight_gradient_table_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """n >= c: a tile of dW = rowsum(M) W - M W, M = S + S^T formed as it is loaded. One product instead of two."""
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -39,30 +41,36 @@ def weight_gradient_table_kernel(
         others = start + tl.arange(0, INNER)
         other_mask = others < n_classes
         other_offset = others.to(tl.int64)
-        mask = class_mask[:, None] & other_mask[None, :]
         pairs = tl.load(
-            summed_pointer + (class_offset * n_classes)[:, None] + others[None, :], mask=mask, other=0.0
-        ) + tl.load(summed_pointer + (other_offset * n_classes)[None, :] + classes[:, None], mask=mask, other=0.0)
-        row_sums += tl.sum(pairs, axis=1)
-        weight = load_centred(
-            weight_pointer, weight_stride, mean_pointer, others, other_mask, features, n_features, False
+            summed_pointer + (class_offset * summed_stride)[:, None] + others[None, :],
+            mask=class_mask[:, None] & (others < summed_stride)[None, :],
+            other=0.0,
+        ) + tl.load(
+            summed_pointer + (other_offset * summed_stride)[None, :] + classes[:, None],
+            mask=other_mask[None, :] & (classes < summed_stride)[:, None],
+            other=0.0,
         )
-        products = add_product(products, pairs, weight, PRECISION)
-    weight = load_centred(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False)
+        row_sums += tl.sum(pairs, axis=1)
+        weight = load_rows(
+            weight_pointer, weight_stride, mean_pointer, others, other_mask, features, n_features, UPCAST
+        )
+        products = add_split_product(products, pairs, weight, PRECISION)
+    weight = load_rows(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST)
     tl.store(
         grad_weight_pointer + (class_offset * n_features)[:, None] + features[None, :],
-        row_sums[:, None] * weight - products,
+        row_sums[:, None] * weight.to(tl.float32) - products,
         mask=class_mask[:, None] & (features < n_features)[None, :],
     )
 
 
 @triton.jit
 def weight_gradient_own_kernel(
-    summed_pointer,  # (k, c) S
+    summed_pointer,  # (k, c) S, its rows padded by zeros
+    summed_stride,
     row_class_pointer,  # (k,) int64
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,)
+    mean_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32: written
     n_rows,
     n_classes,
@@ -72,6 +80,7 @@ def weight_gradient_own_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """n < c, the rows of the distinct predictions: rowsum(S) W[u] - S W, over one split of the classes."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -88,34 +97,35 @@ def weight_gradient_own_kernel(
             classes = start + tl.arange(0, INNER)
             class_mask = classes < n_classes
             summed = tl.load(
-                summed_pointer + (row_offset * n_classes)[:, None] + classes[None, :],
-                mask=row_mask[:, None] & class_mask[None, :],
+                summed_pointer + (row_offset * summed_stride)[:, None] + classes[None, :],
+                mask=row_mask[:, None] & (classes < summed_stride)[None, :],
                 other=0.0,
             )
             row_sums += tl.sum(summed, axis=1)
-            weight = load_centred(
-                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False
+            weight = load_rows(
+                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST
             )
-            products = add_product(products, summed, weight, PRECISION)
-        weight = load_centred(
-            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, False
+            products = add_split_product(products, summed, weight, PRECISION)
+        weight = load_rows(
+            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
         )
         tl.store(
             own_pointer + ((split * tl.cast(n_rows, tl.int64) + row_offset) * n_features)[:, None] + features[None, :],
-            row_sums[:, None] * weight - products,
+            row_sums[:, None] * weight.to(tl.float32) - products,
             mask=row_mask[:, None] & (features < n_features)[None, :],
         )
 
 
 @triton.jit
 def weight_gradient_all_kernel(
-    summed_pointer,  # (k, c) S
+    summed_pointer,  # (k, c) S, its rows padded by zeros
+    summed_stride,
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     class_row_pointer,  # (c + 1,) int64: the table row of each class, -1 for none
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,)
+    mean_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32
     grad_weight_pointer,  # (c, m) contiguous: written
     n_rows,
@@ -126,6 +136,7 @@ def weight_gradient_all_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for
     the classes that were predicted. dW is written once, and rounded once."""
@@ -141,17 +152,17 @@ def weight_gradient_all_kernel(
         row_mask = rows < n_distinct
         row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
         summed = tl.load(
-            summed_pointer + (rows.to(tl.int64) * n_classes)[None, :] + classes[:, None],
-            mask=class_mask[:, None] & row_mask[None, :],
+            summed_pointer + (rows.to(tl.int64) * summed_stride)[None, :] + classes[:, None],
+            mask=(classes < summed_stride)[:, None] & row_mask[None, :],
             other=0.0,
         )
         column_sums += tl.sum(summed, axis=1)
-        weight = load_centred(
-            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, False
+        weight = load_rows(
+            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
         )
-        products = add_product(products, summed, weight, PRECISION)
-    weight = load_centred(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, False)
-    gradient = column_sums[:, None] * weight - products
+        products = add_split_product(products, summed, weight, PRECISION)
+    weight = load_rows(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST)
+    gradient = column_sums[:, None] * weight.to(tl.float32) - products
     row = tl.load(class_row_pointer + classes, mask=class_mask, other=-1)
     own_offset = (row * n_features)[:, None] + features[None, :]
     own_mask = (row >= 0)[:, None] & feature_mask[None, :]
@@ -184,27 +195,19 @@ def weight_gradient(
         sample_grad.contiguous(),
         slope,
         logits,
-        torch.empty_like(table),
+        table.new_empty(n_rows, 16 * cdiv(n_classes, 16)),  # rows of whole 128-bit loads
         predicted=predicted,
         table=table,
     )
-    mean = mean_row(weight)
+    mean, tile, shape = product_of(weight)
     grad_weight = gradient_buffer(head_weight, (n_classes, n_features))
-    tile = tile_config(target_of(weight))
     class_tiles, feature_tiles = cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)
-    shape = {
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "INNER": tile.inner,
-        "PRECISION": tile.precision,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
     if n_rows == n_classes:
         launch(
             weight_gradient_table_kernel,
             (class_tiles, feature_tiles),
             summed,
+            summed.stride(0),
             weight,
             weight.stride(0),
             mean,
@@ -225,6 +228,7 @@ def weight_gradient(
         weight_gradient_own_kernel,
         (row_tiles, feature_tiles, n_splits),
         summed,
+        summed.stride(0),
         row_class,
         weight,
         weight.stride(0),
@@ -240,10 +244,12 @@ def weight_gradient(
     # Unused rows are written behind the last class, where nothing reads.
     class_row = torch.full((n_classes + 1,), -1, dtype=torch.int64, device=weight.device)
     class_row.scatter_(0, torch.where(is_used, row_class, n_classes), torch.arange(n_rows, device=weight.device))
+    _, tile, shape = product_of(weight, mean, columns=128)
     launch(
         weight_gradient_all_kernel,
-        (class_tiles, feature_tiles),
+        (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)),
         summed,
+        summed.stride(0),
         row_class,
         is_used.sum(),
         class_row,
