@@ -1,223 +1,244 @@
-"""The comparison: every loss × every seed trained and evaluated, and what the numbers say over the seeds."""
+"""The comparison of losses: a run for each loss and seed, trained by `training`, measured by `evaluation`, in pairs.
+
+    comparison = Comparison("runs/mine", recipes_of("digits", ["ce", "elogitnorm"]), (0, 1, 2), benchmark_of)
+    results = comparison.run()         # evaluation.Results, whose methods are the losses
+
+What is trained already is taken as it is, what was interrupted is continued; losses and seeds that come later extend
+what is there.
+"""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from statistics import fmean, stdev
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from . import checks, data, detectors, diagnostics, metrics
-from .evaluation.in_memory import evaluate
-from .evaluation.measure import FIT
-from .evaluation.results import ID, RunResult
-from .recipes import BASELINE, DETECTORS, LOSSES, Recipe
-from .training.in_memory import criterion_for, model_for, train
+from . import checks, files, recipes
+from .evaluation import Results, RunResult, Trained, evaluate_run, open_run, paths_of
+from .evaluation.trained import PRETRAINED
+from .evaluation.write import check_folder, holds
+from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
+from .training import Run, Watcher
+from .training.folder import COMPLETE, RUN, read_info
 
-CONFIDENCE = 0.95
-ROC_GRID = np.linspace(0.0, 1.0, 201)
+if TYPE_CHECKING:
+    from .data import ImageBenchmark
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare. `UserError` on construction if a name is unknown or a number makes no sense."""
-
-    data: str = "digits"
-    losses: tuple[str, ...] = tuple(LOSSES)
-    detectors: tuple[str, ...] = tuple(DETECTORS)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    recipe: Recipe = field(default_factory=Recipe)
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.data not in data.BENCHMARKS:
-            raise checks.UserError(checks.unknown("data set", self.data, data.BENCHMARKS))
-        # Names as they are written, whatever the case they came in; a frozen dataclass is set this way.
-        for loss in self.losses:
-            if loss.lower() not in LOSSES:
-                raise checks.UserError(checks.unknown("loss", loss, LOSSES))
-        object.__setattr__(self, "losses", tuple(loss.lower() for loss in self.losses))
-        object.__setattr__(self, "detectors", tuple(detectors.find(name).__name__ for name in self.detectors))
-        for argument in ("losses", "detectors", "seeds"):
-            values = getattr(self, argument)
-            if not values:
-                raise checks.UserError(f"{argument}: got none, expected at least one")
-            if len(set(values)) < len(values):
-                raise checks.UserError(f"{argument}: got {', '.join(map(str, values))}, expected each only once")
-        if any(seed < 0 for seed in self.seeds):
-            raise checks.UserError(f"seeds: got {min(self.seeds)}, expected numbers that are not negative")
-        if self.recipe.epochs < 1:
-            raise checks.UserError(f"epochs: got {self.recipe.epochs}, expected at least 1")
-
-    def as_dict(self) -> dict:
-        """For results.json: detectors with their parameters."""
-        parameters = {name: DETECTORS.get(name, {}) for name in self.detectors}
-        return {**asdict(self), "detectors": parameters}
+RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
+EPOCH_SECONDS = 10.0  # shorter epochs are saved that often: of short runs, saving would be the most
+ALIKE = ("benchmark", "class_names", "image_shape", "training_images", "validation_images")  # of runs with one seed
 
 
-@dataclass(frozen=True)
-class Row:
-    """One number of one run. `detector` and `ood_set` are empty where it does not belong to one."""
-
-    loss: str
-    seed: int
-    detector: str
-    ood_set: str
-    metric: str
-    value: float
-
-
-@dataclass(frozen=True)
-class TrainedLoss:
-    """One trained model of a comparison."""
-
-    loss: str
-    seed: int
-    class_names: tuple[str, ...]
-    epoch_losses: list[float]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PairedSummary:
-    """One metric over the seeds: mean ± sample standard deviation (ddof 1); None with a single seed.
-
-    `difference` is the mean over seeds of (this loss − baseline, same seed), `low` and `high` its 95 % interval by
-    Student's t. None for the baseline itself or without one; `low` and `high` are None with a single seed.
-    """
-
-    loss: str
-    detector: str
-    ood_set: str
-    metric: str
-    mean: float
-    std: float | None
-    n_seeds: int
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass
-class Comparison:
-    """All numbers of a comparison, and what the plots are drawn from."""
-
-    settings: Settings
-    ood_titles: dict[str, str] = field(default_factory=dict)  # OOD set -> what tables call it
-    rows: list[Row] = field(default_factory=list)
-    runs: list[TrainedLoss] = field(default_factory=list)
-    scores: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # loss, detector, set; first seed
-    roc_curves: dict[tuple[str, str, str], list[np.ndarray]] = field(default_factory=dict)  # one on ROC_GRID a seed
-    singular_values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # loss -> one spectrum a seed
-
-    def summaries(self) -> list[PairedSummary]:
-        """Every metric over the seeds, in the order in which the numbers came."""
-        values: dict[tuple[str, str, str, str], list[float]] = {}
-        for row in self.rows:
-            values.setdefault((row.loss, row.detector, row.ood_set, row.metric), []).append(row.value)
-        summaries = []
-        for (loss, *what), measured in values.items():
-            baseline = values.get((BASELINE, *what)) if loss != BASELINE else None
-            # Both lists are in the order of the seeds: the runs of one seed saw the same images, weights and batches.
-            paired = [] if baseline is None else [a - b for a, b in zip(measured, baseline, strict=True)]
-            difference = fmean(paired) if paired else None
-            low, high = mean_interval(paired) if len(paired) > 1 else (None, None)
-            std = stdev(measured) if len(measured) > 1 else None
-            summaries.append(PairedSummary(loss, *what, fmean(measured), std, len(measured), difference, low, high))
-        return summaries
-
-
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of Student's t for the mean of at least two values."""
-    from scipy.special import stdtrit
-
-    half_width = stdtrit(len(values) - 1, 0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half_width, fmean(values) + half_width
-
-
-def compare(
-    settings: Settings,
-    on_start: Callable[[str, int], None] = lambda loss, seed: None,
-    on_epoch: Callable[[int, float], None] = lambda epoch, epoch_loss: None,
-    on_run: Callable[[TrainedLoss, RunResult], None] = lambda run, evaluation: None,
-) -> Comparison:
-    """Train and evaluate every loss with every seed. The same settings give the same numbers.
-
-    The runs of one seed share the data, the first weights and the order of the batches, so that losses are compared in
-    pairs.
+def recipes_of(
+    benchmark: str, losses: Iterable[str], recipe: str | os.PathLike | None = None, changes: Iterable[str] = ()
+) -> dict[str, TrainingRecipe]:
+    """A recipe for each loss, alike in all but the loss.
 
     Args:
-        on_start: called before each run with its loss and seed.
-        on_epoch: called after each epoch with its number, from 1, and its mean loss.
-        on_run: called after each run.
+        losses: names of `recipes.METHODS`, in any case.
+        recipe: whose loss is exchanged, by name or file; None: the recipes of the benchmark, as "cifar10-elogitnorm".
+        changes: as in `recipes.override`.
 
     Raises:
-        train.DivergedError: a training loss became NaN or infinite.
+        UserError: an unknown name, a loss twice or none, a benchmark without recipes.
     """
-    result = Comparison(settings)
-    device = torch.device(settings.device)
-    with _one_thread():
-        for seed in settings.seeds:
-            benchmark = data.load(settings.data, seed).to(device)
-            result.ood_titles = {
-                name: f"{ood_set.group}-OOD: {ood_set.title}" for name, ood_set in benchmark.ood.items()
-            }
-            for loss in settings.losses:
-                on_start(loss, seed)
-                start = time.perf_counter()
-                model = model_for(loss, benchmark.n_classes, seed).to(device)
-                history = train(model, criterion_for(loss, model), benchmark.train, settings.recipe, seed, on_epoch)
-                fresh = {name: detectors.create(name, **DETECTORS.get(name, {})) for name in settings.detectors}
-                evaluation = evaluate(model, benchmark, fresh)
-                run = TrainedLoss(loss, seed, benchmark.class_names, history, time.perf_counter() - start)
-                _add(result, run, evaluation)
-                on_run(run, evaluation)
-    return result
+    if benchmark not in recipes.BENCHMARK_NAMES:
+        raise checks.UserError(checks.unknown("benchmark", benchmark, recipes.BENCHMARK_NAMES))
+    losses, found = [loss.lower() for loss in losses], {}
+    _check_each("losses", losses)
+    for loss in losses:
+        if loss not in METHODS:
+            raise checks.UserError(checks.unknown("loss", loss, METHODS))
+        own, base = f"{benchmark}-{loss}", f"{benchmark}-ce" if recipe is None else recipe
+        if recipe is None and own in RECIPES:
+            made = RECIPES[own]
+        elif recipe is None and base not in RECIPES:
+            raise checks.UserError(f"--recipe: benchmark {benchmark} has none that fits; name one")
+        else:
+            plain = recipes.find(base)
+            default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}
+            kept = {"average": plain.average, "detach_geometry": plain.detach_geometry, "tau": plain.tau}
+            of_loss = {**default, **METHODS[loss], **kept}
+            named = {"name": own if recipe is None else f"{plain.name}-{loss}", "source": f"{plain.name} with {loss}"}
+            made = replace(plain, **of_loss, **named, benchmark=benchmark)
+        found[loss] = recipes.override(made, changes)
+    return found
 
 
-def _add(result: Comparison, run: TrainedLoss, evaluation: RunResult) -> None:
-    result.runs.append(run)
-    features = evaluation.outputs[FIT].features.double()
-    singular_values = diagnostics.singular_values(features)
-    result.rows += [Row(run.loss, run.seed, *number) for number in _numbers(evaluation, singular_values)]
-    result.singular_values.setdefault(run.loss, []).append(singular_values.cpu().numpy())
-    for detector, scores in evaluation.scores.items():
-        for ood_set in result.ood_titles:
-            curve = _on_grid(*metrics.roc_curve(scores[ID], scores[ood_set]))
-            result.roc_curves.setdefault((run.loss, detector, ood_set), []).append(curve)
-    if run.seed == result.settings.seeds[0]:
-        result.scores[run.loss] = evaluation.scores
+def _check_each(argument: str, values: Sequence[object]) -> None:
+    if not values:
+        raise checks.UserError(f"{argument}: got none, expected at least one")
+    if len(set(values)) < len(values):
+        raise checks.UserError(f"{argument}: got {', '.join(map(str, values))}, expected each only once")
 
 
-def _numbers(evaluation: RunResult, singular_values: torch.Tensor) -> Iterator[tuple[str, str, str, float]]:
-    """(detector, set, metric, value): what was measured set by set, of the features, and which α was chosen."""
-    for found in evaluation.measurements:
-        if found.ood_set in ("", *evaluation.sets):  # not the means over a group
-            yield found.detector, found.ood_set, found.metric, found.value
-    yield "", "", "effective_rank", diagnostics.effective_rank(singular_values)
-    for index, value in enumerate(singular_values.tolist(), start=1):
-        yield "", "", f"singular_value_{index:02d}", value
-    for name, settings in evaluation.settings.items():
-        if issubclass(detectors.find(name), detectors.NCI):
-            yield name, "", "alpha", settings["alpha"]
-            yield name, "", "alpha_validation_auroc", max(trial["auroc"] for trial in evaluation.trials[name])
+class ComparisonWatcher(Watcher):
+    """What a comparison tells, besides what its runs tell; every method may be left out."""
+
+    def on_run(self, loss: str, seed: int, run: Run | None) -> None:
+        """Before a run is trained; None: there is nothing left to train."""
+
+    def on_result(self, result: RunResult) -> None:
+        """When it is evaluated."""
 
 
-def _on_grid(false_positive_rate: torch.Tensor, true_positive_rate: torch.Tensor) -> np.ndarray:
-    """The true-positive rate reached at each false-positive rate of `ROC_GRID`."""
-    last = np.searchsorted(false_positive_rate.numpy(), ROC_GRID, side="right") - 1
-    return true_positive_rate.numpy()[last]
+@dataclass(frozen=True)
+class Comparison:
+    """Losses × seeds. `UserError` on construction for seeds that make no sense.
+
+    Attributes:
+        folder: of the comparison; its runs are in `runs/LOSS/sSEED`.
+        recipes: loss -> recipe, see `recipes_of`.
+        benchmark_of: the images, by the seed: that of `digits` draws its classes by it.
+        chosen: detectors, as in `evaluate_run`. training: keywords of `RunOptions`. measuring: of `evaluate_run`.
+        told: is told of the progress.
+    """
+
+    folder: str | os.PathLike
+    recipes: Mapping[str, TrainingRecipe]
+    seeds: Sequence[int]
+    benchmark_of: Callable[[int], ImageBenchmark]
+    chosen: Any = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+    told: ComparisonWatcher = field(default_factory=ComparisonWatcher)
+
+    def __post_init__(self) -> None:
+        _check_each("seeds", self.seeds)
+        if min(self.seeds) < 0:
+            raise checks.UserError(f"seeds: got {min(self.seeds)}, expected numbers that are not negative")
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Loss and seed of every run: those asked for, seed by seed, and those that are there besides."""
+        asked = [(loss, seed) for seed in self.seeds for loss in self.recipes]
+        return [*asked, *(run for run in self._there() if run not in asked)]
+
+    def place(self, loss: str, seed: int) -> Path:
+        """The folder of a run."""
+        return Path(self.folder).expanduser() / RUNS / loss / f"s{seed}"
+
+    def run(self) -> Results:
+        """Train what is not trained yet, and measure all of it. The same settings give the same numbers.
+
+        The runs of one seed share the images, the first weights and the order of the batches, so that losses are
+        compared in pairs.
+
+        Raises:
+            UserError: a run that is there was trained otherwise. DivergedError, Interrupted, OSError: as `Run.train`.
+        """
+        results = []
+        self.check()
+        for loss, seed in self.runs:
+            benchmark, place = self.benchmark_of(seed), self.place(loss, seed)
+            with one_thread() if benchmark.name == "digits" else nullcontext():
+                if loss in self.recipes and seed in self.seeds:
+                    given = {"resume": True, "epoch_seconds": EPOCH_SECONDS, "watcher": self.told, **self.training}
+                    run = Run(self.recipes[loss], benchmark, place, seed, **given)
+                    done = run.finished
+                    self.told.on_run(loss, seed, None if done else run)
+                    if not done:
+                        run.train()
+                else:
+                    self.told.on_run(loss, seed, None)
+                trained = replace(open_run(place, benchmark.n_classes, benchmark.image_shape), method=loss)
+                results.append(self._measured(trained, benchmark))
+        return self.results(results)
+
+    def results(self, results: list[RunResult]) -> Results:
+        """Runs by loss, in the order of the losses."""
+        losses = list(dict.fromkeys([*self.recipes, *(result.trained.method for result in results)]))
+        results = sorted(results, key=lambda r: (losses.index(r.trained.method), r.trained.seed or 0))
+        return Results(
+            self.benchmark_of(self.seeds[0]).name,
+            results,
+            self.measuring.get("bootstrap", 200),
+            self.measuring.get("tune", True),
+        )
+
+    def check(self) -> None:
+        """UserError for runs that are there but are no seeds of those that are asked for, or differ in more than the
+        loss."""
+        for loss, seed in self._there():
+            there = read_info(self.place(loss, seed))
+            apart = [] if loss in self.recipes else OF_THE_LOSS
+            ours = recipes.as_dict(self.recipes.get(loss, next(iter(self.recipes.values()))))
+            others = [
+                f"{name}: {there['recipe'][name]} there, {ours[name]} here"
+                for name in ours
+                if name not in ("name", "source", *apart) and there["recipe"][name] != ours[name]
+            ]
+            if others:
+                raise checks.UserError(
+                    f"--out: {self.place(loss, seed)} holds a run with other settings ({'; '.join(others)}); pass "
+                    "another --out, or --overwrite to train all of it anew"
+                )
+
+    def _there(self) -> list[tuple[str, int]]:
+        """The finished runs in the folder."""
+        folder = Path(self.folder).expanduser() / RUNS
+        paths = sorted(path for path in folder.glob(f"*/s*/{RUN}") if path.parent.name[1:].isdigit())
+        found = [(path.parent.parent.name, int(path.parent.name[1:]), path.parent) for path in paths]
+        return [(loss, seed) for loss, seed, path in sorted(found) if read_info(path).get("status") == COMPLETE]
+
+    def _measured(self, trained: Trained, benchmark: ImageBenchmark) -> RunResult:
+        result = evaluate_run(trained, benchmark, self.chosen, **self.measuring)
+        self.told.on_result(result)
+        return result
+
+
+def open_runs(
+    paths: Iterable[str | os.PathLike], benchmark_of: Callable[[int], ImageBenchmark], model: Any = None
+) -> list[Trained]:
+    """Runs that are trained already, as methods by their loss where that tells them apart.
+
+    Raises:
+        UserError: a run of other data or other classes than the first.
+    """
+    runs: list[Trained] = []
+    first: dict[int | None, tuple[str, dict[str, Any]]] = {}
+    for path in [one for given in paths for one in paths_of(given)]:
+        place = Path(path).expanduser()
+        info = read_info(place) if (place / RUN).is_file() else {}
+        any_seed = first.setdefault(None, (path, info))
+        same_seed = first.setdefault(info.get("seed"), (path, info))
+        for what in ALIKE if info else ():  # of digits, the seed chooses the classes
+            name, theirs = same_seed if info["benchmark"] == "digits" and what != "benchmark" else any_seed
+            if theirs and info.get(what) != theirs.get(what):
+                raise checks.UserError(
+                    f"{path}, {name}: not to be compared, their {what.replace('_', ' ')} differ: {info.get(what)}, "
+                    f"{theirs.get(what)}"
+                )
+        benchmark = benchmark_of(info.get("seed") or 0)
+        own = model if not info and not str(path).startswith(PRETRAINED) else None
+        runs.append(open_run(path, benchmark.n_classes, benchmark.image_shape, model=own))
+    labels = {run.method: loss_of(run.recipe) or run.method for run in runs}
+    if len(set(labels.values())) == len(labels):
+        runs = [replace(run, method=labels[run.method]) for run in runs]
+    return runs
+
+
+def loss_of(recipe: TrainingRecipe | None) -> str:
+    """The name of its loss among `recipes.METHODS`; empty if it has none."""
+    if recipe is None:
+        return ""
+    default = TrainingRecipe()
+    for name, settings in METHODS.items():
+        wanted = {"loss": default.loss, "head": default.head, "head_tau": None} | settings
+        if all(getattr(recipe, key) == value for key, value in wanted.items() if key != "average"):
+            return name
+    return ""
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One CPU thread: the number of threads decides the order of sums, so it would decide the last digits. And these
-    models are too small to gain from a second one.
+def one_thread() -> Iterator[None]:
+    """One CPU thread: the number of threads decides the order of sums, so it would decide the last digits. And small
+    models have nothing from a second one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -225,3 +246,26 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def free_folder(path: str | os.PathLike) -> Path:
+    """The folder `path` if a comparison can be written there: missing, empty, or of an earlier one; else UserError."""
+    try:
+        folder = check_folder(path)
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        ours = holds(folder) or (not set(found) - {RUNS} and all((folder / RUNS).glob(f"*/s*/{RUN}")))
+        if found and not ours:
+            told = f"is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
+            raise checks.UserError(f"--out: {folder} {told}")
+        with suppress(_TriedError), files.staged(folder):  # permissions do not tell of virtual file systems
+            raise _TriedError
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise checks.UserError(f"--out: cannot write to {path}: {reason}") from error
+    except RuntimeError as error:  # ~ of an unknown user
+        raise checks.UserError(f"--out: got {str(path)!r}: {error}") from error
+    return folder
+
+
+class _TriedError(Exception):
+    """Undoes what `files.staged` has made."""

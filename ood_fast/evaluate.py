@@ -1,11 +1,9 @@
 """What a trained classifier is worth on a benchmark: the names of `ood_fast.evaluation`, where each of them lives.
 
-evaluate(model, benchmark, detectors)    on images that fit in memory, of `data.load`
-evaluate_run(run, benchmark, detectors)  on image files, of `data.open_benchmark`; evaluate_runs for several
+evaluate_run(run, benchmark, detectors)  on the images of `data.open_benchmark`; evaluate_runs for several
 evaluate_features(train, test, ood)      on stored features
 """
 
-from .evaluation.in_memory import evaluate, outputs, scramble_pixels
 from .evaluation.measure import temperatures
 from .evaluation.results import DETECTION, ID, Measurement, Results, RunResult, Summary
 from .evaluation.run import evaluate_run, evaluate_runs
@@ -18,11 +16,8 @@ __all__ = [
     "Results",
     "RunResult",
     "Summary",
-    "evaluate",
     "evaluate_features",
     "evaluate_run",
     "evaluate_runs",
-    "outputs",
-    "scramble_pixels",
     "temperatures",
 ]

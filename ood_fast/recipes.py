@@ -64,14 +64,16 @@ class TrainingRecipe(Recipe):
         source: the table or section that it repeats, and what that leaves open.
         benchmark: one of `BENCHMARK_NAMES`.
         model, small_images, spectral_norm, activation, pretrained: as in `models.create`.
+        init: a checkpoint whose weights the training starts from, head included; none if empty.
         head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm).
         loss: "ce", "logitnorm" with `tau`, or "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`.
         label_smoothing: as in F.cross_entropy. mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn
             from, 0 = off; with both on, one of them is drawn for each batch.
         optimizer: "sgd" (`momentum`, `nesterov`) or "adamw"; `weight_decay` for both.
         batch_size: of each process; n_processes: how many the source ran. Their product is what the rate is made for.
-        schedule: "cosine", from `learning_rate` to `final_learning_rate` by step; or "steps", × `gamma` when each
-            epoch of `milestones` is complete. Before it, `warmup_epochs` with a rate that grows from 0 by step.
+        schedule: "cosine", from `learning_rate` to `final_learning_rate` by step; "steps", × `gamma` when each epoch of
+            `milestones` is complete; or "onecycle", up to `learning_rate` and down again. Before it, `warmup_epochs`
+            with a rate that grows from 0 by step.
         amp: "none", "bf16" or "fp16" autocast.
     """
 
@@ -83,6 +85,7 @@ class TrainingRecipe(Recipe):
     spectral_norm: bool = False
     activation: str = "relu"
     pretrained: bool = False
+    init: str = ""
     head: str = "linear"
     head_tau: float | None = None
     loss: str = "ce"
@@ -118,6 +121,8 @@ class TrainingRecipe(Recipe):
         _require("milestones", self.milestones, self.milestones == ascending, "epochs in ascending order")
         if self.schedule == "steps":
             _require("milestones", self.milestones, bool(self.milestones), "epochs, for schedule=steps")
+        if self.init and self.pretrained:
+            raise _refusal("init, pretrained: expected one of them, weights to start from")
 
 
 CHOICES = {
@@ -126,13 +131,13 @@ CHOICES = {
     "loss": ("ce", "logitnorm", "elogitnorm"),
     "average": ("boundaries", "classes"),
     "optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine", "steps"),
+    "schedule": ("cosine", "steps", "onecycle"),
     "amp": ("none", "bf16", "fp16"),
 }
 
 # ---- what `compare` runs
 
-# name -> what it is; `train.model_for` and `train.criterion_for` build it
+# name -> what it is; `METHODS` has its settings
 LOSSES = {
     "ce": "cross-entropy, the baseline",
     "logitnorm": f"LogitNorm: cross-entropy of f / (τ‖f‖), τ = {TAU}",
@@ -164,7 +169,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "logitnorm": {"loss": "logitnorm"},
     "elogitnorm": {"loss": "elogitnorm", "average": "classes"},
     "t2fnorm": {"head": "l2norm", "head_tau": 0.1},
+    "l2norm": {"head": "l2norm"},
 }
+# What of a recipe says which loss it is: runs that differ in nothing else are compared.
+OF_THE_LOSS = ("loss", "tau", "average", "detach_geometry", "head", "head_tau")
 BENCHMARKS = {
     "cifar10": TrainingRecipe(benchmark="cifar10", model="resnet18_32x32", small_images=True, epochs=100),
     "cifar100": TrainingRecipe(benchmark="cifar100", model="resnet18_32x32", small_images=True, epochs=100),

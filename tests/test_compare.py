@@ -1,86 +1,122 @@
-"""The comparison from end to end with few epochs, and its parts: training, evaluation, statistics, files."""
+"""The comparison from end to end with few epochs, and its parts: recipes, runs, pairs, what is there already."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import re
-import sys
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import ood_fast.report
-from ood_fast import (
-    L2NormLinear,
-    checks,
-    compare,
-    data,
-    detectors,
-    diagnostics,
-    evaluate,
-    metrics,
-    recipes,
+from ood_fast import L2NormLinear, checks, compare, data, detectors, diagnostics, evaluate, evaluation, recipes
+from ood_fast.compare import Comparison, recipes_of
+from ood_fast.data.loading import batched
+from ood_fast.evaluation.results import Measurement, Results, RunResult, mean_interval
+from ood_fast.evaluation.trained import Trained
+from ood_fast.train import criterion_of, model_of
+
+SEEDS = (0, 3)
+MEASURING = {"bootstrap": 0, "grids": {"MSP": {}, "NCI": {"alpha": (1e-4, 1e-2)}}}
+
+
+@pytest.fixture(scope="module")
+def benchmark_of():
+    opened = {}
+    return lambda seed: opened.setdefault(seed, data.open_benchmark("digits", seed=seed))
+
+
+@pytest.fixture(scope="module")
+def comparison_in(benchmark_of):
+    def made(folder, losses=("ce", "elogitnorm"), seeds=SEEDS, epochs=2, **keywords) -> Comparison:
+        given = {"chosen": ["MSP", "NCI"], "measuring": MEASURING, **keywords}
+        return Comparison(
+            folder, recipes_of("digits", losses, changes=[f"epochs={epochs}"]), seeds, benchmark_of, **given
+        )
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(comparison_in, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compare") / "new" / "folder"
+
+
+@pytest.fixture(scope="module")
+def results(comparison_in, folder) -> Results:
+    return comparison_in(folder).run()
+
+
+def numbers(results: Results) -> dict:
+    return {(r.trained.method, r.trained.seed, *m.key): m.value for r in results.runs for m in r.measurements}
+
+
+# ---- recipes
+
+
+def test_recipes_are_alike_but_for_the_loss():
+    found = recipes_of("digits", ["CE", "logitnorm", "ELogitNorm", "l2norm", "t2fnorm"], changes=["epochs=3"])
+    settings = {name: recipes.as_dict(recipe) for name, recipe in found.items()}
+    for of_loss in settings.values():
+        for name in ("name", "source", *recipes.OF_THE_LOSS):
+            del of_loss[name]
+        assert of_loss == settings["ce"]
+        assert of_loss["epochs"] == 3
+    assert {name: compare.loss_of(recipe) for name, recipe in found.items()} == {name: name for name in found}
+
+
+def test_recipes_of_a_benchmark_and_of_any_recipe():
+    assert recipes_of("cifar10", ["elogitnorm"])["elogitnorm"] == recipes.find("cifar10-elogitnorm")
+    made = recipes_of("cifar10", ["l2norm"])["l2norm"]
+    assert (made.model, made.head, made.loss, made.epochs) == ("resnet18_32x32", "l2norm", "ce", 100)
+    given = recipes_of("folder", ["ce", "t2fnorm"], "cifar100-elogitnorm-200", ["lr=0.05"])
+    assert {r.benchmark for r in given.values()} == {"folder"}
+    assert [(r.loss, r.head, r.head_tau, r.epochs) for r in given.values()] == [
+        ("ce", "linear", None, 200),
+        ("ce", "l2norm", 0.1, 200),
+    ]
+    assert compare.loss_of(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("digits", ["ce", "elogitnrm"]), r"unknown loss 'elogitnrm'; known: .*; did you mean 'elogitnorm'\?"),
+        (("digits", []), "losses: got none"),
+        (("digits", ["ce", "CE"]), "losses: got ce, ce, expected each only once"),
+        (("gtsrb", ["ce"]), "--recipe: benchmark gtsrb has none that fits; name one"),
+        (("digits", ["ce"], None, ["epochs=0"]), "epochs: got 0"),
+    ],
 )
-from ood_fast.compare import Comparison, Row, Settings
-from ood_fast.report import comparison as report
-from ood_fast.report import tables
-from ood_fast.train import DivergedError, criterion_for, model_for, train
-
-SETTINGS = Settings(seeds=(0, 3), recipe=recipes.Recipe(epochs=2))
-CONTEXT = {"command": "ood-fast compare <test>", "started": "then", "seconds": 1.0, "versions": {}, "machine": {}}
+def test_recipes_that_make_no_sense(arguments, message):
+    with pytest.raises(checks.UserError, match=message):
+        recipes_of(*arguments)
 
 
-@pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    return compare.compare(SETTINGS)
+@pytest.mark.parametrize(("seeds", "message"), [((), "got none"), ((1, 1), "got 1, 1"), ((0, -1), "got -1")])
+def test_seeds_that_make_no_sense(seeds, message, comparison_in, tmp_path):
+    with pytest.raises(checks.UserError, match=f"seeds: {message}"):
+        comparison_in(tmp_path, seeds=seeds)
 
 
-@pytest.fixture(scope="module")
-def small() -> Comparison:
-    """The least that has every kind of table and plot."""
-    return compare.compare(
-        Settings(losses=("ce", "l2norm"), detectors=("MSP",), seeds=(0,), recipe=recipes.Recipe(epochs=1))
-    )
+def test_every_loss_starts_from_the_same_weights():
+    models = {}
+    for loss, recipe in recipes_of("digits", recipes.LOSSES).items():
+        torch.manual_seed(5)
+        models[loss] = model_of(recipe, 6, (1, 8, 8))
+        for name, value in models["ce"].state_dict().items():
+            assert torch.equal(models[loss].state_dict()[name], value), name
+        assert isinstance(models[loss].fc, L2NormLinear) == (loss == "l2norm")
 
 
-@pytest.fixture(scope="module")
-def folder(comparison, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("compare") / "new" / "folder"
-    report.write(path, comparison, CONTEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def digits() -> data.Benchmark:
-    return data.load("digits", 0)
-
-
-# ---- training
-
-
-@pytest.mark.parametrize("loss", recipes.LOSSES)
-def test_every_loss_starts_from_the_same_weights_and_learns(loss, digits):
-    model = model_for(loss, 6, seed=5)
-    for name, value in model_for("ce", 6, seed=5).state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-    assert isinstance(model.fc, L2NormLinear) == (loss == "l2norm")
-    history = train(model, criterion_for(loss, model), digits.train, recipes.Recipe(epochs=6), seed=5)
-    assert len(history) == 6
-    assert history[-1] < history[0]
-    assert not model.training
-
-
-def test_the_criterion_of_each_name(digits):
-    model = model_for("ce", 6, seed=0)
-    x, y = digits.train.images[:16], digits.train.targets[:16]
-    logits = model(x)
+def test_the_criterion_of_each_name():
+    made = recipes_of("digits", recipes.LOSSES)
+    torch.manual_seed(0)
+    model = model_of(made["ce"], 6, (1, 8, 8))
+    logits, y = model(torch.randn(16, 1, 8, 8)), torch.arange(16) % 6
     distances = [
         np.mean(
             [
@@ -101,67 +137,27 @@ def test_the_criterion_of_each_name(digits):
     assert set(temperatures) == set(recipes.LOSSES)
     for loss, temperature in temperatures.items():
         expected = nn.functional.cross_entropy(logits / temperature.unsqueeze(1), y)
-        torch.testing.assert_close(criterion_for(loss, model)(logits, y), expected.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(criterion_of(made[loss], model)(logits, y), expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_random_numbers_elsewhere_do_not_change_a_model_nor_are_they_changed():
-    torch.manual_seed(1)
-    expected_next = torch.rand(3)
-    torch.manual_seed(1)
-    first = model_for("ce", 6, seed=0)
-    assert torch.equal(torch.rand(3), expected_next)
-    assert torch.equal(model_for("ce", 6, seed=0).fc.weight, first.fc.weight)
+# ---- images in memory
 
 
-def test_training_goes_through_full_batches_in_the_order_of_the_seed(digits):
-    seen: list[torch.Tensor] = []
-
-    class Recorder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            seen.append(x)
-            return x.flatten(1) * self.weight
-
-    def run(seed):
-        seen.clear()
-        train(Recorder(), lambda logits, y: logits.sum(), digits.train, recipes.Recipe(epochs=2), seed)
-        return list(seen)
-
-    first, again, other = run(0), run(0), run(1)
-    n_full = len(digits.train.images) // 128
-    assert [len(batch) for batch in first] == [128] * (2 * n_full)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], other[0])
-    epoch = torch.cat(first[:n_full]).flatten(1)
-    assert len(torch.unique(epoch, dim=0)) == len(epoch), "an image came twice in one epoch"
+def test_images_in_memory_come_in_the_batches_of_a_loader(benchmark_of):
+    train = benchmark_of(0).train
+    rows = [[3, 1, 2], [0, 5]]
+    for (x, y), wanted in zip(batched(train, batch_sampler=rows, num_workers=2), rows, strict=True):
+        assert torch.equal(x, torch.stack([train[row][0] for row in wanted]))
+        assert y.tolist() == [train[row][1] for row in wanted]
+    part = torch.utils.data.Subset(train, range(4, 11))
+    x, y = zip(*batched(part, batch_size=3), strict=True)
+    assert list(map(len, x)) == [3, 3, 1]
+    assert torch.equal(torch.cat(x), torch.stack([train[row][0] for row in range(4, 11)]))
+    scrambled = benchmark_of(0).validation_ood
+    assert torch.equal(next(iter(batched(scrambled, batch_size=2)))[0][1], scrambled[1][0])
 
 
-def test_the_learning_rate_falls_along_a_cosine(digits):
-    rates = []
-    model = model_for("ce", 6, seed=0)
-
-    class Recording(torch.optim.SGD):
-        def step(self, *args):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "SGD", Recording)
-        train(model, nn.CrossEntropyLoss(), digits.train, recipes.Recipe(epochs=4), seed=0)
-    steps = np.arange(len(rates)) / len(rates)
-    np.testing.assert_allclose(rates, 1e-6 + (0.1 - 1e-6) * (1 + np.cos(np.pi * steps)) / 2)
-
-
-def test_a_loss_that_is_no_number_stops_the_training(digits):
-    model = model_for("ce", 6, seed=0)
-    with pytest.raises(DivergedError, match="the training loss became nan in epoch 1"):
-        train(model, lambda logits, y: logits.sum() * float("nan"), digits.train, recipes.Recipe(epochs=3), seed=0)
-
-
-# ---- evaluation
+# ---- parts of the measuring
 
 
 def test_temperatures_are_one_scaled_norm_and_distance():
@@ -172,32 +168,6 @@ def test_temperatures_are_one_scaled_norm_and_distance():
     assert temperatures["ece_softmax"].tolist() == [1, 1]
     assert temperatures["ece_scaled_by_norm"].tolist() == pytest.approx([0.04 * math.sqrt(41), 0], abs=1e-8)
     assert temperatures["ece_scaled_by_distance"].tolist() == pytest.approx([distance, 1])
-
-
-def test_scrambled_images_keep_their_pixels_and_lose_their_order():
-    images = torch.randn(20, 2, 8, 8)
-    scrambled = evaluate.scramble_pixels(images, seed=0)
-    assert torch.equal(scrambled, evaluate.scramble_pixels(images, seed=0))
-    assert torch.equal(scrambled[:, 0].flatten(1).sort().values, images[:, 0].flatten(1).sort().values)
-    moved = (scrambled != images).float().mean(dim=(1, 2, 3))
-    assert (moved > 0.9).all()
-    # The channels of a pixel stay together, and each image has an order of its own.
-    one_order = evaluate.scramble_pixels(torch.arange(64.0).view(1, 1, 8, 8).expand(2, 2, 8, 8), seed=0)
-    assert torch.equal(one_order[:, 0], one_order[:, 1])
-    assert not torch.equal(one_order[0], one_order[1])
-
-
-def test_alpha_is_chosen_without_any_ood_image(digits):
-    model = model_for("ce", 6, seed=0)
-
-    def chosen(benchmark):
-        result = evaluate.evaluate(model, benchmark, {"NCI": detectors.NCI()})
-        return result.settings, result.trials
-
-    altered = data.Benchmark(
-        **{**vars(digits), "ood": {"other": data.OODSet("other", "far", 7 * torch.randn(9, 1, 8, 8))}}
-    )
-    assert chosen(digits) == chosen(altered)
 
 
 def test_singular_values_and_effective_rank():
@@ -215,383 +185,206 @@ def test_singular_values_and_effective_rank():
 # ---- the comparison
 
 
-def test_every_number_is_there_and_finite(comparison):
-    rows = {(row.loss, row.seed, row.detector, row.ood_set, row.metric): row.value for row in comparison.rows}
-    assert len(rows) == len(comparison.rows)
-    assert all(math.isfinite(value) for value in rows.values())
-    for loss in recipes.LOSSES:
-        for seed in SETTINGS.seeds:
-            for metric in ("accuracy", "ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance", "effective_rank"):
-                assert (loss, seed, "", "", metric) in rows
-            assert rows[loss, seed, "NCI", "", "alpha"] in detectors.NCI.grid["alpha"]
-            for detector in recipes.DETECTORS:
-                for ood_set in ("near", "photographs", "noise"):
-                    for metric in evaluate.DETECTION:
-                        assert 0 <= rows[loss, seed, detector, ood_set, metric] <= 1
+def test_every_number_is_there_and_finite(results):
+    found = numbers(results)
+    assert all(math.isfinite(value) for value in found.values())
+    assert list(results.methods) == ["ce", "elogitnorm"]
+    assert results.baseline == "ce"
+    for loss in results.methods:
+        assert [run.trained.seed for run in results.methods[loss]] == list(SEEDS)
+        for seed in SEEDS:
+            for metric in ("accuracy", *evaluation.results.ECE):
+                assert 0 <= found[loss, seed, metric, "", ""] <= 1
+            for ood_set in ("near", "photographs", "noise", "nearood", "farood"):
+                for metric in evaluate.DETECTION:
+                    assert 0 <= found[loss, seed, metric, "NCI", ood_set] <= 1
+    for run in results.runs:
+        assert run.settings["NCI"]["alpha"] in detectors.NCI.grid["alpha"]
+        assert [trial["alpha"] for trial in run.trials["NCI"]] == [1e-4, 1e-2]
 
 
-def test_numbers_are_those_of_the_scores(comparison):
-    scores = comparison.scores["elogitnorm"]["KNN"]
-    rows = {(row.loss, row.seed, row.detector, row.ood_set, row.metric): row.value for row in comparison.rows}
-    for ood_set in ("near", "photographs", "noise"):
-        expected = metrics.auroc(scores[evaluate.ID], scores[ood_set])
-        assert rows["elogitnorm", 0, "KNN", ood_set, "auroc"] == expected
-
-
-def test_the_same_settings_give_the_same_numbers_and_a_part_gives_its_part(comparison):
-    part = compare.compare(Settings(losses=("l2norm", "elogitnorm"), seeds=(3,), recipe=recipes.Recipe(epochs=2)))
-    expected = [row for row in comparison.rows if row.seed == 3 and row.loss in ("elogitnorm", "l2norm")]
-    assert set(part.rows) == set(expected)
-    assert len(part.rows) == len(expected)
-
-
-def test_the_number_of_threads_does_not_change_the_numbers(comparison):
+def test_the_same_settings_give_the_same_numbers_and_a_part_gives_its_part(results, comparison_in, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2 if before != 2 else 3)
     try:
-        part = compare.compare(Settings(losses=("ce",), seeds=(0,), recipe=recipes.Recipe(epochs=2)))
+        part = comparison_in(tmp_path, ("elogitnorm",), (3,)).run()
         assert torch.get_num_threads() == (2 if before != 2 else 3)
     finally:
         torch.set_num_threads(before)
-    assert part.rows == [row for row in comparison.rows if row.seed == 0 and row.loss == "ce"]
+    expected = {key: value for key, value in numbers(results).items() if key[:2] == ("elogitnorm", 3)}
+    assert numbers(part) == expected
 
 
-def hand_made(differences_to_ce: dict[str, list[float]]) -> Comparison:
-    result = Comparison(Settings(losses=("ce", *differences_to_ce), detectors=("MSP",), seeds=(0, 1, 2)))
-    for seed, ce in enumerate([0.5, 0.6, 0.7]):
-        result.rows.append(Row("ce", seed, "MSP", "near", "auroc", ce))
-        for loss, differences in differences_to_ce.items():
-            result.rows.append(Row(loss, seed, "MSP", "near", "auroc", ce + differences[seed]))
-    return result
+class Stop(Exception):
+    pass
+
+
+class Killed(compare.ComparisonWatcher):
+    def on_epoch(self, run, row):
+        if (run.recipe.loss, run.epoch) == ("elogitnorm", 1):
+            raise Stop
+
+
+class Counted(compare.ComparisonWatcher):
+    def __init__(self):
+        self.trained, self.taken, self.results = [], [], 0
+
+    def on_run(self, loss, seed, run):
+        (self.taken if run is None else self.trained).append((loss, seed))
+
+    def on_result(self, result):
+        self.results += 1
+
+
+def test_killed_and_continued_and_extended(results, comparison_in, tmp_path):
+    with pytest.raises(Stop):
+        comparison_in(tmp_path, seeds=(3,), told=Killed(), training={"epoch_seconds": 0}).run()
+    again = Counted()
+    found = comparison_in(tmp_path, seeds=(3,), told=again).run()
+    assert (again.taken, again.trained) == ([("ce", 3)], [("elogitnorm", 3)])
+    assert numbers(found) == {key: value for key, value in numbers(results).items() if key[1] == 3}
+    more = Counted()
+    extended = comparison_in(tmp_path, ("l2norm",), (0, 3), told=more).run()
+    assert (more.trained, more.taken, more.results) == (
+        [("l2norm", 0), ("l2norm", 3)],
+        [("ce", 3), ("elogitnorm", 3)],
+        4,
+    )
+    assert list(extended.methods) == ["l2norm", "ce", "elogitnorm"]
+    with pytest.raises(checks.UserError, match=r"ce/s3 holds a run with other settings \(epochs: 2 there, 1 here\)"):
+        comparison_in(tmp_path, ("l2norm",), epochs=1).run()
+    with pytest.raises(checks.UserError, match=r"ce/s3 holds a run with other settings \(epochs: 2 there, 1 here\)"):
+        comparison_in(tmp_path, ("ce",), epochs=1).run()
+
+
+def test_short_epochs_are_saved_by_time_and_the_best_of_them_is_kept(results, folder, comparison_in, tmp_path):
+    comparison_in(tmp_path, ("ce",), (0,), training={"epoch_seconds": 0}).run()
+    for name in ("best.ckpt", "final.ckpt"):
+        one, other = (torch.load(f / "runs/ce/s0" / name, weights_only=True) for f in (tmp_path, folder))
+        for key, value in one.items():
+            assert torch.equal(value, other[key])
+    tables = [(f / "runs/ce/s0/log.csv").read_text().splitlines() for f in (tmp_path, folder)]
+    assert [[line.split(",")[:5] for line in table] for table in tables] == [
+        [line.split(",")[:5] for line in tables[0]]
+    ] * 2
+
+
+def test_runs_that_are_trained_are_taken(results, folder, benchmark_of, tmp_path):
+    paths = [folder / "runs" / loss for loss in ("ce", "elogitnorm")]
+    runs = compare.open_runs(paths, benchmark_of)
+    assert [(run.method, run.seed) for run in runs] == [("ce", 0), ("ce", 3), ("elogitnorm", 0), ("elogitnorm", 3)]
+    found = evaluation.evaluate_runs(runs, lambda run: benchmark_of(run.seed), ["MSP", "NCI"], **MEASURING)
+    assert numbers(found) == numbers(results)
+
+
+def test_runs_of_other_data_or_classes_are_refused(results, folder, benchmark_of, tmp_path):
+    here = folder / "runs" / "ce" / "s0"
+    other = tmp_path / "other"
+    other.mkdir()
+    info = json.loads((here / "run.json").read_text())
+    for what, value in (("class_names", list("abcdef")), ("training_images", 7), ("benchmark", "cifar10")):
+        (other / "run.json").write_text(json.dumps(info | {what: value}))
+        with pytest.raises(checks.UserError, match=f"not to be compared, their {what.replace('_', ' ')} differ"):
+            compare.open_runs([here, other], lambda seed: benchmark_of(0))
+
+
+def test_weights_to_start_from(folder, results, comparison_in, tmp_path):
+    start = folder / "runs/ce/s0/final.ckpt"
+    made = {name: replace(recipe, init=str(start)) for name, recipe in recipes_of("digits", ["ce"]).items()}
+    short = replace(comparison_in(tmp_path, ("ce",), (0,)), recipes={"ce": replace(made["ce"], epochs=1)})
+    first = []
+
+    class Look(compare.ComparisonWatcher):
+        def on_start(self, run):
+            first.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    replace(short, told=Look()).run()
+    assert all(torch.equal(value, first[0][name]) for name, value in torch.load(start, weights_only=True).items())
+    assert len(json.loads((tmp_path / "runs/ce/s0/run.json").read_text())["init_weights"]) == 16
+    with pytest.raises(checks.UserError, match="init, pretrained: expected one of them"):
+        replace(made["ce"], pretrained=True)
+
+
+# ---- pairs
+
+
+def hand_made(values: dict[str, list[float]], draws: dict[str, list[float]] | None = None) -> Results:
+    """AUROC of MSP on "near" for each method and seed."""
+    runs = []
+    for method, of_method in values.items():
+        for seed, value in enumerate(of_method):
+            recipe = recipes_of("digits", [method])[method]
+            run = RunResult(Trained(method, None, method, Path(), "", None, recipe, seed), "", {})
+            run.sets = {
+                "id": evaluation.results.TestSet("id", "id", 9),
+                "near": evaluation.results.TestSet("other digits", "near", 9),
+            }
+            run.measurements = [Measurement("auroc", value, "MSP", "near", "near")]
+            if draws is not None:
+                run.draws["auroc", "MSP", "near"] = torch.tensor(draws[method], dtype=torch.float64)
+            runs.append(run)
+    return Results("digits", runs, 0, False)
 
 
 def test_summaries_pair_the_seeds():
-    ce, other = hand_made({"elogitnorm": [0.1, 0.2, 0.3]}).summaries()
-    assert (ce.mean, ce.std, ce.n_seeds) == pytest.approx((0.6, 0.1, 3))
-    assert (ce.difference, ce.low, ce.high) == (None, None, None)
-    assert other.mean == pytest.approx(0.8)
-    assert other.difference == pytest.approx(0.2)
+    ce, other = hand_made({"ce": [0.5, 0.6, 0.7], "elogitnorm": [0.6, 0.8, 1.0]}).summaries()
+    assert (ce.mean, ce.std, ce.n_runs) == pytest.approx((0.6, 0.1, 3))
+    assert (ce.gain, ce.gain_low, ce.gain_high) == (None, None, None)
+    assert other.gain == pytest.approx(0.2)
     half_width = 4.302652729911275 * 0.1 / math.sqrt(3)  # t(0.975, 2 degrees of freedom) from a table
-    assert (other.low, other.high) == pytest.approx((0.2 - half_width, 0.2 + half_width))
+    assert (other.gain_low, other.gain_high) == pytest.approx((0.2 - half_width, 0.2 + half_width))
 
 
-def test_one_seed_has_a_difference_without_interval():
-    comparison = hand_made({"l2norm": [0.1, 0.2, 0.3]})
-    comparison.rows = [row for row in comparison.rows if row.seed == 0]
-    summary = comparison.summaries()[1]
-    assert summary.difference == pytest.approx(0.1)
-    assert (summary.low, summary.high, summary.std) == (None, None, None)
+def test_pairs_are_of_the_seeds_that_both_have():
+    results = hand_made({"ce": [0.5, 0.6, 0.7], "elogitnorm": [0.6, 0.8]})
+    results.runs.reverse()
+    summary = next(s for s in results.summaries() if s.method == "elogitnorm")
+    assert summary.gain == pytest.approx(0.15)
+
+
+def test_one_seed_has_an_interval_over_the_test_images_or_none():
+    *_, other = hand_made({"ce": [0.5], "l2norm": [0.6]}).summaries()
+    assert (other.gain, other.gain_low, other.gain_high) == (pytest.approx(0.1), None, None)
+    draws = {"ce": [0.4, 0.5, 0.6], "l2norm": [0.5, 0.61, 0.72]}
+    *_, other = hand_made({"ce": [0.5], "l2norm": [0.6]}, draws).summaries()
+    assert 0.1 <= other.gain_low < 0.105 < 0.115 < other.gain_high <= 0.12
+
+
+def test_without_the_baseline_there_are_no_differences():
+    results = hand_made({"elogitnorm": [0.5], "l2norm": [0.6]})
+    assert results.baseline is None
+    assert [s.gain for s in results.summaries()] == [None, None]
+    assert hand_made({"ce": [0.5]}).baseline is None
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 5))
-    covered = [low <= 3.0 <= high for low, high in (compare.mean_interval(list(values)) for values in draws)]
+    covered = [low <= 3.0 <= high for low, high in (mean_interval(list(values)) for values in draws)]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 
-def test_roc_curves_on_the_grid_have_the_area_of_the_metric(comparison):
-    auroc = {(r.loss, r.detector, r.ood_set): r.value for r in comparison.rows if r.metric == "auroc" and r.seed == 0}
-    for key, value in auroc.items():
-        curve = comparison.roc_curves[key][0]
-        assert curve[-1] == 1
-        assert torch.trapezoid(torch.tensor(curve), torch.tensor(compare.ROC_GRID)) == pytest.approx(value, abs=0.02)
+# ---- the folder
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"losses": ("ce", "elogitnrm")}, r"unknown loss 'elogitnrm'; known: .*; did you mean 'elogitnorm'\?"),
-        ({"detectors": ("MPS",)}, r"unknown detector 'MPS'; did you mean 'MSP'\? known: "),
-        ({"data": "cifar10"}, r"unknown data set 'cifar10'; known: digits"),
-        ({"losses": ()}, "losses: got none"),
-        ({"detectors": ("msp", "MSP")}, "detectors: got MSP, MSP, expected each only once"),
-        ({"seeds": (1, 1)}, "seeds: got 1, 1"),
-        ({"seeds": (0, -1)}, "seeds: got -1"),
-        ({"recipe": recipes.Recipe(epochs=0)}, "epochs: got 0"),
-    ],
-)
-def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(checks.UserError, match=message):
-        Settings(**settings)
+def test_free_folder_tries_and_leaves_nothing(tmp_path):
+    assert compare.free_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+    assert compare.free_folder(tmp_path) == tmp_path  # an empty folder will do
 
 
-def test_names_are_known_in_any_case_and_by_label():
-    settings = Settings(losses=("CE", "ELogitNorm"), detectors=("feature Norm", "fDBD", "msp"))
-    assert settings.losses == ("ce", "elogitnorm")
-    assert settings.detectors == ("FeatureNorm", "FDBD", "MSP")
-    with pytest.raises(checks.UserError, match="losses: got ce, ce, expected each only once"):
-        Settings(losses=("ce", "CE"))
-
-
-# ---- tables
-
-
-def cells(table: tables.Table) -> dict[tuple[str, str, str], tables.Cell]:
-    return {
-        (section.heading, name, column): cell
-        for section in table.sections
-        for name, row in section.rows
-        for column, cell in zip(table.columns, row, strict=True)
-    }
-
-
-def test_tables_hold_the_summaries(comparison):
-    summaries = {(s.loss, s.detector, s.ood_set, s.metric): s for s in comparison.summaries()}
-    auroc, fpr95, auroc_difference, fpr95_difference, calibration, *folded = report.tables_of(comparison)
-    summary = summaries["elogitnorm", "FDBD", "near", "auroc"]
-    where = ("near-OOD: other digits", "fDBD", "elogitnorm")
-    assert cells(auroc)[where].text == f"{100 * summary.mean:.1f} ± {100 * summary.std:.1f}"
-    assert cells(auroc_difference)[where].text == (
-        f"{100 * summary.difference:+.1f} [{100 * summary.low:+.1f}, {100 * summary.high:+.1f}]"
-    )
-    assert f"{100 * summaries['ce', 'MSP', 'noise', 'fpr95_ood_positive'].mean:.1f}" in (
-        cells(fpr95)["far-OOD: uniform noise", "MSP", "ce"].text
-    )
-    assert "OpenOOD" in fpr95.caption
-    assert ("far-OOD: photographs", "KNN", "logitnorm") in cells(fpr95_difference)
-    accuracy = 100 * summaries["l2norm", "", "", "accuracy"].mean
-    assert cells(calibration)["", "l2norm", "accuracy"].text.startswith(f"{accuracy:.1f}")
-    for table, metric in zip(folded, ("fpr95_id_positive", "aupr_in", "aupr_out"), strict=True):
-        assert table.folded
-        assert not table.on_terminal
-        mean = 100 * summaries["ce", "KNN", "near", metric].mean
-        assert cells(table)["near-OOD: other digits", "KNN", "ce"].text.startswith(f"{mean:.1f}")
-
-
-@pytest.mark.parametrize("width", [24, 50, 80, 100])
-def test_every_column_is_printed_at_every_width(width, comparison, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", str(width))
-    tables.show(report.tables_of(comparison))
-    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert width < 40 or max(map(len, printed.splitlines())) <= width
-    rows = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()]
-    for table in report.tables_of(comparison):
-        if table.on_terminal:
-            for column in table.columns:
-                assert any(column in row for row in rows), column
-            for (_, name, _), cell in cells(table).items():
-                assert any(row[0] == name and cell.text.lstrip("*") in [c.rstrip("*") for c in row] for row in rows)
-
-
-def test_a_name_that_would_leave_no_room_has_a_line_of_its_own(capsys):
-    name = "cifar10-elogitnorm epochs=2 batch_size=16 learning_rate=0.05 model=tiny"
-    row = (name, tuple(tables.Cell(text) for text in ("9.26 [5.74, 16.11]", "47.24", "90.74")))
-    tables.show([tables.Table("T", "c", ("accuracy", "ECE f", "ECE f/D"), (tables.Section("", (row,)),))])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[:1] + lines[2:4]] == [
-        ["T"],
-        name.split(),
-        ["9.26", "[5.74,", "16.11]", "47.24", "90.74"],
-    ]
-    tables.show([tables.Table("T", "no rows", ("a",), ())])
-    assert "no rows" in capsys.readouterr().out
-
-
-def test_columns_are_grouped_to_fit():
-    assert tables._blocks([10, 10, 10], room=36) == [[0, 1, 2]]
-    assert tables._blocks([10, 10, 10], room=35) == [[0, 1], [2]]
-    assert tables._blocks([10, 40, 10], room=20) == [[0], [1], [2]]
-
-
-def test_the_best_is_bold_in_its_direction():
-    row = [compare.PairedSummary("", "", "", "", mean, 0.01, 5) for mean in (0.91, 0.95, 0.9501, 0.2)]
-    assert [cell.bold for cell in report._values(row, best=max)] == [False, True, True, False]  # 95.0 twice, as printed
-    assert [cell.bold for cell in report._values(row, best=min)] == [False, False, False, True]
-    assert [cell.bold for cell in report._values(row[:1], best=max)] == [False]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "better", "bold", "worse"),
-    [
-        (0.01, 0.05, 1, True, False),
-        (-0.05, -0.01, 1, True, True),
-        (-0.05, -0.01, -1, True, False),
-        (-1, 1, 1, False, False),
-    ],
-)
-def test_a_difference_is_bold_where_the_interval_excludes_zero(low, high, better, bold, worse):
-    summary = compare.PairedSummary("", "", "", "", 0.5, 0.1, 5, (low + high) / 2, low, high)
-    cell = report._difference(summary, better)
-    assert (cell.bold, cell.worse) == (bold, worse)
-
-
-def test_without_the_baseline_there_are_no_differences():
-    comparison = compare.compare(
-        Settings(losses=("elogitnorm",), detectors=("MSP",), seeds=(0,), recipe=recipes.Recipe(epochs=1))
-    )
-    assert [table.title for table in report.tables_of(comparison)] == [
-        "AUROC (%)",
-        "FPR95 (%), lower is better",
-        "Accuracy and expected calibration error (%)",
-        "FPR95 (%), ID positive, lower is better",
-        "AUPR (%), ID positive",
-        "AUPR (%), OOD positive",
-    ]
-
-
-# ---- files
-
-
-def test_all_files_are_there_and_nothing_else(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
-
-
-def test_plots_are_files_that_need_no_page(folder, comparison):
-    """Well-formed, every colour by its value, every detector, loss and set named, every curve drawn."""
-    name = "{http://www.w3.org/2000/svg}"
-    labels = {detectors.find(detector).label for detector in SETTINGS.detectors}
-    sets = {part for title in comparison.ood_titles.values() for part in title.split(": ")}
-    n_losses, n_detectors, n_sets = map(len, (SETTINGS.losses, SETTINGS.detectors, comparison.ood_titles))
-    for file, told, lines in (
-        ("histograms", labels | {*SETTINGS.losses, "ID test images", *comparison.ood_titles.values()}, n_losses * 4),
-        ("roc", labels | {*SETTINGS.losses, *sets, "share of ID images rejected"}, n_losses * n_sets),
-        ("spectrum", {*SETTINGS.losses, "index", "σ / largest σ"}, n_losses),
-    ):
-        text = (folder / f"{file}.svg").read_text(encoding="utf-8")
-        assert "var(" not in text
-        root = ElementTree.fromstring(text)
-        assert told <= {element.text for element in root.iter(f"{name}text")}
-        drawn = [path for path in root.iter(f"{name}path") if path.get("class").startswith("line")]
-        legend = n_losses if file != "histograms" else 4
-        assert len(drawn) == legend + lines * (1 if file == "spectrum" else n_detectors)
-        assert "nan" not in text
-
-
-def test_plots_draw_the_numbers(comparison):
-    histogram = report._histogram(comparison, "ce", "MSP", "MSP")
-    for series in histogram.series:
-        assert sum(y * y for y in series.ys) == pytest.approx(1)
-    curve = report._roc(comparison, "MSP", "near", "MSP").series[0]
-    wanted = np.mean(comparison.roc_curves["ce", "MSP", "near"], axis=0)
-    assert curve.ys == pytest.approx(wanted)
-    assert (curve.xs[0], curve.xs[-1], curve.ys[-1]) == (0, 1, 1)
-    spectrum = report._spectrum(comparison).series[1]
-    assert spectrum.ys[0] == 1
-    assert min(spectrum.ys) >= report.SPECTRUM_FLOOR
-    assert [report._color((5, 1), index) for index in range(5)] == [5, 1, 13, 9, 21], "never two alike"
-
-
-def test_json_holds_every_number(folder, comparison):
-    def no_constants(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=no_constants)
-    assert [Row(**row) for row in results["results"]] == comparison.rows
-    assert [compare.PairedSummary(**summary) for summary in results["summary"]] == comparison.summaries()
-    assert results["command"] == CONTEXT["command"]
-    assert results["settings"]["seeds"] == [0, 3]
-    assert results["settings"]["recipe"]["epochs"] == 2
-    assert results["settings"]["detectors"]["KNN"] == {"k": 10}
-    assert [len(run["epoch_losses"]) for run in results["runs"]] == [2] * 8
-
-
-def test_csv_holds_every_number(folder, comparison):
-    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = [Row(**{**row, "seed": int(row["seed"]), "value": float(row["value"])}) for row in csv.DictReader(file)]
-    assert rows == comparison.rows
-
-
-def test_markdown_holds_the_tables(folder, comparison):
-    text = (folder / "results.md").read_text(encoding="utf-8")
-    for table in report.tables_of(comparison):
-        assert f"**{table.title}**" in text
-    for (_, name, _), cell in cells(report.tables_of(comparison)[0]).items():
-        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |") and cell.text in line)
-        assert (f"**{cell.text}**" in row) or not cell.bold
-
-
-class Page(HTMLParser):
-    """Collects what a page refers to, and checks that its tags are closed in order."""
-
-    void = frozenset({"meta", "img", "source", "br", "link"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.references, self.open, self.text = [], [], ""
-        self.feed(text)
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "link", "iframe")
-        self.references += [value for name, value in attributes if name in ("src", "srcset", "href")]
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_page_is_self_contained_and_shows_everything(folder, comparison):
-    source = (folder / "report.html").read_text(encoding="utf-8")
-    page = Page(source)
-    assert page.references == []
-    assert not re.search(r"url\(|@import|http:", source)
-    for plot in report.plots_of(comparison):
-        assert plot.svg in source
-        assert plot.caption in page.text
-    assert source.count("<svg") == 3
-    for table in report.tables_of(comparison):
-        assert table.title in page.text
-        for cell in cells(table).values():
-            assert cell.text in page.text
-    assert source.count("<details>") == sum(table.folded for table in report.tables_of(comparison)) == 3
-    assert "ood-fast compare <test>" in page.text  # escaped in the source
-
-
-def test_a_new_comparison_replaces_the_earlier_one_and_keeps_other_files(small, tmp_path):
-    report.write(tmp_path, small, CONTEXT)
+def test_free_folder_takes_an_earlier_comparison_also_an_unfinished_one(results, folder, tmp_path):
+    assert compare.free_folder(folder) == folder, "runs alone: interrupted before anything was written"
+    evaluation.write(tmp_path, results, {})
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "roc.png").write_text("of an earlier version")
-    assert report.free_folder(tmp_path) == tmp_path
-    report.write(tmp_path, small, {**CONTEXT, "command": "the second"})
-    assert json.loads((tmp_path / "results.json").read_text())["command"] == "the second"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*report.FILES, "notes.txt"])
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert compare.free_folder(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_writing_that_fails_leaves_nothing(small, tmp_path, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(report, "_page", fail)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        report.write(tmp_path / "a" / "b", small, CONTEXT)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_writing_that_fails_leaves_the_earlier_comparison(small, folder, tmp_path, monkeypatch):
-    report.write(tmp_path, small, CONTEXT)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        report.write(tmp_path, small, {**CONTEXT, "command": "the second"})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_the_package_offers_the_names_of_a_comparison():
-    for name in ood_fast.report.__all__:
-        assert getattr(ood_fast.report, name) is getattr(report, "free_folder" if name == "check_folder" else name)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = ood_fast.report.nothing
-
-
-def test_check_folder_tries_and_leaves_nothing(tmp_path):
-    assert report.free_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert list(tmp_path.iterdir()) == []
-    assert report.free_folder(tmp_path) == tmp_path  # an empty folder will do
-
-
-def test_check_folder_refuses_what_is_not_its_own(tmp_path):
+def test_free_folder_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(checks.UserError, match=r"is not empty and holds no earlier comparison \(found thesis\.tex\)"):
-        report.free_folder(tmp_path)
+        compare.free_folder(tmp_path)
     with pytest.raises(checks.UserError, match=r"thesis\.tex is a file"):
-        report.free_folder(tmp_path / "thesis.tex" / "results")
+        compare.free_folder(tmp_path / "thesis.tex" / "results")
     # Someone else's file by one of our names does not make a folder ours.
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -601,12 +394,12 @@ def test_check_folder_refuses_what_is_not_its_own(tmp_path):
         ("results.json", "[1]"),
     ):
         (theirs / name).write_text(text)
-        with pytest.raises(checks.UserError, match="holds no earlier comparison"):
-            report.free_folder(theirs)
+        with pytest.raises(checks.UserError, match="which no evaluation wrote"):
+            compare.free_folder(theirs)
 
 
-def test_check_folder_finds_a_file_system_that_cannot_be_written():
+def test_free_folder_finds_a_file_system_that_cannot_be_written():
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, which nobody can write to, not even root")
     with pytest.raises(checks.UserError, match="--out: cannot write to /proc/results"):
-        report.free_folder("/proc/results")
+        compare.free_folder("/proc/results")

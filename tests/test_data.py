@@ -604,17 +604,13 @@ def test_synthetic_sets(root):
 
 
 def test_digits_in_this_form():
-    from ood_fast import data
-
-    benchmark, tensors = open_benchmark("digits", seed=2), data.load("digits", 2)
+    benchmark = open_benchmark("digits", seed=2)
     assert benchmark.image_shape == (1, 8, 8)
-    assert benchmark.class_names == tensors.class_names
-    for split in ("train", "validation", "test"):
-        dataset = getattr(benchmark, split)
-        assert torch.equal(
-            torch.stack([dataset[row][0] for row in range(len(dataset))]), getattr(tensors, split).images
-        )
-        assert torch.equal(dataset.targets, getattr(tensors, split).targets)
+    assert len(benchmark.class_names) == benchmark.n_classes == 6
+    for split in (benchmark.train, benchmark.validation, benchmark.test):
+        images, targets = split.held()
+        assert torch.equal(torch.stack([split[row][0] for row in range(len(split))]), images)
+        assert [split[row][1] for row in range(len(split))] == targets.tolist()
     assert {name: dataset.group for name, dataset in benchmark.ood.items()} == {
         "near": "near",
         "photographs": "far",

@@ -7,22 +7,23 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_images
 
-from ood_fast import checks, data
+from ood_fast import data
 from ood_fast.data import digits
+from ood_fast.data.images import ImageDataset
 
 SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def benchmark_of_seed(request) -> data.Benchmark:
-    return data.load("digits", request.param)
+def benchmark_of_seed(request) -> data.ImageBenchmark:
+    return data.open_benchmark("digits", seed=request.param)
 
 
 def rows_of(images: torch.Tensor) -> set[bytes]:
     return {row.numpy().tobytes() for row in images.flatten(1)}
 
 
-def splits(benchmark: data.Benchmark) -> list[data.Split]:
+def splits(benchmark: data.ImageBenchmark) -> list[ImageDataset]:
     return [benchmark.train, benchmark.validation, benchmark.test]
 
 
@@ -31,8 +32,8 @@ def test_six_classes_in_and_the_other_four_near(benchmark_of_seed):
     assert benchmark.n_classes == 6
     inside = {int(name) for name in benchmark.class_names}
     targets = load_digits().target
-    assert sum(len(split.images) for split in splits(benchmark)) == np.isin(targets, list(inside)).sum()
-    assert len(benchmark.ood["near"].images) == (~np.isin(targets, list(inside))).sum()
+    assert sum(len(split.held()[0]) for split in splits(benchmark)) == np.isin(targets, list(inside)).sum()
+    assert len(benchmark.ood["near"].held()[0]) == (~np.isin(targets, list(inside))).sum()
     assert {name: ood_set.group for name, ood_set in benchmark.ood.items()} == {
         "near": "near",
         "photographs": "far",
@@ -41,7 +42,7 @@ def test_six_classes_in_and_the_other_four_near(benchmark_of_seed):
 
 
 def test_no_image_is_in_two_parts(benchmark_of_seed):
-    parts = [rows_of(split.images) for split in splits(benchmark_of_seed)]
+    parts = [rows_of(split.held()[0]) for split in splits(benchmark_of_seed)]
     parts.append(rows_of(benchmark_of_seed.ood["near"].images))
     # The digits hold no two equal images, so that overlaps are counted rightly.
     assert sum(map(len, parts)) == len(set().union(*parts)) == 1797
@@ -53,15 +54,15 @@ def test_labels_are_the_classes_in_order(benchmark_of_seed):
     by_image = {tuple(image.ravel()): label for image, label in zip(source.images, source.target, strict=True)}
     mean, std = normalisation(benchmark)
     for split in splits(benchmark):
-        pixels = ((split.images * std + mean) * 16).round().flatten(1)
+        pixels = ((split.held()[0] * std + mean) * 16).round().flatten(1)
         names = [str(by_image[tuple(image)]) for image in pixels.tolist()]
         assert [benchmark.class_names[target] for target in split.targets.tolist()] == names
         assert split.targets.dtype == torch.int64
 
 
-def normalisation(benchmark: data.Benchmark) -> tuple[float, float]:
+def normalisation(benchmark: data.ImageBenchmark) -> tuple[float, float]:
     """Mean and standard deviation, found from the lightest and darkest pixel of the digits, which are 0 and 1."""
-    low, high = benchmark.train.images.min().item(), benchmark.train.images.max().item()
+    low, high = benchmark.train.held()[0].min().item(), benchmark.train.held()[0].max().item()
     return -low / (high - low), 1 / (high - low)
 
 
@@ -73,29 +74,35 @@ def test_every_class_has_the_same_shares(benchmark_of_seed):
 
 def test_all_sets_are_scaled_alike(benchmark_of_seed):
     benchmark = benchmark_of_seed
-    assert benchmark.train.images.mean().abs() < 1e-5
-    assert benchmark.train.images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert benchmark.train.held()[0].mean().abs() < 1e-5
+    assert benchmark.train.held()[0].std(correction=0).item() == pytest.approx(1, abs=1e-5)
     mean, std = normalisation(benchmark)
-    for images in [split.images for split in splits(benchmark)] + [part.images for part in benchmark.ood.values()]:
+    for images in [split.held()[0] for split in splits(benchmark)] + [
+        part.held()[0] for part in benchmark.ood.values()
+    ]:
         assert images.dtype == torch.float32
         assert images.shape[1:] == (1, 8, 8)
         pixels = images * std + mean
         assert pixels.min() >= -1e-6
         assert pixels.max() <= 1 + 1e-6
-    noise = benchmark.ood["noise"].images * std + mean
+    noise = benchmark.ood["noise"].held()[0] * std + mean
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
     assert noise.std().item() == pytest.approx(12**-0.5, abs=0.01)
 
 
 def test_a_seed_gives_the_same_benchmark_again_and_another_seed_another():
-    first, again, other = data.load("digits", 3), data.load("digits", 3), data.load("digits", 4)
+    first, again, other = (
+        data.open_benchmark("digits", seed=3),
+        data.open_benchmark("digits", seed=3),
+        data.open_benchmark("digits", seed=4),
+    )
     for a, b in zip(splits(first), splits(again), strict=True):
-        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.held()[0], b.held()[0])
         assert torch.equal(a.targets, b.targets)
     for name in first.ood:
-        assert torch.equal(first.ood[name].images, again.ood[name].images)
-        assert not torch.equal(first.ood[name].images[:5], other.ood[name].images[:5])
-    assert len({data.load("digits", seed).class_names for seed in range(5)}) > 1
+        assert torch.equal(first.ood[name].held()[0], again.ood[name].held()[0])
+        assert not torch.equal(first.ood[name].held()[0][:5], other.ood[name].held()[0][:5])
+    assert len({data.open_benchmark("digits", seed=seed).class_names for seed in range(5)}) > 1
 
 
 def test_crops_are_block_means_of_the_photographs():
@@ -122,8 +129,3 @@ def test_a_crop_of_a_ramp(monkeypatch):
 def test_both_photographs_are_large_enough_for_every_crop():
     for image in load_sample_images().images:
         assert min(image.shape[:2]) >= max(digits.CROP_SIDES)
-
-
-def test_an_unknown_data_set_lists_the_known():
-    with pytest.raises(checks.UserError, match=r"unknown data set 'digit'; known: digits; did you mean 'digits'\?"):
-        data.load("digit", 0)

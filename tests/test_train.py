@@ -85,6 +85,19 @@ def test_cosine_schedule_with_warm_up():
         assert rates[step] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * (step - 10) / 40))
 
 
+def test_one_cycle_is_torchs():
+    recipe = recipes.TrainingRecipe(schedule="onecycle", epochs=4, learning_rate=0.05, final_learning_rate=0.05 / 25e4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=40, cycle_momentum=False)
+    for step in range(40):
+        assert learning_rate(recipe, step, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < 39:
+            theirs.step()
+    short = replace(recipe, epochs=1)
+    assert [learning_rate(short, step, 2) for step in range(2)] == pytest.approx([0.05, 0.05 / 25e4])
+
+
 def test_step_schedule_falls_when_a_milestone_is_complete():
     recipe = replace(BASE, epochs=6, schedule="steps", milestones=(2, 4), learning_rate=1.0, gamma=0.1)
     rates = [learning_rate(recipe, step, 3) for step in range(18)]

@@ -1,97 +1,305 @@
-"""`ood-fast compare`: losses × detectors on one data set."""
+"""`ood-fast compare`: losses × detectors on one benchmark, trained here or taken as they are, and which is best."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes import DETECTORS, LOSSES, Recipe
-from .common import RunError, device, machine, refusal, require_package, versions
-from .options import share
+from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES
+from .code import import_known, import_plugins
+from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
+from .images import MODEL_HELP
+from .model import allow, is_callable, named
+from .options import at_least, share
 from .progress import Bar
 
 if TYPE_CHECKING:
-    from ..compare import TrainedLoss
-    from ..evaluation import RunResult
+    from ..data import ImageBenchmark
+    from ..detectors import DetectorSet
+    from ..evaluation import Results, RunResult
+    from ..train import Run
+
+    BenchmarkOf = Callable[[int], ImageBenchmark]
+
+SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
 
 
 def add(commands: Any) -> None:
     """The parser of the command."""
     parser = commands.add_parser(
         "compare",
-        help="train with each loss, score with each detector, report tables, plots and a page",
-        description="Train a classifier with each loss and seed, score near- and far-OOD images with each detector, "
-        "and report AUROC, FPR95, accuracy and calibration with the differences to cross-entropy.",
+        help="train with each loss, score with each detector, say which is best",
+        description="Train a classifier with each loss and seed, or take runs that are trained, measure them on near- "
+        "and far-OOD images with each detector, and say which is best and by how much. What is trained is kept in "
+        "DIR/runs: the same command continues it, other losses and seeds extend it.",
         epilog="losses: " + "; ".join(f"{name} = {what}" for name, what in LOSSES.items()),
     )
     parser.add_argument(
-        "--data",
-        default="digits",
-        metavar="NAME",
-        help="data set: digits (scikit-learn's, nothing to download; default)",
+        "runs", nargs="*", metavar="RUN", help="runs that are trained, as `ood-fast evaluate` takes; none is trained"
     )
     default = "(default: %(default)s)"
+    parser.add_argument(
+        "--benchmark",
+        "--data",
+        dest="benchmark",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARK_NAMES)} (digits)",
+    )
     parser.add_argument("--losses", default=",".join(LOSSES), metavar="A,B", help=f"losses to train with {default}")
     parser.add_argument(
-        "--detectors", default=",".join(DETECTORS), metavar="A,B", help=f"detectors to score with {default}"
+        "--detectors", default=",".join(DETECTORS), metavar="A,B", help=f"detectors to score with, or all {default}"
     )
     parser.add_argument(
         "--seeds", default="5", metavar="N", help=f"number of seeds (5: seeds 0 to 4), or a list as 0,3,7 {default}"
     )
-    parser.add_argument("--epochs", default=str(Recipe.epochs), metavar="N", help=f"training epochs {default}")
-    parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-DATA)")
-    share(parser, "device", "quiet")
+    training = parser.add_argument_group("training")
+    training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
+    training.add_argument("--model", metavar="NAME", help=MODEL_HELP)
+    training.add_argument("--init", metavar="FILE", help="checkpoint whose weights each run starts from: fine-tuning")
+    training.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
+    training.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="lr=0.05",
+        help="a setting of the recipe, or of a detector as KNN.k=10; may be repeated",
+    )
+    data = parser.add_argument_group("data")
+    share(data, "data-root", "layout", "download", "image-size", "workers", layout={"default": "auto"})
+    data.add_argument("--ood", metavar="A,B", help="only these OOD sets")
+    data.add_argument("--ood-folder", action="append", default=[], metavar="NAME=DIR", help="a far-OOD set of your own")
+    scores = parser.add_argument_group("measuring")
+    scores.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose all parameters from OpenOOD's grids on validation images, not that of NCI alone",
+    )
+    scores.add_argument(
+        "--bootstrap",
+        type=at_least(0),
+        metavar="N",
+        help="draws for intervals over test images (200 for one seed, else 0)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
+    parser.add_argument("--overwrite", action="store_true", help="remove what was trained in DIR, and begin anew")
+    share(parser, "device", "plugin", "quiet")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    require_package("scikit-learn", "sklearn")
     require_package("rich", "rich")
-    from ..compare import Settings, compare
-    from ..report import comparison as report
-    from ..report import tables
-    from ..train import DivergedError
+    import_plugins(options.plugin)
+    from .. import evaluation
+    from ..compare import free_folder
+    from ..train import DivergedError, Interrupted
 
-    settings = Settings(
-        data=options.data,
-        losses=_names(options.losses),
-        detectors=_names(options.detectors),
-        seeds=_seeds(options.seeds),
-        recipe=Recipe(epochs=_epochs(options.epochs)),
-        device=device(options.device),
-    )
-    folder = report.free_folder(Path("runs") / f"compare-{settings.data}" if options.out is None else options.out)
+    options.benchmark = options.benchmark or _benchmark_of(options.runs)
+    if options.benchmark == "digits":
+        require_package("scikit-learn", "sklearn")
+    benchmark_of = _benchmarks(options)
+    chosen, grids = _detectors(options)
+    measuring = {
+        "leave_out": options.detectors == "all",
+        "grids": grids,
+        "device": device(options.device),
+        "workers": options.workers,
+        "bootstrap": options.bootstrap,
+    }
+    default = f"compare-{options.benchmark}" if not options.runs else "compare"
+    folder = free_folder(Path("runs") / default if options.out is None else options.out)
     started, start = datetime.now(timezone.utc), time.perf_counter()
-    with ComparisonBar(settings, options.quiet) as progress:
-        try:
-            comparison = compare(settings, progress.on_start, progress.on_epoch, progress.on_run)
-        except DivergedError as error:
-            raise RunError(f"{error}; nothing written") from error
-        context = {
-            "command": command,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - start, 2),  # the only time that is told: here and in the report
-            "versions": versions(),
-            "machine": machine(),
-        }
-        progress.at(progress.done, "drawing the plots")
-        try:
-            report.write(folder, comparison, context)
-        except OSError as error:
-            raise RunError(str(error)) from error
+    given = (folder, benchmark_of, chosen, measuring)
+    compared = _taken(options, *given) if options.runs else _trained(options, command, *given)
+    try:
+        results = compared()
+    except Interrupted as stop:
+        print(f"ood-fast: {stop}; saved. To continue: {command}", file=sys.stderr)
+        raise SystemExit(128 + stop.signum) from None
+    except DivergedError as error:
+        raise RunError(f"{error}; what was trained is kept in {folder}") from error
+    except OSError as error:
+        raise RunError(str(error)) from error
+    context = {
+        "command": command,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    try:
+        evaluation.write(folder, results, context)
+        page = _page(folder, context)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror or error}") from error
     if not options.quiet:
-        tables.show(report.tables_of(comparison))
-        print(
-            f"Trained and scored in {context['seconds']:.0f} s. Results: {folder}/, to be read in {folder}/report.html"
-        )
+        evaluation.print_tables(results)
+        print(f"Compared in {time.perf_counter() - start:.0f} s. Results: {folder}/, to be read in {page}")
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _page(folder: Path, context: Mapping[str, Any]) -> Path:
+    """The report about the first seed of each loss, beside the results."""
+    from ..report import page, runs
+
+    records = runs.first_of_each(runs.open_records([folder]))
+    runs.diagnose_runs(records)
+    page.write(folder / page.NAME, records, context)
+    return folder / page.NAME
+
+
+def _trained(
+    options: argparse.Namespace,
+    command: str,
+    folder: Path,
+    benchmark_of: BenchmarkOf,
+    chosen: DetectorSet,
+    measuring: dict[str, Any],
+) -> Callable[[], Results]:
+    """What trains and measures a run for each loss and seed."""
+    from ..compare import RUNS, Comparison, recipes_of
+
+    changes = [text for text in options.set if "." not in text.partition("=")[0]]
+    given = {"epochs": options.epochs, "model": options.model}
+    given["init"] = options.init and str(Path(options.init).expanduser().resolve())
+    changes += [f"{name}={value}" for name, value in given.items() if value]
+    recipes = recipes_of(options.benchmark, listed(options.losses), options.recipe, changes)
+    for recipe in recipes.values():
+        allow(recipe.model, options.model, options.recipe)
+    seeds = _seeds(options.seeds)
+    if measuring["bootstrap"] is None:
+        measuring["bootstrap"] = 0 if len(seeds) > 1 else 200
+    if options.init and not Path(options.init).expanduser().is_file():
+        raise refusal(f"--init: no file {options.init}")
+    if options.overwrite:
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
+    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
+    context = {
+        "command": command,
+        "data": {"root": root, "layout": options.layout, "image_size": options.image_size},
+        "plugins": options.plugin,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    training = {"device": measuring["device"], "workers": options.workers, "context": context}
+    bar = ComparisonBar(options.quiet)
+    comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
+    comparison.check()
+    benchmark_of(seeds[0]).check()
+    bar.runs = comparison.runs
+    bar.n_epochs = next(iter(recipes.values())).epochs
+
+    def compared() -> Results:
+        with bar:
+            return comparison.run()
+
+    return compared
+
+
+def _taken(
+    options: argparse.Namespace, _: Path, benchmark_of: BenchmarkOf, chosen: DetectorSet, measuring: dict[str, Any]
+) -> Callable[[], Results]:
+    """What measures runs that are trained."""
+    from .. import evaluation
+    from ..compare import open_runs
+
+    for name in ("recipe", "init", "epochs", "overwrite"):
+        if getattr(options, name):
+            raise refusal(f"--{name}: not used with RUN: what is trained is taken as it is")
+    for path in options.runs:
+        info = _info(path)
+        import_known(info.get("plugins") or [])
+        allow(info["recipe"]["model"] if info else "", options.model, path)
+    model = named(options.model) if options.model and is_callable(options.model) else options.model
+    runs = open_runs(options.runs, benchmark_of, model)
+    if measuring["bootstrap"] is None:
+        measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else 200
+    progress = lambda what, total: Bar(what, total, options.quiet)  # noqa: E731
+    return lambda: evaluation.evaluate_runs(
+        runs, lambda trained: benchmark_of(trained.seed or 0), chosen, **measuring, progress=progress
+    )
+
+
+def _info(path: str) -> dict[str, Any]:
+    """run.json of the first run that a path means; nothing if it has none."""
+    from ..evaluation import paths_of
+    from ..evaluation.trained import PRETRAINED, RUN
+    from ..training.folder import read_info
+
+    first = Path(paths_of(path)[0]).expanduser()
+    if not first.exists() and not path.startswith(PRETRAINED):
+        raise refusal(f"{path}: no such file or folder")
+    return read_info(first) if (first / RUN).is_file() else {}
+
+
+def _benchmark_of(paths: list[str]) -> str:
+    """The benchmark that the first run was trained for; digits without a run."""
+    if not paths:
+        return "digits"
+    if not (info := _info(paths[0])):
+        raise refusal(f"--benchmark: {paths[0]} does not say which; give one")
+    return info["benchmark"]
+
+
+def _benchmarks(options: argparse.Namespace) -> BenchmarkOf:
+    """The benchmark, by the seed: that of `digits` draws its classes by it, the others their augmentation."""
+    from ..data import open_benchmark
+
+    folders = dict(text.partition("=")[::2] for text in options.ood_folder)
+    for title, path in folders.items():
+        if not (title and path) or "/" in title:
+            raise refusal(f"--ood-folder: got {title}={path}, expected NAME=DIR, the name without /")
+    opened: dict[int, ImageBenchmark] = {}
+
+    def of(seed: int) -> ImageBenchmark:
+        if seed not in opened:
+            opened[seed] = open_benchmark(
+                options.benchmark,
+                options.data_root,
+                download=options.download,
+                layout=options.layout,
+                ood=None if options.ood is None else listed(options.ood),
+                ood_folders=folders,
+                image_size=options.image_size,
+                seed=seed,
+            )
+        return opened[seed]
+
+    return of
+
+
+def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict[str, tuple]]]:
+    """The detectors with what was set of them, and what is searched of each."""
+    from ..detectors import find
+
+    settings = [text for text in options.set if "." in text.partition("=")[0]]
+    fixed = {(find(name).__name__, parameter) for name, parameter in map(_split, settings)}
+    names = options.detectors if options.detectors == "all" else [find(n).__name__ for n in listed(options.detectors)]
+    if names != "all" and len(set(names)) < len(names):
+        raise refusal(f"detectors: got {', '.join(names)}, expected each only once")
+    if options.benchmark == "digits":  # few images a class
+        usual = ((name, key, value) for name, given in DETECTORS.items() for key, value in given.items())
+        settings += [f"{n}.{k}={v}" for n, k, v in usual if (n, k) not in fixed and (names == "all" or n in names)]
+    chosen = detector_set(options.detectors, settings, on_features=False)
+    fixed = {(find(name).__name__, parameter) for name, parameter in map(_split, settings)}
+    return chosen, {
+        name: {
+            parameter: values
+            for parameter, values in detector.grid.items()
+            if (options.tune or name in SEARCHED) and (name, parameter) not in fixed
+        }
+        for name, detector in chosen.items()
+    }
+
+
+def _split(setting: str) -> tuple[str, str]:
+    name, _, parameter = setting.partition("=")[0].strip().partition(".")
+    return name, parameter
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -107,30 +315,43 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(range(numbers[0]))
 
 
-def _epochs(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise refusal(f"--epochs: got {text!r}, expected a number of epochs") from None
-
-
 class ComparisonBar(Bar):
-    """A bar over all epochs on a terminal, otherwise a line for each finished run."""
+    """A bar over the epochs of all runs on a terminal, else a line for each finished run; a `ComparisonWatcher`."""
 
-    def __init__(self, settings: Any, quiet: bool) -> None:
-        self.n_runs, self.n_done = len(settings.seeds) * len(settings.losses), 0
-        super().__init__("loading", self.n_runs * settings.recipe.epochs, quiet, unit="epochs", tell=False)
+    def __init__(self, quiet: bool) -> None:
+        super().__init__("loading", None, quiet, unit="epochs", tell=False)
+        self.runs: list[tuple[str, int]] = []
+        self.n_epochs = self.n_begun = 0
 
-    def on_start(self, loss: str, seed: int) -> None:
+    def __enter__(self) -> ComparisonBar:
+        super().__enter__()
+        if self.bar:
+            self.bar.update(self.task, total=len(self.runs) * self.n_epochs)
+        return self
+
+    def on_run(self, loss: str, seed: int, run: Run | None) -> None:
         """Before a run."""
-        self.at(self.done, f"run {self.n_done + 1}/{self.n_runs}  seed {seed}  {loss:<10}")
+        self.since = time.perf_counter()
+        what = f"run {self.n_begun + 1}/{len(self.runs)}  seed {seed}  {loss:<10}"
+        self.at(self.n_begun * self.n_epochs, what)
+        self.n_begun += 1
 
-    def on_epoch(self, epoch: int, epoch_loss: float) -> None:
+    def on_start(self, run: Run) -> None:
+        """Before its first step."""
+        self.at((self.n_begun - 1) * self.n_epochs + run.epoch)
+
+    def on_step(self, run: Run) -> None:
+        """After each step: nothing is told."""
+
+    def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
         """After an epoch."""
         self.advance(1)
 
-    def on_run(self, run: TrainedLoss, evaluation: RunResult) -> None:
+    def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
+        """They are in the report."""
+
+    def on_result(self, result: RunResult) -> None:
         """After a run."""
-        self.n_done += 1
-        what = f"seed {run.seed} {run.loss}: accuracy {100 * evaluation.value('accuracy'):.1f} %, {run.seconds:.1f} s"
-        self.line(f"[{self.n_done}/{self.n_runs}] {what}", only_plain=True)
+        trained, seconds = result.trained, time.perf_counter() - self.since
+        what = f"seed {trained.seed} {trained.method}: accuracy {100 * result.value('accuracy'):.1f} %, {seconds:.1f} s"
+        self.line(f"[{self.n_begun}/{len(self.runs)}] {what}", only_plain=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import checks
 from . import folders
-from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, Tensors, augmentation, preparation
+from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, preparation
 from .readers import DATA_SETS, OPENOOD
 from .specs import IMAGENET, SPECS, Spec
 
@@ -403,31 +403,11 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 
 def _digits(options: Options) -> ImageBenchmark:
-    """The benchmark `digits` in this form; its OOD images for validation are scrambled validation images."""
-    from . import load
+    """The benchmark `digits`, whose OOD images for validation are scrambled validation images."""
+    from . import digits
 
-    benchmark = load("digits", options.seed)
-
-    def id_part(split: str, title: str = "digits") -> ImageDataset:
-        images = getattr(benchmark, split)
-        return ImageDataset(Tensors(images.images, images.targets, benchmark.class_names), title=title)
-
-    def outside(name: str) -> ImageDataset:
-        ood_set = benchmark.ood[name]
-        labels = np.full(len(ood_set.images), NO_CLASS)
-        return ImageDataset(Tensors(ood_set.images, labels), title=ood_set.title, group=ood_set.group)
-
-    def scrambled() -> ImageDataset:
-        return ImageDataset(
-            Scrambled(id_part("validation"), options.seed), title="scrambled pixels", group="validation"
-        )
-
-    parts = {
-        "train": functools.partial(id_part, "train"),
-        "fit": functools.partial(id_part, "train"),
-        "validation": functools.partial(id_part, "validation"),
-        "test": functools.partial(id_part, "test"),
-        "validation_ood": scrambled,
-    }
-    ood_parts = {name: functools.partial(outside, name) for name in options.chosen(benchmark.ood)}
-    return ImageBenchmark("digits", benchmark.n_classes, tuple(benchmark.train.images.shape[1:]), parts, ood_parts)
+    splits, ood = digits.parts(options.seed)
+    chosen = {name: functools.partial(ood.__getitem__, name) for name in options.chosen(ood)}
+    opened = {name: functools.partial(splits.__getitem__, name) for name in splits}
+    shape = tuple(splits["train"][0][0].shape)
+    return ImageBenchmark("digits", digits.N_ID_CLASSES, shape, opened, chosen)

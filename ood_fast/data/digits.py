@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Benchmark, OODSet, Split
+from .images import NO_CLASS, ImageDataset, Scrambled, Tensors
 
 N_ID_CLASSES = 6
 VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
@@ -29,9 +29,9 @@ CROP_SIDES = (32, 64, 96, 128)
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's "L"
 
 
-def load(seed: int) -> Benchmark:
-    """The benchmark for `seed`: its classes, its stratified train / validation / test split (60 / 15 / 25 %), its crops
-    and noise.
+def parts(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
+    """Splits and OOD sets for `seed`: its classes, its stratified train / validation / test split (60 / 15 / 25 %), its
+    crops and noise.
     """
     from sklearn.datasets import load_digits
 
@@ -40,6 +40,7 @@ def load(seed: int) -> Benchmark:
     # One generator a purpose: a change to one of the sets leaves the others as they are.
     classes_rng, split_rng, crop_rng, noise_rng = (np.random.default_rng([seed, purpose]) for purpose in range(4))
     classes = np.sort(classes_rng.permutation(10)[:N_ID_CLASSES])
+    names = tuple(map(str, classes))
     train, validation, test = _stratified_split(digits.target, classes, split_rng)
 
     mean, std = images[train].mean(), images[train].std()
@@ -47,22 +48,21 @@ def load(seed: int) -> Benchmark:
     def normalised(values: np.ndarray) -> Tensor:
         return torch.from_numpy((values.astype(np.float32) - mean) / std).unsqueeze(1)
 
-    def split(rows: np.ndarray) -> Split:
-        return Split(normalised(images[rows]), torch.from_numpy(np.searchsorted(classes, digits.target[rows])))
+    def inside(rows: np.ndarray) -> ImageDataset:
+        labels = np.searchsorted(classes, digits.target[rows])
+        return ImageDataset(Tensors(normalised(images[rows]), labels, names), title="digits")
 
-    return Benchmark(
-        name="digits",
-        seed=seed,
-        class_names=tuple(str(label) for label in classes),
-        train=split(train),
-        validation=split(validation),
-        test=split(test),
-        ood={
-            "near": OODSet("other digits", "near", normalised(images[~np.isin(digits.target, classes)])),
-            "photographs": OODSet("photographs", "far", normalised(_photograph_crops(N_FAR, crop_rng))),
-            "noise": OODSet("uniform noise", "far", normalised(noise_rng.random((N_FAR, SIDE, SIDE)))),
-        },
-    )
+    def outside(title: str, group: str, values: np.ndarray) -> ImageDataset:
+        return ImageDataset(Tensors(normalised(values), np.full(len(values), NO_CLASS)), title=title, group=group)
+
+    held_out = inside(validation)
+    splits = {"train": inside(train), "fit": inside(train), "validation": held_out, "test": inside(test)}
+    splits["validation_ood"] = ImageDataset(Scrambled(held_out, seed), title="scrambled pixels", group="validation")
+    return splits, {
+        "near": outside("other digits", "near", images[~np.isin(digits.target, classes)]),
+        "photographs": outside("photographs", "far", _photograph_crops(N_FAR, crop_rng)),
+        "noise": outside("uniform noise", "far", noise_rng.random((N_FAR, SIDE, SIDE))),
+    }
 
 
 def _stratified_split(

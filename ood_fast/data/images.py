@@ -277,6 +277,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """The labels, (n,) int64."""
         return torch.from_numpy(self.source.labels)
 
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """All images and classes, where they lie in memory as they are given; None where each is made by itself."""
+        return (self.source.images, self.targets) if type(self.source) is Tensors and not self.transform else None
+
     def path(self, index: int) -> str | None:
         """The file of an image; None where one file holds many."""
         return self.source.path(index)

@@ -1,4 +1,4 @@
-"""Batches of a data set, loaded by processes, with the errors of a data set as it raised them.
+"""Batches of a data set: rows of tensors where it lies in memory, else loaded by processes, errors as raised there.
 
 A worker that raises sends its traceback in place of the message, and ends the loader. So an image that cannot be read
 travels as its UserError, an item like the others.
@@ -6,12 +6,42 @@ travels as its UserError, an item like the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from .. import checks
+
+
+def batched(dataset: Dataset, **keywords: Any) -> Iterable[Any]:
+    """(x, y) of a data set, batch by batch; the keywords are those of `DataLoader`, with `batch_size` or a
+    `batch_sampler`. Images that lie in memory are taken from there: no workers, no image by itself."""
+    held = held_in_memory(dataset)
+    if held is None:
+        return Loader(dataset, **keywords)
+    size = keywords.get("batch_size") or 1
+    return _Held(*held, keywords.get("batch_sampler") or [slice(i, i + size) for i in range(0, len(held[0]), size)])
+
+
+def held_in_memory(dataset: Dataset) -> tuple[Tensor, Tensor] | None:
+    """All x and all y of a data set as tensors, or None; of a `Subset` whose rows are a range too."""
+    if isinstance(dataset, Subset):
+        held = held_in_memory(dataset.dataset) if isinstance(dataset.indices, range) else None
+        rows = dataset.indices
+        return held and tuple(part[rows.start : rows.stop : rows.step] for part in held)
+    return dataset.held() if hasattr(dataset, "held") else None
+
+
+class _Held:
+    """Rows of the images and classes, for each batch of rows; in this process."""
+
+    def __init__(self, images: Tensor, targets: Tensor, batches: Iterable[Sequence[int] | slice]) -> None:
+        self.images, self.targets, self.batches = images, targets, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((self.images[rows], self.targets[rows]) for rows in self.batches)
 
 
 class ErrorsAsItems(Dataset):

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks, intact
-from ..data.loading import Loader
+from ..data.loading import batched
 from ..detectors import Detector
 from ..files import replacing, settle, staged
 from ..heads import given_head, inference_head
@@ -242,7 +242,7 @@ class FeatureCache:
         """One pass over the share of this process; its rows into the files."""
         this, size = rank(), _size()
         rows = range(this * len(dataset) // size, (this + 1) * len(dataset) // size)
-        loader = Loader(
+        loader = batched(
             torch.utils.data.Subset(dataset, rows),
             batch_size=self.batch_size,
             num_workers=self.workers,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -37,6 +38,14 @@ class Measurement:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What was measured."""
+        return self.metric, self.detector, self.ood_set
+
+
+Numbers = tuple[str, Sequence[tuple[str, str, str]]]  # a method, and keys of its measurements
+
 
 @dataclass(frozen=True)
 class TestSet:
@@ -45,6 +54,14 @@ class TestSet:
     title: str
     group: str
     n_images: int
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of Student's t for the mean of at least two values."""
+    from scipy.special import stdtrit
+
+    half_width = stdtrit(len(values) - 1, 0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half_width, fmean(values) + half_width
 
 
 @dataclass
@@ -94,6 +111,10 @@ class RunResult:
         if draws is not None:
             self.draws[metric, detector, ood_set] = draws
 
+    def holds(self, keys: Iterable[tuple[str, str, str]]) -> bool:
+        """Whether all of these were measured."""
+        return {*keys} <= {found.key for found in self.measurements}
+
     def value(self, metric: str, detector: str = "", ood_set: str = "") -> float:
         """One number; KeyError if it was not measured."""
         for found in self.measurements:
@@ -108,7 +129,8 @@ class Summary:
 
     `low`, `high`: the bootstrapped 95 % interval of the mean over these runs, from drawing the test images anew; it
     says nothing of other seeds. `published`, if someone has and the setting is the same: the number for this recipe,
-    benchmark, detector and group of sets, and its `source`; `difference` = mean − published.
+    benchmark, detector and group of sets, and its `source`; `difference` = mean − published. `gain`: what it is above
+    the baseline, with its interval, as `Results.gain` has it.
     """
 
     method: str
@@ -123,6 +145,9 @@ class Summary:
     high: float | None = None
     published: float | None = None
     source: str = ""
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
 
     @property
     def difference(self) -> float | None:
@@ -157,6 +182,42 @@ class Results:
         """Those that scored at least one run."""
         return list(dict.fromkeys(name for run in self.runs for name in run.scores))
 
+    @property
+    def baseline(self) -> str | None:
+        """The method that the others are compared with: plain cross-entropy, if there are others."""
+        plain = [
+            method
+            for method, runs in self.methods.items()
+            if (recipe := runs[0].trained.recipe) is not None and (recipe.loss, recipe.head) == ("ce", "linear")
+        ]
+        return plain[0] if plain and len(self.methods) > 1 else None
+
+    def gain(self, of: Numbers, over: Numbers) -> tuple[float, float, float] | tuple[float, None, None] | None:
+        """What a method has more than another: the mean over the seeds that both have, and its 95 % interval.
+
+        Each of the two is (method, [(metric, detector, ood_set), ...]), whose numbers are averaged in each run. Runs
+        of one seed saw the same images, first weights and batches, and are taken in pairs. The interval is Student's t
+        over the seeds; of one seed, the bootstrapped one over the test images, if there is one. None without a pair.
+        """
+        pairs = [pair for pair in self._pairs(of[0], over[0]) if pair[0].holds(of[1]) and pair[1].holds(over[1])]
+        found = [fmean(a.value(*key) for key in of[1]) - fmean(b.value(*key) for key in over[1]) for a, b in pairs]
+        if not found:
+            return None
+        if len(found) > 1:
+            return fmean(found), *mean_interval(found)
+        a, b = pairs[0]
+        if not all(key in run.draws for run, keys in ((a, of[1]), (b, over[1])) for key in keys):
+            return found[0], None, None
+        drawn = [torch.stack([run.draws[key] for key in keys]).mean(dim=0) for run, keys in ((a, of[1]), (b, over[1]))]
+        return found[0], *metrics.percentile_interval(drawn[0] - drawn[1])
+
+    def _pairs(self, method: str, other: str) -> list[tuple[RunResult, RunResult]]:
+        ours, theirs = self.methods[method], self.methods[other]
+        if len(ours) == len(theirs) == 1:
+            return [(ours[0], theirs[0])]
+        of_seed = {run.trained.seed: run for run in theirs if run.trained.seed is not None}
+        return [(run, of_seed[run.trained.seed]) for run in ours if run.trained.seed in of_seed]
+
     def summaries(self) -> Iterator[Summary]:
         """Every metric over the runs of each method, in the order in which the numbers came."""
         for method, runs in self.methods.items():
@@ -165,6 +226,8 @@ class Results:
                 for number in run.measurements:
                     found.setdefault((number.metric, number.detector, number.ood_set), []).append((run, number))
             known = self._published(runs)
+            baseline = self.baseline
+            theirs = {number.key for run in self.methods.get(baseline, ()) for number in run.measurements}
             for (metric, detector, ood_set), pairs in found.items():
                 values = [number.value for _, number in pairs]
                 draws = [run.draws.get((metric, detector, ood_set)) for run, _ in pairs]
@@ -172,18 +235,23 @@ class Results:
                 low, high = None, None
                 if all(drawn is not None for drawn in draws):
                     low, high = metrics.percentile_interval(torch.stack(draws).mean(dim=0))
-                elsewhere = known.get((metric, detector, ood_set))
+                elsewhere, key = known.get((metric, detector, ood_set)), [(metric, detector, ood_set)]
+                compared = method != baseline and key[0] in theirs
+                gain = self.gain((method, key), (baseline, key)) if compared else None
                 yield Summary(
                     *(method, metric, detector, ood_set, pairs[0][1].group),
                     *(fmean(values), std, len(values), low, high),
                     published=None if elsewhere is None else elsewhere.value / 100,
                     source="" if elsewhere is None else elsewhere.source,
+                    **dict(zip(("gain", "gain_low", "gain_high"), gain or (None,) * 3, strict=True)),
                 )
 
     def _published(self, runs: list[RunResult]) -> Mapping[tuple[str, str, str], published.Published]:
         """What is published of a method, where the setting is the same: training, parameters, the sets of a group."""
         if not all(as_published(run.trained) for run in runs):
             return {}
+        trained = runs[0].trained
+        name = trained.method if trained.recipe is None else trained.recipe.name
         standard = frozenset.intersection(*(run.standard for run in runs)) | {""}
         spec = SPECS.get(self.benchmark)
         others = {  # the means over other sets than the benchmark's
@@ -193,6 +261,6 @@ class Results:
         }
         return {
             (metric, detector, ood_set): number
-            for (metric, detector, ood_set), number in published.of(self.benchmark, runs[0].trained.method).items()
+            for (metric, detector, ood_set), number in published.of(self.benchmark, name).items()
             if detector in standard and ood_set not in others
         }

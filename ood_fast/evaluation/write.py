@@ -335,11 +335,6 @@ def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) ->
         rows.append((method, tuple(cells)))
     if not measured:
         return None
-    return calibration_table(over, columns, rows)
-
-
-def calibration_table(over: str, columns: Iterable[str], rows: Iterable[tuple[str, tuple[Cell, ...]]]) -> Table:
-    """Of rows with cells of `CALIBRATION`; `over` says of how many seeds."""
     caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
     return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
 

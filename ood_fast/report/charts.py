@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,6 @@ from . import pages
 
 COLORS = 8  # --c0 to --c7 of style.css; further series repeat them, dashed
 INK = -1  # the colour of text
-LETTER, LINE = 6.2, 14  # about how wide and high text is
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class Frame:
 
 
 PAGE = Frame()
-CELL = Frame(width=176, height=136, left=26, right=8, top=6, bottom=22, ticks=(3, 3))  # of a sheet
 
 
 @dataclass(frozen=True)
@@ -162,59 +159,6 @@ def histogram(
     note = f" {left_out} values that are not finite are left out." if left_out else ""
     highest = 1.05 * max((max(s.ys) for s in series), default=1.0) or 1.0
     return Chart(title, x_label, "share of the set", series, caption + note, y_range=(0.0, highest))
-
-
-def sheet(title: str, rows: Mapping[str, Sequence[Chart]], x_label: str = "") -> str:
-    """Charts beside and below each other as one SVG, to stand in a page: above the columns the titles of the first row,
-    beside the rows their names (after ": " in a second line), on top one legend, of the first chart."""
-    first = next(iter(rows.values()))
-    frame, names = (CELL, 2 * LINE) if len(rows) * len(first) > 1 else (PAGE, 0)
-    width = names + frame.width * len(first)
-    legend, top = _legend(first[0], width)
-    parts = [legend]
-    if names:
-        top += LINE + 4
-        middles = [names + frame.width * i + (frame.left + frame.width - frame.right) / 2 for i in range(len(first))]
-        parts += [_text(chart.title, at, top - 3, kind="head") for at, chart in zip(middles, first, strict=True)]
-    for index, (name, charts) in enumerate(rows.items()):
-        y = top + index * frame.height
-        middle = y + (frame.top + frame.height - frame.bottom) / 2
-        lines = name.split(": ", 1) if names else []
-        parts += [_text(line, LINE * (i + 1) - 3, middle, kind="head", upwards=True) for i, line in enumerate(lines)]
-        for column, chart in enumerate(charts):
-            place = f'transform="translate({names + column * frame.width} {y})"'
-            parts.append(f"<g {place} {_named(f'{name}, {chart.title}' if names else title)}>{chart.drawn(frame)}</g>")
-    height = top + len(rows) * frame.height + (LINE if x_label else 0)
-    parts.append(_text(x_label, names + (width - names) / 2, height - 4))
-    size = f"min-width: {0.85 * width:.0f}px; max-width: {1.4 * width:.0f}px"
-    return f'<svg viewBox="0 0 {width} {height}" {_named(title)} style="{size}">{"".join(parts)}</svg>'
-
-
-def as_file(svg: str) -> str:
-    """A drawing as a file of its own, in the colours of light paper, by names that every program knows."""
-    style = pages.resource("style.css")
-    colors = dict(re.findall(r"--(\w+): (#\w+)", style.partition("@media")[0]))
-    rules = re.sub(r"var\(--(\w+)\)", lambda found: colors[found[1]], style.partition("/* ---- charts */")[2])
-    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
-    svg = re.sub(r' style="[^"]*"', "", svg, count=1)
-    head, _, inside = svg.partition(">")
-    head = head.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"')
-    paper = f'<rect width="100%" height="100%" fill="{colors["paper"]}"/>'
-    return f"{head}><style>{rules}</style>{paper}{inside}\n"
-
-
-def _legend(chart: Chart, width: int) -> tuple[str, int]:
-    """SVG of the names beside their colours, in as many lines as they need, and how high it is."""
-    named = [(number, series.name) for number, series in chart.colors() if series.listed]
-    parts, x, y = [], 4.0, LINE
-    for number, name in named if len(named) > 1 else ():
-        room = 22 + LETTER * len(name)
-        if x > 4 and x + room > width:
-            x, y = 4.0, y + LINE
-        parts.append(f'<path class="line {_color(number)}{_dashed(number)}" d="M{x:.0f} {y - 4}h14"/>')
-        parts.append(_text(name, x + 18, y, "start"))
-        x += room + 8
-    return "".join(parts), y + 4 if parts else 0
 
 
 def _named(title: str) -> str:

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import evaluation
-from ..detectors import find
-from ..evaluation.results import GROUPS, TITLES, Summary, TestSet
+from ..evaluation.results import Summary, TestSet
 from .runs import Evaluated, Record
-from .tables import Cell, Section, Table
+from .tables import Table
 
 
 class StoredResults:
@@ -44,38 +43,10 @@ class StoredResults:
 
 
 def tables(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
-    """Those of `evaluation.build`; before them, where there are several runs, one with a column for each."""
+    """Those of `evaluation.build`."""
     once = {evaluated.folder.resolve(): evaluated for _, evaluated in found}
     built = []
     for table in evaluation.build(StoredResults([*once.values()])):
         by_method = not any(section.heading for section in table.sections)
         built.append(replace(table, sortable=True, corner="method" if by_method else "detector"))
-    return [*side_by_side(found), *built]
-
-
-def side_by_side(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
-    """AUROC with a row for each detector and a column for each run: near, far, or else each set."""
-    if len(found) < 2:
-        return []
-    values = {
-        (record.name, row["detector"], row["ood_set"]): row["value"]
-        for record, evaluated in found
-        for row in evaluated.measured("auroc")
-    }
-    names = [record.name for record, _ in found]
-    there = list(dict.fromkeys(ood_set for _, _, ood_set in values))
-    sections = []
-    for ood_set in [mean for mean in GROUPS.values() if mean in there] or there:
-        detectors = dict.fromkeys(detector for _, detector, of in values if of == ood_set)
-        rows = []
-        for detector in detectors:
-            of_runs = [values.get((name, detector, ood_set)) for name in names]
-            best = max(round(100 * value, 2) for value in of_runs if value is not None)
-            cells = (
-                Cell("–") if value is None else Cell(f"{100 * value:.2f}", bold=round(100 * value, 2) == best)
-                for value in of_runs
-            )
-            rows.append((find(detector).label, tuple(cells)))
-        sections.append(Section(TITLES.get(ood_set, ood_set), tuple(rows)))
-    caption = "Each run by itself; the best of each row is bold. near-OOD, far-OOD: means over the sets of the group."
-    return [Table("AUROC by run (%)", caption, tuple(names), tuple(sections), corner="detector", sortable=True)]
+    return built

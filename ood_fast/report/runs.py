@@ -28,7 +28,6 @@ from ..evaluation.cache import Outputs
 from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Progress, no_progress
 from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
-from .comparison import holds_comparison
 
 Columns = dict[str, list[float]]
 RESULTS = "results.json"  # of an evaluation
@@ -86,6 +85,15 @@ class Record:
         return self.info.get("recipe") or next((recipe for recipe in told if recipe), {})
 
 
+def first_of_each(records: Sequence[Record]) -> list[Record]:
+    """One run of each method, the first: whose plots stand for the others."""
+    found: dict[Any, Record] = {}
+    for record in records:
+        methods = [evaluated.run["method"] for evaluated in record.evaluated.values()]
+        found.setdefault(methods[0] if methods else record.name, record)
+    return list(found.values())
+
+
 # ---- finding what is there
 
 
@@ -104,10 +112,6 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise checks.UserError(f"{given}: no such folder, expected one of `ood-fast train` or `ood-fast evaluate`")
-        if holds_comparison(folder):
-            raise checks.UserError(
-                f"{given}: holds a comparison of `ood-fast compare`, which has its own report: {folder}/report.html"
-            )
         if (folder / RESULTS).is_file():
             results = evaluation.read(folder)
             told = [(_told_folder(run), run["run"]) for run in results["runs"]]

@@ -10,6 +10,7 @@ epochs/0010.ckpt  state_dicts, if asked for
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -36,7 +37,8 @@ LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
 CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call them
 COMPLETE = "complete"
 # of run.json, besides the recipe: a run is only continued where these are the same
-DECIDING = ("seed", "processes", "sync_bn", "class_names", "image_shape", "training_images", "validation_images")
+DECIDING = ("seed", "init_weights", "processes", "sync_bn")
+DECIDING += ("class_names", "image_shape", "training_images", "validation_images")
 
 
 def describe(run: Run, status: str) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recipe": recipes.as_dict(run.recipe),
         "seed": run.seed,
+        "init_weights": file_key(run.recipe.init) if run.recipe.init else None,
         "processes": run.n_processes,
         "sync_bn": options.sync_bn,
         "benchmark": benchmark.name,
@@ -119,6 +122,13 @@ class RunFolder:
             raise checks.UserError(f"{self.path / LAST}: nothing to continue from, it holds no {missing[0]}")
         return state
 
+    def finished(self, info: Mapping[str, Any]) -> bool:
+        """Whether it holds the run that `info` tells of, trained to its end."""
+        if not all((self.path / name).is_file() for name in (RUN, BEST, FINAL)):
+            return False
+        there = read_info(self.path)
+        return there.get("status") == COMPLETE and not _differences(_deciding(there), _deciding(info))
+
     def write_info(self, info: Mapping[str, Any]) -> None:
         """run.json."""
         files.write_text(self.path / RUN, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
@@ -136,8 +146,16 @@ class RunFolder:
         models.save_checkpoint(contents, path)
 
 
+def file_key(path: str | os.PathLike) -> str:
+    """What tells the bytes of a checkpoint from others; UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise checks.UserError(f"init: {path}: {error.strerror}") from error
+
+
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source")}
+    recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source", "init")}
     return recipe | {name: info.get(name) for name in DECIDING}
 
 

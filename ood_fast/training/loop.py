@@ -6,12 +6,13 @@ three are in a checkpoint, the last is its position. On the CPU, a run that was 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from .. import checks, recipes
+from .. import checks, models, recipes
 from ..data.images import mixed
-from ..data.loading import Loader
+from ..data.loading import batched
 from ..eager.precision import has_float64
 from .build import criterion_of, model_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
@@ -95,6 +96,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.diagnosed: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
+        self._unsaved_best: nn.Module | Mapping[str, Any] | None = None
 
     # ---- from the outside
 
@@ -112,6 +114,11 @@ class Run:
     def images_a_step(self) -> int:
         """Of all processes."""
         return self.batches.batch_size * self.n_processes
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this run, trained to its end."""
+        return self.folder.finished(describe(self, "new"))
 
     def progress(self) -> dict[str, float]:
         """Loss and training accuracy (of this process) and images/s (of all) in the epoch at hand, so far."""
@@ -180,6 +187,8 @@ class Run:
         torch.manual_seed(self.seed)
         pretrained = None if state is None else False  # weights that would be overwritten need no download
         self.model = model_of(recipe, benchmark.n_classes, benchmark.image_shape, pretrained)
+        if state is None and recipe.init:
+            models.load_checkpoint(self.model, recipe.init)
         if self.options.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._format = {"memory_format": torch.channels_last} if self.options.channels_last else {}
@@ -207,9 +216,9 @@ class Run:
         else:
             self._restore(state)
 
-    def _loader(self, dataset: Dataset, **keywords: Any) -> Loader:
+    def _loader(self, dataset: Dataset, **keywords: Any) -> Iterable[Any]:
         """Loads without a trace in the global random state: `generator` is where the seeds of workers come from."""
-        return Loader(
+        return batched(
             dataset,
             num_workers=self.options.workers,
             pin_memory=self.device.type == "cuda",
@@ -287,17 +296,18 @@ class Run:
         self._begin_epoch()
         accuracy = row["validation_accuracy"]
         improved = not accuracy < self.best.get("validation_accuracy", -math.inf)  # also without validation images
+        soon = time.monotonic() - self._saved < self.options.epoch_seconds and self.n_processes == 1
+        due = not soon or self.epoch == self.recipe.epochs
         if improved:
             self.best = {"epoch": self.epoch, "validation_accuracy": accuracy}
+            self._unsaved_best = self.model if due else copy.deepcopy(self.model.state_dict())
+        if self.rank == 0 and self.options.keep_every and self.epoch % self.options.keep_every == 0:
+            self.folder.write_checkpoint(f"{EPOCHS}/{self.epoch:04d}.ckpt", self.model)
+        if due:
+            self._save()
         if self.rank == 0:
-            # Before `last`: killed in between, the epoch is trained again, and these are written again.
-            if improved:
-                self.folder.write_checkpoint(BEST, self.model)
-            if self.options.keep_every and self.epoch % self.options.keep_every == 0:
-                self.folder.write_checkpoint(f"{EPOCHS}/{self.epoch:04d}.ckpt", self.model)
-        self._save()
-        if self.rank == 0:
-            self._write_tables("running")
+            if due:
+                self._write_tables("running")
             self.watcher.on_epoch(self, row)
             if self.diagnose:
                 self.watcher.on_diagnostics(self, self.diagnosed[-1])
@@ -396,6 +406,10 @@ class Run:
                 "best": self.best,
                 "ranks": of_ranks,
             }
+            # Before `last`: killed in between, the epochs since are trained again, and this one is written again.
+            if self._unsaved_best is not None:
+                self.folder.write_checkpoint(BEST, self._unsaved_best)
+                self._unsaved_best = None
             self.folder.write_checkpoint(LAST, state)
         if self.n_processes > 1:
             dist.barrier()
@@ -420,15 +434,6 @@ class Run:
     def _write_status(self, status: str) -> None:
         if self.rank == 0:
             self.folder.write_info(describe(self, status))
-
-
-def fit_recipe(
-    recipe: recipes.TrainingRecipe, benchmark: ImageBenchmark, out: str | os.PathLike, seed: int = 0, **options: Any
-) -> Run:
-    """Train `recipe` in the folder `out`, and return the finished `Run`, whose arguments `options` are."""
-    run = Run(recipe, benchmark, out, seed, **options)
-    run.train()
-    return run
 
 
 def _n_correct(logits: Tensor, target: Tensor) -> Tensor:

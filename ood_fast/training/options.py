@@ -57,6 +57,7 @@ class RunOptions:
         diagnostics: write `diagnostics.epoch_diagnostics` after each epoch to diagnostics.csv.
         keep_every: keep the weights of each so many epochs in `epochs/`.
         save_minutes: write `last.ckpt` as often within an epoch too; None: after epochs only.
+        epoch_seconds: an epoch that ends sooner after the last save is saved with a later one; 0: each is.
         context: more for run.json: the command, where the data is, versions.
         watcher: is told of the progress.
     """
@@ -70,6 +71,7 @@ class RunOptions:
     diagnostics: bool = False
     keep_every: int | None = None
     save_minutes: float | None = SAVE_MINUTES
+    epoch_seconds: float = 0.0
     context: Mapping[str, Any] | None = None
     watcher: Watcher | None = None
 
