@@ -20,6 +20,7 @@ import torch
 
 from . import checks, files, recipes
 from .evaluation import Results, RunResult, Trained, evaluate_run, open_run, paths_of
+from .evaluation.measure import VALIDATION, Measuring, by_name, parts_of
 from .evaluation.trained import PRETRAINED
 from .evaluation.write import check_folder, holds
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
@@ -162,8 +163,11 @@ class Comparison:
         )
 
     def check(self) -> None:
-        """UserError for runs that are there but are no seeds of those that are asked for, or differ in more than the
-        loss."""
+        """UserError for data that is missing, and for runs that are there but are no seeds of those that are asked for,
+        or differ in more than the loss."""
+        how = Measuring(**{name: self.measuring[name] for name in ("tune", "grids") if name in self.measuring})
+        wanted = parts_of(by_name(self.chosen), how)
+        self.benchmark_of(self.seeds[0]).check({"train", VALIDATION, *wanted})
         for loss, seed in self._there():
             there = read_info(self.place(loss, seed))
             apart = [] if loss in self.recipes else OF_THE_LOSS

@@ -84,7 +84,7 @@ def add(commands: Any) -> None:
         "--bootstrap",
         type=at_least(0),
         metavar="N",
-        help="draws for intervals over test images (200 for one seed, else 0)",
+        help="draws for intervals over test images (one seed: 200, else 0)",
     )
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
     parser.add_argument("--overwrite", action="store_true", help="remove what was trained in DIR, and begin anew")
@@ -190,7 +190,6 @@ def _trained(
     bar = ComparisonBar(options.quiet)
     comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
     comparison.check()
-    benchmark_of(seeds[0]).check()
     bar.runs = comparison.runs
     bar.n_epochs = next(iter(recipes.values())).epochs
 

@@ -406,7 +406,7 @@ def _digits(options: Options) -> ImageBenchmark:
     """The benchmark `digits`, whose OOD images for validation are scrambled validation images."""
     from . import digits
 
-    splits, ood = digits.parts(options.seed)
+    splits, ood = digits.drawn(options.seed)
     chosen = {name: functools.partial(ood.__getitem__, name) for name in options.chosen(ood)}
     opened = {name: functools.partial(splits.__getitem__, name) for name in splits}
     shape = tuple(splits["train"][0][0].shape)

@@ -29,7 +29,7 @@ CROP_SIDES = (32, 64, 96, 128)
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's "L"
 
 
-def parts(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
+def drawn(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
     """Splits and OOD sets for `seed`: its classes, its stratified train / validation / test split (60 / 15 / 25 %), its
     crops and noise.
     """
