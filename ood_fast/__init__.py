@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
     from .heads import L2NormLinear
     from .losses import ELogitNormLoss, LogitNormLoss
+    from .registry import register
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "linear_elogitnorm",
     "logitnorm",
     "nci_score",
+    "register",
 ]
 
 _MODULES = (
@@ -59,6 +61,7 @@ _HOMES = {  # the others: functional
     "L2NormLinear": "heads",
     "LogitNormLoss": "losses",
     "deploy": "deployment",
+    "register": "registry",
 }
 
 

@@ -24,6 +24,7 @@ from .evaluation.measure import VALIDATION, Measuring, by_name, parts_of
 from .evaluation.trained import PRETRAINED
 from .evaluation.write import check_folder, holds
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
+from .registry import added
 from .training import Run, Watcher
 from .training.folder import COMPLETE, RUN, read_info
 
@@ -41,20 +42,22 @@ def recipes_of(
     """A recipe for each loss, alike in all but the loss.
 
     Args:
-        losses: names of `recipes.METHODS`, in any case.
+        losses: names of `recipes.METHODS`, in any case, and losses of your own.
         recipe: whose loss is exchanged, by name or file; None: the recipes of the benchmark, as "cifar10-elogitnorm".
         changes: as in `recipes.override`.
 
     Raises:
         UserError: an unknown name, a loss twice or none, a benchmark without recipes.
     """
-    if benchmark not in recipes.BENCHMARK_NAMES:
-        raise checks.UserError(checks.unknown("benchmark", benchmark, recipes.BENCHMARK_NAMES))
-    losses, found = [loss.lower() for loss in losses], {}
+    benchmarks = (*recipes.BENCHMARK_NAMES, *added("benchmark"))
+    if benchmark not in benchmarks:
+        raise checks.UserError(checks.unknown("benchmark", benchmark, benchmarks))
+    methods = {**METHODS, **{name: {"loss": name} for name in added("loss")}}
+    losses, found = [loss if loss in methods else loss.lower() for loss in losses], {}
     _check_each("losses", losses)
     for loss in losses:
-        if loss not in METHODS:
-            raise checks.UserError(checks.unknown("loss", loss, METHODS))
+        if loss not in methods:
+            raise checks.UserError(checks.unknown("loss", loss, methods))
         own, base = f"{benchmark}-{loss}", f"{benchmark}-ce" if recipe is None else recipe
         if recipe is None and own in RECIPES:
             made = RECIPES[own]
@@ -64,7 +67,7 @@ def recipes_of(
             plain = recipes.find(base)
             default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}
             kept = {"average": plain.average, "detach_geometry": plain.detach_geometry, "tau": plain.tau}
-            of_loss = {**default, **METHODS[loss], **kept}
+            of_loss = {**default, **methods[loss], **kept}
             named = {"name": own if recipe is None else f"{plain.name}-{loss}", "source": f"{plain.name} with {loss}"}
             made = replace(plain, **of_loss, **named, benchmark=benchmark)
         found[loss] = recipes.override(made, changes)

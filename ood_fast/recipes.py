@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .registry import added
 from .values import KINDS
 
 # What `data.open_benchmark` takes; here, because it is wanted where torch is not imported
@@ -105,7 +106,7 @@ class TrainingRecipe(Recipe):
     amp: str = "none"
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
+        for name, choices in {**CHOICES, "loss": (*CHOICES["loss"], *added("loss"))}.items():
             if getattr(self, name) not in choices:
                 raise _refusal(_unknown(name, getattr(self, name), choices))
         for name in ("epochs", "batch_size", "n_processes"):

@@ -74,3 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    from ood_fast import detectors, registry
+
+    assert detectors.known()  # those of the package are registered when they are first asked for
+    for kind in registry.KINDS:
+        monkeypatch.setitem(registry._ADDED, kind, dict(registry.added(kind)))

@@ -30,7 +30,7 @@ LIMITS = {
 
 # Imports run down this list: a line may use the lines before it. A file that breaks it is in the wrong room.
 LAYERS = (
-    ("records", "values"),
+    ("records", "registry", "values"),
     ("kernels", "reference", "checks", "files", "intact", "spreadsheet"),
     ("ops.registration",),
     ("eager",),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ood_fast import checks, cli, models
+from ood_fast import checks, cli, models, registry
 from ood_fast.data import open_benchmark
 from ood_fast.detectors import store
 from ood_fast.models.hugging_face import of_processor
@@ -268,9 +268,9 @@ def test_a_run_remembers_its_plugin(monkeypatch, capsys):
     own_benchmark(["a", "b", "c"])
     Path("lib").mkdir()
     Path("lib/ownplugin.py").write_text(
-        "from torch import nn\nfrom ood_fast import models\n"
-        "models.add_model('own', lambda c, channels, size: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), "
-        "nn.Linear(4 * channels, c)))\n"
+        "from torch import nn\nimport ood_fast\n"
+        "@ood_fast.register('model')\ndef own(c, channels, size):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, c))\n"
     )
     monkeypatch.setattr(sys, "path", [str(Path("lib").resolve()), *sys.path])
     given = ["train", "--recipe", "folder-ce", "--data-root", "data", "--image-size", "8", "--out", "run", *QUICK]
@@ -279,7 +279,7 @@ def test_a_run_remembers_its_plugin(monkeypatch, capsys):
     told = ["evaluate", "run", "--detectors", "MSP", "--no-tune", "--bootstrap", "0", "--quiet", *QUICK]
     for known, code in ((True, 0), (False, 2)):
         sys.modules.pop("ownplugin")
-        models.MODELS.pop("own")
+        registry.added("model").pop("own")
         if not known:
             Path("lib/ownplugin.py").write_text("open('RAN', 'w').close()\n")
         assert cli.main(told) == code

@@ -11,7 +11,7 @@ from detector_cases import FITTED, GATHERING, HEADED, NAMES, C, M, N, Net, class
 from torch import nn
 
 import ood_fast
-from ood_fast import checks, detectors
+from ood_fast import checks, detectors, registry
 from ood_fast.detectors import Detector
 from ood_fast.detectors.streaming import FeatureMean
 
@@ -555,7 +555,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
 
 
 def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):
-    monkeypatch.setattr("ood_fast.detectors.registry._REGISTRY", dict(detectors.registry._REGISTRY))
+    monkeypatch.setitem(registry._ADDED, "detector", dict(registry.added("detector")))
 
     @detectors.register
     class SecondLogit(Detector):

@@ -49,7 +49,7 @@ def names_of_a_reader() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs(page, tmp_path, monkeypatch, request):
+def test_every_block_runs(page, tmp_path, monkeypatch, request, own_names):
     monkeypatch.chdir(tmp_path)
     if "pytorch_ood" in (text := (ROOT / page).read_text(encoding="utf-8")):
         pytest.importorskip("pytorch_ood")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ood_fast import detectors
-from ood_fast.detectors import MSP, NCI, Detector, DetectorSet, FeatureNorm, load, register, registry, store, streaming
+from ood_fast import detectors, registry
+from ood_fast.detectors import MSP, NCI, Detector, DetectorSet, FeatureNorm, load, register, store, streaming
 
 N, M, C = 60, 12, 4
 SETTINGS = {"KNN": {"k": 3}, "NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 3}, "NECO": {"dim": 3}}
@@ -183,7 +183,7 @@ class Odd(Detector):
 
 @pytest.fixture
 def odd(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setitem(registry._ADDED, "detector", dict(registry.added("detector")))
     return register(Odd)
 
 
@@ -207,7 +207,7 @@ def test_a_setting_that_no_file_can_hold(odd, data, tmp_path):
 
 def test_a_class_has_to_be_registered(odd, data, tmp_path, monkeypatch):
     odd().fit_features(data[0]).save(tmp_path / "it")
-    monkeypatch.delitem(registry._REGISTRY, "odd")
+    monkeypatch.delitem(registry.added("detector"), "Odd")
     with pytest.raises(ValueError, match=r"it: unknown detector 'Odd'; .*known: .*@ood_fast\.detectors\.register"):
         load(tmp_path / "it")
     with pytest.raises(ValueError, match=r"Odd: is not registered.*@ood_fast\.detectors\.register"):

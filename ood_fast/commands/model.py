@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .. import registry
 from . import code
 from .common import refusal
 
@@ -79,7 +80,6 @@ def allow(name: str, said: str | None, where: str) -> None:
 
     Also if this user's command lines have named that code before. UserError otherwise.
     """
-    from .. import models
 
     if not is_callable(name):
         return
@@ -88,7 +88,7 @@ def allow(name: str, said: str | None, where: str) -> None:
             f"{where} names the model {name}; code is not run because a file names it, pass --model {name} if it is "
             "yours"
         )
-    models.add_model(name, lambda n_classes, in_channels, image_size: named(name))
+    registry.register("model", name)(lambda n_classes, in_channels, image_size: named(name))
 
 
 def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:

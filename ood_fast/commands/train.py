@@ -91,6 +91,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         width = max(map(len, RECIPES))
         print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
         return
+    import_plugins(options.plugin)
     original = find(options.recipe)
     settings = [*options.set, *([f"model={options.model}"] if options.model else [])]
     recipe = override(original, settings)
@@ -99,7 +100,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(json.dumps(as_dict(recipe), indent=2, ensure_ascii=False))
         return
     _check(options)
-    import_plugins(options.plugin)
     said = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == "model"]
     allow(recipe.model, said[-1] if said else None, options.recipe)
     from ..data import open_benchmark

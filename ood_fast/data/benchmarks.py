@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..registry import added
 from . import folders
 from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, preparation
 from .readers import DATA_SETS, OPENOOD
@@ -36,7 +37,7 @@ SMALL_IMAGE = 64  # own folders: up to this size images are cropped as CIFAR's, 
 
 def known() -> list[str]:
     """The names that `open_benchmark` takes."""
-    return sorted([*SPECS, "digits", "folder"])
+    return sorted([*SPECS, *added("benchmark"), "digits", "folder"])
 
 
 class ImageBenchmark:
@@ -189,7 +190,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
     if root is None:
         raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
     root = Path(root).expanduser()
-    if name == "folder":
+    if name in added("benchmark"):
+        spec, read = added("benchmark")[name](root)
+    elif name == "folder":
         spec, read = _own_folders(root, asked.image_size or 224, asked.classes)
     else:
         if asked.classes is not None:

@@ -8,26 +8,21 @@ ood_fast.detectors.create("MyScore")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .. import checks
+from ..registry import added
+from ..registry import register as register_kind
 
 if TYPE_CHECKING:
     from .detector import Detector
 
-_REGISTRY: dict[str, type[Detector]] = {}
-D = TypeVar("D", bound="type[Detector]")
-
-
-def register(cls: D) -> D:
-    """Class decorator: makes the detector known by its class name and its label."""
-    _REGISTRY[_key(cls.__name__)] = cls
-    return cls
+register = register_kind("detector")  # class decorator: makes the detector known by its class name and its label
 
 
 def known() -> list[str]:
     """Names of all registered detectors, in the order of their definition."""
-    return [cls.__name__ for cls in _REGISTRY.values()]
+    return list(added("detector"))
 
 
 def create(name: str, **settings: Any) -> Detector:
@@ -48,8 +43,9 @@ def find(name: str) -> type[Detector]:
 def registered(name: str) -> type[Detector] | None:
     """As `find`; None where there is none."""
     key = _key(name)
-    labels = (cls for cls in _REGISTRY.values() if _key(cls.label) == key)
-    return _REGISTRY.get(key) or next(labels, None)
+    named = {_key(own): cls for own, cls in added("detector").items()}
+    labels = (cls for cls in named.values() if _key(cls.label) == key)
+    return named.get(key) or next(labels, None)
 
 
 def _key(name: str) -> str:

@@ -23,8 +23,9 @@ from ..detectors.search import Search, Trial
 from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
+from ..registry import added
 from .cache import Outputs, score_key
-from .results import DETECTION, GROUPS, ID, RunResult
+from .results import GROUPS, ID, RunResult
 
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no OOD set can be called
@@ -284,18 +285,22 @@ def _detection(result: RunResult, draws: metrics.Bootstrap | None, progress: Pro
     with progress("measuring", len(result.scores)) as bar:
         for detector, scores in result.scores.items():
             found = {name: metrics.detection(scores[ID], scores[name]) for name in groups}
+            for metric, function in added("metric").items():
+                for name in groups:
+                    found[name][metric] = float(function(torch.as_tensor(scores[ID]), torch.as_tensor(scores[name])))
             drawn: dict[str, dict[str, Tensor]] = {}
             if draws is not None:
                 below = draws.below(scores[ID], ID)
                 drawn = {name: draws.detection(below, draws.below(scores[name], name)) for name in groups}
             for name, group in groups.items():
-                for metric in DETECTION:
-                    of_draws = drawn[name][metric] if drawn else None
+                for metric in found[name]:
+                    of_draws = drawn[name].get(metric) if drawn else None
                     result.add(metric, found[name][metric], of_draws, detector=detector, ood_set=name, group=group)
             for group, mean_name in GROUPS.items():
                 members = [name for name in groups if groups[name] == group]
-                for metric in DETECTION if members else ():
-                    of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if drawn else None
+                for metric in found[members[0]] if members else ():
+                    known = drawn and metric in drawn[members[0]]
+                    of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if known else None
                     mean = fmean(found[name][metric] for name in members)
                     result.add(metric, mean, of_draws, detector=detector, ood_set=mean_name, group=group)
             if bar is not None:

@@ -23,6 +23,7 @@ from .. import checks, files, recipes, spreadsheet
 from ..detectors import find
 from ..detectors.fitting import Note
 from ..intact import read_npz
+from ..registry import added
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
 
@@ -271,8 +272,9 @@ def build(results: Results) -> list[Table]:
             sections.append(Section(method, rows))
         return Table(title, caption, tuple(name for name, _ in columns), tuple(sections), **keywords)
 
-    def column(title: str, metric: str, ood_set: str, with_interval: bool = False) -> tuple[str, Any]:
-        return title, lambda method, detector: _cell(found.get((method, metric, detector, ood_set)), with_interval)
+    def column(title: str, metric: str, ood_set: str, with_interval: bool = False, unit: int = 100) -> tuple[str, Any]:
+        key = lambda method, detector: (method, metric, detector, ood_set)  # noqa: E731
+        return title, lambda *of: _cell(found.get(key(*of)), with_interval, unit)
 
     def against(ood_set: str) -> list[tuple[str, Any]]:
         """What is published, and ours less that; nothing if nothing is."""
@@ -309,6 +311,8 @@ def build(results: Results) -> list[Table]:
     aupr = [column(f"{_title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
+    for name in added("metric"):
+        tables.append(by_detector(name, f"{over}.", [column(_title(mean), name, mean, unit=1) for mean in means]))
     tables = [table for table in tables if table.columns]  # without OOD sets there are none
     return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
 
@@ -339,10 +343,10 @@ def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) ->
     return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
 
 
-def _cell(summary: Summary | None, with_interval: bool = False) -> Cell:
+def _cell(summary: Summary | None, with_interval: bool = False, unit: int = 100) -> Cell:
     if summary is None:
         return Cell("–")
-    text = f"{100 * summary.mean:.2f}" + (f" ± {100 * summary.std:.2f}" if summary.n_runs > 1 else "")
+    text = f"{unit * summary.mean:.2f}" + (f" ± {unit * summary.std:.2f}" if summary.n_runs > 1 else "")
     if with_interval and summary.low is not None:
         text += f" [{100 * summary.low:.2f}, {100 * summary.high:.2f}]"
     return Cell(text)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import checks
 from ..heads import find_head
+from ..registry import added
 from . import hugging_face, vision
 from .cct import CCT
 from .checkpoints import load_checkpoint, openood_keys, save_checkpoint, torchvision_keys, weight_fingerprint
@@ -31,7 +32,6 @@ __all__ = [
     "CCT",
     "ModelOptions",
     "SmallCNN",
-    "add_model",
     "create",
     "known",
     "load_checkpoint",
@@ -111,12 +111,12 @@ MODELS = {
 
 def known() -> list[str]:
     """The names that `create` takes, besides "timm:NAME", "hf:NAME" and torchvision's others."""
-    return sorted(MODELS)
+    return sorted({**MODELS, **added("model")})
 
 
-def add_model(name: str, build: Callable[[int, int, int | None], nn.Module]) -> None:
-    """Let `create` build a model of your own by this name: `build(n_classes, in_channels, image_size)`."""
-    MODELS[name] = _Model(build, build, relu=True, convolutional=True)
+def _kind(name: str) -> _Model | None:
+    own = added("model").get(name)
+    return _Model(own, own, relu=True, convolutional=True) if own else MODELS.get(name)
 
 
 def create(
@@ -154,10 +154,8 @@ def create(
     elif name.startswith(HF):
         _check_option("small_images", name, not given.small_images, "of this package")
         model, kind = hugging_face.create(name.removeprefix(HF), n_classes, given.in_channels, pretrained is True), None
-    elif name in MODELS or name in vision.names():
-        kind = MODELS.get(name) or _Model(vision.large(name))
-        model = _build(name, kind, n_classes, pretrained is True, given)
-        kind = kind if name in MODELS else None
+    elif (kind := _kind(name)) or name in vision.names():
+        model = _build(name, kind or _Model(vision.large(name)), n_classes, pretrained is True, given)
     else:
         near = difflib.get_close_matches(name, vision.names(), n=1)
         raise checks.UserError(checks.unknown("model", name, {*known(), *near, "timm:NAME", "hf:NAME"}))

@@ -13,6 +13,7 @@ from .. import models
 from ..heads import L2NormLinear, find_head
 from ..losses import ELogitNormLoss, LogitNormLoss
 from ..recipes import TrainingRecipe
+from ..registry import added
 
 
 def model_of(
@@ -38,6 +39,8 @@ def model_of(
 
 def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`."""
+    if own := added("loss").get(recipe.loss):
+        return own(model, recipe)
     smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
     if recipe.loss == "logitnorm":
         return LogitNormLoss(recipe.tau, **smoothing)

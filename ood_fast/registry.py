@@ -1,0 +1,50 @@
+"""What users add by a name of their own, by one decorator. Imports nothing, and so does no harm at the top of any file.
+
+    @ood_fast.register("loss")
+    def focal(model, recipe):  # ood-fast train --plugin mine --set loss=focal
+        return lambda logits, y: ...
+
+What is decorated is returned as it is. `docs/extending.md` has a whole one of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=Callable)
+
+# kind -> what is decorated
+KINDS = {
+    "detector": "a subclass of ood_fast.detectors.Detector",
+    "loss": "(model, recipe) -> criterion, (logits, y) -> scalar",
+    "model": "(n_classes, in_channels, image_size) -> nn.Module that ends in one linear layer",
+    "benchmark": "(root) -> (data.benchmarks.Spec, read), read(set name, split) -> data.images.Source",
+    "metric": "(id_scores, ood_scores), float64 (n,) and (k,) -> float; higher scores mean more in-distribution",
+}
+_ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str | None = None) -> Callable[[T], T]:
+    """A decorator that makes a class or function known to recipes, the command line and tables.
+
+    Args:
+        kind: one of `KINDS`, which says what is decorated.
+        name: what it is called there; None: as it is defined.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+
+    def decorator(thing: T) -> T:
+        _ADDED[kind][name or thing.__name__] = thing
+        return thing
+
+    return decorator
+
+
+def added(kind: str) -> dict[str, Any]:
+    """What has been registered of a kind, by name, in its order."""
+    return _ADDED[kind]

@@ -1,0 +1,69 @@
+"""What users add by name: the module of docs/extending.md, used by each command that can."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import ood_fast
+from ood_fast import cli, registry
+
+PAGE = Path(__file__).parents[1] / "docs/extending.md"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch, own_names):
+    """`mine.py` in the current folder: the blocks of the page up to the lines that show their use."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [
+        line for block in blocks for line in block.splitlines() if not re.match(r"(scores|net|benchmark) = ", line)
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("\n".join(["import torch", "from torch import nn", *lines]), encoding="utf-8")
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_one_decorator_for_all(mine, capsys):
+    run = ["--recipe", "digits-ce", "--out", "run", "--set", "epochs=2", "--set", "loss=focal"]
+    run += [
+        "--set",
+        "model=two_layers",
+        "--set",
+        "benchmark=squares",
+        "--set",
+        "batch_size=16",
+        "--set",
+        "lr=0.01",
+        "--data-root",
+        ".",
+    ]
+    assert cli.main(["train", "--plugin", "mine", *run, "--quiet", "--workers", "0"]) == 0, capsys.readouterr().err
+    chosen = ["--detectors", "MSP,Nearness", "--no-tune", "--bootstrap", "20", "--workers", "0", "--device", "cpu"]
+    assert cli.main(["evaluate", "run", "--plugin", "mine", *chosen]) == 0, capsys.readouterr().err
+    assert "separation" in capsys.readouterr().out
+    results = json.loads(Path("run/eval/squares/results.json").read_text(encoding="utf-8"))
+    measured = {(m["detector"], m["metric"]) for run in results["runs"] for m in run["measurements"]}
+    assert {("Nearness", "separation"), ("Nearness", "auroc")} <= measured
+
+
+def test_own_losses_are_compared(mine, capsys):
+    run = ["--losses", "ce,focal", "--seeds", "2", "--epochs", "1", "--detectors", "MSP", "--out", "it", "--quiet"]
+    assert cli.main(["compare", "--plugin", "mine", *run]) == 0, capsys.readouterr().err
+    assert Path("it/runs/focal/s1").is_dir()
+
+
+def test_what_is_not_known_is_named(mine):
+    with pytest.raises(ValueError, match="kind: got 'optimizer', expected one of detector, loss, model"):
+        ood_fast.register("optimizer")
+    with pytest.raises(ood_fast.checks.UserError, match="unknown loss 'focal'"):
+        ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=focal"])
+
+
+def test_a_name_of_ones_own(own_names):
+    function = ood_fast.register("metric", "gap")(lambda one, other: 0.0)
+    assert registry.added("metric")["gap"] is function
