@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import l2_normalize
+from .ops.registration import COMPILED_CALL, is_compiled
 
 # What the classifiers of torchvision, timm, transformers and OpenOOD call their head, or the block that ends in it.
 HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "last_linear")
@@ -187,6 +188,11 @@ class CapturedFeatures:
         self.dtype: torch.dtype | None = None  # of what came out of the head
 
     @property
+    def seen(self) -> bool:
+        """Whether a forward pass has been seen."""
+        return self._features is not None
+
+    @property
     def features(self) -> Tensor:
         """z (n, m) of the last forward pass, still part of its autograd graph; RuntimeError before the first."""
         if self._features is None:
@@ -237,8 +243,26 @@ class _Uncompiled:
 _UNCOMPILED = _Uncompiled()
 
 
+def modules_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """`model`, the modules between it and the head, and the head."""
+    paths = [path.split(".") for path, module in model.named_modules(remove_duplicate=False) if module is head]
+    around = {".".join(path[:depth]): None for path in paths for depth in range(len(path) + 1)}
+    return [model.get_submodule(path) for path in around]
+
+
+def may_run_compiled(around: list[nn.Module]) -> bool:
+    """Whether what torch.compile made may run the head: a module around it, or a function that such a module holds.
+
+    `around`: as `modules_around` has it; the first, the model, is called past its own `compile()`.
+    """
+    if any(is_compiled(module) for module in around[1:]):
+        return True
+    held = [names for module in around for names in (vars(module), *map(vars, type(module).__mro__))]
+    return any(callable(v) and is_compiled(v) for names in held for key, v in names.items() if key != COMPILED_CALL)
+
+
 @contextmanager
-def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
+def capture_features(head: nn.Module, *, all_uncompiled: bool = True) -> Iterator[CapturedFeatures]:
     """While this context is open, `.features` of what it yields is the input of the head's last forward pass.
 
     A forward hook, removed at the end: nothing is computed twice, and the model is not changed. For scoring and
@@ -247,10 +271,14 @@ def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
     Safe in any number of threads and asyncio tasks that share the model: each sees the passes that it made itself, not
     those of threads that it starts (several devices of `DataParallel`: capture in the model inside it). Compiled models
     run uncompiled meanwhile, in all threads.
+
+    Args:
+        all_uncompiled: False where nothing compiled runs the head: compiled programs then stay compiled.
     """
     captured = CapturedFeatures()
     with _UNCOMPILED.lock:  # handles take their numbers from a counter that all threads share
-        _UNCOMPILED.enter()
+        if all_uncompiled:
+            _UNCOMPILED.enter()
         handle = head.register_forward_hook(captured.keep, with_kwargs=True)
     _CAPTURING.set((*_CAPTURING.get(), captured))
     try:
@@ -259,7 +287,8 @@ def capture_features(head: nn.Module) -> Iterator[CapturedFeatures]:
         _CAPTURING.set(tuple(other for other in _CAPTURING.get() if other is not captured))
         with _UNCOMPILED.lock:
             handle.remove()
-            _UNCOMPILED.leave()
+            if all_uncompiled:
+                _UNCOMPILED.leave()
 
 
 def inference_head(head: nn.Linear) -> tuple[Tensor, Tensor | None]:

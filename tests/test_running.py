@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 import ood_fast
 from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet, Mahalanobis
 from ood_fast.heads import capture_features, find_head
+from ood_fast.models import running
 from ood_fast.models.running import evaluating
 
 N_THREADS = 8
@@ -110,6 +115,114 @@ def test_threads_capture_their_own_features(wrap, x):
     with torch.no_grad():
         used(x)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("wrap", [*COMPILED, "a compiled part"])
+def test_another_thread_stays_compiled(wrap, x):
+    """What another thread has compiled runs compiled while a detector fits and scores, unless a compiled program runs
+    the head."""
+    ran = []
+
+    def backend(graph, _):
+        return lambda *args: ran.append(len(ran)) or graph(*args)
+
+    other = torch.compile(nn.Linear(2, 2).eval(), backend=backend)
+    other(torch.ones(1, 2))
+
+    class Calling(Net):
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                thread = threading.Thread(target=other, args=(torch.ones(1, 2),))
+                thread.start()
+                thread.join()
+            return super().forward(x)
+
+    model = Calling().eval()
+    want = NCI().fit_features(model.body(x).detach(), head=model.fc)
+    expected = want.score_features(model.body(x), model(x)).detach()
+    if wrap == "a compiled part":  # beside the head
+        model.body, used = torch.compile(model.body, backend="eager"), model
+    else:
+        used = COMPILED[wrap](model)
+    before = len(ran)
+    torch.testing.assert_close(NCI().fit(used, [x]).score(used, x), expected)
+    assert len(ran) >= before + 2
+    torch._dynamo.reset()
+
+
+def test_what_compiled_programs_run_the_head_is_found(x):
+    class Inner(nn.Module):
+        def __init__(self, model, run):
+            super().__init__()
+            self.model = model
+            self.run = run(self._run)
+
+        def _run(self, x):
+            return self.model(x)
+
+        def forward(self, x):
+            return self.run(x)
+
+    model = Net().eval()
+    with torch.no_grad():
+        want = NCI().fit_features(model.body(x), head=model.fc).score_features(model.body(x), model(x))
+    compiling = functools.partial(torch.compile, backend="eager")
+    hidden = {"run": compiling(model)}  # where nobody looks
+    within = {
+        "a part": nn.Sequential(compiling(model)),
+        "a compiled part": nn.Sequential(COMPILED["model.compile()"](model)),
+        "a function": Inner(model, compiling),
+        "a function elsewhere": Inner(model, lambda run: lambda x: hidden["run"](x)),
+    }
+    for name, outer in within.items():
+        with torch.no_grad():
+            outer(x)  # compiled before anything captures
+        fitted = NCI().fit(outer, [x], head=model.fc)
+        torch.testing.assert_close(fitted.score(outer, x, head=model.fc), want, msg=name)
+    torch._dynamo.reset()
+
+
+def test_the_head_is_checked_once_for_a_model_that_stays_as_it_is(x, monkeypatch):
+    calls = []
+    check = running.check_head
+    monkeypatch.setattr(running, "check_head", lambda *args: calls.append(1) or check(*args))
+
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.last = 1.0, nn.Identity()
+
+        def forward(self, x):
+            return self.last(self.factor * super().forward(x))
+
+    model = Scaled().train()
+    fitted = NCI().fit(model, [x])
+    for _ in range(3):
+        fitted.score(model, x)
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.fc.weight.mul_(2)
+    fitted.score(model, x)
+    assert len(calls) == 2
+    model.last = nn.Softmax(1)
+    with pytest.raises(ValueError, match="the model returns the softmax of this layer"):
+        fitted.score(model, x)
+    model.last = nn.Identity()
+    model.factor = 3.0
+    with pytest.raises(ValueError, match="a temperature"):
+        fitted.score(model, x)
+    model.factor = 1.0
+    hook = model.fc.register_forward_hook(lambda module, args, output: output.clamp(max=0.1))
+    with pytest.raises(ValueError, match="does not make the logits"):
+        fitted.score(model, x)
+    hook.remove()
+    other = copy.deepcopy(model)
+    fitted.score(other, x)
+    assert len(calls) >= 5
+    gone = weakref.ref(other.fc)
+    del other
+    gc.collect()
+    assert gone() is None, "nothing keeps a model alive"
 
 
 def test_captures_inside_each_other(x):

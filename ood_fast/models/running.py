@@ -6,8 +6,9 @@ Detectors, evaluation and diagnostics read models through `run_model`; `deployme
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
-from ..heads import CapturedFeatures, capture_features, inference_head, unwrapped
+from ..heads import (
+    CapturedFeatures,
+    capture_features,
+    inference_head,
+    may_run_compiled,
+    modules_around,
+    unwrapped,
+)
+from ..ops.registration import uncompiled, version_of
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
 
@@ -39,30 +48,76 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
     something raises. Batches are moved to the device of the model. Without a head the features are None.
 
     Safe in any number of threads that share the model, as long as none of them trains it: see `evaluating` and
-    `heads.capture_features`. With a head, what runs is the module inside torch.compile, DataParallel and DDP.
+    `heads.capture_features`. With a head, what runs is the module inside torch.compile, DataParallel and DDP; what else
+    is compiled stays so unless it runs the head.
 
     Raises ValueError where the head cannot have made the logits: on the first batch they are computed from the features
-    once more, see `check_head`.
+    once more, see `check_head`; not again for a model that is as it was then.
     """
     if head is not None or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         model = unwrapped(model)  # DDP waits for the other processes, which may have nothing to score
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
-    checked = False
+    around = [] if head is None else modules_around(model, head)
+    checked = head is not None and _known(model, head, around)
+    call = model if head is None else uncompiled(model)
+    all_uncompiled = head is not None and may_run_compiled(around)
     with evaluating(model):
         for given in loader:
             x, targets = inputs_and_targets(given)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-            with nullcontext() if head is None else capture_features(head) as captured:
-                output = model(x) if isinstance(x, Tensor) else model(**x)
+            with _capturing(head, all_uncompiled) as captured:
+                output = call(x) if isinstance(x, Tensor) else call(**x)
+            if head is not None and not captured.seen and not all_uncompiled:  # something that was not found runs it
+                all_uncompiled = True
+                with _capturing(head, all_uncompiled) as captured:
+                    output = call(x) if isinstance(x, Tensor) else call(**x)
             logits = logits_of(output)
             if head is not None:
                 check_width(head, logits)
             if not checked and len(logits):
                 checked = True
-                check_no_probabilities(logits) if head is None else check_head(head, captured, logits)
+                if head is None:
+                    check_no_probabilities(logits)
+                else:
+                    check_head(head, captured, logits)
+                    _KNOWN[head] = weakref.ref(model), _state_of(around)
             features = None if head is None else captured.features
             yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
+
+
+def _capturing(head: nn.Linear | None, all_uncompiled: bool) -> AbstractContextManager[CapturedFeatures]:
+    return nullcontext() if head is None else capture_features(head, all_uncompiled=all_uncompiled)
+
+
+# Head -> the model whose logits it was seen to make, and the state of both at that time.
+_KNOWN: weakref.WeakKeyDictionary[nn.Linear, tuple[weakref.ref, list]] = weakref.WeakKeyDictionary()
+_SETTINGS = (bool, int, float, str, type(None))
+
+
+def _state_of(around: list[nn.Module]) -> list[tuple]:
+    """Another one where what stands between the head and the logits may be: layers, hooks, settings, numbers, of the
+    modules around the head and of those beside it."""
+    near = {id(module): module for outer in around for module in (outer, *outer.children())}
+    return [
+        (
+            key,
+            [len(value) for value in vars(module).values() if isinstance(value, dict)],
+            [
+                (name, v if isinstance(v, _SETTINGS) else id(v))
+                for name, v in vars(module).items()
+                if name != "training"
+            ],
+            [version_of(own) for own in (*module.parameters(recurse=False), *module.buffers(recurse=False))],
+        )
+        for key, module in near.items()
+    ]
+
+
+def _known(model: nn.Module, head: nn.Linear, around: list[nn.Module]) -> bool:
+    """Whether the head was seen to make the logits of this model as it is."""
+    seen = _KNOWN.get(head)
+    return seen is not None and seen[0]() is model and seen[1] == _state_of(around)
 
 
 _SWITCHED: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: a module, its own mode, how many hold it in eval mode

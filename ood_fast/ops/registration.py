@@ -31,6 +31,29 @@ ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 # (left * right[rows]).sum(1) in one pass. Without it: that.
 BAG_WEIGHTS_GRADIENT = _private_operator("aten", "_embedding_bag_per_sample_weights_backward")
 
+
+COMPILED_CALL = "_compiled_call_impl"  # where `module.compile()` puts what it made
+
+
+def is_compiled(called: object) -> bool:
+    """Whether torch.compile made it: a module by either way, or a function. Without the private names: as seen."""
+    if isinstance(called, torch.nn.Module):
+        return getattr(called, COMPILED_CALL, None) is not None or "_orig_mod" in dict(called.named_children())
+    return hasattr(called, "_torchdynamo_orig_callable")
+
+
+def uncompiled(module: torch.nn.Module) -> Callable:
+    """What calls a module past `module.compile()`. Without the private name: the module itself."""
+    return getattr(module, "_call_impl", module) if is_compiled(module) else module
+
+
+def version_of(tensor: Tensor) -> tuple[int, ...]:
+    """Another one where the numbers of the tensor may have changed. Without the private name: where it lies alone."""
+    if type(tensor) not in _PLAIN or tensor.is_inference():
+        return (id(tensor),)
+    return tensor.data_ptr(), getattr(tensor, "_version", 0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators and calls
 # ----------------------------------------------------------------------------------------------------------------------
