@@ -166,11 +166,9 @@ class Comparison:
         )
 
     def check(self) -> None:
-        """UserError for data that is missing, and for runs that are there but are no seeds of those that are asked for,
-        or differ in more than the loss."""
-        how = Measuring(**{name: self.measuring[name] for name in ("tune", "grids") if name in self.measuring})
-        wanted = parts_of(by_name(self.chosen), how)
-        self.benchmark_of(self.seeds[0]).check({"train", VALIDATION, *wanted})
+        """As `check_data`; UserError also for runs that are there but are no seeds of those that are asked for, or
+        differ in more than the loss."""
+        self.check_data()
         for loss, seed in self._there():
             there = read_info(self.place(loss, seed))
             apart = [] if loss in self.recipes else OF_THE_LOSS
@@ -185,6 +183,12 @@ class Comparison:
                     f"--out: {self.place(loss, seed)} holds a run with other settings ({'; '.join(others)}); pass "
                     "another --out, or --overwrite to train all of it anew"
                 )
+
+    def check_data(self) -> None:
+        """UserError for data that is missing."""
+        how = Measuring(**{name: self.measuring[name] for name in ("tune", "grids") if name in self.measuring})
+        wanted = parts_of(by_name(self.chosen), how)
+        self.benchmark_of(self.seeds[0]).check({"train", VALIDATION, *wanted})
 
     def _there(self) -> list[tuple[str, int]]:
         """The finished runs in the folder."""
@@ -212,8 +216,8 @@ def open_runs(
     for path in [one for given in paths for one in paths_of(given)]:
         place = Path(path).expanduser()
         info = read_info(place) if (place / RUN).is_file() else {}
-        any_seed = first.setdefault(None, (path, info))
-        same_seed = first.setdefault(info.get("seed"), (path, info))
+        any_seed = first.setdefault(None, (path, info)) if info else (path, info)
+        same_seed = first.setdefault(info["seed"], (path, info)) if info else any_seed
         for what in ALIKE if info else ():  # of digits, the seed chooses the classes
             name, theirs = same_seed if info["benchmark"] == "digits" and what != "benchmark" else any_seed
             if theirs and info.get(what) != theirs.get(what):
@@ -231,7 +235,7 @@ def open_runs(
 
 
 def loss_of(recipe: TrainingRecipe | None) -> str:
-    """The name of its loss among `recipes.METHODS`; empty if it has none."""
+    """The name of its loss among `recipes.METHODS` and those of your own; empty if it has none."""
     if recipe is None:
         return ""
     default = TrainingRecipe()
@@ -239,7 +243,7 @@ def loss_of(recipe: TrainingRecipe | None) -> str:
         wanted = {"loss": default.loss, "head": default.head, "head_tau": None} | settings
         if all(getattr(recipe, key) == value for key, value in wanted.items() if key != "average"):
             return name
-    return ""
+    return recipe.loss if recipe.loss in added("loss") else ""
 
 
 @contextmanager
@@ -260,7 +264,7 @@ def free_folder(path: str | os.PathLike) -> Path:
     try:
         folder = check_folder(path)
         found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        ours = holds(folder) or (not set(found) - {RUNS} and all((folder / RUNS).glob(f"*/s*/{RUN}")))
+        ours = holds(folder) or (found == [RUNS] and all(map(_is_ours, (folder / RUNS).glob("*/*"))))
         if found and not ours:
             told = f"is not empty and holds no earlier comparison (found {found[0]}); choose another folder"
             raise checks.UserError(f"--out: {folder} {told}")
@@ -272,6 +276,12 @@ def free_folder(path: str | os.PathLike) -> Path:
     except RuntimeError as error:  # ~ of an unknown user
         raise checks.UserError(f"--out: got {str(path)!r}: {error}") from error
     return folder
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a folder is a run of a comparison, LOSS/sSEED; `ood-fast train` keeps its own as RECIPE/sSEED."""
+    info = read_info(place) if (place / RUN).is_file() else {}
+    return bool(info) and loss_of(recipes.from_dict(info["recipe"])) == place.parent.name
 
 
 class _TriedError(Exception):

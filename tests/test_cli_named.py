@@ -316,6 +316,9 @@ def test_truncated_files_of_a_benchmark():
         open_benchmark("folder", "data", image_size=8).test[0]
     allowed = open_benchmark("folder", "data", image_size=8, truncated=True).test
     assert allowed[0][0].shape == (3, 8, 8)
+    draw("data/ood/unlike", ["x", "y"], n_images=1, size=64)
+    cut("data/ood/unlike/x/0.png")
+    assert open_benchmark("folder", "data", image_size=8, truncated=True).ood["unlike"][0][0].shape == (3, 8, 8)
     assert allowed.fingerprint() != open_benchmark("folder", "data", image_size=8).test.fingerprint()
     from PIL import ImageFile
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +287,8 @@ def test_runs_of_other_data_or_classes_are_refused(results, folder, benchmark_of
         (other / "run.json").write_text(json.dumps(info | {what: value}))
         with pytest.raises(checks.UserError, match=f"not to be compared, their {what.replace('_', ' ')} differ"):
             compare.open_runs([here, other], lambda seed: benchmark_of(0))
+        with pytest.raises(checks.UserError, match="not to be compared"):
+            compare.open_runs([here / "final.ckpt", here, other], lambda seed: benchmark_of(0), "small_cnn")
 
 
 def test_weights_to_start_from(folder, results, comparison_in, tmp_path):
@@ -377,6 +380,16 @@ def test_free_folder_takes_an_earlier_comparison_also_an_unfinished_one(results,
     evaluation.write(tmp_path, results, {})
     (tmp_path / "notes.txt").write_text("mine")
     assert compare.free_folder(tmp_path) == tmp_path
+
+
+def test_free_folder_refuses_the_runs_of_train(results, folder, tmp_path):
+    """RECIPE/sSEED, not LOSS/sSEED: `--overwrite` would remove them."""
+    (tmp_path / "runs/digits-ce/s0").mkdir(parents=True)
+    shutil.copy(folder / "runs/ce/s0/run.json", tmp_path / "runs/digits-ce/s0")
+    for _ in range(2):
+        with pytest.raises(checks.UserError, match=r"holds no earlier comparison \(found runs\)"):
+            compare.free_folder(tmp_path)
+        (tmp_path / "runs/digits-ce/s0/run.json").unlink(missing_ok=True)
 
 
 def test_free_folder_refuses_what_is_not_its_own(tmp_path):

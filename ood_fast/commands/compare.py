@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     try:
         results = compared()
     except Interrupted as stop:
-        print(f"ood-fast: {stop}; saved. To continue: {command}", file=sys.stderr)
+        print(f"ood-fast: {stop}; saved. To continue: {command.replace(' --overwrite', '')}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
     except DivergedError as error:
         raise RunError(f"{error}; what was trained is kept in {folder}") from error
@@ -176,8 +176,6 @@ def _trained(
         measuring["bootstrap"] = 0 if len(seeds) > 1 else 200
     if options.init and not Path(options.init).expanduser().is_file():
         raise refusal(f"--init: no file {options.init}")
-    if options.overwrite:
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
     root = options.data_root and str(Path(options.data_root).expanduser().resolve())
     context = {
         "command": command,
@@ -189,6 +187,9 @@ def _trained(
     training = {"device": measuring["device"], "workers": options.workers, "context": context}
     bar = ComparisonBar(options.quiet)
     comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
+    comparison.check_data()
+    if options.overwrite and (folder / RUNS).exists():
+        shutil.rmtree(folder / RUNS)
     comparison.check()
     bar.runs = comparison.runs
     bar.n_epochs = next(iter(recipes.values())).epochs

@@ -5,6 +5,7 @@ Every data set gives `(x, y)`: x float32 (channels, height, width), normalised; 
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
@@ -140,8 +141,9 @@ class Files(Source):
 
     def take(self, rows: np.ndarray) -> Files:
         """The source of these rows, in this order."""
-        upright, left_out = self.upright, self.left_out
-        return Files(self.root, self.names[rows], self.labels[rows], self.classes, upright=upright, left_out=left_out)
+        taken = copy.copy(self)
+        taken.names, taken.labels = self.names[rows], self.labels[rows]
+        return taken
 
     def update(self, digest: Any) -> None:
         """Names, sizes and times of change, and how the files are decoded."""

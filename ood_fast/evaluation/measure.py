@@ -165,7 +165,7 @@ def _costs(result: RunResult, given: Mapping[str, Detector], search: Search, how
                 told = ", ".join(f"{key}={value}" for key, value in tried.items())
                 result.notes.append(
                     f"{name}: {told}, chosen on validation data, costs {100 * lost:.1f} AUROC on {group}-OOD test sets "
-                    f"beside the default; --no-tune or --set keeps it"
+                    f"beside the default; --set keeps it"
                 )
 
 
