@@ -30,13 +30,15 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
 
     Args:
         kind: one of `KINDS`, which says what is decorated.
-        name: what it is called there; None: as it is defined.
+        name: what it is called there; None: as it is defined. A detector has the name of its class, in files too.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind; a name for a detector.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind == "detector" and name is not None:
+        raise ValueError(f"name: got {name!r} for a detector, expected none: it is known by the name of its class")
 
     def decorator(thing: T) -> T:
         _ADDED[kind][name or thing.__name__] = thing

@@ -60,6 +60,8 @@ def test_own_losses_are_compared(mine, capsys):
 def test_what_is_not_known_is_named(mine):
     with pytest.raises(ValueError, match="kind: got 'optimizer', expected one of detector, loss, model"):
         ood_fast.register("optimizer")
+    with pytest.raises(ValueError, match="known by the name of its class"):
+        ood_fast.register("detector", "mine")
     with pytest.raises(ood_fast.checks.UserError, match="unknown loss 'focal'"):
         ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=focal"])
 
