@@ -97,8 +97,8 @@ def test_communication_does_not_grow_with_the_classes():
     one_rank = distributed.communication_bytes(100, 64, 1)
     assert one_rank == (0, 0)
     two = distributed.communication_bytes(100, 64, 2, check=False)
-    # the mean row, two rows of n int64, W rows there and back, 4 + 5 n-vectors
-    assert two.total == 2 * (4 * 64 + 16 * 100 + 2 * 4 * 100 * 64 + 9 * 4 * 100)
+    # two rows of n int64, W rows there and back, 4 + 5 n-vectors
+    assert two.total == 2 * (16 * 100 + 2 * 4 * 100 * 64 + 9 * 4 * 100)
     assert two.per_rank == two.total / 2
     with pytest.raises(ValueError, match="samples: got 'some'"):
         distributed.communication_bytes(1, 1, 2, samples="some")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..eager import sizes
+from ..eager.distances import Head
 from ..eager.linear import linear_backward, linear_into
 from ..eager.precision import compute_dtype, full_precision
 from ..eager.rows import Targets
@@ -274,11 +275,10 @@ class _ELogitNorm(torch.autograd.Function):
         labels, reduction, eps, offset, shards = keywords
         dtype = compute_dtype(logits, head_weight)
         targets = Targets(labels, shards.n_classes, dtype, shards)
-        mean_row = together.mean_row(head_weight, shards, dtype)
-        found = together.find(logits, head_weight, mean_row, offset, shards)
+        found = together.find(logits, Head(head_weight, dtype), offset, shards)
         loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
         divisor = normalizer(labels, reduction, dtype, shards)
-        state = together.State(found.geometry, tempered, totals, found.left, found.mean_row)
+        state = together.State(found.geometry, tempered, totals, found.left)
         ctx.save_for_backward(logits, head_weight, labels.target, labels.class_weight, divisor, *state.tensors())
         ctx.keywords = keywords._replace(labels=labels._replace(target=None, class_weight=None))
         ctx.mark_non_differentiable(found.distance)
@@ -394,27 +394,27 @@ def _linear(
     grad_z = z.new_zeros(z.shape, dtype=dtype) if needs.features else None
     grad_weight = torch.zeros_like(head_weight, dtype=dtype) if needs.weight else None
     grad_bias = z.new_zeros(head_weight.shape[0], dtype=dtype) if needs.bias else None
-    mean_row = together.mean_row(head_weight, shards, dtype)
+    head = Head(head_weight, dtype)
     results, own = [], []
     with full_precision(z.device):
         for rows in slices(z.shape[0], chunk_rows(shards.counts, z.device)):
             chunk = z[rows].to(dtype)
             logits = linear_logits(chunk, head_weight, bias)
             targets = Targets(labels._replace(target=labels.target[rows]), shards.n_classes, dtype, shards)
-            found = together.find(logits, head_weight, mean_row, offset, shards)
+            found = together.find(logits, head, offset, shards)
             loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
             results.append((loss, found.distance))
             if not (needs.features or needs.weight or needs.bias):
                 continue
-            state = together.State(found.geometry, tempered, totals, found.left, mean_row)
+            state = together.State(found.geometry, tempered, totals, found.left)
             wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
-            gradient, push = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
+            gradient, gap_sums = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
             part_z = None if grad_z is None else grad_z[rows]
-            linear_backward(gradient, None, chunk, None, head_weight, mean_row, part_z, grad_weight)
+            linear_backward(gradient, None, chunk, None, head, found.apart, part_z, grad_weight)
             if grad_bias is not None:
                 grad_bias.add_(gradient.sum(0))
-            if push is not None:
-                own.append((together.add_pull(push, state, head_weight, grad_weight), found.geometry.row_class))
+            if gap_sums is not None:
+                own.append((together.add_pull(gap_sums, state, head, grad_weight), found.geometry.row_class))
         if own:
             together.add_own(grad_weight, *join(own), shards)
     if needs.features:

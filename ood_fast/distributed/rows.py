@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..eager import sizes
 from ..eager.boundary import Totals, gradients, share_of
-from ..eager.distances import Rows, inverse_distances
+from ..eager.distances import Head, Rows, inverse_distances
 from ..eager.precision import full_precision
 from ..eager.rows import Part, RowSums, Targets, gaps_of, row_loss, row_sums, temperature_of
 from ..eager.sizes import slices
-from ..eager.weight_gradient import add_rows, pull_rows
+from ..eager.weight_gradient import add_rows, pull_rows, unit_of
 from ..records import Geometry, Needs, Tempered
 from .shards import Shards
 
@@ -55,11 +55,6 @@ def predict(logits: Tensor, shards: Shards, dtype: torch.dtype) -> tuple[Tensor,
     return _flip_negative(best).view(torch.float64).to(dtype), shards.min(index)
 
 
-def mean_row(head_weight: Tensor, shards: Shards, dtype: torch.dtype) -> Tensor:
-    """The mean row of W over all ranks, (m,)."""
-    return shards.sum(head_weight.sum(0, dtype=dtype)).div_(shards.n_classes)
-
-
 def gaps(logits: Tensor, top: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(rows, gaps g (r, c_r), live classes; None where all are) for chunks of rows that stay in cache.
 
@@ -79,25 +74,27 @@ class Found(NamedTuple):
     place: Tensor
     """(n,) of the predicted class among those of this rank; 0 where it is another's"""
     left: Tensor
-    """(u, m): w_p less the mean row, of the u predicted classes"""
-    mean_row: Tensor
+    """(u, m): w_p of the u predicted classes"""
+    apart: bool
+    """whether no rows are close, as of `inverse_distances`"""
     geometry: Geometry
     """the table (u, c_r); 1 / ||w_p - w_j|| for the classes of this rank, which `row_class` (u,) numbers among all"""
     totals: Totals
 
 
-def find(logits: Tensor, head_weight: Tensor, mean_row: Tensor, average_offset: int, shards: Shards) -> Found:
-    """Predictions and distances."""
+def find(logits: Tensor, head: Head, average_offset: int, shards: Shards) -> Found:
+    """Predictions and distances. Each rank compares rows in frames of its own."""
+    head_weight, origin = head.weight, head.mean.origin
     with full_precision(logits.device):
-        top, predicted = predict(logits, shards, mean_row.dtype)
+        top, predicted = predict(logits, shards, origin.dtype)
         classes, table_row = torch.unique(predicted, return_inverse=True)
         mine, place = shards.locate(classes)
-        rows = mean_row.new_zeros(classes.shape[0], head_weight.shape[1])
-        rows[mine] = head_weight[place[mine]].to(mean_row.dtype)
+        rows = origin.new_zeros(classes.shape[0], head_weight.shape[1])
+        rows[mine] = head_weight[place[mine]].to(origin.dtype)
         shards.sum(rows)  # exact: all but one of the terms are 0
-        inverse = mean_row.new_empty(classes.shape[0], head_weight.shape[0])
+        inverse = origin.new_empty(classes.shape[0], head_weight.shape[0])
         every = torch.arange(classes.shape[0], device=classes.device)
-        inverse_distances(head_weight, mean_row, Rows(rows, every, place.masked_fill(~mine, -1)), inverse)
+        _, apart = inverse_distances(head, Rows(rows, every, place.masked_fill(~mine, -1)), inverse)
     sums = top.new_empty(4, top.shape[0])
     for part, gap, live in gaps(logits, top):
         near = inverse.index_select(0, table_row[part])
@@ -111,7 +108,7 @@ def find(logits: Tensor, head_weight: Tensor, mean_row: Tensor, average_offset: 
     share = share_of(n_boundaries, average_offset, top.dtype)
     mine, place = shards.locate(predicted)
     return Found(
-        *(to_boundaries * share, share, place, rows - mean_row, mean_row, Geometry(table_row, inverse, classes)),
+        *(to_boundaries * share, share, place, rows, apart, Geometry(table_row, inverse, classes)),
         Totals(top, None, inverse_sum, n_live, mine),
     )
 
@@ -142,11 +139,10 @@ class State(NamedTuple):
     tempered: Tempered
     totals: Totals
     left: Tensor
-    mean_row: Tensor
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them in a row, as autograd keeps them."""
-        return *self.geometry, *self.tempered, *self.totals, self.left, self.mean_row
+        return *self.geometry, *self.tempered, *self.totals, self.left
 
     @classmethod
     def of(cls, tensors: tuple | list) -> State:
@@ -157,19 +153,17 @@ class State(NamedTuple):
 def pulled(
     sample_grad: Tensor, logits: Tensor, targets: Targets | None, state: State, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient of the logits of this rank, -S (u, c_r) for `add_pull`), of sum_i sample_grad_i loss_i; without
-    `targets`, ... D_i. No collective."""
-    grad_logits, push = gradients(sample_grad, logits, targets, state.geometry, state.tempered, needs, state.totals)
-    if push is not None:
-        for _ in range(3):
-            push.mul_(state.geometry.table)
-    return grad_logits, push
+    """(the gradient of the logits of this rank, the summed gaps (u, c_r) for `add_pull`), of sum_i sample_grad_i
+    loss_i; without `targets`, ... D_i. No collective."""
+    unit = unit_of(state.geometry.table)[1] if needs.weight else 1.0
+    return gradients(sample_grad, logits, targets, state.geometry, state.tempered, needs, state.totals, unit)
 
 
-def add_pull(push: Tensor, state: State, head_weight: Tensor, grad_weight: Tensor) -> Tensor:
+def add_pull(gap_sums: Tensor, state: State, head: Head, grad_weight: Tensor) -> Tensor:
     """Add to `grad_weight` what S makes of the classes of this rank; return what it makes of the predicted, (u, m),
     for `add_own`."""
-    return pull_rows(push, state.left, head_weight, state.mean_row, grad_weight)[1]
+    table = state.geometry.table
+    return pull_rows(gap_sums, table, state.left, head, unit_of(table), grad_weight)[1]
 
 
 def add_own(grad_weight: Tensor, own: Tensor, classes: Tensor, shards: Shards) -> None:
@@ -189,11 +183,11 @@ def input_gradients(
     shards: Shards,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of logits and W of this rank."""
-    grad_logits, push = pulled(sample_grad, logits, targets, state, needs)
-    if push is None:
+    grad_logits, gap_sums = pulled(sample_grad, logits, targets, state, needs)
+    if gap_sums is None:
         return grad_logits, None
-    grad_weight = torch.zeros_like(head_weight, dtype=push.dtype)
+    grad_weight = torch.zeros_like(head_weight, dtype=gap_sums.dtype)
     with full_precision(logits.device):
-        own = add_pull(push, state, head_weight, grad_weight)
+        own = add_pull(gap_sums, state, Head(head_weight, gap_sums.dtype), grad_weight)
     add_own(grad_weight, own, state.geometry.row_class, shards)
     return grad_logits, grad_weight.to(head_weight.dtype)

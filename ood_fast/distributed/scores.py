@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, statistics
+from ..eager.distances import Head
 from ..eager.precision import compute_dtype, full_precision
 from ..eager.sizes import join, slices
 from ..functional import average_offset
@@ -254,8 +255,7 @@ def _row_statistics(
             gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
         found["gen"] = shards.sum(gen)
     if "distance" in names:
-        mean_row = together.mean_row(head_weight, shards, dtype)
-        found["distance"] = together.find(logits, head_weight, mean_row, 0, shards).distance
+        found["distance"] = together.find(logits, Head(head_weight, dtype), 0, shards).distance
     return found
 
 
@@ -284,10 +284,9 @@ def _facts(function: str, *tensors: Tensor | None, **keywords: object) -> dict[s
 class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, head_weight: Tensor, shards: Shards, offset: int) -> Tensor:
-        mean_row = together.mean_row(head_weight, shards, compute_dtype(logits, head_weight))
-        found = together.find(logits, head_weight, mean_row, offset, shards)
+        found = together.find(logits, Head(head_weight, compute_dtype(logits, head_weight)), offset, shards)
         tempered = Tempered(found.place, None, None, found.share)
-        state = together.State(found.geometry, tempered, found.totals, found.left, mean_row)
+        state = together.State(found.geometry, tempered, found.totals, found.left)
         ctx.save_for_backward(logits, head_weight, *state.tensors())
         ctx.shards = shards
         return found.distance.clone()

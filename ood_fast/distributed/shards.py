@@ -281,7 +281,6 @@ def communication_bytes(
     n_predicted = n if n_predicted is None else n_predicted
     geometry = backward and not detach_geometry
     reduced = [
-        m * itemsize,  # the mean row of W
         2 * 8 * n,  # the largest logit, and the first class that has it
         n_predicted * m * itemsize,  # the rows of the predicted classes
         4 * n * itemsize,  # sums over the boundaries

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..records import Geometry, Needs, Tempered
-from .distances import geometry_of
+from .distances import Head, geometry_of
 from .precision import compute_dtype, full_precision
 from .rows import Part, Targets, gaps_of, is_plain, mask_gaps, row_gradient
 from .sizes import join, row_chunks, take
-from .weight_gradient import add_rows, weight_gradient
+from .weight_gradient import add_rows, unit_of, weight_gradient
 
 
 class Gaps(NamedTuple):
@@ -101,11 +101,13 @@ def boundary_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward pass through D, and through the cross-entropy as well where `targets` are given."""
     sample_grad = sample_grad.to(geometry.table.dtype)
-    grad_logits, gap_sums = gradients(sample_grad, logits, targets, geometry, tempered, needs)
+    nearest, unit = unit_of(geometry.table) if needs.weight else (0.0, 1.0)
+    grad_logits, gap_sums = gradients(sample_grad, logits, targets, geometry, tempered, needs, unit=unit)
     if gap_sums is None:
         return grad_logits, None
     with full_precision(logits.device):
-        return grad_logits, weight_gradient(gap_sums, head_weight, geometry)
+        head = Head(head_weight, gap_sums.dtype)
+        return grad_logits, weight_gradient(gap_sums, head, geometry, nearest, unit).to(head_weight.dtype)
 
 
 class Totals(NamedTuple):
@@ -129,10 +131,11 @@ def gradients(
     tempered: Tempered,
     needs: Needs,
     totals: Totals | None = None,
+    unit: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient of the logits, sum_i push_i g_i over the samples i of each table row), only those asked for.
+    """(the gradient of the logits, sum_i push_i unit g_i over the samples i of each table row), only those asked for.
 
-    `totals`: None in one process, where each row's own sums are those over all classes.
+    `totals`: None in one process, where each row's own sums are those over all classes. `unit`: of `unit_of`.
     """
     predicted, temperature, log_partition, slope = tempered
     dtype = geometry.table.dtype
@@ -171,7 +174,7 @@ def gradients(
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
-            add_rows(gap_sums, take(geometry.table_row, rows), gap.mul_(push))
+            add_rows(gap_sums, take(geometry.table_row, rows), gap.mul_(push if unit == 1.0 else push * unit))
     return grad_logits, gap_sums
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..records import Geometry, Labels, Needs
 from . import sizes
 from .boundary import add_distance_gradient, boundary_gaps
-from .distances import Rows, centered, centered_rows, inverse_distances, weight_tile
+from .distances import Head, Rows, centered, inverse_distances, weight_tile
 from .precision import compute_dtype, full_precision, matmul
 from .rows import Part, Targets, row_gradient
 from .sizes import join, slices
 from .tempered import elogitnorm_rows
-from .weight_gradient import add_rows, weight_gradient
+from .weight_gradient import add_rows, pull_rows, unit_of, weight_gradient
 
 
 def linear_elogitnorm(
@@ -40,7 +40,7 @@ def linear_elogitnorm(
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = compute_dtype(features, head_weight)
     new: dict[str, Any] = {"dtype": dtype, "device": features.device}
-    mean_row = head_weight.mean(0, dtype=dtype)
+    head = Head(head_weight, dtype)
     bias = torch.zeros((), **new) if head_bias is None else head_bias.to(dtype)
     needs = Needs() if sample_grad is None else needs
     grad_features = torch.empty_like(features, dtype=dtype) if needs.features else None
@@ -51,7 +51,7 @@ def linear_elogitnorm(
         worked = _Worked(Targets(labels, n_classes, dtype), eps, average_offset, sample_grad, needs)
         square = n_samples >= n_classes
         if square:
-            worked.make_table(head_weight, mean_row)
+            worked.make_table(head)
         # Chunks of one size: a short last one would stream all of W for a few rows.
         widths = 1 if square else 2
         n_chunks = -(-n_samples // max(sizes.MIN_LINEAR_ROWS, sizes.LINEAR_BUFFER_ELEMENTS // (widths * n_classes)))
@@ -66,19 +66,23 @@ def linear_elogitnorm(
             if not square:
                 inverses = buffer[n_rows : 2 * n_rows]
                 rows = Rows(head_weight, predicted, predicted)
-                worked.distinct, _ = inverse_distances(head_weight, mean_row, rows, inverses)
+                worked.find(head, rows, inverses)
             results += worked.chunk(chunk.start, logits, top, predicted, inverses)
             if sample_grad is None:
                 continue
-            push = inverses if needs.weight and needs.geometry else None
+            push = inverses if worked.pulls and worked.apart else None
             into = None if grad_features is None else grad_features[chunk]
-            linear_backward(logits, push, z, predicted, head_weight, mean_row, into, grad_weight)
+            linear_backward(logits, push, z, predicted, head, worked.apart, into, grad_weight)
+            if not (square or worked.gap_sums is None):
+                left = head_weight[predicted].to(dtype)
+                _, own = pull_rows(worked.gap_sums, inverses, left, head, worked.units, grad_weight)
+                add_rows(grad_weight, predicted, own)
             if grad_bias is not None:
                 grad_bias.add_(logits.sum(0))
-        if worked.gap_sums is not None:
+        if square and worked.gap_sums is not None:
             every_class = torch.arange(n_classes, device=features.device)
             geometry = Geometry(every_class, worked.table, every_class)
-            grad_weight.add_(weight_gradient(worked.gap_sums, head_weight, geometry, worked.apart))
+            grad_weight.add_(weight_gradient(worked.gap_sums, head, geometry, *worked.units, worked.apart))
     return *join(results), grad_features, grad_weight, grad_bias
 
 
@@ -91,14 +95,25 @@ class _Worked:
         self.targets, self.eps, self.average_offset, self.sample_grad = targets, eps, average_offset, sample_grad
         self.pulls = needs.weight and needs.geometry
         self.table: Tensor | None = None  # (c, c) where n >= c
-        self.gap_sums: Tensor | None = None  # (c, c): what each class pulls at each predicted one
+        # (c, c): what each class pulls at each predicted one; where n < c (r, c), and only for rows that are close
+        self.gap_sums: Tensor | None = None
         self.distinct = self.apart = False
+        self.units = 0.0, 1.0  # as `unit_of` has them
 
-    def make_table(self, head_weight: Tensor, mean_row: Tensor) -> None:
+    def make_table(self, head: Head) -> None:
         """R of all pairs of classes."""
-        self.table = mean_row.new_empty(head_weight.shape[0], head_weight.shape[0])
+        self.table = head.mean.origin.new_empty(head.weight.shape[0], head.weight.shape[0])
         self.gap_sums = torch.zeros_like(self.table) if self.pulls else None
-        self.distinct, self.apart = inverse_distances(head_weight, mean_row, None, self.table)
+        self.distinct, self.apart = inverse_distances(head, None, self.table)
+        if self.pulls and not self.apart:
+            self.units = unit_of(self.table)
+
+    def find(self, head: Head, rows: Rows, inverses: Tensor) -> None:
+        """R of the rows of a chunk."""
+        self.distinct, self.apart = inverse_distances(head, rows, inverses)
+        self.gap_sums = None
+        if self.pulls and not self.apart:
+            self.gap_sums, self.units = torch.empty_like(inverses), unit_of(inverses)
 
     def chunk(
         self, start: int, logits: Tensor, top: Tensor, predicted: Tensor, inverses: Tensor | None
@@ -126,9 +141,12 @@ class _Worked:
             if self.pulls:
                 if live is not None:
                     gap.masked_fill_(push == 0, 0.0)
-                gap.mul_(push)
+                unit = self.units[1]
+                gap.mul_(push if unit == 1.0 else push * unit)
                 if inverses is None:
                     add_rows(self.gap_sums, p, gap)
+                elif self.gap_sums is not None:
+                    self.gap_sums[rows] = gap
                 else:
                     inverse.mul_(torch.mul(inverse, inverse, out=spent)).mul_(gap)
         return results
@@ -146,8 +164,8 @@ def linear_backward(
     push: Tensor | None,
     z: Tensor,
     predicted: Tensor | None,
-    head_weight: Tensor,
-    mean_row: Tensor,
+    head: Head,
+    apart: bool,
     grad_features: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
@@ -156,7 +174,9 @@ def linear_backward(
 
     `push` is -S of `weight_gradient`, the second half of the buffer that `gradient` begins, so that both are one
     operand. W is read once, in centred tiles: the rows of G sum to 0 but for rounding, which the last line puts back.
+    `apart` as of `inverse_distances`, and so where there is a `push`.
     """
+    head_weight, origin = head.weight, (head.mean if apart else head.robust).origin
     n_rows, n_features = z.shape
     n_used = n_rows if push is None else 2 * n_rows
     both = gradient.as_strided((n_used, gradient.shape[1]), gradient.stride())
@@ -164,12 +184,12 @@ def linear_backward(
     product = z.new_zeros(n_used, n_features)
     outer = z
     if push is not None:
-        left = centered_rows(head_weight, predicted, mean_row)
+        left = head_weight[predicted].to(z.dtype).sub_(origin)
         outer = torch.cat([z, left])
     buffer = weight_tile(head_weight, z.dtype)
     for columns in slices(both.shape[1], buffer.shape[0]):
         if read_weight:
-            right = centered(head_weight[columns], mean_row, buffer)
+            right = centered(head_weight[columns], origin, buffer)
             product.add_(matmul(both[:, columns], right))
         if grad_weight is not None:
             grad_weight[columns].add_(matmul(both[:, columns].t(), outer))
@@ -179,4 +199,4 @@ def linear_backward(
         own = product[n_rows:].sub_(left.mul_(push.sum(1, keepdim=True)))
         add_rows(grad_weight, predicted, own)
     if grad_features is not None:
-        grad_features.copy_(product[:n_rows].addmm_(gradient.sum(1, keepdim=True), mean_row.unsqueeze(0)))
+        grad_features.copy_(product[:n_rows].addmm_(gradient.sum(1, keepdim=True), origin.unsqueeze(0)))

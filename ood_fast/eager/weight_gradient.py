@@ -1,22 +1,25 @@
 """The gradient of W through the distances between its rows.
 
-With S of `kernels/README.md`: dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p), on centred rows. Here the
-`push` is -S, the sign in which the products are added.
+With S of `kernels/README.md`: dw_p += sum_j S_pj (w_p - w_j) and dw_j += S_pj (w_j - w_p). Here the `push` is -S, the
+sign in which the products are added, and rows are those of a frame of `distances`.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..records import Geometry
 from . import sizes
-from .distances import centered, centered_rows, weight_tile
+from .distances import LONG, SHORT, Frame, Head, centered, framed, weight_tile
 from .precision import matmul
-from .sizes import slices
+from .sizes import parts, slices, take
 
 # A product loses digits of the difference of rows that are nearer to each other than this share of their lengths.
-CLOSE_ROWS = 1e-2
+CLOSE_ROWS = 1e-1
 
 
 def add_rows(out: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -27,70 +30,117 @@ def add_rows(out: Tensor, places: Tensor, rows: Tensor) -> None:
         out.index_put_((places,), rows, accumulate=True)
 
 
-def weight_gradient(gap_sums: Tensor, head_weight: Tensor, geometry: Geometry, apart: bool = False) -> Tensor:
-    """dW from the summed gaps of each table row, which are spent: S = -R^3 * gap_sums.
+def unit_of(table: Tensor) -> tuple[float, float]:
+    """(the largest R, a power of two near it where cubes of R may leave the range, 1 elsewhere).
 
-    `apart`: no two rows of W are known to be close.
+    There gaps are as small as R is large, or the other way round, and so is what pushes them: the product of these two
+    is taken in units of this.
+    """
+    nearest = table.amax().item()
+    if SHORT <= nearest <= LONG or not 0 < nearest < math.inf:
+        return nearest, 1.0
+    return nearest, 2.0 ** max(-120, min(120, math.frexp(nearest)[1]))
+
+
+def _is_apart(nearest: float, longest: float) -> bool:
+    """Whether products serve all pairs: none is close beside the longest of the rows, and cubes stay in range."""
+    return nearest == 0 or (SHORT < nearest < LONG and nearest * longest <= 1 / CLOSE_ROWS)
+
+
+def weight_gradient(
+    gap_sums: Tensor, head: Head, geometry: Geometry, nearest: float, unit: float, apart: bool = False
+) -> Tensor:
+    """dW in the dtype of the arithmetic, from the summed gaps of each table row, which are spent:
+    S = -R^3 * gap_sums / unit.
+
+    `nearest`, `unit`: of `unit_of`. `apart`: no two rows of W are known to be close, and the mean frame serves them.
     """
     _, table, row_class = geometry
     n_rows, n_classes = table.shape
-    mean_row = head_weight.mean(0, dtype=table.dtype)
-    if n_rows == n_classes:
-        push = gap_sums.mul_(table).mul_(table).mul_(table)
-        return _pull_all(push + push.t(), head_weight, mean_row, None if apart else table).to(head_weight.dtype)
+    if n_rows == n_classes:  # one product for both sums
+        rows = centered(head.weight, head.mean.origin)
+        if apart or _is_apart(nearest, torch.linalg.vector_norm(rows, dim=1).amax().item()):
+            push = gap_sums.mul_(table).mul_(table).mul_(table)
+            push = push + push.t()
+            push.diagonal().sub_(push.sum(1))
+            return matmul(push, rows)
     n_distinct = int((row_class >= 0).sum())
-    classes, inverse = row_class[:n_distinct], table[:n_distinct]
-    push = gap_sums[:n_distinct].mul_(inverse).mul_(inverse).mul_(inverse)
-    left = centered_rows(head_weight, classes, mean_row)
-    grad_weight, own = pull_rows(push, left, head_weight, mean_row)
+    classes = row_class[:n_distinct]
+    left = head.weight[classes].to(table.dtype)
+    grad_weight, own = pull_rows(gap_sums[:n_distinct], table[:n_distinct], left, head, (nearest, unit))
     add_rows(grad_weight, classes, own)
-    return grad_weight.to(head_weight.dtype)
-
-
-def _pull_all(push: Tensor, head_weight: Tensor, mean_row: Tensor, table: Tensor | None) -> Tensor:
-    """Row i: sum_j push_ij (w_j - w_i), in one product; the pairs that the `table` finds close, by their differences.
-
-    `push` is spent.
-    """
-    rows = centered(head_weight, mean_row)
-    close = None
-    # Most heads have none, as the least distance and the length of all rows together say.
-    if table is not None and (table.amax() * torch.linalg.vector_norm(rows)).item() > 1 / CLOSE_ROWS:
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        close = torch.maximum(norms, norms.unsqueeze(1)).mul_(table) > 1 / CLOSE_ROWS
-        pull = push[close]
-        push[close] = 0.0
-    push.diagonal().sub_(push.sum(1))
-    gradient = matmul(push, rows)
-    if close is not None:
-        row, other = close.nonzero(as_tuple=True)
-        for pairs in slices(row.shape[0], sizes.DIFFERENCE_ELEMENTS // max(1, rows.shape[1])):
-            i, j = row[pairs], other[pairs]
-            difference = head_weight[j].to(pull.dtype) - head_weight[i].to(pull.dtype)
-            add_rows(gradient, i, difference.mul_(pull[pairs].unsqueeze(1)))
-    return gradient
+    return grad_weight
 
 
 def pull_rows(
-    push: Tensor, left: Tensor, head_weight: Tensor, mean_row: Tensor, grad_weight: Tensor | None = None
+    gap_sums: Tensor,
+    inverse: Tensor,
+    left: Tensor,
+    head: Head,
+    units: tuple[float, float],
+    grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dW of all classes at hand, added to `grad_weight` where it is given; what they make of the predicted, (u, m)).
 
-    `push` (u, c); `left` (u, m): the centred rows w_p, which are spent without `grad_weight`. W is read in tiles.
+    `gap_sums`, which are spent, and `inverse`, R, are (u, c); `left` (u, m): the rows w_p; `units`
+    of `unit_of`. W is read in tiles.
     """
-    minus_sums = push.sum(1, keepdim=True).neg_()
-    adds = grad_weight is not None
-    if adds:
-        own = left * minus_sums
-    else:
-        grad_weight = matmul(push.t(), left)
-        own = left.mul_(minus_sums)
-    buffer = weight_tile(head_weight, mean_row.dtype)
-    for columns in slices(head_weight.shape[0], buffer.shape[0]):
-        right = centered(head_weight[columns], mean_row, buffer)
-        part = push[:, columns]
-        own.add_(matmul(part, right))
-        grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1), value=-1)
+    head_weight, origin, (nearest, unit) = head.weight, head.mean.origin, units
+    force = gap_sums.mul_(inverse if unit == 1.0 else inverse / unit).mul_(inverse)
+    centered_left = left - origin
+    left_longest = torch.linalg.vector_norm(centered_left, dim=1).amax().item()
+    buffer = weight_tile(head_weight, left.dtype)
+    adds, own = grad_weight is not None, None
+    for columns in parts(head_weight.shape[0], buffer.shape[0]):
+        right_rows = take(head_weight, columns)
+        near, push = (inverse, force) if columns is None else (inverse[:, columns], force[:, columns])
+        ours, theirs, alone = centered_left, centered(right_rows, origin, buffer), None
+        longest = torch.linalg.vector_norm(theirs, dim=1).amax().item()
+        if _is_apart(nearest, max(longest, left_longest)):
+            push.mul_(near)
+        else:
+            push, ours, theirs, alone = _separated(push, near, left, right_rows, head.robust)
+        own_part = matmul(push, theirs).addcmul_(ours, push.sum(1, keepdim=True), value=-1)
+        part = matmul(push.t(), ours).addcmul_(theirs, push.sum(0).unsqueeze(1), value=-1)
+        if alone is not None:
+            for pairs in slices(alone.row.shape[0], sizes.DIFFERENCE_ELEMENTS // max(1, left.shape[1])):
+                r, j, of_force, of_near = (t[pairs] for t in alone)
+                pull = (right_rows[j].to(left.dtype) - left[r]).mul_(of_near.unsqueeze(1)).mul_(of_force.unsqueeze(1))
+                add_rows(own_part, r, pull)
+                add_rows(part, j, pull.neg_())
+        own = own_part if own is None else own.add_(own_part)
+        if grad_weight is None:
+            grad_weight = part if columns is None else part.new_empty(head_weight.shape)
         if adds:
-            grad_weight[columns].add_(matmul(part.t(), left))
+            take(grad_weight, columns).add_(part)
+        elif columns is not None:
+            grad_weight[columns] = part
     return grad_weight, own
+
+
+class Pairs(NamedTuple):
+    """Pairs of rows that are worked by their differences, each (q,)."""
+
+    row: Tensor
+    other: Tensor
+    force: Tensor
+    """gap_sums R^2 / unit"""
+    inverse: Tensor
+    """R"""
+
+
+def _separated(
+    force: Tensor, inverse: Tensor, left: Tensor, right: Tensor, frame: Frame
+) -> tuple[Tensor, Tensor, Tensor, Pairs]:
+    """(push, and both sides in the robust frame, for products; the pairs that are not in them).
+
+    A product of W/t and R t is that of W and R: at the scale of the rows no cube leaves the range.
+    """
+    ours, left_lengths = framed(left, frame)
+    theirs, right_lengths = framed(right, frame)
+    lengths = torch.maximum(left_lengths.unsqueeze(1), right_lengths)
+    near = inverse / frame.scale
+    alone = ((near * lengths > 1 / CLOSE_ROWS) | (near > LONG) | (lengths > LONG)) & (inverse > 0)
+    row, other = alone.nonzero(as_tuple=True)
+    push = near.mul_(force).masked_fill_(alone, 0.0)
+    return push, ours, theirs, Pairs(row, other, force[row, other], inverse[row, other])
