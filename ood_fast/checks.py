@@ -104,6 +104,15 @@ def logits(value: Any, *, dense: bool = False) -> None:
         raise ValueError(f"logits: got shape {tuple(value.shape)}, expected at least one class")
 
 
+def several_classes(name: str, n_classes: int) -> None:
+    """At least two classes, for a loss to train something."""
+    if n_classes == 1:
+        raise ValueError(
+            f"{name}: got one class, whose softmax is 1 whatever the input: the loss is 0 and trains nothing; give the "
+            "head two outputs, nn.Linear(m, 2), and y the classes 0 and 1"
+        )
+
+
 def head_weight(weight: Any, logits_: Tensor) -> None:
     """W: floating point, (c, m), on the device of the logits."""
     float_tensor("W", weight, 2, "(c, m)")

@@ -7,7 +7,6 @@ layer, f = z W^T + b (n, c) are the logits, p = argmax f the predicted class (fi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -63,12 +62,14 @@ def elogitnorm(
         The loss in float32 (float64 for float64 inputs): a scalar, or with ``reduction="none"`` (n,) or (n, d1, ...).
 
     Coincident rows of W (||w_p - w_j|| = 0) have no boundary between them and are left out of the sum and of the count.
-    A masked target costs +inf. NaN or +inf among the logits of a sample gives NaN. An empty batch gives what
-    F.cross_entropy gives.
+    Rows as long or short as their dtype holds, and as near to each other, keep their digits; those nearer than 1 / (the
+    largest number of the dtype) coincide. A masked target costs +inf. NaN or +inf among the logits of a sample gives
+    NaN. An empty batch gives what F.cross_entropy gives.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes, devices or keywords do not fit. IndexError: on the CPU, an
-        index in `y` is out of range (on a GPU that sample's loss is NaN instead: looking would stall it).
+        TypeError: a dtype is wrong. ValueError: shapes, devices or keywords do not fit, or there is one class, of which
+        no loss could train anything. IndexError: on the CPU, an index in `y` is out of range (on a GPU that sample's
+        loss is NaN instead: looking would stall it).
         RuntimeError: from a second derivative, which is not implemented.
 
     Paper: Ding, Liu, Unger, Eilertsen, "Enhancing Out-of-Distribution Detection with Extended Logit Normalization",
@@ -79,6 +80,7 @@ def elogitnorm(
             "logits: got None, expected a tensor; without logits it is ood_fast.linear_elogitnorm(z, W, b, y)"
         )
     checks.logits(logits, dense=True)
+    checks.several_classes("logits", logits.shape[1])
     checks.head_weight(W, logits)
     checks.head_bias(b, W)
     if z is not None:
@@ -90,12 +92,12 @@ def elogitnorm(
     checks.one_of("average", average, checks.AVERAGES)
     shape = logits.shape
     logits, y = as_rows(logits, y)
+    W = W.detach() if detach_geometry else W
     if logits.shape[0] == 0:
-        loss = empty_loss(logits, reduction)
+        loss = empty_loss(reduction, logits, W)
         distance = loss.new_empty(0)
     else:
         labels = Labels(y, weight, ignore_index, float(label_smoothing))
-        W = W.detach() if detach_geometry else W
         loss, distance = losses.elogitnorm(logits, W, labels, reduction, float(eps), average_offset(average))
     loss = as_places(loss, shape)
     return (loss, as_places(distance, shape)) if return_distance else loss
@@ -123,6 +125,10 @@ def linear_elogitnorm(
     the gradients for z, W and b come from one pass over each chunk's logits; with ``reduction="none"``, and in a second
     backward through a retained graph, the backward pass computes them anew.
 
+    The prediction is that of the logits as they are computed here, not of logits made elsewhere: on a GPU, where z and
+    W are half precision, they are rounded to that as `F.linear` rounds them, and the first of equal ones is predicted;
+    elsewhere they are float32. `elogitnorm` takes the logits that it is given.
+
     Args:
         z: features, (n, m), any float dtype. Receives a gradient, as W and b do.
         W: weight of the last linear layer, (c, m).
@@ -145,14 +151,14 @@ def linear_elogitnorm(
     # What the logits would be, as far as checks look: a view of one number, whatever n and c are.
     logits = z.new_empty(()).expand(z.shape[0], W.shape[0])
     checks.logits(logits)
+    checks.several_classes("W", W.shape[0])
     checks.target(y, logits)
     checks.class_weight(weight, logits)
     checks.loss_keywords(ignore_index, reduction, label_smoothing)
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     if z.shape[0] == 0:
-        dtype = compute_dtype(z, W)
-        loss = empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), reduction)
+        loss = empty_loss(reduction, z, W, b)
         distance = loss.new_empty(0)
     else:
         labels = Labels(y, weight, ignore_index, float(label_smoothing))
@@ -192,6 +198,7 @@ def logitnorm(
     Paper: Wei et al., "Mitigating Neural Network Overconfidence with Logit Normalization", ICML 2022, arXiv:2205.09310.
     """
     checks.logits(logits, dense=True)
+    checks.several_classes("logits", logits.shape[1])
     checks.target(y, logits)
     checks.class_weight(weight, logits)
     checks.loss_keywords(ignore_index, reduction, label_smoothing)
@@ -199,7 +206,7 @@ def logitnorm(
     shape = logits.shape
     logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
-        loss = empty_loss(logits, reduction)
+        loss = empty_loss(reduction, logits)
     else:
         labels = Labels(y, weight, ignore_index, float(label_smoothing))
         loss = losses.logitnorm(logits, labels, reduction, float(tau))
@@ -231,7 +238,7 @@ def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries")
     shape = logits.shape
     logits, _ = as_rows(logits, None)
     if logits.shape[0] == 0:
-        distance = logits.new_empty(0, dtype=torch.promote_types(torch.float32, logits.dtype))
+        distance = nothing(logits, W)
     else:
         distance = scores.boundary_distance(logits, W, average_offset(average))
     return as_places(distance, shape)
@@ -280,7 +287,7 @@ def nci_score(
         checks.head_weight(W, logits)
         checks.features(z, W, logits.shape[0])
     if z.shape[0] == 0:
-        return z.new_empty(0, dtype=torch.promote_types(torch.float32, z.dtype))
+        return nothing(z, W, mean)
     return scores.nci_score(z, W, b, mean, logits, float(alpha))
 
 
@@ -327,10 +334,16 @@ def as_places(value: Tensor, shape: torch.Size) -> Tensor:
     return value if len(shape) == 2 or value.dim() == 0 else value.reshape(shape[:1] + shape[2:])
 
 
-def empty_loss(logits: Tensor, reduction: str) -> Tensor:
+def nothing(*inputs: Tensor | None) -> Tensor:
+    """What n = 0 samples have, (0,): the first of `inputs` is theirs, and all of them get gradients of 0."""
+    dtype = compute_dtype(*inputs)
+    return sum(t[:0].sum().to(dtype) for t in inputs if t is not None).expand(0)
+
+
+def empty_loss(reduction: str, *inputs: Tensor | None) -> Tensor:
     """n = 0: NaN for the mean, 0 for the sum, (0,) for none, as F.cross_entropy has them; no kernel runs."""
-    nothing = logits.to(compute_dtype(logits)).sum(1)
-    return nothing if reduction == "none" else nothing.sum() if reduction == "sum" else nothing.sum() / 0.0
+    of_none = nothing(*inputs)
+    return of_none if reduction == "none" else of_none.sum() if reduction == "sum" else of_none.sum() / 0.0
 
 
 def average_offset(average: str) -> int:

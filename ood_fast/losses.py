@@ -133,7 +133,6 @@ class ELogitNormLoss(_Loss):
         gathered = None
         if type(head_weight) not in (Tensor, nn.Parameter):
             head_weight, gathered = self._gathered(head_weight)
-        _refuse_one_class(head_weight.shape[0])
         tau = temperature_of_head(head, head.training)
         if tau is not None:
             head_weight = head_weight / tau
@@ -213,14 +212,6 @@ class ELogitNormLoss(_Loss):
         return f"{where}{super().extra_repr()}, {own}"
 
 
-def _refuse_one_class(n_classes: int) -> None:
-    if n_classes == 1:
-        raise ValueError(
-            "logits: got one class, whose softmax is 1 whatever the input: the loss is 0 and trains nothing; give the "
-            "head two outputs, nn.Linear(m, 2), and y the classes 0 and 1"
-        )
-
-
 def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple | None:
     """(logits, W, y, mesh) of this rank's classes, where tensor parallelism shards the head; None otherwise."""
     if not hasattr(head_weight, "full_tensor"):
@@ -260,8 +251,6 @@ class LogitNormLoss(_Loss):
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
         """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c); dense: (n, c, d1, ...)."""
-        if isinstance(logits, Tensor) and logits.dim() > 1:
-            _refuse_one_class(logits.shape[1])
         return functional.logitnorm(logits, y, tau=self.tau, **self._keywords())
 
     def extra_repr(self) -> str:

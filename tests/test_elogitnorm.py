@@ -16,7 +16,6 @@ from ood_fast import eager, ops, reference
 
 # (n, c, m): what the shape reaches
 SHAPES = [
-    (5, 1, 3),  # one class: no boundary
     (4, 2, 3),  # two classes: one boundary
     (8, 5, 7),  # n >= c: the full table
     (3, 37, 5),  # n < c: rows of the distinct predictions; nothing divides a block size
@@ -264,8 +263,7 @@ def test_corner_values_by_hand(backend):
     # D = gap / sqrt(2) over the one live boundary, so gap / D = sqrt(2) for both samples.
     expected = [math.log1p(math.exp(-math.sqrt(2))), math.sqrt(2) + math.log1p(math.exp(-math.sqrt(2)))]
     torch.testing.assert_close(loss.cpu(), torch.tensor(expected))
-    one_class = ood_fast.elogitnorm(logits[:, :1], None, eye[:1], None, torch.zeros_like(y))
-    assert one_class == 0
+    assert (ood_fast.boundary_distance(logits[:, :1], eye[:1]) == 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -275,9 +273,25 @@ def test_empty_batch(reduction, backend):
     y = torch.empty(0, dtype=torch.int64, device=backend.device)
     loss = ood_fast.elogitnorm(logits, None, W, None, y, reduction=reduction)
     torch.testing.assert_close(loss, F.cross_entropy(logits, y, reduction=reduction), equal_nan=True)
-    loss.sum().backward()
+    (loss.sum() + ood_fast.boundary_distance(logits, W).sum()).backward()
     assert logits.grad.shape == (0, 4)
+    assert (W.grad == 0).all()
     assert ood_fast.boundary_distance(logits, W).shape == (0,)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2, 255])
+def test_probabilities_of_an_empty_batch(ignore_index):
+    logits, z = torch.empty(0, 4, requires_grad=True), torch.empty(0, 3, requires_grad=True)
+    W, y = torch.randn(4, 3, requires_grad=True), torch.empty(0, 4)
+    keywords = {"ignore_index": ignore_index, "reduction": "sum"}
+    for loss in (
+        ood_fast.elogitnorm(logits, None, W, None, y, **keywords),
+        ood_fast.linear_elogitnorm(z, W, None, y, **keywords),
+        ood_fast.logitnorm(logits, y, **keywords),
+        ood_fast.nci_score(z, W, None, torch.zeros(3)).sum(),
+    ):
+        assert loss == 0
+        loss.backward()
 
 
 @pytest.mark.parametrize("n_samples", [6, 3], ids=["n>=c", "n<c"])

@@ -13,8 +13,8 @@ from test_elogitnorm import DTYPES, KEYWORDS, build_keywords
 import ood_fast
 from ood_fast import reference
 
-# (n, c): one class; a small row; a row that no block size divides; ImageNet's classes; a row in several blocks
-SHAPES = [(4, 1), (6, 5), (3, 37), (2, 1000), (1, 9000)]
+# (n, c): two classes; a small row; a row that no block size divides; ImageNet's classes; a row in several blocks
+SHAPES = [(4, 2), (6, 5), (3, 37), (2, 1000), (1, 9000)]
 
 
 def run(function, logits, y, upstream, **keywords):

@@ -269,6 +269,13 @@ def test_the_temperature_of_the_head_is_part_of_its_weight(training, scale_at_te
 def test_one_logit_is_refused_with_the_cure(dense):
     """Softmax over one class is 1: a binary classifier has two logits here."""
     head, y = nn.Linear(6, 1), torch.zeros(4, *dense, dtype=torch.long)
-    for criterion in (ood_fast.ELogitNormLoss(head), ood_fast.LogitNormLoss()):
+    logits, z = torch.randn(4, 1, *dense), torch.randn(4, 6)
+    for loss in (
+        lambda: ood_fast.ELogitNormLoss(head)(logits, y),
+        lambda: ood_fast.LogitNormLoss()(logits, y),
+        lambda: ood_fast.elogitnorm(logits, None, head.weight, None, y),
+        lambda: ood_fast.logitnorm(logits, y),
+        lambda: ood_fast.linear_elogitnorm(z, head.weight, None, y[:, 0] if dense else y),
+    ):
         with pytest.raises(ValueError, match=r"got one class.*two outputs, nn\.Linear\(m, 2\)"):
-            criterion(torch.randn(4, 1, *dense), y)
+            loss()

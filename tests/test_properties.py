@@ -23,11 +23,11 @@ COMMON = settings(
 
 @st.composite
 def batches(draw, dtype=torch.float64, corners: bool = True) -> Batch:
-    """Batches of every proportion: n < c and n >= c, one class, one feature, scales from 1e-3 to 1e3.
+    """Batches of every proportion: n < c and n >= c, two classes, one feature, scales from 1e-3 to 1e3.
 
     With `corners`: tied logits, coincident rows of W, masked classes.
     """
-    n_samples, n_classes, n_features = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    n_samples, n_classes, n_features = draw(st.integers(1, 9)), draw(st.integers(2, 9)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(n_samples, n_classes, generator=generator, dtype=torch.float64)
     logits = logits * 10 ** draw(st.floats(-3, 3))

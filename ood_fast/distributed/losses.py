@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -109,6 +108,7 @@ def elogitnorm(
         return Call(W.shape[0], logits.shape[0], -1 if weight is None else weight.shape[0], facts)
 
     layout, _, is_full = agree(group, examine, W, shards, check)
+    checks.several_classes("logits_shard", layout.n_classes)
     if is_full:
         weight = weight[layout.own]
     _check_indices(y, layout, ignore_index, check)
@@ -116,7 +116,7 @@ def elogitnorm(
     shape = logits.shape
     logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
-        loss = empty_loss(logits.to(compute_dtype(logits, W)), reduction)
+        loss = empty_loss(reduction, logits, W)
         distance = loss.new_empty(0)
     else:
         if W.shape[0] == 0:
@@ -197,6 +197,7 @@ def linear_elogitnorm(
         return Call(W.shape[0], z.shape[0], -1 if weight is None else weight.shape[0], facts)
 
     layout, counts, is_full = agree(group, examine, W, shards, check)
+    checks.several_classes("W_shard", layout.n_classes)
     if is_full:
         weight = weight[layout.own]
     if samples == "replicated":
@@ -205,8 +206,7 @@ def linear_elogitnorm(
         y = layout.gather(y, counts) if sum(counts) else y
     _check_indices(y, layout, ignore_index, check)
     if (z.shape[0] if counts is None else sum(counts)) == 0:
-        dtype = compute_dtype(z, W)
-        loss = empty_loss(F.linear(z.to(dtype), W.to(dtype), None if b is None else b.to(dtype)), reduction)
+        loss = empty_loss(reduction, z, W, b)
         distance = loss.new_empty(0)
     else:
         if W.shape[0] == 0:

@@ -15,7 +15,7 @@ from .. import checks, statistics
 from ..eager.distances import Head
 from ..eager.precision import compute_dtype, full_precision
 from ..eager.sizes import join, slices
-from ..functional import average_offset
+from ..functional import average_offset, nothing
 from ..ops.registration import Operator, first_derivative
 from ..records import Needs, Tempered
 from . import rows as together
@@ -58,7 +58,7 @@ def boundary_distance(
     layout, *_ = agree(group, examine, W_shard, shards, check)
     logits, W = logits_shard, W_shard
     if logits.shape[0] == 0:
-        return logits.new_empty(0, dtype=compute_dtype(logits, W))
+        return nothing(logits, W)
     if W.shape[0] == 0:
         W, logits = together.masked_class(W, logits)
     return _BoundaryDistance.apply(logits, W, layout, average_offset(average))
@@ -107,7 +107,7 @@ def nci_score(
     layout, *_ = agree(group, examine, W_shard, shards, check)
     dtype = compute_dtype(z, W_shard, mean)
     if z.shape[0] == 0:
-        return z.new_empty(0, dtype=dtype)
+        return nothing(z, W_shard, mean)
     W, b, logits = W_shard, b_shard, logits_shard
     if W.shape[0] == 0:
         W, b = together.masked_class(W, b)
@@ -211,8 +211,8 @@ def _row_statistics(
     own = [name for name in names if name in ("norm1", "norm2", "centred_norm")]  # of features, which every rank has
     found = statistics.row_statistics(own, features=features, mean=mean) if own else {}
     if n_samples == 0:
-        nothing = logits.new_empty(0, dtype=dtype)
-        return {name: nothing.long() if name == "predicted" else nothing for name in names} | found
+        empty = logits.new_empty(0, dtype=dtype)
+        return {name: empty.long() if name == "predicted" else empty for name in names} | found
     if logits.shape[1] == 0:
         like = logits.new_zeros(0, 1) if head_weight is None else head_weight
         head_weight, logits = together.masked_class(like, logits)

@@ -43,7 +43,8 @@ def linear_elogitnorm(
     head = Head(head_weight, dtype)
     bias = torch.zeros((), **new) if head_bias is None else head_bias.to(dtype)
     needs = Needs() if sample_grad is None else needs
-    grad_features = torch.empty_like(features, dtype=dtype) if needs.features else None
+    # Contiguous, whatever the strides of the features are.
+    grad_features = torch.empty(features.shape, **new) if needs.features else None
     grad_weight = torch.zeros(head_weight.shape, **new) if needs.weight else None
     grad_bias = torch.zeros(n_classes, **new) if needs.bias else None
     results = []

@@ -18,6 +18,8 @@ from .distances import LONG, SHORT, Frame, Head, centered, framed, weight_tile
 from .precision import matmul
 from .sizes import parts, slices, take
 
+# Rows nearer than the inverse of this, in the robust frame, are few: their forces times R could leave the range.
+NEAR = 2.0**10
 # A product loses digits of the difference of rows that are nearer to each other than this share of their lengths.
 CLOSE_ROWS = 1e-1
 
@@ -140,7 +142,7 @@ def _separated(
     theirs, right_lengths = framed(right, frame)
     lengths = torch.maximum(left_lengths.unsqueeze(1), right_lengths)
     near = inverse / frame.scale
-    alone = ((near * lengths > 1 / CLOSE_ROWS) | (near > LONG) | (lengths > LONG)) & (inverse > 0)
+    alone = ((near * lengths > 1 / CLOSE_ROWS) | (near > NEAR) | (lengths > LONG)) & (inverse > 0)
     row, other = alone.nonzero(as_tuple=True)
     push = near.mul_(force).masked_fill_(alone, 0.0)
     return push, ours, theirs, Pairs(row, other, force[row, other], inverse[row, other])
