@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     """(k,) int64: where among the rows of W each of them is, or anything negative where it is not"""
 
 
-class Frame(NamedTuple):
+class RowFrame(NamedTuple):
     """Rows are compared as (w - origin) * scale."""
 
     origin: Tensor
@@ -57,10 +57,10 @@ class Head:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight = weight
-        self.mean = Frame(weight.mean(0, dtype=dtype), 1.0)
+        self.mean = RowFrame(weight.mean(0, dtype=dtype), 1.0)
 
     @functools.cached_property
-    def robust(self) -> Frame:
+    def robust(self) -> RowFrame:
         """The median, entry by entry, of some rows, and the scale that makes the median of their lengths about 1."""
         n_rows = self.weight.shape[0]
         sample = self.weight[:: -(-n_rows // SAMPLED_ROWS)].to(self.mean.origin.dtype)
@@ -68,9 +68,9 @@ class Head:
         largest = (sample - origin).abs().amax(1) if sample.shape[1] else sample.new_zeros(1)
         size = largest.median().item() or largest.amax().item()
         if not 0 < size < math.inf:
-            return Frame(origin, 1.0)
+            return RowFrame(origin, 1.0)
         limit = math.frexp(torch.finfo(sample.dtype).max)[1] - 8
-        return Frame(origin, 2.0 ** -max(-limit, min(limit, math.frexp(size)[1])))
+        return RowFrame(origin, 2.0 ** -max(-limit, min(limit, math.frexp(size)[1])))
 
 
 def centered(weight: Tensor, origin: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ def centered(weight: Tensor, origin: Tensor, out: Tensor | None = None) -> Tenso
     return torch.sub(weight, origin, out=out[: weight.shape[0]])
 
 
-def framed(weight: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+def framed(weight: Tensor, frame: RowFrame) -> tuple[Tensor, Tensor]:
     """(rows in the frame, 0 in place of those too long for products; the length of each, inf where it has none)."""
     rows = centered(weight, frame.origin).mul_(frame.scale)
     lengths = torch.linalg.vector_norm(rows, dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..records import Geometry
 from . import sizes
-from .distances import LONG, SHORT, Frame, Head, centered, framed, weight_tile
+from .distances import LONG, SHORT, RowFrame, Head, centered, framed, weight_tile
 from .precision import matmul
 from .sizes import parts, slices, take
 
@@ -132,7 +132,7 @@ class Pairs(NamedTuple):
 
 
 def _separated(
-    force: Tensor, inverse: Tensor, left: Tensor, right: Tensor, frame: Frame
+    force: Tensor, inverse: Tensor, left: Tensor, right: Tensor, frame: RowFrame
 ) -> tuple[Tensor, Tensor, Tensor, Pairs]:
     """(push, and both sides in the robust frame, for products; the pairs that are not in them).
 
