@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..records import Geometry
 from . import sizes
-from .distances import LONG, SHORT, RowFrame, Head, centered, framed, weight_tile
+from .distances import LONG, SHORT, Head, RowFrame, centered, framed, weight_tile
 from .precision import matmul
 from .sizes import parts, slices, take
 
