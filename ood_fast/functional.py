@@ -337,7 +337,7 @@ def as_places(value: Tensor, shape: torch.Size) -> Tensor:
 def nothing(*inputs: Tensor | None) -> Tensor:
     """What n = 0 samples have, (0,): the first of `inputs` is theirs, and all of them get gradients of 0."""
     dtype = compute_dtype(*inputs)
-    return sum(t[:0].sum().to(dtype) for t in inputs if t is not None).expand(0)
+    return torch.stack([t[:0].sum().to(dtype) for t in inputs if t is not None]).sum().expand(0)
 
 
 def empty_loss(reduction: str, *inputs: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ def geometry_of(head_weight: Tensor, predicted: Tensor, dtype: torch.dtype) -> t
     coincides with another row of W)."""
     n_samples, n_classes = predicted.shape[0], head_weight.shape[0]
     head = Head(head_weight, dtype)
-    new = {"dtype": dtype, "device": head_weight.device}
+    new: dict[str, Any] = {"dtype": dtype, "device": head_weight.device}
     if n_samples >= n_classes:
         table = torch.empty(n_classes, n_classes, **new)
         distinct, _ = inverse_distances(head, None, table)
