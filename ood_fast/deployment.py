@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector, threshold
-from .heads import capture_features, given_head, unwrapped
-from .models.running import check_head, check_width, logits_of
+from .heads import capture_features, given_head, last_linear, unwrapped
+from .models.running import check_head, check_output, check_width, logits_of
 
 
 def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:
@@ -103,7 +103,7 @@ class Deployed(nn.Module):
         self.detector = detector
         self.eval()
         self._seen = None
-        self._checked = head is None
+        self._checked = False
         self.head = head
         if head is not None:
             self._seen = _Seen()
@@ -112,8 +112,10 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
         checking = not self._checked and not torch.compiler.is_compiling()  # the first batch, where Python runs
-        layer = self.model.get_submodule(self.head) if checking else None
-        with capture_features(layer) if checking else nullcontext() as captured:
+        layer = None
+        if checking:  # where no head is read, the last layer still tells whether these are logits
+            layer = last_linear(self.model) if self.head is None else self.model.get_submodule(self.head)
+        with nullcontext() if layer is None else capture_features(layer) as captured:
             logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
         features = None
         if self._seen is not None:
@@ -122,9 +124,12 @@ class Deployed(nn.Module):
                 head = getattr(head, name)
             check_width(head, logits)
             features = self._seen.take()
-            if checking and len(logits):
-                check_head(head, captured, logits)
-                self._checked = True
+        if checking and len(logits):
+            if self.head is None:
+                check_output(logits, layer, captured)
+            else:
+                check_head(layer, captured, logits)
+            self._checked = True
         score = self.detector.score_features(features, logits)
         return logits, score, self.detector.is_ood(score)
 

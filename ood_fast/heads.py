@@ -67,6 +67,15 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
     return head
 
 
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """As `find_head`; None where there is none, it cannot be told, or the compiler may run it."""
+    try:
+        head = find_head(model)
+    except ValueError:
+        return None
+    return None if may_run_compiled(modules_around(model, head)) else head
+
+
 def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     """The head that an argument `head` means: a layer of `model`, by its name or itself; None: `find_head(model)`."""
     if head is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 import platform
 import time
@@ -112,7 +111,7 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
         cls = find(name)
         if cls.__name__ not in chosen:
             raise refusal(f"--set {text}: {cls.__name__} is not among the detectors {', '.join(chosen)}")
-        parameters = list(inspect.signature(cls).parameters)
+        parameters = cls.parameters_of()
         if setting not in parameters:
             raise refusal(f"--set {text}: {checks.unknown(f'parameter of {cls.__name__}', setting, parameters)}")
         chosen[cls.__name__][1][setting] = literal(value.strip())

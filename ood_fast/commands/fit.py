@@ -128,7 +128,7 @@ def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
     def prepared(detector: Detector) -> Detector:
         if not isinstance(detector, ODIN) or detector.std is not None:
             return detector
-        return ODIN(**{**detector.settings(), "std": notes.get("std")})
+        return detector.changed(std=notes.get("std"))
 
     return DetectorSet({name: prepared(detector) for name, detector in detectors.items()})
 

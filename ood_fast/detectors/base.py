@@ -78,14 +78,20 @@ class Contract(nn.Module):
     def __new__(cls, *args: Any, **keywords: Any) -> Contract:
         """Remembers which parameters it is given."""
         made = super().__new__(cls)
-        named = list(inspect.signature(cls).parameters)[: len(args)] if args else ()
-        vars(made).update(given=frozenset({*keywords, *named}), lowered={}, among_others=False)
+        vars(made).update(
+            given=frozenset({*keywords, *cls.parameters_of()[: len(args)]}), lowered={}, among_others=False
+        )
         return made
 
     def __init__(self) -> None:
         super().__init__()
         for name in self.buffer_names():
             self.register_buffer(name, None)
+
+    @classmethod
+    def parameters_of(cls) -> list[str]:
+        """The keywords of a detector of this class."""
+        return list(inspect.signature(cls.__init__).parameters)[1:]  # of cls, Python 3.10 would tell those of __new__
 
     @classmethod
     def buffer_names(cls) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ class Contract(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The parameters of this detector, by the keywords of its class."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: getattr(self, name) for name in self.parameters_of()}
 
     def extra_repr(self) -> str:
         """As `repr` shows it."""

@@ -101,7 +101,7 @@ def _others(name: str) -> str:
     text = " ".join(_paragraphs(name))
     calls = re.findall(r"pytorch-ood's (?:default )?is `(\w+\([^`]*\))`|(\w+\([^`()]*\)) is pytorch-ood's", text)
     written = ", ".join(f"`{one or other}`" for one, other in calls)
-    keywords = ", ".join(f"`{parameter}`" for parameter in inspect.signature(find(name)).parameters)
+    keywords = ", ".join(f"`{parameter}`" for parameter in find(name).parameters_of())
     return "; ".join(text for text in (written, keywords) if text)
 
 

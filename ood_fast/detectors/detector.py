@@ -208,6 +208,12 @@ class Detector(Contract):
 
     # ---- parameters
 
+    def changed(self, **settings: Any) -> Detector:
+        """A new one with other parameters, of which it counts none as named by its user."""
+        made = type(self)(**{**self.settings(), **settings})
+        made.given = self.given
+        return made
+
     def variants(self, grid: Mapping[str, Iterable] | None = None) -> Iterator[Detector]:
         """A new detector for every combination of `grid` (default: the class's), the other parameters as here.
 

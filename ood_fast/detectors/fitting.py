@@ -194,6 +194,7 @@ class Fit:
                 if given[name] is None:
                     raise ValueError(
                         f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
+                        + "; a batch that is a mapping has them as labels, targets or y" * (name == "targets")
                     )
         _check_batch(features, logits, targets)
         if logits is not None and any(detector.needs_logits or detector.needs_head for detector in self.detectors):

@@ -226,9 +226,9 @@ def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
     if isinstance(detector, ODIN) and detector.std is None:
         steps = getattr(benchmark.test.transform, "transforms", ())
         std = next((step.std for step in steps if hasattr(step, "std")), None)
-        return detector if std is None else type(detector)(**{**settings, "std": tuple(map(float, std))})
+        return detector if std is None else detector.changed(std=tuple(map(float, std)))
     if settings.get("dtype", ...) is None:
-        return type(detector)(**{**settings, "dtype": torch.float32})
+        return detector.changed(dtype=torch.float32)
     return detector
 
 

@@ -5,12 +5,13 @@ Detectors, evaluation and diagnostics read models through `run_model`; `deployme
 
 from __future__ import annotations
 
+import inspect
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from ..heads import (
     CapturedFeatures,
     capture_features,
     inference_head,
+    last_linear,
     may_run_compiled,
     modules_around,
     unwrapped,
 )
-from ..ops.registration import uncompiled, version_of
+from ..ops.registration import uncompiled
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
+_IMAGES = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data")
 
 
 class Batch(NamedTuple):
@@ -52,21 +55,21 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
     is compiled stays so unless it runs the head.
 
     Raises ValueError where the head cannot have made the logits: on the first batch they are computed from the features
-    once more, see `check_head`; not again for a model that is as it was then.
+    once more, see `check_head`. Without a head, where the output is none of logits, see `check_output`.
     """
     if head is not None or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         model = unwrapped(model)  # DDP waits for the other processes, which may have nothing to score
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
-    around = [] if head is None else modules_around(model, head)
-    checked = head is not None and _known(model, head, around)
+    last = last_linear(model) if head is None else head  # tells what the output is where no features are read
+    checked = False
     call = model if head is None else uncompiled(model)
-    all_uncompiled = head is not None and may_run_compiled(around)
+    all_uncompiled = head is not None and may_run_compiled(modules_around(model, head))
     with evaluating(model):
         for given in loader:
-            x, targets = inputs_and_targets(given)
+            x, targets = inputs_and_targets(given, model)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-            with _capturing(head, all_uncompiled) as captured:
+            with _capturing(head if checked else last, all_uncompiled) as captured:
                 output = call(x) if isinstance(x, Tensor) else call(**x)
             if head is not None and not captured.seen and not all_uncompiled:  # something that was not found runs it
                 all_uncompiled = True
@@ -78,46 +81,15 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
             if not checked and len(logits):
                 checked = True
                 if head is None:
-                    check_no_probabilities(logits)
+                    check_output(logits, last, captured)
                 else:
                     check_head(head, captured, logits)
-                    _KNOWN[head] = weakref.ref(model), _state_of(around)
             features = None if head is None else captured.features
             yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
 
 
 def _capturing(head: nn.Linear | None, all_uncompiled: bool) -> AbstractContextManager[CapturedFeatures]:
     return nullcontext() if head is None else capture_features(head, all_uncompiled=all_uncompiled)
-
-
-# Head -> the model whose logits it was seen to make, and the state of both at that time.
-_KNOWN: weakref.WeakKeyDictionary[nn.Linear, tuple[weakref.ref, list]] = weakref.WeakKeyDictionary()
-_SETTINGS = (bool, int, float, str, type(None))
-
-
-def _state_of(around: list[nn.Module]) -> list[tuple]:
-    """Another one where what stands between the head and the logits may be: layers, hooks, settings, numbers, of the
-    modules around the head and of those beside it."""
-    near = {id(module): module for outer in around for module in (outer, *outer.children())}
-    return [
-        (
-            key,
-            [len(value) for value in vars(module).values() if isinstance(value, dict)],
-            [
-                (name, v if isinstance(v, _SETTINGS) else id(v))
-                for name, v in vars(module).items()
-                if name != "training"
-            ],
-            [version_of(own) for own in (*module.parameters(recurse=False), *module.buffers(recurse=False))],
-        )
-        for key, module in near.items()
-    ]
-
-
-def _known(model: nn.Module, head: nn.Linear, around: list[nn.Module]) -> bool:
-    """Whether the head was seen to make the logits of this model as it is."""
-    seen = _KNOWN.get(head)
-    return seen is not None and seen[0]() is model and seen[1] == _state_of(around)
 
 
 _SWITCHED: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: a module, its own mode, how many hold it in eval mode
@@ -168,23 +140,47 @@ def logits_of(output: Any) -> Tensor:
     return output
 
 
-def inputs_and_targets(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
-    """x and y of a batch; what is no tensor, such as file names, is no y."""
+def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
+    """x and y of a batch; what is no tensor, such as file names, is no y.
+
+    Of a mapping, what `model` takes by these names goes by keyword; else its one tensor of images, by itself.
+    """
     x, targets = batch, None
     if isinstance(batch, Mapping):
         x = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in _TARGETS}
         targets = next((batch[name] for name in _TARGETS if name in batch), None)
+        if isinstance(targets, (list, np.ndarray)) and all(isinstance(y, (int, np.integer)) for y in targets):
+            targets = torch.as_tensor(np.asarray(targets))
         indices = [name for name, value in x.items() if value.dim() == 1 and not value.is_floating_point()]
         if targets is None and len(indices) == 1 and len(x) > 1:  # the classes, by a name of the user's
             targets = x.pop(indices[0])
-        if len(x) == 1 and "pixel_values" not in x:  # that name of transformers goes by keyword
-            (x,) = x.values()
+        x = _input_of(x, model)
         if isinstance(x, Tensor) or x:
             return x, targets if isinstance(targets, Tensor) else None
     elif isinstance(batch, (tuple, list)) and batch:
         x, targets = batch[0], batch[1] if len(batch) > 1 else None
     checks.instance("loader: x of a batch", x, Tensor, "a tensor; batches are x, (x, y, ...) or {name: tensor}")
     return x, targets if isinstance(targets, Tensor) else None
+
+
+def _input_of(given: dict[str, Tensor], model: nn.Module | None) -> Tensor | dict[str, Tensor]:
+    """What of the tensors of a batch goes into the model: by keyword what it takes by name, else the one of images."""
+    if len(given) == 1 and "pixel_values" not in given:  # that name of transformers goes by keyword
+        return next(iter(given.values()))
+    takes = inspect.signature(unwrapped(model).forward).parameters if model is not None else {}
+    if not takes or any(taken.kind is taken.VAR_KEYWORD for taken in takes.values()):
+        return given
+    if named := {name: value for name, value in given.items() if name in takes}:
+        return named
+    images = {name: value for name, value in given.items() if value.dim() > 1 and value.is_floating_point()}
+    images = {name: value for name, value in images.items() if name in _IMAGES} or images
+    if len(images) == 1:
+        return next(iter(images.values()))
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+    raise ValueError(
+        f"loader: got a batch of {shapes}, expected one tensor of images, or names that the model takes "
+        f"({', '.join(takes)})"
+    )
 
 
 def check_loader(loader: object, argument: str = "loader", or_else: str = "") -> None:
@@ -282,28 +278,64 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
 def _cause(expected: Tensor, given: Tensor) -> str:
     """What the logits look like beside those of the head, for a message."""
     scale = float((given * expected).sum() / expected.square().sum().clamp_min(1e-30))
-    candidates = {
-        "the softmax": expected.softmax(1),
-        "the log-softmax": expected.log_softmax(1),
-        "the sigmoid": expected.sigmoid(),
-        f"{scale:.4g} times (a temperature?) the output": scale * expected,
-        "the clamped output": expected.clamp(given.min(), given.max()),
-    }
+    candidates = _changed(expected, given)
+    candidates[f"{scale:.4g} times (a temperature?) the output"] = scale * expected
     for name, candidate in candidates.items():
-        if torch.allclose(candidate, given, rtol=1e-2, atol=1e-3):
+        if _close(candidate, given):
             return f": the model returns {name} of this layer"
-    if torch.allclose(expected.sort(1).values, given.sort(1).values, rtol=1e-2, atol=1e-3):
+    if _close(expected.sort(1).values, given.sort(1).values):
         return ": the model returns the output of this layer with its classes in another order"
     return ""
 
 
-def check_no_probabilities(logits: Tensor) -> None:
-    """ValueError for rows that are all probabilities, which scores of logits would take for logits."""
+def _changed(expected: Tensor, given: Tensor) -> dict[str, Tensor]:
+    return {
+        "the softmax": expected.softmax(1),
+        "the log-softmax": expected.log_softmax(1),
+        "the sigmoid": expected.sigmoid(),
+        "the clamped output": expected.clamp(given.min(), given.max()),
+    }
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+
+
+def check_output(logits: Tensor, beside: nn.Linear | None = None, captured: CapturedFeatures | None = None) -> None:
+    """ValueError for an output that scores of logits would take for logits: rows of probabilities or of their
+    logarithms; beside the last linear layer that ran, if it makes as many outputs, its sigmoid or clamped outputs; and
+    what enters that layer. A temperature, an average of heads, another order of classes pass: these are logits.
+    """
     if logits.is_meta or logits.shape[1] < 2:
         return
     rows = logits.detach().float()
-    if ((rows > 0) & (rows < 1)).all() and ((rows.sum(1) - 1).abs() < 1e-2 * rows.shape[1] ** -0.5).all():
+    slack = 1e-2 * rows.shape[1] ** -0.5
+    sharp = beside is None and not ((rows > 0) & (rows < 1)).any()  # ones and zeros: nothing tells what made them
+    if not sharp and ((rows >= 0) & (rows <= 1)).all() and ((rows.sum(1) - 1).abs() < slack).all():
         raise ValueError(
-            "model: got an output whose rows are probabilities, above 0 with sum 1, expected logits: leave out the "
+            "model: got an output whose rows are probabilities, 0 to 1 with sum 1, expected logits: leave out the "
             "softmax at its end"
         )
+    rounding = 16 * torch.finfo(logits.dtype).eps * (1 + rows.abs().amax(1))
+    if (rows <= 0).all() and (rows.logsumexp(1).abs() <= rounding).all():
+        raise ValueError(
+            "model: got an output whose rows are logarithms of probabilities, expected logits: leave out the "
+            "log-softmax at its end"
+        )
+    if beside is None or captured is None or not captured.seen:
+        return
+    z = captured.features.detach()
+    if z.shape == logits.shape and torch.equal(z, logits) and len(beside.weight) != logits.shape[1]:
+        raise ValueError(
+            f"model: got the features {tuple(z.shape)} that enter its last layer, expected logits; of a model that "
+            "returns a tuple the first is read, of a mapping `logits`: let it return the logits first"
+        )
+    if z.dim() == 2 and beside.out_features == logits.shape[1]:
+        weight, bias = inference_head(beside)
+        with torch.autocast(z.device.type, enabled=False):
+            expected = F.linear(z.float(), weight.float(), None if bias is None else bias.float())
+        for name in ("the sigmoid", "the clamped output"):
+            if not _close(expected, rows) and _close(_changed(expected, rows)[name], rows):
+                raise ValueError(
+                    f"model: got {name} of its last layer, expected logits: let it return what that layer makes"
+                )

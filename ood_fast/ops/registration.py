@@ -47,13 +47,6 @@ def uncompiled(module: torch.nn.Module) -> Callable:
     return getattr(module, "_call_impl", module) if is_compiled(module) else module
 
 
-def version_of(tensor: Tensor) -> tuple[int, ...]:
-    """Another one where the numbers of the tensor may have changed. Without the private name: where it lies alone."""
-    if type(tensor) not in _PLAIN or tensor.is_inference():
-        return (id(tensor),)
-    return tensor.data_ptr(), getattr(tensor, "_version", 0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators and calls
 # ----------------------------------------------------------------------------------------------------------------------
