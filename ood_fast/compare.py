@@ -10,6 +10,7 @@ what is there.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -170,13 +171,13 @@ class Comparison:
         differ in more than the loss."""
         self.check_data()
         for loss, seed in self._there():
-            there = read_info(self.place(loss, seed))
+            there = recipes.as_dict(recipes.from_dict(read_info(self.place(loss, seed))["recipe"]))
             apart = [] if loss in self.recipes else OF_THE_LOSS
             ours = recipes.as_dict(self.recipes.get(loss, next(iter(self.recipes.values()))))
             others = [
-                f"{name}: {there['recipe'][name]} there, {ours[name]} here"
+                f"{name}: {there[name]} there, {ours[name]} here"
                 for name in ours
-                if name not in ("name", "source", *apart) and there["recipe"][name] != ours[name]
+                if name not in ("name", "source", *apart) and there[name] != ours[name]
             ]
             if others:
                 raise checks.UserError(
@@ -279,9 +280,19 @@ def free_folder(path: str | os.PathLike) -> Path:
 
 
 def _is_ours(place: Path) -> bool:
-    """Whether a folder is a run of a comparison, LOSS/sSEED; `ood-fast train` keeps its own as RECIPE/sSEED."""
-    info = read_info(place) if (place / RUN).is_file() else {}
-    return bool(info) and loss_of(recipes.from_dict(info["recipe"])) == place.parent.name
+    """Whether a folder is a run of a comparison, LOSS/sSEED, perhaps one that was stopped before anything was written.
+
+    `ood-fast train` keeps its own as RECIPE/sSEED.
+    """
+    if not (place / RUN).is_file():
+        return place.is_dir() and all(entry.name.startswith(".") for entry in place.iterdir())
+    return loss_of(recipes.from_dict(read_info(place)["recipe"])) == place.parent.name
+
+
+def remove_runs(folder: Path) -> None:
+    """Remove what a comparison has trained in its folder, and nothing else."""
+    for place in filter(_is_ours, list((folder / RUNS).glob("*/*"))):
+        shutil.rmtree(place)
 
 
 class _TriedError(Exception):

@@ -56,7 +56,6 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     detector.require_fitted()
     if detector.threshold is None:
         raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
-    threshold.check(detector.threshold)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
     path = None
     if detector.needs_features:
@@ -67,6 +66,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     for name, buffer in detector.named_buffers():
         if parameter is not None:
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
+    threshold.check(detector.threshold)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
     return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
 

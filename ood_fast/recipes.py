@@ -153,7 +153,7 @@ DETECTORS: dict[str, dict[str, Any]] = {
     "MaxLogit": {},
     "Energy": {},
     "KNN": {"k": 10},  # about 110 training images a class: the 50th neighbour would lie in another one for many
-    "NCI": {},  # α is chosen on validation images, see `evaluate.evaluate`
+    "NCI": {},  # α is chosen on validation images, see `commands.compare`
     "FDBD": {},
     "FeatureNorm": {},
 }

@@ -22,6 +22,14 @@ KINDS = {
     "benchmark": "(root) -> (data.benchmarks.Spec, read), read(set name, split) -> data.images.Source",
     "metric": "(id_scores, ood_scores), float64 (n,) and (k,) -> float; higher scores mean more in-distribution",
 }
+# what the package itself has, but detectors, which register like others
+TAKEN: dict[str, set[str]] = {
+    "loss": {"ce", "logitnorm", "elogitnorm", "l2norm", "t2fnorm"},
+    "benchmark": {"cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin"},
+    "model": {"small_cnn", "resnet18_32x32", "cct_7_3x1", "resnet18", "resnet50", "vgg16", "densenet121"}
+    | {"vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny"},
+    "metric": {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out"},
+}
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
@@ -33,7 +41,7 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
         name: what it is called there; None: as it is defined. A detector has the name of its class, in files too.
 
     Raises:
-        ValueError: an unknown kind; a name for a detector.
+        ValueError: an unknown kind; a name for a detector; a name that has another meaning already.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
@@ -41,7 +49,15 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
         raise ValueError(f"name: got {name!r} for a detector, expected none: it is known by the name of its class")
 
     def decorator(thing: T) -> T:
-        _ADDED[kind][name or thing.__name__] = thing
+        known = name or getattr(thing, "__name__", None)
+        if known is None:
+            raise ValueError(f"name: got none for a {type(thing).__name__}, expected one: it has none of its own")
+        before = _ADDED[kind].get(known, thing)
+        # A module that is imported again, as notebooks do, registers what it registered.
+        again = all(getattr(before, name, 0) == getattr(thing, name, 1) for name in ("__module__", "__qualname__"))
+        if known in TAKEN.get(kind, ()) or (before is not thing and not again):
+            raise ValueError(f"name: there is a {kind} {known!r} already, expected another name")
+        _ADDED[kind][known] = thing
         return thing
 
     return decorator

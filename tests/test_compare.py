@@ -386,10 +386,14 @@ def test_free_folder_refuses_the_runs_of_train(results, folder, tmp_path):
     """RECIPE/sSEED, not LOSS/sSEED: `--overwrite` would remove them."""
     (tmp_path / "runs/digits-ce/s0").mkdir(parents=True)
     shutil.copy(folder / "runs/ce/s0/run.json", tmp_path / "runs/digits-ce/s0")
-    for _ in range(2):
-        with pytest.raises(checks.UserError, match=r"holds no earlier comparison \(found runs\)"):
-            compare.free_folder(tmp_path)
-        (tmp_path / "runs/digits-ce/s0/run.json").unlink(missing_ok=True)
+    with pytest.raises(checks.UserError, match=r"holds no earlier comparison \(found runs\)"):
+        compare.free_folder(tmp_path)
+    compare.remove_runs(tmp_path)
+    assert (tmp_path / "runs/digits-ce/s0/run.json").is_file()
+    (tmp_path / "stopped/runs/ce/s0").mkdir(parents=True)
+    assert compare.free_folder(tmp_path / "stopped"), "before anything was written"
+    compare.remove_runs(tmp_path / "stopped")
+    assert not (tmp_path / "stopped/runs/ce/s0").exists()
 
 
 def test_free_folder_refuses_what_is_not_its_own(tmp_path):

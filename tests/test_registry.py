@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -64,6 +65,21 @@ def test_what_is_not_known_is_named(mine):
         ood_fast.register("detector", "mine")
     with pytest.raises(ood_fast.checks.UserError, match="unknown loss 'focal'"):
         ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=focal"])
+
+
+def test_names_that_are_taken_are_refused(own_names):
+    from ood_fast import models, recipes
+    from ood_fast.evaluation import results
+
+    taken = {"loss": {*recipes.METHODS, *recipes.LOSSES}, "benchmark": {*recipes.BENCHMARK_NAMES}}
+    assert taken | {"model": {*models.MODELS}, "metric": {*results.DETECTION}} == registry.TAKEN
+    with pytest.raises(ValueError, match="there is a loss 'ce' already"):
+        ood_fast.register("loss", "ce")(print)
+    ood_fast.register("metric", "gap")(min)
+    with pytest.raises(ValueError, match="there is a metric 'gap' already"):
+        ood_fast.register("metric", "gap")(max)
+    with pytest.raises(ValueError, match="name: got none for a partial"):
+        ood_fast.register("metric")(functools.partial(max, 0))
 
 
 def test_a_name_of_ones_own(own_names):

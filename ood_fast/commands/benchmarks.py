@@ -37,7 +37,7 @@ class Benchmarks:
         self.root = options.data_root or self.trained_on.get("root")
         same = self.root == self.trained_on.get("root")
         self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
-        self.folders = dict(named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
+        self.folders = folders_by_name(options.ood_folder)
         for title in self.folders:
             if "/" in title:
                 raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
@@ -109,6 +109,15 @@ class Benchmarks:
             print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
         self.told[run.name] = text_of(prepared)
         return prepared
+
+
+def folders_by_name(given: list[str]) -> dict[str, str]:
+    """Those of --ood-folder NAME=DIR; a name twice is refused."""
+    named = [named_path("--ood-folder", text, "NAME=DIR") for text in given]
+    folders = dict(named)
+    if len(folders) < len(named):
+        raise refusal(f"--ood-folder: got {', '.join(name for name, _ in named)}, expected each name only once")
+    return folders
 
 
 def named_path(option: str, text: str, expected: str) -> tuple[str, str]:

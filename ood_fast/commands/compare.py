@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -51,12 +50,12 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help=f"{', '.join(BENCHMARK_NAMES)} (digits)",
     )
-    parser.add_argument("--losses", default=",".join(LOSSES), metavar="A,B", help=f"losses to train with {default}")
+    parser.add_argument("--losses", metavar="A,B", help=f"losses to train with ({','.join(LOSSES)})")
     parser.add_argument(
         "--detectors", default=",".join(DETECTORS), metavar="A,B", help=f"detectors to score with, or all {default}"
     )
     parser.add_argument(
-        "--seeds", default="5", metavar="N", help=f"number of seeds (5: seeds 0 to 4), or a list as 0,3,7 {default}"
+        "--seeds", metavar="N", help="number of seeds (5: seeds 0 to 4), or a list as 0,3,7 (default: 5)"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
@@ -162,16 +161,16 @@ def _trained(
     measuring: dict[str, Any],
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
-    from ..compare import RUNS, Comparison, recipes_of
+    from ..compare import Comparison, recipes_of, remove_runs
 
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
     given = {"epochs": options.epochs, "model": options.model}
     given["init"] = options.init and str(Path(options.init).expanduser().resolve())
     changes += [f"{name}={value}" for name, value in given.items() if value]
-    recipes = recipes_of(options.benchmark, listed(options.losses), options.recipe, changes)
+    recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
     for recipe in recipes.values():
         allow(recipe.model, options.model, options.recipe)
-    seeds = _seeds(options.seeds)
+    seeds = _seeds(options.seeds or "5")
     if measuring["bootstrap"] is None:
         measuring["bootstrap"] = 0 if len(seeds) > 1 else 200
     if options.init and not Path(options.init).expanduser().is_file():
@@ -188,8 +187,8 @@ def _trained(
     bar = ComparisonBar(options.quiet)
     comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
     comparison.check_data()
-    if options.overwrite and (folder / RUNS).exists():
-        shutil.rmtree(folder / RUNS)
+    if options.overwrite:
+        remove_runs(folder)
     comparison.check()
     bar.runs = comparison.runs
     bar.n_epochs = next(iter(recipes.values())).epochs
@@ -208,7 +207,8 @@ def _taken(
     from .. import evaluation
     from ..compare import open_runs
 
-    for name in ("recipe", "init", "epochs", "overwrite"):
+    settings = [text for text in options.set if "." not in text.partition("=")[0]]
+    for name in ("recipe", "init", "epochs", "overwrite", "losses", "seeds", *(["set"] if settings else [])):
         if getattr(options, name):
             raise refusal(f"--{name}: not used with RUN: what is trained is taken as it is")
     for path in options.runs:

@@ -36,7 +36,13 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     if is_callable(options.model):
         model = named(options.model)
     elif options.pretrained or (options.checkpoint is None and options.model.startswith(models.HF)):
-        model = models.create(options.model, options.n_classes, pretrained=True)
+        published = models.n_published(options.model)
+        if options.n_classes not in (None, published):
+            raise refusal(
+                f"--n-classes: got {options.n_classes}, but the published weights of {options.model} have {published}; "
+                "another head would be drawn at random: train one, and pass it with --checkpoint"
+            )
+        model = models.create(options.model, published, pretrained=True)
     elif options.checkpoint is None:
         raise refusal(
             f"--model {options.model}: got no weights, and detectors on weights drawn at random mean nothing; pass "

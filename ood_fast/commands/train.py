@@ -175,13 +175,15 @@ def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: arg
     from .. import models
     from ..training import model_of
 
-    if recipe.pretrained is False or options.resume:
+    if options.resume or not (recipe.pretrained or recipe.init):
         return
     if recipe.pretrained is True and models.n_published(recipe.model) != benchmark.n_classes:
         return  # the head is new
     from .agreement import check_sample
 
     model = model_of(recipe, benchmark.n_classes, benchmark.image_shape).eval()
+    if recipe.init:
+        models.load_checkpoint(model, recipe.init)
     check_sample(model, benchmark.fit, benchmark.class_names, options.data_root or benchmark.name)
 
 

@@ -190,17 +190,16 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
     if root is None:
         raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
     root = Path(root).expanduser()
-    if name in added("benchmark"):
-        spec, read = added("benchmark")[name](root)
-    elif name == "folder":
+    own = added("benchmark").get(name)
+    if name == "folder":
         spec, read = _own_folders(root, asked.image_size or 224, asked.classes)
     else:
         if asked.classes is not None:
             raise checks.UserError(f"classes: benchmark {name} has an order of its own")
-        spec = SPECS[name]
+        spec, read = own(root) if own else (SPECS[name], None)
         if asked.image_size is not None:
             raise checks.UserError(f"image_size: benchmark {name} has images of {spec.crop} pixels")
-        read = _reader(name, spec, root, asked)
+        read = read or _reader(name, spec, root, asked)
     if asked.prepared is not None:
         own = {"crop" if key == "size" else key: value for key, value in asked.prepared.items()}
         spec = replace(spec, **{key: own[key] for key in ("resize", "crop", "mean", "std", "interpolation")})

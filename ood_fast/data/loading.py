@@ -22,7 +22,8 @@ def batched(dataset: Dataset, **keywords: Any) -> Iterable[Any]:
     if held is None:
         return Loader(dataset, **keywords)
     size = keywords.get("batch_size") or 1
-    return _Held(*held, keywords.get("batch_sampler") or [slice(i, i + size) for i in range(0, len(held[0]), size)])
+    batches = keywords.get("batch_sampler")
+    return _Held(*held, [slice(i, i + size) for i in range(0, len(held[0]), size)] if batches is None else batches)
 
 
 def held_in_memory(dataset: Dataset) -> tuple[Tensor, Tensor] | None:
