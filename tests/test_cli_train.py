@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -413,6 +412,7 @@ def test_no_room_for_a_checkpoint(root, tmp_path):
     command = arguments(root, "--out=run", model="small_cnn", epochs=2)
     assert run(*command, OOD_FAST_TEST_SIGNAL="SIGTERM:2:1").returncode == 143
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    resource = pytest.importorskip("resource")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({len(before) // 2}, {hard}))"
     code = f"{limit}; import sys; from ood_fast.cli import main; sys.exit(main())"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import signal
@@ -178,6 +177,8 @@ def test_parts_are_held_until_they_are_merged(tmp_path, monkeypatch):
 
     class Rank(SimpleNamespace):
         size, group = 2, "both"
+
+    fcntl = pytest.importorskip("fcntl")
 
     def score(rank: int) -> None:
         with table.ScoreTable(out, detectors, "same", Rank(rank=rank), overwrite=False) as scores:

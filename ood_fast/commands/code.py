@@ -54,7 +54,7 @@ def remember(name: str) -> None:
     known = {"name": name, "files": _files(name)}
     held = _remembered()
     if known["files"] and known not in held:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # RuntimeError: no home
             _store().parent.mkdir(parents=True, exist_ok=True)
             write_text(_store(), json.dumps([*held, known][-MOST_REMEMBERED:], indent=1) + "\n")
 

@@ -49,9 +49,8 @@ def create(name: str, n_classes: int | None, in_channels: int, pretrained: bool)
             raise ValueError(f"images have {in_channels} channels, the model takes {config.num_channels}")
         classes = transformers.AutoModelForImageClassification
         if pretrained:
-            model, told = classes.from_pretrained(
-                name, config=config, dtype="float32", output_loading_info=True, **given
-            )
+            model, told = classes.from_pretrained(name, config=config, output_loading_info=True, **given)
+            model = model.float()
             if missing := sorted(told["missing_keys"]):
                 raise ValueError(f"the weights of an image classifier lack {', '.join(missing[:3])}")
         else:
