@@ -330,6 +330,36 @@ def temperature_of_head(head: nn.Module, training: bool) -> float | None:
     return head.tau if scales else None
 
 
+def check_plain(layer: nn.Module) -> None:
+    """ValueError for a layer with a forward of its own that is not F.linear(z, W, b) of its weight and bias: a cosine
+    head, a temperature, LoRA by hand. It is tried on two rows, in eval mode: dropout may be part of it."""
+    known = (nn.Linear.forward, L2NormLinear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    weight = getattr(layer, "weight", None)
+    if type(layer).forward in known or hasattr(layer, "base_layer") or type(weight) not in (Tensor, nn.Parameter):
+        return
+    if weight.dim() != 2 or not weight.numel() or weight.is_meta:
+        return
+    z = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    z = torch.stack([z, 3 * z + 1])
+    others = {name for name, _ in layer.named_parameters() if not name.startswith("parametrizations.")}
+    differs, mode = bool(others - {"weight", "bias"}), layer.training
+    try:
+        layer.training = False
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            expected, got = F.linear(z, weight, getattr(layer, "bias", None)), None if differs else layer(z)
+        differs = differs or not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+    except Exception:  # it takes something else
+        differs = True
+    finally:
+        layer.training = mode
+    if differs:
+        raise ValueError(
+            f"head: a {type(layer).__name__} makes its logits otherwise than F.linear(z, W, b) of its weight and bias, "
+            "so that its weight does not tell the distances; call ood_fast.elogitnorm(logits, None, W, b, y) with the "
+            "weight that it works with, or merge an adapter into it"
+        )
+
+
 def adapted_weight(layer: nn.Module) -> Tensor:
     """The weight that a layer works with: with the adapters of PEFT (LoRA) that are active and not merged into it.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .heads import adapted_weight, check_whole, path_to_layer, temperature_of_head
+from .heads import adapted_weight, check_plain, check_whole, path_to_layer, temperature_of_head
 
 
 class _Loss(nn.Module):
@@ -105,7 +105,8 @@ class ELogitNormLoss(_Loss):
         self.average = average
         self.detach_geometry = detach_geometry
         self.return_distance = return_distance
-        self.head  # noqa: B018  a wrong head or name is an error now, not in the first training step
+        check_plain(self.head)  # a wrong head or name is an error now, not in the first training step
+        self._plain: weakref.ref[nn.Module] | None = weakref.ref(self.head)  # what was looked at
 
     @property
     def head(self) -> nn.Module:
@@ -127,6 +128,9 @@ class ELogitNormLoss(_Loss):
     def forward(self, logits: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of logits (n, c) against y, class indices (n,) or probabilities (n, c); dense: (n, c, d1, ...)."""
         head = self.head
+        if not torch.compiler.is_compiling() and (self._plain is None or self._plain() is not head):
+            check_plain(head)
+            self._plain = weakref.ref(head)
         head_weight = adapted_weight(head)
         if not head_weight.numel():
             check_whole(head)
@@ -180,7 +184,7 @@ class ELogitNormLoss(_Loss):
         return owner
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_owner": (self._owned(),)}
+        return {**vars(self), "_owner": (self._owned(),), "_plain": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ELogitNormLoss:
         twin = memo[id(self)] = type(self).__new__(type(self))

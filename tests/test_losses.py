@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import Batch
 from torch import nn
 
@@ -279,3 +280,53 @@ def test_one_logit_is_refused_with_the_cure(dense):
     ):
         with pytest.raises(ValueError, match=r"got one class.*two outputs, nn\.Linear\(m, 2\)"):
             loss()
+
+
+class LoRAByHand(nn.Linear):
+    def __init__(self, m, c):
+        super().__init__(m, c)
+        self.A, self.B = nn.Parameter(torch.randn(2, m)), nn.Parameter(torch.zeros(c, 2))
+
+    def forward(self, z):
+        return super().forward(z) + z @ self.A.T @ self.B.T
+
+
+class Cosine(nn.Linear):
+    def forward(self, z):
+        return 16 * F.linear(F.normalize(z), F.normalize(self.weight))
+
+
+class Scaled(nn.Linear):
+    def forward(self, z):
+        return super().forward(z) / 0.1
+
+
+class Margin(nn.Linear):
+    def forward(self, z, y):
+        return super().forward(z) - F.one_hot(y, self.out_features)
+
+
+class Dropped(nn.Linear):
+    def forward(self, z):
+        return F.linear(F.dropout(z, 0.5, self.training), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [LoRAByHand, Cosine, Scaled, Margin])
+def test_heads_that_work_with_another_weight_are_refused(kind):
+    for given in ((kind(8, 4),), (nn.Sequential(nn.ReLU(), kind(8, 4)), "1")):
+        with pytest.raises(ValueError, match=rf"head: a {kind.__name__} makes its logits otherwise than F\.linear"):
+            ood_fast.ELogitNormLoss(*given)
+    model = nn.Sequential(nn.ReLU(), nn.Linear(8, 4))
+    criterion = ood_fast.ELogitNormLoss(model, "1")
+    model[1] = kind(8, 4)
+    with pytest.raises(ValueError, match=r"otherwise than F.linear"):
+        criterion(torch.randn(6, 4), torch.arange(6) % 4)
+
+
+def test_heads_with_a_forward_of_their_own_that_is_linear_are_taken():
+    head, z, y = Dropped(8, 4), torch.randn(6, 8), torch.arange(6) % 4
+    plain = nn.Linear(8, 4)
+    plain.load_state_dict(head.state_dict())
+    logits = head(z)
+    assert torch.equal(ood_fast.ELogitNormLoss(head)(logits, y), ood_fast.ELogitNormLoss(plain)(logits, y))
+    assert head.training
