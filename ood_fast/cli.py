@@ -57,8 +57,11 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"ood-fast: error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
-        print(f"ood-fast: failed: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (RunError, OSError) as error:  # OSError: a disk or a process failed where no command has words for it
+        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print(f"ood-fast: failed: {named}", file=sys.stderr)
         return 1
     return 0
 

@@ -351,21 +351,19 @@ def find(name: str | Path) -> TrainingRecipe:
     path = Path(name)
     if path.suffix != ".json":
         raise _refusal(_unknown("recipe", str(name), RECIPES))
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise _refusal(f"recipe {path}: is no regular file")
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise _refusal("is no regular file")
         settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise _refusal("expected an object of settings")
+        settings = {"name": path.stem, **settings}
+        _require("name", "''", settings["name"] != "", "a name that a folder can have")
+        return from_dict(settings)
     except OSError as error:
         raise _refusal(f"recipe {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _refusal(f"recipe {path}: no JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise _refusal(f"recipe {path}: expected an object of settings")
-    settings = {"name": path.stem, **settings}
-    try:
-        if settings["name"] == "":
-            raise _refusal("name: got '', expected a name that a folder can have")
-        return from_dict(settings)
     except ValueError as error:
         raise _refusal(f"recipe {path}: {error}") from error
 

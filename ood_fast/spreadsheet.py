@@ -10,6 +10,7 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
@@ -38,6 +39,12 @@ def write_records(file: TextIO, records: Sequence[Mapping[str, Any]], end: str =
     """A header with all names, in the order in which they come, and a row for each record."""
     names = list(dict.fromkeys(name for record in records for name in record))
     write_rows(file, [names, *([record.get(name, "") for name in names] for record in records)], end)
+
+
+def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """`write_records` into a file, with the line ends that RFC 4180 asks for."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        write_records(file, list(records), "\r\n")
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, str]]:

@@ -155,7 +155,7 @@ def run(options: argparse.Namespace, command: str) -> None:
                 progress=lambda what, total: Bar(what, total, options.quiet),
             )
         except OSError as error:
-            raise RunError(f"cannot keep the features: {error}") from error
+            raise RunError(str(error)) from error
         except (ValueError, RuntimeError) as error:
             if type(error) in (ValueError, RuntimeError):  # NaN in what the model gives; another process; no memory
                 raise RunError(str(error)) from error

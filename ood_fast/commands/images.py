@@ -108,7 +108,7 @@ class Images:
     def __iter__(self) -> Iterator[tuple]:
         import torch
 
-        from ..data.loading import ErrorsAsItems, split
+        from ..data.loading import ErrorsAsItems, alive, split
 
         loader = torch.utils.data.DataLoader(
             ErrorsAsItems(torch.utils.data.Subset(self.dataset, self.rows)),
@@ -118,7 +118,7 @@ class Images:
         )
         has_classes = self.dataset.source.classes is not None
         first = self.rows.start
-        for batch, good, bad in loader:
+        for batch, good, bad in alive(loader):
             for place, reason in bad:
                 self._report(first + place, reason)
             if good:

@@ -175,6 +175,8 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 def cannot_take(prepared: dict[str, Any], error: RuntimeError) -> str:
     """What a model said of its input, in a line, with what the input was."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "gloo" in reason or "NCCL" in reason:  # what PyTorch says of a process that is gone
+        return f"another process has ended, or cannot be reached ({reason})"
     if "size" not in prepared:
         return reason
     shape = (len(prepared["mean"]), prepared["size"], prepared["size"])

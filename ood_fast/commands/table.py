@@ -6,11 +6,12 @@ interruption stays, and a line that was cut off is dropped. At the end the parts
 
 from __future__ import annotations
 
+import glob
 import heapq
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,19 @@ class ScoreTable:
                 self.file = open(part, "w", encoding="utf-8")  # noqa: SIM115
                 self.file.write(self.header + "\n")
         except OSError as error:
+            if not part.stat().st_size:
+                part.unlink()
             raise RunError(f"cannot write {part}: {error.strerror}") from error
+        self.has_rows = self.start > 0
 
     def __enter__(self) -> ScoreTable:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError):  # a full disk, which was told
+            self.file.close()
+        if error is not None and not self.has_rows:  # nothing to continue from
+            self._part(self.process.rank).unlink(missing_ok=True)
         self.alone.close()
 
     def _part(self, rank: int) -> Path:
@@ -81,17 +88,28 @@ class ScoreTable:
                 if not line.endswith(b"\n"):
                     break
                 content_end += len(line)
-                if number == 0 and line.decode().rstrip("\n") != self.header:
+                if number == 0 and line != self.header.encode() + b"\n":
                     raise refusal(
                         f"--out: {part} is what an interrupted run with other options or data left; pass --overwrite "
                         "to begin anew"
                     )
                 if number > 0:
-                    start = json.loads(line)[0] + 1
+                    start = self._position(part, number, line, start) + 1
             file.truncate(content_end)
             if content_end == 0:
                 file.write(self.header.encode() + b"\n")
         return start
+
+    def _position(self, part: Path, number: int, line: bytes, least: int) -> int:
+        """Of the sample in a line; refused if the line is no row."""
+        try:
+            row = json.loads(line)
+            position, _, *rest = row
+            if isinstance(position, int) and position >= least and (not rest or len(rest[1]) == len(self.detectors)):
+                return position
+        except (ValueError, TypeError, IndexError, RecursionError):
+            pass
+        raise refusal(f"--out: {part}, line {number + 1}: is damaged; pass --overwrite to begin anew")
 
     def write(
         self, positions: Sequence[int], paths: Sequence[str], predicted: Tensor | None, scores: dict[str, Tensor]
@@ -115,6 +133,7 @@ class ScoreTable:
         try:
             self.file.writelines(line + "\n" for line in lines)
             self.file.flush()
+            self.has_rows |= bool(lines)
         except OSError as error:
             raise RunError(f"cannot write {self._part(self.process.rank)}: {error.strerror}") from error
 
@@ -145,8 +164,9 @@ class ScoreTable:
                 (self._write_csv if self.out.suffix == ".csv" else self._write_parquet)(part)
         except OSError as error:
             raise RunError(f"{error}; run the same command again") from error
-        for rank in range(self.process.size):
-            self._part(rank).unlink(missing_ok=True)
+        for part in self.out.parent.glob(f"{glob.escape(self._part(0).name[:-1])}*"):  # also of more processes
+            if part.name[len(self._part(0).name) - 1 :].isdecimal():
+                part.unlink(missing_ok=True)
         return self.n_rows, self.n_ood, self.n_bad
 
     def columns(self) -> list[str]:

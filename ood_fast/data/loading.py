@@ -68,10 +68,24 @@ class Loader(DataLoader):
         super().__init__(ErrorsAsItems(dataset), collate_fn=_joined, **keywords)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
+        for batch in alive(super().__iter__()):
             if isinstance(batch, checks.UserError):
                 raise batch
             yield batch
+
+
+def alive(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a DataLoader; ChildProcessError, an OSError, where torch has only a RuntimeError with a number."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        told = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ChildProcessError(
+            f"a process that loads images has died, of too little (shared) memory perhaps ({told.rstrip('. ')}); try "
+            "fewer of them, --workers 0 has none"
+        ) from error
 
 
 def _joined(items: list[Any]) -> Any:

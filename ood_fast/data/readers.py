@@ -309,10 +309,8 @@ def _class_folders(name: str, n_classes: int) -> Callable[[Path, str, str, str],
     return read
 
 
-TINY_IMAGENET, TINY_IMAGENET_MD5 = (
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "90528d7ca1a48142e341f4ef8d21d0de",
-)
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 OPENOOD = "https://github.com/Jingkang50/OpenOOD (scripts/download)"
 _TEXTURES = DataSet(
     "Textures", read_dtd, "https://www.robots.ox.ac.uk/~vgg/data/dtd", download=_torchvision_download("DTD")
@@ -338,10 +336,7 @@ DATA_SETS = {
         "MNIST", read_mnist, "https://ossci-datasets.s3.amazonaws.com/mnist/", download=_torchvision_download("MNIST")
     ),
     "svhn": DataSet(
-        "SVHN",
-        read_svhn,
-        "http://ufldl.stanford.edu/housenumbers",
-        download=_torchvision_download("SVHN", "svhn"),
+        "SVHN", read_svhn, "http://ufldl.stanford.edu/housenumbers", download=_torchvision_download("SVHN", "svhn")
     ),
     "gtsrb": DataSet("GTSRB", read_gtsrb, "https://benchmark.ini.rub.de", 1000, _torchvision_download("GTSRB")),
     "texture": _TEXTURES,
@@ -356,10 +351,7 @@ DATA_SETS = {
         "ImageNet-1K", _class_folders("imagenet", 1000), "https://image-net.org (imagenet/train, imagenet/val)", 5000
     ),
     "imagenet200": DataSet(
-        "ImageNet-200",
-        _class_folders("imagenet200", 200),
-        "https://image-net.org (the 200 classes of ImageNet-R)",
-        1000,
+        "ImageNet-200", _class_folders("imagenet200", 200), "https://image-net.org (classes of ImageNet-R)", 1000
     ),
     "ssb_hard": DataSet("SSB-hard", _folder("ssb_hard"), OPENOOD),
     "ninco": DataSet("NINCO", _folder("ninco"), OPENOOD),

@@ -12,6 +12,7 @@ Under `torchrun` every process writes its rows of the same files: they must lie 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -255,7 +256,8 @@ class FeatureCache:
         try:
             with self.progress(plan.meta["set"], len(rows)) as bar:
                 for batch in run_model(self.model, loader, self.head):
-                    refuse_nan(_image_of(plan.meta["set"], dataset, done), features=batch.features, logits=batch.logits)
+                    called = functools.partial(_image_of, plan.meta["set"], dataset, done)
+                    refuse_nan(called, features=batch.features, logits=batch.logits)
                     done += len(batch.logits)
                     if "features" in writers:
                         writers["features"].write(batch.features)
@@ -330,14 +332,10 @@ class _Rows:
             os.fsync(self.file.fileno())
 
 
-def _image_of(name: str, dataset: Any, first: int) -> Callable[[int], str]:
+def _image_of(name: str, dataset: Any, first: int, row: int) -> str:
     """What messages call an image of a batch that begins at `first`."""
-
-    def called(row: int) -> str:
-        path = dataset.path(first + row)
-        return f"{name}: image {first + row}" + ("" if path is None else f" ({path})")
-
-    return called
+    path = dataset.path(first + row)
+    return f"{name}: image {first + row}" + ("" if path is None else f" ({path})")
 
 
 def _mapped(path: Path) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from .. import checks
 from ..data import ImageBenchmark
 from ..data.images import ImageDataset, Scrambled
-from ..data.loading import ErrorsAsItems
+from ..data.loading import ErrorsAsItems, alive
 
 PARTS = ("fit", "validation", "validation_ood", "test")
 NAMED = 20  # images in a note
@@ -64,7 +64,7 @@ def _without_bad(
     loader = torch.utils.data.DataLoader(reading, BATCH, num_workers=workers, collate_fn=_reasons)
     errors: list[str | None] = []
     with progress(f"reading {name}", len(dataset)) as bar:
-        for batch in loader:
+        for batch in alive(loader):
             errors += batch
             if bar is not None:
                 bar.advance(len(batch))

@@ -51,12 +51,7 @@ CONVENTIONS = {
 CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
 
 # How OpenOOD calls the detectors in its file names; others by their own name in lower case.
-OPENOOD_NAMES = {
-    "MaxLogit": "mls",
-    "Energy": "ebo",
-    "KLMatching": "klm",
-    "Mahalanobis": "mds",
-}
+OPENOOD_NAMES = {"MaxLogit": "mls", "Energy": "ebo", "KLMatching": "klm", "Mahalanobis": "mds"}
 OPENOOD_COLUMNS = {
     "FPR@95": "fpr95_ood_positive",
     "AUROC": "auroc",
@@ -123,8 +118,8 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
     All of it or nothing, see `files.staged`. Of two evaluations that write into one folder, the second waits.
     """
     with files.staged(folder) as staging:
-        write_csv(staging / "results.csv", _long(results))
-        write_csv(staging / "summary.csv", map(_summary_row, results.summaries()))
+        spreadsheet.write(staging / "results.csv", _long(results))
+        spreadsheet.write(staging / "summary.csv", map(_summary_row, results.summaries()))
         (staging / "results.md").write_text("\n".join(map(as_markdown, build(results))), encoding="utf-8")
         _write_openood(staging / "openood", results)
         (staging / "scores").mkdir()
@@ -201,12 +196,6 @@ def _long(results: Results) -> Iterable[dict[str, Any]]:
         names = [field.name for field in fields(Measurement)]
         for number in run.measurements:
             yield {**of_run, **{name: getattr(number, name) for name in names}}
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows under their names."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        spreadsheet.write_records(file, list(rows), "\r\n")
 
 
 def _write_openood(folder: Path, results: Results) -> None:

@@ -10,9 +10,9 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
     with replacing(path) as part, open(part, "wb") as file:
         if path.suffix == ".safetensors":
             tensors = {key: value.contiguous() for key, value in state.items()}
-            file.write(_safetensors().save(tensors, {CHECKSUM: _checksum(tensors)}))
+            file.write(safetensors.torch.save(tensors, {CHECKSUM: _checksum(tensors)}))
             return
         try:
             torch.save(dict(state), file)
@@ -128,10 +128,7 @@ def update_with_weights(digest: Any, state: Mapping[str, Any]) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    _safetensors()
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         kept = (file.metadata() or {}).get(CHECKSUM)  # of files that we wrote; the format has none
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     if kept is not None and kept != _checksum(state):
@@ -150,14 +147,6 @@ def n_classes_of(path: str | os.PathLike) -> int | None:
     models; None without a matrix. Raises as `load_checkpoint`."""
     matrices = [value for value in _state_dict(read_checkpoint(path), path).values() if value.dim() == 2]
     return len(matrices[-1]) if matrices else None
-
-
-def _safetensors() -> ModuleType:
-    try:
-        from safetensors import torch as safetensors
-    except ImportError as error:
-        raise checks.UserError("safetensors files need safetensors: pip install safetensors") from error
-    return safetensors
 
 
 def _state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,9 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     for record, evaluated in found:
         try:
             scores = evaluation.read_scores(evaluated.folder, evaluated.run)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            again = f"make them again: {evaluated.results['command']}"
-            raise checks.UserError(f"{evaluated.folder}: cannot read its scores ({error}); {again}") from error
+        except ValueError as error:
+            told = f"cannot read its scores ({error}); make them again: {evaluated.results['command']}"
+            raise checks.UserError(f"{evaluated.folder}: {told}") from error
         for chart, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
             of_detectors.setdefault(detector, []).append(chart)
     shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)

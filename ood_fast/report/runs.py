@@ -22,6 +22,7 @@ import torch
 
 from .. import checks, evaluation, files, spreadsheet
 from ..data import open_benchmark
+from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..diagnostics.collapse import Chunk
 from ..evaluation.cache import Outputs
@@ -344,7 +345,7 @@ def measure_change(
     data, seed = record.info.get("data", {}), record.info.get("seed", 0)
     given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
     benchmark = open_benchmark(record.info["benchmark"], data_root or data.get("root"), **given)
-    loader = torch.utils.data.DataLoader(benchmark.test, batch_size, num_workers=workers)
+    loader = Loader(benchmark.test, batch_size=batch_size, num_workers=workers)
     with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
 
         def models() -> Iterator[torch.nn.Module]:
