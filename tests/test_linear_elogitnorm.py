@@ -267,3 +267,21 @@ def test_empty_batch(reduction):
     loss.sum().backward()
     assert (W.grad == 0).all()
     assert z.grad.shape == (0, 3)
+
+
+def test_chunks_with_close_rows_leave_those_after_them_alone(monkeypatch):
+    """n < c, several chunks; only the first predicts one of two rows that nearly coincide."""
+    W = torch.randn(12, 5)
+    W[1] = W[0] * (1 + 4e-7)
+    z = 3 * torch.stack([W[0], W[0], W[5], W[6]])
+    y = torch.tensor([0, 3, 5, 7])
+
+    def gradient():
+        head = W.clone().requires_grad_()
+        ood_fast.linear_elogitnorm(z, head, None, y, reduction="sum").backward()
+        return head.grad
+
+    whole = gradient()
+    monkeypatch.setattr(sizes, "MIN_LINEAR_ROWS", 2)
+    monkeypatch.setattr(sizes, "LINEAR_BUFFER_ELEMENTS", 1)
+    torch.testing.assert_close(gradient()[2:], whole[2:])

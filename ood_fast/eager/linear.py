@@ -112,7 +112,7 @@ class _Worked:
     def find(self, head: Head, rows: Rows, inverses: Tensor) -> None:
         """R of the rows of a chunk."""
         self.distinct, self.apart = inverse_distances(head, rows, inverses)
-        self.gap_sums = None
+        self.gap_sums, self.units = None, (0.0, 1.0)  # those of the chunk before are not this one's
         if self.pulls and not self.apart:
             self.gap_sums, self.units = torch.empty_like(inverses), unit_of(inverses)
 
