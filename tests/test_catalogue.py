@@ -18,7 +18,7 @@ def test_the_page_has_the_table_of_this_code():
 
 def test_every_detector_has_its_paper_and_its_cost():
     built_in = [name for name in detectors.known() if detectors.find(name).__module__.startswith("ood_fast.")]
-    assert set(catalogue.COSTS) == set(built_in)
+    assert set(catalogue.ABOUT) == set(built_in)
     for line in catalogue.table().splitlines()[2:]:
         _, name, paper, fitted_on, keeps, cost, *_ = (cell.strip() for cell in line.split("|"))
         assert paper, name

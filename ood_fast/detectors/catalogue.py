@@ -1,12 +1,11 @@
-"""The table of all detectors, from their classes: `python -m ood_fast.detectors.catalogue`.
+"""The table of all detectors: `python -m ood_fast.detectors.catalogue`.
 
 What a detector keeps is read off a fit on data whose sizes are all different numbers.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
+from typing import NamedTuple
 
 import torch
 
@@ -16,30 +15,41 @@ N, C, M = 211, 7, 23  # training samples, classes, features
 _SMALL = {"KNN": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}, "ViM": {"dim": 11}, "NECO": {"dim": 11}}
 _LETTERS = {N: "N", C: "c", M: "m", 11: "d"}
 
-# What scoring one sample reads or multiplies beyond the model. R: the (c, c) table of 1/‖w_p − w_j‖.
-COSTS = {
-    "MSP": "c",
-    "MaxLogit": "c",
-    "Energy": "c",
-    "Entropy": "c",
-    "GEN": "c",
-    "KLMatching": "c²",
-    "ReAct": "c·m",
-    "ASH": "c·m",
-    "SCALE": "c·m",
-    "FDBD": "c + m; c·m without R",
-    "BoundaryDistance": "c; c·m without R",
-    "TemperedMSP": "c; c·m without R",
-    "FeatureNorm": "m",
-    "NCI": "c + m",
-    "Mahalanobis": "m² + c·m",
-    "RMDS": "2m² + c·m",
-    "SHE": "m",
-    "ODIN": "2 passes of the model, 1 backward",
-    "KNN": "N·m",
-    "NNGuide": "N/100·m",
-    "ViM": "m·d",
-    "NECO": "m·d",
+
+class About(NamedTuple):
+    """What is said of a detector."""
+
+    cost: str  # what scoring one sample reads or multiplies beyond the model; R: the (c, c) table of 1/‖w_p − w_j‖
+    cited: str
+    arxiv: str
+    pytorch_ood: str = ""  # our keywords for their definition, where the default is another
+
+
+ABOUT = {
+    "MSP": About("c", "Hendrycks, ICLR 2017", "1610.02136"),
+    "MaxLogit": About("c", "Hendrycks, ICML 2022", "1911.11132"),
+    "Energy": About("c", "Liu, NeurIPS 2020", "2010.03759"),
+    "Entropy": About("c", "Chan, ICCV 2021", "2012.06575"),
+    "GEN": About("c", "Liu, CVPR 2023", "", 'GEN(M=None, reduction="mean", clamp=1e-7)'),
+    "KLMatching": About("c²", "Hendrycks, ICML 2022", "1911.11132"),
+    "ReAct": About("c·m", "Sun, NeurIPS 2021", "2111.12797"),
+    "ASH": About("c·m", "Djurisic, ICLR 2023", "2209.09858"),
+    "SCALE": About("c·m", "Xu, ICLR 2024", "2310.00227"),
+    "FDBD": About("c + m; c·m without R", "Liu, ICML 2024", "2312.11536"),
+    "BoundaryDistance": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
+    "TemperedMSP": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
+    "FeatureNorm": About("m", "Haas, TMLR 2024", "2306.04072"),
+    "NCI": About("c + m", "Liu, CVPR 2025", "2311.01479"),
+    "Mahalanobis": About(
+        "m² + c·m", "Lee, NeurIPS 2018", "1807.03888", "Mahalanobis(half=True, scatter=True, ridge=1e-6)"
+    ),
+    "RMDS": About("2m² + c·m", "Ren, 2021", "2106.09022", "RMDS(scatter=True, ridge=1e-6)"),
+    "SHE": About("m", "Zhang, ICLR 2023", ""),
+    "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690"),
+    "KNN": About("N·m", "Sun, ICML 2022", "2204.06507", "KNN(squared=False)"),
+    "NNGuide": About("N/100·m", "Park, ICCV 2023", "2309.14888", "NNGuide(k=10, fraction=1.0)"),
+    "ViM": About("m·d", "Wang, CVPR 2022", "2203.10807"),
+    "NECO": About("m·d", "Ammar, ICLR 2024", "2310.06823"),
 }
 
 
@@ -50,7 +60,9 @@ def table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in known():
-        cells = [f"`{name}`", _paper(name), *_fit(name), COSTS.get(name, ""), _others(name)]
+        about = ABOUT.get(name, About("", "", ""))
+        paper = f"[{about.cited}](https://arxiv.org/abs/{about.arxiv})" if about.arxiv else about.cited
+        cells = [f"`{name}`", paper, *_fit(name), about.cost, _keywords(name, about)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -79,30 +91,9 @@ def _shape(buffer: torch.Tensor) -> str:
     return "·".join(_LETTERS.get(size, str(size)) for size in buffer.shape)
 
 
-def _paragraphs(name: str) -> list[str]:
-    return [" ".join(text.split()) for text in inspect.getdoc(find(name)).split("\n\n")]
-
-
-def _paper(name: str) -> str:
-    """First authors and venue, linked to arXiv where the docstring gives the number."""
-    for text in _paragraphs(name):
-        found = re.search(r"(\b[A-Z][\w-]+(?:(?:, [A-Z][\w-]+)* and [A-Z][\w-]+| et al\.)?),(?: \"[^\"]+\",)? ", text)
-        venue = re.search(r"\b((?:[A-Z][A-Za-z]+ )?20\d\d)\b", text)
-        if found and venue:
-            first = re.split(r",| and | et al", found[1])[0]
-            cited = f"{first}, {venue[1]}"
-            number = re.search(r"arXiv:(\d{4}\.\d{5})", text)
-            return f"[{cited}](https://arxiv.org/abs/{number[1]})" if number else cited
-    return ""
-
-
-def _others(name: str) -> str:
-    """pytorch-ood's setting where the docstring writes it as a call, and all keywords."""
-    text = " ".join(_paragraphs(name))
-    calls = re.findall(r"pytorch-ood's (?:default )?is `(\w+\([^`]*\))`|(\w+\([^`()]*\)) is pytorch-ood's", text)
-    written = ", ".join(f"`{one or other}`" for one, other in calls)
+def _keywords(name: str, about: About) -> str:
     keywords = ", ".join(f"`{parameter}`" for parameter in find(name).parameters_of())
-    return "; ".join(text for text in (written, keywords) if text)
+    return "; ".join(text for text in (about.pytorch_ood and f"`{about.pytorch_ood}`", keywords) if text)
 
 
 if __name__ == "__main__":
