@@ -599,7 +599,7 @@ def test_odin_is_asked_for(root, seeds, capsys):
     assert "ODIN" not in output.out
     assert evaluate(seeds / "s0", *on_cifar10(root, "--detectors=ODIN,MSP", "--overwrite", *given[:2])) == 0
     output = capsys.readouterr()
-    assert "ODIN runs the model forth and back on every image" in output.err
+    assert "ODIN runs the model forth and back for each image" in output.err
     assert "ODIN" in output.out
 
 

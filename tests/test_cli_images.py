@@ -217,3 +217,25 @@ def test_the_orientation_is_remembered():
 def test_typos_are_told_before_anything_is_imported(given, message, capsys):
     assert cli.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fit_says_whether_detectors_work(capsys):
+    """A detector that is worth nothing is told beside one that is."""
+    Path("useless.py").write_text(
+        "import torch\nfrom ood_fast.detectors import MSP, register\n\n"
+        "@register\nclass Useless(MSP):\n    def _score(self, features, logits):\n"
+        "        return -super()._score(features, logits)\n"
+    )
+    sys.modules.pop("useless", None)
+    names = [f"c{k:02}" for k in range(C)]
+    for folder in ("train", "val"):
+        for k, name in enumerate(names):
+            for index in range(3):
+                draw(f"{folder}/{name}/{index}.png", k)
+    given = ["fit", *MODEL_OPTIONS, "--model", "leveller:build", "--data", "train", "--validation", "val"]
+    assert cli.main([*given, "--detectors", "MSP,Useless", "--plugin", "useless", "--out", "d.safetensors"]) == 0
+    lines = {line.partition(":")[0]: line for line in capsys.readouterr().out.splitlines() if "AUROC" in line}
+    assert "do not use, an AUROC is below 60" in lines["Useless"]
+    assert "(scrambled)" in lines["MSP"]
+    assert "(noise)" in lines["MSP"]
+    assert "% of validation" in lines["MSP"]

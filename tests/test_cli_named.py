@@ -331,3 +331,30 @@ def test_a_benchmark_prepared_for_a_model():
     benchmark = open_benchmark("folder", "data", prepared=told, synthetic=True)
     assert benchmark.image_shape == (1, 10, 10)
     assert benchmark.test[0][0].shape == benchmark.ood["noise"][0][0].shape == (1, 10, 10)
+
+
+def test_a_new_head_is_no_published_weight(vit, capsys):
+    draw("train", ["a", "b"], n_images=1)
+    given = ["fit", "--data", "train", "--detectors", "NCI", "--out", "d.safetensors", *QUICK, "--n-classes", "2"]
+    for model in ("hf:vit", "resnet18"):
+        assert cli.main([*given, "--model", model, "--pretrained"]) == 2
+        assert "another head would be drawn at random" in capsys.readouterr().err
+
+
+def test_a_processor_holds_on_benchmarks_of_smaller_images(vit, capsys):
+    """A transformer that was tuned to CIFAR at its own size; timm's configuration is not of these weights."""
+    from types import SimpleNamespace
+
+    from ood_fast.commands.benchmarks import Benchmarks
+
+    own_benchmark(["a", "b", "c"], size=20)
+    torch.save(models.create(vit, None, pretrained=True).state_dict(), "w.pth")
+    options = SimpleNamespace(benchmark="folder", data_root="data", layout=None, ood_folder=[], model=vit, size=None)
+    vars(options).update(dict.fromkeys(("resize", "mean", "std", "interpolation", "orientation", "truncated"), None))
+    benchmarks = Benchmarks(options, "w.pth")
+    spec = {"size": 100, "resize": 100, "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
+    options.quiet = True
+    for model, size in ((models.create(vit, None, pretrained=True), 16), (nn.Linear(1, 1), None)):
+        run = SimpleNamespace(model=model, info=None, name="w.pth")
+        found = benchmarks._prepared(run, SimpleNamespace(prepared=spec))
+        assert (found and found["size"]) == size

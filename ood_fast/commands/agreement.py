@@ -92,17 +92,15 @@ def class_order(
     logits, labels = _sampled(model, dataset)
     if not len(labels):
         return names
-    given = [names[label] for label in labels.tolist()]
-    guesses = logits.argmax(dim=1).tolist()
-    by_name = sum(guess == label for guess, label in zip(guesses, labels.tolist(), strict=True))
-    by_nature = sum(guess < len(names) and natural[guess] == name for guess, name in zip(guesses, given, strict=True))
-    if not by_name < len(given) / 2 < by_nature:
+    guesses, in_nature = logits.argmax(dim=1), torch.tensor([natural.index(name) for name in names])
+    by_name, by_nature = int((guesses == labels).sum()), int((guesses == in_nature[labels]).sum())
+    if not by_name < len(labels) / 2 < by_nature:
         return names
     if not options.quiet:
         more = ", ..." if len(names) > LISTED else ""
         print(
             f"ood-fast: classes in their natural order, {', '.join(natural[:LISTED])}{more}: {by_nature} of "
-            f"{len(given)} images are predicted as their folder says, {by_name} in the order "
+            f"{len(labels)} images are predicted as their folder says, {by_name} in the order "
             f"{', '.join(names[:LISTED])}{more}; --classes FILE sets another",
             file=sys.stderr,
         )

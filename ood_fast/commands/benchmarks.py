@@ -42,7 +42,7 @@ class Benchmarks:
             if "/" in title:
                 raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
         self.opened: dict[tuple, ImageBenchmark] = {}
-        self.told: dict[str, str] = {}
+        self.told: set[str] = set()
 
     def open(
         self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
@@ -75,6 +75,7 @@ class Benchmarks:
 
     def of(self, run: Trained) -> ImageBenchmark:
         """The benchmark for a model."""
+        assert run.model is not None  # it was opened from a checkpoint
         plain = self.open(run.seed)
         prepared = None if self.name == "digits" else self._prepared(run, plain)
         if self.name != "folder" or self.options.classes is not None:
@@ -91,23 +92,25 @@ class Benchmarks:
     def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
         from .. import models
 
+        assert run.model is not None
         options = self.options
         given = [getattr(options, name) for name in ("size", "resize", "mean", "std", "interpolation")]
         published = run.name.startswith("pretrained:")
         name = run.name.removeprefix("pretrained:") if published else options.model or ""
         own = None if run.info else models.own_preparation(run.model, name, published)
-        size = plain.image_shape[-1]
-        if own is not None and (own["size"] > SMALL_IMAGE) != (size > SMALL_IMAGE):
-            own = None
-        if own is None and not any(given):
-            return None
-        asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
         spec = plain.prepared or {}
-        prepared = preparation_of(asked, run.model, own or spec)
-        prepared = {name: prepared[name] for name in ("size", "resize", "mean", "std", "interpolation")}
-        if not options.quiet and self.told.get(run.name) is None:
+        # timm's models say how they were trained at first, perhaps not these weights; a processor lies beside its own.
+        guessed = own is not None and not published and not hasattr(run.model, "preparation")
+        if guessed and (own["size"] > SMALL_IMAGE) != (spec["size"] > SMALL_IMAGE):
+            own = None
+        asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
+        prepared = preparation_of(asked, run.model, own or spec) if own is not None or any(given) else spec
+        prepared = {name: prepared[name] for name in spec}
+        if prepared == spec:
+            return None
+        if not options.quiet and run.name not in self.told:
             print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
-        self.told[run.name] = text_of(prepared)
+        self.told.add(run.name)
         return prepared
 
 

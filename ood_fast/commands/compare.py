@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES
 from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
-from .images import MODEL_HELP
 from .model import allow, is_callable, named
 from .options import at_least, share
 from .progress import Bar
@@ -59,20 +58,23 @@ def add(commands: Any) -> None:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
-    training.add_argument("--model", metavar="NAME", help=MODEL_HELP)
+    share(training, "model")
     training.add_argument("--init", metavar="FILE", help="checkpoint whose weights each run starts from: fine-tuning")
     training.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
-    training.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="lr=0.05",
-        help="a setting of the recipe, or of a detector as KNN.k=10; may be repeated",
-    )
+    told = "a setting of the recipe, or of a detector as KNN.k=10; may be repeated"
+    share(training, "set", set={"metavar": "lr=0.05", "help": told})
     data = parser.add_argument_group("data")
-    share(data, "data-root", "layout", "download", "image-size", "workers", layout={"default": "auto"})
-    data.add_argument("--ood", metavar="A,B", help="only these OOD sets")
-    data.add_argument("--ood-folder", action="append", default=[], metavar="NAME=DIR", help="a far-OOD set of your own")
+    share(
+        data,
+        "data-root",
+        "layout",
+        "download",
+        "image-size",
+        "workers",
+        "ood",
+        "ood-folder",
+        layout={"default": "auto"},
+    )
     scores = parser.add_argument_group("measuring")
     scores.add_argument(
         "--tune",
@@ -86,7 +88,7 @@ def add(commands: Any) -> None:
         help="draws for intervals over test images (one seed: 200, else 0)",
     )
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
-    parser.add_argument("--overwrite", action="store_true", help="remove what was trained in DIR, and begin anew")
+    share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
     share(parser, "device", "plugin", "quiet")
     parser.set_defaults(run=run)
 

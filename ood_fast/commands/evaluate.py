@@ -18,9 +18,9 @@ from ..recipes import BENCHMARK_NAMES
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, machine, processes, refusal, versions
-from .images import MODEL_HELP, add_preparation
+from .images import add_preparation
 from .model import PREPARATION, allow, is_callable, named
-from .options import at_least, share
+from .options import MODEL_HELP, at_least, share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -53,27 +53,17 @@ def add(commands: Any) -> None:
     )
     data = parser.add_argument_group("data")
     share(data, "data-root", "layout", "download", "image-size")
-    data.add_argument("--ood", metavar="A,B", help="only these OOD sets")
-    data.add_argument(
-        "--ood-folder",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="a far-OOD set of your own; may be repeated",
-    )
+    share(data, "ood", "ood-folder")
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
-    more = "leave out images that cannot be read; every image is read once more to find them"
-    share(data, "skip-bad", skip_bad={"help": more})
-    data.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="of the benchmark folder: its classes in the order of the model's outputs, one a line or JSON",
-    )
+    told = "leave out images that cannot be read; every image is read once more to find them"
+    share(data, "skip-bad", skip_bad=told)
+    told = "of the benchmark folder: its classes in the order of the model's outputs, one a line or JSON"
+    share(data, "classes", classes=told)
     preparation = parser.add_argument_group("images, where they differ from the model's own and the benchmark's")
     add_preparation(preparation, "the model's own, else the benchmark's", "exif for own folders, else stored")
     stored = parser.add_argument_group("stored features, in place of RUN and the images of a benchmark")
-    stored.add_argument("--features", metavar="PATH", help="of the training data, and the head W, b if there is one")
-    share(stored, "head-file")
+    told = "of the training data, and the head W, b if there is one"
+    share(stored, "features", "head-file", "validation", "ood-validation", features=told)
     stored.add_argument("--test", metavar="PATH", help="of in-distribution test data")
     stored.add_argument(
         "--ood-features",
@@ -82,19 +72,11 @@ def add(commands: Any) -> None:
         metavar="[near/]NAME=PATH",
         help="of an OOD set, far unless near/ stands before its name; may be repeated",
     )
-    stored.add_argument("--validation", metavar="PATH", help="of in-distribution data that was not trained on")
-    stored.add_argument(
-        "--ood-validation",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="of OOD data, by which parameters are chosen; may be repeated",
-    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint", default="best", metavar="C", help="best (default), final, last, or a file of RUN"
     )
-    model.add_argument("--model", metavar="NAME", help=f"of a checkpoint that does not say: {MODEL_HELP}")
+    share(model, "model", model=f"of a checkpoint that does not say: {MODEL_HELP}")
     model.add_argument("--recipe", metavar="NAME", help="what such a checkpoint was trained with; says the model too")
     share(model, "head")
     scores = parser.add_argument_group("detectors")
@@ -103,9 +85,7 @@ def add(commands: Any) -> None:
         metavar="A,B",
         help="or all (default: all that fit, and pass no image through the model)",
     )
-    scores.add_argument(
-        "--set", action="append", default=[], metavar="KNN.k=10", help="a parameter, which is then not searched"
-    )
+    share(scores, "set", set="a parameter of a detector, which is then not searched")
     scores.add_argument(
         "--no-tune",
         action="store_true",
@@ -115,14 +95,11 @@ def add(commands: Any) -> None:
     scores.add_argument(
         "--bootstrap", type=at_least(0), default=200, metavar="N", help="draws for intervals, 0: none (200)"
     )
-    share(scores, "seed", seed={"help": "of the draws and of synthetic images (0)"})
+    share(scores, "seed", seed="of the draws and of synthetic images (0)")
     parser.add_argument("--cache", metavar="DIR", help="where features are kept (default: RUN/cache)")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: RUN/eval/BENCHMARK)")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace results of other detectors or settings in that folder; those of the same are replaced without",
-    )
+    told = "replace results of other detectors or settings in that folder; those of the same are replaced without"
+    share(parser, "overwrite", overwrite=told)
     share(parser, "batch-size", "workers", "device", "quiet")
     parser.set_defaults(run=run)
 
@@ -182,23 +159,20 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _chosen(options: argparse.Namespace) -> DetectorSet:
     """The detectors. By default without those that pass images through the model several times; a line says so."""
-    on_features = bool(options.features)
-    if options.detectors is not None:
-        chosen = detector_set(options.detectors, options.set, on_features)
-        slow = [name for name, detector in chosen.items() if detector.needs_model]
-        if slow and not options.quiet:
-            n_tried = len([v for name in slow for v in chosen[name].variants({} if options.no_tune else None)])
-            times = f"runs the model forth and back on every image, {n_tried} times on validation images"
-            print(f"ood-fast: {', '.join(slow)} {times}: this takes long", file=sys.stderr)
-        return chosen
     from ..detectors import find, known
 
-    asked = {find(text.partition(".")[0].strip()).__name__ for text in options.set}
-    slow = [name for name in known() if find(name).needs_model and name not in asked]
-    if slow and not on_features and not options.quiet:
-        print(f"ood-fast: left out, as it takes long: {', '.join(slow)}; --detectors all has it", file=sys.stderr)
-    names = [name for name in known() if name not in slow and not (on_features and find(name).needs_model)]
-    return detector_set(",".join(names), options.set, on_features)
+    names, told = options.detectors, ""
+    if names is None:
+        asked = {find(text.partition(".")[0].strip()).__name__ for text in options.set}
+        slow = [name for name in known() if find(name).needs_model and name not in asked]
+        names = ",".join(name for name in known() if name not in slow)
+        told = f"left out, as it takes long: {', '.join(slow)}; --detectors all has it" * (not options.features)
+    chosen = detector_set(names, options.set, bool(options.features))
+    if running := [name for name, detector in chosen.items() if detector.needs_model]:
+        told = f"{', '.join(running)} runs the model forth and back for each image and setting: this takes long"
+    if told and not options.quiet:
+        print(f"ood-fast: {told}", file=sys.stderr)
+    return chosen
 
 
 def _print_choices(results: Results) -> None:

@@ -38,15 +38,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--detectors", default="MSP,Energy,KNN,NCI,FDBD", metavar="A,B", help="or all (default: %(default)s)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="A.k=3", help="a parameter of a detector")
+    share(parser, "set")
     data = parser.add_argument_group("data: folders of images, or feature files with --features")
     data.add_argument("--data", metavar="PATH", help="training images, a folder for each class")
-    data.add_argument("--features", metavar="PATH", help="training features: .npz, .pt, .parquet, or a folder of them")
-    share(data, "head-file")
-    data.add_argument("--validation", metavar="PATH", help="in-distribution data that was not trained on")
-    data.add_argument(
-        "--ood-validation", action="append", default=[], metavar="PATH", help="OOD data for --tune; may be repeated"
-    )
+    share(data, "features", "head-file", "validation", "ood-validation")
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -71,7 +66,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     where = device(options.device)
     with processes(where) as process:
         options.quiet |= process.rank > 0
-        open_data = _open_features(options) if options.features else _open_images(options, where, process)
+        open_data = _open_features(options) if options.features else _open_images(options, where)
         detectors = _prepared(detectors, open_data.notes)
         try:
             fitted = _fit(detectors, open_data, options, process)
@@ -136,20 +131,9 @@ def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
 # ---- one interface to images and to features
 
 
-class _Data:
-    """Fitting and scoring on what a path names. `class_names` and `notes` go into the file."""
+class _ImageData:
+    """Fitting and scoring on image folders. `class_names` and `notes` go into the file."""
 
-    class_names: tuple[str, ...] | None = None
-    notes: dict[str, Any]
-
-    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        raise NotImplementedError
-
-    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
-        raise NotImplementedError
-
-
-class _ImageData(_Data):
     def __init__(
         self, model: torch.nn.Module, prepared: dict[str, Any], options: argparse.Namespace, order: Any, names: Any
     ) -> None:
@@ -204,8 +188,23 @@ class _ImageData(_Data):
             for _, scores in detectors.score_loader(self.model, batches, self.options.head):
                 yield scores
 
+    def quality(self, detectors: DetectorSet, path: str) -> list[str]:
+        """Lines that say whether the detectors work."""
+        from ..checks import UserError
+        from .quality import told
 
-class _FeatureData(_Data):
+        try:
+            source = images.read_images(path, with_classes=self.class_order is not None, classes=self.class_order)
+        except UserError:  # folders of other names
+            source = images.read_images(path)
+        return told(detectors, self.model, source, self.prepared, self.options)
+
+
+class _FeatureData:
+    """The same on stored features."""
+
+    class_names = None
+
     def __init__(self, head: tuple | None, options: argparse.Namespace) -> None:
         self.head, self.options, self.notes = head, options, {}
 
@@ -240,7 +239,7 @@ def _say(options: argparse.Namespace, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _open_images(options: argparse.Namespace, where: str, process: Process) -> _Data:
+def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     source = images.read_images(options.data, with_classes=True)
     n_classes = None if source.classes is None else len(source.classes)
     model = load_model(options, n_classes, where)
@@ -266,7 +265,7 @@ def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
         return None
 
 
-def _open_features(options: argparse.Namespace) -> _Data:
+def _open_features(options: argparse.Namespace) -> _FeatureData:
     from .. import features
 
     holder = features.files(options.head_file or options.features)[0]
@@ -279,7 +278,9 @@ def _open_features(options: argparse.Namespace) -> _Data:
 # ---- what is done with it
 
 
-def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, process: Process) -> DetectorSet:
+def _fit(
+    detectors: DetectorSet, data: _ImageData | _FeatureData, options: argparse.Namespace, process: Process
+) -> DetectorSet:
     from ..detectors.search import Search
 
     fitting = Search(detectors) if options.tune else detectors
@@ -306,6 +307,8 @@ def _fit(detectors: DetectorSet, data: _Data, options: argparse.Namespace, proce
                     print(f"{name}: {found} (AUROC {100 * best.auroc:.2f} %, best of {len(tried)})")
     for name, detector in fitting.items():
         detector.calibrate(inside[name], tpr=options.tpr, alpha=options.alpha)
+    if options.data and process.rank == 0 and not options.quiet:
+        print("\n".join(data.quality(fitting, options.validation)))
     return fitting
 
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ..data.images import Files, ImageDataset
 
 
-MODEL_HELP = "resnet18_32x32, one of torchvision's classifiers, timm:NAME, hf:FOLDER, or MODULE:CALLABLE"
-
-
 def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> None:
     """What says which model looks at which images, and how they are prepared; `remembered`: by the detectors' file."""
     group = parser.add_argument_group(
@@ -27,11 +24,7 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
     )
     own = "as fitted" if remembered else "the model's own"
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help=MODEL_HELP,
-    )
+    share(group, "model")
     group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
     group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
     share(group, "head")
@@ -39,12 +32,7 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         "--n-classes", type=at_least(1), metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
     add_preparation(group, own, "as fitted" if remembered else "exif")
-    group.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="names of the classes in the order of the model's outputs: one a line, or JSON",
-    )
-    share(group, "batch-size", "workers", "device", batch_size={"default": 128})
+    share(group, "classes", "batch-size", "workers", "device", batch_size={"default": 128})
 
 
 def add_preparation(group: Any, own: str, orientation: str) -> None:

@@ -24,8 +24,22 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
+MODEL_HELP = "resnet18_32x32, one of torchvision's classifiers, timm:NAME, hf:FOLDER, or MODULE:CALLABLE"
+_MANY: dict[str, Any] = {"action": "append", "default": []}
 SHARED: dict[str, dict[str, Any]] = {
-    "plugin": {"action": "append", "default": [], "metavar": "MODULE", "help": "import own detectors, models from it"},
+    "set": _MANY | {"metavar": "KNN.k=10", "help": "a parameter of a detector"},
+    "ood": {"metavar": "A,B", "help": "only these OOD sets"},
+    "ood-folder": _MANY | {"metavar": "NAME=DIR", "help": "a far-OOD set of your own; may be repeated"},
+    "features": {"metavar": "PATH", "help": "stored features: .npz, .pt, .parquet, or a folder of them"},
+    "validation": {"metavar": "PATH", "help": "in-distribution data that was not trained on"},
+    "ood-validation": _MANY | {"metavar": "PATH", "help": "OOD data, by which parameters are chosen; may be repeated"},
+    "model": {"metavar": "NAME", "help": MODEL_HELP},
+    "classes": {
+        "metavar": "FILE",
+        "help": "names of the classes in the order of the model's outputs: one a line, or JSON",
+    },
+    "overwrite": {"action": "store_true"},
+    "plugin": _MANY | {"metavar": "MODULE", "help": "import own detectors, models from it"},
     "data-root": {"metavar": "DIR", "help": "folder of the data sets (default: where it was trained from)"},
     "layout": {"metavar": "L", "help": "auto (default), torchvision, openood"},
     "download": {"action": "store_true", "help": "fetch what is missing, where torchvision can"},
@@ -50,7 +64,8 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def share(group: Any, *names: str, **changes: dict[str, Any]) -> None:
-    """Add options of `SHARED` to a parser or group; `changes` of some by their names."""
+def share(group: Any, *names: str, **changes: str | dict[str, Any]) -> None:
+    """Add options of `SHARED` to a parser or group; `changes` of some by their names, or their help."""
     for name in names:
-        group.add_argument(f"--{name}", **SHARED[name] | changes.get(name.replace("-", "_"), {}))
+        change = changes.get(name.replace("-", "_"), {})
+        group.add_argument(f"--{name}", **SHARED[name] | ({"help": change} if isinstance(change, str) else change))

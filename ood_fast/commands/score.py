@@ -41,8 +41,8 @@ def add(commands: Any) -> None:
         metavar="PATH",
         help="folder of images, at any depth; images; a pattern; - for a list on stdin",
     )
-    parser.add_argument("--features", metavar="PATH", help="stored features: .npz, .pt, .parquet, or a folder of them")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out, and begin an interrupted run anew")
+    share(parser, "features")
+    share(parser, "overwrite", overwrite="replace --out, and begin an interrupted run anew")
     parser.add_argument(
         "--other-model", action="store_true", help="score also with weights that the detectors were not fitted on"
     )
@@ -53,29 +53,10 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    from .. import checks
-    from ..detectors import DetectorSet, load, store
-
-    if bool(options.data) == bool(options.features):
-        raise refusal("--data, --features: expected one of them, images or stored features")
-    out = Path(options.out).expanduser()
-    if out.suffix not in SUFFIXES:
-        raise refusal(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
-    if out.suffix == ".parquet":
-        require_pyarrow()
-    checks.writable_folder("--out", out.parent)
-    if out.exists() and not options.overwrite:
-        raise refusal(f"--out: {out} exists; pass --overwrite to replace it")
+    out = _check(options)
     import_plugins(options.plugin)
     where = device(options.device)
-    try:
-        loaded, notes = load(options.detectors, where), store.notes(options.detectors)
-    except (OSError, ValueError) as error:
-        raise refusal(f"--detectors: {error}") from error
-    detectors = loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded])
-    seeing = [d.label for d in detectors.detectors if d.needs_model]
-    if options.features and seeing:
-        raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
+    detectors, notes = _load(options, where)
     with processes(where) as process:
         options.quiet |= process.rank > 0
         source = None if options.features else images.read_images(options.data)
@@ -89,13 +70,47 @@ def run(options: argparse.Namespace, command: str) -> None:
                 else:
                     _score_images(detectors, source, table, options, notes, process, bar, where)
             counts = table.finish()
-    if counts and not options.quiet:
+    if counts is None:
+        return
+    if not options.quiet:
         n_rows, n_ood, n_bad = counts
         print(f"{n_rows} rows in {out}")
         for name, count in n_ood.items():
             print(f"  {name}: {count} ({100 * count / max(1, n_rows):.1f} %) are out-of-distribution")
         if n_bad:
             print(f"  {n_bad} images could not be read and were skipped")
+
+
+def _check(options: argparse.Namespace) -> Path:
+    """The table to write, before anything is done."""
+    from .. import checks
+
+    if bool(options.data) == bool(options.features):
+        raise refusal("--data, --features: expected one of them, images or stored features")
+    out = Path(options.out).expanduser()
+    if out.suffix not in SUFFIXES:
+        raise refusal(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
+    if out.suffix == ".parquet":
+        require_pyarrow()
+    checks.writable_folder("--out", out.parent)
+    if out.exists() and not options.overwrite:
+        raise refusal(f"--out: {out} exists; pass --overwrite to replace it")
+    return out
+
+
+def _load(options: argparse.Namespace, where: str) -> tuple[DetectorSet, dict[str, Any]]:
+    """The detectors of the file, and what it says of their fit."""
+    from ..detectors import DetectorSet, load, store
+
+    try:
+        loaded, notes = load(options.detectors, where), store.notes(options.detectors)
+    except (OSError, ValueError) as error:
+        raise refusal(f"--detectors: {error}") from error
+    detectors = loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded])
+    seeing = [d.label for d in detectors.detectors if d.needs_model]
+    if options.features and seeing:
+        raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
+    return detectors, notes
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..recipes import BENCHMARK_NAMES
 from .code import import_plugins
 from .common import Process, RunError, device, machine, processes, refusal, versions
-from .images import MODEL_HELP
 from .model import allow
-from .options import at_least, share
+from .options import MODEL_HELP, at_least, share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -39,27 +38,18 @@ def add(commands: Any) -> None:
         "or a file cannot be written.",
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe, FILE.json, or list: print them")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="lr=0.05",
-        help=f"change a setting of the recipe; may be repeated. benchmark is one of {', '.join(BENCHMARK_NAMES)}",
-    )
+    told = f"a setting of the recipe; may be repeated. benchmark is one of {', '.join(BENCHMARK_NAMES)}"
+    share(parser, "set", set={"metavar": "lr=0.05", "help": told})
     parser.add_argument(
         "--show", action="store_true", help="print the recipe with its changes, as a FILE.json is written, and stop"
     )
     share(parser, "seed")
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
-    parser.add_argument(
-        "--model", metavar="NAME", help=f"in place of the recipe's, the same as --set model=NAME: {MODEL_HELP}"
-    )
+    share(parser, "model", model=f"in place of the recipe's, as --set model=NAME: {MODEL_HELP}")
     data = parser.add_argument_group("data")
     share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
-    data.add_argument(
-        "--classes", metavar="FILE", help="of benchmark=folder: its classes in this order, one a line or JSON"
-    )
+    share(data, "classes", classes="of benchmark=folder: its classes in this order, one a line or JSON")
     speed = parser.add_argument_group("speed")
     share(speed, "device")
     speed.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: as the recipe says)")

@@ -6,6 +6,7 @@ images, and the ties would decide the metrics.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -140,33 +141,25 @@ def measure(
 
 def _costs(result: RunResult, given: Mapping[str, Detector], search: Search, how: Measuring) -> None:
     """A note where a parameter that validation data chose is worse on a group of test sets than what was given."""
-    asked = {name: given[name].settings() for name in result.trials if name in search.tuned}
     before = {
-        name: next((search[c] for c in search.tuned[name] if search[c].settings() == settings), None)
-        for name, settings in asked.items()
-        if result.settings[name] != _plain(settings)
+        name: candidate
+        for name in result.trials
+        for candidate in (search[held] for held in search.tuned.get(name, ()))
+        if candidate.settings() == given[name].settings() and result.settings[name] != _plain(candidate.settings())
     }
-    before = {name: detector for name, detector in before.items() if detector is not None}
-    if not before:
-        return
     scores = {
         name: _scores(DetectorSet(before), result.outputs[TEST if name == ID else name], how.progress)
-        for name in result.sets
+        for name in (result.sets if before else ())
     }
-    for name in before:
-        for group, mean_name in GROUPS.items():
-            members = [part for part, of in result.sets.items() if of.group == group]
-            if not members:
-                continue
-            was = fmean(metrics.auroc(scores[ID][name], scores[part][name]) for part in members)
-            lost = was - result.value("auroc", name, mean_name)
-            if lost >= COSTS:
-                tried = {key: result.settings[name][key] for key in search.grids[name]}
-                told = ", ".join(f"{key}={value}" for key, value in tried.items())
-                result.notes.append(
-                    f"{name}: {told}, chosen on validation data, costs {100 * lost:.1f} AUROC on {group}-OOD test sets "
-                    f"beside the default; --set keeps it"
-                )
+    for name, (group, mean_name) in itertools.product(before, GROUPS.items()):
+        members = [part for part, of in result.sets.items() if of.group == group]
+        was = [metrics.auroc(scores[ID][name], scores[part][name]) for part in members]
+        if was and (lost := fmean(was) - result.value("auroc", name, mean_name)) >= COSTS:
+            told = ", ".join(f"{key}={result.settings[name][key]}" for key in search.grids[name])
+            result.notes.append(
+                f"{name}: {told}, chosen on validation data, costs {100 * lost:.1f} AUROC on {group}-OOD test sets "
+                "beside the default; --set keeps it"
+            )
 
 
 def parts_of(given: Mapping[str, Detector], how: Measuring) -> set[str]:

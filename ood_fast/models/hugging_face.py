@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import util
 from typing import Any
 
@@ -41,36 +43,44 @@ def create(name: str, n_classes: int | None, in_channels: int, pretrained: bool)
 
     Code that a folder brings is not run. UserError where there is none, or its weights lack the head.
     """
-    transformers = _transformers(name)
-    given: dict[str, Any] = {"trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **given)
+    config, classes = _config(name), _transformers(name).AutoModelForImageClassification
+    with _told(name):
         if getattr(config, "num_channels", in_channels) != in_channels:
             raise ValueError(f"images have {in_channels} channels, the model takes {config.num_channels}")
-        classes = transformers.AutoModelForImageClassification
         if pretrained:
-            model, told = classes.from_pretrained(name, config=config, output_loading_info=True, **given)
+            given = {"output_loading_info": True, "trust_remote_code": False}
+            model, told = classes.from_pretrained(name, config=config, **given)
             model = model.float()
             if missing := sorted(told["missing_keys"]):
                 raise ValueError(f"the weights of an image classifier lack {', '.join(missing[:3])}")
         else:
-            if n_classes is not None:
-                config.num_labels = n_classes
-            model = classes.from_config(config, **given).float()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise checks.UserError(
-            f"model {HF}{name}: {first[0]}; expected a folder that save_pretrained wrote, or a name on the hub"
-        ) from error
+            config.num_labels = config.num_labels if n_classes is None else n_classes
+            model = classes.from_config(config, trust_remote_code=False).float()
     return HuggingFaceClassifier(model.eval() if pretrained else model, _preparation(name))
 
 
 def n_labels(name: str) -> int:
     """How many classes the classifier of that name tells apart."""
+    return _config(name).num_labels
+
+
+def _config(name: str) -> Any:
+    with _told(name):
+        return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """The first line of what transformers says, as a UserError."""
     try:
-        return _transformers(name).AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
-    except (OSError, ValueError) as error:
-        raise checks.UserError(f"model {HF}{name}: {str(error).strip().splitlines()[0]}") from error
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, checks.UserError):
+            raise
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise checks.UserError(
+            f"model {HF}{name}: {first}; expected a folder that save_pretrained wrote, or a name on the hub"
+        ) from error
 
 
 def _transformers(name: str) -> Any:

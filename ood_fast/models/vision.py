@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import util
 from types import ModuleType
 from typing import Any
 
@@ -63,11 +64,7 @@ def both(name: str, shrink: Callable[[nn.Module], None]) -> tuple[Build, Build]:
 @functools.cache
 def names() -> frozenset[str]:
     """torchvision's classifiers; empty without it."""
-    try:
-        from torchvision import models
-    except ImportError:
-        return frozenset()
-    return frozenset(models.list_models(module=models))
+    return frozenset(_models().list_models(module=_models())) if util.find_spec("torchvision") else frozenset()
 
 
 def weights_of(name: str) -> Any:
