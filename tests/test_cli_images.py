@@ -239,3 +239,24 @@ def test_fit_says_whether_detectors_work(capsys):
     assert "(scrambled)" in lines["MSP"]
     assert "(noise)" in lines["MSP"]
     assert "% of validation" in lines["MSP"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_page_sorted_by_score(suffix, capsys):
+    names = [f"c{k:02}" for k in range(C)]
+    for k, name in enumerate(names):
+        for index in range(2):
+            draw(f"train/{name}/{index}.png", k)
+    assert fit(names) == 0
+    draw("photos/<script>alert(1)&.png", 3)
+    draw("photos/plain.png", 7)
+    given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--data", "photos", "--workers", "0"]
+    assert cli.main([*given, "--out", f"s{suffix}", "--html", "s.html"]) == 0, capsys.readouterr().err
+    page = Path("s.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&amp;.png" in page
+    assert page.count('src="data:image/jpeg;base64,') == 2
+    assert "img-src data:;" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert cli.main([*given, "--out", f"t{suffix}", "--html", "s.html"]) == 2, "--overwrite replaces it"
+    assert cli.main([*given, "--out", f"t{suffix}", "--html", "s.csv"]) == 2

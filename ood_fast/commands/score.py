@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
         help="folder of images, at any depth; images; a pattern; - for a list on stdin",
     )
     share(parser, "features")
+    parser.add_argument("--html", metavar="PAGE", help="also a page: images sorted by score, the most OOD ones first")
     share(parser, "overwrite", overwrite="replace --out, and begin an interrupted run anew")
     parser.add_argument(
         "--other-model", action="store_true", help="score also with weights that the detectors were not fitted on"
@@ -53,7 +54,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    out = _check(options)
+    out, page = _check(options)
     import_plugins(options.plugin)
     where = device(options.device)
     detectors, notes = _load(options, where)
@@ -72,30 +73,42 @@ def run(options: argparse.Namespace, command: str) -> None:
             counts = table.finish()
     if counts is None:
         return
+    if page is not None:
+        from .gallery import write
+
+        try:
+            write(page, out, source, command)
+        except OSError as error:
+            raise RunError(f"--html: cannot write {page}: {error.strerror or error}") from error
     if not options.quiet:
         n_rows, n_ood, n_bad = counts
-        print(f"{n_rows} rows in {out}")
+        print(f"{n_rows} rows in {out}" + (f", sorted in {page}" if page else ""))
         for name, count in n_ood.items():
             print(f"  {name}: {count} ({100 * count / max(1, n_rows):.1f} %) are out-of-distribution")
         if n_bad:
             print(f"  {n_bad} images could not be read and were skipped")
 
 
-def _check(options: argparse.Namespace) -> Path:
-    """The table to write, before anything is done."""
+def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The table and the page to write, before anything is done."""
     from .. import checks
 
     if bool(options.data) == bool(options.features):
         raise refusal("--data, --features: expected one of them, images or stored features")
     out = Path(options.out).expanduser()
+    page = None if options.html is None else Path(options.html).expanduser()
     if out.suffix not in SUFFIXES:
         raise refusal(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
+    if page is not None and (page.is_dir() or page.suffix not in (".html", ".htm")):
+        raise refusal(f"--html: got {page}, expected the name of a file ending in .html")
     if out.suffix == ".parquet":
         require_pyarrow()
-    checks.writable_folder("--out", out.parent)
-    if out.exists() and not options.overwrite:
-        raise refusal(f"--out: {out} exists; pass --overwrite to replace it")
-    return out
+    for name, file in (("--out", out), ("--html", page)):
+        if file is not None:
+            checks.writable_folder(name, file.parent)
+            if file.exists() and not options.overwrite:
+                raise refusal(f"{name}: {file} exists; pass --overwrite to replace it")
+    return out, page
 
 
 def _load(options: argparse.Namespace, where: str) -> tuple[DetectorSet, dict[str, Any]]:

@@ -22,7 +22,7 @@ def document(title: str, body: str, generator: str = "ood_fast") -> str:
     code = f"\n{resource('page.js')}" if "<table class=sortable>" in body else ""
     script = f"<script>{code}</script>" if code else ""
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_policy(code)}">
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_policy(code, body)}">
 <meta name="generator" content="{generator}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>
@@ -32,12 +32,13 @@ def document(title: str, body: str, generator: str = "ood_fast") -> str:
 """
 
 
-def _policy(code: str) -> str:
+def _policy(code: str, body: str) -> str:
     """What the page may do: show its own style and run this code. A name that stood in it unescaped would run nothing,
     and nothing leaves the page."""
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     scripts = f" script-src 'sha256-{allowed}';" if code else ""
-    return f"default-src 'none'; style-src 'unsafe-inline';{scripts} base-uri 'none'; form-action 'none'"
+    images = " img-src data:;" if '<img alt="" src="data:image/' in body else ""
+    return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none'"
 
 
 def definitions(facts: Mapping[str, str]) -> str:

@@ -1,0 +1,78 @@
+"""The page of `ood-fast score --html`: images sorted by score, the most out-of-distribution ones first."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data.images import Files
+
+SHOWN = 500  # rows
+PIXELS = 96  # of the longer side of an image
+
+
+def write(page: Path, table: Path, source: Files | None, command: str) -> None:
+    """Write the page of a table of `score`; with the images of `source`. OSError if it cannot be written."""
+    from ..files import write_text
+    from ..report.pages import document
+
+    columns, rows = _read(table)
+    rows.sort(key=lambda row: row[2])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])
+    image = _images(source)
+    lines = [
+        f"<tr><td>{image(row[0])}</td>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in rows[:SHOWN]
+    ]
+    told = f"{len(rows)} rows of {table.name}" + f", the first {SHOWN} of them" * (len(rows) > SHOWN)
+    body = f"""<h1>{html.escape(table.name)}</h1>
+<p class=lead>{html.escape(told)}, by {html.escape(columns[2])}: the lowest, most out-of-distribution, first.</p>
+<pre>{html.escape(command)}</pre>
+<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>
+{chr(10).join(lines)}
+</tbody></table></div>"""
+    write_text(page, document(f"ood_fast score: {table.name}", body, "ood_fast score"))
+
+
+def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of what `score` wrote."""
+    if table.suffix == ".csv":
+        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            columns, *rows = csv.reader(file)
+        return columns, [[*row[:2], *(float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:]))] for row in rows]
+    from pyarrow import parquet
+
+    held = parquet.read_table(table)
+    return held.column_names, [list(row.values()) for row in held.to_pylist()]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str("" if value is None else value)
+    text = html.escape(text.encode(errors="backslashreplace").decode())
+    return f"<b class=worse>{text}</b>" if text == "True" else text
+
+
+def _images(source: Files | None) -> Callable[[str], str]:
+    """A small image for a path of the table; nothing where there is none."""
+    if source is None:
+        return lambda path: ""
+    from ..checks import UserError
+
+    places = {source.path(index): index for index in range(len(source))}
+
+    def image(path: str) -> str:
+        try:
+            small = source.image(places[path])
+        except (KeyError, UserError):
+            return ""
+        small.thumbnail((PIXELS, PIXELS))
+        held = io.BytesIO()
+        small.save(held, "JPEG", quality=80)
+        return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}">'
+
+    return image

@@ -1,0 +1,112 @@
+"""The evaluation of a model on data loaders of one's own: `ood_fast.evaluate(model, id_loader, {"near": loader})`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..detectors import Detector, DetectorSet, create, find, known
+from ..heads import given_head, inference_head
+from ..models.running import check_loader, run_model
+from .cache import Outputs, score_key
+from .measure import FIT, TEST, Chosen, Measuring, check_names, measure
+from .results import ID, Results, RunResult, TestSet
+from .trained import Trained
+
+
+class Evaluation(Results):
+    """`Results` of one model; `print` shows its tables."""
+
+    def __str__(self) -> str:
+        from ..report.tables import as_markdown
+        from .write import build
+
+        return "\n\n".join(as_markdown(table) for table in build(self))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """{detector, set, group, metric, value}: every number, from 0 to 1."""
+        for found in self.runs[0].measurements:
+            about = {"detector": found.detector, "set": found.ood_set, "group": found.group}
+            yield {**about, "metric": found.metric, "value": found.value}
+
+    def to_pandas(self) -> Any:
+        """The rows as a DataFrame; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(list(self.rows()))
+
+
+def evaluate_loaders(
+    model: nn.Module,
+    id_loader: Iterable,
+    ood: Mapping[str, Iterable],
+    *,
+    fit: Iterable | None = None,
+    detectors: Mapping[str, Detector] | Iterable[str] | None = None,
+    head: str | nn.Linear | None = None,
+    bootstrap: int = 0,
+) -> Evaluation:
+    """AUROC, FPR95 and AUPR of detectors, accuracy and calibration; the model runs once over each loader.
+
+    Args:
+        model: a classifier that ends in one linear layer, `head`.
+        id_loader: test batches x, (x, y, ...) or mappings. Without y there is no accuracy.
+        ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD, else as far.
+        fit: training batches, for the detectors that are fitted on data.
+        detectors: names, or name -> detector, used as it is; default: all but those that run the model several times,
+            without `fit` those that need no data.
+        bootstrap: draws for intervals.
+
+    Raises:
+        ValueError: no OOD loader, one without a batch; a detector that needs `fit`, or does not fit its data.
+    """
+    if not ood:
+        raise ValueError("ood: got no loader, expected a mapping from names to loaders")
+    check_names(ood)
+    for name, loader in {"id_loader": id_loader, **ood, **({} if fit is None else {"fit": fit})}.items():
+        check_loader(loader, name)
+    if detectors is None:
+        every = {name: create(name) for name in known() if not find(name).needs_model}
+        given = {name: d for name, d in every.items() if fit is not None or not d.gathers()}
+    else:
+        given = dict(DetectorSet(detectors if isinstance(detectors, Mapping) else list(detectors)).items())
+        if fit is None and (wanting := [name for name, d in given.items() if d.gathers()]):
+            raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
+    layer = given_head(model, head)
+    seeing = {name: detector for name, detector in given.items() if detector.needs_model}
+    parts = {TEST: _outputs(model, layer, TEST, id_loader, seeing)}
+    parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
+    if fit is not None:
+        parts[FIT] = _outputs(model, layer, FIT, fit, {})
+    groups = {ID: "id", **{name: "near" if name.startswith("near") else "far" for name in ood}}
+    sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
+    title = type(model).__name__
+    result = RunResult(Trained(title, model, title, Path(), ""), "", sets, outputs=parts)
+    weight, bias = inference_head(layer)
+    result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
+    how = Measuring(tune=False, leave_out=detectors is None, bootstrap=bootstrap)
+    measure(result, given, [], how, Chosen(seeing))
+    if int(parts[TEST].targets.min()) < 0:  # nobody said what the images are
+        result.measurements = [found for found in result.measurements if found.detector]
+    return Evaluation(title, [result], bootstrap, tuned=False)
+
+
+def _outputs(model: nn.Module, head: nn.Linear, name: str, loader: Iterable, seeing: Mapping[str, Detector]) -> Outputs:
+    """What the model makes of a loader, and the scores of the detectors that run it themselves, on the CPU."""
+    features, logits, targets = [], [], []
+    scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
+    for batch in run_model(model, loader, head):
+        features.append(batch.features.cpu())
+        logits.append(batch.logits.cpu())
+        targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
+        for detector in seeing.values():
+            scores[score_key(detector)].append(detector.score(model, batch.inputs).double().cpu())
+    if not logits:
+        raise ValueError(f"{name}: got a loader without a batch, expected inputs")
+    joined = {key: torch.cat(parts) for key, parts in scores.items()}
+    group = "id" if name in (TEST, FIT) else "ood"
+    return Outputs(name, name, group, torch.cat(features), torch.cat(logits), torch.cat(targets), joined)

@@ -1,0 +1,82 @@
+"""`ood_fast.evaluate(model, id_loader, {...})`: the numbers of the detectors by hand, as a table and as rows."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import detector_cases as cases
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import ood_fast
+from ood_fast import detectors, metrics
+from ood_fast.evaluate import evaluate_loaders
+
+
+@pytest.fixture
+def model():
+    return cases.Net().eval()
+
+
+def loader(n: int, shift: float = 0.0, classes: bool = True) -> DataLoader:
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) + shift
+    y = (torch.arange(n) % cases.C,) if classes else ()
+    return DataLoader(TensorDataset(x, *y), batch_size=16)
+
+
+def test_the_numbers_are_those_of_the_detectors(model):
+    train, test, near, far = loader(60), loader(40), loader(30, 0.5), loader(20, 3.0, classes=False)
+    found = ood_fast.evaluate(model, test, {"near": near, "far": far}, fit=train, detectors=["MSP", "NCI"])
+    for name in ("MSP", "NCI"):
+        detector = detectors.create(name).fit(model, train)
+        inside, outside = (detector.score(model, part) for part in (test, far))
+        expected = metrics.auroc(inside, outside)
+        assert found.runs[0].value("auroc", name, "far") == pytest.approx(expected, abs=1e-6)
+        assert found.runs[0].value("auroc", name, "farood") == pytest.approx(expected, abs=1e-6)
+    right = torch.cat([model(x).argmax(1) == y for x, y in test]).double().mean().item()
+    assert found.runs[0].value("accuracy") == pytest.approx(right)
+    assert model.training is False
+    text = str(found)
+    assert "near-OOD" in text
+    assert "NCI" in text
+    rows = list(found.rows())
+    assert {row["group"] for row in rows if row["set"] in ("near", "far")} == {"near", "far"}
+
+
+def test_without_training_data_those_that_need_none(model):
+    found = evaluate_loaders(model, loader(40), {"x": loader(20, 3.0)})
+    assert {"MSP", "Energy"} <= set(found.detectors)
+    assert "KNN" not in found.detectors
+    with pytest.raises(ValueError, match="fit: got None, but KNN"):
+        ood_fast.evaluate(model, loader(40), {"x": loader(20)}, detectors=["KNN", "MSP"])
+
+
+def test_without_classes_there_is_no_accuracy(model):
+    found = ood_fast.evaluate(model, loader(40, classes=False), {"x": loader(20)}, detectors=["MSP"])
+    assert {row["metric"] for row in found.rows()}.isdisjoint({"accuracy", "ece_softmax"})
+    with pytest.raises(KeyError):
+        found.runs[0].value("accuracy")
+
+
+def test_odin_runs_the_model_itself(model):
+    found = ood_fast.evaluate(model, loader(20), {"x": loader(20, 2.0)}, detectors=["ODIN"])
+    assert found.detectors == ["ODIN"]
+
+
+def test_as_pandas(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda rows: ("frame", rows)))
+    found = ood_fast.evaluate(model, loader(40), {"x": loader(20)}, detectors=["MSP"])
+    kind, rows = found.to_pandas()
+    assert kind == "frame"
+    assert rows == list(found.rows())
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match="ood: got no loader"):
+        ood_fast.evaluate(model, loader(40), {})
+    with pytest.raises(ValueError, match="without a batch"):
+        ood_fast.evaluate(model, loader(40), {"x": []})
+    with pytest.raises(TypeError, match="id_loader"):
+        ood_fast.evaluate(model, torch.zeros(3, 6), {"x": loader(20)})
