@@ -63,16 +63,16 @@ def run(case: Case) -> None:
     import aot_compile as aot
 
     from ood_fast.kernels import losses, nci
-    from ood_fast.kernels.weight_gradient import weight_gradient
+    from ood_fast.kernels.launch import ROW_IN_REGISTERS
     from ood_fast.records import Labels
 
     (n, c, m), dtype = case.shape, case.dtype
     logits = aot.meta(n, c, dtype=dtype)
     if case.name in ("elogitnorm", "linear"):
         weight = aot.meta(c, m, dtype=dtype)
-        labels, grad = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0), aot.meta(()).expand(n)
-        _, _, tempered, geometry, _ = losses.elogitnorm_step(logits, weight, labels, 1e-6, 0, grad)
-        weight_gradient(grad, tempered.slope, logits, weight, tempered.predicted, geometry)
+        labels = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0)
+        grad = aot.meta(n) if c > ROW_IN_REGISTERS else aot.meta(())
+        losses.elogitnorm_step(logits, weight, labels, 1e-6, 0, grad, need_weight=True)
     elif case.name == "nci":
         nci.nci_forward(aot.meta(n, m, dtype=dtype), aot.meta(c, m, dtype=dtype), None, aot.meta(m), logits, 1e-3)
     elif case.name == "statistics":
@@ -136,7 +136,7 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
         programs *= math.ceil(min(case.u, case.shape[0]) / values["ROWS"]) / grid[axis]
     executed = sass.executed(text, turns(kernel, values, case), kernel in RARE_BRANCH)
     issued = executed["all"] * warps * programs
-    body, flops = sass.busiest_loop(text), 0.0
+    body, flops, parts = sass.busiest_loop(text), 0.0, 0
     key = {"fused_row": "fused_row, ELogitNorm", "row_statistics": "row_statistics, MSP"}.get(kernel, kernel)
     if case.name == "statistics":
         key = "row_statistics, all"
@@ -144,9 +144,14 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
     matrix = ""
     if body["multiplied"]:
         tile = math.prod(values[name] for name in ("ROWS", "COLUMNS", "INNER"))
-        matrix = round(body["multiplied"] * warps / 4 / (3 * tile), 2)
+        # Three products of TF32; of bf16 one, or two where S comes in two parts.
+        parts = 3 if values["PRECISION"] == "tf32x3" else 1 + kernel.startswith("weight_gradient")
+        matrix = round(body["multiplied"] * warps / 4 / (parts * tile), 2)
         flops = needed.flops / 1e6
     fit = min(REGISTERS // (usage["registers"] * 32 * warps), SHARED // max(shared, 1), WARPS // warps, BLOCKS)
+    if case.shape[0] / case.u <= 128 and kernel == "segment_piece":  # no segment is cut: programs see that, and end
+        issued = 30.0 * warps * programs
+    tensor = parts * needed.flops / (BF16 / (2 if parts == 3 else 1)) if flops else 0.0
     return {
         "case": f"{case.name} {'x'.join(map(str, case.shape))}",
         "kernel": kernel,
@@ -157,6 +162,7 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
         "registers": usage["registers"],
         "programs": fit,
         "issue": issued / ISSUE,
+        "tensor": tensor,
         "bytes": needed.bytes / BYTES,
     }
 
@@ -172,7 +178,7 @@ def show() -> str:
         total = 0.0
         for found in lines:
             issue, moved = found["issue"] * 1e6, found["bytes"] * 1e6
-            total += max(issue / REACHED, moved)
+            total += max(issue / REACHED, moved, found["tensor"] * 1e6 / REACHED)
             text.append(
                 f"{found['kernel']:24} {found['instructions']:8.0f}/{found['unit']:5} {found['matrix']:>7} "
                 f"{found['barriers']:8.0f} {found['programs']:8} {issue:8.1f} {issue / REACHED:8.1f} {moved:8.1f}"

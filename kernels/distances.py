@@ -125,7 +125,7 @@ def refine_tile(
             tl.store(places, inverse_distance, mask=is_close)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
     weight_stride,
@@ -201,20 +201,20 @@ def distance_gram_kernel(
         )
 
 
-def geometry_of(logits: Tensor, head_weight: Tensor) -> tuple[Geometry, Tensor, bool]:
+def geometry_of(logits: Tensor, head_weight: Tensor, aliased: bool = False) -> tuple[Geometry, Tensor, bool]:
     """(the table R for a batch, the predictions, whether these are known).
 
-    For n >= c the row kernels find them, and write both `predicted` and `table_row`, which are the same.
+    For n >= c the row kernels find them, and write both `predicted` and `table_row`, which are the same; `aliased`:
+    they are one tensor, which stands for the row_class that nothing reads then, too.
     """
     n_samples, n_classes = logits.shape
     predicted = torch.empty(n_samples, dtype=torch.int64, device=logits.device)
     if n_samples >= n_classes:
+        table = distance_table(head_weight, None)
+        if aliased:
+            return Geometry(predicted, table, predicted), predicted, False
         row_class = torch.arange(n_classes, device=logits.device)
-        return (
-            Geometry(torch.empty_like(predicted), distance_table(head_weight, None), row_class),
-            predicted,
-            False,
-        )
+        return Geometry(torch.empty_like(predicted), table, row_class), predicted, False
     logits = unit_stride(logits)
     config = scan_config(n_classes, target_of(logits))
     launch(
@@ -281,7 +281,7 @@ def distance_table(head_weight: Tensor, row_class: Tensor | None) -> Tensor:
     n_classes, n_features = head_weight.shape
     n_rows = n_classes if row_class is None else row_class.shape[0]
     table = torch.empty(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
-    product = product_of(head_weight)
+    product = product_of(head_weight, columns=64 if row_class is None else 128)
     norms = None
     if product.mean is None:
         norms = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)

@@ -29,7 +29,7 @@ def _temperature_sums(gap, slopes, BOUNDARY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def fused_row_kernel(
-    sample_grad_pointer,  # (n,) or expanded; None: no gradient of the logits
+    sample_grad_pointer,  # (n,) or expanded, or () what the losses are divided by; None: no gradient of the logits
     sample_grad_stride,
     logits_pointer,  # (n, c)
     logits_stride,
@@ -43,6 +43,7 @@ def fused_row_kernel(
     temperature_pointer,  # (n,): read in the backward pass
     log_partition_pointer,  # (n,), None in the backward pass
     slope_pointer,  # (n,): read in the backward pass
+    pull_pointer,  # (n,) or None: sample_grad slope, written
     grad_logits_pointer,  # (n, c) contiguous: written, None without sample_grad
     n_classes,
     ignore_index,
@@ -55,6 +56,7 @@ def fused_row_kernel(
     BOUNDARY: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    IS_DIVISOR: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """Loss of one sample, what its backward pass needs, and the gradient of its logits."""
@@ -155,10 +157,14 @@ def fused_row_kernel(
     # dL/df_j = (Q P_j - q_j) / T - slope R_j, in fp32 and rounded once: as P_y approaches 1, Q P_y - q_y cancels.
     if grad_logits_pointer is not None:
         sample_grad = tl.load(sample_grad_pointer + row * sample_grad_stride).to(tl.float32)
+        if IS_DIVISOR:
+            sample_grad = 1.0 / sample_grad
         sample_grad = tl.where(ignored, 0.0, tl.where(usable, sample_grad, float("nan")))
         by_logit = sample_grad * inverse_temperature
         by_exponential = mass * by_logit / partition
         by_slope = sample_grad * slope
+        if pull_pointer is not None:
+            tl.store(pull_pointer + row, by_slope)
         spread = spread * by_logit
         gradient = exponential * by_exponential - slopes * by_slope
         if SMOOTHED:
@@ -178,11 +184,21 @@ def fused_row_kernel(
 
 
 @triton.jit
-def scale_kernel(values_pointer, factor_pointer, n_values, BLOCK: tl.constexpr):
-    """values *= factor, 0-dim; nothing is read or written where it is 1, which only the device knows."""
+def _scale(values_pointer, factor, block, n_values, BLOCK: tl.constexpr):
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_pointer + place, mask=place < n_values, other=0.0).to(tl.float32)
+    tl.store(values_pointer + place, values * factor, mask=place < n_values)
+
+
+@triton.jit
+def scale_kernel(values_pointer, others_pointer, factor_pointer, n_values, n_others, BLOCK: tl.constexpr):
+    """values *= factor, 0-dim, and others *= factor where there are any; nothing is read or written where it is 1,
+    which only the device knows."""
     factor = tl.load(factor_pointer).to(tl.float32)
     if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < n_values
-        values = tl.load(values_pointer + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(values_pointer + place, values * factor, mask=inside)
+        block = tl.program_id(0).to(tl.int64)
+        blocks = tl.cdiv(n_values, BLOCK)
+        if block < blocks:
+            _scale(values_pointer, factor, block, n_values, BLOCK)
+        elif others_pointer is not None:
+            _scale(others_pointer, factor, block - blocks, n_others, BLOCK)

@@ -12,7 +12,6 @@ from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
 from .losses import Rule
-from .weight_gradient import weight_gradient
 
 
 def linear_elogitnorm(
@@ -61,7 +60,7 @@ def _linear_elogitnorm(
     )
     grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and needs.weight else None
     grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and needs.bias else None
-    step = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
+    chunk = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
     scale = 1.0
     if grads and dtype == torch.float16:
         # The gradient of the logits is formed before a loss scale arrives, and 1/n of it would fall below fp16's range:
@@ -69,15 +68,16 @@ def _linear_elogitnorm(
         largest = sample_grad.abs().max().float().clamp_min(2.0**-60)
         scale = torch.exp2(-torch.ceil(torch.log2(largest)))
         sample_grad = sample_grad * scale
-    for start in range(0, n_samples, step):
-        rows = slice(start, start + step)
+    for start in range(0, n_samples, chunk):
+        rows = slice(start, start + chunk)
         z = features[rows].to(dtype)
         logits = F.linear(z, weight, bias)
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
-        loss[rows], distance[rows], tempered, table, d_logits = losses.elogitnorm_step(
-            logits, head_weight, part, rule.eps, rule.average_offset, part_grad
+        step = losses.elogitnorm_step(
+            logits, head_weight, part, rule.eps, rule.average_offset, part_grad, need_weight=geometry
         )
+        loss[rows], distance[rows], d_logits = step.loss, step.distance, step.grad_logits
         if not grads:
             continue
         if needs.features:
@@ -85,9 +85,7 @@ def _linear_elogitnorm(
         if needs.weight:
             grad_weight += d_logits.t() @ z
             if geometry:
-                grad_weight += weight_gradient(
-                    part_grad, tempered.slope, logits, head_weight, tempered.predicted, table
-                )
+                grad_weight += step.grad_weight
         if needs.bias:
             grad_bias += d_logits.sum(0, dtype=torch.float32)
     if isinstance(scale, Tensor):

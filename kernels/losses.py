@@ -46,24 +46,25 @@ def _fused(
     geometry: Geometry | None,
     tempered: Tempered,
     prediction_known: bool,
-    statistics: tuple[Tensor, Tensor | None] | None,
+    statistics: tuple[Tensor, Tensor | None, Tensor | None] | None,
     rule: Rule,
     sample_grad: Tensor | None,
 ) -> Tensor | None:
-    """Launch `fused_row_kernel`: writes loss and distance (`statistics`) and `tempered`, which without `statistics` it
-    reads. Returns the gradient of the logits if `sample_grad` is given."""
+    """Launch `fused_row_kernel`: writes loss, distance, sample_grad slope (`statistics`) and `tempered`, which without
+    `statistics` it reads. Returns the gradient of the logits if `sample_grad` is given."""
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
-    loss, distance = statistics or (None, None)
+    loss, distance, pull = statistics or (None, None, None)
     rows = unit_stride(logits)
     n_samples, n_classes = rows.shape
     grad_logits = None if sample_grad is None else gradient_buffer(logits, (n_samples, n_classes))
     config = row_config(n_classes, target_of(rows))
+    by_sample = sample_grad is not None and sample_grad.dim() == 1
     launch(
         fused_row_kernel,
         (n_samples,),
         sample_grad,
-        0 if sample_grad is None else sample_grad.stride(0),
+        sample_grad.stride(0) if by_sample else 0,
         rows,
         rows.stride(0),
         unit_stride(target),
@@ -76,6 +77,7 @@ def _fused(
         tempered.temperature,
         None if loss is None else tempered.log_partition,
         tempered.slope,
+        pull,
         grad_logits,
         n_classes,
         ignore_index,
@@ -88,6 +90,7 @@ def _fused(
         BOUNDARY=table is not None,
         PREDICTION_KNOWN=prediction_known,
         SMOOTHED=label_smoothing > 0,
+        IS_DIVISOR=sample_grad is not None and not by_sample,
         HARDWARE=has_exp2(target_of(rows)),
         num_warps=config.num_warps,
     )
@@ -130,7 +133,9 @@ def _forward(
     distance = None if geometry is None else torch.empty_like(loss)
     tempered = Tempered(predicted, temperature, log_partition, slope)
     if is_fused(logits, labels):
-        grad_logits = _fused(logits, labels, geometry, tempered, prediction_known, (loss, distance), rule, sample_grad)
+        grad_logits = _fused(
+            logits, labels, geometry, tempered, prediction_known, (loss, distance, None), rule, sample_grad
+        )
         return loss, distance, tempered, grad_logits
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
@@ -205,7 +210,26 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    return elogitnorm_step(logits, head_weight, labels, eps, average_offset, None)[:4]
+    geometry, *prediction = geometry_of(logits, head_weight)
+    loss, distance, tempered, _ = _forward(logits, labels, geometry, *prediction, Rule(eps, average_offset))
+    return loss, distance, tempered, geometry
+
+
+class Step(NamedTuple):
+    """What one pass over the logits makes; the gradients are those of sum_i sample_grad_i loss_i."""
+
+    loss: Tensor
+    distance: Tensor
+    tempered: Tempered
+    geometry: Geometry
+    grad_logits: Tensor | None
+    grad_weight: Tensor | None
+
+
+def steps_ahead(logits: Tensor, head_weight: Tensor, labels: Labels) -> bool:
+    """Whether `elogitnorm_step` takes one read and one write for loss and gradient, and the gradients of a loss whose
+    scale comes later can be held in the inputs' dtypes: in fp16, 1/n of them would fall below the range."""
+    return torch.float16 not in (logits.dtype, head_weight.dtype) and is_fused(logits, labels)
 
 
 def elogitnorm_step(
@@ -215,28 +239,41 @@ def elogitnorm_step(
     eps: float,
     average_offset: int,
     sample_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tempered, Geometry, Tensor | None]:
-    """`elogitnorm_forward`, and the gradient of sum_i sample_grad_i loss_i by the logits from the same read of them."""
-    geometry, *prediction = geometry_of(logits, head_weight)
+    need_weight: bool = False,
+) -> Step:
+    """`elogitnorm_forward`, and the gradients for `sample_grad`: (n,), or 0-dim what the losses will be divided by.
+
+    A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
+    of the table.
+    """
+    geometry, *prediction = geometry_of(logits, head_weight, aliased=True)
     rule = Rule(eps, average_offset)
-    loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
-    return loss, distance, tempered, geometry, grad_logits
+    if sample_grad is None or not is_fused(logits, labels):
+        loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
+        pull, scale = tempered.slope, sample_grad
+    else:
+        n_samples = logits.shape[0]
+        vectors = torch.empty(6, n_samples, dtype=torch.float32, device=logits.device)
+        loss, distance, temperature, log_partition, slope, pull = vectors.unbind()
+        tempered, scale = Tempered(prediction[0], temperature, log_partition, slope), None
+        grad_logits = _fused(
+            logits, labels, geometry, tempered, prediction[1], (loss, distance, pull), rule, sample_grad
+        )
+    grad_weight = None
+    if need_weight and sample_grad is not None:
+        grad_weight = weight_gradient(scale, pull, logits, head_weight, tempered.predicted, geometry)
+    return Step(loss, distance, tempered, geometry, grad_logits, grad_weight)
 
 
-def steps_ahead(logits: Tensor, labels: Labels) -> bool:
-    """Whether `elogitnorm_step` takes one read and one write for loss and gradient, and the gradient of a loss whose
-    scale comes later can be held in the logits' dtype: in fp16, 1/n of it would fall below the range."""
-    return logits.dtype != torch.float16 and is_fused(logits, labels)
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient *= factor (0-dim), in place and without a pass over it where the factor is 1."""
+def scale_(gradient: Tensor, others: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Both times factor (0-dim), in place, in one launch and without a pass over them where the factor is 1."""
     if gradient.dtype == torch.bfloat16 and target_of(gradient) == "interpreter":  # which truncates
-        return gradient.mul_(factor)
+        return gradient.mul_(factor), None if others is None else others.mul_(factor)
     block = 8 * 32 * 4  # 8 a thread with 4 warps: a 128-bit load in half precision
-    grid = (cdiv(gradient.numel(), block),)
-    launch(scale_kernel, grid, gradient, factor, gradient.numel(), BLOCK=block, num_warps=4)
-    return gradient
+    sizes = gradient.numel(), 0 if others is None else others.numel()
+    grid = (sum(cdiv(size, block) for size in sizes),)
+    launch(scale_kernel, grid, gradient, others, factor, *sizes, BLOCK=block, num_warps=4)
+    return gradient, others
 
 
 def elogitnorm_backward(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import PIECE, alignment, cdiv, launch, segment_config
+from .launch import PIECE, SCAN_SAMPLES, alignment, cdiv, launch, next_power_of_2, segment_config
 from .rows import finite_or_nan, live_gap
 
 
@@ -24,6 +24,7 @@ def _sum_samples(
     begin,
     end,
     order_pointer,
+    mine,
     sample_grad_pointer,
     factor_pointer,
     values_pointer,
@@ -35,8 +36,10 @@ def _sum_samples(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
     GAPS: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor.
+    """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor. SCAN: over those
+    whose number in `mine` is in begin:end.
 
     GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of
     scale (-g). Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing
@@ -46,9 +49,14 @@ def _sum_samples(
     for start in range(begin, end, SAMPLES):
         position = start + tl.arange(0, SAMPLES)
         inside = position < end
-        sample = tl.load(order_pointer + position, mask=inside, other=0)
-        scale = tl.load(sample_grad_pointer + sample, mask=inside, other=0.0).to(tl.float32)
-        scale = scale * tl.load(factor_pointer + sample, mask=inside, other=0.0)
+        if SCAN:
+            chosen = mine[None, :] == position[:, None]
+            sample = tl.sum(tl.where(chosen, tl.arange(0, SCAN)[None, :], 0), axis=1).to(tl.int64)
+        else:
+            sample = tl.load(order_pointer + position, mask=inside, other=0)
+        scale = tl.load(factor_pointer + sample, mask=inside, other=0.0)
+        if sample_grad_pointer is not None:
+            scale *= tl.load(sample_grad_pointer + sample, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(
             values_pointer + (sample * values_stride)[:, None] + columns[None, :],
             mask=inside[:, None] & (columns < n_columns)[None, :],
@@ -64,13 +72,13 @@ def _sum_samples(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments"])
 def segment_piece_kernel(
     offsets_pointer,  # (k + 1,) int64: samples of segment r are order[offsets[r]:offsets[r + 1]]
     order_pointer,  # (n,) int64
     piece_segment_pointer,  # (pieces,) int64: the segment of each piece, k where the piece is unused
     piece_start_pointer,  # (k,) int64: the first piece of each segment
-    sample_grad_pointer,  # (n,)
+    sample_grad_pointer,  # (n,) or None: 1
     factor_pointer,  # (n,)
     values_pointer,  # (n, columns)
     values_stride,
@@ -98,18 +106,19 @@ def segment_piece_kernel(
         end = tl.minimum(begin + PIECE, tl.load(offsets_pointer + segment + 1))
         center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
         total = _sum_samples(
-            begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
-            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+            begin, end, order_pointer, None, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
+            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, 0,
         )  # fmt: skip
         tl.store(partial_pointer + piece * n_columns + columns, total, mask=columns < n_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def segment_sum_kernel(
-    offsets_pointer,  # (k + 1,) int64
+    segment_pointer,  # (n,) int64, read where SCAN
+    offsets_pointer,  # (k + 1,) int64; this and the next None where SCAN
     order_pointer,  # (n,) int64
     piece_start_pointer,  # (k,) int64; None unless HAS_PIECES
-    sample_grad_pointer,  # (n,)
+    sample_grad_pointer,  # (n,) or None: 1
     factor_pointer,  # (n,)
     values_pointer,  # (n, columns)
     values_stride,
@@ -119,6 +128,7 @@ def segment_sum_kernel(
     table_pointer,  # (k, columns) R; None unless GAPS
     summed_pointer,  # (k, columns or more): written, 0 for an empty segment and behind the columns
     summed_stride,
+    n_samples,
     n_columns,
     PIECE: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -126,6 +136,7 @@ def segment_sum_kernel(
     ALIGN: tl.constexpr,
     GAPS: tl.constexpr,
     HAS_PIECES: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE; times R^3 if GAPS."""
     segment, block = _place(summed_stride, BLOCK)
@@ -134,23 +145,32 @@ def segment_sum_kernel(
         values_stride = values_stride // ALIGN * ALIGN
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
-    begin = tl.load(offsets_pointer + segment)
-    end = tl.load(offsets_pointer + segment + 1)
+    if SCAN:  # at least n: the program counts the samples of its segment instead of a sort for all
+        places = tl.arange(0, SCAN)
+        is_mine = tl.load(segment_pointer + places, mask=places < n_samples, other=-1) == segment
+        number = tl.cumsum(is_mine.to(tl.int32), axis=0)
+        mine = tl.where(is_mine, number - 1, -1)
+        begin = 0
+        end = tl.max(number, axis=0)
+    else:
+        mine = None
+        begin = tl.load(offsets_pointer + segment)
+        end = tl.load(offsets_pointer + segment + 1)
     count = end - begin
     center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_PIECES:
         in_pieces = count > PIECE
         total = _sum_samples(
-            begin, tl.where(in_pieces, begin, end), order_pointer, sample_grad_pointer, factor_pointer, values_pointer,
-            values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+            begin, tl.where(in_pieces, begin, end), order_pointer, mine, sample_grad_pointer, factor_pointer,
+            values_pointer, values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
         )  # fmt: skip
         piece = tl.load(piece_start_pointer + segment)
         for index in range(piece, piece + tl.where(in_pieces, (count + PIECE - 1) // PIECE, 0)):
             total += tl.load(partial_pointer + tl.cast(index, tl.int64) * n_columns + columns, mask=inside, other=0.0)
     else:
         total = _sum_samples(
-            begin, end, order_pointer, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
-            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+            begin, end, order_pointer, mine, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
+            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
         )  # fmt: skip
     if GAPS:  # noqa: SIM102 - decided when compiled; `and` would ask at run time for a table that may be None
         if count > 0:  # an unused table row may hold anything
@@ -164,7 +184,7 @@ def segment_sum_kernel(
 
 def segment_sum(
     segment: Tensor,
-    sample_grad: Tensor,
+    sample_grad: Tensor | None,
     factor: Tensor,
     values: Tensor,
     output: Tensor,
@@ -184,12 +204,15 @@ def segment_sum(
     n_segments = output.shape[0]
     config = segment_config(n_columns, n_samples, n_segments)
     gaps = center is None
-    ordered, order = torch.sort(segment, stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))
+    scan = next_power_of_2(n_samples) if n_samples <= SCAN_SAMPLES else 0
+    order = offsets = None
+    if not scan:
+        ordered, order = torch.sort(segment, stable=True)
+        offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))
     align = alignment(n_columns, values.stride(0))
     column_blocks = cdiv(n_columns, config.columns)
     piece_start = partial = None
-    if n_samples > PIECE:
+    if n_samples > PIECE and not scan:
         # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the
         # segments are.
         n_pieces = cdiv(2 * n_samples, PIECE)
@@ -225,6 +248,7 @@ def segment_sum(
     launch(
         segment_sum_kernel,
         (n_segments * cdiv(output.shape[1], config.columns),),
+        segment,
         offsets,
         order,
         piece_start,
@@ -238,6 +262,7 @@ def segment_sum(
         table,
         output,
         output.stride(0),
+        n_samples,
         n_columns,
         PIECE=PIECE,
         SAMPLES=config.samples,
@@ -245,6 +270,7 @@ def segment_sum(
         ALIGN=align,
         GAPS=gaps,
         HAS_PIECES=partial is not None,
+        SCAN=scan,
         num_warps=config.num_warps,
     )
     return output

@@ -63,7 +63,7 @@ def weight_gradient_table_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "split_classes"])
 def weight_gradient_own_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
     summed_stride,
@@ -116,13 +116,12 @@ def weight_gradient_own_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_splits", "n_halvings"])
 def weight_gradient_all_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
     summed_stride,
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
-    class_row_pointer,  # (c + 1,) int64: the table row of each class, -1 for none
     weight_pointer,  # (c, m)
     weight_stride,
     mean_pointer,  # (m,) fp32, or None
@@ -132,6 +131,7 @@ def weight_gradient_all_kernel(
     n_classes,
     n_features,
     n_splits,
+    n_halvings,  # of n_rows, to 0
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -163,7 +163,16 @@ def weight_gradient_all_kernel(
         products = add_split_product(products, summed, weight, PRECISION)
     weight = load_rows(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST)
     gradient = column_sums[:, None] * weight.to(tl.float32) - products
-    row = tl.load(class_row_pointer + classes, mask=class_mask, other=-1)
+    # The table row of each class: the classes in `row_class` ascend.
+    low = tl.zeros([ROWS], tl.int32)
+    high = tl.zeros([ROWS], tl.int32) + n_distinct.to(tl.int32)
+    for _ in range(n_halvings):
+        middle = (low + high) // 2
+        below = tl.load(row_class_pointer + middle, mask=low < high, other=n_classes) < classes
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    found = tl.load(row_class_pointer + low, mask=low < n_distinct, other=-1) == classes
+    row = tl.where(found & class_mask, low, -1).to(tl.int64)
     own_offset = (row * n_features)[:, None] + features[None, :]
     own_mask = (row >= 0)[:, None] & feature_mask[None, :]
     for split in range(n_splits):
@@ -177,7 +186,7 @@ def weight_gradient_all_kernel(
 
 
 def weight_gradient(
-    sample_grad: Tensor,
+    sample_grad: Tensor | None,
     slope: Tensor,
     logits: Tensor,
     head_weight: Tensor,
@@ -185,14 +194,14 @@ def weight_gradient(
     geometry: Geometry,
 ) -> Tensor:
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
-    dtype."""
+    dtype. Without sample_grad it is in the slope."""
     table_row, table, row_class = geometry
     logits, weight = unit_stride(logits), unit_stride(head_weight)
     n_classes, n_features = weight.shape
     n_rows = table.shape[0]
     summed = segment_sum(
         table_row,
-        sample_grad.contiguous(),
+        None if sample_grad is None else sample_grad.contiguous(),
         slope,
         logits,
         table.new_empty(n_rows, 16 * cdiv(n_classes, 16)),  # rows of whole 128-bit loads
@@ -240,10 +249,6 @@ def weight_gradient(
         split_classes,
         **shape,
     )
-    is_used = row_class >= 0
-    # Unused rows are written behind the last class, where nothing reads.
-    class_row = torch.full((n_classes + 1,), -1, dtype=torch.int64, device=weight.device)
-    class_row.scatter_(0, torch.where(is_used, row_class, n_classes), torch.arange(n_rows, device=weight.device))
     _, tile, shape = product_of(weight, mean, columns=128)
     launch(
         weight_gradient_all_kernel,
@@ -251,8 +256,7 @@ def weight_gradient(
         summed,
         summed.stride(0),
         row_class,
-        is_used.sum(),
-        class_row,
+        (row_class >= 0).sum(),
         weight,
         weight.stride(0),
         mean,
@@ -262,6 +266,7 @@ def weight_gradient(
         n_classes,
         n_features,
         n_splits,
+        n_rows.bit_length(),
         **shape,
     )
     return grad_weight.to(head_weight.dtype)

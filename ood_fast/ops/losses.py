@@ -153,8 +153,8 @@ def _elogitnorm_backward(
 
 
 class _ELogitNorm(Differentiable):
-    """Where the kernels can, one pass over the logits makes the loss and the gradient of them for an upstream gradient
-    of 1; the first backward pass scales and hands it out, a further one computes it."""
+    """Where the kernels can, one pass over the logits makes the loss and the gradients for an upstream gradient of 1;
+    the first backward pass scales and hands them out, a further one computes them."""
 
     operator = _elogitnorm
     n_visible = 2
@@ -166,13 +166,12 @@ class _ELogitNorm(Differentiable):
         backend = backend_of(logits, head_weight)
         ahead = reduction != "none" and ctx.needs_input_grad[0] and backend is not eager
         ctx.ahead = None
-        if not ahead or not backend.steps_ahead(logits, labels):
+        if not ahead or not backend.steps_ahead(logits, head_weight, labels):
             return super().forward(ctx, *inputs)
         _check_indices(backend, labels, logits.shape[1])
-        divisor = normalizer(labels, reduction, torch.float32)
-        upstream = divisor.reciprocal().expand(logits.shape[0])  # the kernel leaves out what is ignored
-        loss, distance, tempered, geometry, ctx.ahead = backend.elogitnorm_step(
-            logits, head_weight, labels, *rule, upstream
+        divisor = normalizer(labels, reduction, torch.float32)  # the kernel leaves out what is ignored
+        loss, distance, tempered, geometry, *ctx.ahead = backend.elogitnorm_step(
+            logits, head_weight, labels, *rule, divisor, ctx.needs_input_grad[1]
         )
         cls.save(ctx, inputs, (loss, distance, divisor, *tempered, *geometry))
         ctx.set_materialize_grads(False)
@@ -193,8 +192,7 @@ class _ELogitNorm(Differentiable):
         if ahead is not None and not is_traced(grad_loss):
 
             def finish(grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-                grad_weight = _elogitnorm_backward.run(grad_loss, *others[:-2], False, True)[1] if needed[1] else None
-                return backend_of(logits, head_weight).scale_(ahead, grad_loss), grad_weight
+                return backend_of(logits, head_weight).scale_(*ahead, grad_loss)
 
             run = Operator("elogitnorm_backward", finish)
         args = (grad_loss, logits, head_weight, target, class_weight, saved, *ctx.keywords, *needed)
