@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,20 @@ from torch import Tensor
 from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
-from .losses import Rule
 
 
+def _without_autocast(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(features: Tensor, *others: Any) -> Any:
+        kind = features.device.type
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if on else contextlib.nullcontext():
+            return function(features, *others)
+
+    return run
+
+
+@_without_autocast
 def linear_elogitnorm(
     features: Tensor,
     head_weight: Tensor,
@@ -30,23 +44,6 @@ def linear_elogitnorm(
     autocast says: it would choose another in a backward pass that computes them again, and fp16 behind the back of the
     scale below. The chunk follows from the number of classes alone.
     """
-    kind = features.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if on else contextlib.nullcontext():
-        return _linear_elogitnorm(
-            features, head_weight, head_bias, labels, Rule(eps, average_offset), sample_grad, needs
-        )
-
-
-def _linear_elogitnorm(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    labels: Labels,
-    rule: Rule,
-    sample_grad: Tensor | None,
-    needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = torch.promote_types(features.dtype, head_weight.dtype)
     weight = head_weight.to(dtype)
@@ -74,9 +71,7 @@ def _linear_elogitnorm(
         logits = F.linear(z, weight, bias)
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
-        step = losses.elogitnorm_step(
-            logits, head_weight, part, rule.eps, rule.average_offset, part_grad, need_weight=geometry
-        )
+        step = losses.elogitnorm_step(logits, head_weight, part, eps, average_offset, part_grad, need_weight=geometry)
         loss[rows], distance[rows], d_logits = step.loss, step.distance, step.grad_logits
         if not grads:
             continue

@@ -61,39 +61,15 @@ def _fused(
     config = row_config(n_classes, target_of(rows))
     by_sample = sample_grad is not None and sample_grad.dim() == 1
     launch(
-        fused_row_kernel,
-        (n_samples,),
-        sample_grad,
-        sample_grad.stride(0) if by_sample else 0,
-        rows,
-        rows.stride(0),
-        unit_stride(target),
-        None if class_weight is None else class_weight.contiguous(),
-        table,
-        table_row,
-        tempered.predicted,
-        loss,
-        distance,
-        tempered.temperature,
-        None if loss is None else tempered.log_partition,
-        tempered.slope,
-        pull,
-        grad_logits,
-        n_classes,
-        ignore_index,
-        float(label_smoothing),
-        float(rule.eps),
-        float(rule.average_offset),
-        float(rule.tau),
-        BLOCK=config.block,
-        ALIGN=alignment(n_classes, rows.stride(0)),
-        BOUNDARY=table is not None,
-        PREDICTION_KNOWN=prediction_known,
-        SMOOTHED=label_smoothing > 0,
-        IS_DIVISOR=sample_grad is not None and not by_sample,
-        HARDWARE=has_exp2(target_of(rows)),
+        fused_row_kernel, (n_samples,), sample_grad, sample_grad.stride(0) if by_sample else 0, rows, rows.stride(0),
+        unit_stride(target), None if class_weight is None else class_weight.contiguous(), table, table_row,
+        tempered.predicted, loss, distance, tempered.temperature, None if loss is None else tempered.log_partition,
+        tempered.slope, pull, grad_logits, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
+        float(rule.average_offset), float(rule.tau), BLOCK=config.block, ALIGN=alignment(n_classes, rows.stride(0)),
+        BOUNDARY=table is not None, PREDICTION_KNOWN=prediction_known, SMOOTHED=label_smoothing > 0,
+        IS_DIVISOR=sample_grad is not None and not by_sample, HARDWARE=has_exp2(target_of(rows)),
         num_warps=config.num_warps,
-    )
+    )  # fmt: skip
     return None if grad_logits is None else grad_logits.to(logits.dtype)
 
 
@@ -140,30 +116,12 @@ def _forward(
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     launch(
-        tempered_forward_kernel,
-        (n_samples,),
-        rows,
-        rows.stride(0),
-        target,
-        target.stride(0),
-        None if class_weight is None else class_weight.contiguous(),
-        table,
-        table_row,
-        predicted,
-        loss,
-        distance,
-        temperature,
-        log_partition,
-        slope,
-        n_classes,
-        ignore_index,
-        float(label_smoothing),
-        float(rule.eps),
-        float(rule.average_offset),
-        float(rule.tau),
-        PREDICTION_KNOWN=prediction_known,
+        tempered_forward_kernel, (n_samples,), rows, rows.stride(0), target, target.stride(0),
+        None if class_weight is None else class_weight.contiguous(), table, table_row, predicted, loss, distance,
+        temperature, log_partition, slope, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
+        float(rule.average_offset), float(rule.tau), PREDICTION_KNOWN=prediction_known,
         **_shape(rows, labels, geometry),
-    )
+    )  # fmt: skip
     grad_logits = None if sample_grad is None else _backward(sample_grad, logits, labels, tempered, geometry)
     return loss, distance, tempered, grad_logits
 
@@ -180,23 +138,10 @@ def _backward(
     n_samples, n_classes = logits.shape
     grad_logits = gradient_buffer(logits, (n_samples, n_classes))
     launch(
-        tempered_backward_kernel,
-        (n_samples,),
-        sample_grad.contiguous(),
-        rows,
-        rows.stride(0),
-        target,
-        target.stride(0),
-        None if class_weight is None else class_weight.contiguous(),
-        table,
-        table_row,
-        *tempered,
-        grad_logits,
-        n_classes,
-        ignore_index,
-        float(label_smoothing),
-        **_shape(rows, labels, geometry),
-    )
+        tempered_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0), target,
+        target.stride(0), None if class_weight is None else class_weight.contiguous(), table, table_row, *tempered,
+        grad_logits, n_classes, ignore_index, float(label_smoothing), **_shape(rows, labels, geometry),
+    )  # fmt: skip
     return grad_logits.to(logits.dtype)
 
 

@@ -213,18 +213,9 @@ def weight_gradient(
     class_tiles, feature_tiles = cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)
     if n_rows == n_classes:
         launch(
-            weight_gradient_table_kernel,
-            (class_tiles, feature_tiles),
-            summed,
-            summed.stride(0),
-            weight,
-            weight.stride(0),
-            mean,
-            grad_weight,
-            n_classes,
-            n_features,
-            **shape,
-        )
+            weight_gradient_table_kernel, (class_tiles, feature_tiles), summed, summed.stride(0), weight,
+            weight.stride(0), mean, grad_weight, n_classes, n_features, **shape,
+        )  # fmt: skip
         return grad_weight.to(head_weight.dtype)
 
     row_tiles = cdiv(n_rows, tile.rows)
@@ -234,39 +225,13 @@ def weight_gradient(
     n_splits = cdiv(n_classes, split_classes)
     own = torch.empty(n_splits, n_rows, n_features, dtype=torch.float32, device=weight.device)
     launch(
-        weight_gradient_own_kernel,
-        (row_tiles, feature_tiles, n_splits),
-        summed,
-        summed.stride(0),
-        row_class,
-        weight,
-        weight.stride(0),
-        mean,
-        own,
-        n_rows,
-        n_classes,
-        n_features,
-        split_classes,
-        **shape,
-    )
+        weight_gradient_own_kernel, (row_tiles, feature_tiles, n_splits), summed, summed.stride(0), row_class,
+        weight, weight.stride(0), mean, own, n_rows, n_classes, n_features, split_classes, **shape,
+    )  # fmt: skip
     _, tile, shape = product_of(weight, mean, columns=128)
     launch(
-        weight_gradient_all_kernel,
-        (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)),
-        summed,
-        summed.stride(0),
-        row_class,
-        (row_class >= 0).sum(),
-        weight,
-        weight.stride(0),
-        mean,
-        own,
-        grad_weight,
-        n_rows,
-        n_classes,
-        n_features,
-        n_splits,
-        n_rows.bit_length(),
-        **shape,
-    )
+        weight_gradient_all_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
+        summed.stride(0), row_class, (row_class >= 0).sum(), weight, weight.stride(0), mean, own, grad_weight,
+        n_rows, n_classes, n_features, n_splits, n_rows.bit_length(), **shape,
+    )  # fmt: skip
     return grad_weight.to(head_weight.dtype)
