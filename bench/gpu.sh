@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one run of less than 9 minutes, on a machine with torch and triton and no
+# Everything that a GPU is needed for, in runs of less than 9 minutes each, on a machine with torch and triton and no
 # network:
 #
-#     bench/gpu.sh OUTDIR             # results into OUTDIR, written as they come
-#     bench/gpu.sh --dry-run OUTDIR   # only says what it would do
+#     bench/gpu.sh [1|2|3] OUTDIR               # results into OUTDIR, written as they come, and all in OUTDIR.tar.gz
+#     bench/gpu.sh --dry-run [1|2|3] OUTDIR     # only says what it would do
+#
+# Run 1: is it right (tests, sanitizers), and the kernels by name. Run 2: sweeps of what a GPU must decide, and the host.
+# Run 3: the tables, and counters of the row kernels. Without a number: all three under one deadline.
 #
 # The most important steps come first. A step that would begin after the deadline is left out, one that is still running
 # at its limit is stopped, and the summary (OUTDIR/summary.txt, printed last too) says so for each. Exit code: 0 if all
@@ -17,8 +20,10 @@ deadline=${DEADLINE:-495}
 least=15 # seconds: what has fewer left does not begin
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+runs="1 2 3"
+case "${1:-}" in 1 | 2 | 3) if [ $# -eq 2 ]; then runs=$1; shift; fi ;; esac
 if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
-  echo "usage: bench/gpu.sh [--dry-run] OUTDIR" >&2
+  echo "usage: bench/gpu.sh [--dry-run] [1|2|3] OUTDIR" >&2
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -60,6 +65,8 @@ step() {
   fi
 }
 
+run() { [[ " $runs " == *" $1 "* ]]; }
+
 has() { command -v "$1" > /dev/null 2>&1; }
 
 bench() { # bench NAME LIMIT PYTEST-ARGUMENTS...: one JSON a step, so that a limit costs no more than that step
@@ -81,52 +88,67 @@ fi
 step versions 60 "$python" -c 'import json; from bench.measure import environment; print(json.dumps(environment()))'
 step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e .
 
-# ---- is it right
+files=(tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py tests/test_linear_elogitnorm.py
+  tests/test_losses.py tests/test_ops.py tests/test_training_loops.py tests/test_launches.py tests/test_fused_row.py)
+parallel=()
+if [ -n "$dry" ] || "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8); fi
 
-# The files of the loss and NCI: `backend` in tests/conftest.py runs each of their tests on the GPU too, odd shapes
-# included. -x: after a failure the time is better spent on the measurements, which compare with float64 themselves.
-step tests 150 "$python" -m pytest tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py \
-  tests/test_linear_elogitnorm.py tests/test_losses.py tests/test_ops.py tests/test_training_loops.py \
-  -m gpu -q -x -p no:cacheprovider
-step small_step 60 "$python" -m bench.gpu_smoke
+if run 1; then
+  # ---- is it right
 
-# ---- how fast is it, the targets first
+  # Hundreds of kernels compile cold: all at once, into the cache that the steps below find.
+  step precompile 120 "$python" tests/aot_compile.py --processes 16 --targets here
+  # The files of the loss and NCI: `backend` in tests/conftest.py runs each of their tests on the GPU too, odd shapes
+  # included.
+  step tests 150 "$python" -m pytest "${files[@]}" -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}"
+  step small_step 60 "$python" -m bench.gpu_smoke
 
-step kernel_times 60 "$python" -m bench.kernel_times --out "$out/kernel_times.json"
-bench targets 60 bench/test_gpu_targets.py
-bench imagenet 90 bench/test_loss.py -k "ImageNet-1K-bf16 and not compile and not literal"
-bench linear 60 bench/test_linear.py -k "100k"
+  # ---- does it touch memory that is not its own or that nobody wrote, and do its threads race
 
-# ---- does it touch memory that is not its own, and do its threads race
+  if has compute-sanitizer; then
+    for tool in memcheck initcheck racecheck; do # blind behind PyTorch's allocator, which hands out what it has freed
+      step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$python" -m bench.gpu_smoke --once
+    done
+  else
+    say "memcheck, initcheck, racecheck: LEFT OUT, compute-sanitizer is not installed"
+  fi
 
-if has compute-sanitizer; then
-  for tool in memcheck racecheck; do
-    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.gpu_smoke --once
-  done
-else
-  say "memcheck, racecheck: LEFT OUT, compute-sanitizer is not installed"
+  # ---- the kernels by name, beside what bench.static predicts: one process for all shapes
+
+  step kernel_times 90 "$python" -m bench.kernel_times --shapes 65536x1000x2048 4096x21841x768 128x100x512 \
+    --out "$out/kernel_times.json"
+  step predicted 90 "$python" -m bench.static
 fi
 
-# ---- the rest of the tables
+if run 2; then
+  step sweep 300 "$python" -m bench.sweep --out "$out/sweep.json"
+  step host 60 "$python" -m bench.host
+  step other_tests 120 "$python" -m pytest tests -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}" \
+    "${files[@]/#/--ignore=}"
+fi
 
-bench scores 45 bench/test_nci.py
-bench loss 90 bench/test_loss.py -k "not ImageNet-1K-bf16 and not compile"
-bench linear_others 45 bench/test_linear.py -k "not 100k"
-bench compiled 60 bench/test_loss.py -k "compile"
-for others in detectors statistics; do
-  if [ -f "bench/test_$others.py" ]; then bench "$others" 45 "bench/test_$others.py"; fi
-done
-
-# ---- what else is marked gpu
-
-step other_tests 120 "$python" -m pytest tests -m gpu -q -p no:cacheprovider --ignore=tests/test_elogitnorm.py \
-  --ignore=tests/test_nci.py --ignore=tests/test_logitnorm.py --ignore=tests/test_linear_elogitnorm.py \
-  --ignore=tests/test_losses.py --ignore=tests/test_ops.py --ignore=tests/test_training_loops.py
+if run 3; then
+  bench targets 60 bench/test_gpu_targets.py
+  bench imagenet 90 bench/test_loss.py -k "ImageNet-1K-bf16 and not compile and not literal"
+  bench linear 60 bench/test_linear.py -k "100k"
+  bench scores 45 bench/test_nci.py
+  bench loss 90 bench/test_loss.py -k "not ImageNet-1K-bf16 and not compile"
+  bench linear_others 45 bench/test_linear.py -k "not 100k"
+  bench compiled 60 bench/test_loss.py -k "compile"
+  for others in detectors statistics; do
+    if [ -f "bench/test_$others.py" ]; then bench "$others" 45 "bench/test_$others.py"; fi
+  done
+  if has ncu; then
+    step counters 60 ncu --set full -k "regex:fused_row|tempered|row_statistics|nci_forward" -c 12 -o "$out/rows" \
+      "$python" -m bench.gpu_smoke --once
+  fi
+fi
 
 # ---- tables and plots of what there is
 
 if [ -z "$dry" ]; then
-  mapfile -t results < <(find "$out" -maxdepth 1 -name '*.json' ! -name kernel_times.json -size +0 | sort)
+  mapfile -t results < <(find "$out" -maxdepth 1 -name '*.json' ! -name kernel_times.json ! -name sweep.json -size +0 | sort)
   # A second or two, of a time of its own: a step that the deadline stopped may have taken all of its ten seconds to end.
   deadline=$((deadline + 25)) least=5
   if [ "${#results[@]}" -gt 0 ]; then
@@ -134,7 +156,8 @@ if [ -z "$dry" ]; then
   fi
   if has nvidia-smi; then timeout 5 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >> "$summary"; fi
 fi
+if [ -z "$dry" ]; then tar czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"; fi
 echo
-echo "==== $SECONDS s; everything is in $out"
+echo "==== $SECONDS s; everything is in $out, and in $out.tar.gz"
 cat "$summary"
 exit "$failed"

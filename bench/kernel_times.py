@@ -1,7 +1,7 @@
 """Every kernel of the loss by itself, on a GPU: its time, beside the least that its bytes and its flops take.
 
     python -m bench.kernel_times --out kernels.json                       # (65536, 1000, 2048) in bfloat16
-    python -m bench.kernel_times --shape 4096 21841 768 --dtype float32
+    python -m bench.kernel_times --shapes 4096x21841x768 128x100x512 --dtype float32
 
 The times are the profiler's, by the name of the kernel, so what runs inside a step is what is timed: forward and
 backward, the inputs taking turns so that no cache holds them. Bytes and flops are those of bench/counts.py; ceilings
@@ -114,9 +114,14 @@ def show(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def shape_of(text: str) -> tuple[int, ...]:
+    """(n, c, m) of "65536x1000x2048"."""
+    return tuple(map(int, text.split("x")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs=3, type=int, default=(65536, 1000, 2048), metavar=("N", "C", "M"))
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(65536, 1000, 2048)], metavar="NxCxM")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rows", nargs="+", default=["elogitnorm", "elogitnorm, detached", "F.cross_entropy"])
     parser.add_argument("--out", type=Path)
@@ -124,20 +129,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no GPU found: this times kernels on one")
     dtype = getattr(torch, arguments.dtype)
-    case = Case("kernels", *arguments.shape, dtype=dtype)
     most = ceilings("cuda")
-    u = Inputs.of(case, "cuda").distinct_predictions
-    found: dict[str, Any] = {"environment": environment(), "ceilings": most, "shape": case.shape}
-    found |= {"dtype": SHORT_NAMES[dtype], "distinct_predictions": u, "rows": {}}
-    print(f"{case}, u = {u}; ceilings: {most}")
-    for name in arguments.rows:
-        lines = table(profile(case, name), counts.Sizes.of(case.shape, dtype, u), most, SHORT_NAMES[dtype])
-        found["rows"][name] = lines
-        print(f"\n{name}: {sum(line['seconds'] for line in lines if 'row kernels' not in line['kernel']) * 1e6:.0f} us")
-        print(show(lines))
-    found["gpu_state_at_end"] = gpu_state()
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, Any] = {"environment": environment(), "ceilings": most, "dtype": SHORT_NAMES[dtype], "cases": []}
+    for shape in arguments.shapes:
+        case = Case("kernels", *shape, dtype=dtype)
+        u = Inputs.of(case, "cuda").distinct_predictions
+        rows = {}
+        print(f"{case}, u = {u}; ceilings: {most}")
+        for name in arguments.rows:
+            lines = rows[name] = table(profile(case, name), counts.Sizes.of(shape, dtype, u), most, SHORT_NAMES[dtype])
+            total = sum(line["seconds"] for line in lines if "row kernels" not in line["kernel"])
+            print(f"\n{name}: {total * 1e6:.0f} us\n{show(lines)}")
+        found["cases"].append({"shape": shape, "distinct_predictions": u, "rows": rows})
+        if arguments.out:  # what there is, should the next shape not end
+            arguments.out.write_text(json.dumps(found | {"gpu_state_at_end": gpu_state()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

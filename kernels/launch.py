@@ -50,7 +50,7 @@ def launch(
             key.append(argument.dtype)
             key.append(argument.data_ptr() & 15 == 0)
         elif type(argument) is int:  # its class, as Triton tells them apart: 1, multiples of 16, 64 bits
-            key.append(argument if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
+            key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
         else:
             key.append(type(argument))
     on_gpu = first.device.type == "cuda"

@@ -111,6 +111,39 @@ def test_without_a_c_compiler_the_cure_is_said() -> None:
         launch.launch(Kernel(), (1,), torch.zeros(1), num_warps=1)
 
 
+def test_a_kernel_is_launched_by_its_handle_only_where_it_is_the_same() -> None:
+    """Compiled once for each class of its arguments that Triton tells apart; grids have three axes then."""
+    compiled, handled = [], []
+
+    class Handle:
+        launch_metadata = None
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            assert len(grid) == 3
+            return lambda *arguments: handled.append((grid, arguments))
+
+    class Kernel:
+        fn = test_nothing_waits_for_the_device
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            def run(*arguments: Any, **options: Any) -> Handle:
+                compiled.append(arguments)
+                return Handle()
+
+            return run
+
+    kernel, tensor = Kernel(), torch.zeros(32)
+    different = [(tensor, size) for size in (1, 2, 16, 2**35, 2**35 + 1)]
+    different += [(tensor[1:], 2), (tensor.half(), 2), (None, tensor, 2), (tensor, 2.0), (tensor, None)]
+    for repeat in range(2):
+        for arguments in different:
+            launch.launch(kernel, (7,), *arguments, BLOCK=32, num_warps=1)
+        assert len(compiled) == len(different)
+        assert len(handled) == repeat * len(different)
+    launch.launch(kernel, (3, 2), tensor, 6, BLOCK=32, num_warps=1)
+    assert handled[-1] == ((3, 2, 1), (tensor, 6, 32))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Through the interpreter
 # ----------------------------------------------------------------------------------------------------------------------
