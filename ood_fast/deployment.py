@@ -48,6 +48,8 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     checks.instance("detector", detector, Detector, "a Detector")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: got a ScriptModule, expected the nn.Module that it was made of")
     if detector.needs_model:
         raise ValueError(
             f"detector: {detector.label} passes inputs of its own through the model, expected one that scores features "

@@ -73,7 +73,7 @@ def last_linear(model: nn.Module) -> nn.Linear | None:
         head = find_head(model)
     except ValueError:
         return None
-    return None if may_run_compiled(modules_around(model, head)) else head
+    return None if is_compiled(model) or may_run_compiled(modules_around(model, head)) else head
 
 
 def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
@@ -346,7 +346,7 @@ def check_plain(layer: nn.Module) -> None:
     try:
         layer.training = False
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            expected, got = F.linear(z, weight, getattr(layer, "bias", None)), None if differs else layer(z)
+            expected, got = F.linear(z, weight, getattr(layer, "bias", None)), None if differs else layer.forward(z)
         differs = differs or not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
     except Exception:  # it takes something else
         differs = True

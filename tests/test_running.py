@@ -596,6 +596,24 @@ def test_batches_with_more_than_the_model_takes(rest):
     assert torch.equal(fitted.score(model, batch), fitted.score(model, batch["img"]))
 
 
+def test_logits_that_look_like_probabilities_are_taken_where_the_head_made_them():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).eval()
+    nn.init.eye_(model[0].weight)
+    for x in ([[0.3, 0.7]], [[-0.1, -2.3522]]):
+        assert MSP().score(model, torch.tensor(x)).shape == (1,)
+        assert msp_deployed(model)(torch.tensor(x))[1].shape == (1,)
+
+
+def test_programs_say_what_to_pass(x):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    images = torch.randn(5, 3, 2, 2)
+    with pytest.raises(ValueError, match="got a ScriptModule"):
+        msp_deployed(torch.jit.trace(model, images))
+    program = torch.export.export(model, (images,)).module()
+    with pytest.raises(TypeError, match="cannot be put into eval mode"):
+        MSP().score(program, images)
+
+
 def test_batches_that_leave_open_what_the_model_takes():
     model = Output(lambda z, f: f)
     batch = {"left": torch.randn(8, 3, 2, 2), "right": torch.randn(8, 3, 2, 2)}

@@ -108,7 +108,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             _, training, count = _SWITCHED.get(id(module), (module, module.training, 0))
             _SWITCHED[id(module)] = (module, training, count + 1)
         if any(module.training for module in held):
-            model.eval()
+            try:
+                model.eval()
+            except NotImplementedError as error:  # what torch.export made
+                raise TypeError(
+                    f"model: a {type(model).__name__} cannot be put into eval mode, expected the nn.Module that it was "
+                    "exported from"
+                ) from error
     try:
         yield
     finally:
@@ -308,34 +314,33 @@ def check_output(logits: Tensor, beside: nn.Linear | None = None, captured: Capt
     """
     if logits.is_meta or logits.shape[1] < 2:
         return
-    rows = logits.detach().float()
-    slack = 1e-2 * rows.shape[1] ** -0.5
-    sharp = beside is None and not ((rows > 0) & (rows < 1)).any()  # ones and zeros: nothing tells what made them
-    if not sharp and ((rows >= 0) & (rows <= 1)).all() and ((rows.sum(1) - 1).abs() < slack).all():
-        raise ValueError(
-            "model: got an output whose rows are probabilities, 0 to 1 with sum 1, expected logits: leave out the "
-            "softmax at its end"
-        )
-    rounding = 16 * torch.finfo(logits.dtype).eps * (1 + rows.abs().amax(1))
-    if (rows <= 0).all() and (rows.logsumexp(1).abs() <= rounding).all():
-        raise ValueError(
-            "model: got an output whose rows are logarithms of probabilities, expected logits: leave out the "
-            "log-softmax at its end"
-        )
-    if beside is None or captured is None or not captured.seen:
-        return
-    z = captured.features.detach()
-    if z.shape == logits.shape and torch.equal(z, logits) and len(beside.weight) != logits.shape[1]:
-        raise ValueError(
-            f"model: got the features {tuple(z.shape)} that enter its last layer, expected logits; of a model that "
-            "returns a tuple the first is read, of a mapping `logits`: let it return the logits first"
-        )
-    if z.dim() == 2 and beside.out_features == logits.shape[1]:
+    rows, expected = logits.detach().float(), None
+    z = captured.features.detach() if beside is not None and captured is not None and captured.seen else None
+    if z is not None and z.dim() == 2 and len(z) == len(rows) and beside.out_features == logits.shape[1]:
         weight, bias = inference_head(beside)
         with torch.autocast(z.device.type, enabled=False):
             expected = F.linear(z.float(), weight.float(), None if bias is None else bias.float())
-        for name in ("the sigmoid", "the clamped output"):
-            if not _close(expected, rows) and _close(_changed(expected, rows)[name], rows):
-                raise ValueError(
-                    f"model: got {name} of its last layer, expected logits: let it return what that layer makes"
-                )
+        if _close(expected, rows):
+            return
+    what, cure = _no_logits(rows, expected, 16 * torch.finfo(logits.dtype).eps, beside is None)
+    if z is not None and z.shape == logits.shape and expected is None and torch.equal(z, logits):
+        what = f"the features {tuple(z.shape)} that enter its last layer"
+        cure = (
+            "of a model that returns a tuple the first is read, of a mapping `logits`: let it return the logits first"
+        )
+    if what:
+        raise ValueError(f"model: got {what}, expected logits: {cure}")
+
+
+def _no_logits(rows: Tensor, expected: Tensor | None, rounding: float, unknown: bool) -> tuple[str, str]:
+    """What the output is instead, and the cure; two empty texts if nothing speaks against logits."""
+    sharp = unknown and not ((rows > 0) & (rows < 1)).any()  # ones and zeros: nothing tells what made them
+    slack = 1e-2 * rows.shape[1] ** -0.5
+    if not sharp and ((rows >= 0) & (rows <= 1)).all() and ((rows.sum(1) - 1).abs() < slack).all():
+        return "an output whose rows are probabilities, 0 to 1 with sum 1", "leave out the softmax at its end"
+    if (rows <= 0).all() and (rows.logsumexp(1).abs() <= rounding * (1 + rows.abs().amax(1))).all():
+        return "an output whose rows are logarithms of probabilities", "leave out the log-softmax at its end"
+    for name in ("the sigmoid", "the clamped output") if expected is not None else ():
+        if _close(_changed(expected, rows)[name], rows):
+            return f"{name} of its last layer", "let it return what that layer makes"
+    return "", ""
