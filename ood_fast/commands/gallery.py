@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import spreadsheet
+
 if TYPE_CHECKING:
     from ..data.images import Files
 
@@ -44,7 +46,9 @@ def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
     if table.suffix == ".csv":
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             columns, *rows = csv.reader(file)
-        return columns, [[*row[:2], *(float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:]))] for row in rows]
+        names = [list(map(spreadsheet.from_cell, row[:2])) for row in rows]
+        scores = [[float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:])] for row in rows]
+        return columns, [[*name, *score] for name, score in zip(names, scores, strict=True)]
     from pyarrow import parquet
 
     held = parquet.read_table(table)
