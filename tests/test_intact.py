@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from ood_fast import checks, detectors, diagnostics, features, intact, models, recipes
+from ood_fast import checks, detectors, diagnostics, evaluation, features, intact, models, recipes
 from ood_fast.evaluation import cache
 
 N_MUTATIONS = 60
@@ -199,3 +199,57 @@ def test_a_name_that_was_changed_in_one_of_its_two_places_is_found(tmp_path):
     path.write_bytes(content[:at] + b"Logits.npy" + content[at + 10 :])
     with pytest.raises(checks.UserError, match="damaged"):
         features.load(path)
+
+
+# ---- results.json
+
+
+def results_folder(folder: Path) -> Path:
+    rows = {name: Z.numpy() + shift for name, shift in (("train", 0), ("test", 0), ("ood", 3))}
+    for name, z in rows.items():
+        np.savez(folder / f"{name}.npz", **{**ARRAYS, "features": z, "logits": z @ STORED["W"].numpy().T})
+    files = {name: folder / f"{name}.npz" for name in rows}
+    ood = {"x": ("far", files["ood"])}
+    found = evaluation.evaluate_features(files["train"], files["test"], ood, ["MSP", "NCI"], bootstrap=5)
+    evaluation.write(folder / "eval", found, {"command": "ood-fast evaluate ..."})
+    return folder / "eval"
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    folder = results_folder(tmp_path)
+    held = evaluation.read(folder)
+    found = evaluation.Results.from_json(held)
+    assert [run.trained.name for run in found.runs] == [run["run"] for run in held["runs"]]
+    assert [vars(number) for number in found.runs[0].measurements] == held["runs"][0]["measurements"]
+    assert [vars(row) | {"difference": None} for row in found.summaries()] == held["summary"]
+    assert next(table.title for table in evaluation.build(found)) == "AUROC (%)"
+
+
+def test_damaged_results_are_refused_or_written_anew(tmp_path):
+    folder = results_folder(tmp_path)
+    file = folder / "results.json"
+    content, n_found = file.read_bytes(), 0
+    held = json.loads(content)
+    for changed in mutations(content, 150):
+        file.write_bytes(changed)
+        told, _ = refusal(evaluation.read, folder)
+        n_found += told is not None
+        assert told is None or str(folder) in told
+    assert n_found > 50
+    for change in (
+        {"runs": [{**held["runs"][0], "scores": "../../elsewhere"}]},
+        {"runs": [{**held["runs"][0], "detectors": {"../x": {}}}]},
+        {"runs": [{**held["runs"][0], "folder": 3}]},
+        {"runs": [{**held["runs"][0], "notes": [None]}]},
+        {"summary": [{**held["summary"][0], "mean": "0.5"}]},
+        {"summary": [{**held["summary"][0], "method": "another"}]},
+        {"sets": []},
+        {"command": None},
+        {"benchmark": 5},
+    ):
+        file.write_text(json.dumps({**held, **change}))
+        with pytest.raises(checks.UserError, match=r"results\.json: is damaged: .*--overwrite"):
+            evaluation.read(folder)
+        assert evaluation.check_folder(folder) == folder  # with --overwrite
+    file.write_bytes(content[: len(content) // 2])
+    assert evaluation.check_folder(folder) == folder

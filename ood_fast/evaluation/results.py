@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import metrics, published
+from .. import metrics, published, recipes
 from ..data.benchmarks import SPECS
+from ..data.folders import is_below
 from .cache import Outputs
 from .trained import Trained, as_published
 
@@ -157,12 +159,30 @@ class Summary:
 
 @dataclass
 class Results:
-    """The evaluation of some runs on one benchmark."""
+    """The evaluation of some runs on one benchmark. `kept`: the summaries, if they were read and not counted here."""
 
     benchmark: str
     runs: list[RunResult]
     n_bootstrap: int
     tuned: bool
+    kept: tuple[Summary, ...] | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Results:
+        """What results.json holds, without models, outputs, draws and scores; of these the names of the detectors.
+
+        ValueError if something in it is missing, or is not what `write` writes.
+        """
+        try:
+            _check_kinds(content, {"benchmark": str, "bootstrap": int, "tuned": bool})
+            sets = {name: _typed(TestSet, part) for name, part in content["sets"].items()}
+            runs = [_read_run(run, sets) for run in content["runs"]]
+            kept = tuple(_typed(Summary, row) for row in content["summary"])
+            if strange := {summary.method for summary in kept} - {run.trained.method for run in runs}:
+                raise ValueError(f"summary: {sorted(strange)[0]!r} is the method of no run")
+            return cls(content["benchmark"], runs, content["bootstrap"], content["tuned"], kept)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not as an evaluation is written ({type(error).__name__}: {error})") from error
 
     @property
     def methods(self) -> dict[str, list[RunResult]]:
@@ -220,6 +240,9 @@ class Results:
 
     def summaries(self) -> Iterator[Summary]:
         """Every metric over the runs of each method, in the order in which the numbers came."""
+        if self.kept is not None:
+            yield from self.kept
+            return
         for method, runs in self.methods.items():
             found: dict[tuple[str, str, str], list[tuple[RunResult, Measurement]]] = {}
             for run in runs:
@@ -264,3 +287,42 @@ class Results:
             for (metric, detector, ood_set), number in published.of(self.benchmark, name).items()
             if detector in standard and ood_set not in others
         }
+
+
+# ---- from results.json
+
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": _NUMBER, "float | None": (*_NUMBER, type(None))}
+_RUN = {"run": str, "folder": str, "scores": str, "method": str, "checkpoint": str, "model": str}
+_RUN |= {"detectors": dict, "trials": dict, "notes": list, "outputs": dict, "measurements": list}
+_RUN |= {name: (int, type(None)) for name in ("seed", "epochs")}
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name}: got {str(values[name])[:60]!r}")
+
+
+def _typed(record: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of plain values, each of its type; what older files lack has its default."""
+    kinds = {p.name: _KINDS[str(p.type)] for p in fields(record) if p.name in values or p.default is MISSING}
+    _check_kinds(values, kinds)
+    return record(**{name: values[name] for name in kinds})
+
+
+def _read_run(run: Mapping[str, Any], sets: dict[str, TestSet]) -> RunResult:
+    _check_kinds(run, _RUN)
+    for part, kind in ((run["outputs"], str), (run["detectors"], dict), (dict(enumerate(run["notes"])), str)):
+        _check_kinds(part, dict.fromkeys(part, kind))
+    for name in (run["scores"], *run["detectors"]):
+        if not is_below(name):
+            raise ValueError(f"{name!r} leads out of the folder of the results")
+    recipe = None if run["recipe"] is None else recipes.from_dict(run["recipe"])
+    info = {"epochs": run["epochs"], "id": run.get("id")}
+    place = Path(run["folder"]), run["checkpoint"]
+    trained = Trained(run["run"], None, run["method"], *place, None, recipe, run["seed"], info)
+    found = RunResult(trained, run["model"], sets, run["detectors"], run["trials"], run["notes"])
+    found.measurements = [_typed(Measurement, number) for number in run["measurements"]]
+    found.scores = {name: {} for name in run["detectors"]}
+    return found

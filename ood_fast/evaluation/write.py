@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from .. import checks, files, recipes, spreadsheet
 from ..detectors import find
 from ..detectors.fitting import Note
-from ..intact import read_npz
+from ..intact import read_json, read_npz
 from ..registry import added
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
@@ -46,6 +47,10 @@ CONVENTIONS = {
     "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
     "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
 }
+
+# What commands add, where nobody did
+CONTEXT: dict[str, Any] = {"command": "ood-fast evaluate", "started": "", "seconds": 0.0}
+CONTEXT |= {"versions": {}, "machine": {}, "conventions": {}}
 
 # What the columns of accuracy and calibration are called.
 CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
@@ -104,11 +109,12 @@ def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
 
 
 def holds(folder: Path, kind: str = FORMAT) -> bool:
-    """Whether its results.json says that it is of this kind."""
+    """Whether its results.json says that it is of this kind; it begins so even where the rest of it is damaged."""
     try:
         files.settle(folder)
-        return json.loads((folder / JSON).read_text(encoding="utf-8")).get("format") == kind
-    except (OSError, ValueError, AttributeError):
+        with open(folder / JSON, "rb") as file:
+            return bool(re.match(rb'\s*\{\s*"format": "%b"' % re.escape(kind).encode(), file.read(200)))
+    except OSError:
         return False
 
 
@@ -132,10 +138,19 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any]:
-    """results.json of a folder that `write` wrote; UserError if it is none."""
+    """results.json of a folder that `write` wrote; UserError if it is none, or damaged. See `Results.from_json`."""
     if not holds(Path(folder)):
         raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
-    return json.loads((Path(folder) / JSON).read_text(encoding="utf-8"))
+    content = read_json(Path(folder) / JSON)
+    content |= {name: value for name, value in CONTEXT.items() if name not in content}
+    try:
+        Results.from_json(content)
+        for name, value in CONTEXT.items():
+            if not isinstance(content[name], (int, float) if isinstance(value, float) else type(value)):
+                raise ValueError(f"{name}: got {content[name]!r}")
+    except ValueError as error:
+        raise checks.UserError(f"{Path(folder) / JSON}: is damaged: {error}; --overwrite makes it anew") from error
+    return content
 
 
 def read_scores(folder: str | os.PathLike, run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -169,6 +184,7 @@ def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
     trained = run.trained
     return {
         "run": trained.name,
+        "id": (trained.info or {}).get("id"),
         "folder": str(trained.folder.resolve()),
         "scores": f"scores/{name}",
         "method": trained.method,

@@ -126,7 +126,7 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
             record = found.setdefault(key, _read(path, name))
             own = list(_evaluations(path)) if path and path != folder else []
             for where, results in (*evaluations, *own, *_above(path)):
-                run = _entry(results, path, name, where)
+                run = _entry(results, path, name, where, record.info.get("id"))
                 if run is not None and results["benchmark"] not in record.evaluated:
                     record.evaluated[results["benchmark"]] = Evaluated(where, results, run)
             if not record.info and not record.evaluated:
@@ -177,10 +177,15 @@ def _told_folder(run: Mapping[str, Any]) -> Path:
     return Path(run.get("folder") or run["run"]).expanduser().resolve()
 
 
-def _entry(results: Mapping[str, Any], path: Path | None, name: str, where: Path) -> dict[str, Any] | None:
-    """What results.json, in the folder `where`, says of a run. Folders that were moved are known by their names."""
+def _entry(
+    results: Mapping[str, Any], path: Path | None, name: str, where: Path, id_: str | None
+) -> dict[str, Any] | None:
+    """What results.json, in the folder `where`, says of a run, by its id. Where one of the two has none, folders that
+    were moved are known by their names."""
     runs = results["runs"]
-    if path is not None:
+    if id_ is not None and all(run.get("id") for run in runs):
+        same = [run for run in runs if run["id"] == id_]
+    elif path is not None:
         same = [run for run in runs if _told_folder(run) == path.resolve()]
         if not same and path in where.parents:  # RUN/eval/BENCHMARK
             same = runs if len(runs) == 1 else []

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -46,6 +47,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
     benchmark, options = run.benchmark, run.options
     return {
         "status": status,
+        "id": run.folder.id,
         "epochs": run.epoch,
         "best": run.best,
         "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -74,6 +76,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser()
+        self.id = uuid.uuid4().hex  # by which evaluations know the run, wherever its folder is moved
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -104,6 +107,7 @@ class RunFolder:
         if not (self.path / RUN).is_file():
             raise checks.UserError(f"--out: {self.path} is not empty and holds no run; pass another folder")
         there = read_info(self.path)
+        self.id = there.get("id", self.id)
         if differences := _differences(_deciding(there), _deciding(info)):
             raise checks.UserError(
                 f"--out: {self.path} holds a run with other settings ({'; '.join(differences)}); pass another "
