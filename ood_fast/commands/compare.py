@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES
+from .benchmarks import named_path, run_info
 from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
 from .model import allow, is_callable, named
-from .options import at_least, share
+from .options import share
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from ..evaluation import Results, RunResult
     from ..train import Run
 
-    BenchmarkOf = Callable[[int], ImageBenchmark]
+    Given = tuple[Path, Callable[[int], ImageBenchmark], DetectorSet]
 
+DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
 
 
@@ -81,12 +83,6 @@ def add(commands: Any) -> None:
         action="store_true",
         help="choose all parameters from OpenOOD's grids on validation images, not that of NCI alone",
     )
-    scores.add_argument(
-        "--bootstrap",
-        type=at_least(0),
-        metavar="N",
-        help="draws for intervals over test images (one seed: 200, else 0)",
-    )
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
     share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
     share(parser, "device", "plugin", "quiet")
@@ -101,42 +97,32 @@ def run(options: argparse.Namespace, command: str) -> None:
     from ..compare import free_folder
     from ..train import DivergedError, Interrupted
 
-    options.benchmark = options.benchmark or _benchmark_of(options.runs)
+    first = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
+    options.benchmark = options.benchmark or first.get("benchmark")
+    if options.benchmark is None:
+        raise refusal(f"--benchmark: {options.runs[0]} does not say which; give one")
     if options.benchmark == "digits":
         require_package("scikit-learn", "sklearn")
     benchmark_of = _benchmarks(options)
     chosen, grids = _detectors(options)
-    measuring = {
-        "leave_out": options.detectors == "all",
-        "grids": grids,
-        "device": device(options.device),
-        "workers": options.workers,
-        "bootstrap": options.bootstrap,
-    }
-    default = f"compare-{options.benchmark}" if not options.runs else "compare"
-    folder = free_folder(Path("runs") / default if options.out is None else options.out)
-    started, start = datetime.now(timezone.utc), time.perf_counter()
-    given = (folder, benchmark_of, chosen, measuring)
-    compared = _taken(options, *given) if options.runs else _trained(options, command, *given)
+    measuring = {"leave_out": options.detectors == "all", "grids": grids, "workers": options.workers}
+    measuring["device"] = device(options.device)
+    default = Path("runs") / ("compare" if options.runs else f"compare-{options.benchmark}")
+    folder = free_folder(default if options.out is None else options.out)
+    context: dict[str, Any] = {"command": command, "versions": versions(), "machine": machine()}
+    start = time.perf_counter()
+    compared = (_taken if options.runs else _trained)(options, context, (folder, benchmark_of, chosen), measuring)
+    context["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         results = compared()
+        context["seconds"] = round(time.perf_counter() - start, 2)
+        evaluation.write(folder, results, context)
+        page = _page(folder, context)
     except Interrupted as stop:
         print(f"ood-fast: {stop}; saved. To continue: {command.replace(' --overwrite', '')}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
     except DivergedError as error:
         raise RunError(f"{error}; what was trained is kept in {folder}") from error
-    except OSError as error:
-        raise RunError(str(error)) from error
-    context = {
-        "command": command,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - start, 2),
-        "versions": versions(),
-        "machine": machine(),
-    }
-    try:
-        evaluation.write(folder, results, context)
-        page = _page(folder, context)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror or error}") from error
     if not options.quiet:
@@ -155,45 +141,34 @@ def _page(folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def _trained(
-    options: argparse.Namespace,
-    command: str,
-    folder: Path,
-    benchmark_of: BenchmarkOf,
-    chosen: DetectorSet,
-    measuring: dict[str, Any],
+    options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
     from ..compare import Comparison, recipes_of, remove_runs
 
+    folder, benchmark_of, chosen = given
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
-    given = {"epochs": options.epochs, "model": options.model}
-    given["init"] = options.init and str(Path(options.init).expanduser().resolve())
-    changes += [f"{name}={value}" for name, value in given.items() if value]
+    if options.init and not Path(options.init).expanduser().is_file():
+        raise refusal(f"--init: no file {options.init}")
+    init = options.init and str(Path(options.init).expanduser().resolve())
+    for name, value in (("epochs", options.epochs), ("model", options.model), ("init", init)):
+        changes += [f"{name}={value}"] if value else []
     recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
     for recipe in recipes.values():
         allow(recipe.model, options.model, options.recipe)
     seeds = _seeds(options.seeds or "5")
-    if measuring["bootstrap"] is None:
-        measuring["bootstrap"] = 0 if len(seeds) > 1 else 200
-    if options.init and not Path(options.init).expanduser().is_file():
-        raise refusal(f"--init: no file {options.init}")
+    measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
     root = options.data_root and str(Path(options.data_root).expanduser().resolve())
-    context = {
-        "command": command,
-        "data": {"root": root, "layout": options.layout, "image_size": options.image_size},
-        "plugins": options.plugin,
-        "versions": versions(),
-        "machine": machine(),
-    }
-    training = {"device": measuring["device"], "workers": options.workers, "context": context}
+    data = {"root": root, "layout": options.layout, "image_size": options.image_size}
+    told = {**context, "data": data, "plugins": options.plugin}
+    training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
     comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
     comparison.check_data()
     if options.overwrite:
         remove_runs(folder)
     comparison.check()
-    bar.runs = comparison.runs
-    bar.n_epochs = next(iter(recipes.values())).epochs
+    bar.runs, bar.n_epochs = comparison.runs, next(iter(recipes.values())).epochs
 
     def compared() -> Results:
         with bar:
@@ -203,7 +178,7 @@ def _trained(
 
 
 def _taken(
-    options: argparse.Namespace, _: Path, benchmark_of: BenchmarkOf, chosen: DetectorSet, measuring: dict[str, Any]
+    options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What measures runs that are trained."""
     from .. import evaluation
@@ -217,45 +192,32 @@ def _taken(
         info = _info(path)
         import_known(info.get("plugins") or [])
         allow(info["recipe"]["model"] if info else "", options.model, path)
+    _, benchmark_of, chosen = given
     model = named(options.model) if options.model and is_callable(options.model) else options.model
     runs = open_runs(options.runs, benchmark_of, model)
-    if measuring["bootstrap"] is None:
-        measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else 200
-    progress = lambda what, total: Bar(what, total, options.quiet)  # noqa: E731
-    return lambda: evaluation.evaluate_runs(
-        runs, lambda trained: benchmark_of(trained.seed or 0), chosen, **measuring, progress=progress
-    )
+    measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
+    measuring["progress"] = lambda what, total: Bar(what, total, options.quiet)
+    return lambda: evaluation.evaluate_runs(runs, lambda run: benchmark_of(run.seed or 0), chosen, **measuring)
 
 
 def _info(path: str) -> dict[str, Any]:
     """run.json of the first run that a path means; nothing if it has none."""
     from ..evaluation import paths_of
-    from ..evaluation.trained import PRETRAINED, RUN
-    from ..training.folder import read_info
 
-    first = Path(paths_of(path)[0]).expanduser()
-    if not first.exists() and not path.startswith(PRETRAINED):
+    first = paths_of(path)[0]
+    if not Path(first).expanduser().exists() and not path.startswith("pretrained:"):
         raise refusal(f"{path}: no such file or folder")
-    return read_info(first) if (first / RUN).is_file() else {}
+    return run_info(first)
 
 
-def _benchmark_of(paths: list[str]) -> str:
-    """The benchmark that the first run was trained for; digits without a run."""
-    if not paths:
-        return "digits"
-    if not (info := _info(paths[0])):
-        raise refusal(f"--benchmark: {paths[0]} does not say which; give one")
-    return info["benchmark"]
-
-
-def _benchmarks(options: argparse.Namespace) -> BenchmarkOf:
+def _benchmarks(options: argparse.Namespace) -> Callable[[int], ImageBenchmark]:
     """The benchmark, by the seed: that of `digits` draws its classes by it, the others their augmentation."""
     from ..data import open_benchmark
 
-    folders = dict(text.partition("=")[::2] for text in options.ood_folder)
-    for title, path in folders.items():
-        if not (title and path) or "/" in title:
-            raise refusal(f"--ood-folder: got {title}={path}, expected NAME=DIR, the name without /")
+    folders = dict(named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
+    for title in folders:
+        if "/" in title:
+            raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
     opened: dict[int, ImageBenchmark] = {}
 
     def of(seed: int) -> ImageBenchmark:
@@ -279,29 +241,22 @@ def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict
     """The detectors with what was set of them, and what is searched of each."""
     from ..detectors import find
 
-    settings = [text for text in options.set if "." in text.partition("=")[0]]
-    fixed = {(find(name).__name__, parameter) for name, parameter in map(_split, settings)}
-    names = options.detectors if options.detectors == "all" else [find(n).__name__ for n in listed(options.detectors)]
-    if names != "all" and len(set(names)) < len(names):
+    names = [find(name).__name__ for name in listed(options.detectors)] if options.detectors != "all" else []
+    if len(set(names)) < len(names):
         raise refusal(f"detectors: got {', '.join(names)}, expected each only once")
-    if options.benchmark == "digits":  # few images a class
-        usual = ((name, key, value) for name, given in DETECTORS.items() for key, value in given.items())
-        settings += [f"{n}.{k}={v}" for n, k, v in usual if (n, k) not in fixed and (names == "all" or n in names)]
+    settings = [text for text in options.set if "." in text.partition("=")[0]]
+    if options.benchmark == "digits":  # few images a class; what was set comes after it
+        usual = [(name, *item) for name, given in DETECTORS.items() for item in given.items()]
+        settings[:0] = [f"{name}.{key}={value}" for name, key, value in usual if name in (names or [name])]
     chosen = detector_set(options.detectors, settings, on_features=False)
-    fixed = {(find(name).__name__, parameter) for name, parameter in map(_split, settings)}
+    fixed = [text.partition("=")[0].strip().partition(".")[::2] for text in settings]
+    fixed = [(find(name).__name__, parameter) for name, parameter in fixed]
     return chosen, {
-        name: {
-            parameter: values
-            for parameter, values in detector.grid.items()
-            if (options.tune or name in SEARCHED) and (name, parameter) not in fixed
-        }
+        name: {key: values for key, values in detector.grid.items() if (name, key) not in fixed}
+        if options.tune or name in SEARCHED
+        else {}
         for name, detector in chosen.items()
     }
-
-
-def _split(setting: str) -> tuple[str, str]:
-    name, _, parameter = setting.partition("=")[0].strip().partition(".")
-    return name, parameter
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from .results import ID, Measurement, Results, RunResult, Summary
 from .run import evaluate_run, evaluate_runs
 from .stored import evaluate_features
 from .trained import Trained, open_run, paths_of
+from .verdict import verdict
 from .write import build, check_folder, print_tables, read, read_scores, write
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "read_head",
     "read_outputs",
     "read_scores",
+    "verdict",
     "write",
 ]

@@ -219,7 +219,7 @@ class Results:
         of one seed saw the same images, first weights and batches, and are taken in pairs. The interval is Student's t
         over the seeds; of one seed, the bootstrapped one over the test images, if there is one. None without a pair.
         """
-        pairs = [pair for pair in self._pairs(of[0], over[0]) if pair[0].holds(of[1]) and pair[1].holds(over[1])]
+        pairs = [pair for pair in self.pairs(of[0], over[0]) if pair[0].holds(of[1]) and pair[1].holds(over[1])]
         found = [fmean(a.value(*key) for key in of[1]) - fmean(b.value(*key) for key in over[1]) for a, b in pairs]
         if not found:
             return None
@@ -231,7 +231,8 @@ class Results:
         drawn = [torch.stack([run.draws[key] for key in keys]).mean(dim=0) for run, keys in ((a, of[1]), (b, over[1]))]
         return found[0], *metrics.percentile_interval(drawn[0] - drawn[1])
 
-    def _pairs(self, method: str, other: str) -> list[tuple[RunResult, RunResult]]:
+    def pairs(self, method: str, other: str) -> list[tuple[RunResult, RunResult]]:
+        """The runs of two methods by their seeds; those without a partner are left out."""
         ours, theirs = self.methods[method], self.methods[other]
         if len(ours) == len(theirs) == 1:
             return [(ours[0], theirs[0])]

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..detectors.fitting import Note
 from ..intact import read_json, read_npz
 from ..registry import added
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
-from .results import ECE, GROUPS, ID, TITLES, Measurement, Results, RunResult, Summary
+from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
+from .verdict import compared, means_of, ranking, title, verdict
 
 FORMAT = "ood_fast evaluate 1"
 JSON = "results.json"
@@ -126,7 +128,8 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
     with files.staged(folder) as staging:
         spreadsheet.write(staging / "results.csv", _long(results))
         spreadsheet.write(staging / "summary.csv", map(_summary_row, results.summaries()))
-        (staging / "results.md").write_text("\n".join(map(as_markdown, build(results))), encoding="utf-8")
+        text = "\n\n".join([*verdict(results), *map(as_markdown, build(results))])
+        (staging / "results.md").write_text(text, encoding="utf-8")
         _write_openood(staging / "openood", results)
         (staging / "scores").mkdir()
         for run, name in zip(results.runs, run_names(results), strict=True):
@@ -258,10 +261,9 @@ def openood_rows(runs: list[RunResult], detector: str) -> list[list[str]]:
 
 def build(results: Results) -> list[Table]:
     """The tables: AUROC beside published numbers, FPR95 in both conventions, AUROC by set, AUPR, accuracy and
-    calibration."""
+    calibration; of several methods those of `verdict.compared`, and AUROC beside what is published."""
     found = {(s.method, s.metric, s.detector, s.ood_set): s for s in results.summaries()}
-    groups = [mean for group, mean in GROUPS.items() if any(part.group == group for part in results.sets.values())]
-    means = groups or [name for name, part in results.sets.items() if part.group not in ("id", *GROUPS)]
+    means, order = means_of(results), [ranked.detector for ranked in ranking(results)]
     n_runs = sorted({len(runs) for runs in results.methods.values()})
     several_runs = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
     over = "One run" if n_runs == [1] else several_runs
@@ -269,24 +271,24 @@ def build(results: Results) -> list[Table]:
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
     several = [name for name, part in results.sets.items() if name != ID]
 
-    def by_detector(title: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
+    def by_detector(name: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
         sections = []
         for method, runs in results.methods.items():
-            names = dict.fromkeys(name for run in runs for name in run.scores)
+            names = sorted({name for run in runs for name in run.scores}, key=order.index)
             rows = tuple((find(name).label, tuple(cell(method, name) for _, cell in columns)) for name in names)
             sections.append(Section(method, rows))
-        return Table(title, caption, tuple(name for name, _ in columns), tuple(sections), **keywords)
+        return Table(name, caption, tuple(head for head, _ in columns), tuple(sections), **keywords)
 
-    def column(title: str, metric: str, ood_set: str, with_interval: bool = False, unit: int = 100) -> tuple[str, Any]:
+    def column(head: str, metric: str, ood_set: str, with_interval: bool = False, unit: int = 100) -> tuple[str, Any]:
         key = lambda method, detector: (method, metric, detector, ood_set)  # noqa: E731
-        return title, lambda *of: _cell(found.get(key(*of)), with_interval, unit)
+        return head, lambda *of: _cell(found.get(key(*of)), with_interval, unit)
 
     def against(ood_set: str) -> list[tuple[str, Any]]:
         """What is published, and ours less that; nothing if nothing is."""
         known = any(s.published is not None for s in found.values() if (s.metric, s.ood_set) == ("auroc", ood_set))
         summary = lambda method, detector: found.get((method, "auroc", detector, ood_set))  # noqa: E731
         columns = [
-            (f"{_title(ood_set)} published", lambda method, detector: _published(summary(method, detector))),
+            (f"{title(ood_set)} published", lambda method, detector: _published(summary(method, detector))),
             ("difference", lambda method, detector: _difference(summary(method, detector))),
         ]
         return columns if known else []
@@ -295,7 +297,17 @@ def build(results: Results) -> list[Table]:
         interval += (
             " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its lists."
         )
-    auroc = [c for name in means for c in (column(_title(name), "auroc", name, True), *against(name))]
+    auroc = [c for name in means for c in (column(title(name), "auroc", name, True), *against(name))]
+    own = [
+        by_detector(name, f"{over}.", [column(title(mean), name, mean, unit=1) for mean in means])
+        for name in added("metric")
+    ]
+    if len(results.methods) > 1:
+        known = any(summary.published is not None for summary in found.values())
+        told = [by_detector("AUROC beside what is published (%)", f"{over}; {tuned}{interval}", auroc)] if known else []
+        told += own
+        calibration = _calibration(results, found, over)
+        return [*compared(results), *told, *([calibration] if calibration else [])]
     tables = [
         by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
         by_detector(
@@ -304,7 +316,7 @@ def build(results: Results) -> list[Table]:
             "OOD images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of "
             "the ID images.",
             [
-                column(f"{_title(name)}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
+                column(f"{title(name)}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
                 for name in means
                 for positive in ("OOD", "ID")
             ],
@@ -313,17 +325,12 @@ def build(results: Results) -> list[Table]:
     if len(several) > 1:
         columns = [c for name in several for c in (column(name, "auroc", name), *against(name))]
         tables.append(by_detector("AUROC by set (%)", f"{over}.", columns))
-    aupr = [column(f"{_title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
+    aupr = [column(f"{title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
-    for name in added("metric"):
-        tables.append(by_detector(name, f"{over}.", [column(_title(mean), name, mean, unit=1) for mean in means]))
+    tables += own
     tables = [table for table in tables if table.columns]  # without OOD sets there are none
     return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
-
-
-def _title(ood_set: str) -> str:
-    return TITLES.get(ood_set, ood_set)
 
 
 def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
@@ -368,10 +375,14 @@ def _difference(summary: Summary | None) -> Cell:
 
 
 def print_tables(results: Results) -> None:
-    """The tables and notes on standard output."""
+    """The verdict, the tables and notes on standard output."""
     from rich.console import Console
     from rich.text import Text
 
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for index, sentence in enumerate(verdict(results)):
+        console.print(Text(sentence, style="" if index else "bold"))
+    console.print()
     show(build(results))
     for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
         told = f"{', '.join(names)}: {with_option(note)}"

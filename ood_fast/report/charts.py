@@ -6,7 +6,7 @@ import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Frame:
 
 
 PAGE = Frame()
+LETTER, ROW = 6.2, 6  # about how wide text is; how far the dots of a row are apart
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Series:
 
     Attributes:
         xs, ys: numbers; where either is not finite, nothing is drawn. Of "steps", xs are the n + 1 edges.
-        kind: "line", "points", "crosses", or "steps".
+        kind: "line", "points", "crosses", "steps", or "dots", with their intervals (low, high) along x or None.
         color: number of the colour, or `INK`; as the position among the series if None.
         listed: whether the legend names it.
     """
@@ -50,6 +51,7 @@ class Series:
     kind: str = "line"
     color: int | None = None
     listed: bool = True
+    intervals: Sequence[tuple[float, float] | None] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Chart:
         caption: what is drawn, with the number that belongs to it.
         x_log, y_log: logarithmic axis; numbers that are not positive are left out.
         x_range, y_range: of the axes; None: what the series need.
-        y_ticks: whether numbers stand along y.
+        y_names: names along y in place of numbers, at 0, 1, ... downwards.
         guides: dotted lines, each a list of (x, y); they do not widen the axes.
         regions: areas in the colour of a number, each with its corners.
     """
@@ -75,7 +77,7 @@ class Chart:
     y_log: bool = False
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
-    y_ticks: bool = True
+    y_names: Sequence[str] = ()
     guides: Sequence[Sequence[tuple[float, float]]] = ()
     regions: Sequence[tuple[int, Sequence[tuple[float, float]]]] = field(default=(), repr=False)
 
@@ -87,6 +89,13 @@ class Chart:
         """The numbers that are drawn: series, x, y; of steps, from, to, y."""
         text = io.StringIO()
         steps = any(series.kind == "steps" for series in self.series)
+        if self.y_names:
+            rows = [["series", "row", self.x_label, "low", "high"]]
+            for s in self.series:
+                for x, y, interval in zip(s.xs, s.ys, s.intervals, strict=True):
+                    rows.append([s.name, self.y_names[round(y)], *(f"{value:.7g}" for value in (x, *(interval or ())))])
+            spreadsheet.write_rows(text, rows)
+            return text.getvalue()
         rows = [["series", *(("from", "to") if steps else (self.x_label,)), self.y_label]]
         for series in self.series:
             columns = (series.xs[:-1], series.xs[1:], series.ys) if steps else (series.xs, series.ys)
@@ -96,14 +105,26 @@ class Chart:
 
     def as_svg(self) -> str:
         """The drawing, to stand in a page."""
-        return f'<svg viewBox="0 0 {PAGE.width} {PAGE.height}" {_named(self.title)}>{self.drawn(PAGE)}</svg>'
+        frame = self.frame
+        return f'<svg viewBox="0 0 {frame.width} {frame.height}" {_named(self.title)}>{self.drawn(frame)}</svg>'
+
+    @property
+    def frame(self) -> Frame:
+        """`PAGE`, or with room for the names along y and a row for each."""
+        if not self.y_names:
+            return PAGE
+        height = PAGE.top + PAGE.bottom + len(self.y_names) * (14 + ROW * len(self.series))
+        return replace(PAGE, width=480, height=height, left=round(14 + LETTER * max(map(len, self.y_names))))
 
     def drawn(self, frame: Frame) -> str:
         """What is inside of the drawing."""
         right, low = frame.width - frame.right, frame.height - frame.bottom
         x_axis = Axis.of((x for s in self.series for x in s.xs), self.x_log, self.x_range, frame.ticks[0])
-        y_axis = Axis.of((y for s in self.series for y in s.ys), self.y_log, self.y_range, frame.ticks[1])
+        y_range = (-0.5, len(self.y_names) - 0.5) if self.y_names else self.y_range
+        y_axis = Axis.of((y for s in self.series for y in s.ys), self.y_log, y_range, frame.ticks[1])
         x_axis, y_axis = x_axis.between(frame.left, right), y_axis.between(low, frame.top)
+        if self.y_names:
+            y_axis = y_axis.between(frame.top, low)  # downwards
         parts = []
         for number, corners in self.regions:
             points = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in corners)
@@ -112,7 +133,10 @@ class Chart:
             at = x_axis.at(tick)
             parts.append(f'<path class="grid" d="M{at:.1f} {frame.top}V{low}"/>')
             parts.append(_text(_short(tick), at, low + 13))
-        for tick in y_axis.ticks if self.y_ticks else ():
+        for row, name in enumerate(self.y_names):
+            parts.append(f'<path class="grid" d="M{frame.left} {y_axis.at(row + 0.5):.1f}H{right}"/>')
+            parts.append(_text(name, frame.left - 6, y_axis.at(row) + 3.5, "end", "head"))
+        for tick in () if self.y_names else y_axis.ticks:
             at = y_axis.at(tick)
             parts.append(f'<path class="grid" d="M{frame.left} {at:.1f}H{right}"/>')
             parts.append(_text(_short(tick), frame.left - 4, at + 3.5, "end"))
@@ -187,6 +211,13 @@ def _drawn(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
             places[-1].append(f"{x_axis.at(x):.1f} {y_axis.at(y):.1f}")
         elif places[-1]:
             places.append([])
+    if series.kind == "dots":
+        parts = []
+        for x, y, interval in zip(series.xs, series.ys, series.intervals, strict=True):
+            at, ends = y_axis.at(y), [x_axis.at(end) for end in interval or (x, x)]
+            parts.append(f'<path class="line {color}" d="M{ends[0]:.1f} {at:.1f}H{ends[1]:.1f}"/>')
+            parts.append(f'<circle class="{color}" cx="{x_axis.at(x):.1f}" cy="{at:.1f}" r="3.2"/>')
+        return "".join(parts)
     if series.kind in ("points", "crosses"):
         mark = "h0" if series.kind == "points" else "m-2 -2l4 4m0 -4l-4 4"
         path = "".join(f"M{place}{mark}" for piece in places for place in piece)

@@ -1,39 +1,72 @@
-"""The tables of evaluations, made by `ood_fast.evaluation` from what they left on the disk."""
+"""Evaluations that are on the disk, as `Results`: the verdict and the tables of `ood_fast.evaluation`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .. import evaluation
-from ..evaluation.results import Results, RunResult, Summary
+from ..evaluation.results import Numbers, Results, RunResult, Summary
 from .runs import Evaluated, Record
 from .tables import Table
 
+TOLD = ("low", "high", "published", "source", "gain", "gain_low", "gain_high")  # what draws and recipes were needed for
 
-def as_one(evaluations: Sequence[Evaluated]) -> Results:
-    """Some results.json of one benchmark as one.
 
-    Methods of one name in several evaluations, as seeds that were evaluated one by one, are told apart by their folder.
+class StoredResults(Results):
+    """Some results.json of one benchmark as one; without draws: intervals are those that were written.
+
+    Runs of one method are its seeds, also where they were evaluated one by one. Two of one seed are told apart by name.
     """
-    found = [Results.from_json(evaluated.results) for evaluated in evaluations]
-    sets = {name: part for results in found for name, part in results.sets.items()}
-    runs, kept = list[RunResult](), list[Summary]()
-    for index, (evaluated, results) in enumerate(zip(evaluations, found, strict=True)):
-        others = {method for other in (*found[:index], *found[index + 1 :]) for method in other.methods}
-        called = {m: f"{m} ({evaluated.run['run']})" if m in others else m for m in results.methods}
-        for run in results.runs:
-            runs.append(replace(run, sets=sets, trained=replace(run.trained, method=called[run.trained.method])))
-        kept += [replace(summary, method=called[summary.method]) for summary in results.summaries()]
-    n_bootstrap, tuned = max(results.n_bootstrap for results in found), all(results.tuned for results in found)
-    return Results(found[0].benchmark, runs, n_bootstrap, tuned, tuple(kept))
+
+    def __init__(self, evaluations: Sequence[Evaluated]) -> None:
+        found = [Results.from_json(evaluated.results) for evaluated in evaluations]
+        sets = {name: part for results in found for name, part in results.sets.items()}
+        runs: list[RunResult] = []
+        self.told: dict[tuple[str, str, str, str], Summary] = {}
+        for results in found:
+            there = {(run.trained.method, run.trained.seed) for run in runs}
+            again = [run.trained for run in results.runs if (run.trained.method, run.trained.seed) in there]
+            apart = {trained.method: f"{trained.method} ({trained.name})" for trained in again}
+            for run in results.runs:
+                method = apart.get(run.trained.method, run.trained.method)
+                runs.append(replace(run, sets=sets, trained=replace(run.trained, method=method)))
+            for summary in results.kept or ():
+                method = apart.get(summary.method, summary.method)
+                self.told[method, summary.metric, summary.detector, summary.ood_set] = summary
+        n_bootstrap, tuned = max(results.n_bootstrap for results in found), all(results.tuned for results in found)
+        super().__init__(found[0].benchmark, runs, n_bootstrap, tuned)
+
+    def summaries(self) -> Iterator[Summary]:
+        """As they were written, as far as they are about the same runs."""
+        for summary in super().summaries():
+            told = self.told.get((summary.method, summary.metric, summary.detector, summary.ood_set))
+            same = told is not None and told.n_runs == summary.n_runs
+            written = {name: getattr(told, name) for name in TOLD} if same else {}
+            yield replace(summary, **{name: value for name, value in written.items() if value is not None})
+
+    def gain(self, of: Numbers, over: Numbers) -> tuple[float, float, float] | tuple[float, None, None] | None:
+        """Of one seed, what was written, if it was."""
+        found = super().gain(of, over)
+        one = len(of[1]) == 1 and list(of[1]) == list(over[1]) and over[0] == self.baseline
+        told = self.told.get((of[0], *of[1][0])) if one else None
+        if found and found[1] is None and told and told.gain_low is not None and told.gain_high is not None:
+            return found[0], told.gain_low, told.gain_high
+        return found
+
+    def _published(self, runs: list[RunResult]) -> dict:
+        return {}  # that of `summaries`
 
 
-def tables(found: Sequence[tuple[Record, Evaluated]]) -> list[Table]:
-    """Those of `evaluation.build`."""
-    once = {evaluated.folder.resolve(): evaluated for _, evaluated in found}
+def stored(found: Sequence[tuple[Record, Evaluated]]) -> StoredResults:
+    """Those of all records; an evaluation of several runs once."""
+    return StoredResults([*{evaluated.folder.resolve(): evaluated for _, evaluated in found}.values()])
+
+
+def tables(results: Results) -> list[Table]:
+    """Those of `evaluation.build`, to be sorted."""
     built = []
-    for table in evaluation.build(as_one([*once.values()])):
+    for table in evaluation.build(results):
         by_method = not any(section.heading for section in table.sections)
         built.append(replace(table, sortable=True, corner="method" if by_method else "detector"))
     return built

@@ -15,15 +15,56 @@ from ..diagnostics import NUMBERS, Diagnosis, FeatureChange, accuracy_by_norm, r
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
 from ..diagnostics.plane import regions
+from ..evaluation.results import TITLES, Results, Summary
+from ..evaluation.verdict import means_of, ranking
 from .charts import COLORS, INK, Chart, Series, histogram
 from .runs import Evaluated, Record
 from .tables import each, number
 
+METHODS = (5, 1, 0, 2, 3, 4, 6, 7)  # colours of methods in their order; the first, often the baseline, is grey
 DRAWN = 800  # points of a set in a scatter plot, evenly over the set
 
 HAAS = "Haas et al., TMLR 2024"
 PAPYAN = "Papyan et al., PNAS 2020"
 DING = "Ding et al., CVPR 2026"
+
+
+# ---- the verdict
+
+
+def dots(results: Results) -> list[Chart]:
+    """AUROC of each method with each detector, the best detector first; a chart for the mean of each group."""
+    order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
+    baseline, methods = results.baseline, list(results.methods)
+    charts = []
+    for of in means_of(results):
+        found = {(s.method, s.detector): s for s in results.summaries() if (s.metric, s.ood_set) == ("auroc", of)}
+        series = []
+        for index, method in enumerate(methods):
+            held = [(row, found[method, name]) for row, name in enumerate(order) if (method, name) in found]
+            intervals = [_interval(s, found.get((baseline or "", s.detector))) for _, s in held]
+            shift = 0.6 * ((index + 0.5) / len(methods) - 0.5)
+            xs, ys = [100 * s.mean for _, s in held], [row + shift for row, _ in held]
+            series.append(Series(method, xs, ys, "dots", color=METHODS[index % len(METHODS)], intervals=intervals))
+        lowest = min((x for s in series for x in s.xs), default=50.0)
+        bars = "95 % interval over test images"
+        if baseline is not None:
+            bars = f"95 % interval of the paired difference to {baseline}, drawn from the dot of {baseline}: where it "
+            bars += "does not reach that dot, the difference shows"
+        n_runs = max(map(len, results.methods.values()))
+        caption = f"Dots: {f'mean over {n_runs} seeds' if n_runs > 1 else 'one run'}. Bars: {bars}."
+        x_range, labels = (max(0.0, lowest - 0.25 * (100 - lowest) - 1), 100.5), [find(name).label for name in order]
+        name = f"AUROC (%), {TITLES.get(of, of)}"
+        charts.append(Chart(name, "AUROC (%)", "", series, caption, x_range=x_range, y_names=labels))
+    return charts if order else []
+
+
+def _interval(summary: Summary, baseline: Summary | None) -> tuple[float, float] | None:
+    if summary.gain_low is not None and summary.gain_high is not None and baseline is not None:
+        return 100 * (baseline.mean + summary.gain_low), 100 * (baseline.mean + summary.gain_high)
+    if baseline is not None or summary.low is None or summary.high is None:
+        return None
+    return 100 * summary.low, 100 * summary.high
 
 
 # ---- training

@@ -27,7 +27,8 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
     """All of it. `context`: the command and the time of the report."""
     names = ", ".join(record.name for record in records)
     benchmarks = list(dict.fromkeys(benchmark for record in records for benchmark in record.evaluated))
-    sections: dict[str, str] = {}  # title -> HTML
+    first: dict[str, str] = {}  # title -> HTML, of what is open
+    sections: dict[str, str] = {}  # of what is folded
     if curves := figures.training(records):
         sections["Training"] = figures.shown(curves, "training")
     if curves := figures.by_epoch(records):
@@ -37,22 +38,25 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
     for benchmark in benchmarks:
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         prefix = f"{benchmark}-" if len(benchmarks) > 1 else ""
-        sections[f"Detection on {benchmark}"] = _evaluation(found)
+        first[f"Detection on {benchmark}"] = _evaluation(found, prefix)
         diagnosed = [(records.index(r), r, e, e.diagnosis) for r, e in found if e.diagnosis is not None]
         if diagnosed:
             sections |= _diagnoses(benchmark, diagnosed, prefix)
         sections[f"Scores on {benchmark}"] = _scores(found, prefix)
     sections["How it was run"] = _how(records, benchmarks, context)
-    links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in sections)
-    body = f"""<h1>{html.escape(names)}</h1>
-<p class=lead>{html.escape(_lead(records, benchmarks))}</p>
+    links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in [*first, *sections])
+    body = f"<h1>{html.escape(names)}</h1>\n"
+    for title, content in first.items():
+        body += f'<section class=part id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>\n'
+    body += f"""<p class=lead>{html.escape(_lead(records, benchmarks))}</p>
 <pre>{html.escape(context["command"])}</pre>
 <nav>{links}</nav>
 {_notes("Not in this report", missing(records), opened=True)}
 {as_html(_runs(records))}
 """
     for title, content in sections.items():
-        body += f'<section class=part id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>\n'
+        head = f"<summary><h2>{html.escape(title)}</h2></summary>"
+        body += f'<section class=part id="{_anchor(title)}"><details>{head}{content}</details></section>\n'
     return pages.document(f"ood_fast report: {names}", body, GENERATOR)
 
 
@@ -123,15 +127,19 @@ def _duration(seconds: float) -> str:
 # ---- an evaluation
 
 
-def _evaluation(found: Sequence[tuple[Record, Evaluated]]) -> str:
+def _evaluation(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
+    """The verdict in sentences and in a picture, then the tables."""
     sets: dict[str, dict[str, Any]] = {}
     for _, evaluated in found:
         sets |= evaluated.results["sets"]
+    results = evaluations.stored(found)
     told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())
     notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run["notes"])
+    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in evaluation.verdict(results))
+    picture = figures.shown(figures.dots(results), f"{prefix}verdict")
     return (
-        f"<p class=caption>Test images: {html.escape(told)}.</p>{as_page(evaluations.tables(found))}"
-        f"{_notes('Notes of the evaluation', notes, opened=False)}"
+        f"<ul class=verdict>{sentences}</ul>{picture}<p class=caption>Test images: {html.escape(told)}.</p>"
+        f"{as_page(evaluations.tables(results))}{_notes('Notes of the evaluation', notes, opened=False)}"
     )
 
 
@@ -142,7 +150,7 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
         try:
             scores = evaluation.read_scores(evaluated.folder, evaluated.run)
         except ValueError as error:
-            told = f"cannot read its scores ({error}); make them again: {evaluated.results['command']}"
+            told = f"cannot read its scores ({error}); make them again: {evaluated.command}"
             raise checks.UserError(f"{evaluated.folder}: {told}") from error
         for chart, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
             of_detectors.setdefault(detector, []).append(chart)
@@ -225,9 +233,10 @@ def _how(records: Sequence[Record], benchmarks: Sequence[str], context: Mapping[
             facts[f"{record.name}: training"] = _facts(record.info, record.info.get("updated"))
         for benchmark, evaluated in record.evaluated.items():
             results, checkpoint = evaluated.results, evaluated.run["checkpoint"] or "–"
-            told = f"checkpoint {checkpoint}; {_facts(results, results['started'])}; {results['seconds']:.0f} s"
+            seconds = f"; {results['seconds']:.0f} s" if "seconds" in results else ""
+            told = f"checkpoint {checkpoint}; {_facts(results, results.get('started'))}{seconds}"
             facts[f"{record.name}: evaluation on {benchmark}"] = told
-    facts["this report"] = _facts(context, context["started"])
+    facts["this report"] = _facts(context, context.get("started"))
     evaluations = (record.evaluated[b] for b in benchmarks[:1] for record in records if b in record.evaluated)
     facts |= next((evaluated.results["conventions"] for evaluated in evaluations), {})
     return (as_html(table) if rows else "") + pages.definitions(facts)

@@ -50,6 +50,11 @@ class Evaluated:
     run: dict[str, Any]
     diagnosis: Diagnosis | None = None
 
+    @property
+    def command(self) -> str:
+        """What made it."""
+        return self.results.get("command") or "ood_fast.evaluation.write(folder, results, {})"
+
     def measured(self, metric: str) -> list[dict[str, Any]]:
         """The measurements of one metric."""
         return [row for row in self.run["measurements"] if row["metric"] == metric]
@@ -221,7 +226,7 @@ def _missing(record: Record) -> list[str]:
         then, now = evaluated.run.get("epochs"), record.info.get("epochs")
         replaced = Path(evaluated.run["checkpoint"]).name in CHECKPOINTS.values()  # by the training that went on
         if replaced and None not in (then, now) and then != now:
-            again = evaluated.results["command"]
+            again = evaluated.command
             found.append(f"evaluation on {benchmark} after the last epoch: it is of epoch {then} of {now}; run {again}")
     if record.info and record.change is None:
         again = f"ood-fast report {shlex.quote(str(record.path))} --feature-change"
@@ -263,7 +268,7 @@ def diagnose_runs(records: Sequence[Record], progress: Progress = no_progress) -
                 outputs = _outputs(record, evaluated)
                 evaluated.diagnosis = _kept(outputs) or _diagnosed(outputs, f"{record.name} on {benchmark}", progress)
             except checks.UserError as error:
-                again = evaluated.results["command"]
+                again = evaluated.command
                 record.missing.append(f"diagnostics on {benchmark}: {error}; to make them again: {again}")
             except (ValueError, FloatingPointError) as error:
                 record.missing.append(f"diagnostics on {benchmark}: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import pages
@@ -59,6 +59,11 @@ def percent(value: float | None) -> str:
 def each(values: Mapping[str, float]) -> str:
     """Names and their numbers in a line."""
     return "; ".join(f"{name}: {number(value)}" for name, value in values.items()) + "."
+
+
+def and_list(parts: Sequence[str]) -> str:
+    """As "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""
 
 
 GAP = "  "  # between the columns on a terminal

@@ -1,0 +1,231 @@
+"""What an evaluation says: which method is best with which detector, by how much, and whether so many seeds show it.
+
+`verdict` says it in sentences, `compared` in tables with a column for each method. AUROC decides, the mean of near- and
+far-OOD; differences are paired, see `Results.gain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from ..detectors import find
+from ..report.tables import Cell, Section, Table, and_list
+from .results import GROUPS, ID, TITLES, Results
+
+Key = tuple[str, str, str]
+LOWER = ("fpr95_ood_positive", "fpr95_id_positive")  # of which less is better
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What one method has with one detector: AUROC in each group, over the runs that it scored."""
+
+    method: str
+    detector: str
+    values: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """The mean over the groups."""
+        return fmean(self.values.values())
+
+    def told(self) -> str:
+        """In percent, group by group."""
+        return and_list([f"{title(name)} {100 * value:.1f}" for name, value in self.values.items()])
+
+
+def title(ood_set: str) -> str:
+    """What tables call a set or the mean of a group."""
+    return TITLES.get(ood_set, ood_set)
+
+
+def means_of(results: Results) -> list[str]:
+    """What detectors are ranked by: the means of the groups; each set where there is no group."""
+    groups = [mean for group, mean in GROUPS.items() if any(part.group == group for part in results.sets.values())]
+    return groups or [name for name in results.sets if name != ID]
+
+
+def ranking(results: Results) -> list[Ranked]:
+    """Methods with detectors, the best first; those that lack a number are left out."""
+    found = []
+    for method, runs in results.methods.items():
+        for detector in dict.fromkeys(name for run in runs for name in run.scores):
+            keys = [("auroc", detector, name) for name in means_of(results)]
+            scored = [run for run in runs if detector in run.scores and run.holds(keys)]
+            if scored and keys:
+                found.append(Ranked(method, detector, {k[2]: fmean(r.value(*k) for r in scored) for k in keys}))
+    return sorted(found, key=lambda ranked: -ranked.score)
+
+
+def verdict(results: Results) -> list[str]:
+    """The sentences; empty where nothing was detected. The first says what is best."""
+    ranked = ranking(results)
+    if not ranked:
+        return []
+    best, n_runs = ranked[0], len(results.methods[ranked[0].method])
+    over = f", mean of {n_runs} seeds" if n_runs > 1 else ", one run"
+    several = len(results.methods) > 1
+    name = f"{best.method} with {find(best.detector).label}" if several else find(best.detector).label
+    sentences = [f"Best by AUROC (%): {name}, {best.told()}{over}."]
+    baseline = results.baseline
+    others = [r for r in ranked[1:] if r.method != best.method] if several else ranked[1:]
+    if baseline is not None:
+        first = best if best.method != baseline else others[0]
+        against = next((r for r in ranked if r.method == baseline), None)
+        if against is not None:
+            sentences.append(_against(results, first, against))
+        compared_with = [method for method in results.methods if method != baseline]
+        sentences += [sentence for method in compared_with for sentence in _overall(results, method, baseline)]
+    elif others:
+        sentences.append(_against(results, best, others[0]))
+    return [*sentences, _reservation(results)]
+
+
+def _named(ranked: Ranked, others: Ranked) -> str:
+    return (
+        f"{ranked.method} with {find(ranked.detector).label}"
+        if ranked.method != others.method
+        else (find(ranked.detector).label)
+    )
+
+
+def _against(results: Results, one: Ranked, other: Ranked) -> str:
+    """The best of one method against the best of another, group by group."""
+    told = []
+    for name in one.values:
+        keys = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
+        told.append(f"{title(name)} {difference(results, *keys)}")
+    return f"{_named(one, other)} against {_named(other, one)}, each at its best: {'; '.join(told)}."
+
+
+def _overall(results: Results, method: str, baseline: str) -> list[str]:
+    """A method against the baseline over all detectors that both have, and in accuracy."""
+    both = [name for name in results.detectors if all(_has(results, m, name) for m in (method, baseline))]
+    told = []
+    for name in means_of(results) if both else ():
+        keys = [("auroc", detector, name) for detector in both]
+        signs = [sign(results, (method, [key]), (baseline, [key])) for key in keys]
+        counts = f"better with {signs.count(1)} of {len(both)}, worse with {signs.count(-1)}"
+        told.append(f"{title(name)} {difference(results, (method, keys), (baseline, keys))} ({counts})")
+    accuracy = [(m, [("accuracy", "", "")]) for m in (method, baseline)]
+    if results.gain(*accuracy) is not None:
+        told.append(f"accuracy {difference(results, *accuracy)}")
+    over = f"mean over {len(both)} detectors" if len(both) > 1 else "with the same detector"
+    return [f"{method} against {baseline}, {over}: {'; '.join(told)}."] if told else []
+
+
+def _has(results: Results, method: str, detector: str) -> bool:
+    return any(detector in run.scores for run in results.methods[method])
+
+
+def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str, Sequence[Key]]) -> str:
+    """A gain in percentage points with its interval, and what that means."""
+    gain = results.gain(of, over)
+    if gain is None:
+        return "not comparable, no seed in common"
+    text = points(*gain)
+    if gain[1] is None:
+        return text
+    if shown := shows(*gain):
+        return f"{text}, {'better' if shown > 0 else 'worse'}"
+    n = len(results.pairs(of[0], over[0]))
+    return f"{text}, no difference that {f'{n} seeds' if n > 1 else 'these test images'} can show"
+
+
+def points(mean: float, low: float | None, high: float | None) -> str:
+    """As "+1.2 [+0.3, +2.1]", in percentage points."""
+    interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * mean:+.1f}{interval}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+
+
+def shows(mean: float, low: float | None, high: float | None) -> int:
+    """1 or −1 where the interval is above or below 0 and the mean does not round to it, else 0."""
+    if low is None or abs(mean) < 0.0005:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def sign(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str, Sequence[Key]]) -> int:
+    """`shows` of what a method has more than another."""
+    gain = results.gain(of, over)
+    return 0 if gain is None else shows(*gain)
+
+
+def _reservation(results: Results) -> str:
+    if max(map(len, results.methods.values())) == 1:
+        what = "intervals are over test images and" if results.n_bootstrap else "there are no intervals; these numbers"
+        return f"One run each: {what} say nothing of other seeds."
+    return "Intervals: 95 %, Student's t over the seeds, in pairs; not corrected for how many differences there are."
+
+
+# ---- tables with a column for each method
+
+
+def compared(results: Results) -> list[Table]:
+    """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set and the other metrics."""
+    means, sets = means_of(results), [name for name in results.sets if name != ID]
+    caught = "OpenOOD's: share of ID images rejected by the threshold that catches 95 % of the OOD images."
+    kept = "As most papers: share of OOD images accepted by the threshold that keeps 95 % of the ID images."
+    area = "Area under precision-recall; depends on how many images there are."
+    wanted = [
+        ("AUROC (%)", "auroc", means, "", False),
+        ("AUROC", "auroc", means, None, False),
+        ("FPR95 (%), lower is better", "fpr95_ood_positive", means, caught, False),
+        ("FPR95", "fpr95_ood_positive", means, None, True),
+        ("FPR95 (%), ID positive, lower is better", "fpr95_id_positive", means, kept, True),
+        ("AUROC by set (%)", "auroc", sets, "", True),
+        ("AUPR (%), ID positive", "aupr_in", means, area, True),
+        ("AUPR (%), OOD positive", "aupr_out", means, area, True),
+    ]
+    order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
+    tables = []
+    for name, metric, names, caption, folded in wanted:
+        if not order or (caption is None and results.baseline is None) or (folded and names == sets == means):
+            continue
+        columns = [method for method in results.methods if caption is not None or method != results.baseline]
+        cells = _values if caption is not None else _gains
+        sections = tuple(
+            Section(title(of), tuple((find(d).label, tuple(cells(results, columns, (metric, d, of)))) for d in order))
+            for of in names
+        )
+        if caption is None:
+            name = f"{name}: paired difference to {results.baseline} (percentage points)"
+            caption = "Mean [95 % interval] of what a method has more in the same seeds; bold where it excludes 0."
+        else:
+            caption = (
+                f"{_over(results)}; bold: above every other in pairs, the 95 % interval excludes 0. {caption}".strip()
+            )
+        tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
+    return tables
+
+
+def _over(results: Results) -> str:
+    n_runs = sorted({len(runs) for runs in results.methods.values()})
+    several = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
+    return "One run" if n_runs == [1] else several
+
+
+def _values(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
+    """mean ± std in percent; bold where it is better than every other, in pairs."""
+    better = -1 if key[0] in LOWER else 1
+    found = {m: [run.value(*key) for run in results.methods[m] if run.holds([key])] for m in methods}
+    cells = []
+    for method in methods:
+        others = [other for other in methods if other != method and found[other]]
+        best = bool(others) and all(sign(results, (method, [key]), (other, [key])) == better for other in others)
+        spread = f" ± {100 * stdev(found[method]):.1f}" if len(found[method]) > 1 else ""
+        cells.append(Cell(f"{100 * fmean(found[method]):.1f}{spread}", bold=best) if found[method] else Cell("–"))
+    return cells
+
+
+def _gains(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
+    """What each has more than the baseline."""
+    cells = []
+    for method in methods:
+        gain = results.gain((method, [key]), (results.baseline or "", [key]))
+        shown = 0 if gain is None else shows(*gain)
+        worse = shown * (-1 if key[0] in LOWER else 1) < 0
+        cells.append(Cell("–") if gain is None else Cell(points(*gain), bold=shown != 0, worse=worse))
+    return cells

@@ -1,0 +1,111 @@
+"""What is said of results: the sentences, the tables with a column for each method, the picture."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+from test_compare import hand_made
+
+from ood_fast import evaluation
+from ood_fast.evaluation import verdict as sentences_of
+from ood_fast.evaluation.verdict import compared, ranking, shows
+from ood_fast.report import evaluations, figures
+from ood_fast.report.runs import Evaluated
+from ood_fast.report.tables import and_list
+
+CLEAR = {"ce": [0.5, 0.6, 0.7], "elogitnorm": [0.71, 0.8, 0.89], "l2norm": [0.5, 0.62, 0.69]}
+
+
+def results_of(values):
+    results = hand_made(values)
+    for run in results.runs:
+        run.scores, run.settings = {"MSP": {}}, {"MSP": {}}
+        run.measurements = [
+            *run.measurements,
+            *(m.__class__(m.metric, m.value, "MSP", "nearood", "near") for m in run.measurements),
+        ]
+    return results
+
+
+def test_the_first_sentence_says_what_is_best_and_the_others_whether_it_shows():
+    first, against, *others = sentences_of(results_of(CLEAR))
+    assert first == "Best by AUROC (%): elogitnorm with MSP, near-OOD 80.0, mean of 3 seeds."
+    assert (
+        against == "elogitnorm with MSP against ce with MSP, each at its best: near-OOD +20.0 [+17.5, +22.5], better."
+    )
+    assert others[0].startswith("elogitnorm against ce, with the same detector: near-OOD +20.0 [+17.5, +22.5], better")
+    assert "l2norm against ce" in others[1]
+    assert "no difference that 3 seeds can show (better with 0 of 1, worse with 0)" in others[1]
+    assert "Student's t over the seeds" in others[-1]
+
+
+def test_the_baseline_may_be_the_best():
+    first, against, *_ = sentences_of(results_of({"ce": [0.9, 0.91], "elogitnorm": [0.5, 0.51]}))
+    assert "ce with MSP" in first
+    assert against.startswith("elogitnorm with MSP against ce with MSP")
+    assert against.endswith("worse.")
+
+
+def test_one_run_says_nothing_of_other_seeds():
+    first, *_, last = sentences_of(results_of({"ce": [0.9], "elogitnorm": [0.8]}))
+    assert first.endswith("one run.")
+    assert last == "One run each: there are no intervals; these numbers say nothing of other seeds."
+    assert sentences_of(hand_made({"ce": [0.9]})) == [], "nothing was scored"
+
+
+def test_bold_is_what_is_above_every_other():
+    auroc, difference, *_ = compared(results_of(CLEAR))
+    (section,) = auroc.sections
+    ((label, cells),) = section.rows
+    assert (section.heading, label) == ("near-OOD", "MSP")
+    assert [cell.text for cell in cells] == ["60.0 ± 10.0", "80.0 ± 9.0", "60.3 ± 9.6"]
+    assert [cell.bold for cell in cells] == [False, True, False]
+    assert [(cell.text, cell.bold) for cell in difference.sections[0].rows[0][1]] == [
+        ("+20.0 [+17.5, +22.5]", True),
+        ("+0.3 [−3.5, +4.1]", False),
+    ]
+    same = compared(results_of({"ce": [0.5, 0.5], "elogitnorm": [0.5, 0.5]}))
+    assert not any(cell.bold for table in same for section in table.sections for _, row in section.rows for cell in row)
+
+
+GAINS = [((0.1, 0.05, 0.15), 1), ((-0.1, -0.15, -0.05), -1), ((0.1, -0.1, 0.3), 0), ((0.1, None, None), 0)]
+
+
+@pytest.mark.parametrize(("gain", "sign"), [*GAINS, ((1e-5, 1e-6, 2e-5), 0)])
+def test_what_an_interval_shows(gain, sign):
+    assert shows(*gain) == sign
+
+
+def test_the_picture_has_a_dot_for_each_method_and_detector_with_its_interval():
+    results = results_of(CLEAR)
+    (chart,) = figures.dots(results)
+    assert [series.name for series in chart.series] == ["ce", "elogitnorm", "l2norm"]
+    low, high = chart.series[1].intervals[0]
+    assert (round(low, 1), round(high, 1)) == (77.5, 82.5), "around its mean: from the baseline's, by the difference"
+    assert chart.series[0].intervals == [None]
+    root = ElementTree.fromstring(chart.as_svg())
+    assert len(root.findall("circle")) == 3
+    header, *rows = chart.as_csv().splitlines()
+    assert header == "series,row,AUROC (%),low,high"
+    assert rows[:2] == ["ce,MSP,60", "elogitnorm,MSP,80,77.51586,82.48414"]
+    assert and_list(["a", "b", "c"]) == "a, b and c"
+
+
+def test_results_on_the_disk_say_the_same(tmp_path):
+    """Also seeds that were evaluated one by one, and results that were written without a context."""
+    results = results_of(CLEAR)
+    evaluation.write(tmp_path / "all", results, {})
+    together = [Evaluated(tmp_path / "all", evaluation.read(tmp_path / "all"), {})]
+    apart = []
+    for index, run in enumerate(results.runs):
+        folder = tmp_path / str(index)
+        evaluation.write(folder, type(results)("digits", [run], 0, False), {})
+        apart.append(Evaluated(folder, evaluation.read(folder), {}))
+    for found in (together, apart):
+        stored = evaluations.StoredResults(found)
+        assert sentences_of(stored) == sentences_of(results)
+        assert evaluation.build(stored) == evaluation.build(results)
+        assert [ranked.score for ranked in ranking(stored)] == [ranked.score for ranked in ranking(results)]
+    twice = evaluations.StoredResults([*apart, apart[0]])
+    assert len(twice.methods) == 4, "the same method and seed again is another one"
