@@ -23,8 +23,11 @@ from .rows import add_product, scan_maximum
 # At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that D is held to. Closer pairs are
 # recomputed; heads that have learnt have few, because rows of unrelated classes have s near |w_p|^2 + |w_j|^2.
 CLOSE_PAIR = tl.constexpr(1 / 64)
-# The smallest normal float32: GPUs take the root of less as that of 0. Rows less than 1.1e-19 apart coincide.
-SMALLEST_SQUARE = tl.constexpr(2.0**-126)
+# Squares between these, and their sums and products, keep all digits in float32; others are recomputed likewise.
+LARGE_SQUARE = tl.constexpr(2.0**80)
+SMALL_SQUARE = tl.constexpr(2.0**-80)
+# The smallest normal float32: GPUs take less as 0. Rows of which no entry is further apart coincide.
+SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -47,10 +50,10 @@ def predict_kernel(
 
 @triton.jit
 def load_rows(weight_pointer, weight_stride, mean_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr):
-    """Rows of W (classes, features), 0 outside the matrix: less the mean row, in fp32, where one is given.
+    """Rows of W (classes, features), 0 outside the matrix: less the origin, in fp32, where one is given.
 
-    Differences of rows do not change when the mean row is subtracted from all, but fp32 products of the rest lose far
-    fewer digits. Without a mean the dtype stays, for a product that is exact; UPCAST: fp32, for the interpreter.
+    Differences of rows do not change when one is subtracted from all, but fp32 products of the rest lose far
+    fewer digits. Without one the dtype stays, for a product that is exact; UPCAST: fp32, for the interpreter.
     """
     inside = mask[:, None] & (features < n_features)[None, :]
     places = weight_pointer + (classes.to(tl.int64) * weight_stride)[:, None] + features[None, :]
@@ -112,25 +115,32 @@ def refine_tile(
         places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
         is_close = tl.load(places, mask=row_mask[:, None] & class_mask[None, :], other=0.0) < 0
         if tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0) > 0:
-            squared_distance = tl.zeros([32, 32], tl.float32)
+            largest = tl.zeros([32, 32], tl.float32)
             row_place = weight_pointer + row_class * weight_stride
             class_place = weight_pointer + classes.to(tl.int64) * weight_stride
             for feature in range(n_features):
                 a = tl.load(row_place + feature, mask=row_mask, other=0.0).to(tl.float32)
                 b = tl.load(class_place + feature, mask=class_mask, other=0.0).to(tl.float32)
-                difference = a[:, None] - b[None, :]
+                largest = tl.maximum(largest, tl.abs(a[:, None] - b[None, :]))
+            is_apart = largest >= SMALLEST
+            # Squares of what has the size 1 stay in range, however long the rows are.
+            inverse_size = 1.0 / tl.where(is_apart, largest, 1.0)
+            squared_distance = tl.zeros([32, 32], tl.float32)
+            for feature in range(n_features):
+                a = tl.load(row_place + feature, mask=row_mask, other=0.0).to(tl.float32)
+                b = tl.load(class_place + feature, mask=class_mask, other=0.0).to(tl.float32)
+                difference = (a[:, None] - b[None, :]) * inverse_size
                 squared_distance += difference * difference
-            is_apart = squared_distance >= SMALLEST_SQUARE
-            inverse_distance = tl.where(is_apart, tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)), 0.0)
-            tl.store(places, inverse_distance, mask=is_close)
+            inverse_distance = tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)) * inverse_size
+            tl.store(places, tl.where(is_apart, inverse_distance, 0.0), mask=is_close)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32, or None: the rows are multiplied as they are
-    norm_pointer,  # (c,) fp32 |w_j|, read where there is no mean
+    mean_pointer,  # (m,) fp32 the origin, or None: the rows are multiplied as they are
+    norm_pointer,  # (c,) fp32 |w_j|, read where there is no origin
     row_class_pointer,  # (k,) int64: the class of each table row, -1 for none; None: row r is class r
     table_pointer,  # (k, c) fp32: written
     n_rows,
@@ -142,7 +152,8 @@ def distance_gram_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, and from sum (w_p - w_j)^2 where that is too small (CLOSE_PAIR).
+    """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, and from sum (w_p - w_j)^2 where that is too small (CLOSE_PAIR), or
+    squares would leave the range.
 
     Differences of neighbouring floats are exact, so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep
     all their digits. bf16 rows are not centred: their products are exact, and a common offset only makes more pairs
@@ -179,7 +190,8 @@ def distance_gram_kernel(
         norms = row_norms[:, None] + class_norms[None, :]
         squared_distance = norms - 2.0 * products
         own = row_class[:, None] == classes[None, :]
-        is_close = (squared_distance <= norms * CLOSE_PAIR) & row_mask[:, None] & class_mask[None, :] & (own == 0)
+        is_close = (squared_distance <= norms * CLOSE_PAIR) | (norms > LARGE_SQUARE) | (squared_distance < SMALL_SQUARE)
+        is_close = is_close & row_mask[:, None] & class_mask[None, :] & (own == 0)
         # 1 where it will not be used, so that no root of a negative rounding error is taken
         inverse_distance = tl.rsqrt(tl.where(is_close | own, 1.0, squared_distance))
         inverse_distance = tl.where(own | (row_mask[:, None] == 0), 0.0, tl.where(is_close, -1.0, inverse_distance))
@@ -251,18 +263,22 @@ def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:
 class Product(NamedTuple):
     """How rows of W are multiplied: what is read beside them, and the constants of the kernel."""
 
-    mean: Tensor | None  # (m,) fp32
+    mean: Tensor | None  # (m,) fp32: the origin
     tile: TileConfig
     constants: dict[str, object]
 
 
 def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 64) -> Product:
-    """bf16 rows as they are, which is exact; others in fp32, less their mean row, which is computed unless given."""
+    """bf16 rows as they are, which is exact; others in fp32, less the shortest of them unless an origin is given.
+
+    Not the mean row: one row much longer than the others would move it away from all of them.
+    """
     target = target_of(head_weight)
     exact = head_weight.dtype == torch.bfloat16
     tile = tile_config(target, exact, columns)
     if mean is None and not exact:
-        mean = torch.mean(head_weight, dim=0, dtype=torch.float32)
+        shortest = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32).argmin(0, keepdim=True)
+        mean = head_weight.index_select(0, shortest)[0].float()
     constants = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

@@ -99,13 +99,14 @@ def unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def gradient_buffer(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Where a kernel writes the gradient of `like`: in its dtype, rounded once, at the store.
+def gradient_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Where a kernel writes the gradient of `like`: in its dtype, or in `dtype`, rounded once, at the store.
 
     Triton's interpreter truncates fp32 to bf16 instead of rounding, so there PyTorch rounds afterwards.
     """
-    truncates = like.dtype == torch.bfloat16 and target_of(like) == "interpreter"
-    return torch.empty(shape, dtype=torch.float32 if truncates else like.dtype, device=like.device)
+    dtype = dtype or like.dtype
+    truncates = dtype == torch.bfloat16 and target_of(like) == "interpreter"
+    return torch.empty(shape, dtype=torch.float32 if truncates else dtype, device=like.device)
 
 
 def cdiv(a: int, b: int) -> int:

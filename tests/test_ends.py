@@ -14,14 +14,6 @@ from torch import Tensor
 import ood_fast
 from ood_fast import reference
 
-
-@pytest.fixture
-def backend(backend):
-    if backend.name == "triton":
-        pytest.skip("the kernels follow")
-    return backend
-
-
 ROUNDINGS = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
 
@@ -84,7 +76,13 @@ SHAPES = {"n >= c": (12, 6, 5), "n < c": (4, 9, 5)}
 def test_rows_much_longer_than_the_others(shape, ratio, backend):
     n, c, m = shape
     logits, y = torch.randn(n, c), torch.randint(0, c, (n,))
-    for W in giants(torch.randn(c, m), ratio).values():
+    heads = giants(torch.randn(c, m), ratio)
+    if backend.name == "triton":  # one of them: the interpreter takes seconds for each
+        if ratio != 1e6:
+            pytest.skip("one ratio in the kernels")
+        check(loss_of(y), (logits, heads["one"]), "df dW", backend.device)
+        return
+    for W in heads.values():
         check(loss_of(y), (logits, W), "df dW", backend.device)
         functions = ood_fast.boundary_distance, reference.boundary_distance
         check(functions, (logits, W), "df dW", backend.device)
@@ -92,7 +90,7 @@ def test_rows_much_longer_than_the_others(shape, ratio, backend):
 
 @pytest.mark.parametrize("ratio", [1e4, 1e7])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_rows_much_longer_without_logits(shape, ratio, backend):
+def test_rows_much_longer_without_logits(shape, ratio):
     """z has small entries where a row is long, so that no logit rules all others."""
     n, c, m = shape
     y = torch.randint(0, c, (n,))
@@ -103,7 +101,7 @@ def test_rows_much_longer_without_logits(shape, ratio, backend):
     W[c // 2] = 0
     W[c // 2, -1] = ratio
     z[:, -1] /= ratio
-    check(functions, (z, torch.randn(c), W), "dz db dW", backend.device)
+    check(functions, (z, torch.randn(c), W), "dz db dW")
 
 
 def test_giants_in_float64():
@@ -116,11 +114,11 @@ def test_giants_in_float64():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-8, 1e8, 1e18, 1e25, 1e35])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_scale_of_the_head_is_exact(shape, scale, backend):
+def test_the_scale_of_the_head_is_exact(shape, scale):
     """f and W times a power of two: the same D, gradients divided by it; W alone: D divided by it."""
     n, c, m = shape
     factor = 2.0 ** round(math.log2(scale))
-    logits, W = torch.randn(n, c, device=backend.device), torch.randn(c, m, device=backend.device)
+    logits, W = torch.randn(n, c), torch.randn(c, m)
     expected = value_and_gradients(ood_fast.boundary_distance, logits, W)
     actual = value_and_gradients(ood_fast.boundary_distance, logits * factor, W * factor)
     for e, a, unit in zip(expected, actual, (1.0, factor, factor), strict=True):
@@ -134,7 +132,7 @@ def test_one_row_beyond_squares(size, backend):
     W, logits = torch.randn(3, 9, device=backend.device), torch.randn(5, 3, device=backend.device)
     W[2] *= size / W[2].double().norm().float()
     logits[:, 0] += 3
-    for rows in (logits, logits[:2]):
+    for rows in (logits[:2],) if backend.name == "triton" else (logits, logits[:2]):
         truth = reference.boundary_distance(rows.double(), W.double())
         torch.testing.assert_close(ood_fast.boundary_distance(rows, W).double(), truth, rtol=1e-5, atol=0)
 
@@ -143,32 +141,33 @@ def test_rows_shorter_than_squares(backend):
     """Rows of 1e-25, near to each other but far from the others, and what is drawn between them."""
     W, logits = torch.randn(5, 6, device=backend.device), torch.randn(8, 5, device=backend.device)
     W[1:3] *= 1e-25
-    for rows in (logits, logits[:3]):
+    for rows in (logits[:3],) if backend.name == "triton" else (logits, logits[:3]):
         truth = reference.boundary_distance(rows.double(), W.double())
         torch.testing.assert_close(ood_fast.boundary_distance(rows, W).double(), truth, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("apart", [1e-2, 1e-5, 1e-7])
-def test_close_pairs_keep_the_digits_of_plain_pytorch(shape, apart, backend):
+def test_close_pairs_keep_the_digits_of_plain_pytorch(shape, apart):
     n, c, m = shape
     y = torch.randint(0, c, (n,))
     logits, W = torch.randn(n, c), torch.randn(c, m)
     W[1] = W[0] + apart * torch.randn(m)
     logits[0, :2] = logits[0].max() + torch.tensor([1.0, 0.5])
-    check(loss_of(y), (logits, W), "df dW", backend.device)
+    check(loss_of(y), (logits, W), "df dW")
 
 
 def test_half_precision_rounds_the_sum_once(backend):
     """What comes through the distances alone is beyond float16; dW is not."""
     W = torch.tensor([[1.0, 0.0], [1.0 + 2.0**-10, 0.0], [0.0, 1.0]]).half()
     z, y = torch.tensor([[60.0, 0.0]] * 4).half(), torch.zeros(4, dtype=torch.long)
-    keywords = {"reduction": "sum", "average": "classes"}
 
-    def function(of):
-        return lambda z, W: of.linear_elogitnorm(z, W, None, y.to(z.device), **keywords)
+    def function(of, **more):
+        return lambda z, W: of.linear_elogitnorm(z, W, None, y.to(z.device), reduction="sum", average="classes", **more)
 
-    truth = value_and_gradients(function(reference), z.double(), W.double())
+    # The kernels take the prediction, and the gaps, from logits in the dtype of their factors.
+    rounded = {"logits_dtype": torch.float16} if backend.name == "triton" else {}
+    truth = value_and_gradients(function(reference, **rounded), z.double(), W.double())
     actual = value_and_gradients(function(ood_fast), z.to(backend.device), W.to(backend.device))
     torch.testing.assert_close(actual[2], truth[2], rtol=2e-2, atol=2e-2 * truth[2].abs().max().item())
 
