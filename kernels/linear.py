@@ -71,7 +71,10 @@ def linear_elogitnorm(
         logits = F.linear(z, weight, bias)
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
-        step = losses.elogitnorm_step(logits, head_weight, part, eps, average_offset, part_grad, need_weight=geometry)
+        # Both parts of dW in fp32: their sum is rounded, not each of them.
+        step = losses.elogitnorm_step(
+            logits, head_weight, part, eps, average_offset, part_grad, geometry, torch.float32
+        )
         loss[rows], distance[rows], d_logits = step.loss, step.distance, step.grad_logits
         if not grads:
             continue

@@ -185,8 +185,10 @@ def elogitnorm_step(
     average_offset: int,
     sample_grad: Tensor | None,
     need_weight: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> Step:
-    """`elogitnorm_forward`, and the gradients for `sample_grad`: (n,), or 0-dim what the losses will be divided by.
+    """`elogitnorm_forward`, and the gradients for `sample_grad`: (n,), or 0-dim what the losses will be divided by;
+    that of W in its dtype, or in `weight_dtype`.
 
     A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
     of the table.
@@ -206,7 +208,7 @@ def elogitnorm_step(
         )
     grad_weight = None
     if need_weight and sample_grad is not None:
-        grad_weight = weight_gradient(scale, pull, logits, head_weight, tempered.predicted, geometry)
+        grad_weight = weight_gradient(scale, pull, logits, head_weight, tempered.predicted, geometry, weight_dtype)
     return Step(loss, distance, tempered, geometry, grad_logits, grad_weight)
 
 

@@ -192,9 +192,11 @@ def weight_gradient(
     head_weight: Tensor,
     predicted: Tensor,
     geometry: Geometry,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
-    dtype. Without sample_grad it is in the slope."""
+    dtype, or in `dtype`. Without sample_grad it is in the slope."""
+    dtype = dtype or head_weight.dtype
     table_row, table, row_class = geometry
     logits, weight = unit_stride(logits), unit_stride(head_weight)
     n_classes, n_features = weight.shape
@@ -209,14 +211,14 @@ def weight_gradient(
         table=table,
     )
     mean, tile, shape = product_of(weight)
-    grad_weight = gradient_buffer(head_weight, (n_classes, n_features))
+    grad_weight = gradient_buffer(head_weight, (n_classes, n_features), dtype)
     class_tiles, feature_tiles = cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)
     if n_rows == n_classes:
         launch(
             weight_gradient_table_kernel, (class_tiles, feature_tiles), summed, summed.stride(0), weight,
             weight.stride(0), mean, grad_weight, n_classes, n_features, **shape,
         )  # fmt: skip
-        return grad_weight.to(head_weight.dtype)
+        return grad_weight.to(dtype)
 
     row_tiles = cdiv(n_rows, tile.rows)
     split_classes = tile.inner * cdiv(
@@ -234,4 +236,4 @@ def weight_gradient(
         summed.stride(0), row_class, (row_class >= 0).sum(), weight, weight.stride(0), mean, own, grad_weight,
         n_rows, n_classes, n_features, n_splits, n_rows.bit_length(), **shape,
     )  # fmt: skip
-    return grad_weight.to(head_weight.dtype)
+    return grad_weight.to(dtype)
