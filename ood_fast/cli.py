@@ -11,6 +11,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _told(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning in a line, as errors are."""
+    return f"ood-fast: warning: {message}\n"
+
+
 def _main(arguments: list[str]) -> int:
     parser = _parser()
     if not arguments:
@@ -50,6 +56,7 @@ def _main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from .checks import UserError  # imports torch: not for --help and --version
 
+    before, warnings.formatwarning = warnings.formatwarning, _told
     try:
         _check_backend()
         options.run(options, shlex.join(["ood-fast", *arguments]))
@@ -63,6 +70,8 @@ def _main(arguments: list[str]) -> int:
         named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"ood-fast: failed: {named}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = before
     return 0
 
 

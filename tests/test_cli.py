@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -378,3 +379,16 @@ print([name for name in ("sklearn", "scipy", "matplotlib", "rich", "triton", "to
     environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_a_warning_is_a_line(monkeypatch, capsys):
+    """Without the file, the line and the code of whoever warned; afterwards Python's own form is back."""
+    before = warnings.formatwarning
+
+    def run(options, command):
+        print(warnings.formatwarning(UserWarning("KNN: k"), UserWarning, "fitting.py", 82), end="", file=sys.stderr)
+
+    monkeypatch.setattr("ood_fast.commands.info.run", run)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "ood-fast: warning: KNN: k\n"
+    assert warnings.formatwarning is before
