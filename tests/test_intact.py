@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from ood_fast import checks, detectors, diagnostics, evaluation, features, intact, models, recipes
+from ood_fast.data import readers
 from ood_fast.evaluation import cache
+from ood_fast.training.folder import read_info
 
 N_MUTATIONS = 60
 
@@ -253,3 +256,46 @@ def test_damaged_results_are_refused_or_written_anew(tmp_path):
         assert evaluation.check_folder(folder) == folder  # with --overwrite
     file.write_bytes(content[: len(content) // 2])
     assert evaluation.check_folder(folder) == folder
+
+
+# ---- lists of data sets
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.png", "/etc/passwd", "a/../../../x.png", "C:/x.png", "a\\..\\..\\x", "n" * 300]
+)
+def test_tables_of_data_sets_name_no_file_elsewhere(name, tmp_path):
+    tables = {
+        "gtsrb/GT-final_test.csv": ("Filename;ClassId", f"{name};3", readers.read_gtsrb),
+        "dtd/labels/val1.txt": ("", name, readers.read_dtd),
+        "places365/places365_val.txt": ("", f"{name} 3", readers.read_places365),
+        "tiny-imagenet-200/val/val_annotations.txt": ("", f"{name}\tn1", readers.read_tiny_imagenet),
+    }
+    for part in ("train1", "test1"):
+        (tmp_path / "dtd/labels").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"dtd/labels/{part}.txt").touch()
+    for table, (header, row, _) in tables.items():
+        (tmp_path / table).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / table).write_text(f"{header}\n{row}\n")
+    (tmp_path / "tiny-imagenet-200/wnids.txt").write_text("n1\n")
+    for _, _, read in tables.values():
+        with pytest.raises(checks.UserError, match=r"is not below the folder|missing in"):
+            read(tmp_path, "test", "title", "where")
+    (tmp_path / "places365/places365_val.txt").write_text(f"a.png {'9' * 5000}\n")
+    with pytest.raises(checks.UserError, match=r"line 1: got"):
+        readers.read_places365(tmp_path, "test", "title", "where")
+
+
+def test_a_pipe_is_never_waited_for(tmp_path):
+    for name in ("r.json", "d.safetensors", "f.npz", "run.json", "places365/places365_val.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    for read in (
+        lambda: recipes.find(tmp_path / "r.json"),
+        lambda: detectors.load(tmp_path / "d.safetensors"),
+        lambda: features.load_head(features.files(tmp_path)[0]),
+        lambda: read_info(tmp_path),
+        lambda: readers.read_places365(tmp_path, "test", "title", "where"),
+    ):
+        with pytest.raises(ValueError, match="regular file"):
+            read()
