@@ -140,23 +140,10 @@ def boundary_distance_forward(
     distance, slope = (torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(2))
     config = row_config(n_classes, target_of(logits))
     launch(
-        boundary_distance_forward_kernel,
-        (n_samples,),
-        logits,
-        logits.stride(0),
-        geometry.table,
-        geometry.table_row,
-        predicted,
-        distance,
-        slope,
-        n_classes,
-        float(average_offset),
-        BLOCK=config.block,
-        LOOPED=config.looped,
-        ALIGN=alignment(n_classes, logits.stride(0)),
-        PREDICTION_KNOWN=prediction_known,
-        num_warps=config.num_warps,
-    )
+        boundary_distance_forward_kernel, (n_samples,), logits, logits.stride(0), geometry.table, geometry.table_row,
+        predicted, distance, slope, n_classes, float(average_offset), BLOCK=config.block, LOOPED=config.looped,
+        ALIGN=alignment(n_classes, logits.stride(0)), PREDICTION_KNOWN=prediction_known, num_warps=config.num_warps,
+    )  # fmt: skip
     return distance, predicted, slope, geometry
 
 
@@ -177,22 +164,10 @@ def boundary_distance_backward(
         grad_logits = gradient_buffer(logits, (n_samples, n_classes))
         config = row_config(n_classes, target_of(logits))
         launch(
-            boundary_distance_backward_kernel,
-            (n_samples,),
-            sample_grad.contiguous(),
-            rows,
-            rows.stride(0),
-            geometry.table,
-            geometry.table_row,
-            predicted,
-            slope,
-            grad_logits,
-            n_classes,
-            BLOCK=config.block,
-            LOOPED=config.looped,
-            ALIGN=alignment(n_classes, rows.stride(0)),
-            num_warps=config.num_warps,
-        )
+            boundary_distance_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0),
+            geometry.table, geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
+            LOOPED=config.looped, ALIGN=alignment(n_classes, rows.stride(0)), num_warps=config.num_warps,
+        )  # fmt: skip
         grad_logits = grad_logits.to(logits.dtype)
     if needs.weight:
         grad_weight = weight_gradient(sample_grad, slope, logits, head_weight, predicted, geometry)

@@ -272,28 +272,12 @@ def predict_from_features(features: Tensor, head_weight: Tensor, head_bias: Tens
     maximum = torch.empty(n_samples, n_splits, dtype=torch.float32, device=features.device)
     classes = torch.empty(n_samples, n_splits, dtype=torch.int64, device=features.device)
     launch(
-        features_argmax_kernel,
-        (row_tiles, n_splits),
-        features,
-        features.stride(0),
-        head_weight,
-        head_weight.stride(0),
-        None if head_bias is None else head_bias.contiguous(),
-        maximum,
-        classes,
-        n_samples,
-        n_classes,
-        n_features,
-        split_classes,
-        ROWS=tile.rows,
-        CLASSES=tile.columns,
-        INNER=tile.inner,
-        PRECISION=tile.precision if upcast or features.dtype == torch.float32 else "ieee",
-        UPCAST=upcast,
-        BIASED=head_bias is not None,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+        features_argmax_kernel, (row_tiles, n_splits), features, features.stride(0), head_weight,
+        head_weight.stride(0), None if head_bias is None else head_bias.contiguous(), maximum, classes, n_samples,
+        n_classes, n_features, split_classes, ROWS=tile.rows, CLASSES=tile.columns, INNER=tile.inner,
+        PRECISION=tile.precision if upcast or features.dtype == torch.float32 else "ieee", UPCAST=upcast,
+        BIASED=head_bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return maximum, classes
 
 
@@ -323,30 +307,13 @@ def nci_forward(
     scan = scan_config(n_columns, target)
     num_warps = max(scan.num_warps, min(scan_config(n_features, target).num_warps, 2))
     launch(
-        nci_forward_kernel,
-        (n_samples,),
-        logits,
-        logits.stride(0),
-        classes,
-        features,
-        features.stride(0),
-        head_weight,
-        head_weight.stride(0),
-        mean.contiguous(),
-        score,
-        predicted,
-        projection,
-        inverse_norm,
-        n_columns,
-        n_features,
-        float(alpha),
-        CLASS_BLOCK=scan.block,
-        FEATURE_BLOCK=feature_block(n_features, num_warps, target),
+        nci_forward_kernel, (n_samples,), logits, logits.stride(0), classes, features, features.stride(0),
+        head_weight, head_weight.stride(0), mean.contiguous(), score, predicted, projection, inverse_norm, n_columns,
+        n_features, float(alpha), CLASS_BLOCK=scan.block, FEATURE_BLOCK=feature_block(n_features, num_warps, target),
         CLASS_ALIGN=alignment(n_columns, logits.stride(0)),
-        FEATURE_ALIGN=alignment(n_features, features.stride(0), head_weight.stride(0)),
-        BY_SPLIT=classes is not None,
+        FEATURE_ALIGN=alignment(n_features, features.stride(0), head_weight.stride(0)), BY_SPLIT=classes is not None,
         num_warps=num_warps,
-    )
+    )  # fmt: skip
     return score, Projected(predicted, projection, inverse_norm)
 
 
@@ -375,22 +342,10 @@ def nci_backward(
         grad_features = gradient_buffer(features, (n_samples, n_features))
         scan = scan_config(n_features, target_of(z))
         launch(
-            nci_features_backward_kernel,
-            (n_samples, cdiv(n_features, scan.block)),
-            sample_grad,
-            z,
-            z.stride(0),
-            weight,
-            weight.stride(0),
-            center,
-            *projected,
-            grad_features,
-            n_features,
-            float(alpha),
-            BLOCK=scan.block,
-            ALIGN=align,
-            num_warps=scan.num_warps,
-        )
+            nci_features_backward_kernel, (n_samples, cdiv(n_features, scan.block)), sample_grad, z, z.stride(0),
+            weight, weight.stride(0), center, *projected, grad_features, n_features, float(alpha), BLOCK=scan.block,
+            ALIGN=align, num_warps=scan.num_warps,
+        )  # fmt: skip
         grad_features = grad_features.to(features.dtype)
     if needs.weight:
         grad_weight = gradient_buffer(head_weight, tuple(head_weight.shape))
@@ -403,23 +358,9 @@ def nci_backward(
         pieces = cdiv(n_samples, PIECE)
         partial = torch.empty(pieces, n_features, dtype=torch.float32, device=z.device)
         launch(
-            nci_mean_backward_kernel,
-            (pieces, column_blocks),
-            sample_grad,
-            z,
-            z.stride(0),
-            weight,
-            weight.stride(0),
-            center,
-            *projected,
-            partial,
-            n_samples,
-            n_features,
-            PIECE,
-            SAMPLES=config.samples,
-            BLOCK=config.columns,
-            ALIGN=align,
-            num_warps=config.num_warps,
-        )
+            nci_mean_backward_kernel, (pieces, column_blocks), sample_grad, z, z.stride(0), weight, weight.stride(0),
+            center, *projected, partial, n_samples, n_features, PIECE, SAMPLES=config.samples, BLOCK=config.columns,
+            ALIGN=align, num_warps=config.num_warps,
+        )  # fmt: skip
         grad_mean = partial.sum(0).to(mean.dtype)
     return grad_features, grad_weight, grad_mean
