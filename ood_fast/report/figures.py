@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -351,7 +352,13 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
         settings = (evaluated.run["detectors"].get(detector) or {}).items()
         told = f" Parameters: {', '.join(f'{name} = {value}' for name, value in settings)}." if settings else ""
         caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
-        charts.append(histogram(f"{label}: {record.name}", f"score of {label}", values, caption))
+        chart = histogram(f"{label}: {record.name}", f"score of {label}", values, caption)
+        kept = sets["id"][np.isfinite(sets["id"])] if "id" in sets else np.zeros(0)
+        if len(kept) and chart.y_range:
+            threshold = float(np.quantile(kept, 0.05))
+            told = f"{chart.caption} Dotted: {number(threshold)}, the threshold that keeps 95 % of ID."
+            chart = replace(chart, caption=told, guides=[[(threshold, 0.0), (threshold, chart.y_range[1])]])
+        charts.append(chart)
     return charts
 
 
