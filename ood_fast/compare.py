@@ -152,7 +152,8 @@ class Comparison:
                 else:
                     self.told.on_run(loss, seed, None)
                 trained = replace(open_run(place, benchmark.n_classes, benchmark.image_shape), method=loss)
-                results.append(self._measured(trained, benchmark))
+                results.append(evaluate_run(trained, benchmark, self.chosen, **self.measuring))
+                self.told.on_result(results[-1])
         return self.results(results)
 
     def results(self, results: list[RunResult]) -> Results:
@@ -197,11 +198,6 @@ class Comparison:
         paths = sorted(path for path in folder.glob(f"*/s*/{RUN}") if path.parent.name[1:].isdigit())
         found = [(path.parent.parent.name, int(path.parent.name[1:]), path.parent) for path in paths]
         return [(loss, seed) for loss, seed, path in sorted(found) if read_info(path).get("status") == COMPLETE]
-
-    def _measured(self, trained: Trained, benchmark: ImageBenchmark) -> RunResult:
-        result = evaluate_run(trained, benchmark, self.chosen, **self.measuring)
-        self.told.on_result(result)
-        return result
 
 
 def open_runs(

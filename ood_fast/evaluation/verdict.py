@@ -83,26 +83,20 @@ def verdict(results: Results) -> list[str]:
     return [*sentences, _reservation(results)]
 
 
-def _named(ranked: Ranked, others: Ranked) -> str:
-    return (
-        f"{ranked.method} with {find(ranked.detector).label}"
-        if ranked.method != others.method
-        else (find(ranked.detector).label)
-    )
-
-
 def _against(results: Results, one: Ranked, other: Ranked) -> str:
     """The best of one method against the best of another, group by group."""
     told = []
     for name in one.values:
         keys = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
         told.append(f"{title(name)} {difference(results, *keys)}")
-    return f"{_named(one, other)} against {_named(other, one)}, each at its best: {'; '.join(told)}."
+    names = [f"{ranked.method} with {find(ranked.detector).label}" for ranked in (one, other)]
+    return f"{' against '.join(names)}, each at its best: {'; '.join(told)}."
 
 
 def _overall(results: Results, method: str, baseline: str) -> list[str]:
     """A method against the baseline over all detectors that both have, and in accuracy."""
-    both = [name for name in results.detectors if all(_has(results, m, name) for m in (method, baseline))]
+    of, over = ({name for run in results.methods[m] for name in run.scores} for m in (method, baseline))
+    both = [name for name in results.detectors if name in of & over]
     told = []
     for name in means_of(results) if both else ():
         keys = [("auroc", detector, name) for detector in both]
@@ -112,12 +106,8 @@ def _overall(results: Results, method: str, baseline: str) -> list[str]:
     accuracy = [(m, [("accuracy", "", "")]) for m in (method, baseline)]
     if results.gain(*accuracy) is not None:
         told.append(f"accuracy {difference(results, *accuracy)}")
-    over = f"mean over {len(both)} detectors" if len(both) > 1 else "with the same detector"
-    return [f"{method} against {baseline}, {over}: {'; '.join(told)}."] if told else []
-
-
-def _has(results: Results, method: str, detector: str) -> bool:
-    return any(detector in run.scores for run in results.methods[method])
+    how = f"mean over {len(both)} detectors" if len(both) > 1 else "with the same detector"
+    return [f"{method} against {baseline}, {how}: {'; '.join(told)}."] if told else []
 
 
 def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str, Sequence[Key]]) -> str:
@@ -173,7 +163,6 @@ def compared(results: Results) -> list[Table]:
         ("AUROC (%)", "auroc", means, "", False),
         ("AUROC", "auroc", means, None, False),
         ("FPR95 (%), lower is better", "fpr95_ood_positive", means, caught, False),
-        ("FPR95", "fpr95_ood_positive", means, None, True),
         ("FPR95 (%), ID positive, lower is better", "fpr95_id_positive", means, kept, True),
         ("AUROC by set (%)", "auroc", sets, "", True),
         ("AUPR (%), ID positive", "aupr_in", means, area, True),
@@ -194,14 +183,13 @@ def compared(results: Results) -> list[Table]:
             name = f"{name}: paired difference to {results.baseline} (percentage points)"
             caption = "Mean [95 % interval] of what a method has more in the same seeds; bold where it excludes 0."
         else:
-            caption = (
-                f"{_over(results)}; bold: above every other in pairs, the 95 % interval excludes 0. {caption}".strip()
-            )
+            caption = f"{over_seeds(results)}; bold: above every other, the interval excludes 0. {caption}".strip()
         tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
     return tables
 
 
-def _over(results: Results) -> str:
+def over_seeds(results: Results) -> str:
+    """Over what the means of tables are taken."""
     n_runs = sorted({len(runs) for runs in results.methods.values()})
     several = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
     return "One run" if n_runs == [1] else several

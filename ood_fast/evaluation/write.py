@@ -28,7 +28,7 @@ from ..intact import read_json, read_npz
 from ..registry import added
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
 from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
-from .verdict import compared, means_of, ranking, title, verdict
+from .verdict import compared, means_of, over_seeds, ranking, title, verdict
 
 FORMAT = "ood_fast evaluate 1"
 JSON = "results.json"
@@ -264,9 +264,7 @@ def build(results: Results) -> list[Table]:
     calibration; of several methods those of `verdict.compared`, and AUROC beside what is published."""
     found = {(s.method, s.metric, s.detector, s.ood_set): s for s in results.summaries()}
     means, order = means_of(results), [ranked.detector for ranked in ranking(results)]
-    n_runs = sorted({len(runs) for runs in results.methods.values()})
-    several_runs = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
-    over = "One run" if n_runs == [1] else several_runs
+    over = over_seeds(results)
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
     several = [name for name, part in results.sets.items() if name != ID]

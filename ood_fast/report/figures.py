@@ -354,10 +354,9 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
         caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
         chart = histogram(f"{label}: {record.name}", f"score of {label}", values, caption)
         kept = sets["id"][np.isfinite(sets["id"])] if "id" in sets else np.zeros(0)
-        if len(kept) and chart.y_range:
-            threshold = float(np.quantile(kept, 0.05))
+        for threshold in [float(np.quantile(kept, 0.05))] if len(kept) else ():
             told = f"{chart.caption} Dotted: {number(threshold)}, the threshold that keeps 95 % of ID."
-            chart = replace(chart, caption=told, guides=[[(threshold, 0.0), (threshold, chart.y_range[1])]])
+            chart = replace(chart, caption=told, guides=[[(threshold, 0.0), (threshold, 1.0)]])
         charts.append(chart)
     return charts
 
