@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
-from ..intact import checksum_of
+from ..intact import checksum_of as _checksum_of_text
 
 FORMAT, FORMAT_VERSION = "ood_fast detectors", 1
 
@@ -77,7 +77,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
         "class_names": json.dumps(content.class_names),
         "notes": json.dumps(content.notes),
     }
-    metadata["crc32"] = checksum_of(metadata)
+    metadata["crc32"] = _checksum_of_text(metadata)
     with replacing(path) as part:
         try:
             save_file(dict(stored.values()), part, metadata)
@@ -228,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path}: has format version {version!r}, written by ood_fast {metadata.get('ood_fast', '?')}; ood_fast "
             f"{__version__} reads up to {FORMAT_VERSION}: install a newer one"
         )
-    if not {"kind", "detectors", "class_names"} <= {*metadata} or metadata.get("crc32") != checksum_of(metadata):
+    if not {"kind", "detectors", "class_names"} <= {*metadata} or metadata.get("crc32") != _checksum_of_text(metadata):
         raise ValueError(f"{path}: the file is damaged: its metadata do not match their checksum")
     return metadata, tensors
 
