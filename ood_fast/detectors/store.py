@@ -26,7 +26,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,15 +110,12 @@ def read_file(path: str | os.PathLike) -> Content:
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
 
 
-class Savable(Protocol):
-    """A detector, or a set of them."""
-
-    def save(self, path: str | os.PathLike, class_names: Iterable[str] | None, notes: Mapping[str, Any] | None) -> None:
-        """Write it to a file."""
+def save(self, path: str | os.PathLike, class_names: Iterable[str] | None, notes: Mapping[str, Any] | None) -> None:
+    """Write it to a file."""
 
 
 def save(
-    detectors: Savable,
+    detectors: Any,
     path: str | os.PathLike,
     class_names: Iterable[str] | None = None,
     notes: Mapping[str, Any] | None = None,

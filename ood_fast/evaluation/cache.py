@@ -241,7 +241,7 @@ class FeatureCache:
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
-        this, size = rank(), _size()
+        this, size = rank(), dist.get_world_size() if dist.is_initialized() else 1
         rows = range(this * len(dataset) // size, (this + 1) * len(dataset) // size)
         loader = batched(
             torch.utils.data.Subset(dataset, rows),
@@ -345,10 +345,6 @@ def _mapped(path: Path) -> Tensor:
 def rank() -> int:
     """Which process of torch.distributed this is; 0 without."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _everyone(value: Any) -> list[Any]:

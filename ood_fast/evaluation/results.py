@@ -292,8 +292,7 @@ class Results:
 
 # ---- from results.json
 
-_NUMBER = (int, float)
-_KINDS: dict[str, Any] = {"str": str, "int": int, "float": _NUMBER, "float | None": (*_NUMBER, type(None))}
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "float | None": (int, float, type(None))}
 _RUN = {"run": str, "folder": str, "scores": str, "method": str, "checkpoint": str, "model": str}
 _RUN |= {"detectors": dict, "trials": dict, "notes": list, "outputs": dict, "measurements": list}
 _RUN |= {name: (int, type(None)) for name in ("seed", "epochs")}
