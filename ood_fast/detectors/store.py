@@ -110,10 +110,6 @@ def read_file(path: str | os.PathLike) -> Content:
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
 
 
-def save(self, path: str | os.PathLike, class_names: Iterable[str] | None, notes: Mapping[str, Any] | None) -> None:
-    """Write it to a file."""
-
-
 def save(
     detectors: Any,
     path: str | os.PathLike,
