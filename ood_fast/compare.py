@@ -102,6 +102,7 @@ class Comparison:
         benchmark_of: the images, by the seed: that of `digits` draws its classes by it.
         chosen: detectors, as in `evaluate_run`. training: keywords of `RunOptions`. measuring: of `evaluate_run`.
         told: is told of the progress.
+        checkpoint: "best" on validation images, or "final".
     """
 
     folder: str | os.PathLike
@@ -112,6 +113,7 @@ class Comparison:
     training: Mapping[str, Any] = field(default_factory=dict)
     measuring: Mapping[str, Any] = field(default_factory=dict)
     told: ComparisonWatcher = field(default_factory=ComparisonWatcher)
+    checkpoint: str = "best"
 
     def __post_init__(self) -> None:
         _check_each("seeds", self.seeds)
@@ -151,7 +153,8 @@ class Comparison:
                         run.train()
                 else:
                     self.told.on_run(loss, seed, None)
-                trained = replace(open_run(place, benchmark.n_classes, benchmark.image_shape), method=loss)
+                trained = open_run(place, benchmark.n_classes, benchmark.image_shape, checkpoint=self.checkpoint)
+                trained = replace(trained, method=loss)
                 results.append(evaluate_run(trained, benchmark, self.chosen, **self.measuring))
                 self.told.on_result(results[-1])
         return self.results(results)

@@ -62,6 +62,12 @@ def add(commands: Any) -> None:
     training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
     share(training, "model")
     training.add_argument("--init", metavar="FILE", help="checkpoint whose weights each run starts from: fine-tuning")
+    training.add_argument(
+        "--checkpoint",
+        choices=("best", "final"),
+        help="which weights of a run are measured: best on validation images (default), or final (default with --init, "
+        "whose best epoch may be the first, before the loss has done anything)",
+    )
     training.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
     told = "a setting of the recipe, or of a detector as KNN.k=10; may be repeated"
     share(training, "set", set={"metavar": "lr=0.05", "help": told})
@@ -163,7 +169,8 @@ def _trained(
     told = {**context, "data": data, "plugins": options.plugin}
     training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
-    comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar)
+    checkpoint = options.checkpoint or ("final" if options.init else "best")
+    comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar, checkpoint)
     comparison.check_data()
     if options.overwrite:
         remove_runs(folder)
@@ -185,7 +192,16 @@ def _taken(
     from ..compare import open_runs
 
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
-    for name in ("recipe", "init", "epochs", "overwrite", "losses", "seeds", *(["set"] if settings else [])):
+    for name in (
+        "recipe",
+        "init",
+        "checkpoint",
+        "epochs",
+        "overwrite",
+        "losses",
+        "seeds",
+        *(["set"] if settings else []),
+    ):
         if getattr(options, name):
             raise refusal(f"--{name}: not used with RUN: what is trained is taken as it is")
     for path in options.runs:
