@@ -263,7 +263,8 @@ def build(results: Results) -> list[Table]:
     """The tables: AUROC beside published numbers, FPR95 in both conventions, AUROC by set, AUPR, accuracy and
     calibration; of several methods those of `verdict.compared`, and AUROC beside what is published."""
     found = {(s.method, s.metric, s.detector, s.ood_set): s for s in results.summaries()}
-    means, order = means_of(results), [ranked.detector for ranked in ranking(results)]
+    means, best_first = means_of(results), dict.fromkeys(ranked.detector for ranked in ranking(results))
+    ranks = {name: rank for rank, name in enumerate(best_first)}
     over = over_seeds(results)
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
@@ -272,7 +273,7 @@ def build(results: Results) -> list[Table]:
     def by_detector(name: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
         sections = []
         for method, runs in results.methods.items():
-            names = sorted({name for run in runs for name in run.scores}, key=order.index)
+            names = sorted({name for run in runs for name in run.scores}, key=lambda name: ranks.get(name, len(ranks)))
             rows = tuple((find(name).label, tuple(cell(method, name) for _, cell in columns)) for name in names)
             sections.append(Section(method, rows))
         return Table(name, caption, tuple(head for head, _ in columns), tuple(sections), **keywords)
