@@ -301,8 +301,8 @@ def test_model_grows_as_it_says():
 def test_page_holds_the_committed_points():
     """docs/performance.md shows what scaling.json holds, word for word."""
     page = (ROOT / "docs" / "performance.md").read_text()
-    (folder,) = re.findall(r"\]\(\.\./(bench/results/\S+)/scaling\.png\)", page)
-    found = json.loads((ROOT / folder / "scaling.json").read_text())
+    (folder,) = re.findall(r"\]\((results/\S+)/scaling\.png\)", page)
+    found = json.loads((ROOT / "bench" / folder / "scaling.json").read_text())
     between = page.partition(scaling.BEGIN)[2].partition(scaling.END)[0]
     assert between.strip() == scaling.tables(found).strip()
 

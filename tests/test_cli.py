@@ -115,9 +115,9 @@ def build():
 
 
 def test_compare_takes_a_model_of_the_user_and_weights_to_start_from(tmp_path, capsys, monkeypatch):
-    (tmp_path / "mymodel.py").write_text(MODEL)
+    (tmp_path / "comparedmodel.py").write_text(MODEL)
     monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    short = ["compare", "--model", "mymodel:build", "--losses", "ce", "--seeds", "1", "--epochs", "1"]
+    short = ["compare", "--model", "comparedmodel:build", "--losses", "ce", "--seeds", "1", "--epochs", "1"]
     short += ["--detectors", "msp", "--quiet"]
     assert cli.main([*short, "--out", "first"]) == 0
     start = "first/runs/ce/s0/final.ckpt"
@@ -125,7 +125,7 @@ def test_compare_takes_a_model_of_the_user_and_weights_to_start_from(tmp_path, c
     assert json.loads((tmp_path / "second/runs/ce/s0/run.json").read_text())["recipe"]["init"].endswith(start)
     assert cli.main([*short, "--init", "none.ckpt", "--out", "third"]) == 2
     assert "--init: no file none.ckpt" in capsys.readouterr().err
-    assert cli.main(["compare", "--model", "mymodel:other"]) == 2
+    assert cli.main(["compare", "--model", "comparedmodel:other"]) == 2
     assert "expected MODULE:CALLABLE" in capsys.readouterr().err
 
 

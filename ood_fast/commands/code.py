@@ -31,6 +31,9 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     Last, and only then: a `PIL.py` that lies beside the data must not run in the place of the package.
     """
     here = os.getcwd()
+    for before in _appended - {here}:  # of a command in another folder
+        sys.path[:] = [entry for entry in sys.path if entry != before]
+    _appended.intersection_update({here})
     if here not in sys.path:
         sys.path.append(here)
         _appended.add(here)

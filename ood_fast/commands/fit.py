@@ -161,11 +161,16 @@ class _ImageData:
             detectors.fit(self.model, [], self.options.head, process.group)  # copies the head where it is needed
             return
         agreement = Agreement() if source.classes and path == self.options.data else None
-        fitting = detectors if agreement is None else DetectorSet({**dict(detectors.items()), "": agreement})
+        fitting = detectors if agreement is None else DetectorSet({"": agreement, **dict(detectors.items())})
         fitting.failures = detectors.failures
         with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
             batches = self._batches(source, process, bar)
-            fitting.fit(self.model, batches, self.options.head, process.group)
+            try:
+                fitting.fit(self.model, batches, self.options.head, process.group)
+            except ValueError:  # what a detector refuses may come of classes in another order
+                if agreement is not None and agreement.counts is not None:
+                    agreement.check(source.classes, path)
+                raise
         if agreement is not None:
             agreement.check(source.classes, path)
             _say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
