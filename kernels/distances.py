@@ -269,16 +269,16 @@ class Product(NamedTuple):
 
 
 def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 64) -> Product:
-    """bf16 rows as they are, which is exact; others in fp32, less the shortest of them unless an origin is given.
-
-    Not the mean row: one row much longer than the others would move it away from all of them.
+    """bf16 rows as they are, which is exact; others in fp32, less an origin: the one given, or their mean with weights
+    1/‖w_j‖. In the plain mean, one row much longer than the others would move it away from all of them.
     """
     target = target_of(head_weight)
     exact = head_weight.dtype == torch.bfloat16
     tile = tile_config(target, exact, columns)
     if mean is None and not exact:
-        shortest = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32).argmin(0, keepdim=True)
-        mean = head_weight.index_select(0, shortest)[0].float()
+        share = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)
+        share = share.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
+        mean = torch.mv(head_weight.float().t(), share).div_(share.sum().clamp_min_(torch.finfo(torch.float32).tiny))
     constants = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

@@ -83,7 +83,7 @@ def test_wheel_holds_every_file(wheel):
         f"{package}/{file.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
         for file in folder.rglob("*")
-        if file.suffix in (".py", ".md", ".css", ".js")
+        if file.suffix in (".py", ".md", ".css", ".js") or file.name == "py.typed"
     }
     assert {"ood_fast/report/style.css", "ood_fast/report/page.js"} < expected <= packed
     # and nothing besides: no tests, no bench, no second copy of kernels

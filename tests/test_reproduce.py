@@ -51,7 +51,7 @@ def test_every_command_is_one():
         for run in options.runs:
             assert run in trained or run.startswith(("pretrained:", "results/")), run
         if arguments[0] == "evaluate":
-            detector_set(options.detectors, options.set, on_features=False)
+            detector_set(options.detectors or "all", options.set, on_features=False)
             spec = benchmarks.SPECS[options.benchmark or trained[options.runs[0]]]
             assert options.ood is None or {*options.ood.split(",")} <= {*spec.near, *spec.far}
             assert options.recipe is None or options.recipe in recipes.RECIPES

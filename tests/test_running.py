@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import torch
 from torch import nn
 
 import ood_fast
+from ood_fast import heads
 from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet, Mahalanobis
 from ood_fast.heads import capture_features, find_head
 from ood_fast.models import running
 from ood_fast.models.running import evaluating
+from ood_fast.ops import registration
 
 N_THREADS = 8
 
@@ -622,3 +625,22 @@ def test_batches_that_leave_open_what_the_model_takes():
     two = {"img": torch.randn(8, 3, 2, 2), "fine": torch.arange(8) % 4, "coarse": torch.arange(8) % 2}
     with pytest.raises(ValueError, match=r"targets: got None.* a batch that is a mapping has them as labels"):
         Mahalanobis().fit(model, [two])
+
+
+@pytest.mark.parametrize("name", ["_call_impl", "_compiled_call_impl", "_torchdynamo_orig_callable", "_orig_mod"])
+def test_compiled_models_where_torch_calls_its_private_names_otherwise(name, x, monkeypatch):
+    """Nothing tells then that a model is compiled; the head that does not run as a module is found all the same."""
+    source = inspect.getsource(registration).replace(f'"{name}"', '"_gone"')
+    renamed = {"__name__": registration.__name__, "__package__": registration.__package__}
+    part = source[source.index("COMPILED_CALL =") : source.index("# -----", source.index("COMPILED_CALL ="))]
+    exec(compile("from __future__ import annotations\nimport torch\n" + part, name, "exec"), renamed)
+    for module in (registration, heads, running):
+        for own in ("COMPILED_CALL", "is_compiled", "uncompiled"):
+            if hasattr(module, own):
+                monkeypatch.setattr(module, own, renamed[own])
+    model = Net().eval()
+    with torch.no_grad():
+        want = NCI().fit_features(model.body(x), head=model.fc).score_features(model.body(x), model(x))
+    for used in (torch.compile(model, backend="eager"), COMPILED["model.compile()"](copy.deepcopy(model))):
+        torch.testing.assert_close(NCI().fit(used, [x]).score(used, x), want)
+    torch._dynamo.reset()
