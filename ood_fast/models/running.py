@@ -171,6 +171,8 @@ def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tens
 
 def _input_of(given: dict[str, Tensor], model: nn.Module | None) -> Tensor | dict[str, Tensor]:
     """What of the tensors of a batch goes into the model: by keyword what it takes by name, else the one of images."""
+    if not given:
+        return given
     if len(given) == 1 and "pixel_values" not in given:  # that name of transformers goes by keyword
         return next(iter(given.values()))
     takes = inspect.signature(unwrapped(model).forward).parameters if model is not None else {}
@@ -340,7 +342,8 @@ def _no_logits(rows: Tensor, expected: Tensor | None, rounding: float, unknown: 
         return "an output whose rows are probabilities, 0 to 1 with sum 1", "leave out the softmax at its end"
     if (rows <= 0).all() and (rows.logsumexp(1).abs() <= rounding * (1 + rows.abs().amax(1))).all():
         return "an output whose rows are logarithms of probabilities", "leave out the log-softmax at its end"
-    for name in ("the sigmoid", "the clamped output") if expected is not None else ():
+    relu = bool(rows.min() == 0)  # a network of features that ends so has a norm of its outputs
+    for name in ("the sigmoid", *(() if relu else ("the clamped output",))) if expected is not None else ():
         if _close(_changed(expected, rows)[name], rows):
             return f"{name} of its last layer", "let it return what that layer makes"
     return "", ""
