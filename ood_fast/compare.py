@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checks, files, recipes
+from .detectors import registry
 from .evaluation import Results, RunResult, Trained, evaluate_run, open_run, paths_of
 from .evaluation.measure import VALIDATION, Measuring, by_name, parts_of
 from .evaluation.trained import PRETRAINED
@@ -167,7 +168,12 @@ class Comparison:
             self.benchmark_of(self.seeds[0]).name,
             results,
             self.measuring.get("bootstrap", 200),
-            self.measuring.get("tune", True),
+            all(
+                name in run.trials
+                for run in results
+                for name in run.scores
+                if getattr(registry.registered(name), "grid", None)
+            ),
         )
 
     def check(self) -> None:
