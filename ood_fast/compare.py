@@ -164,17 +164,10 @@ class Comparison:
         """Runs by loss, in the order of the losses."""
         losses = list(dict.fromkeys([*self.recipes, *(result.trained.method for result in results)]))
         results = sorted(results, key=lambda r: (losses.index(r.trained.method), r.trained.seed or 0))
-        return Results(
-            self.benchmark_of(self.seeds[0]).name,
-            results,
-            self.measuring.get("bootstrap", 200),
-            all(
-                name in run.trials
-                for run in results
-                for name in run.scores
-                if getattr(registry.registered(name), "grid", None)
-            ),
-        )
+        searched = [(name in run.trials, registry.registered(name)) for run in results for name in run.scores]
+        tuned = all(was for was, detector in searched if detector is not None and detector.grid)
+        name = self.benchmark_of(self.seeds[0]).name
+        return Results(name, results, self.measuring.get("bootstrap", 200), tuned)
 
     def check(self) -> None:
         """As `check_data`; UserError also for runs that are there but are no seeds of those that are asked for, or

@@ -47,18 +47,24 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         write_records(file, list(records), "\r\n")
 
 
-def read_records(path: str | os.PathLike) -> list[dict[str, str]]:
-    """What `write_records` wrote, as text.
+def read_rows(path: str | os.PathLike, errors: str = "strict") -> list[list[str]]:
+    """What `write_rows` wrote, as text, the header first. `errors`: as of `open`, of bytes that are no UTF-8.
 
     Raises:
-        OSError, ValueError: it cannot be read; no UTF-8, no CSV, or a row of another length.
+        OSError, ValueError: it cannot be read; no UTF-8, no CSV, or a row of another length than the first.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors=errors) as file:
         try:
-            header, *rows = [list(map(from_cell, row)) for row in csv.reader(file) if row] or [[]]
+            rows = [list(map(from_cell, row)) for row in csv.reader(file) if row] or [[]]
         except csv.Error as error:
             raise ValueError(str(error)) from error
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise ValueError(f"row {number} has {len(row)} entries, the header {len(header)}")
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"row {number} has {len(row)} entries, the header {len(rows[0])}")
+    return rows
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, str]]:
+    """What `write_records` wrote, as text; raises as `read_rows`."""
+    header, *rows = read_rows(path)
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -410,7 +410,7 @@ def test_a_diagnosis_is_read_as_it_was_written(data, tmp_path):
     assert torch.equal(again.sets["far"].distance, found.sets["far"].distance)
     assert torch.equal(again.collapse.ratios, found.collapse.ratios)
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(checks.UserError, match=r"is damaged, or not a file of \.npz|cannot be read as a diagnosis"):
+    with pytest.raises(checks.UserError, match=r"is damaged, or not a file of \.npz"):
         diagnostics.Diagnosis.load(file)
     np.savez(file, json='{"format": "other"}')
     with pytest.raises(checks.UserError, match="another version"):

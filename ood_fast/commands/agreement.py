@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..detectors import Detector
 from ..detectors.streaming import Gathered
-from ..evaluation.agreement import at_chance, confusion, other_order
+from ..evaluation.agreement import LISTED, at_chance, confusion, other_order
 from .common import refusal
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SAMPLED = 256  # images that decide between two orders of the classes
 BATCH = 32
-LISTED = 12  # classes in a message
 
 
 @dataclass

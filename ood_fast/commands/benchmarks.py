@@ -1,4 +1,4 @@
-"""The benchmark of `ood-fast evaluate`, prepared for each model that it measures."""
+"""The benchmark of `ood-fast evaluate` and `compare`, prepared for each model that they measure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ class Benchmarks:
 
     A run of `ood-fast train` says how its images were prepared and in which order its classes are. Of other models the
     timm, transformers or torchvision model says it, unless the benchmark's images are of another scale.
+
+    Args:
+        path: of the first run, which says what the command line leaves open; None: nothing is trained yet.
     """
 
-    def __init__(self, options: argparse.Namespace, path: str) -> None:
-        if not path.startswith("pretrained:") and not Path(path).expanduser().exists():
+    def __init__(self, options: argparse.Namespace, path: str | None) -> None:
+        if path is not None and not path.startswith("pretrained:") and not Path(path).expanduser().exists():
             raise refusal(f"{path}: no such file or folder")
-        info = run_info(path)
+        info = {} if path is None else run_info(path)
         self.options = options
         self.name = options.benchmark or info.get("benchmark")
         if self.name is None:
@@ -37,10 +40,7 @@ class Benchmarks:
         self.root = options.data_root or self.trained_on.get("root")
         same = self.root == self.trained_on.get("root")
         self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
-        self.folders = folders_by_name(options.ood_folder)
-        for title in self.folders:
-            if "/" in title:
-                raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
+        self.folders = _folders(options.ood_folder)
         self.opened: dict[tuple, ImageBenchmark] = {}
         self.told: set[str] = set()
 
@@ -52,7 +52,7 @@ class Benchmarks:
         from ..data.folders import class_names
 
         options = self.options
-        seed = (seed or 0) if self.name == "digits" else options.seed
+        seed = (seed or 0) if self.name == "digits" or options.seed is None else options.seed
         classes = class_names(options.classes) if options.classes is not None else classes
         key = (seed, None if prepared is None else str(prepared), None if classes is None else tuple(classes))
         if key not in self.opened:
@@ -114,10 +114,13 @@ class Benchmarks:
         return prepared
 
 
-def folders_by_name(given: list[str]) -> dict[str, str]:
-    """Those of --ood-folder NAME=DIR; a name twice is refused."""
+def _folders(given: list[str]) -> dict[str, str]:
+    """Those of --ood-folder NAME=DIR; a name twice, or with /, is refused."""
     named = [named_path("--ood-folder", text, "NAME=DIR") for text in given]
     folders = dict(named)
+    for name in folders:
+        if "/" in name:
+            raise refusal(f"--ood-folder: got the name {name!r}, expected one without /")
     if len(folders) < len(named):
         raise refusal(f"--ood-folder: got {', '.join(name for name, _ in named)}, expected each name only once")
     return folders

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES
-from .benchmarks import named_path, run_info
+from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
 from .model import allow, is_callable, named
@@ -19,12 +19,11 @@ from .options import share
 from .progress import Bar
 
 if TYPE_CHECKING:
-    from ..data import ImageBenchmark
     from ..detectors import DetectorSet
     from ..evaluation import Results, RunResult
     from ..train import Run
 
-    Given = tuple[Path, Callable[[int], ImageBenchmark], DetectorSet]
+    Given = tuple[Path, Benchmarks, DetectorSet]
 
 DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
@@ -92,7 +91,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
     share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
     share(parser, "device", "plugin", "quiet")
-    parser.set_defaults(run=run)
+    # of `evaluate`, whose benchmark this is: the seed is that of each run
+    unasked = ("seed", "classes", "orientation", "truncated", "size", "resize", "mean", "std", "interpolation")
+    parser.set_defaults(run=run, synthetic=False, **dict.fromkeys(unasked))
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise refusal(f"--benchmark: {options.runs[0]} does not say which; give one")
     if options.benchmark == "digits":
         require_package("scikit-learn", "sklearn")
-    benchmark_of = _benchmarks(options)
+    benchmarks = Benchmarks(options, options.runs[0] if options.runs else None)
     chosen, grids = _detectors(options)
     measuring = {"leave_out": options.detectors == "all", "grids": grids, "workers": options.workers}
     measuring["device"] = device(options.device)
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     folder = free_folder(default if options.out is None else options.out)
     context: dict[str, Any] = {"command": command, "versions": versions(), "machine": machine()}
     start = time.perf_counter()
-    compared = (_taken if options.runs else _trained)(options, context, (folder, benchmark_of, chosen), measuring)
+    compared = (_taken if options.runs else _trained)(options, context, (folder, benchmarks, chosen), measuring)
     context["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         results = compared()
@@ -152,7 +153,7 @@ def _trained(
     """What trains and measures a run for each loss and seed."""
     from ..compare import Comparison, recipes_of, remove_runs
 
-    folder, benchmark_of, chosen = given
+    folder, benchmarks, chosen = given
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
     if options.init and not Path(options.init).expanduser().is_file():
         raise refusal(f"--init: no file {options.init}")
@@ -170,7 +171,7 @@ def _trained(
     training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
     checkpoint = options.checkpoint or ("final" if options.init else "best")
-    comparison = Comparison(folder, recipes, seeds, benchmark_of, chosen, training, measuring, bar, checkpoint)
+    comparison = Comparison(folder, recipes, seeds, benchmarks.open, chosen, training, measuring, bar, checkpoint)
     comparison.check_data()
     if options.overwrite:
         remove_runs(folder)
@@ -192,28 +193,20 @@ def _taken(
     from ..compare import open_runs
 
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
-    for name in (
-        "recipe",
-        "init",
-        "checkpoint",
-        "epochs",
-        "overwrite",
-        "losses",
-        "seeds",
-        *(["set"] if settings else []),
-    ):
+    of_training = ("recipe", "init", "checkpoint", "epochs", "overwrite", "losses", "seeds")
+    for name in (*of_training, *(["set"] if settings else [])):
         if getattr(options, name):
             raise refusal(f"--{name}: not used with RUN: what is trained is taken as it is")
     for path in options.runs:
         info = _info(path)
         import_known(info.get("plugins") or [])
         allow(info["recipe"]["model"] if info else "", options.model, path)
-    _, benchmark_of, chosen = given
+    _, benchmarks, chosen = given
     model = named(options.model) if options.model and is_callable(options.model) else options.model
-    runs = open_runs(options.runs, benchmark_of, model)
+    runs = open_runs(options.runs, benchmarks.open, model)
     measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
     measuring["progress"] = lambda what, total: Bar(what, total, options.quiet)
-    return lambda: evaluation.evaluate_runs(runs, lambda run: benchmark_of(run.seed or 0), chosen, **measuring)
+    return lambda: evaluation.evaluate_runs(runs, benchmarks.of, chosen, **measuring)
 
 
 def _info(path: str) -> dict[str, Any]:
@@ -224,33 +217,6 @@ def _info(path: str) -> dict[str, Any]:
     if not Path(first).expanduser().exists() and not path.startswith("pretrained:"):
         raise refusal(f"{path}: no such file or folder")
     return run_info(first)
-
-
-def _benchmarks(options: argparse.Namespace) -> Callable[[int], ImageBenchmark]:
-    """The benchmark, by the seed: that of `digits` draws its classes by it, the others their augmentation."""
-    from ..data import open_benchmark
-
-    folders = dict(named_path("--ood-folder", text, "NAME=DIR") for text in options.ood_folder)
-    for title in folders:
-        if "/" in title:
-            raise refusal(f"--ood-folder: got the name {title!r}, expected one without /")
-    opened: dict[int, ImageBenchmark] = {}
-
-    def of(seed: int) -> ImageBenchmark:
-        if seed not in opened:
-            opened[seed] = open_benchmark(
-                options.benchmark,
-                options.data_root,
-                download=options.download,
-                layout=options.layout,
-                ood=None if options.ood is None else listed(options.ood),
-                ood_folders=folders,
-                image_size=options.image_size,
-                seed=seed,
-            )
-        return opened[seed]
-
-    return of
 
 
 def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict[str, tuple]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 from collections.abc import Callable
@@ -44,11 +43,8 @@ def write(page: Path, table: Path, source: Files | None, command: str) -> None:
 def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of what `score` wrote."""
     if table.suffix == ".csv":
-        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            columns, *rows = csv.reader(file)
-        names = [list(map(spreadsheet.from_cell, row[:2])) for row in rows]
-        scores = [[float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:])] for row in rows]
-        return columns, [[*name, *score] for name, score in zip(names, scores, strict=True)]
+        columns, *rows = spreadsheet.read_rows(table, errors="surrogateescape")
+        return columns, [[*row[:2], *(float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:]))] for row in rows]
     from pyarrow import parquet
 
     held = parquet.read_table(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def evaluate_loaders(
     parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
     if fit is not None:
         parts[FIT] = _outputs(model, layer, FIT, fit, {})
-    groups = {ID: "id", **{name: "near" if name.startswith("near") else "far" for name in ood}}
+    groups = {ID: "id", **{name: "near" if re.match(r"near($|[/_])", name) else "far" for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
     result = RunResult(Trained(title, model, title, Path(), ""), "", sets, outputs=parts)
