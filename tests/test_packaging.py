@@ -140,3 +140,47 @@ assert ood_fast.nci_score(z, W, b, torch.zeros(3)).isfinite().all()
 """,
         tmp_path,
     )
+
+
+ONLY_DECLARED = """
+import re, sys
+from importlib import metadata
+
+declared, waiting = set(), ["ood_fast"]
+while waiting:
+    name = re.split(r"[^\\w.-]", waiting.pop())[0].lower().replace("_", "-")
+    if name not in declared:
+        declared.add(name)
+        try:
+            wanted = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [line for line in wanted if "extra ==" not in line]
+held = {top: {name.lower().replace("_", "-") for name in of} for top, of in metadata.packages_distributions().items()}
+
+
+class Declared:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def find_spec(self, name, path=None, target=None):
+        of = held.get(name.partition(".")[0])
+        return None if of and not of & (declared | {"setuptools"}) else self.inner.find_spec(name, path, target)
+
+
+sys.meta_path[:] = map(Declared, sys.meta_path)
+"""
+
+
+@pytest.mark.slow
+def test_the_default_command_needs_what_is_declared(tmp_path):
+    """`pip install ood_fast` and nothing else: no package counts that another one brings, or the extras do."""
+    code = f"{ONLY_DECLARED}\nfrom ood_fast import cli\nsys.exit(cli.main(%r))"
+    short = ["compare", "--losses", "ce", "--seeds", "1", "--epochs", "1", "--quiet", "--out", "it"]
+    run(code % short, tmp_path)
+    assert (tmp_path / "it/report.html").is_file()
+    with pytest.raises(AssertionError, match="No module named 'timm'"):
+        run(f"{ONLY_DECLARED}\nimport timm", tmp_path)
