@@ -28,6 +28,8 @@ LARGE_SQUARE = tl.constexpr(2.0**80)
 SMALL_SQUARE = tl.constexpr(2.0**-80)
 # The smallest normal float32: GPUs take less as 0. Rows of which no entry is further apart coincide.
 SMALLEST = tl.constexpr(2.0**-126)
+# Rows of W whose median is the origin.
+SAMPLED_ROWS = 31
 
 
 @triton.jit
@@ -269,16 +271,16 @@ class Product(NamedTuple):
 
 
 def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 64) -> Product:
-    """bf16 rows as they are, which is exact; others in fp32, less an origin: the one given, or their mean with weights
-    1/‖w_j‖. In the plain mean, one row much longer than the others would move it away from all of them.
+    """bf16 rows as they are, which is exact; others in fp32, less an origin: the one given, or the median, entry by
+    entry, of some of them. One row much longer than the others would move their mean away from all of them.
     """
     target = target_of(head_weight)
     exact = head_weight.dtype == torch.bfloat16
     tile = tile_config(target, exact, columns)
     if mean is None and not exact:
-        share = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)
-        share = share.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
-        mean = torch.mv(head_weight.float().t(), share).div_(share.sum().clamp_min_(torch.finfo(torch.float32).tiny))
+        sample = head_weight[:: cdiv(head_weight.shape[0], SAMPLED_ROWS)].float()
+        # Not `median`, which torch.use_deterministic_algorithms refuses on a GPU.
+        mean = sample.sort(0).values[sample.shape[0] // 2]
     constants = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

@@ -64,7 +64,8 @@ class Head:
         """The median, entry by entry, of some rows, and the scale that makes the median of their lengths about 1."""
         n_rows = self.weight.shape[0]
         sample = self.weight[:: -(-n_rows // SAMPLED_ROWS)].to(self.mean.origin.dtype)
-        origin = sample.median(0).values
+        # Not `median(0)`, which torch.use_deterministic_algorithms refuses on a GPU.
+        origin = sample.sort(0).values[(sample.shape[0] - 1) // 2]
         largest = (sample - origin).abs().amax(1) if sample.shape[1] else sample.new_zeros(1)
         size = largest.median().item() or largest.amax().item()
         if not 0 < size < math.inf:

@@ -16,7 +16,7 @@ from ..records import Geometry
 from . import sizes
 from .distances import LONG, SHORT, Head, RowFrame, centered, framed, weight_tile
 from .precision import matmul
-from .sizes import parts, slices, take
+from .sizes import slices
 
 # Rows nearer than the inverse of this, in the robust frame, are few: their forces times R could leave the range.
 NEAR = 2.0**10
@@ -87,36 +87,52 @@ def pull_rows(
     `gap_sums`, which are spent, and `inverse`, R, are (u, c); `left` (u, m): the rows w_p; `units`
     of `unit_of`. W is read in tiles.
     """
-    head_weight, origin, (nearest, unit) = head.weight, head.mean.origin, units
+    origin, (nearest, unit) = head.mean.origin, units
     force = gap_sums.mul_(inverse if unit == 1.0 else inverse / unit).mul_(inverse)
-    centered_left = left - origin
-    left_longest = torch.linalg.vector_norm(centered_left, dim=1).amax().item()
-    buffer = weight_tile(head_weight, left.dtype)
-    adds, own = grad_weight is not None, None
-    for columns in parts(head_weight.shape[0], buffer.shape[0]):
-        right_rows = take(head_weight, columns)
-        near, push = (inverse, force) if columns is None else (inverse[:, columns], force[:, columns])
-        ours, theirs, alone = centered_left, centered(right_rows, origin, buffer), None
-        longest = torch.linalg.vector_norm(theirs, dim=1).amax().item()
-        if _is_apart(nearest, max(longest, left_longest)):
+    ours = left - origin
+    longest = torch.linalg.vector_norm(ours, dim=1).amax().item()
+    # No row of W is farther from the origin than the longest w_p and the farthest from one of these together.
+    farthest = inverse[0].masked_fill(inverse[0] == 0, math.inf).amin().reciprocal().item()
+    if _is_apart(nearest, longest + farthest):
+        return _pull_products(force.mul_(inverse), ours, head, grad_weight)
+    buffer = weight_tile(head.weight, left.dtype)
+    adds, own = grad_weight is not None, torch.zeros_like(left)
+    if not adds:
+        grad_weight = left.new_empty(head.weight.shape)
+    for columns in slices(head.weight.shape[0], buffer.shape[0]):
+        right_rows, near, push = head.weight[columns], inverse[:, columns], force[:, columns]
+        left_rows, theirs, alone = ours, centered(right_rows, origin, buffer), None
+        if _is_apart(nearest, max(longest, torch.linalg.vector_norm(theirs, dim=1).amax().item())):
             push.mul_(near)
         else:
-            push, ours, theirs, alone = _separated(push, near, left, right_rows, head.robust)
-        own_part = matmul(push, theirs).addcmul_(ours, push.sum(1, keepdim=True), value=-1)
-        part = matmul(push.t(), ours).addcmul_(theirs, push.sum(0).unsqueeze(1), value=-1)
+            push, left_rows, theirs, alone = _separated(push, near, left, right_rows, head.robust)
+        own_part = matmul(push, theirs).addcmul_(left_rows, push.sum(1, keepdim=True), value=-1)
+        part = matmul(push.t(), left_rows).addcmul_(theirs, push.sum(0).unsqueeze(1), value=-1)
         if alone is not None:
             for pairs in slices(alone.row.shape[0], sizes.DIFFERENCE_ELEMENTS // max(1, left.shape[1])):
                 r, j, of_force, of_near = (t[pairs] for t in alone)
                 pull = (right_rows[j].to(left.dtype) - left[r]).mul_(of_near.unsqueeze(1)).mul_(of_force.unsqueeze(1))
                 add_rows(own_part, r, pull)
                 add_rows(part, j, pull.neg_())
-        own = own_part if own is None else own.add_(own_part)
-        if grad_weight is None:
-            grad_weight = part if columns is None else part.new_empty(head_weight.shape)
+        own.add_(own_part)
+        grad_weight[columns] = part.add_(grad_weight[columns]) if adds else part
+    return grad_weight, own
+
+
+def _pull_products(push: Tensor, left: Tensor, head: Head, grad_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`pull_rows` of -S and centred rows, which are spent, where products serve all pairs."""
+    minus_sums = push.sum(1, keepdim=True).neg_()
+    adds = grad_weight is not None
+    if not adds:  # one product of all tiles is faster, and adding it would hold another dW
+        grad_weight = matmul(push.t(), left)
+    own = left * minus_sums
+    buffer = weight_tile(head.weight, left.dtype)
+    for columns in slices(head.weight.shape[0], buffer.shape[0]):
+        right, part = centered(head.weight[columns], head.mean.origin, buffer), push[:, columns]
+        own.add_(matmul(part, right))
+        into = grad_weight[columns].addcmul_(right, part.sum(0).unsqueeze(1), value=-1)
         if adds:
-            take(grad_weight, columns).add_(part)
-        elif columns is not None:
-            grad_weight[columns] = part
+            into.add_(matmul(part.t(), left))
     return grad_weight, own
 
 
