@@ -168,9 +168,9 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     each form. Every line costs CI four targets, so there is one where it shows a branch that no other line has."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     part = functools.partial
-    # ImageNet-1K in batches with n < c and with n >= c, each in one dtype; CIFAR-100.
-    yield "imagenet", part(run_elogitnorm, 256, 1000, 2048, fp32, weight_dtype=fp32, heavy=False)
-    yield "imagenet", part(run_elogitnorm, 256, 1000, 2048, bf16, weight_dtype=bf16, heavy=False)
+    # ImageNet-1K in batches with n < c, also with the head that autocast leaves in fp32, and with n >= c; CIFAR-100.
+    for dtype, weight_dtype in ((fp32, fp32), (bf16, bf16), (bf16, fp32), (fp16, fp32)):
+        yield "imagenet", part(run_elogitnorm, 256, 1000, 2048, dtype, weight_dtype=weight_dtype, heavy=False)
     yield "imagenet", part(run_elogitnorm, 4096, 1000, 2048, bf16, weight_dtype=bf16, heavy=False)
     yield "cifar100", part(run_elogitnorm, 512, 100, 512, fp32, weight_dtype=fp32, heavy=False)
     yield "imagenet", part(run_logitnorm, 256, 1000, fp16, heavy=False)
@@ -178,7 +178,8 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "widest", part(run_elogitnorm, 8200, 8192, 512, fp32, weight_dtype=fp32, heavy=False, smoothing=0.1)
     yield "widest", part(run_statistics, 16, 8192, 2048, fp32)
     yield "widest", part(run_boundary_distance, 8200, 8191, 512, fp32)
-    yield "looped", part(run_elogitnorm, 16, 21841, 768, bf16, weight_dtype=bf16, heavy=True)
+    for dtype in (fp32, bf16):
+        yield "looped", part(run_elogitnorm, 16, 21841, 768, dtype, weight_dtype=dtype, heavy=True)
     yield "looped", part(run_logitnorm, 16, 21841, fp32, heavy=True)
     yield "looped", part(run_boundary_distance, 16, 21841, 768, fp32)
     for dtype in (fp32, bf16):
