@@ -38,6 +38,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 LEFT_OUT: list[dict[str, str]] = []
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One thing at a time: it is timed."""
+    return 0
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one."""

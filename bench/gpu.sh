@@ -91,7 +91,7 @@ step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-ind
 files=(tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py tests/test_linear_elogitnorm.py
   tests/test_losses.py tests/test_ops.py tests/test_training_loops.py tests/test_launches.py tests/test_fused_row.py)
 parallel=()
-if [ -n "$dry" ] || "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8); fi
+if [ -n "$dry" ] || "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8 --dist load); fi
 
 if run 1; then
   # ---- is it right

@@ -23,8 +23,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each, and what it starts, its share of the cores
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests, as many files at a time as there are cores; what is named on the command line, in this process."""
+    return min(8, os.cpu_count() or 1) if config.args == config.getini("testpaths") else 0
 
 
 @dataclass(frozen=True)
