@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
     from .heads import L2NormLinear
     from .losses import ELogitNormLoss, LogitNormLoss
+    from .monitor import Monitor
     from .registry import register
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "ELogitNormLoss",
     "L2NormLinear",
     "LogitNormLoss",
+    "Monitor",
     "boundary_distance",
     "deploy",
     "elogitnorm",
@@ -50,6 +52,7 @@ _MODULES = (
     "losses",
     "metrics",
     "models",
+    "monitor",
     "ops",
     "recipes",
     "reference",
@@ -60,6 +63,7 @@ _HOMES = {  # the others: functional
     "ELogitNormLoss": "losses",
     "L2NormLinear": "heads",
     "LogitNormLoss": "losses",
+    "Monitor": "monitor",
     "deploy": "deployment",
     "register": "registry",
 }
