@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from detector_cases import sizes
 from torch import nn
 
 from ood_fast import detectors
@@ -16,7 +17,7 @@ from ood_fast.deployment import deploy
 from ood_fast.detectors import KNN, MSP, NCI
 
 C = 5
-SETTINGS = {"KNN": {"k": 3}, "NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 6}, "NECO": {"dim": 6}}
+SETTINGS = sizes(k=3, dim=6)
 EXPORTED = [name for name in detectors.known() if not detectors.find(name).needs_model]  # ODIN asks for gradients
 
 

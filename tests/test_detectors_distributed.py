@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detector_cases import sizes
 from torch import nn
 
 from ood_fast import detectors
@@ -22,13 +23,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 N_PROCESSES = 2
 TIMEOUT = 120  # seconds for everything; a lost process must not stop the suite
 N, C = 300, 4
-SETTINGS = {
-    "KNN": {"k": 5},
-    "KNN of a sample": {"k": 5, "budget": 40},
-    "NNGuide": {"k": 5, "fraction": 0.3},
-    "ViM": {"dim": 3},
-    "NECO": {"dim": 3},
-}
+SETTINGS = {**sizes(k=5, dim=3, fraction=0.3), "KNN of a sample": {"k": 5, "budget": 40}}
 NAMES = [name for name in detectors.known() if detectors.create(name, **SETTINGS.get(name, {})).needs_fit]
 NAMES += ["KNN of a sample"]
 SPLITS = {"uneven": 221, "nothing in the second": N, "nothing in the first": 0}

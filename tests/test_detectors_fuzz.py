@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from detector_cases import NAMES
+from detector_cases import NAMES, sizes
 
 from ood_fast import detectors
 from ood_fast.detectors import Detector, DetectorSet
@@ -54,9 +54,7 @@ class Data:
         return torch.nn.functional.linear(z.double(), self.W.double(), b).to(self.dtype)
 
     def make(self, name: str) -> Detector:
-        settings = {"KNN": {"k": self.k}, "NNGuide": {"k": self.k, "fraction": 1.0}}
-        settings |= {each: {"dim": self.dim} for each in ("ViM", "NECO")}
-        return detectors.create(name, **settings.get(name, {}))
+        return detectors.create(name, **sizes(self.k, self.dim).get(name, {}))
 
 
 def assert_near(scores: torch.Tensor, expected: torch.Tensor, why: str) -> None:

@@ -10,24 +10,34 @@ from torch import nn
 
 from ood_fast.detectors import (
     ASH,
+    DICE,
+    DML,
     FDBD,
     GEN,
+    LTS,
+    MCM,
     MSP,
     NCI,
     SCALE,
+    SML,
+    VRA,
     BoundaryDistance,
     Detector,
     Energy,
     Entropy,
     FeatureNorm,
+    GradNorm,
     KLMatching,
     MaxLogit,
     ReAct,
+    Residual,
+    TemperatureScaling,
     TemperedMSP,
     boundary,
 )
 
 N, C, M = 12, 5, 10
+TARGETS = torch.arange(60) % C  # of the training data
 DETECTORS = [
     MSP(),
     MSP(temperature=3.0),
@@ -57,6 +67,16 @@ DETECTORS = [
     ASH(variant="s"),
     ASH(variant="p"),
     SCALE(),
+    VRA(),
+    VRA(95, 5, below="zero"),
+    DICE(),
+    LTS(),
+    SML(),
+    GradNorm(),
+    TemperatureScaling(),
+    DML(),
+    MCM(),
+    Residual(dim=4),
 ]
 detectors = pytest.mark.parametrize("prototype", DETECTORS, ids=repr)
 
@@ -79,7 +99,7 @@ def features() -> torch.Tensor:
 
 def fitted(prototype: Detector, head: nn.Linear) -> Detector:
     z = torch.randn(60, M, generator=torch.Generator().manual_seed(1), dtype=torch.float64).relu().to(head.weight.dtype)
-    return copy(prototype).fit_features(z, head(z), head=head)
+    return copy(prototype).fit_features(z, head(z), TARGETS, head)
 
 
 @detectors
@@ -172,7 +192,7 @@ def test_variants_are_what_their_settings_construct(prototype, head, features):
     z = torch.randn(60, M).relu()
     begun = copy(prototype)
     if begun.needs_fit:
-        begun.partial_fit(z, head(z))
+        begun.partial_fit(z, head(z), TARGETS)
     logits = head(features)
     candidates = list(itertools.product(*begun.grid.values()))
     variants = list(begun.variants())
@@ -180,7 +200,7 @@ def test_variants_are_what_their_settings_construct(prototype, head, features):
     for variant, values in zip(variants, candidates, strict=True):
         settings = {**prototype.settings(), **dict(zip(begun.grid, values, strict=True))}
         assert variant.settings() == settings
-        constructed = type(prototype)(**settings).fit_features(z, head(z), head=head)
+        constructed = type(prototype)(**settings).fit_features(z, head(z), TARGETS, head)
         variant.finalize(head)
         expected = constructed.score_features(features, logits)
         assert torch.equal(variant.score_features(features, logits), expected)

@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from detector_cases import sizes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +25,7 @@ from ood_fast.detectors import FDBD, KNN, MSP, NCI
 from ood_fast.interop.openood import Postprocessor
 
 C, M = 4, 16
-SETTINGS = {"KNN": {"k": 3}, "NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 6}, "NECO": {"dim": 6}}
+SETTINGS = sizes(k=3, dim=6)
 SMALL_GRIDS = {"KNN": {"k": (1, 3, 5)}, "NNGuide": {"k": (1, 3)}, "ViM": {"dim": (4, 6)}, "NECO": {"dim": (4, 6)}}
 
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from detector_cases import sizes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,7 +17,7 @@ from ood_fast import detectors, registry
 from ood_fast.detectors import MSP, NCI, Detector, DetectorSet, FeatureNorm, load, register, store, streaming
 
 N, M, C = 60, 12, 4
-SETTINGS = {"KNN": {"k": 3}, "NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 3}, "NECO": {"dim": 3}}
+SETTINGS = sizes(k=3, dim=3)
 
 
 @pytest.fixture(scope="module")

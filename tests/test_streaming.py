@@ -263,6 +263,8 @@ STREAMED = {
     "FDBD": {},
     "KLMatching": {},
     "ReAct": {},
+    "SML": {},
+    "TemperatureScaling": {},
     "KNN": {"budget": 1000, "k": 10},
     "NNGuide": {"budget": 1000, "k": 10},
 }

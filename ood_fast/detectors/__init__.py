@@ -8,25 +8,29 @@ the data in `fitting`, many detectors at once in `sets`, the search for paramete
 `threshold`, files in `store`.
 """
 
-from .activation import ASH, SCALE, ReAct
+from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .detector import Detector
-from .feature import NCI, FeatureNorm
+from .feature import DML, MCM, NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
 from .gradient import ODIN
-from .logit import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
+from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
 from .neighbour import KNN, NNGuide
 from .registry import create, find, known, register
 from .search import tune
 from .sets import DetectorSet, load
-from .subspace import NECO, ViM
+from .subspace import NECO, Residual, ViM
 from .threshold import Calibration, conformal_pvalue, conformal_threshold, tpr_threshold
 
 __all__ = [
     "ASH",
+    "DICE",
+    "DML",
     "FDBD",
     "GEN",
     "KNN",
+    "LTS",
+    "MCM",
     "MSP",
     "NCI",
     "NECO",
@@ -34,6 +38,8 @@ __all__ = [
     "RMDS",
     "SCALE",
     "SHE",
+    "SML",
+    "VRA",
     "BoundaryDistance",
     "Calibration",
     "Detector",
@@ -41,11 +47,14 @@ __all__ = [
     "Energy",
     "Entropy",
     "FeatureNorm",
+    "GradNorm",
     "KLMatching",
     "Mahalanobis",
     "MaxLogit",
     "NNGuide",
     "ReAct",
+    "Residual",
+    "TemperatureScaling",
     "TemperedMSP",
     "ViM",
     "conformal_pvalue",

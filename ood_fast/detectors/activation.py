@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager.precision import double
 from . import streaming
 from .detector import Detector
 from .numbers import at_least_float32, exact_linear
@@ -60,6 +62,114 @@ class ReAct(ReshapedEnergy):
         return z.clamp(max=self.clip)
 
 
+@register
+class VRA(ReshapedEnergy):
+    """Energy of the features clipped from both sides: ẑ = min(max(z, q_low), q_high), percentiles of all fitted
+    features pooled.
+
+    Xu et al., "VRA: Variational Rectified Activation for Out-of-distribution Detection", NeurIPS 2023,
+    arXiv:2302.11716, set what lies below q_low to 0: below="zero". pytorch-ood has percentiles of its own for each
+    feature.
+
+    Args:
+        high, low: in percent, 0 <= low <= high <= 100.
+        below: "clip" as in OpenOOD, or "zero".
+    """
+
+    state = ("clip", "floor")
+    fits_on = "validation"
+    grid = {"high": (85, 90, 95, 99), "low": (1, 5, 10, 15)}
+
+    def __init__(self, high: float = 90.0, low: float = 10.0, *, below: str = "clip") -> None:
+        super().__init__()
+        checks.real("high", high, 0.0, 100.0)
+        checks.real("low", low, 0.0, 100.0)
+        checks.one_of("below", below, ("clip", "zero"))
+        if low > high:
+            raise ValueError(f"low: got {low}, expected at most high, {high}")
+        self.high, self.low, self.below = high, low, below
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {"values": streaming.Percentiles()}
+
+    def _finish(self, values: streaming.Percentiles) -> None:
+        self.clip, self.floor = (values.like.new_tensor(values.percentile(p)) for p in (self.high, self.low))
+
+    def _reshape(self, z: Tensor) -> Tensor:
+        clipped = z.clamp(max=self.clip)
+        if self.below == "clip":
+            return clipped.clamp(min=self.floor)
+        return torch.where(z < self.floor, 0.0, clipped)
+
+
+@register
+class DICE(ReshapedEnergy):
+    """Energy of a sparse head: log Σ_j exp f_j with f = Ŵ z + b, where Ŵ keeps the weights W_jk whose contribution
+    W_jk μ_k is above the p-th percentile of all of them, μ the mean of the training features, and is 0 elsewhere.
+
+    Sun and Li, "DICE: Leveraging Sparsification for Out-of-Distribution Detection", ECCV 2022, arXiv:2111.09805.
+
+    Args:
+        p: in percent, 0 <= p <= 100; pytorch-ood's `p` is p / 100. 90 as in OpenOOD, which searches no other; the
+            paper's are 10, 30, 50, 70 and 90.
+    """
+
+    state = ("sparse_weight",)
+
+    def __init__(self, p: float = 90.0) -> None:
+        super().__init__()
+        checks.real("p", p, 0.0, 100.0)
+        self.p = p
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {"mean": streaming.FeatureMean()}
+
+    def _finish(self, mean: streaming.FeatureMean) -> None:
+        weight = self.head_weight
+        contribution = double(weight) * (mean.total / mean.rows).to(double(weight))
+        threshold = float(np.percentile(contribution.cpu().numpy(), self.p))
+        self.sparse_weight = weight * (contribution > threshold).to(weight)
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        return torch.logsumexp(exact_linear(at_least_float32(features), self.sparse_weight, self.head_bias), dim=1)
+
+
+def largest_features(z: Tensor, p: float) -> Tensor:
+    """The k = m − round(m p / 100) largest of each row, at least one, (n, k), in no order."""
+    n_features = z.shape[1]
+    return z.topk(max(1, n_features - round(n_features * p / 100)), dim=1, sorted=False).values
+
+
+@register
+class LTS(Detector):
+    """Energy of scaled logits: log Σ_j exp(s f_j) with s = (s1/s2)², s1 = Σ max(z, 0), s2 the sum of the
+    k = m − round(m p / 100) largest of them in that sample, at least one; s = 1 where none is above 0.
+
+    Djurisic, Liu and Nikolic, "Logit Scaling for Out-of-Distribution Detection", Machine Vision and Applications 2025,
+    arXiv:2409.01175. pytorch-ood's `p` is 1 − p / 100.
+
+    Args:
+        p: in percent, 0 <= p <= 100.
+    """
+
+    needs_features = True
+    needs_logits = True
+
+    def __init__(self, p: float = 95.0) -> None:
+        super().__init__()
+        checks.real("p", p, 0.0, 100.0)
+        self.p = p
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        positive = at_least_float32(features).relu()
+        largest = largest_features(positive, self.p).sum(dim=1, keepdim=True)
+        share = positive.sum(dim=1, keepdim=True) / largest
+        scale = torch.where(largest == 0, 1.0, share).square()
+        return torch.logsumexp(at_least_float32(logits) * scale, dim=1)
+
+
 class PrunedEnergy(ReshapedEnergy):
     """Base class of what looks at the k = m − round(m p / 100) largest features of each sample, at least one."""
 
@@ -69,11 +179,6 @@ class PrunedEnergy(ReshapedEnergy):
         super().__init__()
         checks.real("p", p, 0.0, 100.0)
         self.p = p
-
-    def _largest(self, z: Tensor) -> Tensor:
-        """(n, k), in no order."""
-        n_features = z.shape[1]
-        return z.topk(max(1, n_features - round(n_features * self.p / 100)), dim=1, sorted=False).values
 
     @staticmethod
     def _factor(z: Tensor, largest: Tensor) -> Tensor:
@@ -108,7 +213,7 @@ class ASH(PrunedEnergy):
         self.variant = variant
 
     def _reshape(self, z: Tensor) -> Tensor:
-        largest = self._largest(z)
+        largest = largest_features(z, self.p)
         smallest = largest.amin(dim=1, keepdim=True)
         above, tied = z > smallest, z == smallest
         n_tied = largest.shape[1] - above.sum(dim=1, keepdim=True)  # how many of the tied ones stay
@@ -135,4 +240,4 @@ class SCALE(PrunedEnergy):
         super().__init__(p)
 
     def _reshape(self, z: Tensor) -> Tensor:
-        return z * self._factor(z, self._largest(z))
+        return z * self._factor(z, largest_features(z, self.p))

@@ -12,7 +12,8 @@ import torch
 from .registry import find, known
 
 N, C, M = 211, 7, 23  # training samples, classes, features
-_SMALL = {"KNN": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}, "ViM": {"dim": 11}, "NECO": {"dim": 11}}
+_SMALL = {"KNN": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
+_SMALL |= {name: {"dim": 11} for name in ("ViM", "NECO", "Residual")}
 _LETTERS = {N: "N", C: "c", M: "m", 11: "d"}
 
 
@@ -32,14 +33,22 @@ ABOUT = {
     "Entropy": About("c", "Chan, ICCV 2021", "2012.06575"),
     "GEN": About("c", "Liu, CVPR 2023", "", 'GEN(M=None, reduction="mean", clamp=1e-7)'),
     "KLMatching": About("c²", "Hendrycks, ICML 2022", "1911.11132"),
+    "TemperatureScaling": About("c", "Guo, ICML 2017", "1706.04599"),
+    "SML": About("c", "Jung, ICCV 2021", "2107.11264"),
+    "GradNorm": About("c + m", "Huang, NeurIPS 2021", "2110.00218"),
     "ReAct": About("c·m", "Sun, NeurIPS 2021", "2111.12797"),
     "ASH": About("c·m", "Djurisic, ICLR 2023", "2209.09858"),
     "SCALE": About("c·m", "Xu, ICLR 2024", "2310.00227"),
+    "VRA": About("c·m", "Xu, NeurIPS 2023", "2302.11716"),
+    "DICE": About("c·m", "Sun, ECCV 2022", "2111.09805"),
+    "LTS": About("c + m", "Djurisic, MVA 2025", "2409.01175"),
     "FDBD": About("c + m; c·m without R", "Liu, ICML 2024", "2312.11536"),
     "BoundaryDistance": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
     "TemperedMSP": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
     "FeatureNorm": About("m", "Haas, TMLR 2024", "2306.04072"),
     "NCI": About("c + m", "Liu, CVPR 2025", "2311.01479"),
+    "DML": About("c·m", "Zhang, CVPR 2023", ""),
+    "MCM": About("c·m", "Ming, NeurIPS 2022", "2211.13445"),
     "Mahalanobis": About(
         "m² + c·m", "Lee, NeurIPS 2018", "1807.03888", "Mahalanobis(half=True, scatter=True, ridge=1e-6)"
     ),
@@ -49,6 +58,7 @@ ABOUT = {
     "KNN": About("N·m", "Sun, ICML 2022", "2204.06507", "KNN(squared=False)"),
     "NNGuide": About("N/100·m", "Park, ICCV 2023", "2309.14888", "NNGuide(k=10, fraction=1.0)"),
     "ViM": About("m·d", "Wang, CVPR 2022", "2203.10807"),
+    "Residual": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "NECO": About("m·d", "Ammar, ICLR 2024", "2310.06823"),
 }
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..functional import nci_score
+from ..functional import l2_normalize, nci_score
 from ..statistics import row_statistics
 from . import streaming
 from .detector import Detector
-from .numbers import at_least_float32, nan_where_too_long
+from .logit import confidence
+from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 
@@ -124,3 +125,69 @@ class NCI(Detector):
         proximity = nci_score(features, self.head_weight, self.head_bias, self.mean, None, alpha=0.0)
         read = row_statistics((self._norm, "centred_norm"), None, features, mean=self.mean)
         return nan_where_too_long(proximity + self.alpha * read[self._norm], read["centred_norm"])
+
+
+class CosineDetector(Detector):
+    """Base class of what reads the directions of features and of the head's weights."""
+
+    needs_features = True
+    needs_head = True
+
+    def _cosines(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """cos(z, w_j), (n, c), 0 of a zero vector; ‖z‖₂, (n,)."""
+        unit, lengths = l2_normalize(at_least_float32(features))
+        cosines = exact_linear(unit, l2_normalize(at_least_float32(self.head_weight))[0])
+        return cosines.masked_fill(lengths.isinf().unsqueeze(1), torch.nan), lengths
+
+
+@register
+class DML(CosineDetector):
+    """Decoupled MaxLogit: the largest cosine with a weight of the head and the length of the feature, balanced anew:
+
+        λ max_j cos(z, w_j) + ‖z‖₂
+
+    The bias takes no part. Fitting only copies the head.
+
+    Zhang and Xiang, "Decoupling MaxLogit for Out-of-Distribution Detection", CVPR 2023. The paper chooses λ for each
+    net; DML+, two nets trained for the two terms, is not here.
+
+    Args:
+        weight: λ >= 0, in the unit of ‖z‖.
+    """
+
+    label = "Decoupled MaxLogit"
+    grid = {"weight": (1, 3, 10, 30, 100, 300)}
+
+    def __init__(self, weight: float = 10.0) -> None:
+        super().__init__()
+        checks.real("weight", weight, 0.0)
+        self.weight = weight
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        cosines, lengths = self._cosines(features)
+        return self.weight * cosines.amax(dim=1) + lengths
+
+
+@register
+class MCM(CosineDetector):
+    """Maximum concept matching, for heads made of text: max_j softmax(cos(z, w_j) / T)_j, with z the embedding of an
+    image and w_j that of the name of class j,
+
+        MCM().fit_features(None, head=(text_embeddings, None)).score_features(image_embeddings)
+
+    Ming et al., "Delving into Out-of-Distribution Detection with Vision-Language Representations", NeurIPS 2022,
+    arXiv:2211.13445. OpenOOD takes what its net gives for the cosines.
+
+    Args:
+        temperature: T > 0.
+    """
+
+    grid = {"temperature": (0.01, 1, 10)}
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        checks.real("temperature", temperature, 0.0, open_low=True)
+        self.temperature = temperature
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        return confidence(self._cosines(features)[0], self.temperature)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager.precision import double
 from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
 from .detector import Detector
-from .fitting import tell_missing
-from .numbers import at_least_float32, exact_linear, k_smallest
+from .fitting import tell, tell_missing
+from .numbers import at_least_float32, exact_linear, k_smallest, nan_where_too_long
 from .registry import register
 
 
@@ -223,3 +224,136 @@ class KLMatching(Detector):
         entropy = row_statistics(("entropy",), logits)["entropy"]
         # The KL is −entropy − Σ_j P_j log d_kj.
         return entropy + exact_linear(probability, self.log_typical).amax(dim=1)
+
+
+@register
+class TemperatureScaling(Detector):
+    """Maximum softmax probability at the temperature that fits validation data best: max_j softmax(f / T)_j,
+
+        T = argmin Σ_i −log softmax(f_i / T)_{y_i},    2⁻⁶ <= T <= 2¹⁰
+
+    The sum is convex in 1/T, whose derivative Σ_i (gap of y_i − mean gap under the softmax) is bisected in float64;
+    OpenOOD and pytorch-ood take at most 50 small steps of L-BFGS, which may end before. Where every sample is
+    classified correctly T is the smallest, with a warning. Fitted on logits and targets: all of them up to 2²⁵ numbers,
+    beyond a random sample of so many.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
+    """
+
+    label = "Temperature scaling"
+    needs_logits = True
+    state = ("temperature",)
+    fits_on = "validation"
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {"sample": streaming.Bank("logits", values=streaming.SAMPLE_VALUES)}
+
+    def _finish(self, sample: streaming.Bank) -> None:
+        rows = double(sample.value())
+        logits, targets = rows[:, :-1], rows[:, -1:].long()
+        gap = logits.amax(dim=1, keepdim=True) - logits
+        of_target = gap.gather(1, targets)
+        if of_target.isinf().any():
+            raise ValueError(
+                f"targets: got class {int(targets[of_target.isinf()][0])} where its logit is -inf, a masked class, "
+                "expected classes that can be predicted"
+            )
+        finite = gap.masked_fill(gap.isinf(), 0.0)
+        low, high = -10.0, 6.0  # of log2 1/T
+        for _ in range(40):
+            middle = (low + high) / 2
+            weight = exp_of_minus(gap * 2.0**middle)
+            falls = of_target.mean() < ((weight * finite).sum(dim=1) / weight.sum(dim=1)).mean()
+            low, high = (middle, high) if falls else (low, middle)
+        if high == 6.0 or low == -10.0:
+            tell(
+                self,
+                f"the temperature is at its bound, {2.0**-low:g}: all samples are right, or the logits tell nothing",
+            )
+        self.temperature = sample.like.new_tensor(2.0 ** -((low + high) / 2))
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        return confidence(at_least_float32(logits), self.temperature)
+
+
+@register
+class SML(Detector):
+    """Standardised max logit: (f_p − μ_p) / σ_p, p = argmax_j f_j, with mean and standard deviation (÷N) of the largest
+    logit over the training samples that are predicted as p.
+
+    A class that is predicted for fewer than two of them, or always with one value, takes those of all samples; of those
+    that are never predicted a warning tells.
+
+    Jung et al., "Standardized Max Logits: A Simple yet Effective Approach for Identifying Unexpected Road Obstacles in
+    Urban-Scene Segmentation", ICCV 2021, arXiv:2107.11264, whose smoothing over neighbouring pixels images do not need.
+    """
+
+    label = "Standardised max logit"
+    needs_logits = True
+    state = ("mean", "deviation")  # (c,)
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {"top": streaming.ClassMeans(by="predicted", of="top")}
+
+    def _finish(self, top: streaming.ClassMeans) -> None:
+        tell_missing(self, top.missing(), "no sample is predicted as {}: inputs predicted so are compared with all")
+        count = top.count.unsqueeze(1)
+        moments = torch.cat([top.value(), (top.total.sum(0) / count.sum()).unsqueeze(0)])
+        mean, variance = moments[:, 0], moments[:, 1] - moments[:, 0].square()
+        # The mean of n squares is off by up to n · 2⁻⁵² of them.
+        varies = variance > top.rows * torch.finfo(variance.dtype).eps * moments[:, 1]
+        if not varies[-1]:
+            raise ValueError(
+                f"logits: got the largest logit {float(mean[-1]):g} in all rows, expected some that differ"
+            )
+        of_class = (top.count > 1) & varies[:-1]
+        values = (torch.where(of_class, t[:-1], t[-1]) for t in (mean, variance.clamp(min=0).sqrt()))
+        self.mean, self.deviation = (t.to(top.like) for t in values)
+
+    def widths(self) -> tuple[int | None, int | None]:
+        """(None, c) of the means."""
+        return None, None if self.mean is None else len(self.mean)
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        top, predicted = at_least_float32(logits).max(dim=1)
+        return (top - self.mean[predicted]) / self.deviation[predicted]
+
+
+@register
+class GradNorm(Detector):
+    """L1 norm of the gradient that the weights W of the head get from the divergence of the softmax P from the uniform
+    distribution, Σ_j −log P_j, in closed form:
+
+        ‖∂/∂W‖₁ = ‖z‖₁ · Σ_j |c P_j − 1|
+
+    No backward pass, and no parameter is touched. Masked classes (−inf) do not count, also in c. c P_j − 1 keeps its
+    digits where P is nearly uniform. pytorch-ood takes the mean over j, which divides all scores by c, and by default
+    the gradients of all layers, which need backward passes.
+
+    Huang, Geng and Li, "On the Importance of Gradients for Detecting Distributional Shifts in the Wild", NeurIPS 2021,
+    arXiv:2110.00218.
+
+    Args:
+        temperature: T > 0 of the softmax of f / T; the factor 1/T of its gradient is left out.
+    """
+
+    needs_features = True
+    needs_logits = True
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        checks.real("temperature", temperature, 0.0, open_low=True)
+        self.temperature = temperature
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
+        gap = (logits.amax(dim=1, keepdim=True) - logits) / self.temperature
+        live = ~gap.isposinf()
+        # With e_j = exp(−gap_j) and mean e over the live classes, c P_j − 1 = (e_j − mean e) / mean e.
+        less = torch.expm1(-gap.masked_fill(~live, 0.0))
+        mean = (less.sum(dim=1) / live.sum(dim=1)).unsqueeze(1)
+        spread = ((less - mean).abs() * live).sum(dim=1) / (1 + mean.squeeze(1))
+        norm = row_statistics(("norm1",), None, features)["norm1"]
+        return nan_where_too_long(norm * spread, norm)

@@ -167,14 +167,23 @@ class MeanMaxLogit(Gathered):
         return self.total / self.rows
 
 
+def check_targets(targets: Tensor, n_classes: int | None) -> None:
+    """ValueError for a class index outside [0, n_classes), or below 0 where that is not known."""
+    outside = (targets < 0) if n_classes is None else (targets < 0) | (targets >= n_classes)
+    if outside.any():
+        row = int(outside.int().argmax())
+        bound = "c" if n_classes is None else n_classes
+        raise ValueError(f"targets: got {int(targets[row])} in row {row}, expected class indices in [0, {bound})")
+
+
 @dataclass
 class ClassMeans(Gathered):
-    """The mean over the rows of each class, of the features or of the softmax.
+    """The mean over the rows of each class, of the features, of the softmax, or of the largest logit and its square.
 
     Settings:
         by: what the class of a row is: "target", "correct" (the target, rows classified wrongly left out) or
             "predicted" (argmax, first index on ties).
-        of: "features" or "softmax".
+        of: "features", "softmax" or "top".
     """
 
     by: str = "target"
@@ -195,13 +204,17 @@ class ClassMeans(Gathered):
         # Of a binary classifier with one logit the targets are two classes. (argmax need not give the first of ties.)
         n_logits = None if logits is None or logits.shape[1] == 1 else logits.shape[1]
         classes = targets if self.by == "target" else logits.max(dim=1).indices
-        rows = features if self.of == "features" else torch.softmax(at_least_float32(logits), dim=1)
+        if self.of == "top":
+            top = double(logits.amax(dim=1, keepdim=True))
+            rows = torch.cat([top, top.square()], dim=1)
+        else:
+            rows = features if self.of == "features" else torch.softmax(at_least_float32(logits), dim=1)
         if self.by != "predicted":
-            self._check(targets, n_logits)
+            check_targets(targets, n_logits)
         if self.by == "correct":
             right = classes == targets
             classes, rows = classes[right], rows[right]
-        self.like = at_least_float32(rows[:0])
+        self.like = at_least_float32((features if self.of == "features" else logits)[:0])
         rows = double(rows)
         classes = classes.to(rows.device)
         n_classes = int(targets.max()) + 1 if n_logits is None else n_logits
@@ -209,14 +222,6 @@ class ClassMeans(Gathered):
         # index_put_ adds in a fixed order on a GPU too; index_add_ does not.
         self.total.index_put_((classes,), rows, accumulate=True)
         self.count += torch.bincount(classes, minlength=len(self.count))
-
-    @staticmethod
-    def _check(targets: Tensor, n_classes: int | None) -> None:
-        outside = (targets < 0) if n_classes is None else (targets < 0) | (targets >= n_classes)
-        if outside.any():
-            row = int(outside.int().argmax())
-            bound = "c" if n_classes is None else n_classes
-            raise ValueError(f"targets: got {int(targets[row])} in row {row}, expected class indices in [0, {bound})")
 
     def _widen(self, n_classes: int, rows: Tensor) -> None:
         """Room for `n_classes` classes of rows like these."""
@@ -236,7 +241,7 @@ class ClassMeans(Gathered):
         self.count[: len(other.count)] += other.count
 
     def value(self) -> Tensor:
-        """(c, m) in float64, or (c, c) of the softmax; zero for a class without rows, see `count` (c,)."""
+        """(c, m) in float64, (c, c) of the softmax, (c, 2) of "top"; zero for a class without rows, see `count`."""
         return self.total / self.count.clamp(min=1).unsqueeze(1)
 
     def missing(self) -> list[int]:
@@ -333,7 +338,7 @@ class Bank(Gathered):
     processes does not change the sample. Equal rows share one fate.
 
     Settings:
-        kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j.
+        kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j; "logits" f, behind it the class.
         budget: at most so many rows, every one of the stream with the same chance (None: no limit).
         values: a budget in numbers instead of rows: at most values // m rows.
         fraction: each row is kept with this chance.
@@ -358,10 +363,14 @@ class Bank(Gathered):
     @property
     def reads(self) -> tuple[str, ...]:
         """What a batch must hold."""
-        return ("features", "logits") if self.kind == "energy" else ("features",)
+        by_kind = {"energy": ("features", "logits"), "logits": ("logits", "targets")}
+        return by_kind.get(self.kind, ("features",))
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
         """Take in one batch."""
+        if self.kind == "logits":
+            check_targets(targets, logits.shape[1])
+            features = torch.cat([at_least_float32(logits), targets.to(logits.device).unsqueeze(1)], dim=1)
         z = at_least_float32(features)
         self.like = z[:0]
         keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64)
@@ -369,7 +378,7 @@ class Bank(Gathered):
             chosen = self._chosen(keys)
             z, keys = z[chosen.to(z.device)], keys[chosen]
             logits = logits[chosen.to(logits.device)] if self.kind == "energy" else None
-        if self.kind != "raw":
+        if self.kind in ("unit", "energy"):
             z = l2_normalize(z)[0]
         if self.kind == "energy":
             z = z * torch.logsumexp(at_least_float32(logits), dim=1, keepdim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,43 +48,26 @@ def by_width(n_features: int) -> Limit:
     return limit_of_dim(n_features - 1, f"expected less than {n_features}, the number of features", n_features // 2)
 
 
-@register
-class ViM(Detector):
-    """Virtual-logit matching: the energy less the length of the residual, the part of z outside the principal space,
+class ResidualDetector(Detector):
+    """Base class of what measures the residual: r = x − V Vᵀ x, x = z − u, u = −W⁺b.
 
-        log Σ_j exp f_j − α ‖r‖₂        r = x − V Vᵀ x,  x = z − u,  u = −W⁺b
-
-    V (m, dim): the eigenvectors of the largest eigenvalues of the second moment Σ x xᵀ / N of the training features;
-    α = mean of max_j f_j / mean of ‖r‖₂ over the training samples. The latter mean is taken over all of them up to
-    2²⁵ numbers of features, and over a random sample of that size above: a relative standard error of v / √k, with v
-    the coefficient of variation of ‖r‖ and k = 2²⁵ / m rows. Fitted on features, logits and head.
-
-    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, arXiv:2203.10807.
-
-    Args:
-        dim: dimensions of the principal space, 1 <= dim < m.
+    V (m, dim): the eigenvectors of the largest eigenvalues of the second moment Σ x xᵀ / N of the features fitted on.
     """
 
     needs_features = True
-    needs_logits = True
     needs_head = True
-    state = ("origin", "principal", "alpha")
-    grid: ClassVar[Mapping[str, tuple]] = {"dim": (256, 1000)}
+    state: ClassVar[tuple[str, ...]] = ("origin", "principal")
 
-    def __init__(self, dim: int = 256) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         checks.positive_int("dim", dim)
         self.dim = dim
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
-        return {
-            "scatter": streaming.Scatter(),
-            "max_logit": streaming.MeanMaxLogit(),
-            "sample": streaming.Bank(values=streaming.SAMPLE_VALUES),
-        }
+        return {"scatter": streaming.Scatter(), "sample": streaming.Bank(values=streaming.SAMPLE_VALUES)}
 
-    def _finish(self, scatter: streaming.Scatter, max_logit: streaming.MeanMaxLogit, sample: streaming.Bank) -> None:
+    def _finish(self, scatter: streaming.Scatter, sample: streaming.Bank, **others: Any) -> None:
         weight = double(self.head_weight).to(scatter.mean.device)
         origin = torch.zeros_like(scatter.mean)
         if self.head_bias is not None:
@@ -104,7 +87,10 @@ class ViM(Detector):
                 "dim",
             )
         self.origin, self.principal = origin.to(scatter.like), principal.to(scatter.like)
-        self.alpha = (max_logit.value().to(residual.device) / residual).to(scatter.like)
+        self._finish_residual(residual, **others)
+
+    def _finish_residual(self, residual: Tensor, **others: Any) -> None:
+        """What else is made of the mean of ‖r‖."""
 
     @staticmethod
     def _by_residual(values: Tensor) -> Limit:
@@ -124,12 +110,71 @@ class ViM(Detector):
             total += torch.stack(lengths)
         return total / len(rows)
 
-    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+    def _lengths(self, features: Tensor) -> Tensor:
+        """‖r‖₂, (n,)."""
         x = at_least_float32(features).to(self.origin.dtype) - self.origin
         residual = x - exact_linear(exact_linear(x, self.principal.T), self.principal)
+        return torch.linalg.vector_norm(residual, dim=1)
+
+
+@register
+class ViM(ResidualDetector):
+    """Virtual-logit matching: the energy less the length of the residual, the part of z outside the principal space,
+
+        log Σ_j exp f_j − α ‖r‖₂        r = x − V Vᵀ x,  x = z − u,  u = −W⁺b
+
+    V (m, dim): the eigenvectors of the largest eigenvalues of the second moment Σ x xᵀ / N of the training features;
+    α = mean of max_j f_j / mean of ‖r‖₂ over the training samples. The latter mean is taken over all of them up to
+    2²⁵ numbers of features, and over a random sample of that size above: a relative standard error of v / √k, with v
+    the coefficient of variation of ‖r‖ and k = 2²⁵ / m rows. Fitted on features, logits and head.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, arXiv:2203.10807.
+
+    Args:
+        dim: dimensions of the principal space, 1 <= dim < m.
+    """
+
+    needs_logits = True
+    state = (*ResidualDetector.state, "alpha")
+    grid: ClassVar[Mapping[str, tuple]] = {"dim": (256, 1000)}
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__(dim)
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {**super().gathers(), "max_logit": streaming.MeanMaxLogit()}
+
+    def _finish_residual(self, residual: Tensor, *, max_logit: streaming.MeanMaxLogit) -> None:
+        self.alpha = (max_logit.value().to(residual.device) / residual).to(self.origin)
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        length = self._lengths(features)
         energy = torch.logsumexp(at_least_float32(logits), dim=1)
-        length = torch.linalg.vector_norm(residual, dim=1)
         return nan_where_too_long(energy - self.alpha * length, length)
+
+
+@register
+class Residual(ResidualDetector):
+    """Minus the length of the residual alone, the second term of `ViM`: −‖r‖₂. Fitted on features and head.
+
+    OpenOOD fits it on validation data, the paper on training data. OpenOOD's dim of a net with 512 features leaves
+    nothing; here that is refused, or in a set lowered.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, arXiv:2203.10807.
+
+    Args:
+        dim: dimensions of the principal space, 1 <= dim < m.
+    """
+
+    fits_on = "validation"
+
+    def __init__(self, dim: int = 512) -> None:
+        super().__init__(dim)
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        length = self._lengths(features)
+        return nan_where_too_long(-length, length)
 
 
 @register

@@ -1,0 +1,242 @@
+"""Detectors of features, logits and head against transcriptions of their formulas in NumPy, and against pytorch-ood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import optimize, special
+from torch import nn
+
+from ood_fast import detectors
+from ood_fast.detectors import DICE, DML, LTS, MCM, SML, VRA, GradNorm, Residual, TemperatureScaling
+
+N, M, C = 400, 12, 5
+
+
+class Data:
+    """Features about class means in float64, a head that gets most of them right, and queries."""
+
+    def __init__(self, relu: bool = False, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        centres = 2 * rng.normal(size=(C, M)) + 1
+        self.y = np.arange(N) % C
+        self.train = centres[self.y] + rng.normal(size=(N, M)) * np.linspace(0.2, 1.5, M)
+        self.z = np.concatenate([centres[:3], 3 * rng.normal(size=(20, M))])
+        if relu:
+            self.train, self.z = self.train.clip(0), self.z.clip(0)
+        self.W, self.b = centres / 4, rng.normal(size=C)
+        self.f_train, self.f = self.train @ self.W.T + self.b, self.z @ self.W.T + self.b
+
+    def fit(self, detector: detectors.Detector) -> detectors.Detector:
+        train, f_train, y, W, b = (torch.from_numpy(t) for t in (self.train, self.f_train, self.y, self.W, self.b))
+        return detector.fit_features(train, f_train, y, (W, b))
+
+    def scores(self, detector: detectors.Detector) -> np.ndarray:
+        return self.fit(detector).score_features(torch.from_numpy(self.z), torch.from_numpy(self.f)).numpy()
+
+    def head(self) -> nn.Linear:
+        head = nn.Linear(M, C).requires_grad_(False)
+        head.weight.copy_(torch.from_numpy(self.W))
+        head.bias.copy_(torch.from_numpy(self.b))
+        return head
+
+    def single(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.train).float(), torch.from_numpy(self.z).float()
+
+
+@pytest.fixture
+def data() -> Data:
+    return Data()
+
+
+def assert_close(scores: np.ndarray, expected: np.ndarray, rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(scores, expected, rtol=rtol, atol=1e-12)
+
+
+# ---- logits
+
+
+def best_temperature(f: np.ndarray, y: np.ndarray) -> float:
+    def nll(log_t: float) -> float:
+        scaled = f / np.exp(log_t)
+        return (special.logsumexp(scaled, axis=1) - scaled[np.arange(len(y)), y]).mean()
+
+    return float(np.exp(optimize.minimize_scalar(nll, bounds=(-4, 4), method="bounded", options={"xatol": 1e-10}).x))
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 7.0])
+def test_temperature_scaling(scale, data):
+    data.f_train, data.f = scale * data.f_train, scale * data.f
+    data.y = np.where(np.arange(N) % 7, data.f_train.argmax(1), data.y)
+    T = best_temperature(data.f_train, data.y)
+    assert data.fit(TemperatureScaling()).temperature.item() == pytest.approx(T, rel=1e-6)
+    assert_close(data.scores(TemperatureScaling()), special.softmax(data.f / T, axis=1).max(1), rtol=1e-5)
+
+
+def test_temperature_of_what_is_always_right_is_at_its_bound(data):
+    data.y = data.f_train.argmax(1)
+    with pytest.warns(UserWarning, match="Temperature scaling: the temperature is at its bound, 0.015625"):
+        data.fit(TemperatureScaling())
+
+
+def test_temperature_scaling_refuses_masked_targets(data):
+    data.f_train[:, 2] = -np.inf
+    data.y[:] = 0
+    data.fit(TemperatureScaling())
+    data.y[5] = 2
+    with pytest.raises(ValueError, match="targets: got class 2 where its logit is -inf"):
+        data.fit(TemperatureScaling())
+
+
+def test_sml(data):
+    p, top = data.f_train.argmax(1), data.f_train.max(1)
+    mean, deviation = (np.array([of(top[p == k]) for k in range(C)]) for of in (np.mean, np.std))
+    expected = (data.f.max(1) - mean[data.f.argmax(1)]) / deviation[data.f.argmax(1)]
+    assert_close(data.scores(SML()), expected)
+
+
+def test_sml_of_classes_that_are_not_predicted_takes_all(data):
+    data.f_train[:, 3] -= 100  # never predicted
+    data.f_train[0, 3] += 200  # but once
+    data.f_train[:, 4] = -np.inf
+    top, p = data.f_train.max(1), data.f_train.argmax(1)
+    with pytest.warns(
+        UserWarning, match="no sample is predicted as class 4: inputs predicted so are compared with all"
+    ):
+        scores = data.scores(SML())
+    for k in (3, 4):
+        rows = data.f.argmax(1) == k
+        assert_close(scores[rows], (data.f.max(1)[rows] - top.mean()) / top.std())
+    rows = data.f.argmax(1) == 0
+    assert_close(scores[rows], (data.f.max(1)[rows] - top[p == 0].mean()) / top[p == 0].std())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_gradnorm_is_the_norm_of_the_gradient(temperature, data):
+    W, b = torch.from_numpy(data.W).requires_grad_(), torch.from_numpy(data.b)
+    expected = []
+    for z in torch.from_numpy(data.z):
+        loss = -F.log_softmax((W @ z + b) / temperature, dim=0).sum()
+        expected.append(temperature * torch.autograd.grad(loss, W)[0].abs().sum().item())
+    assert_close(data.scores(GradNorm(temperature)), np.array(expected))
+
+
+def test_gradnorm_of_nearly_uniform_logits_keeps_its_digits():
+    f = torch.tensor([[0.0, 1e-9, 0.0], [0.0, 2e-9, -1.0], [0.0, 1.0, -torch.inf]])
+    scores = GradNorm().score_features(torch.ones(3, 2), f)
+    p = special.softmax(f.double().numpy(), axis=1)
+    terms = 3 * p - 1
+    terms[0] = np.array([-1, 2, -1]) * 1e-9 / 3
+    terms[2] = [*(2 * p[2, :2] - 1), 0]
+    np.testing.assert_allclose(scores.numpy(), 2 * np.abs(terms).sum(1), rtol=1e-6)
+
+
+# ---- features reshaped before the head
+
+
+def energy(z: np.ndarray, data: Data) -> np.ndarray:
+    return special.logsumexp(z @ data.W.T + data.b, axis=1)
+
+
+@pytest.mark.parametrize(("high", "low"), [(90, 10), (99, 1), (50, 50), (100, 0)])
+@pytest.mark.parametrize("below", ["clip", "zero"])
+def test_vra(high, low, below, data):
+    top, bottom = np.percentile(data.train, high), np.percentile(data.train, low)
+    reshaped = [[min(v, top) if v >= bottom else (bottom if below == "clip" else 0.0) for v in row] for row in data.z]
+    assert_close(data.scores(VRA(high, low, below=below)), energy(np.array(reshaped), data))
+
+
+@pytest.mark.parametrize("p", [0, 10, 90, 100])
+def test_dice(p, data):
+    contribution = data.W * data.train.mean(0)
+    sparse = np.where(contribution > np.percentile(contribution, p), data.W, 0)
+    assert_close(data.scores(DICE(p)), special.logsumexp(data.z @ sparse.T + data.b, axis=1))
+
+
+@pytest.mark.parametrize("p", [0, 65, 95, 100])
+@pytest.mark.parametrize("relu", [True, False])
+def test_lts(p, relu):
+    data = Data(relu)
+    k = max(1, M - round(M * p / 100))
+    positive = np.sort(data.z.clip(0), axis=1)
+    scale = (positive.sum(1) / positive[:, -k:].sum(1)) ** 2
+    assert_close(data.scores(LTS(p)), special.logsumexp(data.f * scale[:, None], axis=1))
+
+
+def test_lts_without_a_positive_feature_is_the_energy():
+    f = torch.tensor([[1.0, 2.0], [0.0, -torch.inf]])
+    torch.testing.assert_close(LTS().score_features(-torch.ones(2, 3), f), f.logsumexp(1))
+
+
+# ---- directions
+
+
+def test_residual(data):
+    u = -np.linalg.pinv(data.W) @ data.b
+    values, vectors = np.linalg.eigh((data.train - u).T @ (data.train - u) / N)
+    null = vectors[:, np.argsort(-values)[4:]]
+    assert_close(data.scores(Residual(dim=4)), -np.linalg.norm((data.z - u) @ null, axis=1))
+
+
+def cosines(z: np.ndarray, W: np.ndarray) -> np.ndarray:
+    return z @ W.T / np.outer(np.linalg.norm(z, axis=1), np.linalg.norm(W, axis=1))
+
+
+def test_dml(data):
+    expected = 30 * cosines(data.z, data.W).max(1) + np.linalg.norm(data.z, axis=1)
+    assert_close(data.scores(DML(weight=30)), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+def test_mcm(temperature, data):
+    expected = special.softmax(cosines(data.z, data.W) / temperature, axis=1).max(1)
+    assert_close(data.scores(MCM(temperature)), expected)
+
+
+def test_mcm_of_text_embeddings_needs_nothing_else(data):
+    text, images = torch.from_numpy(data.W), torch.from_numpy(data.z)
+    scores = MCM().fit_features(None, head=(text, None)).score_features(images)
+    assert_close(scores.numpy(), data.scores(MCM()))
+
+
+# ---- the other library
+
+
+def test_beside_pytorch_ood(data):
+    peer = pytest.importorskip("pytorch_ood.detector")
+    data = Data(relu=True)
+    (train, z), head, y = data.single(), data.head(), torch.from_numpy(data.y)
+    dice = peer.DICE(None, head.weight, head.bias, 0.9).fit_features(train, y)
+    scaled = peer.GradNorm(head, param_filter=lambda name: name == "weight")
+    pairs = [
+        (DICE(90), dice.predict_features(z)),
+        (LTS(), peer.LTS(None, head).predict_features(z)),
+        (MCM(), peer.MCM(None, head.weight).predict_features(z)),
+        (GradNorm(), C * scaled.predict(z)),
+    ]
+    for detector, theirs in pairs:
+        scores = detector.fit_features(train, head(train), y, head).score_features(z, head(z))
+        torch.testing.assert_close(scores, -theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: VRA(high=101), "high: got 101"),
+        (lambda: VRA(high=10, low=20), "low: got 20, expected at most high, 10"),
+        (lambda: VRA(below="cut"), "below: got 'cut'"),
+        (lambda: DICE(p=-1), "p: got -1"),
+        (lambda: LTS(p=101), "p: got 101"),
+        (lambda: GradNorm(temperature=0), "temperature: got 0"),
+        (lambda: DML(weight=-1), "weight: got -1"),
+        (lambda: MCM(temperature=0), "temperature: got 0"),
+        (lambda: Residual(dim=0), "dim: got 0"),
+        (lambda: SML().fit_features(None, torch.ones(9, 3)), "logits: got the largest logit 1 in all rows"),
+        (lambda: TemperatureScaling().fit_features(None, torch.rand(3, 2), torch.tensor([0, 1, 2])), "targets: got 2"),
+    ],
+)
+def test_bad_parameters(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
