@@ -53,6 +53,7 @@ _MODULES = (
     "metrics",
     "models",
     "monitor",
+    "onnx_export",
     "ops",
     "recipes",
     "reference",

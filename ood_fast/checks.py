@@ -246,8 +246,8 @@ def writable_folder(argument: str, path: str | os.PathLike) -> Path:
     return folder
 
 
-def instance(argument: str, value: object, kind: type, expected: str) -> None:
-    """TypeError unless `value` is a `kind`."""
+def instance(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError unless `value` is a `kind`, or one of several."""
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: got {_describe(value)}, expected {expected}")
 

@@ -7,7 +7,8 @@
     torch.onnx.export(deployed, (x,), "model.onnx", dynamo=True, dynamic_shapes=({0: "batch"},),
                       input_names=["x"], output_names=["logits", "score", "is_ood"])
 
-What is exported runs without this package.
+What is exported runs without this package. Of a `DetectorSet`, score and is_ood have a column for each
+of its detectors. `ood_fast.onnx_export` puts the normalisation of images inside too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .detectors import Detector, threshold
+from .detectors import Detector, DetectorSet, threshold
 from .heads import capture_features, given_head, last_linear, unwrapped
 from .models.running import check_head, check_output, check_width, logits_of
 
 
-def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = None) -> Deployed:
+def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Linear | None = None) -> Deployed:
     """One module in eval mode: x -> (logits (n, c), score (n,), is_ood (n,) bool); it needs neither model nor detector.
 
     The model is copied, so that training it further changes nothing here, and its parameters take no gradient. The
@@ -39,7 +40,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     Args:
         model: a classifier; what it returns is read as in `Detector.fit`.
         detector: fitted, with a threshold: call its `calibrate` first. Not one that needs passes of its own through the
-            model (ODIN), which no exported program could make.
+            model (ODIN), which no exported program could make. Of a set of k, score and is_ood are (n, k).
         head: as in `Detector.fit`. A detector that reads nothing but logits looks for none.
 
     Raises:
@@ -47,9 +48,31 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
         ValueError: it needs the model, is on another device, or the head cannot be told.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
-    checks.instance("detector", detector, Detector, "a Detector")
+    checks.instance("detector", detector, (Detector, DetectorSet), "a Detector or a DetectorSet")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: got a ScriptModule, expected the nn.Module that it was made of")
+    for single in _detectors(detector):
+        _check(single)
+    model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
+    path = None
+    if any(single.needs_features for single in _detectors(detector)):
+        layer = given_head(model, head)
+        path = next(name for name, module in model.named_modules() if module is layer)
+        path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    parameter = next(model.parameters(), None)
+    for name, buffer in detector.named_buffers():
+        if parameter is not None:
+            checks.same_device(f"detector: {name}", buffer, "the model", parameter)
+    shared = {id(buffer): buffer for buffer in detector.buffers()}
+    return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
+
+
+def _detectors(detector: Detector | DetectorSet) -> list[Detector]:
+    return list(detector.detectors) if isinstance(detector, DetectorSet) else [detector]
+
+
+def _check(detector: Detector) -> None:
+    """RuntimeError, or ValueError, unless it can be deployed."""
     if detector.needs_model:
         raise ValueError(
             f"detector: {detector.label} passes inputs of its own through the model, expected one that scores features "
@@ -58,19 +81,7 @@ def deploy(model: nn.Module, detector: Detector, head: str | nn.Linear | None = 
     detector.require_fitted()
     if detector.threshold is None:
         raise RuntimeError(f"{detector.label} has no threshold: call calibrate(scores of in-distribution data) first")
-    model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
-    path = None
-    if detector.needs_features:
-        layer = given_head(model, head)
-        path = next(name for name, module in model.named_modules() if module is layer)
-        path = ".".join(part for part in path.split(".") if part != "_orig_mod")
-    parameter = next(model.parameters(), None)
-    for name, buffer in detector.named_buffers():
-        if parameter is not None:
-            checks.same_device(f"detector: {name}", buffer, "the model", parameter)
     threshold.check(detector.threshold)
-    shared = {id(buffer): buffer for buffer in detector.buffers()}
-    return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -99,7 +110,7 @@ def _copied(model: nn.Module) -> nn.Module:
 class Deployed(nn.Module):
     """What `deploy` makes. Always in eval mode."""
 
-    def __init__(self, model: nn.Module, detector: Detector, head: str | None) -> None:
+    def __init__(self, model: nn.Module, detector: Detector | DetectorSet, head: str | None) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.detector = detector
@@ -133,7 +144,16 @@ class Deployed(nn.Module):
                 check_head(layer, captured, logits)
             self._checked = True
         score = self.detector.score_features(features, logits)
+        if isinstance(self.detector, DetectorSet):
+            flagged = [detector.is_ood(score[name]) for name, detector in self.detector.items()]
+            return logits, torch.stack(list(score.values()), 1), torch.stack(flagged, 1)
         return logits, score, self.detector.is_ood(score)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """The threshold, a scalar; of a set of k, those of its detectors, (k,)."""
+        found = [detector.threshold for detector in _detectors(self.detector)]
+        return torch.stack(found) if isinstance(self.detector, DetectorSet) else found[0]
 
     def train(self, mode: bool = True) -> Deployed:
         """Stays in eval mode: scores hold for that."""

@@ -121,6 +121,17 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
         raise refusal(f"--set: {error}") from error
 
 
+def read_detectors(path: str, where: str) -> tuple[DetectorSet, dict[str, Any]]:
+    """The detectors of a file on the device `where`, and what it says of their fit."""
+    from ..detectors import DetectorSet, load, store
+
+    try:
+        loaded, notes = load(path, where), store.notes(path)
+    except (OSError, ValueError) as error:
+        raise refusal(f"--detectors: {error}") from error
+    return loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded]), notes
+
+
 def listed(text: str) -> tuple[str, ...]:
     """ "A, B" -> ("A", "B")."""
     return tuple(item.strip() for item in text.split(",") if item.strip())

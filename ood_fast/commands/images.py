@@ -23,7 +23,12 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
         "model and images",
         "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
     )
-    own = "as fitted" if remembered else "the model's own"
+    add_model(group, remembered)
+    share(group, "classes", "batch-size", "workers", "device", batch_size={"default": 128})
+
+
+def add_model(group: Any, remembered: bool) -> None:
+    """What says which model it is, and how its images are prepared."""
     share(group, "model")
     group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
     group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
@@ -31,8 +36,7 @@ def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> No
     group.add_argument(
         "--n-classes", type=at_least(1), metavar="N", help="number of classes (default: of the checkpoint's head)"
     )
-    add_preparation(group, own, "as fitted" if remembered else "exif")
-    share(group, "classes", "batch-size", "workers", "device", batch_size={"default": 128})
+    add_preparation(group, "as fitted" if remembered else "the model's own", "as fitted" if remembered else "exif")
 
 
 def add_preparation(group: Any, own: str, orientation: str) -> None:

@@ -39,6 +39,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "names of the classes in the order of the model's outputs: one a line, or JSON",
     },
     "overwrite": {"action": "store_true"},
+    "other-model": {"action": "store_true", "help": "also with weights that the detectors were not fitted on"},
     "plugin": _MANY | {"metavar": "MODULE", "help": "import own detectors, models from it"},
     "data-root": {"metavar": "DIR", "help": "folder of the data sets (default: where it was trained from)"},
     "layout": {"metavar": "L", "help": "auto (default), torchvision, openood"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .code import import_plugins
-from .common import Process, RunError, device, processes, refusal
+from .common import Process, RunError, device, processes, read_detectors, refusal
 from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
 from .options import share
 from .progress import Bar
@@ -44,9 +44,7 @@ def add(commands: Any) -> None:
     share(parser, "features")
     parser.add_argument("--html", metavar="PAGE", help="also a page: images sorted by score, the most OOD ones first")
     share(parser, "overwrite", overwrite="replace --out, and begin an interrupted run anew")
-    parser.add_argument(
-        "--other-model", action="store_true", help="score also with weights that the detectors were not fitted on"
-    )
+    share(parser, "other-model")
     images.add_options(parser, remembered=True)
     share(parser, "skip-bad", "plugin", "quiet")
     parser.set_defaults(run=run)
@@ -113,13 +111,7 @@ def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
 
 def _load(options: argparse.Namespace, where: str) -> tuple[DetectorSet, dict[str, Any]]:
     """The detectors of the file, and what it says of their fit."""
-    from ..detectors import DetectorSet, load, store
-
-    try:
-        loaded, notes = load(options.detectors, where), store.notes(options.detectors)
-    except (OSError, ValueError) as error:
-        raise refusal(f"--detectors: {error}") from error
-    detectors = loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded])
+    detectors, notes = read_detectors(options.detectors, where)
     seeing = [d.label for d in detectors.detectors if d.needs_model]
     if options.features and seeing:
         raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
