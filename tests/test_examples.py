@@ -18,8 +18,10 @@ NEEDS = {
     "huggingface_trainer.py": ["transformers", "accelerate"],
     "ddp.py": [],
     "class_parallel.py": [],
+    "serve.py": [],
 }
 PARALLEL = ("ddp.py", "class_parallel.py")
+ELSEWHERE = ("class_parallel.py", "serve.py")  # have a test file of their own
 
 
 def test_every_example_is_run_and_listed():
@@ -30,7 +32,7 @@ def test_every_example_is_run_and_listed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NEEDS if name != "class_parallel.py"])  # that one: its own test file
+@pytest.mark.parametrize("name", [name for name in NEEDS if name not in ELSEWHERE])
 def test_example(name, tmp_path):
     for package in NEEDS[name]:
         pytest.importorskip(package)

@@ -1,0 +1,103 @@
+"""`examples/serve.py`: eight clients at once get what one after the other gets; what is no image is an answer too."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator:
+    """The example as a module."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+        yield importlib.import_module("serve")
+        for name in ("serve", "made_data"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def service(serve):
+    return serve.made_service()
+
+
+@pytest.fixture
+def address(serve, service) -> Iterator[str]:
+    with serve.server(service, port=0) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield "http://{}:{}".format(*listening.server_address)
+        listening.shutdown()
+        thread.join()
+
+
+def files(serve, n: int) -> list[bytes]:
+    """PNG files: half of them of the classes, half noise."""
+    inside = serve.images(n - n // 2, seed=5).tensors[0]
+    found = []
+    for x in [*inside, *torch.randn(n // 2, 3, serve.SIZE, serve.SIZE)]:
+        pixels = (255 * (0.15 * x + 0.5)).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), "png")
+        found.append(buffer.getvalue())
+    return found
+
+
+def ask(url: str, content: bytes | None = None, **headers: str) -> tuple[int, dict]:
+    request = urllib.request.Request(url, content, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_eight_clients_at_once(serve, service, address):
+    contents = files(serve, 40)
+    serial = [service.score(content) for content in contents]
+    before = service.health()["images"]
+    with ThreadPoolExecutor(8) as clients:
+        together = list(clients.map(lambda content: ask(f"{address}/score", content), contents))
+    for (status, said), expected in zip(together, serial, strict=True):
+        assert status == 200
+        assert (said["class"], said["is_ood"]) == (expected["class"], expected["is_ood"])
+        assert said["score"] == pytest.approx(expected["score"], rel=1e-5)
+        assert said["probability"] == pytest.approx(expected["probability"], rel=1e-5)
+    flagged = [said["is_ood"] for _, said in together]
+    assert sum(flagged[:20]) < 8 < sum(flagged[20:])
+    status, health = ask(f"{address}/health")
+    assert status == 200
+    assert health["images"] - before == 40
+    assert health["flagged"] == 2 * sum(flagged)
+
+
+def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
+    whole = files(serve, 2)[0]
+    for content in (b"no image", whole[:60], b"\x89PNG\r\n\x1a\n" + bytes(100)):
+        status, said = ask(f"{address}/score", content)
+        assert status == 400
+        assert "no image that can be read" in said["error"]
+    assert ask(f"{address}/score", b"")[0] == 413
+    monkeypatch.setattr(serve, "MOST_PIXELS", 100)
+    assert "32×32 pixels, expected at most 100" in ask(f"{address}/score", whole)[1]["error"]
+    monkeypatch.setattr(serve, "LARGEST", 10)
+    assert ask(f"{address}/score", whole)[0] == 413
+    assert ask(f"{address}/etc/passwd")[0] == ask(f"{address}/", b"x")[0] == 404
+    monkeypatch.undo()
+    monkeypatch.setattr(service, "deployed", lambda x: 1 / 0)
+    assert ask(f"{address}/score", whole) == (500, {"error": "internal error"})
+    monkeypatch.undo()
+    assert ask(f"{address}/score", whole)[0] == 200, "it goes on"
