@@ -77,15 +77,17 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "expected GET /health or POST /score"})
 
     def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        n_bytes = int(length) if length.isdecimal() else 0
+        content = self.rfile.read(min(n_bytes, LARGEST + 2**20))  # what is left unread may cost the client our answer
         if self.path != "/score":
             self._answer(404, {"error": "expected GET /health or POST /score"})
             return
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or not 0 < int(length) <= LARGEST:
+        if not 0 < n_bytes <= LARGEST:
             self._answer(413, {"error": f"Content-Length: got {length!r}, expected 1 to {LARGEST} bytes"})
             return
         try:
-            self._answer(200, self.service.score(self.rfile.read(int(length))))
+            self._answer(200, self.service.score(content))
         except ValueError as error:
             self._answer(400, {"error": str(error)})
         except Exception:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import itertools
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from . import __version__
 from .commands import COMMANDS
@@ -44,15 +45,16 @@ def _told(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = _parser()
+    parser, commands = _parser()
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
-    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
-    if not arguments[0].startswith("-") and arguments[0] not in names:
-        near = difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        parser.error(f"unknown command {arguments[0]!r}; {hint}known: {', '.join(names)}")
+    if arguments[0] in commands:
+        commands[arguments[0]].refuse_unknown(arguments[1:])
+    elif not arguments[0].startswith("-"):
+        parser.error(f"unknown command {arguments[0]!r}; {_hint(arguments[0], commands)}known: {', '.join(commands)}")
+    else:
+        parser.refuse_unknown(arguments)
     options = parser.parse_args(arguments)
     from .checks import UserError  # imports torch: not for --help and --version
 
@@ -83,20 +85,46 @@ def _check_backend() -> None:
         raise refusal(str(error)) from error
 
 
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 class _Parser(argparse.ArgumentParser):
+    """With examples at the end of its help."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.examples = tuple(examples)
+
+    def format_help(self) -> str:
+        """The help, and the examples as they are to be typed."""
+        lines = [f"  {example}" for example in self.examples]
+        return super().format_help() + "\n".join(["", "examples:", *lines, ""] if lines else [])
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Exit with the nearest one for the first option that it does not know; argparse tells it last, and not so."""
+        known = list(self._option_string_actions)
+        for given in itertools.takewhile(lambda argument: argument != "--", arguments):
+            name = given.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                self.error(f"unknown option {name}; {_hint(name, known)}".rstrip("; "))
+
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
         self.exit(2, f"ood-fast: error: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """Of the command line, and of each command by its name."""
     parser = _Parser(
         prog="ood-fast",
         description="Out-of-distribution detection for image classifiers: ELogitNorm, NCI and what they compare with.",
+        examples=("ood-fast compare", "ood-fast fit --help"),
     )
     parser.add_argument("--version", action="version", version=f"ood_fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return parser, dict(commands.choices)

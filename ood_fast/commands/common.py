@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -72,6 +72,8 @@ def require_package(package: str, module: str, command: str = "compare") -> None
 
 def versions() -> dict[str, str]:
     """What results say of the software."""
+    from importlib import metadata  # takes longer than all the rest of the command line
+
     found = {"ood_fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -37,6 +37,10 @@ def add(commands: Any) -> None:
         description="Train a classifier with each loss and seed, or take runs that are trained, measure them on near- "
         "and far-OOD images with each detector, and say which is best and by how much. What is trained is kept in "
         "DIR/runs: the same command continues it, other losses and seeds extend it.",
+        examples=(
+            "ood-fast compare",
+            "ood-fast compare --benchmark cifar10 --losses ce,elogitnorm --seeds 3 --data-root ~/data",
+        ),
         epilog="losses: " + "; ".join(f"{name} = {what}" for name, what in LOSSES.items()),
     )
     parser.add_argument(

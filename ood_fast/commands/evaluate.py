@@ -39,6 +39,10 @@ def add(commands: Any) -> None:
         "beside published numbers. Runs of one recipe are its seeds. What a model makes of the images is kept: a "
         "second evaluation runs no model. Under torchrun, each process takes a part of the images. With --features, "
         "the same from stored features (.npz, .pt, .parquet, or folders of them) in place of runs and images.",
+        examples=(
+            "ood-fast evaluate runs/cifar10-elogitnorm --data-root ~/data --detectors NCI,KNN,MSP",
+            "ood-fast evaluate --features train.npz --test test.npz --ood-features near/dogs=dogs.npz",
+        ),
     )
     parser.add_argument(
         "runs",

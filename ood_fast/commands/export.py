@@ -29,6 +29,10 @@ def add(commands: Any) -> None:
         "package: images in [0, 1] in; logits, score and is_ood out. The normalisation is inside, the threshold an "
         "input that may be left out. A JSON beside the file says the size and range of images, classes, detectors and "
         "thresholds. Both are written after onnxruntime gave the same numbers as PyTorch.",
+        examples=(
+            "ood-fast export detectors.safetensors --detectors NCI --data photos/ --out model.onnx",
+            "ood-fast export detectors.safetensors --model resnet50 --pretrained --out model.onnx",
+        ),
     )
     parser.add_argument("file", metavar="DETECTORS", help="what `ood-fast fit` wrote, with thresholds (--validation)")
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write, as in model.onnx")

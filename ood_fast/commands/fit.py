@@ -33,6 +33,10 @@ def add(commands: Any) -> None:
         description="Fit any number of detectors in one pass over images (--model, --data) or stored features "
         "(--features), choose their parameters (--tune) and thresholds on validation data, and save them as one "
         "safetensors file. Under torchrun, each process takes a part of the data.",
+        examples=(
+            "ood-fast fit --model resnet50 --pretrained --data train/ --validation val/ --out detectors.safetensors",
+            "ood-fast fit --features train.npz --detectors NCI,KNN --set KNN.k=10 --out detectors.safetensors",
+        ),
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write, as in detectors.safetensors")
     parser.add_argument(

@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
         "info",
         help="versions, devices and what is available",
         description="Versions, devices, and the known losses and detectors.",
+        examples=("ood-fast info", "ood-fast info > versions.txt"),
     )
     parser.set_defaults(run=run)
 

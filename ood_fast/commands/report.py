@@ -23,6 +23,10 @@ def add(commands: Any) -> None:
         description="Write a page, one HTML file, about runs of `ood-fast train`, side by side: settings, training "
         "curves, what `ood-fast evaluate` found, and diagnostics of the features that it keeps. No model is run, but "
         "with --feature-change.",
+        examples=(
+            "ood-fast report runs/cifar10-ce runs/cifar10-elogitnorm",
+            "ood-fast report runs/cifar10-elogitnorm/s0 --out page.html",
+        ),
     )
     parser.add_argument(
         "runs",

@@ -32,6 +32,10 @@ def add(commands: Any) -> None:
         "prediction, score and is_ood of each to a CSV or Parquet file. --detectors remembers the model and the image "
         "settings of `ood-fast fit`: neither need be given again. "
         "An interrupted run goes on where it stopped. Under torchrun, each process takes a part of the data.",
+        examples=(
+            "ood-fast score --detectors detectors.safetensors --data photos/ --out scores.csv --html scores.html",
+            "find . -name '*.png' | ood-fast score --detectors detectors.safetensors --data - --out scores.parquet",
+        ),
     )
     parser.add_argument("--detectors", required=True, metavar="FILE", help="what `ood-fast fit` wrote")
     parser.add_argument("--out", required=True, metavar="FILE", help="the table: .csv or .parquet")

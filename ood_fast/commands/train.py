@@ -34,6 +34,10 @@ def add(commands: Any) -> None:
         "and on SIGTERM and Ctrl-C; --resume continues. Under torchrun, processes train together "
         "(DistributedDataParallel), each with the recipe's batch size. Images of your own: --recipe folder-elogitnorm, "
         "and docs/own-data.md.",
+        examples=(
+            "ood-fast train --recipe cifar10-elogitnorm --data-root ~/data --set epochs=10",
+            "ood-fast train --recipe list",
+        ),
         epilog="Exit codes: 130 and 143 after Ctrl-C and SIGTERM, when the run has been saved; 1 if the loss diverges "
         "or a file cannot be written.",
     )
