@@ -69,6 +69,9 @@ def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> Non
     """TypeError unless `value` is a floating-point tensor, ValueError unless it has `n_dims` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: got {_describe(value)}, expected a tensor of shape {shape_text}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{argument}: got {got}, expected a dense tensor of shape {shape_text}")
     if not value.is_floating_point():
         raise TypeError(f"{argument}: got dtype {value.dtype}, expected a floating-point tensor of shape {shape_text}")
     if value.dim() != n_dims:

@@ -14,17 +14,19 @@ of its detectors. `ood_fast.onnx_export` puts the normalisation of images inside
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
-from .heads import capture_features, given_head, last_linear, unwrapped
+from .heads import capture_features, given_head, last_linear, refuse_script, unwrapped
 from .models.running import check_head, check_output, check_width, logits_of
+from .ops.registration import is_compiled
 
 
 def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Linear | None = None) -> Deployed:
@@ -49,8 +51,7 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     checks.instance("detector", detector, (Detector, DetectorSet), "a Detector or a DetectorSet")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("model: got a ScriptModule, expected the nn.Module that it was made of")
+    refuse_script(model, "score with the detector itself")
     for single in _detectors(detector):
         _check(single)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
@@ -99,12 +100,40 @@ def _copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    copied = copy.deepcopy(model, memo)
+    try:
+        with torch.no_grad():  # what torch.jit has made copies its parameters as part of a graph
+            copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model: a {type(model).__name__} that cannot be copied ({error})") from error
+    originals = {id(module) for module in model.modules()}
     for module in list(copied.modules()):
+        own = vars(module).get("forward")  # `model.forward = torch.compile(model.forward)` still runs the original
+        if is_compiled(own) and getattr(inspect.unwrap(own), "__func__", None) is type(module).forward:
+            del module.forward
+        elif _reaches(own, originals):
+            raise ValueError(
+                f"model: {type(module).__name__}.forward was replaced by a function that runs the model itself, which "
+                "a copy would go on running; undo what replaced it (accelerate: accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False)), or give the class another forward"
+            )
         for name, child in list(module.named_children()):
             if unwrapped(child) is not child:
                 setattr(module, name, unwrapped(child))
     return copied
+
+
+def _reaches(called: object, modules: set[int], depth: int = 4) -> bool:
+    """Whether a callable holds one of these modules, by their id, or is made of one that does."""
+    if id(called) in modules:
+        return True
+    if depth == 0 or called is None or isinstance(called, nn.Module):
+        return False
+    held = [getattr(called, name, None) for name in ("__self__", "__wrapped__", "func", "_torchdynamo_orig_callable")]
+    for cell in getattr(called, "__closure__", None) or ():
+        with suppress(ValueError):  # empty
+            held.append(cell.cell_contents)
+    held += [*(getattr(called, "__defaults__", None) or ()), *getattr(called, "__dict__", {}).values()]
+    return any(_reaches(value, modules, depth - 1) for value in held)
 
 
 class Deployed(nn.Module):

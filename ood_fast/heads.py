@@ -44,7 +44,7 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
         ValueError: no linear layer; more than one that could be the head, all of which are listed: pass `name`.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
-    _refuse_script(model)
+    refuse_script(model)
     if name is not None:
         return _head_by_name(model, name, "name")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -80,7 +80,7 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     """The head that an argument `head` means: a layer of `model`, by its name or itself; None: `find_head(model)`."""
     if head is None:
         return find_head(model)
-    _refuse_script(model)
+    refuse_script(model)
     if isinstance(head, str):
         return _head_by_name(model, head, "head")
     checks.instance("head", head, nn.Linear, "the name of a layer or an nn.Linear")
@@ -89,11 +89,12 @@ def given_head(model: nn.Module, head: str | nn.Linear | None) -> nn.Linear:
     return head
 
 
-def _refuse_script(model: nn.Module) -> None:
+def refuse_script(model: nn.Module, or_else: str = "") -> None:
+    """ValueError for what torch.jit made."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            "model: got a ScriptModule, whose layers cannot be watched; pass the module that it was made from, or take "
-            "features and logits yourself and call fit_features and score_features of the detector"
+            "model: got a ScriptModule, whose layers cannot be watched; pass the module that it was made from, or "
+            + (or_else or "take features and logits yourself and call fit_features and score_features of the detector")
         )
 
 
@@ -138,8 +139,9 @@ def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]
                 path.append(path[-1].get_submodule(part))
         except AttributeError:
             continue
-        if _active(path[-1]) is not path[-1]:
-            path.append(_active(path[-1]))
+        for inner in (unwrapped(path[-1]), _active(unwrapped(path[-1]))):
+            if inner is not path[-1]:
+                path.append(inner)
         return path[::-1]
     linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     raise ValueError(f"{argument}: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
@@ -333,6 +335,7 @@ def temperature_of_head(head: nn.Module, training: bool) -> float | None:
 def check_plain(layer: nn.Module) -> None:
     """ValueError for a layer with a forward of its own that is not F.linear(z, W, b) of its weight and bias: a cosine
     head, a temperature, LoRA by hand. It is tried on two rows, in eval mode: dropout may be part of it."""
+    refuse_script(layer, "call ood_fast.elogitnorm(logits, None, W, b, y)")
     known = (nn.Linear.forward, L2NormLinear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     weight = getattr(layer, "weight", None)
     if type(layer).forward in known or hasattr(layer, "base_layer") or type(weight) not in (Tensor, nn.Parameter):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .heads import adapted_weight, check_plain, check_whole, path_to_layer, temperature_of_head
+from .heads import adapted_weight, check_plain, check_whole, path_to_layer, refuse_script, temperature_of_head
 
 
 class _Loss(nn.Module):
@@ -96,6 +96,7 @@ class ELogitNormLoss(_Loss):
             raise TypeError(
                 f"head: got {type(head).__name__}, expected the last linear layer, or a model and the layer's name"
             )
+        refuse_script(head, "call ood_fast.elogitnorm(logits, None, W, b, y)")
         checks.real("eps", eps, 0.0)
         checks.one_of("average", average, checks.AVERAGES)
         # In a tuple, so that nn.Module does not register the head as a submodule of the criterion.

@@ -99,7 +99,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BIN
     """`expected_calibration_error` from the confidence (n,) and whether the prediction is right, (n,) bool."""
     bins, gap = _gaps(confidence, correct, n_bins)
     return (
-        torch.zeros(n_bins, dtype=torch.float64, device=gap.device).index_add_(0, bins, gap).abs().sum() / len(gap)
+        torch.zeros(n_bins, dtype=torch.float64, device="cpu").index_add_(0, bins, gap).abs().sum() / len(gap)
     ).item()
 
 
@@ -111,8 +111,9 @@ def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
 
 
 def _gaps(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
-    """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64."""
-    return confidence_bins(confidence, n_bins), double(correct) - double(confidence)
+    """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64, on the CPU."""
+    confidence = confidence.cpu()
+    return confidence_bins(confidence, n_bins), correct.cpu().double() - confidence.double()
 
 
 # ---- intervals: the metrics of samples drawn anew
@@ -145,7 +146,7 @@ class Bootstrap:
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
             draws = []
             for _ in range(self.n_draws):
-                rows = torch.randint(n_images, (n_images,), generator=generator)
+                rows = torch.randint(n_images, (n_images,), generator=generator, device="cpu")
                 counts = torch.bincount(rows, minlength=n_images)
                 draws.append(counts.byte() if counts.max() < 256 else counts.int())
             self._counts[name, n_images] = torch.stack(draws)
@@ -170,18 +171,22 @@ class Bootstrap:
 
     def mean(self, values: Tensor, name: str) -> Tensor:
         """The mean of `values` (n,) over each draw from that set, (B,): of what is right, the accuracy."""
-        return self.counts(name, len(values)).double() @ values.double() / len(values)
+        return self.counts(name, len(values)).double() @ values.cpu().double() / len(values)
 
     def calibration_error(self, confidence: Tensor, correct: Tensor, name: str, n_bins: int = ECE_BINS) -> Tensor:
         """`calibration_error` of each draw, (B,)."""
         bins, gap = _gaps(confidence, correct, n_bins)
-        by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64).scatter_(1, bins.unsqueeze(1), gap.unsqueeze(1))
+        by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64, device="cpu").scatter_(
+            1, bins.unsqueeze(1), gap.unsqueeze(1)
+        )
         return (self.counts(name, len(gap)).double() @ by_bin).abs().sum(dim=1) / len(gap)
 
 
 def percentile_interval(draws: Tensor, level: float = 0.95) -> tuple[float, float]:
     """The percentile bootstrap interval: the (1 − level)/2 and (1 + level)/2 quantiles of the draws (B,)."""
-    low, high = torch.quantile(draws.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    low, high = torch.quantile(
+        draws.double(), draws.new_tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    )
     return low.item(), high.item()
 
 
@@ -220,7 +225,7 @@ def _corners(false_positives: Tensor, true_positives: Tensor) -> Tensor:
     """Which points scikit-learn's `drop_intermediate` keeps: the first, which it adds, and of the others the first, the
     last and those where a step differs from the step before it."""
     turns = (false_positives[1:].diff(n=2) != 0) | (true_positives[1:].diff(n=2) != 0)
-    one = torch.ones(1, dtype=torch.bool, device=turns.device)
+    one = turns.new_ones(1)
     return torch.cat([one, one, turns, one])[: len(false_positives)]
 
 
@@ -237,7 +242,7 @@ def _counts(id_scores: Any, ood_scores: Any, positive: str) -> tuple[Tensor, Ten
         scores = -scores
     scores, order = scores.sort(descending=True)
     true_positives = is_positive[order].cumsum(0)
-    predicted_positive = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
+    predicted_positive = torch.ones_like(scores).cumsum(0)
     last_of_ties = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])
     true_positives = true_positives[last_of_ties]
     false_positives = predicted_positive[last_of_ties] - true_positives
@@ -246,7 +251,8 @@ def _counts(id_scores: Any, ood_scores: Any, positive: str) -> tuple[Tensor, Ten
 
 
 def _scores(argument: str, values: Any) -> Tensor:
-    scores = double(torch.as_tensor(values).detach())
+    values = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    scores = values.detach().cpu().double()  # use_deterministic_algorithms refuses cumsum on a GPU
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"{argument}: got shape {tuple(scores.shape)}, expected (n,) with n >= 1")
     if scores.isnan().any():

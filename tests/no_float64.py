@@ -1,4 +1,5 @@
-"""A device without float64: its tensors lie on the CPU and refuse every operator that gives float64.
+"""A device without float64: its tensors lie on the CPU and refuse every operator that gives float64. Or one with it,
+that refuses what CUDA has only one way to compute, other in each run.
 
 They say "meta", a device whose guards every PyTorch has; those of "mps" are not in PyTorch for the CPU.
 """
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ood_fast.eager import precision
 
 HERE = torch.device("meta")
+# What torch.use_deterministic_algorithms refuses on CUDA; of the first three, what is not of integers.
+REFUSED = ("cumsum", "cumprod", "logcumsumexp", "kthvalue", "median.dim", "nanmedian.dim", "histc", "put_", "put")
+has_float64 = False
 
 
 class There(Tensor):
@@ -30,6 +34,9 @@ class There(Tensor):
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
 
     def new_tensor(self, data: Any) -> There:
         return There(self.inner.new_tensor(data))
@@ -48,6 +55,11 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = kwargs.get("device")
     here = any(isinstance(leaf, There) for leaf in leaves) if asked is None else torch.device(asked).type == "meta"
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    name = str(function).removeprefix("aten.").removesuffix(".default")
+    if here and has_float64 and name in REFUSED and (inputs[0].is_floating_point() or name not in REFUSED[:3]):
+        raise RuntimeError(f"{function} has no deterministic implementation")
+    if here and has_float64 and name == "bincount" and len(inputs) > 1:
+        raise RuntimeError("bincount with weights has no deterministic implementation")
     apart = any(not isinstance(leaf, There) and leaf.dim() > 0 for leaf in inputs)
     if here and asked is None and apart and "copy_" not in str(function):
         raise RuntimeError(f"{function}: expected all tensors on one device")
@@ -60,7 +72,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def placed(value: Any) -> Any:
         if not isinstance(value, Tensor) or not here:
             return value
-        if value.dtype == torch.float64:
+        if value.dtype == torch.float64 and not has_float64:
             raise TypeError(f"{function}: the device has no float64")
         return _same(value, written)
 
@@ -83,15 +95,15 @@ class _Made(TorchDispatchMode):
 
 
 @contextmanager
-def device() -> Iterator[Any]:
+def device(float64: bool = False) -> Iterator[Any]:
     """Inside, `There(tensor)` gives what lies there."""
     made = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **keywords: Any) -> Tensor:  # no operator that a mode would see
-        value = made(data, **keywords)
+        value = made(tree_map(lambda leaf: leaf.inner if isinstance(leaf, There) else leaf, data), **keywords)
         if device is None or torch.device(device).type != "meta":
             return value.to(device)
-        if value.dtype == torch.float64:
+        if value.dtype == torch.float64 and not has_float64:
             raise TypeError("torch.tensor: the device has no float64")
         return There(value)
 
@@ -99,5 +111,6 @@ def device() -> Iterator[Any]:
         patched.setattr(torch, "tensor", tensor)
         patched.setattr(torch, "is_autocast_enabled", lambda device=None: False)
         patched.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-        patched.setattr(precision, "WITHOUT_FLOAT64", ("meta",))
+        patched.setattr(precision, "WITHOUT_FLOAT64", () if float64 else ("meta",))
+        patched.setitem(globals(), "has_float64", float64)
         yield There

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ood_fast import checks
 from ood_fast.data import decoding
@@ -129,3 +130,25 @@ def test_orientation_is_part_of_a_fingerprint_and_of_a_selection(tmp_path):
     prints = {ImageDataset(Files(tmp_path, ["x.png"], [0], upright=way)).fingerprint() for way in (True, False)}
     assert len(prints) == 2
     assert Files(tmp_path, ["x.png"], [0], upright=False).take(np.array([0])).upright is False
+
+
+def test_threads_that_allow_truncated_files_and_others_keep_apart():
+    inside, leave = threading.Event(), threading.Event()
+
+    def allowing() -> None:
+        with decoding.truncated_files(True):
+            inside.set()
+            assert ImageFile.LOAD_TRUNCATED_IMAGES
+            leave.wait(10)
+
+    with decoding.truncated_files(False), decoding.truncated_files(False):
+        thread = threading.Thread(target=allowing)
+        thread.start()
+        assert not inside.wait(0.05)
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert inside.wait(10)
+    with decoding.truncated_files(True):  # another that allows it need not wait
+        leave.set()
+        assert ImageFile.LOAD_TRUNCATED_IMAGES
+    thread.join()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -378,6 +378,8 @@ WRAPPED = {
     "model.compile()": lambda m: m.compile(backend="eager") or m,
     "a compiled part": lambda m: setattr(m, "body", torch.compile(m.body, backend="eager")) or m,
     "a compiled head": lambda m: setattr(m, "fc", torch.compile(m.fc, backend="eager")) or m,
+    "a compiled forward": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")) or m,
+    "a scripted part": lambda m: setattr(m, "body", torch.jit.script(m.body)) or m,
     "DataParallel": nn.DataParallel,
     "compiled DataParallel": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
     "weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m.fc) and m,
@@ -404,7 +406,21 @@ def test_wrapped_models(name, used_before, x):
     torch.testing.assert_close(fitted.score(used, x), want.score_features(z, logits))
     deployed = ood_fast.deploy(used, fitted.calibrate(fitted.score(used, x)))
     torch.testing.assert_close(deployed(x)[1], fitted.score(used, x))
+    loss, plain = ood_fast.ELogitNormLoss(used, "fc"), ood_fast.elogitnorm(logits, None, weight, bias, logits.argmax(1))
+    torch.testing.assert_close(loss(logits, logits.argmax(1)), plain)
+    before = deployed(x)[1]
+    with torch.no_grad():
+        used.get_parameter(next(name for name, _ in used.named_parameters())).zero_()
+    assert torch.equal(deployed(x)[1], before)
     torch._dynamo.reset()
+
+
+def test_a_forward_that_runs_the_original_is_not_copied(x):
+    for wrap in (lambda run: functools.wraps(run)(lambda x: run(x)), lambda run: lambda x, run=run: run(x)):
+        model = Net().eval()
+        model.forward = wrap(model.forward)
+        with pytest.raises(ValueError, match=r"Net.forward was replaced by a function that runs the model itself"):
+            ood_fast.deploy(model, MSP().calibrate(torch.rand(9)))
 
 
 @pytest.fixture
@@ -442,6 +458,10 @@ def test_a_scripted_model_says_what_to_pass(x):
         with pytest.raises(ValueError, match=r"got a ScriptModule.*pass the module that it was made from"):
             call()
     torch.testing.assert_close(MSP().score(scripted, x), MSP().score(model, x))
+    torch.testing.assert_close(MSP().score(torch.jit.freeze(torch.jit.script(model)), x), MSP().score(model, x))
+    for head in ((scripted, "2"), (torch.jit.script(model), "2"), (torch.jit.script(model[2]),)):
+        with pytest.raises(ValueError, match=r"pass the module that it was made from, or call ood_fast.elogitnorm"):
+            ood_fast.ELogitNormLoss(*head)
 
 
 # NaN
@@ -451,8 +471,10 @@ def test_nan_is_out():
     detector = MSP().calibrate(torch.rand(50))
     scores = torch.tensor([float("nan"), float("-inf"), -1.0, 2.0])
     assert detector.is_ood(scores).tolist() == [True, True, True, False]
-    detector.threshold = torch.tensor(float("nan"))
-    assert detector.is_ood(scores).all()
+    for by_hand in ("nan", "-inf", "inf"):
+        detector.threshold = torch.tensor(float(by_hand))
+        assert detector.is_ood(scores).all()
+        assert detector.predict(None, torch.randn(3, 4)).all()
 
 
 # PEFT

@@ -11,6 +11,7 @@ several frames or pages             the first
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Formats that Pillow registers and cannot decode by itself; EPS would start Ghostscript.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-_SWITCH = threading.Lock()
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and of TIFF
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 
@@ -62,24 +62,49 @@ def has_signature(path: str) -> bool:
     return start.startswith(SIGNATURES) or container
 
 
+class _Switch:
+    """Pillow's, one for all threads: those that want it alike are inside together, the others wait."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.inside = 0
+        self.before = False
+
+    def enter(self, wanted: bool) -> None:
+        """Wait until it may stand so, and set it."""
+        from PIL import ImageFile
+
+        with self.changed:
+            self.changed.wait_for(lambda: not self.inside or ImageFile.LOAD_TRUNCATED_IMAGES == wanted)
+            if not self.inside:
+                self.before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, wanted
+            self.inside += 1
+
+    def leave(self) -> None:
+        """The last one out restores it."""
+        from PIL import ImageFile
+
+        with self.changed:
+            self.inside -= 1
+            if not self.inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self.before
+                self.changed.notify_all()
+
+
+_SWITCH = _Switch()
+if hasattr(os, "register_at_fork"):  # who was inside is not there in a forked process
+    os.register_at_fork(after_in_child=_SWITCH.__init__)
+
+
 @contextmanager
 def truncated_files(allowed: bool) -> Iterator[None]:
-    """Whether Pillow gives what is there of a file that ends too early, the rest grey or black, or raises OSError.
-
-    Pillow has one switch for all threads: those that allow it wait for each other, and leave it as it was.
-    """
+    """Whether Pillow gives what is there of a file that ends too early, the rest grey or black, or raises OSError."""
     pillow()
-    from PIL import ImageFile
-
-    if not allowed and not ImageFile.LOAD_TRUNCATED_IMAGES:
+    _SWITCH.enter(allowed)
+    try:
         yield
-        return
-    with _SWITCH:
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, allowed
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+    finally:
+        _SWITCH.leave()
 
 
 def rgb(file: Image.Image, upright: bool = True) -> Image.Image:

@@ -184,12 +184,13 @@ class Noise(Source):
     def __init__(self, n_images: int, shape: tuple[int, int, int], mean: Colour, std: Colour, seed: int) -> None:
         super().__init__(np.full(n_images, NO_CLASS))
         self.shape, self.seed = shape, seed
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        mean, std = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (mean, std))
         self.low, self.high = -mean / std, (1 - mean) / std
 
     def image(self, index: int) -> Tensor:
         """One image, prepared."""
-        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
+        generator = torch.Generator().manual_seed(mixed(self.seed, index))
+        noise = torch.randn(self.shape, generator=generator, device="cpu")
         return noise.clamp(self.low, self.high)
 
     def update(self, digest: Any) -> None:
@@ -208,7 +209,8 @@ class Scrambled(Source):
         """One image, prepared."""
         x, _ = self.dataset[index]
         n_places = x.shape[1] * x.shape[2]
-        order = torch.randperm(n_places, generator=torch.Generator().manual_seed(mixed(self.seed, index)))
+        generator = torch.Generator().manual_seed(mixed(self.seed, index))
+        order = torch.randperm(n_places, generator=generator, device="cpu")
         return x.flatten(1)[:, order].view_as(x)
 
     def path(self, index: int) -> str | None:
@@ -253,7 +255,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.source, self.transform = source, transform
         self.title, self.group = title, group
         self.augment_seed = augment_seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.source)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
+from ..eager.precision import is_exporting
 from ..heads import given_head
 from ..models.running import batches_of, joined, run_model
 from . import registry, store, streaming, threshold
@@ -186,12 +187,14 @@ class Detector(Contract):
         return self.is_ood(self.score_features(features, logits))
 
     def is_ood(self, scores: Tensor) -> Tensor:
-        """Whether each score, (n,), is not at or above `threshold`: below it, or NaN."""
+        """Whether each score, (n,), is not at or above `threshold`: below it, or NaN. All, if that is no number."""
         if self.threshold is None:
             raise RuntimeError(
                 f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
             )
-        return ~(scores >= self.threshold)  # NaN compares as False: what is unknown is flagged
+        kept = scores >= self.threshold  # NaN compares as False: what is unknown is flagged
+        # Set by hand it may be -inf, which would flag nothing; `deploy` has looked.
+        return ~kept if is_exporting() else ~(kept & self.threshold.isfinite())
 
     def calibrate(self, scores: Tensor, tpr: float | None = None, alpha: float | None = None) -> Detector:
         """Set `threshold` from scores (n,) of in-distribution data that took no part in the fit. Returns self.

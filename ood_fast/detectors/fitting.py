@@ -174,6 +174,10 @@ class Fit:
         self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None, head: Head | None
     ) -> None:
         """All of it, on stored features, cut into batches."""
+        if features is not None:
+            check_features(features)
+        if logits is not None:
+            checks.logits(logits)
         n_rows = next((len(given) for given in (features, logits, targets) if given is not None), 0)
         try:
             for start in range(0, n_rows if self.detectors else 0, FIT_CHUNK):

@@ -89,7 +89,9 @@ class ODIN(Detector):
             logits = at_least_float32(logits_of(model(x)))
             loss = F.cross_entropy(logits / self.temperature, logits.max(dim=1).indices, reduction="sum")
             # T times the loss: the sign is the same, and in half precision a gradient divided by T would be 0.
-            (gradient,) = torch.autograd.grad(loss * self.temperature, x)
+            (gradient,) = torch.autograd.grad(loss * self.temperature, x, allow_unused=True)
+        if gradient is None:
+            raise ValueError("model: no gradient reaches its inputs, along which ODIN moves them (quantised layers?)")
         sign = gradient.sign()
         if self.sign_of_zero:
             sign = sign.masked_fill(sign == 0, 1.0)

@@ -16,7 +16,7 @@ from .. import checks
 from ..heads import given_head
 from ..models.running import Batch, batches_of, check_loader, joined, run_model
 from ..statistics import row_statistics
-from . import registry, store
+from . import registry, store, threshold
 from .detector import Detector, check_read, save_named
 from .fitting import Fit, Head
 from .registry import create
@@ -319,6 +319,8 @@ def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
     if not detector.fitted:
         raise ValueError(f"{path}: the file holds a {method} without what it was fitted on")
     try:
+        if detector.threshold is not None and not detector.threshold.is_meta:
+            threshold.check(detector.threshold)
         _try(detector)
     except Exception as error:
         raise ValueError(f"{path}: the {method} in the file cannot score: {error}") from error

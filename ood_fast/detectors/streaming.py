@@ -190,8 +190,8 @@ class ClassMeans(Gathered):
     of: str = "features"
 
     def __post_init__(self) -> None:
-        self.count = torch.zeros(0, dtype=torch.int64)
-        self.total = torch.zeros(0, 0, dtype=torch.float64)
+        self.count = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.total = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -295,7 +295,7 @@ class Percentiles(Gathered):
     def _sketch(self) -> None:
         """Go over from values to counts."""
         if self.counts is None:
-            self.counts = torch.zeros(1 << SKETCH_BITS, dtype=torch.int64)
+            self.counts = torch.zeros(1 << SKETCH_BITS, dtype=torch.int64, device="cpu")
             while self.kept:
                 self._count(self.kept.pop())
 
@@ -313,7 +313,7 @@ class Percentiles(Gathered):
             return float(np.percentile(self.kept[0].numpy(), p))
         rank = p / 100 * (self.size - 1)
         below = int(rank)
-        ranks = torch.tensor([below, min(below + 1, self.size - 1)])
+        ranks = torch.tensor([below, min(below + 1, self.size - 1)], device="cpu")
         low, high = self._middle(torch.searchsorted(self.counts.cumsum(0), ranks, right=True)).tolist()
         share = rank - below
         return low if low == high or share == 0 else low * (1 - share) + high * share  # either may be infinite
@@ -373,7 +373,7 @@ class Bank(Gathered):
             features = torch.cat([at_least_float32(logits), targets.to(logits.device).unsqueeze(1)], dim=1)
         z = at_least_float32(features)
         self.like = z[:0]
-        keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64)
+        keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64, device="cpu")
         if self.fraction < 1:
             chosen = self._chosen(keys)
             z, keys = z[chosen.to(z.device)], keys[chosen]

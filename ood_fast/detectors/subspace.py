@@ -95,7 +95,8 @@ class ResidualDetector(Detector):
     @staticmethod
     def _by_residual(values: Tensor) -> Limit:
         """The space leaves a residual; `values`: of the second moment, the largest first."""
-        outside = values.clamp(min=0).flip(0).cumsum(0).flip(0)  # of the first d directions, for each d
+        # Of the first d directions, for each d; not on a GPU, where use_deterministic_algorithms refuses cumsum.
+        outside = values.cpu().clamp(min=0).flip(0).cumsum(0).flip(0)
         share = max(NO_RESIDUAL**2, 2 * len(values) * torch.finfo(values.dtype).eps)
         used = int((outside > share * outside[0]).sum())
         return limit_of_dim(used - 1, f"but the training features lie in {used} dimensions", used // 2)

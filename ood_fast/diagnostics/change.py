@@ -61,17 +61,17 @@ def change_by_norm(changes: Tensor, norm: Tensor, edges: Sequence[float] | None 
         edges: lower edges of the groups, ascending; samples below the first are left out. (The paper's are 0, 10, 20,
             30 for a model trained with L2 normalisation and 0, 5, 7, 9 for one without.) None: the quartiles.
     """
-    norm = norm.double()
+    changes, norm = changes.cpu().double(), norm.cpu().double()
     if edges is None:
-        edges = [0.0, *torch.quantile(norm, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()]
+        edges = [0.0, *torch.quantile(norm, norm.new_tensor([0.25, 0.5, 0.75])).tolist()]
     if list(edges) != sorted(edges):
         raise ValueError(f"edges: got {list(edges)}, expected ascending numbers")
-    bounds = torch.tensor([*edges, math.inf], dtype=torch.float64)
+    bounds = norm.new_tensor([*edges, math.inf])
     group = torch.bucketize(norm, bounds[:-1], right=True) - 1
     inside = group >= 0
     member = torch.nn.functional.one_hot(group[inside], len(edges)).double()
     count = member.sum(dim=0)
-    return FeatureChange(bounds, count.long(), changes.double()[:, inside] @ member / count)
+    return FeatureChange(bounds, count.long(), changes[:, inside] @ member / count)
 
 
 @torch.no_grad()

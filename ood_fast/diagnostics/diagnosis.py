@@ -138,7 +138,7 @@ def diagnose(
         FloatingPointError: a training feature is NaN or infinite.
     """
     geometry = Moments.of(train)
-    weight, bias = (None if given is None else given.detach().double().cpu() for given in head)
+    weight, bias = (None if given is None else given.detach().cpu().double() for given in head)
     plane = plane_of(geometry)
     values = spectrum(geometry.covariance)[: max(1, min(len(geometry.norms), len(geometry.mean)))]
     collapse = neural_collapse(geometry, weight)

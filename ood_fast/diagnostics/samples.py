@@ -61,7 +61,7 @@ class Samples:
 def samples(chunks: Iterable[Chunk], head: tuple[Tensor, Tensor | None], geometry: Moments, plane: Plane) -> Samples:
     """`Samples` of a data set in one pass; `head` is (W, b), computed with in float64."""
     weight = double(head[0])
-    empty = (torch.zeros(0, weight.shape[1]), torch.zeros(0, len(weight)), None)  # for a set without samples
+    empty = (weight.new_zeros(0, weight.shape[1]), weight.new_zeros(0, len(weight)), None)  # for a set without samples
     parts = [_of_chunk(*chunk, weight, geometry, plane) for chunk in (empty, *chunks)]
     return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
 
@@ -133,8 +133,12 @@ def accuracy_by_norm(norm: Tensor, correct: Tensor, n_bins: int = NORM_BINS) -> 
     norm, order = double(norm).sort(stable=True)
     correct = double(correct)[order]
     parts = [(part.mean(), right.mean(), len(part)) for part, right in zip(*_split(n_bins, norm, correct), strict=True)]
-    norms, accuracies, counts = (torch.tensor(column, dtype=torch.float64) for column in zip(*parts, strict=True))
-    return NormBins(norms, accuracies, counts.long(), correlation(torch.arange(n_bins), _ranks(accuracies)))
+    norms, accuracies, counts = (
+        torch.tensor(column, dtype=torch.float64, device="cpu") for column in zip(*parts, strict=True)
+    )
+    return NormBins(
+        norms, accuracies, counts.long(), correlation(torch.arange(n_bins, device="cpu"), _ranks(accuracies))
+    )
 
 
 def _split(n_parts: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -168,7 +172,7 @@ def reliability(confidence: Tensor, correct: Tensor, n_bins: int = metrics.ECE_B
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599. Of softmax(f) and of
     softmax(f / D): Ding et al., arXiv:2504.11434.
     """
-    confidence, correct = double(confidence), double(correct)
+    confidence, correct = confidence.cpu().double(), correct.cpu().double()
     bins = metrics.confidence_bins(confidence, n_bins)
     count = torch.bincount(bins, minlength=n_bins)
     mean_confidence, accuracy = (

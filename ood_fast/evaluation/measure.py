@@ -221,7 +221,7 @@ def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[s
     with progress(f"scoring {outputs.name}", len(outputs)) as bar:
         for features, logits, _ in outputs.chunks(device):
             for name, values in chosen.score_features(features, logits, skip_models=True).items():
-                parts[name].append(values.double().cpu())
+                parts[name].append(values.cpu().double())
             if bar is not None:
                 bar.advance(len(features))
     return scores | {name: torch.cat(values) for name, values in parts.items()}

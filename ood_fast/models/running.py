@@ -103,7 +103,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Counted: of several threads that evaluate models with common layers, the last one out restores these.
     """
     with _SWITCHING:
-        held = [module for module in model.modules() if module.training or id(module) in _SWITCHED]
+        # What torch.jit has frozen knows no mode.
+        held = [m for m in model.modules() if getattr(m, "training", False) or id(m) in _SWITCHED]
         for module in held:
             _, training, count = _SWITCHED.get(id(module), (module, module.training, 0))
             _SWITCHED[id(module)] = (module, training, count + 1)

@@ -91,7 +91,7 @@ class Run:
         self.rank = dist.get_rank() if distributed else 0
         self.n_processes = dist.get_world_size() if distributed else 1
         self.batches = Batches(len(benchmark.train), recipe.batch_size, seed, self.rank, self.n_processes)
-        self._loading = torch.zeros((), dtype=torch.bool).share_memory_()  # read by workers
+        self._loading = torch.zeros((), dtype=torch.bool, device="cpu").share_memory_()  # read by workers
         self.epoch = self.step = 0
         self.history: list[dict[str, float]] = []
         self.diagnosed: list[dict[str, float]] = []

@@ -39,7 +39,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
-        order = torch.randperm(self.n_images, generator=generator)
+        order = torch.randperm(self.n_images, generator=generator, device="cpu")
         for step in range(self.first_step, self.steps_an_epoch):
             first = (step * self.n_processes + self.rank) * self.batch_size
             yield order[first : first + self.batch_size].tolist()
