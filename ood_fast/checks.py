@@ -8,6 +8,7 @@ CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -50,13 +51,22 @@ def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def real(argument: str, value: object, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """TypeError unless `value` is a number, ValueError unless low <= value <= high (low < value with `open_low`)."""
+def real(
+    argument: str,
+    value: object,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    infinite: bool = False,
+) -> None:
+    """TypeError unless `value` is a number, ValueError unless low <= value <= high (low < value with `open_low`), and
+    finite without `infinite`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: got {_describe(value)}, expected a number")
-    if not low <= value <= high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
+    if not low <= value <= high or (open_low and value == low) or (math.isinf(value) and not infinite):
+        bracket, end = "(" if open_low or math.isinf(low) else "[", "]" if infinite or math.isfinite(high) else ")"
+        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}{end}")
 
 
 def _describe(value: Any) -> str:
@@ -247,6 +257,16 @@ def writable_folder(argument: str, path: str | os.PathLike) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{argument}: cannot write to {folder}: no permission in {nearest}")
     return folder
+
+
+def utf8_path(argument: str, path: Path) -> None:
+    """UserError for a path that is no UTF-8, which safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{argument}: got {str(path)!r}, expected a path in UTF-8: safetensors opens no other"
+        ) from error
 
 
 def instance(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

@@ -84,8 +84,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8 by `replacing`."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+    """Write `text` as UTF-8 by `replacing`; names of files that are none as JSON has them, \\udcff for the byte ff."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         file.write(text)
 
 

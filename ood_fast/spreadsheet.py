@@ -43,7 +43,7 @@ def write_records(file: TextIO, records: Sequence[Mapping[str, Any]], end: str =
 
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """`write_records` into a file, with the line ends that RFC 4180 asks for."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         write_records(file, list(records), "\r\n")
 
 

@@ -64,7 +64,7 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
 
 def draw(path: str, k: int) -> None:
     pixels = np.random.default_rng(k).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-    pixels[..., 0] = 255 * k // (C - 1)
+    pixels[..., 0] = 255 * min(k, C - 1) // (C - 1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
@@ -217,6 +217,45 @@ def test_the_orientation_is_remembered():
 def test_typos_are_told_before_anything_is_imported(given, message, capsys):
     assert cli.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8(capsys):
+    odd = os.fsdecode(b"c03\xff")
+    names = [odd if k == 3 else f"c{k:02d}" for k in range(C)]
+    assert fit(names) == 0
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for table in ("s.parquet", "s.csv"):
+        given = ["score", "--detectors", "d.safetensors", "--data", f"train/{odd}", "--out", table, "--workers", "0"]
+        given += ["--model", "leveller:build"]
+        assert cli.main([*given, "--html", os.fsdecode(b"p\xff.html"), "--overwrite"]) == 0
+        assert b"c03\\udcff" in Path(os.fsdecode(b"p\xff.html")).read_bytes()
+    assert parquet.read_table("s.parquet")["prediction"].to_pylist() == ["c03\\udcff"] * 3
+    assert Path("s.csv").read_bytes().count(b",c03\xff,") == 3
+    assert fit(names, "--out", os.fsdecode(b"d\xff.safetensors")) == 2
+    assert "expected a path in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--std", "0,0,0"], "--std: got '0,0,0', expected numbers above 0: pixels are from 0 to 1, not to 255"),
+        (["--std", "1,inf,1"], "--std: got '1,inf,1', expected numbers above 0"),
+        (["--mean", "123.7,116.3,103.5"], "expected numbers up to 1: pixels are from 0 to 1"),
+        (["--mean", "nan"], "--mean: got 'nan', expected numbers up to 1"),
+        (["--set", "MSP.temperature=1e999"], "temperature: got inf, expected a number in (0.0, inf)"),
+    ],
+)
+def test_numbers_that_mean_nothing(given, message, capsys):
+    assert fit(["a", "b"], *given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_not_as_it_seems_is_told(capsys):
+    names = [f"c{k:02d}" for k in range(C)]
+    assert fit([*names, "c99"], "--validation", "./train", "--detectors", "MSP") == 0
+    error = capsys.readouterr().err
+    assert "13 class folders, but the model has 12 outputs: predictions are numbers" in error
+    assert "warning: --validation: ./train is what the detectors are fitted on" in error
 
 
 def test_fit_says_whether_detectors_work(capsys):

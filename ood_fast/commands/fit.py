@@ -97,6 +97,13 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--ood-validation: only used with --tune")
     if (options.tpr is not None or options.alpha is not None) and not options.validation:
         raise refusal("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
+    trained_on = options.data or options.features
+    if options.validation and Path(options.validation).resolve() == Path(trained_on).resolve():
+        print(
+            f"ood-fast: warning: --validation: {options.validation} is what the detectors are fitted on; thresholds of "
+            "data that was trained on flag more of new data than they say",
+            file=sys.stderr,
+        )
     if options.tune:
         for path in [options.validation, *options.ood_validation]:
             if Path(path).name.lower() == "test":
@@ -115,6 +122,7 @@ def _checked_out(name: str) -> Path:
     checks.writable_folder("--out", out.parent)
     if out.is_dir() or not out.name:
         raise refusal(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
+    checks.utf8_path("--out", out)
     if out.suffix.lower() in OTHER_FORMATS:
         raise refusal(f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors")
     return out
@@ -260,8 +268,10 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
 
         names = class_order(model, images.dataset_of(source, prepared), options)
     n_outputs = _n_outputs(model, options.head)
-    if options.classes and n_outputs not in (None, len(names)):
-        raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
+    if names and n_outputs not in (None, len(names)):
+        if options.classes:
+            raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
+        _say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 

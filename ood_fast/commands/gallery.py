@@ -53,7 +53,7 @@ def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str("" if value is None else value)
-    text = html.escape(text.encode(errors="backslashreplace").decode())
+    text = html.escape(text)
     return f"<b class=worse>{text}</b>" if text == "True" else text
 
 

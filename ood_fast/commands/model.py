@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,10 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         numbers = ()
     if len(numbers) not in (1, 3):
         raise refusal(f"--{name}: got {text!r}, expected three numbers as in 0.485,0.456,0.406, or one for grey images")
+    for number in numbers:
+        if not (0 < number < math.inf if name == "std" else -math.inf < number <= 1):  # also NaN
+            expected = "numbers above 0" if name == "std" else "numbers up to 1"
+            raise refusal(f"--{name}: got {text!r}, expected {expected}: pixels are from 0 to 1, not to 255")
     return numbers
 
 

@@ -213,13 +213,17 @@ class ScoreTable:
         kinds = {"path": text, "prediction": text if self.class_names else pyarrow.int64()}
         schema = pyarrow.schema([(c, kinds.get(c, flag if c.endswith("is_ood") else score)) for c in columns])
         with parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-            rows = ([path.encode(errors="backslashreplace").decode(), *cells] for path, *cells in self._rows())  # UTF-8
+            rows = (list(map(_utf8, row)) for row in self._rows())
             full = True
             while full:
                 group = list(itertools.islice(rows, GROUP_ROWS))
                 values = [list(column) for column in zip(*group, strict=True)] or [[] for _ in columns]
                 writer.write_table(pyarrow.table(values, schema=schema))
                 full = len(group) == GROUP_ROWS
+
+
+def _utf8(cell: Any) -> Any:
+    return cell.encode(errors="backslashreplace").decode() if isinstance(cell, str) else cell
 
 
 def require_pyarrow() -> Any:

@@ -37,7 +37,7 @@ class FeatureNorm(Detector):
 
     def __init__(self, p: float = 2.0, of: str = "features") -> None:
         super().__init__()
-        checks.real("p", p, 1.0)
+        checks.real("p", p, 1.0, infinite=True)
         checks.one_of("of", of, ("features", "logits"))
         self.p, self.of = float(p), of
         self.needs_features, self.needs_logits = of == "features", of == "logits"

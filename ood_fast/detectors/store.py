@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..files import replacing
 from ..intact import checksum_of as _checksum_of_text
 
@@ -65,6 +66,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise OSError(f"{path}: expected the path of a file in a folder that exists")
+    checks.utf8_path("path", path)
     stored: dict[tuple, tuple[str, Tensor]] = {}
     entries = {name: _entry(name, record, stored) for name, record in content.detectors.items()}
     metadata = {
