@@ -64,9 +64,11 @@ def real(
     finite without `infinite`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: got {_describe(value)}, expected a number")
-    if not low <= value <= high or (open_low and value == low) or (math.isinf(value) and not infinite):
-        bracket, end = "(" if open_low or math.isinf(low) else "[", "]" if infinite or math.isfinite(high) else ")"
-        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}{end}")
+    if not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
+    if math.isinf(value) and not infinite:
+        raise ValueError(f"{argument}: got {value}, expected a finite number")
 
 
 def _describe(value: Any) -> str:
