@@ -15,14 +15,16 @@ def sizes(k: int, dim: int, fraction: float = 1.0) -> dict[str, dict]:
     """Settings of the detectors whose defaults are too large for small data, by name."""
     return {
         "KNN": {"k": k},
+        "CombOOD": {"k": k},
         "NNGuide": {"k": k, "fraction": fraction},
         **{name: {"dim": dim} for name in ("ViM", "Residual", "NECO")},
     }
 
 
 # Of these tests; every other detector is made with its defaults. Classes along five axes leave no residual in five
-# dimensions, and a twentieth of twelve features is one.
-SETTINGS = {**sizes(k=7, dim=4), "Residual": {"dim": 5}, "LTS": {"p": 65.0}}
+# dimensions, and a twentieth of twelve features is one, and a
+# class has few samples beside its tail.
+SETTINGS = {**sizes(k=7, dim=4), "Residual": {"dim": 5}, "LTS": {"p": 65.0}, "OpenMax": {"tail": 3}}
 
 
 def make(name: str) -> Detector:

@@ -14,6 +14,7 @@ from ood_fast.detectors import (
     DML,
     FDBD,
     GEN,
+    GMM,
     LTS,
     MCM,
     MSP,
@@ -22,6 +23,7 @@ from ood_fast.detectors import (
     SML,
     VRA,
     BoundaryDistance,
+    CombOOD,
     Detector,
     Energy,
     Entropy,
@@ -29,7 +31,9 @@ from ood_fast.detectors import (
     GradNorm,
     KLMatching,
     MaxLogit,
+    OpenMax,
     ReAct,
+    Relation,
     Residual,
     TemperatureScaling,
     TemperedMSP,
@@ -77,6 +81,11 @@ DETECTORS = [
     DML(),
     MCM(),
     Residual(dim=4),
+    GMM(),
+    GMM("tied"),
+    OpenMax(),
+    CombOOD(k=3),
+    Relation(),
 ]
 detectors = pytest.mark.parametrize("prototype", DETECTORS, ids=repr)
 

@@ -6,11 +6,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import optimize, special
+from scipy import optimize, special, stats
 from torch import nn
 
 from ood_fast import detectors
-from ood_fast.detectors import DICE, DML, LTS, MCM, SML, VRA, GradNorm, Residual, TemperatureScaling
+from ood_fast.detectors import (
+    DICE,
+    DML,
+    GMM,
+    IODIN,
+    LTS,
+    MCM,
+    ODIN,
+    SML,
+    VRA,
+    CombOOD,
+    DetectorSet,
+    GradNorm,
+    OpenMax,
+    Relation,
+    Residual,
+    TemperatureScaling,
+    mixture,
+)
 
 N, M, C = 400, 12, 5
 
@@ -35,6 +53,12 @@ class Data:
 
     def scores(self, detector: detectors.Detector) -> np.ndarray:
         return self.fit(detector).score_features(torch.from_numpy(self.z), torch.from_numpy(self.f)).numpy()
+
+    def variance(self) -> float:
+        """The mean variance within classes."""
+        return float(
+            sum(((rows - rows.mean(0)) ** 2).sum() for rows in (self.train[self.y == k] for k in range(C))) / N / M
+        )
 
     def head(self) -> nn.Linear:
         head = nn.Linear(M, C).requires_grad_(False)
@@ -201,6 +225,159 @@ def test_mcm_of_text_embeddings_needs_nothing_else(data):
     assert_close(scores.numpy(), data.scores(MCM()))
 
 
+# ---- a distribution a class
+
+
+def true_gmm(data: Data, covariance: str, ridge: float) -> np.ndarray:
+    classes = [data.train[data.y == k] for k in np.unique(data.y)]
+    of_classes = [np.cov(rows.T, ddof=0) for rows in classes]
+    within = sum(len(rows) * matrix for rows, matrix in zip(classes, of_classes, strict=True)) / N
+    logs = []
+    for rows, own in zip(classes, of_classes, strict=True):
+        matrix = (own if covariance == "class" else within) + ridge * np.trace(within) / M * np.eye(M)
+        logs.append(np.log(len(rows) / N) + stats.multivariate_normal(rows.mean(0), matrix).logpdf(data.z))
+    return special.logsumexp(logs, axis=0)
+
+
+@pytest.mark.parametrize("covariance", ["class", "tied"])
+@pytest.mark.parametrize("ridge", [1e-6, 0.1])
+def test_gmm(covariance, ridge, data):
+    data.y[:50] = 1  # shares that differ
+    assert_close(data.scores(GMM(covariance, ridge)), true_gmm(data, covariance, ridge), rtol=1e-7)
+
+
+def test_gmm_of_few_samples_a_class_and_of_a_missing_one(data):
+    data.y = np.where(data.y == 2, 1, data.y)
+    data.y[data.y == 4] = 3
+    data.y[0] = 4  # a class of one sample
+    with pytest.warns(UserWarning, match="GMM: no training sample of class 2: inputs of it count as those of others"):
+        scores = data.scores(GMM())
+    assert_close(scores, true_gmm(data, "class", 1e-6), rtol=1e-6)
+
+
+def test_gmm_in_parts_and_of_too_many_numbers(data, monkeypatch):
+    whole = data.scores(GMM())
+    parts = GMM()
+    train, y = torch.from_numpy(data.train), torch.from_numpy(data.y)
+    for rows in torch.randperm(N).split(37):
+        parts.partial_fit(train[rows], None, y[rows])
+    assert_close(parts.finalize().score_features(torch.from_numpy(data.z)).numpy(), whole, rtol=1e-7)
+    monkeypatch.setattr(mixture.ClassScatter, "__init__", lambda self: self.__post_init__())
+    monkeypatch.setattr(mixture.ClassScatter, "most", C * M**2 - 1)
+    with pytest.raises(
+        ValueError, match="GMM: covariance: got 'class', which of all classes takes more than 719 numbers"
+    ):
+        data.fit(GMM())
+    tied = true_gmm(data, "tied", 1e-6)
+    with pytest.warns(UserWarning, match="GMM: covariance: one a class, .* takes one for all"):
+        together = data.fit(DetectorSet(["GMM", "MSP"]))
+    scores = together.score_features(torch.from_numpy(data.z), torch.from_numpy(data.f))["GMM"]
+    assert_close(scores.numpy(), tied, rtol=1e-7)
+
+
+def weibull(distances: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The distribution function at `queries`, fitted to `distances` after libMR's shift."""
+    shift = 1e4 - distances.min()
+
+    def nll(log_parameters: np.ndarray) -> float:  # of x / scale, by hand: scipy's logpdf takes a hundred times as long
+        k, log_x = np.exp(log_parameters[0]), np.log((distances + shift) / 1e4) - log_parameters[1]
+        return -(log_parameters[0] + k * log_x - np.exp(k * log_x)).sum()
+
+    start = [np.log(1e4 / distances.std()), distances.std() / 1e4]
+    best = optimize.minimize(
+        nll, start, method="Nelder-Mead", options={"xatol": 1e-13, "fatol": 1e-11, "maxiter": 9999}
+    )
+    return stats.weibull_min.cdf(queries + shift, np.exp(best.x[0]), scale=1e4 * np.exp(best.x[1]))
+
+
+@pytest.mark.parametrize(("tail", "alpha"), [(20, 3), (7, 1), (500, 10)])
+def test_openmax(tail, alpha, data):
+    data.f[0] = data.f_train[data.y == 0].mean(0)  # w = 0
+    right = data.f_train.argmax(1) == data.y
+    assert not right.all()
+    w = np.zeros_like(data.f)
+    for k in range(C):
+        rows = data.f_train[right & (data.y == k)]
+        distances = np.sort(np.linalg.norm(rows - rows.mean(0), axis=1))[-tail:]
+        w[:, k] = weibull(distances, np.linalg.norm(data.f - rows.mean(0), axis=1))
+    expected = []
+    for f, of_row in zip(data.f, w, strict=True):
+        omega, n = np.zeros(C), min(alpha, C)
+        omega[np.argsort(-f)[:n]] = [(n - i) / n for i in range(n)]
+        unknown = (f * omega * of_row).sum()
+        e = np.exp([*(f * (1 - omega * of_row)), unknown])
+        expected.append(np.log(e[:-1].sum() / e[-1]))
+    np.testing.assert_allclose(data.scores(OpenMax(tail, alpha)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_openmax_of_classes_that_are_never_right(data):
+    data.f_train[:, 4] -= 100
+    with pytest.warns(UserWarning, match="OpenMax: no tail of correct training samples of class 4"):
+        fitted = data.fit(OpenMax(alpha=1))
+    f = torch.tensor([[0.0, 0.0, 0.0, 0.0, 3.0]], dtype=torch.float64)
+    expected = np.log(4 + 1) - 3  # all of the logit goes to the unknown class
+    assert fitted.score_features(None, f).item() == pytest.approx(expected)
+    data.y = (data.f_train.argmax(1) + 1) % C
+    with pytest.raises(ValueError, match="OpenMax: logits: got no class with correct samples"):
+        data.fit(OpenMax())
+
+
+# ---- kept training samples
+
+
+def test_combood(data):
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    squared = np.sort(((unit(data.z)[:, None] - unit(data.train)) ** 2).sum(2), axis=1)[:, 6]
+    x = (data.z - data.train.mean(0)) / data.train.std(0)
+    inverse = np.linalg.inv(np.corrcoef(data.train.T) + np.eye(M))
+    far = np.einsum("ni,ij,nj->n", x, inverse, x)
+    assert_close(data.scores(CombOOD(k=7)), -np.sqrt(M) * np.log(squared) - far, rtol=1e-8)
+    assert_close(data.scores(CombOOD(k=7, weight=M)), -M * np.log(squared) - far, rtol=1e-8)
+    data.z = data.train[:1]
+    assert np.isfinite(data.scores(CombOOD(k=1))).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"pow": 4}, {"cutoff": 0.4}], ids=str)
+def test_relation(settings, data):
+    cosine = cosines(data.z, data.train).clip(0)
+    r = cosine * (special.softmax(data.f, axis=1) @ special.softmax(data.f_train, axis=1).T)
+    expected = (np.where(r > settings.get("cutoff", 0.03), r, 0) ** settings.get("pow", 1)).sum(1)
+    assert_close(data.scores(Relation(**settings)), expected)
+
+
+def test_relation_of_a_sample_and_in_chunks(data, monkeypatch):
+    whole = data.scores(Relation())
+    monkeypatch.setattr("ood_fast.detectors.neighbour.CHUNK_ELEMENTS", 4 * N)
+    assert_close(data.scores(Relation()), whole)
+    sampled = data.fit(Relation(budget=100))
+    assert len(sampled.bank) == len(sampled.softmax) == 100
+    scores = sampled.score_features(torch.from_numpy(data.z), torch.from_numpy(data.f)).numpy()
+    assert np.corrcoef(scores, whole)[0, 1] > 0.95
+
+
+# ---- inputs
+
+
+def test_iodin_moves_one_number():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    std, T, eps = torch.tensor([0.5, 1.0, 2.0]), 10.0, 0.05
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    loss = F.cross_entropy(logits / T, logits.argmax(1), reduction="sum")
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    moved = x.clone()
+    for row, g in enumerate(gradient):
+        at = np.unravel_index(int(g.abs().argmax()), g.shape)
+        moved[(row, *at)] -= eps * g[at].sign() / std[at[0]]
+    expected = torch.softmax(model(moved) / T, 1).amax(1).detach()
+    detector = IODIN(temperature=T, eps=eps, std=std.tolist())
+    torch.testing.assert_close(detector.score(model, x), expected)
+    assert not torch.equal(ODIN(temperature=T, eps=eps, std=std.tolist()).score(model, x), expected)
+
+
 # ---- the other library
 
 
@@ -215,10 +392,17 @@ def test_beside_pytorch_ood(data):
         (LTS(), peer.LTS(None, head).predict_features(z)),
         (MCM(), peer.MCM(None, head.weight).predict_features(z)),
         (GradNorm(), C * scaled.predict(z)),
+        (GMM(ridge=1e-3 / data.variance()), peer.GMM(None, reg=1e-3).fit_features(train, y).predict_features(z)),
     ]
     for detector, theirs in pairs:
         scores = detector.fit_features(train, head(train), y, head).score_features(z, head(z))
-        torch.testing.assert_close(scores, -theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores, -theirs.to(scores), rtol=1e-4, atol=1e-5)
+    data.y = data.f_train.argmax(1)
+    theirs = peer.OpenMax(None, tailsize=20, alpha=3).fit_logits(
+        torch.from_numpy(data.f_train), torch.from_numpy(data.y)
+    )
+    unknown = theirs.predict_logits(torch.from_numpy(data.f)).numpy()
+    np.testing.assert_allclose(special.expit(-data.scores(OpenMax())), unknown, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +417,14 @@ def test_beside_pytorch_ood(data):
         (lambda: DML(weight=-1), "weight: got -1"),
         (lambda: MCM(temperature=0), "temperature: got 0"),
         (lambda: Residual(dim=0), "dim: got 0"),
+        (lambda: GMM("diagonal"), "covariance: got 'diagonal'"),
+        (lambda: GMM(ridge=0), "ridge: got 0"),
+        (lambda: OpenMax(tail=1), "tail: got 1"),
+        (lambda: OpenMax(alpha=0), "alpha: got 0"),
+        (lambda: CombOOD(weight=-1), "weight: got -1"),
+        (lambda: Relation(pow=0), "pow: got 0"),
+        (lambda: Relation(cutoff=2), "cutoff: got 2"),
+        (lambda: Relation(budget=0), "budget: got 0"),
         (lambda: SML().fit_features(None, torch.ones(9, 3)), "logits: got the largest logit 1 in all rows"),
         (lambda: TemperatureScaling().fit_features(None, torch.rand(3, 2), torch.tensor([0, 1, 2])), "targets: got 2"),
     ],

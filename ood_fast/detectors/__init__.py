@@ -2,10 +2,10 @@
 
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
-`subspace` (directions that the data does not use), `neighbour` (kept training features), `gradient` (passes of their
-own through the model). What every detector does is in `detector`, what fitting gathers in `streaming`, the pass over
-the data in `fitting`, many detectors at once in `sets`, the search for parameters in `search`, thresholds in
-`threshold`, files in `store`.
+`mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
+features), `gradient` (passes of their own through the model). What every detector does is in `detector`, what fitting
+gathers in `streaming`, the pass over the data in `fitting`, many detectors at once in `sets`, the search for parameters
+in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
@@ -13,9 +13,10 @@ from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .detector import Detector
 from .feature import DML, MCM, NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
-from .gradient import ODIN
+from .gradient import IODIN, ODIN
 from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
-from .neighbour import KNN, NNGuide
+from .mixture import GMM, OpenMax
+from .neighbour import KNN, CombOOD, NNGuide, Relation
 from .registry import create, find, known, register
 from .search import tune
 from .sets import DetectorSet, load
@@ -28,6 +29,8 @@ __all__ = [
     "DML",
     "FDBD",
     "GEN",
+    "GMM",
+    "IODIN",
     "KNN",
     "LTS",
     "MCM",
@@ -42,6 +45,7 @@ __all__ = [
     "VRA",
     "BoundaryDistance",
     "Calibration",
+    "CombOOD",
     "Detector",
     "DetectorSet",
     "Energy",
@@ -52,7 +56,9 @@ __all__ = [
     "Mahalanobis",
     "MaxLogit",
     "NNGuide",
+    "OpenMax",
     "ReAct",
+    "Relation",
     "Residual",
     "TemperatureScaling",
     "TemperedMSP",

@@ -12,7 +12,7 @@ import torch
 from .registry import find, known
 
 N, C, M = 211, 7, 23  # training samples, classes, features
-_SMALL = {"KNN": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
+_SMALL = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
 _SMALL |= {name: {"dim": 11} for name in ("ViM", "NECO", "Residual")}
 _LETTERS = {N: "N", C: "c", M: "m", 11: "d"}
 
@@ -55,8 +55,13 @@ ABOUT = {
     "RMDS": About("2m² + c·m", "Ren, 2021", "2106.09022", "RMDS(scatter=True, ridge=1e-6)"),
     "SHE": About("m", "Zhang, ICLR 2023", ""),
     "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690"),
+    "IODIN": About("2 passes of the model, 1 backward", "Regmi, 2025", "2411.10794"),
+    "GMM": About("c·m²", "Mukhoti, CVPR 2023", "2102.11582", "GMM(ridge=reg·m/tr(Σ))"),
+    "OpenMax": About("3c", "Bendale, CVPR 2016", "1511.06233", "OpenMax(tail=25, alpha=10)"),
     "KNN": About("N·m", "Sun, ICML 2022", "2204.06507", "KNN(squared=False)"),
     "NNGuide": About("N/100·m", "Park, ICCV 2023", "2309.14888", "NNGuide(k=10, fraction=1.0)"),
+    "CombOOD": About("N·m + m²", "Rajasekaran, SDM 2024", "2602.07042"),
+    "Relation": About("N·(m + c)", "Kim, NeurIPS 2023", "2301.12321"),
     "ViM": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "Residual": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "NECO": About("m·d", "Ammar, ICLR 2024", "2310.06823"),

@@ -97,8 +97,28 @@ class ODIN(Detector):
             sign = sign.masked_fill(sign == 0, 1.0)
         if self.std is not None:
             sign = sign / sign.new_tensor(self.std).view(1, -1, *[1] * (sign.dim() - 2))
-        return sign
+        return self._masked(sign, gradient)
+
+    def _masked(self, step: Tensor, gradient: Tensor) -> Tensor:
+        """The step of the numbers of x that are moved, 0 of the others."""
+        return step
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """RuntimeError: the score is a function of the inputs and the model, not of features."""
         raise RuntimeError(f"{self.label} scores inputs, not features or logits: call score(model, x)")
+
+
+@register
+class IODIN(ODIN):
+    """ODIN that moves the one number of each input whose gradient is largest: x̂ = x − ε · M · sign(∂L/∂x) / std with
+    M = 1 at argmax |∂L/∂x|, the first of equals, and 0 elsewhere.
+
+    Regmi, "Going Beyond Conventional OOD Detection", 2025, arXiv:2411.10794. Keywords and passes as of `ODIN`.
+    """
+
+    label = "iODIN"
+
+    def _masked(self, step: Tensor, gradient: Tensor) -> Tensor:
+        largest = gradient.abs().flatten(1).max(dim=1, keepdim=True).indices
+        mask = torch.zeros_like(gradient).flatten(1).scatter_(1, largest, 1.0)
+        return step * mask.view_as(step)

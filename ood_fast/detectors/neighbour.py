@@ -17,6 +17,7 @@ from .detector import Detector
 from .fitting import Limit, at_most
 from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
+from .subspace import deviations
 
 # Entries of one block of the table (queries, bank) in float32, whatever the two numbers: 24 MiB. From 32 MiB on the C
 # library takes fresh pages for each block, whose faults cost a quarter of the time. In float64 half as many.
@@ -26,6 +27,7 @@ PAIR_ELEMENTS = 1 << 18  # of features whose differences are taken at a time: 1 
 WINDOW = 8  # neighbours before and behind the k-th that are measured where the ranking leaves more in doubt
 # Of a group of columns `largest` reads the maximum first. Fewer columns a group than this cost more than they save.
 GROUP = 8
+NEAREST = 1e-12  # of squared distances between unit vectors, whose rounding it is in float32
 
 
 def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -275,6 +277,125 @@ class NNGuide(Detector):
         chunks = query_chunks(unit, len(self.bank))
         guidance = torch.cat([largest(products(q, self.bank), self.k)[0].mean(dim=1) for q in chunks])
         return nan_where_too_long(guidance, lengths) * torch.logsumexp(at_least_float32(logits), dim=1)
+
+
+@register
+class CombOOD(KNN):
+    """Nearest neighbour and Mahalanobis distance as one log density:
+
+        −λ log ‖ z/‖z‖ − z_(k)/‖z_(k)‖ ‖² − xᵀ (R + I)⁻¹ x        λ = √m,  x = (z − μ) / σ
+
+    The k-th nearest training feature as in `KNN`, its squared distance counted as 10⁻¹² at least; μ, σ and R: mean,
+    standard deviation (1 for a feature that does not vary) and correlation matrix of the training features. Fitted on
+    features.
+
+    Rajasekaran et al., "COMBOOD: A Semiparametric Approach for Detecting Out-of-distribution Data for Image
+    Classification", SDM 2024, arXiv:2602.07042. The authors take the second term of the largest and smallest
+    activation of every layer, made normal by a power transform; here it is of the features.
+
+    Args:
+        k, budget, dtype, seed: as in `KNN`.
+        weight: λ >= 0; None: √m, as in the authors' last tables; m is the exponent of a density.
+    """
+
+    state = (*KNN.state, "centre", "whitening")
+    grid: ClassVar[Mapping[str, tuple]] = {}
+
+    def __init__(
+        self,
+        k: int = 50,
+        *,
+        weight: float | None = None,
+        budget: int | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(k, budget=budget, dtype=dtype, seed=seed)
+        if weight is not None:
+            checks.real("weight", weight, 0.0)
+        self.weight = weight
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {**super().gathers(), "scatter": streaming.Scatter()}
+
+    def _finish(self, bank: streaming.Bank, scatter: streaming.Scatter) -> None:
+        super()._finish(bank)
+        deviation = deviations(scatter)
+        values, vectors = torch.linalg.eigh(scatter.covariance() / torch.outer(deviation, deviation))
+        whitening = (vectors / (values.clamp(min=0) + 1).sqrt()).T / deviation  # (m, m), applied to z − μ
+        self.centre, self.whitening = scatter.mean.to(scatter.like), whitening.to(scatter.like)
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        near = -super()._score(features, logits).clamp(max=-NEAREST)
+        z = at_least_float32(features).to(self.centre.dtype)
+        far = exact_linear(z - self.centre, self.whitening).square().sum(dim=1)
+        return -(math.sqrt(z.shape[1]) if self.weight is None else self.weight) * near.log() - far
+
+
+@register
+class Relation(Detector):
+    """Neural relation graph: the training samples that are near in direction and alike in their softmax P,
+
+        Σ_i r_i^pow over those with r_i > cutoff        r_i = max(cos(z, z_i), 0) · P · P_i
+
+    Keeps features of unit length and softmax of the training samples. A zero feature scores 0. Fitted on features and
+    logits.
+
+    Kim, Yun and Song, "Neural Relation Graph: A Unified Framework for Identifying Label Noise and Outlier Data",
+    NeurIPS 2023, arXiv:2301.12321.
+
+    Args:
+        pow: > 0.
+        cutoff: 0 <= cutoff < 1.
+        budget: keep a random sample of at most so many training samples; None: all. 50,000 is all of CIFAR, and of
+            ImageNet a share that fits into memory; OpenOOD keeps all.
+        dtype, seed: as in `KNN`.
+    """
+
+    needs_features = True
+    needs_logits = True
+    state = ("bank", "softmax")
+    grid: ClassVar[Mapping[str, tuple]] = {"pow": (1, 2, 4, 6, 8)}
+
+    def __init__(
+        self,
+        pow: float = 1.0,
+        *,
+        cutoff: float = 0.03,
+        budget: int | None = 50_000,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        checks.real("pow", pow, 0.0, open_low=True)
+        checks.real("cutoff", cutoff, 0.0, 1.0)
+        check_kept(budget, dtype, seed)
+        self.pow, self.cutoff, self.budget, self.dtype, self.seed = pow, cutoff, budget, dtype, seed
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        return {"bank": streaming.Bank("softmax", budget=self.budget, dtype=self.dtype, seed=self.seed)}
+
+    def _finish(self, bank: streaming.Bank) -> None:
+        rows = bank.value()
+        n_features = bank.like.shape[1]
+        self.bank, self.softmax = rows[:, :n_features].contiguous(), rows[:, n_features:].contiguous()
+
+    def widths(self) -> tuple[int | None, int | None]:
+        """(m, c) of the bank."""
+        return (None, None) if self.bank is None else (self.bank.shape[1], self.softmax.shape[1])
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        dtype = at_least_float32(self.bank[:0]).dtype
+        unit, lengths = l2_normalize(at_least_float32(features).to(dtype))
+        softmax = torch.softmax(at_least_float32(logits).to(dtype), dim=1)
+        chunks = zip(*(query_chunks(queries, len(self.bank)) for queries in (unit, softmax)), strict=True)
+        sums = []
+        for z, P in chunks:
+            relation = products(z, self.bank).clamp_(min=0).mul_(products(P, self.softmax))
+            sums.append(torch.where(relation <= self.cutoff, 0.0, relation.pow(self.pow)).sum(dim=1))
+        return nan_where_too_long(torch.cat(sums), lengths)
 
 
 def check_kept(budget: object, dtype: object, seed: object) -> None:

@@ -338,7 +338,8 @@ class Bank(Gathered):
     processes does not change the sample. Equal rows share one fate.
 
     Settings:
-        kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j; "logits" f, behind it the class.
+        kind: "raw" z; "unit" z/‖z‖ (0 stays 0); "energy" z/‖z‖ · log Σ_j exp f_j; "logits" f, behind it the class;
+            "softmax" z/‖z‖, behind it the softmax.
         budget: at most so many rows, every one of the stream with the same chance (None: no limit).
         values: a budget in numbers instead of rows: at most values // m rows.
         fraction: each row is kept with this chance.
@@ -363,8 +364,8 @@ class Bank(Gathered):
     @property
     def reads(self) -> tuple[str, ...]:
         """What a batch must hold."""
-        by_kind = {"energy": ("features", "logits"), "logits": ("logits", "targets")}
-        return by_kind.get(self.kind, ("features",))
+        others = {"energy": ("features", "logits"), "softmax": ("features", "logits"), "logits": ("logits", "targets")}
+        return others.get(self.kind, ("features",))
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
         """Take in one batch."""
@@ -377,9 +378,11 @@ class Bank(Gathered):
         if self.fraction < 1:
             chosen = self._chosen(keys)
             z, keys = z[chosen.to(z.device)], keys[chosen]
-            logits = logits[chosen.to(logits.device)] if self.kind == "energy" else None
-        if self.kind in ("unit", "energy"):
+            logits = logits[chosen.to(logits.device)] if "logits" in self.reads else None
+        if self.kind in ("unit", "energy", "softmax"):
             z = l2_normalize(z)[0]
+        if self.kind == "softmax":
+            z = torch.cat([z, torch.softmax(at_least_float32(logits), dim=1).to(z.dtype)], dim=1)
         if self.kind == "energy":
             z = z * torch.logsumexp(at_least_float32(logits), dim=1, keepdim=True)
         self._keep(z.to(self.dtype or z.dtype), keys)

@@ -31,6 +31,17 @@ def principal_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * torch.where(largest < 0, -1.0, 1.0), values.flip(0)
 
 
+def rounding_of_mean(scatter: streaming.Scatter) -> Tensor:
+    """What a constant feature seems to vary by, (m,)."""
+    return scatter.rows * torch.finfo(scatter.mean.dtype).eps * scatter.mean
+
+
+def deviations(scatter: streaming.Scatter) -> Tensor:
+    """Standard deviation (÷N) of each feature, (m,) in float64, 1 for one that does not vary."""
+    variance = scatter.covariance().diagonal()
+    return torch.where(variance > rounding_of_mean(scatter).square(), variance.sqrt(), 1.0)
+
+
 def leading(directions: Tensor, dim: int) -> Tensor:
     """The first `dim` columns, by themselves."""
     # `contiguous` would leave a single column as it lies, and products of it round otherwise than those of a copy.
@@ -214,14 +225,11 @@ class NECO(Detector):
 
     def _finish(self, scatter: streaming.Scatter) -> None:
         covariance = scatter.covariance()
-        variance = covariance.diagonal()
-        rounding = scatter.rows * torch.finfo(variance.dtype).eps  # of a mean: what a constant feature seems to vary by
-        varies = (variance > (rounding * scatter.mean).square()) & self.standardize
-        deviation = torch.where(varies, variance.sqrt(), 1.0)
+        deviation = deviations(scatter) if self.standardize else torch.ones_like(scatter.mean)
         directions, values = principal_directions(covariance / torch.outer(deviation, deviation))
         # Beyond the rank lie whatever directions rounding leaves, others for each order of the batches.
         noise = len(values) * torch.finfo(values.dtype).eps * values[0]
-        noise = noise + (rounding * scatter.mean / deviation).square().sum()
+        noise = noise + (rounding_of_mean(scatter) / deviation).square().sum()
         rank = int((values > noise).sum())
         span, vary = (
             f"but {scatter.rows} training features span less",
