@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .bundle import load_bundle, save_bundle
     from .deployment import deploy
     from .functional import boundary_distance, elogitnorm, l2_normalize, linear_elogitnorm, logitnorm, nci_score
     from .heads import L2NormLinear
@@ -33,12 +34,15 @@ __all__ = [
     "elogitnorm",
     "l2_normalize",
     "linear_elogitnorm",
+    "load_bundle",
     "logitnorm",
     "nci_score",
     "register",
+    "save_bundle",
 ]
 
 _MODULES = (
+    "bundle",
     "data",
     "deployment",
     "detectors",
@@ -66,7 +70,9 @@ _HOMES = {  # the others: functional
     "LogitNormLoss": "losses",
     "Monitor": "monitor",
     "deploy": "deployment",
+    "load_bundle": "bundle",
     "register": "registry",
+    "save_bundle": "bundle",
 }
 
 

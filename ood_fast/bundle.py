@@ -1,0 +1,149 @@
+"""A classifier, its detectors and how its images are prepared as one folder that can be handed on.
+
+    ood_fast.save_bundle("flowers", model, detectors, {"size": 224, "resize": 256, "mean": ..., "std": ...},
+                         architecture="resnet50")
+    bundle = ood_fast.load_bundle("flowers")               # or load_bundle("flowers", MyNet())
+    logits, score, is_ood = bundle.deploy()(bundle.transform()(image)[None])
+
+    model.safetensors        the weights
+    detectors.safetensors    fitted, with their thresholds
+    bundle.json              format, architecture, classes, preparation, checksums of the two
+    README.md                a model card, as the Hugging Face Hub shows it
+
+There is no code in it: `models.create` makes the network from a name that the package knows, or the caller gives it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__, checks, files, intact, models
+from .deployment import Deployed, deploy
+from .detectors import Detector, DetectorSet, load
+from .heads import unwrapped
+from .models.checkpoints import n_classes_of
+
+FORMAT = "ood_fast bundle 1"
+WEIGHTS, DETECTORS, ABOUT, CARD = "model.safetensors", "detectors.safetensors", "bundle.json", "README.md"
+PREPARED = ("size", "resize", "mean", "std")
+
+
+class Bundle(NamedTuple):
+    """What `load_bundle` gives."""
+
+    model: nn.Module  # in eval mode
+    detectors: Detector | DetectorSet
+    preparation: dict[str, Any]  # size, resize, mean, std, interpolation
+    classes: tuple[str, ...] | None
+
+    def deploy(self) -> Deployed:
+        """As `ood_fast.deploy` of the two."""
+        return deploy(self.model, self.detectors)
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """PIL image -> the tensor (channels, size, size) that the model takes; needs torchvision."""
+        from .data.images import preparation
+
+        given = self.preparation
+        resize = given["resize"] if isinstance(given["resize"], int) else tuple(given["resize"])
+        mean, std = tuple(given["mean"]), tuple(given["std"])
+        return preparation(resize, given["size"], mean, std, given.get("interpolation", "bilinear"))
+
+
+def save_bundle(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    detectors: Detector | DetectorSet,
+    preparation: Mapping[str, Any],
+    *,
+    architecture: str | None = None,
+    classes: Sequence[str] | None = None,
+    card: str = "",
+) -> None:
+    """Write the four files; they take the places of older ones when all are whole, what else is there stays.
+
+    Args:
+        preparation: size (of the square that is cut), resize (of the short side before, or (height, width)), mean, std
+            and, if it is not bilinear, interpolation.
+        architecture: what `models.create` takes, so that `load_bundle` can make the model; None: it has to be given.
+        classes: their names in the order of the logits; None: those of the detectors.
+        card: Markdown that README.md says first: what it is for, what it was trained on, what it cannot do.
+
+    Raises:
+        ValueError, TypeError: arguments that are not so. RuntimeError: a detector is not fitted. OSError: not written.
+    """
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.instance("detectors", detectors, (Detector, DetectorSet), "a Detector or a DetectorSet")
+    if missing := [name for name in PREPARED if name not in preparation]:
+        raise ValueError(f"preparation: got no {', '.join(missing)}, expected {', '.join(PREPARED)}")
+    named = dict(detectors.items()) if isinstance(detectors, DetectorSet) else {type(detectors).__name__: detectors}
+    names = classes or next((each.class_names for each in named.values() if each.class_names), None)
+    about: dict[str, Any] = {"format": FORMAT, "ood_fast": __version__, "torch": torch.__version__}
+    about |= {"architecture": architecture, "preparation": dict(preparation)}
+    about["classes"] = None if names is None else list(names)
+    with files.staged(folder) as staging:
+        state = {key: value.detach().cpu().clone() for key, value in unwrapped(model).state_dict().items()}
+        models.save_checkpoint(state, staging / WEIGHTS)
+        detectors.save(staging / DETECTORS, names, notes={"model": architecture, **preparation})
+        about["sha256"] = {name: _sha256(staging / name) for name in (WEIGHTS, DETECTORS)}
+        files.write_text(staging / ABOUT, json.dumps(about, indent=1) + "\n")
+        files.write_text(staging / CARD, _card(Path(folder).name, about, named, card))
+
+
+def load_bundle(folder: str | os.PathLike, model: nn.Module | str | None = None) -> Bundle:
+    """What `save_bundle` wrote, on the CPU.
+
+    Args:
+        model: an untrained one of the same architecture, which takes the weights; or the name of one for
+            `models.create`; None: the name that the bundle has.
+
+    Raises:
+        OSError: a file is not there, or cannot be read.
+        ValueError: not a bundle, damaged, files of several bundles; weights that do not fit the model, or no model.
+    """
+    files.settle(folder)
+    folder = Path(folder)
+    about = intact.read_json(folder / ABOUT)
+    kinds = {"format": str, "sha256": dict, "preparation": dict, "classes": (list, type(None))}
+    whole = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
+    if not whole or about["format"] != FORMAT or not set(PREPARED) <= set(about["preparation"]):
+        raise ValueError(f"{folder / ABOUT}: is no bundle that ood_fast {__version__} reads")
+    for name in (WEIGHTS, DETECTORS):
+        if about["sha256"].get(name) != _sha256(folder / name):
+            raise ValueError(f"{folder / name}: is damaged, or of another bundle: its checksum is not that of {ABOUT}")
+    preparation, classes = about["preparation"], about["classes"]
+    if model is None and (model := about.get("architecture")) is None:
+        raise ValueError("model: got None, but the bundle names no architecture, expected the network of its weights")
+    if isinstance(model, str):
+        n_classes = n_classes_of(folder / WEIGHTS) if classes is None else len(classes)
+        options = {"in_channels": len(preparation["mean"]), "image_size": preparation["size"]}
+        model = models.create(model, n_classes, **options)
+    checks.instance("model", model, nn.Module, "an nn.Module, the name of one, or None")
+    models.load_checkpoint(model, folder / WEIGHTS)
+    return Bundle(model.eval(), load(folder / DETECTORS), preparation, None if classes is None else tuple(classes))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _card(title: str, about: Mapping[str, Any], named: Mapping[str, Detector], text: str) -> str:
+    rows = [
+        f"| {name} | `{each}` | {'none' if each.threshold is None else f'{float(each.threshold):.6g}'} |"
+        for name, each in named.items()
+    ]
+    tags = "library_name: ood_fast\npipeline_tag: image-classification\ntags:\n- out-of-distribution-detection"
+    made = f'load_bundle("{title}"' + (")" if about["architecture"] else ", model)  # the network, untrained")
+    use = f"```python\nimport ood_fast\n\nbundle = ood_fast.{made}\n```"
+    prepared = ", ".join(f"{name} {value}" for name, value in about["preparation"].items())
+    table = "\n".join(["| detector | parameters | threshold: scores below are OOD |", "|---|---|---|", *rows])
+    parts = [f"---\n{tags}\n---", f"# {title}", text, use, table, f"Images: {prepared}."]
+    return "\n\n".join(part for part in parts if part) + "\n"
