@@ -37,6 +37,7 @@ from ood_fast.detectors import (
     Residual,
     TemperatureScaling,
     TemperedMSP,
+    WeiPer,
     boundary,
 )
 
@@ -86,6 +87,7 @@ DETECTORS = [
     OpenMax(),
     CombOOD(k=3),
     Relation(),
+    WeiPer(repeats=3),
 ]
 detectors = pytest.mark.parametrize("prototype", DETECTORS, ids=repr)
 

@@ -27,6 +27,7 @@ from ood_fast.detectors import (
     Relation,
     Residual,
     TemperatureScaling,
+    WeiPer,
     mixture,
 )
 
@@ -322,6 +323,52 @@ def test_openmax_of_classes_that_are_never_right(data):
         data.fit(OpenMax())
 
 
+# ---- heads with noise
+
+
+def divergence(values: np.ndarray, train: np.ndarray, bins: int, width: int, floor: float) -> np.ndarray:
+    """KL in both directions of the histograms of the rows from the mean one of `train`, the row's smoothed."""
+    edges = np.linspace(train.min(), train.max(), bins + 1)
+    p = np.mean([np.histogram(row, edges)[0] / len(row) for row in train], axis=0) + floor
+    p, found = p / p.sum(), []
+    for row in values:
+        share = np.pad(np.histogram(row, edges)[0] / len(row), ((width - 1) // 2, width // 2), mode="edge")
+        q = np.array([share[i : i + width].mean() for i in range(bins)]) + floor
+        q = q / q.sum()
+        found.append((p * np.log(p / q)).sum() + (q * np.log(q / p)).sum())
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bins": 30, "smoothing": 3, "smoothing_perturbed": 6, "delta": 0.5}], ids=str
+)
+def test_weiper(settings, data):
+    detector = data.fit(WeiPer(repeats=8, **settings))
+    heads = detector.heads.numpy().reshape(8, C, M)
+    length = np.linalg.norm(data.W, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(heads - data.W, axis=2), np.tile(detector.delta * length, (8, 1)))
+    directions = (heads - data.W).reshape(-1, M)
+    assert np.abs(cosines(directions, directions) - np.eye(8 * C)).max() < 0.95, "each its own"
+    f, f_train = (np.einsum("nm,rcm->nrc", z, heads) + data.b for z in (data.z, data.train))
+    bins = detector.bins
+    expected = (
+        -divergence(data.z, data.train, bins, detector.smoothing, 0.01)
+        - 2.5 * divergence(f.reshape(len(f), -1), f_train.reshape(N, -1), bins, detector.smoothing_perturbed, 0.025)
+        + 0.1 * special.softmax(f, axis=2).max(2).mean(1)
+    )
+    assert_close(data.scores(WeiPer(repeats=8, **settings)), expected, rtol=1e-8)
+
+
+def test_weiper_takes_as_many_heads_as_fit(data, monkeypatch):
+    monkeypatch.setattr("ood_fast.detectors.perturbed.HEAD_VALUES", 7 * C * M + 1)
+    with pytest.raises(ValueError, match=r"WeiPer: repeats: got 100, expected at most 7: heads of .*; take 7"):
+        data.fit(WeiPer())
+    with pytest.warns(UserWarning, match="WeiPer: repeats: the default of 100 does not fit, .*: takes 7"):
+        fitted = data.fit(DetectorSet(["WeiPer"]))["WeiPer"]
+    z = torch.from_numpy(data.z)
+    assert torch.equal(fitted.score_features(z), data.fit(WeiPer(repeats=7)).score_features(z))
+
+
 # ---- kept training samples
 
 
@@ -421,6 +468,12 @@ def test_beside_pytorch_ood(data):
         (lambda: GMM(ridge=0), "ridge: got 0"),
         (lambda: OpenMax(tail=1), "tail: got 1"),
         (lambda: OpenMax(alpha=0), "alpha: got 0"),
+        (lambda: WeiPer(repeats=0), "repeats: got 0"),
+        (lambda: WeiPer(delta=0), "delta: got 0"),
+        (lambda: WeiPer(bins=1, smoothing=1, smoothing_perturbed=1), "bins: got 1"),
+        (lambda: WeiPer(bins=10), "smoothing_perturbed: got 15, expected at most bins, 10"),
+        (lambda: WeiPer(seed=-1), "seed: got -1"),
+        (lambda: WeiPer().fit_features(torch.ones(9, 3), head=(torch.rand(2, 3), None)), "features: got one number"),
         (lambda: CombOOD(weight=-1), "weight: got -1"),
         (lambda: Relation(pow=0), "pow: got 0"),
         (lambda: Relation(cutoff=2), "cutoff: got 2"),

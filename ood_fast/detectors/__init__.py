@@ -3,9 +3,9 @@
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
-features), `gradient` (passes of their own through the model). What every detector does is in `detector`, what fitting
-gathers in `streaming`, the pass over the data in `fitting`, many detectors at once in `sets`, the search for parameters
-in `search`, thresholds in `threshold`, files in `store`.
+features), `perturbed` (heads with noise), `gradient` (passes of their own through the model). What every detector does
+is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once in
+`sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
@@ -17,6 +17,7 @@ from .gradient import IODIN, ODIN
 from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
 from .mixture import GMM, OpenMax
 from .neighbour import KNN, CombOOD, NNGuide, Relation
+from .perturbed import WeiPer
 from .registry import create, find, known, register
 from .search import tune
 from .sets import DetectorSet, load
@@ -63,6 +64,7 @@ __all__ = [
     "TemperatureScaling",
     "TemperedMSP",
     "ViM",
+    "WeiPer",
     "conformal_pvalue",
     "conformal_threshold",
     "create",

@@ -62,6 +62,7 @@ ABOUT = {
     "NNGuide": About("N/100·m", "Park, ICCV 2023", "2309.14888", "NNGuide(k=10, fraction=1.0)"),
     "CombOOD": About("N·m + m²", "Rajasekaran, SDM 2024", "2602.07042"),
     "Relation": About("N·(m + c)", "Kim, NeurIPS 2023", "2301.12321"),
+    "WeiPer": About("100c·m", "Granz, NeurIPS 2024", "2405.17164"),
     "ViM": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "Residual": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "NECO": About("m·d", "Ammar, ICLR 2024", "2310.06823"),
