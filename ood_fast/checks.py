@@ -11,7 +11,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 class UserError(ValueError):
     """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
+
+
+class RowError(ValueError):
+    """Something is wrong with one row of a batch. Whoever counts the rows before it names it by that, see `behind`.
+
+    Attributes:
+        row: in all data that was counted. in_batch: in its batch.
+    """
+
+    def __init__(self, text: str, row: int, in_batch: int | None = None) -> None:
+        super().__init__(text.replace(ROW, f"row {row}"))
+        self.text, self.row, self.in_batch = text, row, row if in_batch is None else in_batch
+
+
+ROW = "<row>"  # in the text of a `RowError`
+
+
+@contextmanager
+def behind(n_rows: int) -> Iterator[None]:
+    """A `RowError` raised inside is of a batch behind `n_rows` others."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(error.text, error.row + n_rows, error.in_batch) from None
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

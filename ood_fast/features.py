@@ -17,6 +17,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Stored:
     paths: tuple[str, ...] | None = None
     W: Tensor | None = None  # (c, m)
     b: Tensor | None = None  # (c,)
+    file: Path | None = None  # where they are
+    first: int = 0  # the row of that file where they begin
 
     def __len__(self) -> int:
         return len(self.features)
@@ -52,7 +55,18 @@ class Stored:
         def cut(values: Any) -> Any:
             return None if values is None else values[rows]
 
-        return replace(self, **{name: cut(getattr(self, name)) for name in ("features", "logits", "targets", "paths")})
+        values = {name: cut(getattr(self, name)) for name in ("features", "logits", "targets", "paths")}
+        return replace(self, **values, first=self.first + (rows.start or 0))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """What is wrong with a row inside names the row of the file and its path: UserError."""
+        try:
+            yield
+        except checks.RowError as error:
+            where = f"row {self.first + error.in_batch} of the file"
+            where += f" ({self.paths[error.in_batch]})" if self.paths else ""
+            raise checks.UserError(f"{self.file}: {error.text.replace(checks.ROW, where)}") from error
 
     def with_logits(self, head: tuple[Tensor, Tensor | None] | None) -> Stored:
         """The same with logits: those stored, else those of `head` or of the head stored beside the features."""
@@ -92,8 +106,9 @@ def batches(path: str | Path, size: int = 8192, *, nan: bool = False) -> Iterato
             if width is not None and m != width:
                 raise checks.UserError(f"{file}: features: got {m} a row, expected {width} as in the files before it")
             width = m
+            stored = replace(stored, file=file, first=first)
             if not nan:
-                _refuse_nan(file, stored, first)
+                _refuse_nan(stored)
             first += len(stored)
             yield stored
 
@@ -107,18 +122,18 @@ def _batches_of(file: Path, size: int) -> Iterator[Stored]:
         yield stored.rows(slice(start, start + size))
 
 
-def _refuse_nan(file: Path, stored: Stored, first: int) -> None:
-    """UserError that names the row of the file and its path; `first` is the row where this part begins."""
+def _refuse_nan(stored: Stored) -> None:
+    """UserError that names the row of the file and its path."""
     for name, values in (("features", stored.features), ("logits", stored.logits)):
         if values is None or not bool(values.isnan().any()):
             continue
         rows = values.isnan().any(dim=1).nonzero().flatten()
-        row = int(rows[0])
-        where = f"row {first + row} of the file" + (f" ({stored.paths[row]})" if stored.paths else "")
-        raise checks.UserError(
-            f"{file}: {name}: got NaN in {len(rows)} of {len(values)} rows, the first is {where}; expected numbers, "
-            "look at that input, and at the model in reduced precision"
-        )
+        with stored.named():
+            raise checks.RowError(
+                f"{name}: got NaN in {len(rows)} of {len(values)} rows, the first is {checks.ROW}; expected numbers, "
+                "look at that input, and at the model in reduced precision",
+                int(rows[0]),
+            )
 
 
 def load_head(file: str | Path) -> tuple[Tensor, Tensor | None] | None:

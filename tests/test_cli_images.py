@@ -41,6 +41,13 @@ def build():
 def shuffled():
     return Net([3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10])
 
+class Broken(Net):
+    def forward(self, x):
+        return super().forward(torch.where((x[:, 0].mean((1, 2)) > 0.9)[:, None, None, None], torch.nan, x))
+
+def broken():
+    return Broken()
+
 def labelled():
     model = shuffled()
     order = [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10]
@@ -217,6 +224,19 @@ def test_the_orientation_is_remembered():
 def test_typos_are_told_before_anything_is_imported(given, message, capsys):
     assert cli.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_image_that_the_model_makes_nan_of_is_named(capsys):
+    names = [f"c{k:02d}" for k in range(C)]
+    assert fit(names, model="broken") == 2
+    assert "image train/c10/0.png: features: got NaN in 6 of" in capsys.readouterr().err
+    assert fit(names) == 0
+    given = ["--detectors", "d.safetensors", "--model", "leveller:broken", "--other-model", "--workers", "0"]
+    assert cli.main(["score", *given, "--data", "train", "--out", "s.csv", "--batch-size", "4"]) == 1
+    error = capsys.readouterr().err
+    assert "image train/c10/0.png: " in error
+    assert "the first is this one" in error
+    assert "what was scored before is kept" in error
 
 
 def test_names_that_are_no_utf8(capsys):

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from detector_cases import NAMES, C, M, make
+from torch import nn
 
-from ood_fast import deploy, detectors, metrics
-from ood_fast.detectors import NECO, Detector, DetectorSet, Mahalanobis, load
+from ood_fast import checks, deploy, detectors, metrics
+from ood_fast.detectors import KNN, NCI, NECO, ODIN, Detector, DetectorSet, Mahalanobis, fitting, load
 
 
 def data(n: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -257,3 +258,37 @@ def test_nor_in_a_program(name, way, shifts):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     assert_rates_stay(name, way, 1e3, shifts)
+
+
+def test_errors_name_the_row_of_all_data(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4)).eval()
+    z, y = torch.rand(8, 3), torch.arange(8) % 4
+    bad = z.clone()
+    bad[6, 1] = torch.nan
+    fitted = NCI().fit(model, [z])
+    given = [bad[:0], bad[:2], bad[2:4], bad[4:]]
+    for call in (
+        lambda: NCI().fit(model, given),
+        lambda: fitted.score(model, given),
+        lambda: DetectorSet([fitted]).score(model, given),
+        lambda: ODIN().score(model, given),
+    ):
+        with pytest.raises(checks.RowError, match="the first is row 6, ") as error:
+            call()
+        assert (error.value.row, error.value.in_batch) == (6, 2)
+    monkeypatch.setattr(fitting, "FIT_CHUNK", 4)
+    with pytest.raises(ValueError, match="the first is row 6, "):
+        KNN(k=1).fit_features(bad)
+    y[7] = 10**12
+    for logits in (torch.rand(8, 4), None):
+        with pytest.raises(ValueError, match="targets: got 1000000000000 in row 7, expected class indices in "):
+            Mahalanobis().fit_features(z, logits, y)
+
+
+def test_short_rows_are_told_by_all_of_them():
+    z = torch.rand(6, 3)
+    scores = NCI().fit_features(torch.cat([1e-30 * z, z]), head=(W := torch.eye(3), None)).score_features(z)
+    parts = NCI().partial_fit(1e-30 * z).partial_fit(z).finalize((W, None))
+    torch.testing.assert_close(parts.score_features(z), scores)
+    with pytest.raises(ValueError, match=r"features: got rows of length .* at most, expected some of"):
+        NCI().partial_fit(1e-30 * z).partial_fit(0 * z).finalize((W, None))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ood_fast import checks, features, intact
+from ood_fast import checks, detectors, features, intact
 
 ROWS = [[float(10 * i + j) for j in range(8)] for i in range(4)]
 
@@ -173,6 +173,17 @@ def test_nan_is_told_with_the_row_of_the_file(tmp_path, name, suffix):
     assert len(next(batches)) == len(next(batches)) == 30
     with pytest.raises(checks.UserError, match=rf"{name}: got NaN in 1 of 30 .* row 77 of the file \(77\.png\)"):
         next(batches)
+
+
+def test_what_detectors_say_of_a_row_names_that_of_the_file(tmp_path):
+    held = np.ones((100, 3), np.float32)
+    held[77, 1] = np.inf
+    np.savez(tmp_path / "x.npz", features=held, paths=[f"{row}.png" for row in range(100)])
+    *_, third, _ = features.batches(tmp_path / "x.npz", size=30)
+    for part in (third, third.rows(slice(5, None))):
+        message = r"x\.npz: features: got inf in .* row 77 of the file \(77\.png\)"
+        with pytest.raises(checks.UserError, match=message), part.named():
+            detectors.KNN(k=1).fit_features(part.features)
 
 
 def test_files_of_one_folder_have_one_width(tmp_path):

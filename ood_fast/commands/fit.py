@@ -178,7 +178,8 @@ class _ImageData:
         with Bar(f"fitting on {path}", None, self.options.quiet) as bar:
             batches = self._batches(source, process, bar)
             try:
-                fitting.fit(self.model, batches, self.options.head, process.group)
+                with batches.named():
+                    fitting.fit(self.model, batches, self.options.head, process.group)
             except ValueError:  # what a detector refuses may come of classes in another order
                 if agreement is not None and agreement.counts is not None:
                     agreement.check(source.classes, path)
@@ -202,8 +203,9 @@ class _ImageData:
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             batches = self._batches(images.read_images(path), process, bar)
-            for _, scores in detectors.score_loader(self.model, batches, self.options.head):
-                yield scores
+            with batches.named():
+                for _, scores in detectors.score_loader(self.model, batches, self.options.head):
+                    yield scores
 
     def quality(self, detectors: DetectorSet, path: str) -> list[str]:
         """Lines that say whether the detectors work."""
@@ -237,13 +239,16 @@ class _FeatureData:
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         with Bar(f"{what} {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
-                detectors.partial_fit(stored.features, stored.logits, stored.targets)
+                with stored.named():
+                    detectors.partial_fit(stored.features, stored.logits, stored.targets)
             detectors.finalize(self.head, process.group)
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
-                yield detectors.score_features(stored.features, stored.logits)
+                with stored.named():
+                    scores = detectors.score_features(stored.features, stored.logits)
+                yield scores
 
 
 def _reads_data(detectors: DetectorSet) -> bool:

@@ -7,6 +7,7 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,17 @@ class Images:
         if source.left_out and not options.quiet:
             print(f"ood-fast: {source.left_out}", file=sys.stderr, flush=True)
         self.rows, self.options, self.on_batch, self.on_bad = rows, options, on_batch, on_bad
+        self.paths: list[str | None] = []  # of the last batch
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """What is wrong with a row of the last batch names the image."""
+        from ..checks import ROW, RowError
+
+        try:
+            yield
+        except RowError as error:
+            raise ValueError(f"image {self.paths[error.in_batch]}: {error.text.replace(ROW, 'this one')}") from error
 
     def __iter__(self) -> Iterator[tuple]:
         import torch
@@ -115,7 +127,8 @@ class Images:
                 self._report(first + place, reason)
             if good:
                 indices = [first + place for place in good]
-                yield batch[0], batch[1] if has_classes else None, indices, [self.dataset.path(i) for i in indices]
+                self.paths = [self.dataset.path(i) for i in indices]
+                yield batch[0], batch[1] if has_classes else None, indices, self.paths
             first += len(good) + len(bad)
             self.on_batch(len(good) + len(bad))
 

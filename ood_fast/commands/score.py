@@ -192,7 +192,8 @@ def _score_features(
         positions = range(first, end)
         paths = stored.paths or [str(row) for row in positions]
         predicted = None if stored.logits is None else stored.logits.max(dim=1).indices
-        table.write(positions, paths, predicted, detectors.score_features(stored.features, stored.logits))
+        with stored.named():
+            table.write(positions, paths, predicted, detectors.score_features(stored.features, stored.logits))
 
 
 def _score_images(
@@ -217,9 +218,10 @@ def _score_images(
     rest = range(max(rows.start, table.start), rows.stop)
     bar.advance(len(rows) - len(rest))
     batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)
-    for batch, scores in detectors.score_loader(model, batches, options.head):
-        positions, paths = batch.given[2:]
-        table.write(positions, paths, batch.logits.max(dim=1).indices, scores)
+    with batches.named():
+        for batch, scores in detectors.score_loader(model, batches, options.head):
+            positions, paths = batch.given[2:]
+            table.write(positions, paths, batch.logits.max(dim=1).indices, scores)
 
 
 def _warn_of_other_settings(given: dict[str, Any], notes: dict[str, Any]) -> None:

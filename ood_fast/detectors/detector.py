@@ -126,7 +126,12 @@ class Detector(Contract):
         self.require_fitted()
         read_from = given_head(model, head) if self.needs_features else None
         with closing(run_model(model, batches, read_from)) as done:  # also when scoring raises, modes are restored
-            return joined([self.score_features(batch.features, batch.logits) for batch in done])
+            scores, n_rows = [], 0
+            for batch in done:
+                with checks.behind(n_rows):
+                    scores.append(self.score_features(batch.features, batch.logits))
+                n_rows += len(batch.logits)
+            return joined(scores)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.
@@ -174,10 +179,11 @@ class Detector(Contract):
         if self.needs_logits:
             refuse_rows("logits", logits, scores)
         rows = scores.isnan().nonzero()
-        raise ValueError(
-            f"{'features' if self.needs_features else 'logits'}: row {int(rows[0])}, of {len(rows)} such, is further "
-            f"from what this {self.label} was fitted on than its numbers reach: its score is NaN; fit on features of a "
-            "like size"
+        raise checks.RowError(
+            f"{'features' if self.needs_features else 'logits'}: {checks.ROW}, of {len(rows)} such, is further from "
+            f"what this {self.label} was fitted on than its numbers reach: its score is NaN; fit on features of a like "
+            "size",
+            int(rows[0]),
         )
 
     # ---- thresholds

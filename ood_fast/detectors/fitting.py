@@ -164,8 +164,11 @@ class Fit:
         try:
             if self.parts:
                 with closing(run_model(model, loader, layer)) as batches:  # whatever is raised, the model is set back
+                    n_rows = 0
                     for batch in batches:
-                        self.take(batch.features, batch.logits, batch.targets)
+                        with checks.behind(n_rows):
+                            self.take(batch.features, batch.logits, batch.targets)
+                        n_rows += len(batch.logits)
             self.finish(layer, group)
         finally:
             self._end()
@@ -182,7 +185,8 @@ class Fit:
         try:
             for start in range(0, n_rows if self.detectors else 0, FIT_CHUNK):
                 rows = slice(start, start + FIT_CHUNK)
-                self.take(*(None if given is None else given[rows] for given in (features, logits, targets)))
+                with checks.behind(start):
+                    self.take(*(None if given is None else given[rows] for given in (features, logits, targets)))
             self.finish(head)
         finally:
             self._end()
@@ -200,7 +204,7 @@ class Fit:
                         f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
                         + "; a batch that is a mapping has them as labels, targets or y" * (name == "targets")
                     )
-        _check_batch(features, logits, targets)
+        extent = _check_batch(features, logits, targets)
         if logits is not None and any(detector.needs_logits or detector.needs_head for detector in self.detectors):
             refuse_one_logit(logits)
         for part in self.parts:
@@ -210,6 +214,8 @@ class Fit:
                     raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
         for part in self.parts:
             part.take(features, logits, targets)
+            if "features" in part.reads:
+                part.reach(extent)
 
     @torch.no_grad()
     def finish(self, head: Head | None, group: dist.ProcessGroup | None = None) -> None:
@@ -231,6 +237,9 @@ class Fit:
         gathered = detector.gathered or {}
         if not all(part.rows for part in gathered.values()):
             raise ValueError(f"{detector.label}: no data to fit on; the loader or the feature tensor was empty")
+        for part in gathered.values():
+            if part.extent is not None:
+                refuse_short(part.extent)
         if detector.needs_head:
             if head is None:
                 raise ValueError(
@@ -279,13 +288,15 @@ class Fit:
         return weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
-    """ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit can take."""
+def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> Tensor | None:
+    """The extent of the features; ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit takes."""
+    extent = None
     if features is not None:
         check_features(features)
         lengths = torch.linalg.vector_norm(at_least_float32(features), dim=1)
         refuse_rows("features", features, 0 * lengths)  # NaN where a row holds NaN or inf, or is too long
-        refuse_short(features, lengths)
+        if len(features):
+            extent = torch.stack([lengths.amax(), at_least_float32(features).abs().amax()])
     if logits is not None:
         checks.logits(logits)
         refuse_rows("logits", logits, 0 * logits.amax(dim=1))
@@ -298,3 +309,4 @@ def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{length} {name}" for name, length in lengths.items())
         raise ValueError(f"features, logits, targets: got {got}, expected as many of each")
+    return extent

@@ -63,7 +63,11 @@ class ODIN(Detector):
         """
         checks.instance("model", model, nn.Module, "an nn.Module")
         if not isinstance(x, (Tensor, Mapping)):
-            return joined([self.score(model, inputs_and_targets(batch)[0]) for batch in batches_of(x)])
+            scores: list[Tensor] = []
+            for batch in batches_of(x):
+                with checks.behind(sum(map(len, scores))):
+                    scores.append(self.score(model, inputs_and_targets(batch)[0]))
+            return joined(scores)
         checks.instance("x", x, Tensor, "a tensor, one batch of inputs; ODIN moves them along their gradient")
         if not x.is_floating_point():
             raise TypeError(f"x: got dtype {x.dtype}, expected floating point: ODIN moves inputs by their gradient")

@@ -14,6 +14,8 @@ from ..eager.precision import compute_dtype, full_precision, is_exporting, matmu
 
 # A row may be too long for the sum of its squares in float32 from here on: (2e17)² · 8192 features.
 TOO_LONG = 2e17
+# Of targets without logits: what is beyond is no class index, and means of all below would not fit into memory.
+MOST_CLASSES = 1 << 24
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -63,6 +65,16 @@ def check_features(features: object) -> None:
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected at least one feature")
 
 
+def check_targets(targets: Tensor, n_classes: int | None) -> None:
+    """ValueError for a class index outside [0, n_classes); where that is not known, for what can be none."""
+    bound = MOST_CLASSES if n_classes is None else n_classes
+    outside = (targets < 0) | (targets >= bound)
+    if outside.any():
+        row = int(outside.int().argmax())
+        text = f"targets: got {int(targets[row])} in {checks.ROW}, expected class indices in [0, {bound})"
+        raise checks.RowError(text, row)
+
+
 def refuse_one_logit(logits: Tensor) -> None:
     """ValueError for logits (n, 1), of which every softmax is 1 and every distance between classes 0."""
     if logits.shape[1] == 1:
@@ -73,13 +85,15 @@ def refuse_one_logit(logits: Tensor) -> None:
         )
 
 
-def refuse_short(features: Tensor, lengths: Tensor) -> None:
-    """ValueError for features that are not 0 and all so short, (n,), that their squares are below the dtype."""
-    shortest = torch.finfo(lengths.dtype).tiny ** 0.5 / torch.finfo(lengths.dtype).eps
-    if len(lengths) and lengths.max() < shortest and features.any():
+def refuse_short(extent: Tensor) -> None:
+    """ValueError for features that are not 0 and all so short that their squares are below the dtype; `extent` (2,):
+    the largest length of a row and the largest size of a number."""
+    longest, largest = extent.tolist()
+    shortest = torch.finfo(extent.dtype).tiny ** 0.5 / torch.finfo(extent.dtype).eps
+    if longest < shortest and largest > 0:
         raise ValueError(
-            f"features: got rows of length {float(lengths.max()):.1e} at most, expected some of {shortest:.0e} or "
-            "more, whose squares are numbers; scale them"
+            f"features: got rows of length {longest:.1e} at most, expected some of {shortest:.0e} or more, whose "
+            "squares are numbers; scale them"
         )
 
 
@@ -98,7 +112,8 @@ def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
             found, rows = f"numbers beyond {TOO_LONG:.1e}", suspect & (values.abs().amax(dim=1) > TOO_LONG)
         rows = rows.nonzero()
         if len(rows):
-            raise ValueError(
-                f"{argument}: got {found} in {len(rows)} of {len(values)} rows, the first is row {int(rows[0])}, "
-                "expected numbers; look at that input, and at the model in reduced precision"
+            raise checks.RowError(
+                f"{argument}: got {found} in {len(rows)} of {len(values)} rows, the first is {checks.ROW}, "
+                "expected numbers; look at that input, and at the model in reduced precision",
+                int(rows[0]),
             )

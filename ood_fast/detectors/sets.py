@@ -191,11 +191,14 @@ class DetectorSet(nn.Module):
         for detector in self.detectors:
             detector.require_fitted()
         head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
+        n_rows = 0
         for batch in run_model(model, loader, head):
-            scores = self.score_features(batch.features, batch.logits, skip_models=True)
-            for name, detector in self.items():
-                if detector.needs_model:
-                    scores[name] = detector.score(model, batch.inputs)
+            with checks.behind(n_rows):
+                scores = self.score_features(batch.features, batch.logits, skip_models=True)
+                for name, detector in self.items():
+                    if detector.needs_model:
+                        scores[name] = detector.score(model, batch.inputs)
+            n_rows += len(batch.logits)
             yield batch, {name: scores[name] for name in self}
 
     def score_features(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..eager.precision import double
 from ..functional import l2_normalize
-from .numbers import at_least_float32
+from .numbers import at_least_float32, check_targets
 
 # Values up to which percentiles are exact: 128 MiB in float32. OpenOOD's 5,000 validation images of 2,048 features are
 # 10 million.
@@ -39,6 +39,7 @@ class Gathered:
     reads: tuple[str, ...] = ("features",)  # of "features", "logits", "targets": what a batch must hold
     rows = 0  # taken in so far, before the batch that `update` is called with
     widths: Mapping[str, int] = {}  # m of the "features" and c of the "logits" that were taken in
+    extent: Tensor | None = None  # of the features that were taken in, see `numbers.refuse_short`
 
     def key(self) -> tuple:
         """Equal for two that gather the same thing."""
@@ -58,8 +59,14 @@ class Gathered:
         if other.rows and self.rows:
             self.merge(other)
             self.rows += other.rows
+            self.reach(other.extent)
         elif other.rows:
             vars(self).update(vars(other))
+
+    def reach(self, extent: Tensor | None) -> None:
+        """Widen the extent."""
+        if extent is not None:
+            self.extent = extent if self.extent is None else torch.maximum(self.extent, extent)
 
     def to(self, device: torch.device | str) -> Gathered:
         """Move what was gathered; returns self."""
@@ -165,15 +172,6 @@ class MeanMaxLogit(Gathered):
     def value(self) -> Tensor:
         """(), in float64."""
         return self.total / self.rows
-
-
-def check_targets(targets: Tensor, n_classes: int | None) -> None:
-    """ValueError for a class index outside [0, n_classes), or below 0 where that is not known."""
-    outside = (targets < 0) if n_classes is None else (targets < 0) | (targets >= n_classes)
-    if outside.any():
-        row = int(outside.int().argmax())
-        bound = "c" if n_classes is None else n_classes
-        raise ValueError(f"targets: got {int(targets[row])} in row {row}, expected class indices in [0, {bound})")
 
 
 @dataclass

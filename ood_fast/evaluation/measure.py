@@ -195,8 +195,11 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
         fitting = search.only(names)
         counts: Counter[int] = Counter()
         if any(detector.gathers() for detector in fitting.detectors):
+            n_rows = 0
             for features, logits, targets in result.outputs[part].chunks(device):
-                fitting.partial_fit(features, logits, targets)
+                with checks.behind(n_rows):
+                    fitting.partial_fit(features, logits, targets)
+                n_rows += len(features)
                 counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)
         if counts and max(counts.values()) < 2:  # nothing of a class can be estimated
@@ -220,7 +223,9 @@ def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[s
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     with progress(f"scoring {outputs.name}", len(outputs)) as bar:
         for features, logits, _ in outputs.chunks(device):
-            for name, values in chosen.score_features(features, logits, skip_models=True).items():
+            with checks.behind(sum(map(len, parts[names[0]]))):
+                found = chosen.score_features(features, logits, skip_models=True)
+            for name, values in found.items():
                 parts[name].append(values.cpu().double())
             if bar is not None:
                 bar.advance(len(features))
