@@ -411,7 +411,7 @@ def test_detectors_that_want_more_than_is_stored_are_left_out(stored, tmp_path, 
         write_features(tmp_path / f"bare/{name}.npz", {"features": values["features"]})
     assert evaluate(*feature_arguments(folder="bare")) == 0
     (held,) = evaluation.read("bare/eval")["runs"]
-    assert set(held["detectors"]) == {"FeatureNorm", "KNN"}
+    assert set(held["detectors"]) == {"FeatureNorm", "KNN", "CombOOD"}
     notes = "\n".join(held["notes"])
     for text in (
         "MSP: left out: needs logits, or the head to make them with",
@@ -595,7 +595,7 @@ def test_odin_is_asked_for(root, seeds, capsys):
     given = ["--ood=svhn", "--no-tune", "--set=KNN.k=5"]
     assert evaluate(seeds / "s0", *on_cifar10(root, *given)) == 0
     output = capsys.readouterr()
-    assert "left out, as it takes long: ODIN; --detectors all has it" in output.err
+    assert "left out, as it takes long: ODIN, IODIN; --detectors all has it" in output.err
     assert "ODIN" not in output.out
     assert evaluate(seeds / "s0", *on_cifar10(root, "--detectors=ODIN,MSP", "--overwrite", *given[:2])) == 0
     output = capsys.readouterr()

@@ -14,7 +14,7 @@ from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit, tell, tell_missing
 from .neighbour import query_chunks
-from .numbers import at_least_float32, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, check_targets, exact_linear, nan_where_too_long
 from .registry import register
 
 # Numbers of the scatter matrices of all classes: 512 MiB in float64. 100 classes of 768 features are 59 million.
@@ -37,7 +37,7 @@ class ClassScatter(streaming.Gathered):
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor) -> None:
         """Take in one batch."""
-        streaming.check_targets(targets, None)
+        check_targets(targets, None)
         self.like = at_least_float32(features[:0])
         for k in () if self.dropped else targets.unique().cpu().tolist():
             part = self.classes.setdefault(k, streaming.Scatter())
