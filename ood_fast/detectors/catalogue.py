@@ -14,7 +14,7 @@ from .registry import find, known
 N, C, M = 211, 7, 23  # training samples, classes, features
 _SMALL = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
 _SMALL |= {name: {"dim": 11} for name in ("ViM", "NECO", "Residual")}
-_LETTERS = {N: "N", C: "c", M: "m", 11: "d"}
+_LETTERS = {N: "N", C: "c", M: "m", 11: "d", 100 * C: "100c"}
 
 
 class About(NamedTuple):
