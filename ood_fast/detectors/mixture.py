@@ -104,10 +104,10 @@ class GMM(Detector):
         # Features that do not vary seem to: the mean of n equal numbers is off by up to n · 2⁻⁵² of them.
         if not variance > (scatter.rows * torch.finfo(within.dtype).eps * scatter.mean).square().mean():
             raise ValueError("features: got the same for all samples of a class, expected some that differ")
-        seen = means.count.nonzero().flatten().tolist()
+        seen = means.count > 0
         matrices = within.unsqueeze(0)
         if of_classes is not None and self._has_all(of_classes):
-            matrices = torch.stack([of_classes.classes[k].covariance() for k in seen])
+            matrices = torch.stack([part.covariance() for _, part in sorted(of_classes.classes.items())])
         values, vectors = torch.linalg.eigh(matrices)
         values = values.clamp(min=0) + self.ridge * variance
         roots = (vectors / values.sqrt().unsqueeze(1)).mT
