@@ -280,11 +280,13 @@ def free_folder(path: str | os.PathLike) -> Path:
 def _is_ours(place: Path) -> bool:
     """Whether a folder is a run of a comparison, LOSS/sSEED, perhaps one that was stopped before anything was written.
 
-    `ood-fast train` keeps its own as RECIPE/sSEED.
+    `ood-fast train` keeps its own as RECIPE/sSEED, of a recipe that may be called as a loss is.
     """
     if not (place / RUN).is_file():
         return place.is_dir() and all(entry.name.startswith(".") for entry in place.iterdir())
-    return loss_of(recipes.from_dict(read_info(place)["recipe"])) == place.parent.name
+    info = read_info(place)
+    trained_apart = str(info.get("command", "")).startswith("ood-fast train ")
+    return not trained_apart and loss_of(recipes.from_dict(info["recipe"])) == place.parent.name
 
 
 def remove_runs(folder: Path) -> None:

@@ -119,6 +119,18 @@ def test_evaluate_refuses_another_order_and_shows_both(capsys):
     assert evaluate("--classes", "names.txt", model="namedmodel:turned") == 0
 
 
+def test_evaluate_refuses_an_accuracy_at_chance_level_unless_told(capsys):
+    own_benchmark([f"c{k:02d}" for k in range(12)])
+    checkpoint("twelve")
+    torch.save({name: 0 * value for name, value in torch.load("w.pth").items()}, "w.pth")
+    assert evaluate() == 2
+    error = capsys.readouterr().err
+    assert "no better than chance (8.3 %); usual causes" in error
+    assert not Path("eval").exists()
+    assert evaluate("--any-accuracy") == 0
+    assert "no better than chance" in Path("eval/folder/results.json").read_text()
+
+
 def test_train_keeps_the_order_and_evaluate_takes_it(capsys):
     names = ["b", "a", "c"]
     own_benchmark(names)

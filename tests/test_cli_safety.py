@@ -213,6 +213,7 @@ def test_accuracy_at_chance_level_names_the_causes(capsys):
     error = capsys.readouterr().err
     assert "no better than chance (20.0 %)" in error
     assert "--mean, --std" in error
+    assert fit("--any-accuracy", model="ownmodel:constant") == 0
 
 
 def test_a_modest_model_is_no_error():

@@ -118,6 +118,21 @@ def test_a_recipe_of_ones_own_with_amp(root, tmp_path):
     assert (info["recipe"]["amp"], info["recipe"]["loss"], info["recipe"]["batch_size"]) == ("bf16", "ce", 32)
 
 
+def test_weights_to_start_from_are_named_as_everywhere(tmp_path, capsys):
+    (tmp_path / "w.pth").touch()
+    show = ["train", "--recipe=cifar10-ce", "--show"]
+    for given, settings in (
+        (["--checkpoint", str(tmp_path / "w.pth")], {"init": str(tmp_path / "w.pth"), "pretrained": False}),
+        (["--pretrained"], {"init": "", "pretrained": True}),
+    ):
+        assert cli.main([*show, *given]) == 0
+        assert json.loads(capsys.readouterr().out).items() >= settings.items()
+    assert cli.main([*show, "--checkpoint", "none.pth"]) == 2
+    assert "--checkpoint: no file none.pth" in capsys.readouterr().err
+    assert cli.main([*show, "--checkpoint", str(tmp_path / "w.pth"), "--pretrained"]) == 2
+    assert "expected one of them" in capsys.readouterr().err
+
+
 def test_a_recipe_shown_is_a_recipe_file(tmp_path, capsys):
     assert cli.main(["train", "--recipe=cifar10-l2norm-60", "--set=lr=0.05", "--amp=bf16", "--show"]) == 0
     text = capsys.readouterr().out

@@ -390,6 +390,13 @@ def test_free_folder_refuses_the_runs_of_train(results, folder, tmp_path):
         compare.free_folder(tmp_path)
     compare.remove_runs(tmp_path)
     assert (tmp_path / "runs/digits-ce/s0/run.json").is_file()
+    (tmp_path / "named/runs/ce/s0").mkdir(parents=True)
+    info = json.loads((folder / "runs/ce/s0/run.json").read_text())
+    (tmp_path / "named/runs/ce/s0/run.json").write_text(json.dumps({**info, "command": "ood-fast train --recipe ce"}))
+    with pytest.raises(checks.UserError, match="holds no earlier comparison"):
+        compare.free_folder(tmp_path / "named")
+    compare.remove_runs(tmp_path / "named")
+    assert (tmp_path / "named/runs/ce/s0/run.json").is_file(), "a recipe that is called as a loss is"
     (tmp_path / "stopped/runs/ce/s0").mkdir(parents=True)
     assert compare.free_folder(tmp_path / "stopped"), "before anything was written"
     compare.remove_runs(tmp_path / "stopped")

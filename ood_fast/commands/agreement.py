@@ -56,10 +56,12 @@ class Agreement(Detector):
         """Of the images of all class folders."""
         return (self.counts.diagonal().sum() / self.counts.sum()).item()
 
-    def check(self, names: Sequence[str], path: str) -> None:
+    def check(self, names: Sequence[str], path: str, any_accuracy: bool = False) -> None:
         """UserError where the folders are other classes than the model's, or the same in another order."""
-        if wrong := other_order(self.counts, names) or at_chance(self.counts):
+        if wrong := other_order(self.counts, names):
             raise refusal(f"{path}: {wrong}")
+        if not any_accuracy and (wrong := at_chance(self.counts)):
+            raise refusal(f"{path}: {wrong}; --any-accuracy goes on")
 
 
 def check_sample(model: nn.Module, dataset: ImageDataset, names: Sequence[str], path: str) -> None:

@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
     share(data, "ood", "ood-folder")
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
     told = "leave out images that cannot be read; every image is read once more to find them"
-    share(data, "skip-bad", skip_bad=told)
+    share(data, "any-accuracy", "skip-bad", skip_bad=told)
     told = "of the benchmark folder: its classes in the order of the model's outputs, one a line or JSON"
     share(data, "classes", classes=told)
     preparation = parser.add_argument_group("images, where they differ from the model's own and the benchmark's")
@@ -205,6 +205,7 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
         benchmarks.of,
         chosen,
         skip_bad=options.skip_bad,
+        any_accuracy=options.any_accuracy,
         cache=options.cache,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -242,7 +243,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
 
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
 ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
-ONLY_IMAGES += ("skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
+ONLY_IMAGES += ("any_accuracy", "skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
 
 
 def _check(options: argparse.Namespace) -> None:

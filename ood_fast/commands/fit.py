@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     )
     threshold.add_argument("--alpha", type=float, metavar="A", help="thresholds that flag new ID data with chance <= A")
     images.add_options(parser)
-    share(parser, "skip-bad", "plugin", "quiet")
+    share(parser, "any-accuracy", "skip-bad", "plugin", "quiet")
     parser.set_defaults(run=run)
 
 
@@ -182,10 +182,10 @@ class _ImageData:
                     fitting.fit(self.model, batches, self.options.head, process.group)
             except ValueError:  # what a detector refuses may come of classes in another order
                 if agreement is not None and agreement.counts is not None:
-                    agreement.check(source.classes, path)
+                    agreement.check(source.classes, path, self.options.any_accuracy)
                 raise
         if agreement is not None:
-            agreement.check(source.classes, path)
+            agreement.check(source.classes, path, self.options.any_accuracy)
             _say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:

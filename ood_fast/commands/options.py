@@ -49,6 +49,10 @@ SHARED: dict[str, dict[str, Any]] = {
         "choices": ("refuse", "allow"),
         "help": "image files that end too early: an error (default), or what is there, as OpenOOD takes them",
     },
+    "any-accuracy": {
+        "action": "store_true",
+        "help": "go on where the accuracy is no better than chance, which is an error (wrong images, weights, classes)",
+    },
     "skip-bad": {"action": "store_true", "help": "leave out images that cannot be read"},
     "head": {"metavar": "LAYER", "help": "name of the layer that makes the logits, if it is not found"},
     "head-file": {"metavar": "FILE", "help": "feature file with the head W, b, if --features has none"},

@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
     share(parser, "model", model=f"in place of the recipe's, as --set model=NAME: {MODEL_HELP}")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from, head included: --set init=FILE")
+    parser.add_argument("--pretrained", action="store_true", help="start from published weights: --set pretrained=True")
     data = parser.add_argument_group("data")
     share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
     share(data, "classes", classes="of benchmark=folder: its classes in this order, one a line or JSON")
@@ -88,6 +90,12 @@ def run(options: argparse.Namespace, command: str) -> None:
     import_plugins(options.plugin)
     original = find(options.recipe)
     settings = [*options.set, *([f"model={options.model}"] if options.model else [])]
+    settings += ["pretrained=True"] * options.pretrained
+    if options.checkpoint:
+        file = Path(options.checkpoint).expanduser().resolve()
+        if not file.is_file():
+            raise refusal(f"--checkpoint: no file {options.checkpoint}")
+        settings.append(f"init={file}")
     recipe = override(original, settings)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
     if options.show:

@@ -49,12 +49,15 @@ class Loading:
         cache: see `FeatureCache`; default `<run>/cache`.
         batch_size, workers: of the data loader.
         check: read all data sets first, and name all that is missing.
+        any_accuracy: False: UserError for a model whose training is not known and that is no better than chance on the
+            test images; True: a note.
     """
 
     cache: str | os.PathLike | None = None
     batch_size: int = 256
     workers: int = 0
     check: bool = True
+    any_accuracy: bool = True
 
 
 def _options(options: Mapping[str, Any]) -> tuple[Measuring, Loading]:
@@ -171,7 +174,7 @@ def evaluate_run(
     sets = {name: TestSet(part.title, part.group, len(part)) for name, part in tested.items()}
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
     if run.info is None:
-        result.notes += _disagreement(outputs[TEST], benchmark)
+        result.notes += _disagreement(outputs[TEST], benchmark, loading.any_accuracy)
     if unfinished := run.unfinished:
         result.notes.append(unfinished)
     weight, bias = inference_head(cached.head)
@@ -182,13 +185,16 @@ def evaluate_run(
     return result
 
 
-def _disagreement(test: Outputs, benchmark: ImageBenchmark) -> list[str]:
-    """Of a model whose training is not known: UserError where the classes have another order, a note at chance."""
+def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool) -> list[str]:
+    """Of a model whose training is not known: UserError where the classes have another order; a note, or that, at
+    chance."""
     counts = torch.stack([agreement.confusion(logits, targets) for _, logits, targets in test.chunks()]).sum(dim=0)
     cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
     if wrong := agreement.other_order(counts, benchmark.class_names, cure):
         raise checks.UserError(f"{test.title}: {wrong}")
     at_chance = agreement.at_chance(counts)
+    if at_chance and not any_accuracy:
+        raise checks.UserError(f"{test.title}: {at_chance}; --any-accuracy goes on")
     return [at_chance] if at_chance else []
 
 
