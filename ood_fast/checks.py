@@ -37,7 +37,7 @@ class RowError(ValueError):
         row: in all data that was counted. in_batch: in its batch.
     """
 
-    def __init__(self, text: str, row: int, in_batch: int | None = None) -> None:
+    def __init__(self, text: str, row: int = 0, in_batch: int | None = None) -> None:
         super().__init__(text.replace(ROW, f"row {row}"))
         self.text, self.row, self.in_batch = text, row, row if in_batch is None else in_batch
 

@@ -66,6 +66,10 @@ class _Switch:
     """Pillow's, one for all threads: those that want it alike are inside together, the others wait."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Nobody is inside."""
         self.changed = threading.Condition()
         self.inside = 0
         self.before = False
@@ -93,7 +97,7 @@ class _Switch:
 
 _SWITCH = _Switch()
 if hasattr(os, "register_at_fork"):  # who was inside is not there in a forked process
-    os.register_at_fork(after_in_child=_SWITCH.__init__)
+    os.register_at_fork(after_in_child=_SWITCH.reset)
 
 
 @contextmanager
