@@ -59,7 +59,8 @@ class ClassScatter(streaming.Gathered):
         """Move what was gathered; returns self."""
         for part in self.classes.values():
             part.to(device)
-        return super().to(device)
+        super().to(device)
+        return self
 
 
 @register

@@ -47,6 +47,10 @@ class WeiPer(Detector):
 
     needs_features = True
     needs_head = True
+    heads: Tensor
+    limits: Tensor
+    density: Tensor
+    density_perturbed: Tensor
     state = ("heads", "limits", "density", "density_perturbed")  # heads (r · c, m); limits (2, 2): low, high of each
 
     def __init__(
@@ -83,6 +87,7 @@ class WeiPer(Detector):
         return {"sample": streaming.Bank(budget=SAMPLE)}
 
     def _finish(self, sample: streaming.Bank) -> None:
+        assert self.head_weight is not None
         weight = at_least_float32(self.head_weight)
         most = HEAD_VALUES // weight.numel()
         why = f"expected at most {most}: heads of {HEAD_VALUES} numbers"
@@ -99,10 +104,8 @@ class WeiPer(Detector):
         self.limits = torch.stack([low.amin(dim=0), high.amax(dim=0)], dim=1)  # a row for features, one for logits
         if not (self.limits[:, 1] > self.limits[:, 0]).all():
             raise ValueError("features: got one number in all of them, expected some that differ")
-        totals = 0
-        for z in chunks:
-            totals = totals + torch.stack([self._shares(z, 0).sum(dim=0), self._shares(self._logits(z), 1).sum(dim=0)])
-        self.density, self.density_perturbed = totals / len(rows)
+        totals = [torch.stack([self._shares(z, 0).sum(0), self._shares(self._logits(z), 1).sum(0)]) for z in chunks]
+        self.density, self.density_perturbed = torch.stack(totals).sum(dim=0).div(len(rows)).unbind()
 
     def _logits(self, z: Tensor) -> Tensor:
         """Of all heads, (n, r · c)."""
