@@ -112,7 +112,7 @@ def load_bundle(folder: str | os.PathLike, model: nn.Module | str | None = None)
     files.settle(folder)
     folder = Path(folder)
     about = intact.read_json(folder / ABOUT)
-    kinds = {"format": str, "sha256": dict, "preparation": dict, "classes": (list, type(None))}
+    kinds: dict[str, Any] = {"format": str, "sha256": dict, "preparation": dict, "classes": (list, type(None))}
     whole = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
     if not whole or about["format"] != FORMAT or not set(PREPARED) <= set(about["preparation"]):
         raise ValueError(f"{folder / ABOUT}: is no bundle that ood_fast {__version__} reads")

@@ -93,7 +93,7 @@ class WeiPer(Detector):
         why = f"expected at most {most}: heads of {HEAD_VALUES} numbers"
         at_most(self, "repeats", Limit(most, why, f"take {max(1, most)}", max(1, most)))
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.repeats, *weight.shape, generator=generator).to(weight)
+        noise = torch.randn(self.repeats, *weight.shape, generator=generator, device="cpu").to(weight)
         noise = noise / torch.linalg.vector_norm(noise, dim=2, keepdim=True)
         noise = noise[:, weight.unique(dim=0, return_inverse=True)[1]]  # whatever the order of the classes
         length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
