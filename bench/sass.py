@@ -71,11 +71,17 @@ def loops(code: list[Block]) -> list[tuple[int, int]]:
     return sorted(found.items(), key=lambda loop: (loop[0], -loop[1]))
 
 
-def executed(sass: str, turns: tuple[float, ...] = (), shortest: bool = False) -> Counter[str]:
-    """Instructions that one warp executes, by kind; `turns` of each loop in the order of `loops`, 1 for others."""
+def executed(sass: str, turns: tuple[float, ...] | float = (), shortest: bool = False) -> Counter[str]:
+    """Instructions that one warp executes, by kind; `turns` of each loop in the order of `loops`, 1 for others. One
+    number: of the loops with matrix instructions, 0 for others behind them."""
     code = blocks(sass)
     weight = [1.0] * len(code)
-    for (first, last), times in zip(loops(code), turns, strict=False):
+    found = loops(code)
+    if isinstance(turns, float):
+        multiplies = [any(block.counts["matrix"] for block in code[first : last + 1]) for first, last in found]
+        main = multiplies.index(True)
+        turns = (1.0,) * main + tuple(turns if has_products else 0.0 for has_products in multiplies[main:])
+    for (first, last), times in zip(found, turns, strict=False):
         for index in range(first, last + 1):
             weight[index] *= times
     best: list[tuple[float, Counter[str]]] = [(0.0, Counter())] * len(code)

@@ -71,8 +71,12 @@ def run(case: Case) -> None:
     if case.name in ("elogitnorm", "linear"):
         weight = aot.meta(c, m, dtype=dtype)
         labels = Labels(aot.meta(n, dtype=torch.int64), None, -100, 0.0)
-        grad = aot.meta(n) if c > ROW_IN_REGISTERS else aot.meta(())
-        losses.elogitnorm_step(logits, weight, labels, 1e-6, 0, grad, need_weight=True)
+        if c > ROW_IN_REGISTERS:
+            losses.elogitnorm_step(logits, weight, labels, losses.Rule(1e-6), aot.meta(n), need_weight=True)
+        else:
+            divisor = None if losses.counts(labels, "mean") else aot.meta(())
+            ahead = losses.elogitnorm_ahead(logits, weight, labels, 1e-6, 0, divisor)
+            losses.elogitnorm_finish(ahead, logits, weight, aot.meta(()), True)
     elif case.name == "nci":
         nci.nci_forward(aot.meta(n, m, dtype=dtype), aot.meta(c, m, dtype=dtype), None, aot.meta(m), logits, 1e-3)
     elif case.name == "statistics":
@@ -81,22 +85,23 @@ def run(case: Case) -> None:
         aot.run_statistics(n, c, 0, dtype, ("max", "logsumexp"))
 
 
-def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...]:
-    """How often each loop of a kernel turns, in the order of its code; what depends on the data as it is on average."""
+def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...] | float:
+    """How often each loop of a kernel turns, in the order of its code, or its one loop of products: no pair of rows is
+    close. What depends on the data as it is on average."""
 
     def of(size: float, block: str) -> float:
         return math.ceil(size / values[block])
 
     (n, c, m), u = case.shape, case.u
     samples = 8  # of a turn of the segmented sums
-    table: dict[str, Callable[[], tuple[float, ...]]] = {
-        "distance_gram": lambda: (of(m, "INNER"), 0),  # no pair is close
+    table: dict[str, Callable[[], tuple[float, ...] | float]] = {
+        "distance_gram": lambda: float(of(m, "INNER")),
         "predict": lambda: (of(c, "BLOCK") - 1,),
         "nci_forward": lambda: (of(c, "CLASS_BLOCK") - 1, of(m, "FEATURE_BLOCK")),
         "row_statistics": lambda: (of(m, "FEATURE_BLOCK"),) if m else (),
-        "weight_gradient_table": lambda: (of(c, "INNER"),),
-        "weight_gradient_own": lambda: (values["split_classes"] / values["INNER"],),
-        "weight_gradient_all": lambda: (of(u, "INNER"), values["n_splits"]),
+        "weight_gradient_table": lambda: float(of(c, "INNER")),
+        "weight_gradient_own": lambda: values["split_classes"] / values["INNER"],
+        "weight_gradient_all": lambda: float(of(u, "INNER")),
         # A piece has at most 128 samples; a segment is summed whole, or from its pieces.
         "segment_piece": lambda: (min(128, n / u) / samples,),
         "segment_sum": lambda: (math.ceil(n / u / samples) if n / u <= 128 else 0, n / u / 128 / 4, 0),
@@ -134,8 +139,12 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
     if kernel in ("distance_gram", "weight_gradient_own"):  # tiles of unused rows of the table stop at once
         axis = 1 if kernel == "distance_gram" else 0
         programs *= math.ceil(min(case.u, case.shape[0]) / values["ROWS"]) / grid[axis]
+    scaling = 0
+    if kernel == "segment_sum" and values["gradient_pointer"] is not None:  # its last programs: a factor of 1 ends them
+        scaling = math.ceil(values["gradient_pointer"].numel() / values["SCALE"])
+        programs -= scaling
     executed = sass.executed(text, turns(kernel, values, case), kernel in RARE_BRANCH)
-    issued = executed["all"] * warps * programs
+    issued = executed["all"] * warps * programs + 30.0 * warps * scaling
     body, flops, parts = sass.busiest_loop(text), 0.0, 0
     key = {"fused_row": "fused_row, ELogitNorm", "row_statistics": "row_statistics, MSP"}.get(kernel, kernel)
     if case.name == "statistics":

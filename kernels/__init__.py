@@ -42,9 +42,10 @@ from typing import Any
 
 _HOME = {
     "elogitnorm_forward": "losses",
-    "elogitnorm_step": "losses",
+    "elogitnorm_ahead": "losses",
+    "elogitnorm_finish": "losses",
     "steps_ahead": "losses",
-    "scale_": "losses",
+    "counts": "losses",
     "elogitnorm_backward": "losses",
     "logitnorm_forward": "losses",
     "logitnorm_backward": "losses",

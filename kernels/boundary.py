@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry, Needs
-from .distances import geometry_of
+from .geometry import geometry_of
 from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
+from .segments import Segments
 from .weight_gradient import weight_gradient
 
 
@@ -134,7 +135,7 @@ def boundary_distance_forward(
 
     Returns distance, predicted, slope (notation: the package's docstring) and the geometry.
     """
-    geometry, predicted, prediction_known = geometry_of(logits, head_weight)
+    geometry, predicted, prediction_known, _ = geometry_of(logits, head_weight)
     logits = unit_stride(logits)
     n_samples, n_classes = logits.shape
     distance, slope = (torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -170,5 +171,6 @@ def boundary_distance_backward(
         )  # fmt: skip
         grad_logits = grad_logits.to(logits.dtype)
     if needs.weight:
-        grad_weight = weight_gradient(sample_grad, slope, logits, head_weight, predicted, geometry)
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), slope, unit_stride(logits))
+        grad_weight = weight_gradient(segments, head_weight, predicted, geometry)
     return grad_logits, grad_weight

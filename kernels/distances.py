@@ -8,7 +8,9 @@ all classes, n < c a table of the distinct predictions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,42 +18,33 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry
-from .launch import TileConfig, alignment, cdiv, launch, scan_config, target_of, tile_config, unit_stride
-from .rows import add_product, scan_maximum
+from .launch import (
+    TileConfig,
+    cdiv,
+    launch,
+    target_of,
+    tile_config,
+    unit_stride,
+)
+from .rows import add_product
 
 # The Gram form of s has an error of up to 1e-6 (|w_p|^2 + |w_j|^2), from rounding m products (README.md, section 2).
 # At a share of 1/64 of the norms that is 6e-5 of s and 3e-5 of R, under the 1e-4 that D is held to. Closer pairs are
 # recomputed; heads that have learnt have few, because rows of unrelated classes have s near |w_p|^2 + |w_j|^2.
 CLOSE_PAIR = tl.constexpr(1 / 64)
-# Squares between these, and their sums and products, keep all digits in float32; others are recomputed likewise.
-LARGE_SQUARE = tl.constexpr(2.0**80)
-SMALL_SQUARE = tl.constexpr(2.0**-80)
+# Squares between these, and cubes of their roots, keep all digits in float32; others are recomputed likewise.
+LARGE_SQUARE = tl.constexpr(2.0**40)
+SMALL_SQUARE = tl.constexpr(2.0**-40)
 # The smallest normal float32: GPUs take less as 0. Rows of which no entry is further apart coincide.
 SMALLEST = tl.constexpr(2.0**-126)
-# Rows of W whose median is the origin.
-SAMPLED_ROWS = 31
+# Rows of W whose median is the origin: as many as three medians of three have.
+SAMPLED_ROWS = tl.constexpr(9)
+# Features of a turn of the programs that find the origin.
+ORIGIN_BLOCK = 512
 
 
 @triton.jit
-def predict_kernel(
-    logits_pointer,  # (n, c)
-    logits_stride,
-    predicted_pointer,  # (n,) int64: written
-    n_classes,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Arg-max of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
-    predicted = scan_maximum(logits_pointer + row * logits_stride, n_classes, BLOCK)[1]
-    tl.store(predicted_pointer + row, predicted.to(tl.int64))
-
-
-@triton.jit
-def load_rows(weight_pointer, weight_stride, mean_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr):
+def load_rows(weight_pointer, weight_stride, origin_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr):
     """Rows of W (classes, features), 0 outside the matrix: less the origin, in fp32, where one is given.
 
     Differences of rows do not change when one is subtracted from all, but fp32 products of the rest lose far
@@ -60,9 +53,9 @@ def load_rows(weight_pointer, weight_stride, mean_pointer, classes, mask, featur
     inside = mask[:, None] & (features < n_features)[None, :]
     places = weight_pointer + (classes.to(tl.int64) * weight_stride)[:, None] + features[None, :]
     weight = tl.load(places, mask=inside, other=0.0)
-    if mean_pointer is not None:
-        mean = tl.load(mean_pointer + features, mask=features < n_features, other=0.0)
-        return tl.where(inside, weight.to(tl.float32) - mean[None, :], 0.0)
+    if origin_pointer is not None:
+        origin = tl.load(origin_pointer + features, mask=features < n_features, other=0.0)
+        return tl.where(inside, weight.to(tl.float32) - origin[None, :], 0.0)
     elif UPCAST:
         return weight.to(tl.float32)
     else:
@@ -71,19 +64,80 @@ def load_rows(weight_pointer, weight_stride, mean_pointer, classes, mask, featur
 
 @triton.jit
 def load_columns(
-    weight_pointer, weight_stride, mean_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr
+    weight_pointer, weight_stride, origin_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr
 ):
     """The transpose of `load_rows`, (features, classes)."""
     inside = mask[None, :] & (features < n_features)[:, None]
     places = weight_pointer + (classes.to(tl.int64) * weight_stride)[None, :] + features[:, None]
     weight = tl.load(places, mask=inside, other=0.0)
-    if mean_pointer is not None:
-        mean = tl.load(mean_pointer + features, mask=features < n_features, other=0.0)
-        return tl.where(inside, weight.to(tl.float32) - mean[:, None], 0.0)
+    if origin_pointer is not None:
+        origin = tl.load(origin_pointer + features, mask=features < n_features, other=0.0)
+        return tl.where(inside, weight.to(tl.float32) - origin[:, None], 0.0)
     elif UPCAST:
         return weight.to(tl.float32)
     else:
         return weight
+
+
+@triton.jit
+def _sampled_median(weight_pointer, weight_stride, n_classes, features, mask, FIRST: tl.constexpr):
+    """The median, entry by entry, of three of the sampled rows."""
+    a = weight_pointer + tl.cast(n_classes * FIRST // SAMPLED_ROWS, tl.int64) * weight_stride
+    b = weight_pointer + tl.cast(n_classes * (FIRST + 1) // SAMPLED_ROWS, tl.int64) * weight_stride
+    c = weight_pointer + tl.cast(n_classes * (FIRST + 2) // SAMPLED_ROWS, tl.int64) * weight_stride
+    return _median(
+        tl.load(a + features, mask=mask, other=0.0).to(tl.float32),
+        tl.load(b + features, mask=mask, other=0.0).to(tl.float32),
+        tl.load(c + features, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def _median(a, b, c):
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
+def write_origin(
+    weight_pointer, weight_stride, origin_pointer, start, n_classes, n_features, ORIGIN_BLOCK: tl.constexpr
+):
+    """The origin of some features: a row near to most rows, however long a few of them are."""
+    features = start + tl.arange(0, ORIGIN_BLOCK)
+    mask = features < n_features
+    origin = _median(
+        _sampled_median(weight_pointer, weight_stride, n_classes, features, mask, 0),
+        _sampled_median(weight_pointer, weight_stride, n_classes, features, mask, 3),
+        _sampled_median(weight_pointer, weight_stride, n_classes, features, mask, 6),
+    )
+    tl.store(origin_pointer + features, origin, mask=mask)
+
+
+@triton.jit
+def origin_kernel(
+    weight_pointer,  # (c, m)
+    weight_stride,
+    origin_pointer,  # (m,) fp32: written
+    n_classes,
+    n_features,
+    ORIGIN_BLOCK: tl.constexpr,
+):
+    """The origin alone, for a gradient whose table was made before."""
+    start = tl.program_id(0) * ORIGIN_BLOCK
+    write_origin(weight_pointer, weight_stride, origin_pointer, start, n_classes, n_features, ORIGIN_BLOCK)
+
+
+@triton.jit
+def with_last_bit(inverse_distance, BIT: tl.constexpr):
+    """R with its last bit set where the pair is to be worked by differences in the gradient of W as well
+    (`is_alone`), and without it elsewhere: half a rounding error, and no second table."""
+    bits = inverse_distance.to(tl.int32, bitcast=True)
+    return ((bits & -2) | BIT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_alone(inverse_distance):
+    """1 for a pair that no product serves: close, or of rows whose squares or cubes would leave the range."""
+    return inverse_distance.to(tl.int32, bitcast=True) & 1
 
 
 @triton.jit
@@ -134,6 +188,7 @@ def refine_tile(
                 difference = (a[:, None] - b[None, :]) * inverse_size
                 squared_distance += difference * difference
             inverse_distance = tl.rsqrt(tl.where(is_apart, squared_distance, 1.0)) * inverse_size
+            inverse_distance = with_last_bit(inverse_distance, 1)
             tl.store(places, tl.where(is_apart, inverse_distance, 0.0), mask=is_close)
 
 
@@ -141,10 +196,11 @@ def refine_tile(
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32 the origin, or None: the rows are multiplied as they are
+    origin_pointer,  # (m,) fp32: the origin, written; None: the rows are multiplied as they are
     norm_pointer,  # (c,) fp32 |w_j|, read where there is no origin
     row_class_pointer,  # (k,) int64: the class of each table row, -1 for none; None: row r is class r
     table_pointer,  # (k, c) fp32: written
+    flag_pointer,  # (row tiles, class tiles) fp32, or None: whether a tile has a pair that is alone, written
     n_rows,
     n_classes,
     n_features,
@@ -153,13 +209,14 @@ def distance_gram_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    ORIGIN_BLOCK: tl.constexpr,
 ):
     """A tile of R from s = |a|^2 + |b|^2 - 2 a.b, and from sum (w_p - w_j)^2 where that is too small (CLOSE_PAIR), or
     squares would leave the range.
 
     Differences of neighbouring floats are exact, so equal rows have s = 0 (no boundary: R = 0) and rows 1e-4 apart keep
     all their digits. bf16 rows are not centred: their products are exact, and a common offset only makes more pairs
-    close.
+    close. Each program finds the origin for itself, and all of them write the same.
     """
     classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -167,24 +224,28 @@ def distance_gram_kernel(
     row_class = table_classes(row_class_pointer, rows, n_rows)
     row_mask = row_class >= 0
     inverse_distance = tl.zeros([ROWS, COLUMNS], tl.float32)  # of rows that nobody uses: two runs give the same bits
-    any_close = False
+    any_close = 0
     if tl.max(row_class, axis=0) >= 0:
+        if origin_pointer is not None:
+            for start in range(0, n_features, ORIGIN_BLOCK):
+                write_origin(weight_pointer, weight_stride, origin_pointer, start, n_classes, n_features, ORIGIN_BLOCK)
+            tl.debug_barrier()
         row_norms = tl.zeros([ROWS], tl.float32)
         class_norms = tl.zeros([COLUMNS], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_features, INNER):
             features = start + tl.arange(0, INNER)
             a = load_rows(
-                weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
+                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
             )
             b = load_columns(
-                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST
+                weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
             )
-            if mean_pointer is not None:
+            if origin_pointer is not None:
                 row_norms += tl.sum(a * a, axis=1)
                 class_norms += tl.sum(b * b, axis=0)
             products = add_product(products, a, b, PRECISION)
-        if mean_pointer is None:
+        if origin_pointer is None:
             row_norms = tl.load(norm_pointer + row_class, mask=row_mask, other=0.0)
             class_norms = tl.load(norm_pointer + classes, mask=class_mask, other=0.0)
             row_norms *= row_norms
@@ -195,12 +256,14 @@ def distance_gram_kernel(
         is_close = (squared_distance <= norms * CLOSE_PAIR) | (norms > LARGE_SQUARE) | (squared_distance < SMALL_SQUARE)
         is_close = is_close & row_mask[:, None] & class_mask[None, :] & (own == 0)
         # 1 where it will not be used, so that no root of a negative rounding error is taken
-        inverse_distance = tl.rsqrt(tl.where(is_close | own, 1.0, squared_distance))
+        inverse_distance = with_last_bit(tl.rsqrt(tl.where(is_close | own, 1.0, squared_distance)), 0)
         inverse_distance = tl.where(own | (row_mask[:, None] == 0), 0.0, tl.where(is_close, -1.0, inverse_distance))
-        any_close = tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0) > 0
+        any_close = tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0)
     places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
     tl.store(places, inverse_distance, mask=(rows < n_rows)[:, None] & class_mask[None, :])
-    if any_close:
+    if flag_pointer is not None:
+        tl.store(flag_pointer + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), any_close)
+    if any_close > 0:
         tl.debug_barrier()
         refine_tile(
             weight_pointer,
@@ -215,72 +278,48 @@ def distance_gram_kernel(
         )
 
 
-def geometry_of(logits: Tensor, head_weight: Tensor, aliased: bool = False) -> tuple[Geometry, Tensor, bool]:
-    """(the table R for a batch, the predictions, whether these are known).
-
-    For n >= c the row kernels find them, and write both `predicted` and `table_row`, which are the same; `aliased`:
-    they are one tensor, which stands for the row_class that nothing reads then, too.
-    """
-    n_samples, n_classes = logits.shape
-    predicted = torch.empty(n_samples, dtype=torch.int64, device=logits.device)
-    if n_samples >= n_classes:
-        table = distance_table(head_weight, None)
-        if aliased:
-            return Geometry(predicted, table, predicted), predicted, False
-        row_class = torch.arange(n_classes, device=logits.device)
-        return Geometry(torch.empty_like(predicted), table, row_class), predicted, False
-    logits = unit_stride(logits)
-    config = scan_config(n_classes, target_of(logits))
-    launch(
-        predict_kernel,
-        (n_samples,),
-        logits,
-        logits.stride(0),
-        predicted,
-        n_classes,
-        BLOCK=config.block,
-        ALIGN=alignment(n_classes, logits.stride(0)),
-        num_warps=config.num_warps,
-    )
-    table_row, row_class = _distinct(predicted)
-    return Geometry(table_row, distance_table(head_weight, row_class), row_class), predicted, True
+@triton.jit(do_not_specialize=["n_rows"])
+def flag_kernel(
+    table_pointer,  # (k, c)
+    flag_pointer,  # (row tiles, class tiles) fp32: written
+    n_rows,
+    n_classes,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The flags alone, for a gradient whose table was made before."""
+    classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
+    table = tl.load(places, mask=(rows < n_rows)[:, None] & (classes < n_classes)[None, :], other=0.0)
+    any_alone = tl.max(tl.max(is_alone(table), axis=1), axis=0)
+    tl.store(flag_pointer + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), any_alone)
 
 
-def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """(table_row, row_class): the distinct predictions ascending, -1 behind them, and the place of each sample's
-    among them.
+class Kept(NamedTuple):
+    """What the gradient of W needs beside the table."""
 
-    Both have n entries, whatever the number of distinct ones is: nothing is read back by the host.
-    """
-    ordered, order = torch.sort(predicted, stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
-    rank = torch.cumsum(is_first, 0) - 1
-    table_row = torch.empty_like(rank).scatter_(0, order, rank)
-    # Equal predictions write the same value to the same place.
-    row_class = torch.full_like(rank, -1).scatter_(0, rank, ordered)
-    return table_row, row_class
+    origin: Tensor | None = None
+    """(m,) fp32; None: rows are multiplied as they are"""
+    flags: Tensor | None = None
+    """(row tiles, class tiles) fp32, of `distance_gram_kernel`"""
+    n_distinct: Tensor | None = None
+    """() int64, for n < c"""
 
 
-class Product(NamedTuple):
-    """How rows of W are multiplied: what is read beside them, and the constants of the kernel."""
+def kept_sizes(n_samples: int, head_weight: Tensor) -> tuple[int, int]:
+    """Numbers of fp32 that the origin and the flags take."""
+    n_classes, n_features = head_weight.shape
+    by_row = n_samples < n_classes
+    n_tiles = math.prod(_tiles(target_of(head_weight), head_weight.dtype, min(n_samples, n_classes), n_classes, by_row))
+    return n_features if has_origin(head_weight) else 0, n_tiles
 
-    mean: Tensor | None  # (m,) fp32: the origin
-    tile: TileConfig
-    constants: dict[str, object]
 
-
-def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 64) -> Product:
-    """bf16 rows as they are, which is exact; others in fp32, less an origin: the one given, or the median, entry by
-    entry, of some of them. One row much longer than the others would move their mean away from all of them.
-    """
-    target = target_of(head_weight)
-    exact = head_weight.dtype == torch.bfloat16
-    tile = tile_config(target, exact, columns)
-    if mean is None and not exact:
-        sample = head_weight[:: cdiv(head_weight.shape[0], SAMPLED_ROWS)].float()
-        # Not `median`, which torch.use_deterministic_algorithms refuses on a GPU.
-        mean = sample.sort(0).values[sample.shape[0] // 2]
+@functools.cache
+def product_of(target: str, dtype: torch.dtype, columns: int = 64) -> tuple[TileConfig, dict[str, Any]]:
+    """How rows of W are multiplied: the tile, and what it is to a kernel. bf16 rows are multiplied as they are, which
+    is exact; others in fp32, less an origin."""
+    tile = tile_config(target, dtype == torch.bfloat16, columns)
     constants = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -290,31 +329,57 @@ def product_of(head_weight: Tensor, mean: Tensor | None = None, columns: int = 6
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    return Product(mean, tile, constants)
+    return tile, constants
 
 
-def distance_table(head_weight: Tensor, row_class: Tensor | None) -> Tensor:
-    """R (k, c) fp32 between the classes in `row_class` (None: all) and all classes; 0 in rows of class -1."""
+def has_origin(head_weight: Tensor) -> bool:
+    """Whether rows are multiplied less an origin."""
+    return head_weight.dtype != torch.bfloat16
+
+
+@functools.cache
+def _tiles(target: str, dtype: torch.dtype, n_rows: int, n_classes: int, by_row: bool) -> tuple[int, int]:
+    """How many tiles the table has, along the rows and along the classes."""
+    tile, _ = product_of(target, dtype, 128 if by_row else 64)
+    return cdiv(n_rows, tile.rows), cdiv(n_classes, tile.columns)
+
+
+def kept_of(geometry: Geometry, head_weight: Tensor) -> Kept:
+    """What `distance_table` left when it made this table."""
+    _, table, row_class = geometry
+    (n_rows, n_classes), n_features = table.shape, head_weight.shape[1]
+    by_row = n_rows < n_classes
+    tile, _ = product_of(target_of(head_weight), head_weight.dtype, 128 if by_row else 64)
+    grid = cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)
+    origin, flags = None, torch.empty(grid[::-1], dtype=torch.float32, device=table.device)
+    launch(flag_kernel, grid, table, flags, n_rows, n_classes, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=8)
+    if has_origin(head_weight):
+        origin = torch.empty(n_features, dtype=torch.float32, device=table.device)
+        launch(
+            origin_kernel, (cdiv(n_features, ORIGIN_BLOCK),), head_weight, head_weight.stride(0), origin, n_classes,
+            n_features, ORIGIN_BLOCK=ORIGIN_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return Kept(origin, flags, (row_class >= 0).sum() if by_row else None)
+
+
+def distance_table(head_weight: Tensor, row_class: Tensor | None, kept: Kept = Kept()) -> Tensor:  # noqa: B008
+    """R (k, c) fp32 between the classes in `row_class` (None: all) and all classes; 0 in rows of class -1.
+
+    `kept`: where origin and flags are left.
+    """
     head_weight = unit_stride(head_weight)
     n_classes, n_features = head_weight.shape
     n_rows = n_classes if row_class is None else row_class.shape[0]
     table = torch.empty(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
-    product = product_of(head_weight, columns=64 if row_class is None else 128)
-    norms = None
-    if product.mean is None:
+    tile, constants = product_of(target_of(head_weight), head_weight.dtype, 64 if row_class is None else 128)
+    norms, origin = None, kept.origin
+    if not has_origin(head_weight):
         norms = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)
+    elif origin is None:
+        origin = torch.empty(n_features, dtype=torch.float32, device=head_weight.device)
     launch(
-        distance_gram_kernel,
-        (cdiv(n_classes, product.tile.columns), cdiv(n_rows, product.tile.rows)),
-        head_weight,
-        head_weight.stride(0),
-        product.mean,
-        norms,
-        row_class,
-        table,
-        n_rows,
-        n_classes,
-        n_features,
-        **product.constants,
-    )
+        distance_gram_kernel, (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)), head_weight,
+        head_weight.stride(0), origin, norms, row_class, table, kept.flags, n_rows, n_classes, n_features,
+        ORIGIN_BLOCK=ORIGIN_BLOCK, **constants,
+    )  # fmt: skip
     return table

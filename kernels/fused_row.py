@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import FAR, LOG2_E, add_2, add_3, exp2, finite_or_nan, maximum, read_label
+from .rows import FAR, LARGE, LOG2_E, exp2, finite_or_nan, maximum, read_label
 from .tempered import boundary_temperature, norm_temperature
 
 
@@ -22,14 +22,17 @@ from .tempered import boundary_temperature, norm_temperature
 def _temperature_sums(gap, slopes, BOUNDARY: tl.constexpr):
     """(sum g R, sum R, K) or, for LogitNorm, (sum f^2, 0, 0)."""
     if BOUNDARY:
-        return tl.reduce((gap * slopes, slopes, tl.where(slopes > 0, 1.0, 0.0)), 0, add_3)
+        total, slope_sum = tl.sum(gap * slopes, axis=0), tl.sum(slopes, axis=0)
+        # R is not negative: its bits are 0 only where it is. Cheaper than a comparison.
+        n_boundaries = tl.sum(tl.minimum(slopes.to(tl.int32, bitcast=True), 1), axis=0)
+        return total, slope_sum, n_boundaries
     else:
-        return tl.sum(slopes * slopes, axis=0), 0.0, 0.0
+        return tl.sum(slopes * slopes, axis=0), 0.0, 0
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def fused_row_kernel(
-    sample_grad_pointer,  # (n,) or expanded, or () what the losses are divided by; None: no gradient of the logits
+    sample_grad_pointer,  # (n,) or expanded, or () what the losses are divided by; None: no gradient, or COUNT
     sample_grad_stride,
     logits_pointer,  # (n, c)
     logits_stride,
@@ -43,23 +46,29 @@ def fused_row_kernel(
     temperature_pointer,  # (n,): read in the backward pass
     log_partition_pointer,  # (n,), None in the backward pass
     slope_pointer,  # (n,): read in the backward pass
-    pull_pointer,  # (n,) or None: sample_grad slope, written
+    pull_pointer,  # (n,) or None: sample_grad slope boost, written
     grad_logits_pointer,  # (n, c) contiguous: written, None without sample_grad
+    n_samples,
     n_classes,
     ignore_index,
     label_smoothing,
     eps,
     average_offset,
     tau,
+    boost,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     BOUNDARY: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
     SMOOTHED: tl.constexpr,
     IS_DIVISOR: tl.constexpr,
+    COUNT: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """Loss of one sample, what its backward pass needs, and the gradient of its logits."""
+    """Loss of one sample, what its backward pass needs, and the gradient of its logits.
+
+    IS_DIVISOR: the loss is divided, too. COUNT, at least n or 0: the divisor is how many targets are not ignored.
+    """
     row = tl.program_id(0).to(tl.int64)
     if ALIGN > 1:
         n_classes = n_classes // ALIGN * ALIGN
@@ -74,6 +83,15 @@ def fused_row_kernel(
         mass = tl.load(class_weight_pointer + label).to(tl.float32)
     own = tl.load(logits_row + label).to(tl.float32)
     own_live = own != float("-inf")
+    sample_grad = 1.0
+    if COUNT:
+        samples = tl.arange(0, COUNT)
+        targets = tl.load(target_pointer + samples, mask=samples < n_samples, other=ignore_index)
+        sample_grad = 1.0 / tl.sum((targets != ignore_index).to(tl.float32), axis=0)
+    elif IS_DIVISOR:
+        sample_grad = 1.0 / tl.load(sample_grad_pointer).to(tl.float32)
+    elif sample_grad_pointer is not None:
+        sample_grad = tl.load(sample_grad_pointer + row * sample_grad_stride).to(tl.float32)
 
     # The prediction and the largest logit. The padding is far below every logit.
     if logits_pointer.dtype.element_ty == tl.float16:  # which cannot hold it
@@ -128,7 +146,7 @@ def fused_row_kernel(
     inverse_temperature = tl.where(ignored, 0.0, 1.0 / temperature)
     scale = inverse_temperature * -LOG2_E
     exponential = exp2(gap * scale, HARDWARE)
-    partition, gap_sum = tl.reduce((exponential, exponential * gap), 0, add_2)
+    partition, gap_sum = tl.sum(exponential, axis=0), tl.sum(exponential * gap, axis=0)
     own_mass = mass
     own_gap = tl.where(own_live, top - own, 0.0)
     target_gap = mass * own_gap
@@ -137,34 +155,40 @@ def fused_row_kernel(
         own_mass = 1.0 - label_smoothing
         spread = label_smoothing / tl.maximum(n_live, 1).to(tl.float32)
         target_gap = own_mass * own_gap + spread * tl.sum(tl.where(gap < FAR, gap, 0.0), axis=0)
+    inverse_partition = 1.0 / partition
     if loss_pointer is None:
-        slope = tl.load(slope_pointer + row)
+        slope = tl.where(ignored, 0.0, tl.load(slope_pointer + row) * temperature)
     else:
         impossible = (own_live == 0) & (own_mass != 0)
-        log_partition = tl.log(partition)
-        slope = -(target_gap - mass * (gap_sum / partition)) * inverse_temperature * inverse_temperature * slope_factor
+        slope = -(target_gap - mass * (gap_sum * inverse_partition)) * inverse_temperature * slope_factor
         slope = tl.where(usable, tl.where(impossible, 0.0, slope), float("nan"))
-        slope = tl.where(ignored, 0.0, slope)
+        slope = tl.where(ignored, 0.0, slope)  # T times what it will be
+        log_partition = tl.log(partition)
         loss = target_gap * inverse_temperature + mass * log_partition
         loss = tl.where(impossible & (top == top), float("inf"), loss)
-        tl.store(loss_pointer + row, tl.where(ignored, 0.0, tl.where(usable, loss, float("nan"))))
+        loss = tl.where(ignored, 0.0, tl.where(usable, loss, float("nan")))
+        if IS_DIVISOR:
+            loss *= sample_grad
+        tl.store(loss_pointer + row, loss)
         tl.store(temperature_pointer + row, temperature)
         tl.store(log_partition_pointer + row, log_partition)
-        tl.store(slope_pointer + row, slope)
+        tl.store(slope_pointer + row, slope * inverse_temperature)
         if BOUNDARY:
             tl.store(distance_pointer + row, distance)
 
     # dL/df_j = (Q P_j - q_j) / T - slope R_j, in fp32 and rounded once: as P_y approaches 1, Q P_y - q_y cancels.
     if grad_logits_pointer is not None:
-        sample_grad = tl.load(sample_grad_pointer + row * sample_grad_stride).to(tl.float32)
-        if IS_DIVISOR:
-            sample_grad = 1.0 / sample_grad
         sample_grad = tl.where(ignored, 0.0, tl.where(usable, sample_grad, float("nan")))
         by_logit = sample_grad * inverse_temperature
-        by_exponential = mass * by_logit / partition
-        by_slope = sample_grad * slope
+        by_exponential = mass * by_logit * inverse_partition
         if pull_pointer is not None:
-            tl.store(pull_pointer + row, by_slope)
+            tl.store(pull_pointer + row, (sample_grad * boost) * slope * inverse_temperature)
+        by_slope = by_logit * slope
+        if temperature > LARGE:  # of rows very near to each other: 1 / T^2 would leave the range, but R / T does not
+            by_slope = sample_grad * slope
+            slopes *= inverse_temperature
+            own_slope *= inverse_temperature
+            slope_sum *= inverse_temperature
         spread = spread * by_logit
         gradient = exponential * by_exponential - slopes * by_slope
         if SMOOTHED:
@@ -184,21 +208,18 @@ def fused_row_kernel(
 
 
 @triton.jit
-def _scale(values_pointer, factor, block, n_values, BLOCK: tl.constexpr):
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(values_pointer + place, mask=place < n_values, other=0.0).to(tl.float32)
-    tl.store(values_pointer + place, values * factor, mask=place < n_values)
+def scale_block(values_pointer, factor_pointer, block, n_values, BLOCK: tl.constexpr):
+    """Values block * BLOCK and on *= factor, 0-dim; nothing is read or written where it is 1, which only the device
+    knows."""
+    factor = tl.load(factor_pointer).to(tl.float32)
+    if factor != 1.0:
+        for start in range(0, BLOCK, 1024):  # 8 values a thread of 4 warps: a 128-bit load in half precision
+            place = block.to(tl.int64) * BLOCK + start + tl.arange(0, 1024)
+            values = tl.load(values_pointer + place, mask=place < n_values, other=0.0).to(tl.float32)
+            tl.store(values_pointer + place, values * factor, mask=place < n_values)
 
 
 @triton.jit
-def scale_kernel(values_pointer, others_pointer, factor_pointer, n_values, n_others, BLOCK: tl.constexpr):
-    """values *= factor, 0-dim, and others *= factor where there are any; nothing is read or written where it is 1,
-    which only the device knows."""
-    factor = tl.load(factor_pointer).to(tl.float32)
-    if factor != 1.0:
-        block = tl.program_id(0).to(tl.int64)
-        blocks = tl.cdiv(n_values, BLOCK)
-        if block < blocks:
-            _scale(values_pointer, factor, block, n_values, BLOCK)
-        elif others_pointer is not None:
-            _scale(others_pointer, factor, block - blocks, n_others, BLOCK)
+def scale_kernel(values_pointer, factor_pointer, n_values, BLOCK: tl.constexpr):
+    """`scale_block` of all values."""
+    scale_block(values_pointer, factor_pointer, tl.program_id(0), n_values, BLOCK)

@@ -43,22 +43,24 @@ def launch(
     """
     launches[kernel.fn.__name__] += 1
     key = [kernel, num_warps, num_stages, *constants.values()]
-    first = None
+    device = None
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            first = argument if first is None else first
+        kind = type(argument)
+        if kind is int:  # its class, as Triton tells them apart: 1, multiples of 16, 64 bits
+            key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
+        elif argument is None or kind is float:
+            key.append(kind)
+        elif isinstance(argument, Tensor):
+            device = device or argument.device
             key.append(argument.dtype)
             key.append(argument.data_ptr() & 15 == 0)
-        elif type(argument) is int:  # its class, as Triton tells them apart: 1, multiples of 16, 64 bits
-            key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
         else:
-            key.append(type(argument))
-    on_gpu = first.device.type == "cuda"
-    if on_gpu and first.device.index != torch.cuda.current_device():
-        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever the tensors' device is
+            key.append(kind)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
             launches[kernel.fn.__name__] -= 1
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, **constants)
-    key.append(first.device.index)
+    key.append(device.index)
     key = tuple(key)
     handle = _handles.get(key)
     if handle is not None:
@@ -119,6 +121,7 @@ def lanes_of(target: str) -> int:
     return 64 if target == "hip" else 32
 
 
+@functools.cache
 def has_exp2(target: str) -> bool:
     """Whether `rows.exp2` and `rows.log2` may name NVIDIA's instructions."""
     return target.startswith("sm_")
@@ -156,6 +159,7 @@ ROW_IN_REGISTERS = 8192
 ROW_LOOP_BLOCK = 1024
 
 
+@functools.cache
 def row_config(n_columns: int, target: str) -> RowConfig:
     """For kernels that give every row a program.
 
@@ -169,6 +173,7 @@ def row_config(n_columns: int, target: str) -> RowConfig:
     return RowConfig(block, False, max(block // (32 * lanes_of(target)), 1))
 
 
+@functools.cache
 def loop_config(n_columns: int, target: str) -> RowConfig:
     """8 columns a thread, since a lane keeps up to five running sums for each of its columns."""
     block = min(max(next_power_of_2(n_columns), 32), ROW_LOOP_BLOCK)
@@ -183,6 +188,7 @@ class ScanConfig:
     num_warps: int
 
 
+@functools.cache
 def scan_config(n_columns: int, target: str) -> ScanConfig:
     """16 columns a thread, at most 4096 a turn: the fewer warps, the fewer times each of the reductions is issued, and
     two 128-bit loads a thread are enough in flight."""
@@ -218,6 +224,7 @@ def dot_precision(target: str) -> str:
     return "tf32x3" if target.startswith("sm_") and int(target[3:]) >= 80 else "ieee"
 
 
+@functools.cache
 def tile_config(target: str, exact: bool = False, columns: int = 64) -> TileConfig:
     """Two stages: the next operands load while these multiply (a third would pass 64 KiB of shared memory on gfx942).
 
@@ -271,6 +278,11 @@ PIECE = 128
 SCAN_SAMPLES = 512
 
 
+# Values of a program that scales them. Most find a factor of 1 and end: so they are few.
+SCALE_BLOCK = 4096
+
+
+@functools.cache
 def segment_config(n_columns: int, n_samples: int, n_segments: int) -> SegmentConfig:
     """8 rows in flight hide the latency of rows that lie anywhere in memory. 128 columns are one 128-bit load a
     lane in float32, and 8 values a thread; with 256, sm_100 spills.

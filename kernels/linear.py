@@ -73,7 +73,7 @@ def linear_elogitnorm(
         part_grad = sample_grad[rows] if grads else None
         # Both parts of dW in fp32: their sum is rounded, not each of them.
         step = losses.elogitnorm_step(
-            logits, head_weight, part, eps, average_offset, part_grad, geometry, torch.float32
+            logits, head_weight, part, losses.Rule(eps, average_offset), part_grad, geometry, torch.float32
         )
         loss[rows], distance[rows], d_logits = step.loss, step.distance, step.grad_logits
         if not grads:

@@ -8,22 +8,28 @@ import torch
 from torch import Tensor
 
 from ..records import Geometry, Labels, Needs, Tempered
-from .distances import geometry_of
-from .fused_row import fused_row_kernel, scale_kernel
+from .distances import Kept, kept_sizes
+from .fused_row import fused_row_kernel
+from .geometry import geometry_of
 from .launch import (
     ROW_IN_REGISTERS,
+    SCAN_SAMPLES,
     alignment,
-    cdiv,
     gradient_buffer,
     has_exp2,
     launch,
     loop_config,
+    next_power_of_2,
     row_config,
     target_of,
     unit_stride,
 )
+from .segments import Segments, Upstream, boost_of, scale_
 from .tempered import tempered_backward_kernel, tempered_forward_kernel
 from .weight_gradient import weight_gradient
+
+# In place of what losses are divided by: how many targets are not ignored, found by the kernel.
+COUNTED = 1
 
 
 class Rule(NamedTuple):
@@ -40,35 +46,48 @@ def is_fused(logits: Tensor, labels: Labels) -> bool:
     return not (labels.target.is_floating_point() or both or logits.shape[1] > ROW_IN_REGISTERS)
 
 
+class RowOutputs(NamedTuple):
+    """What `fused_row_kernel` writes for each sample beside `Tempered`, all (n,)."""
+
+    loss: Tensor
+    distance: Tensor | None
+    pull: Tensor | None = None
+
+
 def _fused(
     logits: Tensor,
     labels: Labels,
     geometry: Geometry | None,
-    tempered: Tempered,
     prediction_known: bool,
-    statistics: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    outputs: RowOutputs | None,
+    tempered: Tempered,
     rule: Rule,
-    sample_grad: Tensor | None,
+    sample_grad: Tensor | int | None,
 ) -> Tensor | None:
-    """Launch `fused_row_kernel`: writes loss, distance, sample_grad slope (`statistics`) and `tempered`, which without
-    `statistics` it reads. Returns the gradient of the logits if `sample_grad` is given."""
+    """Launch `fused_row_kernel`: writes `outputs` and `tempered`, which without outputs it reads. Returns the gradient
+    of the logits unless `sample_grad` is None: (n,), or what the losses are divided by, () or COUNTED."""
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
-    loss, distance, pull = statistics or (None, None, None)
-    rows = unit_stride(logits)
+    loss, distance, pull = outputs or (None, None, None)
+    rows, target = unit_stride(logits), unit_stride(target)
     n_samples, n_classes = rows.shape
     grad_logits = None if sample_grad is None else gradient_buffer(logits, (n_samples, n_classes))
-    config = row_config(n_classes, target_of(rows))
-    by_sample = sample_grad is not None and sample_grad.dim() == 1
+    where = target_of(rows)
+    config = row_config(n_classes, where)
+    count, stride = 0, 0
+    if isinstance(sample_grad, int):
+        sample_grad, count = None, max(next_power_of_2(n_samples), 32)
+    elif sample_grad is not None and sample_grad.dim() == 1:
+        stride = sample_grad.stride(0)
     launch(
-        fused_row_kernel, (n_samples,), sample_grad, sample_grad.stride(0) if by_sample else 0, rows, rows.stride(0),
-        unit_stride(target), None if class_weight is None else class_weight.contiguous(), table, table_row,
-        tempered.predicted, loss, distance, tempered.temperature, None if loss is None else tempered.log_partition,
-        tempered.slope, pull, grad_logits, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
-        float(rule.average_offset), float(rule.tau), BLOCK=config.block, ALIGN=alignment(n_classes, rows.stride(0)),
-        BOUNDARY=table is not None, PREDICTION_KNOWN=prediction_known, SMOOTHED=label_smoothing > 0,
-        IS_DIVISOR=sample_grad is not None and not by_sample, HARDWARE=has_exp2(target_of(rows)),
-        num_warps=config.num_warps,
+        fused_row_kernel, (n_samples,), sample_grad, stride, rows, rows.stride(0), target,
+        None if class_weight is None else class_weight.contiguous(), table, table_row, tempered.predicted,
+        loss, distance, tempered.temperature, None if loss is None else tempered.log_partition, tempered.slope, pull,
+        grad_logits, n_samples, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
+        float(rule.average_offset), float(rule.tau), boost_of(n_samples, n_classes), BLOCK=config.block,
+        ALIGN=alignment(n_classes, rows.stride(0)), BOUNDARY=table is not None, PREDICTION_KNOWN=prediction_known,
+        SMOOTHED=label_smoothing > 0, IS_DIVISOR=count > 0 or (sample_grad is not None and sample_grad.dim() == 0),
+        COUNT=count, HARDWARE=has_exp2(where), num_warps=config.num_warps,
     )  # fmt: skip
     return None if grad_logits is None else grad_logits.to(logits.dtype)
 
@@ -109,9 +128,8 @@ def _forward(
     distance = None if geometry is None else torch.empty_like(loss)
     tempered = Tempered(predicted, temperature, log_partition, slope)
     if is_fused(logits, labels):
-        grad_logits = _fused(
-            logits, labels, geometry, tempered, prediction_known, (loss, distance, None), rule, sample_grad
-        )
+        outputs = RowOutputs(loss, distance)
+        grad_logits = _fused(logits, labels, geometry, prediction_known, outputs, tempered, rule, sample_grad)
         return loss, distance, tempered, grad_logits
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
@@ -131,7 +149,7 @@ def _backward(
 ) -> Tensor:
     """The gradient of the logits after `_forward`."""
     if is_fused(logits, labels):
-        return _fused(logits, labels, geometry, tempered, True, None, Rule(), sample_grad)
+        return _fused(logits, labels, geometry, True, None, tempered, Rule(), sample_grad)
     rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
@@ -155,9 +173,72 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    geometry, *prediction = geometry_of(logits, head_weight)
+    geometry, *prediction, _ = geometry_of(logits, head_weight)
     loss, distance, tempered, _ = _forward(logits, labels, geometry, *prediction, Rule(eps, average_offset))
     return loss, distance, tempered, geometry
+
+
+class Ahead(NamedTuple):
+    """A loss whose upstream gradient is not known yet, and what is made for one of 1."""
+
+    loss: Tensor
+    """(n,), divided: their sum is the loss of the batch"""
+    distance: Tensor
+    tempered: Tempered
+    geometry: Geometry
+    grad_logits: Tensor
+    pull: Tensor
+    """(n,): what the gradient of W is made of"""
+    kept: Kept
+
+
+def steps_ahead(logits: Tensor, head_weight: Tensor, labels: Labels) -> bool:
+    """Whether `elogitnorm_ahead` takes one read and one write for loss and gradient, and the gradients of a loss whose
+    scale comes later can be held in the inputs' dtypes: in fp16, 1/n of them would fall below the range."""
+    return torch.float16 not in (logits.dtype, head_weight.dtype) and is_fused(logits, labels)
+
+
+def counts(labels: Labels, reduction: str) -> bool:
+    """Whether `elogitnorm_ahead` finds by itself what the losses are divided by: in a small step, two calls less."""
+    return reduction == "mean" and labels.class_weight is None and labels.target.shape[0] <= SCAN_SAMPLES
+
+
+def elogitnorm_ahead(
+    logits: Tensor, head_weight: Tensor, labels: Labels, eps: float, average_offset: int, divisor: Tensor | None
+) -> Ahead:
+    """`elogitnorm_forward`, and from the same read the gradient of the logits; 0-dim `divisor`, None where it `counts`.
+
+    A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
+    of the table.
+    """
+    kept, (loss, distance, temperature, log_partition, slope, pull) = _vectors(logits, head_weight, 6)
+    geometry, predicted, is_known, kept = geometry_of(logits, head_weight, kept)
+    tempered = Tempered(predicted, temperature, log_partition, slope)
+    outputs, rule = RowOutputs(loss, distance, pull), Rule(eps, average_offset)
+    sample_grad = COUNTED if divisor is None else divisor
+    grad_logits = _fused(logits, labels, geometry, is_known, outputs, tempered, rule, sample_grad)
+    return Ahead(loss, distance, tempered, geometry, grad_logits, pull, kept)
+
+
+def _vectors(logits: Tensor, head_weight: Tensor, count: int) -> tuple[Kept, list[Tensor]]:
+    """Room for what is kept, and `count` vectors (n,), in one allocation."""
+    n_samples = logits.shape[0]
+    n_origin, n_flags = kept_sizes(n_samples, head_weight)
+    sizes = [n_samples] * count + [n_origin, n_flags]
+    *vectors, origin, flags = torch.empty(sum(sizes), dtype=torch.float32, device=logits.device).split(sizes)
+    return Kept(origin if n_origin else None, flags), vectors
+
+
+def elogitnorm_finish(
+    ahead: Ahead, logits: Tensor, head_weight: Tensor, factor: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients by logits and W of the loss times `factor` (0-dim), which no host needs to know."""
+    if not need_weight:
+        return scale_(ahead.grad_logits, factor), None
+    segments = Segments(ahead.geometry.table_row, None, ahead.pull, unit_stride(logits))
+    upstream = Upstream(factor, ahead.grad_logits)
+    predicted = ahead.tempered.predicted
+    return ahead.grad_logits, weight_gradient(segments, head_weight, predicted, ahead.geometry, ahead.kept, upstream)
 
 
 class Step(NamedTuple):
@@ -165,62 +246,27 @@ class Step(NamedTuple):
 
     loss: Tensor
     distance: Tensor
-    tempered: Tempered
-    geometry: Geometry
     grad_logits: Tensor | None
     grad_weight: Tensor | None
-
-
-def steps_ahead(logits: Tensor, head_weight: Tensor, labels: Labels) -> bool:
-    """Whether `elogitnorm_step` takes one read and one write for loss and gradient, and the gradients of a loss whose
-    scale comes later can be held in the inputs' dtypes: in fp16, 1/n of them would fall below the range."""
-    return torch.float16 not in (logits.dtype, head_weight.dtype) and is_fused(logits, labels)
 
 
 def elogitnorm_step(
     logits: Tensor,
     head_weight: Tensor,
     labels: Labels,
-    eps: float,
-    average_offset: int,
+    rule: Rule,
     sample_grad: Tensor | None,
     need_weight: bool = False,
     weight_dtype: torch.dtype | None = None,
 ) -> Step:
-    """`elogitnorm_forward`, and the gradients for `sample_grad`: (n,), or 0-dim what the losses will be divided by;
-    that of W in its dtype, or in `weight_dtype`.
-
-    A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
-    of the table.
-    """
-    geometry, *prediction = geometry_of(logits, head_weight, aliased=True)
-    rule = Rule(eps, average_offset)
-    if sample_grad is None or not is_fused(logits, labels):
-        loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
-        pull, scale = tempered.slope, sample_grad
-    else:
-        n_samples = logits.shape[0]
-        vectors = torch.empty(6, n_samples, dtype=torch.float32, device=logits.device)
-        loss, distance, temperature, log_partition, slope, pull = vectors.unbind()
-        tempered, scale = Tempered(prediction[0], temperature, log_partition, slope), None
-        grad_logits = _fused(
-            logits, labels, geometry, tempered, prediction[1], (loss, distance, pull), rule, sample_grad
-        )
+    """`elogitnorm_forward`, and the gradients for `sample_grad` (n,); that of W in its dtype, or in `weight_dtype`."""
+    geometry, *prediction, kept = geometry_of(logits, head_weight, _vectors(logits, head_weight, 0)[0])
+    loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
     grad_weight = None
     if need_weight and sample_grad is not None:
-        grad_weight = weight_gradient(scale, pull, logits, head_weight, tempered.predicted, geometry, weight_dtype)
-    return Step(loss, distance, tempered, geometry, grad_logits, grad_weight)
-
-
-def scale_(gradient: Tensor, others: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Both times factor (0-dim), in place, in one launch and without a pass over them where the factor is 1."""
-    if gradient.dtype == torch.bfloat16 and target_of(gradient) == "interpreter":  # which truncates
-        return gradient.mul_(factor), None if others is None else others.mul_(factor)
-    block = 8 * 32 * 4  # 8 a thread with 4 warps: a 128-bit load in half precision
-    sizes = gradient.numel(), 0 if others is None else others.numel()
-    grid = (sum(cdiv(size, block) for size in sizes),)
-    launch(scale_kernel, grid, gradient, others, factor, *sizes, BLOCK=block, num_warps=4)
-    return gradient, others
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, unit_stride(logits))
+        grad_weight = weight_gradient(segments, head_weight, tempered.predicted, geometry, kept, dtype=weight_dtype)
+    return Step(loss, distance, grad_logits, grad_weight)
 
 
 def elogitnorm_backward(
@@ -237,7 +283,8 @@ def elogitnorm_backward(
     if needs.logits:
         grad_logits = _backward(sample_grad, logits, labels, tempered, geometry)
     if needs.weight:
-        grad_weight = weight_gradient(sample_grad, tempered.slope, logits, head_weight, tempered.predicted, geometry)
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, unit_stride(logits))
+        grad_weight = weight_gradient(segments, head_weight, tempered.predicted, geometry)
     return grad_logits, grad_weight
 
 

@@ -30,7 +30,7 @@ from .launch import (
     unit_stride,
 )
 from .rows import add_3, add_product, first_maximum, keep_better, scan_maximum
-from .segments import segment_sum
+from .segments import Segments, segment_sum
 
 
 @triton.jit
@@ -349,10 +349,7 @@ def nci_backward(
         grad_features = grad_features.to(features.dtype)
     if needs.weight:
         grad_weight = gradient_buffer(head_weight, tuple(head_weight.shape))
-        segment_sum(
-            *(projected.predicted, sample_grad, projected.inverse_norm, z, grad_weight),
-            center=center,
-        )
+        segment_sum(Segments(projected.predicted, sample_grad, projected.inverse_norm, z), grad_weight, center)
         grad_weight = grad_weight.to(head_weight.dtype)
     if needs.mean:
         pieces = cdiv(n_samples, PIECE)

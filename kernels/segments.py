@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import PIECE, SCAN_SAMPLES, alignment, cdiv, launch, next_power_of_2, segment_config
+from .distances import is_alone
+from .fused_row import scale_block, scale_kernel
+from .launch import (
+    PIECE,
+    SCALE_BLOCK,
+    SCAN_SAMPLES,
+    alignment,
+    cdiv,
+    launch,
+    next_power_of_2,
+    segment_config,
+    target_of,
+)
 from .rows import finite_or_nan, live_gap
 
 
@@ -27,6 +41,7 @@ def _sum_samples(
     mine,
     sample_grad_pointer,
     factor_pointer,
+    boost,
     values_pointer,
     values_stride,
     predicted_pointer,
@@ -38,8 +53,8 @@ def _sum_samples(
     GAPS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor. SCAN: over those
-    whose number in `mine` is in begin:end.
+    """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor boost, or factor
+    alone, which is boosted, where there is no sample_grad. SCAN: over those whose number in `mine` is in begin:end.
 
     GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of
     scale (-g). Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing
@@ -56,6 +71,7 @@ def _sum_samples(
             sample = tl.load(order_pointer + position, mask=inside, other=0)
         scale = tl.load(factor_pointer + sample, mask=inside, other=0.0)
         if sample_grad_pointer is not None:
+            scale *= boost
             scale *= tl.load(sample_grad_pointer + sample, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(
             values_pointer + (sample * values_stride)[:, None] + columns[None, :],
@@ -78,8 +94,9 @@ def segment_piece_kernel(
     order_pointer,  # (n,) int64
     piece_segment_pointer,  # (pieces,) int64: the segment of each piece, k where the piece is unused
     piece_start_pointer,  # (k,) int64: the first piece of each segment
-    sample_grad_pointer,  # (n,) or None: 1
+    sample_grad_pointer,  # (n,), or None: it is in the factor, and so is the boost
     factor_pointer,  # (n,)
+    boost,
     values_pointer,  # (n, columns)
     values_stride,
     predicted_pointer,  # (n,) int64; None unless GAPS
@@ -106,20 +123,21 @@ def segment_piece_kernel(
         end = tl.minimum(begin + PIECE, tl.load(offsets_pointer + segment + 1))
         center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
         total = _sum_samples(
-            begin, end, order_pointer, None, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
-            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, 0,
+            begin, end, order_pointer, None, sample_grad_pointer, factor_pointer, boost, values_pointer,
+            values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, 0,
         )  # fmt: skip
         tl.store(partial_pointer + piece * n_columns + columns, total, mask=columns < n_columns)
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@triton.jit(do_not_specialize=["n_segments", "n_samples"])
 def segment_sum_kernel(
     segment_pointer,  # (n,) int64, read where SCAN
     offsets_pointer,  # (k + 1,) int64; this and the next None where SCAN
     order_pointer,  # (n,) int64
     piece_start_pointer,  # (k,) int64; None unless HAS_PIECES
-    sample_grad_pointer,  # (n,) or None: 1
+    sample_grad_pointer,  # (n,), or None: it is in the factor, and so is the boost
     factor_pointer,  # (n,)
+    boost,
     values_pointer,  # (n, columns)
     values_stride,
     predicted_pointer,  # (n,) int64; None unless GAPS
@@ -128,6 +146,9 @@ def segment_sum_kernel(
     table_pointer,  # (k, columns) R; None unless GAPS
     summed_pointer,  # (k, columns or more): written, 0 for an empty segment and behind the columns
     summed_stride,
+    gradient_pointer,  # (n, columns) or None: multiplied by `upstream`, as S is
+    upstream_pointer,  # () or None: 1
+    n_segments,
     n_samples,
     n_columns,
     PIECE: tl.constexpr,
@@ -137,9 +158,20 @@ def segment_sum_kernel(
     GAPS: tl.constexpr,
     HAS_PIECES: tl.constexpr,
     SCAN: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE; times R^3 if GAPS."""
+    """Sum of one segment: of its samples, or of its pieces in order where it has more than PIECE.
+
+    If GAPS, times R^3; R^2 for pairs that are alone (`distances.is_alone`). Programs behind the last segment scale the
+    gradient of the logits.
+    """
     segment, block = _place(summed_stride, BLOCK)
+    if gradient_pointer is not None:  # noqa: SIM102 - decided when compiled
+        if segment >= n_segments:
+            first = n_segments * tl.cdiv(summed_stride, BLOCK)
+            n_values = tl.cast(n_samples, tl.int64) * n_columns
+            scale_block(gradient_pointer, upstream_pointer, tl.program_id(0) - first, n_values, SCALE)
+            return
     if ALIGN > 1:
         n_columns = n_columns // ALIGN * ALIGN
         values_stride = values_stride // ALIGN * ALIGN
@@ -162,48 +194,106 @@ def segment_sum_kernel(
         in_pieces = count > PIECE
         total = _sum_samples(
             begin, tl.where(in_pieces, begin, end), order_pointer, mine, sample_grad_pointer, factor_pointer,
-            values_pointer, values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
+            boost, values_pointer, values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+            SCAN,
         )  # fmt: skip
         piece = tl.load(piece_start_pointer + segment)
         for index in range(piece, piece + tl.where(in_pieces, (count + PIECE - 1) // PIECE, 0)):
             total += tl.load(partial_pointer + tl.cast(index, tl.int64) * n_columns + columns, mask=inside, other=0.0)
     else:
         total = _sum_samples(
-            begin, end, order_pointer, mine, sample_grad_pointer, factor_pointer, values_pointer, values_stride,
-            predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
+            begin, end, order_pointer, mine, sample_grad_pointer, factor_pointer, boost, values_pointer,
+            values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
+            SCAN,
         )  # fmt: skip
     if GAPS:  # noqa: SIM102 - decided when compiled; `and` would ask at run time for a table that may be None
         if count > 0:  # an unused table row may hold anything
             inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)
-            # Step by step: R^3 alone leaves fp32 for rows 1e-13 apart, whose gaps are as small.
-            total = total * inverse_distance * inverse_distance * inverse_distance
+            if upstream_pointer is not None:
+                total *= tl.load(upstream_pointer).to(tl.float32)
+            # Step by step: R^2 alone leaves fp32 for rows 1e-20 apart, whose gaps are as small.
+            total = total * inverse_distance * inverse_distance
+            total *= tl.where(is_alone(inverse_distance) == 1, 1.0, inverse_distance) * (1.0 / boost)
     tl.store(
         summed_pointer + segment * summed_stride + columns, tl.where(inside, total, 0.0), mask=columns < summed_stride
     )
 
 
-def segment_sum(
-    segment: Tensor,
-    sample_grad: Tensor | None,
-    factor: Tensor,
-    values: Tensor,
-    output: Tensor,
-    predicted: Tensor | None = None,
-    table: Tensor | None = None,
-    center: Tensor | None = None,
-) -> Tensor:
-    """output_rj = sum over the samples i with segment_i = r, in the order of the batch, of sample_grad_i factor_i times
+class Upstream(NamedTuple):
+    """What a loss is multiplied by, known when the gradient of its logits has been made: that is multiplied, too."""
 
-    - (f_ij - f_ip) R_rj^3, values = logits, where `predicted` and `table` are given; masked classes count 0;
-    - x_ij - center_j otherwise.
+    factor: Tensor
+    """()"""
+    grad_logits: Tensor
+    """(n, c) contiguous"""
+
+
+class Segments(NamedTuple):
+    """What is summed over which samples: sample_grad_i factor_i times a row of values, or factor_i times it."""
+
+    segment: Tensor
+    """(n,) int64"""
+    sample_grad: Tensor | None
+    """(n,)"""
+    factor: Tensor
+    """(n,)"""
+    values: Tensor
+    """(n, columns)"""
+
+
+def boost_of(n_samples: int, n_classes: int) -> float:
+    """A slope is divided by the number of classes, its gradient by that of the samples: without the product of both, a
+    power of two, the squares of distances of 1e-15 would take it out of the range."""
+    return float(next_power_of_2(n_samples * n_classes))
+
+
+def gap_sum(segments: Segments, predicted: Tensor, table: Tensor, upstream: Upstream | None = None) -> Tensor:
+    """S_rj = R_rj^3 sum over the samples i of table row r, in the order of the batch, of
+    sample_grad_i factor_i (f_ij - f_ip); masked classes count 0. Without sample_grad the factor is boosted.
+
+    `values` are logits. (k, c or more): rows of whole 128-bit loads, 0 behind the classes. The last R is left out of
+    pairs that are alone (`distances.is_alone`).
+    """
+    n_rows, n_classes = table.shape
+    summed = torch.empty(n_rows, 16 * cdiv(n_classes, 16), dtype=torch.float32, device=table.device)
+    if upstream is not None and _truncates(upstream.grad_logits):
+        upstream.grad_logits.mul_(upstream.factor)
+        upstream = upstream._replace(grad_logits=None)
+    _sum(segments, summed, (predicted, table, *(upstream or (None, None))), None)
+    return summed
+
+
+def _truncates(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and target_of(tensor) == "interpreter"
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """values (contiguous) times factor (0-dim), in place, and without a pass over them where the factor is 1."""
+    if _truncates(values):
+        return values.mul_(factor)
+    size = values.numel()
+    launch(scale_kernel, (cdiv(size, SCALE_BLOCK),), values, factor, size, BLOCK=SCALE_BLOCK, num_warps=4)
+    return values
+
+
+def segment_sum(segments: Segments, output: Tensor, center: Tensor) -> Tensor:
+    """output_rj = sum over the samples i with segment_i = r, in the order of the batch, of
+    sample_grad_i factor_i (x_ij - center_j).
 
     Writes all of `output`, (n_segments, columns), and returns it. Deterministic, without atomics; the host reads
     nothing back.
     """
-    n_samples, n_columns = values.shape
-    n_segments = output.shape[0]
-    config = segment_config(n_columns, n_samples, n_segments)
+    _sum(segments, output, (None,) * 4, center)
+    return output
+
+
+def _sum(segments: Segments, output: Tensor, of_gaps: tuple, center: Tensor | None) -> None:
+    segment, sample_grad, factor, values = segments
+    predicted, table, upstream, gradient = of_gaps
+    (n_samples, n_columns), (n_segments, width) = values.shape, output.shape
     gaps = center is None
+    boost = boost_of(n_samples, n_columns) if gaps else 1.0
+    config = segment_config(n_columns, n_samples, n_segments)
     scan = next_power_of_2(n_samples) if n_samples <= SCAN_SAMPLES else 0
     order = offsets = None
     if not scan:
@@ -224,14 +314,16 @@ def segment_sum(
         partial = torch.empty(n_pieces, n_columns, dtype=torch.float32, device=values.device)
         launch(
             segment_piece_kernel, (n_pieces * column_blocks,), offsets, order, piece_segment, piece_start,
-            sample_grad, factor, values, values.stride(0), predicted, center, partial, n_segments, n_columns,
+            sample_grad, factor, boost, values, values.stride(0), predicted, center, partial, n_segments, n_columns,
             PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns, ALIGN=align, GAPS=gaps,
             num_warps=config.num_warps,
         )  # fmt: skip
+    programs = n_segments * cdiv(width, config.columns)
+    if gradient is not None:
+        programs += cdiv(gradient.numel(), SCALE_BLOCK)
     launch(
-        segment_sum_kernel, (n_segments * cdiv(output.shape[1], config.columns),), segment, offsets, order,
-        piece_start, sample_grad, factor, values, values.stride(0), predicted, center, partial, table, output,
-        output.stride(0), n_samples, n_columns, PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns,
-        ALIGN=align, GAPS=gaps, HAS_PIECES=partial is not None, SCAN=scan, num_warps=config.num_warps,
+        segment_sum_kernel, (programs,), segment, offsets, order, piece_start, sample_grad, factor, boost, values,
+        values.stride(0), predicted, center, partial, table, output, width, gradient, upstream, n_segments, n_samples,
+        n_columns, PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns, ALIGN=align, GAPS=gaps,
+        HAS_PIECES=partial is not None, SCAN=scan, SCALE=SCALE_BLOCK, num_warps=config.num_warps,
     )  # fmt: skip
-    return output

@@ -400,4 +400,4 @@ def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tenso
 
 def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c), 0 on the diagonal and where rows coincide."""
-    return rows_of_distance_table(head_weight, torch.arange(head_weight.shape[0], device=head_weight.device))
+    return rows_of_distance_table(head_weight, None)

@@ -1,4 +1,9 @@
-"""The gradient by W through the distances: dW_p += sum_j S_pj (w_p - w_j), dW_j += S_pj (w_j - w_p)."""
+"""The gradient by W through the distances: dW_p += sum_j S_pj (w_p - w_j), dW_j += S_pj (w_j - w_p).
+
+Products serve nearly all tiles. Where rows are near to each other their difference is lost in a product, and where they
+are very long or short S leaves the range: such pairs are alone (`distances.is_alone`), and flags tell which tiles of
+the table hold one. A program that meets a flag works its pairs one by one, by their differences.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,56 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry
-from .distances import load_rows, product_of
-from .launch import cdiv, class_splits, gradient_buffer, launch, unit_stride
+from .distances import Kept, is_alone, kept_of, load_rows, product_of
+from .launch import cdiv, class_splits, gradient_buffer, launch, target_of, unit_stride
 from .rows import add_split_product
-from .segments import segment_sum
+from .segments import Segments, Upstream, gap_sum
+
+
+@triton.jit
+def _any_flag(flag_pointer, n_flags, stride):
+    """Whether one of these flags is set."""
+    found = tl.zeros([256], tl.float32)
+    for start in range(0, n_flags, 256):
+        index = start + tl.arange(0, 256)
+        found = tl.maximum(found, tl.load(flag_pointer + index.to(tl.int64) * stride, mask=index < n_flags, other=0.0))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def _class_flag(flag_pointer, n_rows, n_classes, ROWS: tl.constexpr, FLAG_COLUMNS: tl.constexpr):
+    """Whether a tile of the table with one of this program's classes is flagged; a tile of it has as many rows."""
+    n_columns = tl.cdiv(n_classes, FLAG_COLUMNS)
+    found = 0.0
+    for part in tl.static_range(ROWS // FLAG_COLUMNS):
+        column = tl.program_id(0) * ROWS // FLAG_COLUMNS + part
+        n_flags = tl.where(column < n_columns, tl.cdiv(n_rows, ROWS), 0)
+        found += _any_flag(flag_pointer + column, n_flags, n_columns)
+    return found
+
+
+@triton.jit
+def _pull(force, inverse_distance, difference):
+    """S (w_p - w_j), S = force R; for a pair that is not alone, S = force."""
+    near = tl.where(is_alone(inverse_distance) == 1, inverse_distance, 1.0)
+    return force[:, None] * (near[:, None] * difference)
+
+
+@triton.jit
+def _rows(weight_pointer, weight_stride, classes, mask, features, n_features):
+    """Rows of W in fp32, with nothing taken from them."""
+    return load_rows(weight_pointer, weight_stride, None, classes, mask, features, n_features, True)
 
 
 @triton.jit
 def weight_gradient_table_kernel(
     summed_pointer,  # (c, c) S, its rows padded by zeros
     summed_stride,
+    table_pointer,  # (c, c) R
+    flag_pointer,  # (row tiles, class tiles) of the table
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32, or None
+    origin_pointer,  # (m,) fp32, or None
     grad_weight_pointer,  # (c, m) contiguous: written
     n_classes,
     n_features,
@@ -29,36 +71,57 @@ def weight_gradient_table_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FLAG_COLUMNS: tl.constexpr,
 ):
     """n >= c: a tile of dW = rowsum(M) W - M W, M = S + S^T formed as it is loaded. One product instead of two."""
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     class_mask = classes < n_classes
     class_offset = classes.to(tl.int64)
-    row_sums = tl.zeros([ROWS], tl.float32)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, n_classes, INNER):
-        others = start + tl.arange(0, INNER)
-        other_mask = others < n_classes
-        other_offset = others.to(tl.int64)
-        pairs = tl.load(
-            summed_pointer + (class_offset * summed_stride)[:, None] + others[None, :],
-            mask=class_mask[:, None] & (others < summed_stride)[None, :],
-            other=0.0,
-        ) + tl.load(
-            summed_pointer + (other_offset * summed_stride)[None, :] + classes[:, None],
-            mask=other_mask[None, :] & (classes < summed_stride)[:, None],
-            other=0.0,
-        )
-        row_sums += tl.sum(pairs, axis=1)
+    n_columns = tl.cdiv(n_classes, FLAG_COLUMNS)
+    flag = _any_flag(flag_pointer + tl.program_id(0) * n_columns, n_columns, 1)
+    flag += _class_flag(flag_pointer, n_classes, n_classes, ROWS, FLAG_COLUMNS)
+    if flag > 0:
+        gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
+        ours = _rows(weight_pointer, weight_stride, classes, class_mask, features, n_features)
+        for other in range(n_classes):
+            place = tl.cast(other, tl.int64)
+            row = tl.load(weight_pointer + place * weight_stride + features, mask=features < n_features, other=0.0)
+            difference = ours - row.to(tl.float32)[None, :]
+            force = tl.load(summed_pointer + class_offset * summed_stride + other, mask=class_mask, other=0.0)
+            near = tl.load(table_pointer + class_offset * n_classes + other, mask=class_mask, other=0.0)
+            gradient += _pull(force, near, difference)
+            force = tl.load(summed_pointer + place * summed_stride + classes, mask=class_mask, other=0.0)
+            near = tl.load(table_pointer + place * n_classes + classes, mask=class_mask, other=0.0)
+            gradient += _pull(force, near, difference)
+    else:
+        row_sums = tl.zeros([ROWS], tl.float32)
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, n_classes, INNER):
+            others = start + tl.arange(0, INNER)
+            other_mask = others < n_classes
+            other_offset = others.to(tl.int64)
+            pairs = tl.load(
+                summed_pointer + (class_offset * summed_stride)[:, None] + others[None, :],
+                mask=class_mask[:, None] & (others < summed_stride)[None, :],
+                other=0.0,
+            ) + tl.load(
+                summed_pointer + (other_offset * summed_stride)[None, :] + classes[:, None],
+                mask=other_mask[None, :] & (classes < summed_stride)[:, None],
+                other=0.0,
+            )
+            row_sums += tl.sum(pairs, axis=1)
+            weight = load_rows(
+                weight_pointer, weight_stride, origin_pointer, others, other_mask, features, n_features, UPCAST
+            )
+            products = add_split_product(products, pairs, weight, PRECISION)
         weight = load_rows(
-            weight_pointer, weight_stride, mean_pointer, others, other_mask, features, n_features, UPCAST
+            weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
         )
-        products = add_split_product(products, pairs, weight, PRECISION)
-    weight = load_rows(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST)
+        gradient = row_sums[:, None] * weight.to(tl.float32) - products
     tl.store(
         grad_weight_pointer + (class_offset * n_features)[:, None] + features[None, :],
-        row_sums[:, None] * weight.to(tl.float32) - products,
+        gradient,
         mask=class_mask[:, None] & (features < n_features)[None, :],
     )
 
@@ -67,10 +130,12 @@ def weight_gradient_table_kernel(
 def weight_gradient_own_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
     summed_stride,
+    table_pointer,  # (k, c) R
+    flag_pointer,  # (row tiles, class tiles) of the table
     row_class_pointer,  # (k,) int64
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32, or None
+    origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32: written
     n_rows,
     n_classes,
@@ -81,6 +146,7 @@ def weight_gradient_own_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FLAG_COLUMNS: tl.constexpr,
 ):
     """n < c, the rows of the distinct predictions: rowsum(S) W[u] - S W, over one split of the classes."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -90,28 +156,42 @@ def weight_gradient_own_kernel(
     if tl.max(row_class, axis=0) >= 0:
         row_mask = row_class >= 0
         row_offset = rows.to(tl.int64)
-        row_sums = tl.zeros([ROWS], tl.float32)
-        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        split_classes = split_classes // INNER * INNER  # which tells the compiler: loads are 128 bits wide
         begin = split * split_classes
-        for start in range(begin, tl.minimum(begin + split_classes, n_classes), INNER):
-            classes = start + tl.arange(0, INNER)
-            class_mask = classes < n_classes
-            summed = tl.load(
-                summed_pointer + (row_offset * summed_stride)[:, None] + classes[None, :],
-                mask=row_mask[:, None] & (classes < summed_stride)[None, :],
-                other=0.0,
-            )
-            row_sums += tl.sum(summed, axis=1)
+        end = tl.minimum(begin + split_classes, n_classes)
+        n_columns = tl.cdiv(n_classes, FLAG_COLUMNS)
+        if _any_flag(flag_pointer + tl.program_id(0) * n_columns, n_columns, 1) > 0:
+            own = tl.zeros([ROWS, COLUMNS], tl.float32)
+            ours = _rows(weight_pointer, weight_stride, row_class, row_mask, features, n_features)
+            for other in range(begin, end):
+                row = weight_pointer + tl.cast(other, tl.int64) * weight_stride + features
+                difference = ours - tl.load(row, mask=features < n_features, other=0.0).to(tl.float32)[None, :]
+                force = tl.load(summed_pointer + row_offset * summed_stride + other, mask=row_mask, other=0.0)
+                near = tl.load(table_pointer + row_offset * n_classes + other, mask=row_mask, other=0.0)
+                own += _pull(force, near, difference)
+        else:
+            row_sums = tl.zeros([ROWS], tl.float32)
+            products = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for start in range(begin, end, INNER):
+                classes = start + tl.arange(0, INNER)
+                class_mask = classes < n_classes
+                summed = tl.load(
+                    summed_pointer + (row_offset * summed_stride)[:, None] + classes[None, :],
+                    mask=row_mask[:, None] & (classes < summed_stride)[None, :],
+                    other=0.0,
+                )
+                row_sums += tl.sum(summed, axis=1)
+                weight = load_rows(
+                    weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
+                )
+                products = add_split_product(products, summed, weight, PRECISION)
             weight = load_rows(
-                weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST
+                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
             )
-            products = add_split_product(products, summed, weight, PRECISION)
-        weight = load_rows(
-            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
-        )
+            own = row_sums[:, None] * weight.to(tl.float32) - products
         tl.store(
             own_pointer + ((split * tl.cast(n_rows, tl.int64) + row_offset) * n_features)[:, None] + features[None, :],
-            row_sums[:, None] * weight.to(tl.float32) - products,
+            own,
             mask=row_mask[:, None] & (features < n_features)[None, :],
         )
 
@@ -120,11 +200,13 @@ def weight_gradient_own_kernel(
 def weight_gradient_all_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
     summed_stride,
+    table_pointer,  # (k, c) R
+    flag_pointer,  # (row tiles, class tiles) of the table
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
     weight_stride,
-    mean_pointer,  # (m,) fp32, or None
+    origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32
     grad_weight_pointer,  # (c, m) contiguous: written
     n_rows,
@@ -137,6 +219,7 @@ def weight_gradient_all_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FLAG_COLUMNS: tl.constexpr,
 ):
     """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for
     the classes that were predicted. dW is written once, and rounded once."""
@@ -144,25 +227,38 @@ def weight_gradient_all_kernel(
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     class_mask = classes < n_classes
     feature_mask = features < n_features
-    column_sums = tl.zeros([ROWS], tl.float32)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
     n_distinct = tl.load(n_distinct_pointer)
-    for start in range(0, n_distinct, INNER):
-        rows = start + tl.arange(0, INNER)
-        row_mask = rows < n_distinct
-        row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
-        summed = tl.load(
-            summed_pointer + (rows.to(tl.int64) * summed_stride)[None, :] + classes[:, None],
-            mask=(classes < summed_stride)[:, None] & row_mask[None, :],
-            other=0.0,
-        )
-        column_sums += tl.sum(summed, axis=1)
+    if _class_flag(flag_pointer, n_rows, n_classes, ROWS, FLAG_COLUMNS) > 0:
+        gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
+        ours = _rows(weight_pointer, weight_stride, classes, class_mask, features, n_features)
+        for other in range(n_distinct):
+            row = weight_pointer + tl.load(row_class_pointer + other) * weight_stride + features
+            difference = ours - tl.load(row, mask=feature_mask, other=0.0).to(tl.float32)[None, :]
+            place = tl.cast(other, tl.int64)
+            force = tl.load(summed_pointer + place * summed_stride + classes, mask=class_mask, other=0.0)
+            near = tl.load(table_pointer + place * n_classes + classes, mask=class_mask, other=0.0)
+            gradient += _pull(force, near, difference)
+    else:
+        column_sums = tl.zeros([ROWS], tl.float32)
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, n_distinct, INNER):
+            rows = start + tl.arange(0, INNER)
+            row_mask = rows < n_distinct
+            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
+            summed = tl.load(
+                summed_pointer + (rows.to(tl.int64) * summed_stride)[None, :] + classes[:, None],
+                mask=(classes < summed_stride)[:, None] & row_mask[None, :],
+                other=0.0,
+            )
+            column_sums += tl.sum(summed, axis=1)
+            weight = load_rows(
+                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
+            )
+            products = add_split_product(products, summed, weight, PRECISION)
         weight = load_rows(
-            weight_pointer, weight_stride, mean_pointer, row_class, row_mask, features, n_features, UPCAST
+            weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
         )
-        products = add_split_product(products, summed, weight, PRECISION)
-    weight = load_rows(weight_pointer, weight_stride, mean_pointer, classes, class_mask, features, n_features, UPCAST)
-    gradient = column_sums[:, None] * weight.to(tl.float32) - products
+        gradient = column_sums[:, None] * weight.to(tl.float32) - products
     # The table row of each class: the classes in `row_class` ascend.
     low = tl.zeros([ROWS], tl.int32)
     high = tl.zeros([ROWS], tl.int32) + n_distinct.to(tl.int32)
@@ -186,54 +282,50 @@ def weight_gradient_all_kernel(
 
 
 def weight_gradient(
-    sample_grad: Tensor | None,
-    slope: Tensor,
-    logits: Tensor,
+    segments: Segments,
     head_weight: Tensor,
     predicted: Tensor,
     geometry: Geometry,
+    kept: Kept | None = None,
+    upstream: Upstream | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
-    dtype, or in `dtype`. Without sample_grad it is in the slope."""
+    dtype, or in `dtype`. `segments`: the table rows, sample_grad, slope and logits."""
     dtype = dtype or head_weight.dtype
-    table_row, table, row_class = geometry
-    logits, weight = unit_stride(logits), unit_stride(head_weight)
+    _, table, row_class = geometry
+    weight = unit_stride(head_weight)
     n_classes, n_features = weight.shape
     n_rows = table.shape[0]
-    summed = segment_sum(
-        table_row,
-        None if sample_grad is None else sample_grad.contiguous(),
-        slope,
-        logits,
-        table.new_empty(n_rows, 16 * cdiv(n_classes, 16)),  # rows of whole 128-bit loads
-        predicted=predicted,
-        table=table,
-    )
-    mean, tile, shape = product_of(weight)
+    summed = gap_sum(segments, predicted, table, upstream)
+    origin, flags, n_distinct = kept or kept_of(geometry, weight)
+    target = target_of(weight)
+    tile, shape = product_of(target, weight.dtype)
+    wide, wide_shape = product_of(target, weight.dtype, 128)
     grad_weight = gradient_buffer(head_weight, (n_classes, n_features), dtype)
-    class_tiles, feature_tiles = cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)
     if n_rows == n_classes:
         launch(
-            weight_gradient_table_kernel, (class_tiles, feature_tiles), summed, summed.stride(0), weight,
-            weight.stride(0), mean, grad_weight, n_classes, n_features, **shape,
+            weight_gradient_table_kernel, (cdiv(n_classes, wide.rows), cdiv(n_features, wide.columns)), summed,
+            summed.stride(0), table, flags, weight, weight.stride(0), origin, grad_weight, n_classes, n_features,
+            FLAG_COLUMNS=tile.columns, **wide_shape,
         )  # fmt: skip
         return grad_weight.to(dtype)
 
-    row_tiles = cdiv(n_rows, tile.rows)
+    row_tiles, feature_tiles = cdiv(n_rows, tile.rows), cdiv(n_features, tile.columns)
     split_classes = tile.inner * cdiv(
         n_classes, tile.inner * class_splits(row_tiles * feature_tiles, n_classes, tile.inner)
     )
     n_splits = cdiv(n_classes, split_classes)
     own = torch.empty(n_splits, n_rows, n_features, dtype=torch.float32, device=weight.device)
     launch(
-        weight_gradient_own_kernel, (row_tiles, feature_tiles, n_splits), summed, summed.stride(0), row_class,
-        weight, weight.stride(0), mean, own, n_rows, n_classes, n_features, split_classes, **shape,
+        weight_gradient_own_kernel, (row_tiles, feature_tiles, n_splits), summed, summed.stride(0), table, flags,
+        row_class, weight, weight.stride(0), origin, own, n_rows, n_classes, n_features, split_classes,
+        FLAG_COLUMNS=wide.columns, **shape,
     )  # fmt: skip
-    _, tile, shape = product_of(weight, mean, columns=128)
     launch(
-        weight_gradient_all_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
-        summed.stride(0), row_class, (row_class >= 0).sum(), weight, weight.stride(0), mean, own, grad_weight,
-        n_rows, n_classes, n_features, n_splits, n_rows.bit_length(), **shape,
+        weight_gradient_all_kernel, (cdiv(n_classes, wide.rows), cdiv(n_features, wide.columns)), summed,
+        summed.stride(0), table, flags, row_class, n_distinct, weight, weight.stride(0), origin, own,
+        grad_weight, n_rows, n_classes, n_features,
+        n_splits, n_rows.bit_length(), FLAG_COLUMNS=wide.columns, **wide_shape,
     )  # fmt: skip
     return grad_weight.to(dtype)

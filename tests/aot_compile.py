@@ -123,8 +123,12 @@ def run_elogitnorm(
     target = meta(n, c, dtype=dtype) if heavy else meta(n, dtype=torch.int64)
     class_weight, smoothing = (meta(c), 0.1) if heavy else (None, smoothing)
     labels = Labels(target, class_weight, -100, smoothing)
-    losses.elogitnorm_step(logits, head_weight, labels, 1e-6, 0, meta(n) if heavy else meta(()), need_weight=True)
-    losses.scale_(meta(n, c, dtype=dtype), meta(c, m, dtype=weight_dtype), meta(()))
+    if losses.steps_ahead(logits, head_weight, labels):
+        divisor = None if losses.counts(labels, "mean") else meta(())
+        ahead = losses.elogitnorm_ahead(logits, head_weight, labels, 1e-6, 0, divisor)
+        for need_weight in (False, True):
+            losses.elogitnorm_finish(ahead, logits, head_weight, meta(()), need_weight)
+    losses.elogitnorm_step(logits, head_weight, labels, losses.Rule(1e-6), meta(n), need_weight=True)
     _, _, tempered, geometry = losses.elogitnorm_forward(logits, head_weight, labels, 1e-6, 0)
     needs = Needs(logits=True, weight=True)
     losses.elogitnorm_backward(meta(n), logits, head_weight, labels, geometry, tempered, needs)

@@ -169,14 +169,13 @@ class _ELogitNorm(Differentiable):
         if not ahead or not backend.steps_ahead(logits, head_weight, labels):
             return super().forward(ctx, *inputs)
         _check_indices(backend, labels, logits.shape[1])
-        divisor = normalizer(labels, reduction, torch.float32)  # the kernel leaves out what is ignored
-        loss, distance, tempered, geometry, *ctx.ahead = backend.elogitnorm_step(
-            logits, head_weight, labels, *rule, divisor, ctx.needs_input_grad[1]
-        )
-        cls.save(ctx, inputs, (loss, distance, divisor, *tempered, *geometry))
+        divisor = None if backend.counts(labels, reduction) else normalizer(labels, reduction, torch.float32)
+        made = ctx.ahead = backend.elogitnorm_ahead(logits, head_weight, labels, *rule, divisor)
+        ctx.save_for_backward(*inputs[:4], divisor, *made.tempered, *made.geometry)
+        ctx.keywords = inputs[4:7]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(distance)
-        return reduced(loss, divisor, reduction), distance
+        ctx.mark_non_differentiable(made.distance)
+        return made.loss.sum(), made.distance
 
     @staticmethod
     def save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -192,9 +191,12 @@ class _ELogitNorm(Differentiable):
         if ahead is not None and not is_traced(grad_loss):
 
             def finish(grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-                return backend_of(logits, head_weight).scale_(*ahead, grad_loss)
+                backend = backend_of(logits, head_weight)
+                return backend.elogitnorm_finish(ahead, logits, head_weight, grad_loss, needed[1])
 
             run = Operator("elogitnorm_backward", finish)
+        elif saved[0] is None:
+            saved[0] = normalizer(Labels(target, class_weight, ctx.keywords[0], 0.0), ctx.keywords[1], torch.float32)
         args = (grad_loss, logits, head_weight, target, class_weight, saved, *ctx.keywords, *needed)
         return *first_derivative(run, args, needed, (logits, head_weight)), *[None] * 8
 

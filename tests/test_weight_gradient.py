@@ -1,0 +1,49 @@
+"""dW of heads whose rows are close, long or short, against float64: no worse than plain PyTorch, and nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ood_fast
+from ood_fast import reference
+
+
+def _heads(W: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """(the head, eps) by name."""
+    close, giant = W.clone(), W.clone()
+    close[1:3] = W[0] + 1e-5 * W[1:3]
+    giant[2] *= 1e6
+    return {
+        "close": (close, 1e-6),
+        "all close": (W[:1] + 1e-5 * W, 1e-6),
+        "giant": (giant, 1e-6),
+        "short": (1e-15 * W, 1e-6),
+        "long": (1e15 * W, 0.0),
+    }
+
+
+def _gradients(function: Callable, logits: Tensor, W: Tensor, *others: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    logits, W = logits.detach().requires_grad_(), W.detach().requires_grad_()
+    return torch.autograd.grad(function(logits, None, W, None, *others, **keywords).mean() * 3, (logits, W))
+
+
+@pytest.mark.parametrize("name", _heads(torch.zeros(4, 2)))
+@pytest.mark.parametrize(("n", "reduction"), [(7, "mean"), (4, "mean"), (4, "none")])
+def test_gradients_of_close_and_extreme_rows(backend: Any, name: str, n: int, reduction: str) -> None:
+    torch.manual_seed(0)
+    logits, y = 3 * torch.randn(n, 5, device=backend.device), torch.randint(5, (n,), device=backend.device)
+    W, eps = _heads(torch.randn(5, 6))[name]
+    W = W.to(backend.device)
+    keywords = {"eps": eps, "reduction": reduction}
+    truth = _gradients(reference.elogitnorm, logits.double(), W.double(), y, **keywords)
+    plain = _gradients(reference.elogitnorm, logits, W, y, **keywords)
+    found = _gradients(ood_fast.elogitnorm, logits, W, y, **keywords)
+    for ours, theirs, true in zip(found, plain, truth, strict=True):
+        size = true.abs().max()
+        error, allowed = ((t.double() - true).abs().max() / size for t in (ours, theirs))
+        assert error <= max(2 * allowed, 1e-6)
