@@ -8,7 +8,6 @@ CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -92,7 +91,7 @@ def real(
     if not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
-    if math.isinf(value) and not infinite:
+    if value in (float("inf"), -float("inf")) and not infinite:
         raise ValueError(f"{argument}: got {value}, expected a finite number")
 
 
