@@ -27,13 +27,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each, an
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(threads)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]  # a pytest that a test starts is no worker
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """All tests, as many files at a time as there are cores; what is named on the command line, in this process."""
-    return min(8, os.cpu_count() or 1) if config.args == config.getini("testpaths") else 0
+    if config.args != config.getini("testpaths"):
+        return 0
+    config.option.dist = "loadfile"  # not among the options of pyproject.toml: pytest-benchmark would measure nothing
+    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

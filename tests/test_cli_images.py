@@ -278,7 +278,7 @@ def test_what_is_not_as_it_seems_is_told(capsys):
     assert "warning: --validation: ./train is what the detectors are fitted on" in error
 
 
-def test_fit_says_whether_detectors_work(capsys):
+def test_fit_says_whether_detectors_work(capsys, own_names):
     """A detector that is worth nothing is told beside one that is."""
     Path("useless.py").write_text(
         "import torch\nfrom ood_fast.detectors import MSP, register\n\n"

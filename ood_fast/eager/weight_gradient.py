@@ -123,9 +123,11 @@ def _pull_products(push: Tensor, left: Tensor, head: Head, grad_weight: Tensor |
     """`pull_rows` of -S and centred rows, which are spent, where products serve all pairs."""
     minus_sums = push.sum(1, keepdim=True).neg_()
     adds = grad_weight is not None
-    if not adds:  # one product of all tiles is faster, and adding it would hold another dW
+    if adds:
+        own = left * minus_sums
+    else:  # one product of all tiles is faster, and adding it would hold another dW
         grad_weight = matmul(push.t(), left)
-    own = left * minus_sums
+        own = left.mul_(minus_sums)
     buffer = weight_tile(head.weight, left.dtype)
     for columns in slices(head.weight.shape[0], buffer.shape[0]):
         right, part = centered(head.weight[columns], head.mean.origin, buffer), push[:, columns]
