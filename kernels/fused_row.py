@@ -172,7 +172,7 @@ def fused_row_kernel(
         tl.store(loss_pointer + row, loss)
         tl.store(temperature_pointer + row, temperature)
         tl.store(log_partition_pointer + row, log_partition)
-        tl.store(slope_pointer + row, slope * inverse_temperature)
+        tl.store(slope_pointer + row, slope * tl.where(slope == 0, 0.0, inverse_temperature))  # T may be NaN there
         if BOUNDARY:
             tl.store(distance_pointer + row, distance)
 
@@ -182,7 +182,8 @@ def fused_row_kernel(
         by_logit = sample_grad * inverse_temperature
         by_exponential = mass * by_logit * inverse_partition
         if pull_pointer is not None:
-            tl.store(pull_pointer + row, (sample_grad * boost) * slope * inverse_temperature)
+            by_temperature = tl.where(slope == 0, 0.0, inverse_temperature)
+            tl.store(pull_pointer + row, (sample_grad * boost) * slope * by_temperature)
         by_slope = by_logit * slope
         if temperature > LARGE:  # of rows very near to each other: 1 / T^2 would leave the range, but R / T does not
             by_slope = sample_grad * slope

@@ -548,7 +548,7 @@ def test_labels_are_names_too(name):
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(checks.UserError, match=r"unknown detector 'enrgy'; did you mean 'Energy'\? known: .*MSP"):
         detectors.create("enrgy")
-    with pytest.raises(checks.UserError, match=r"unknown detector 'xyz'; known: .*MSP.*ViM$"):
+    with pytest.raises(checks.UserError, match=r"unknown detector 'xyz'; known: .*MSP.*WeiPer$"):
         detectors.create("xyz")
     short = checks.unknown("loss", "loss03", [f"loss{i}" for i in range(checks.SHORT_LIST)])
     assert short.endswith("loss9; did you mean 'loss3'?"), "behind a list that is read at a glance"

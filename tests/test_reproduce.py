@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_is_one():
-    parser = cli._parser()
+    parser, _ = cli._parser()
     trained, n_commands = {}, 0  # folder -> benchmark
     for arguments in commands():
         options = parser.parse_args(arguments)  # exits where it does not understand them

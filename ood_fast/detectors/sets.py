@@ -322,7 +322,7 @@ def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
     if not detector.fitted:
         raise ValueError(f"{path}: the file holds a {method} without what it was fitted on")
     try:
-        if detector.threshold is not None and not detector.threshold.is_meta:
+        if detector.threshold is not None:
             threshold.check(detector.threshold)
         _try(detector)
     except Exception as error:

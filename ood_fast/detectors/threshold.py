@@ -100,7 +100,7 @@ def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
 
 def check(threshold: Tensor) -> None:
     """ValueError for NaN or an infinity: everything would be flagged, or nothing; and for several numbers."""
-    if threshold.numel() != 1 or not math.isfinite(threshold.item()):
+    if threshold.numel() != 1 or not (threshold.is_meta or math.isfinite(threshold.item())):
         raise ValueError(f"threshold: got {threshold.tolist()}, expected a number; calibrate on other data")
 
 
