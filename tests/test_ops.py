@@ -68,7 +68,7 @@ def test_opcheck(name, n_classes, backend):
 
 
 def test_the_operator_differentiates_as_the_function_does(backend):
-    """The same bits on a CPU; in the kernels, where the function makes both gradients ahead, the same but for rounding."""
+    """The same bits on a CPU; in the kernels, where the function makes both gradients ahead, but for rounding."""
     batch = Batch.of(3, 4, 3, device=backend.device)
     logits, W = batch.logits.requires_grad_(), batch.W.requires_grad_()
     by_operator = torch.ops.ood_fast.elogitnorm(logits, W, batch.y, None, -100, "mean", 0.0, 1e-6, 0, True)[0]
