@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ood_fast.models.checkpoints import load_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
@@ -52,3 +55,14 @@ def test_example(name, tmp_path):
     assert losses[-1] < 1.6, run.stdout  # log 4 = 1.39 is chance for cross-entropy; untrained ELogitNorm starts higher
     if len(losses) > 1:
         assert losses[-1] < losses[0], run.stdout
+
+
+@pytest.mark.parametrize("loss", ["ce", "elogitnorm"])
+def test_the_trained_nets_fit_their_architecture(loss, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "cifar10")
+    from cifar_resnet import resnet20
+
+    load_checkpoint(model := resnet20(), EXAMPLES / "cifar10" / f"resnet20_{loss}.safetensors")
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 3, 32, 32)).isfinite().all()
+    assert f"resnet20_{loss}.safetensors" in (EXAMPLES / "cifar10" / "README.md").read_text(encoding="utf-8")
