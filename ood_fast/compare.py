@@ -68,7 +68,8 @@ def recipes_of(
         else:
             plain = recipes.find(base)
             default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}
-            kept = {"average": plain.average, "detach_geometry": plain.detach_geometry, "tau": plain.tau}
+            same = ("average", "detach_geometry", "tau", "outlier_queue", "outlier_start")
+            kept = {name: getattr(plain, name) for name in same}
             of_loss = {**default, **methods[loss], **kept}
             named = {"name": own if recipe is None else f"{plain.name}-{loss}", "source": f"{plain.name} with {loss}"}
             made = replace(plain, **of_loss, **named, benchmark=benchmark)
@@ -239,8 +240,9 @@ def loss_of(recipe: TrainingRecipe | None) -> str:
         return ""
     default = TrainingRecipe()
     for name, settings in METHODS.items():
-        wanted = {"loss": default.loss, "head": default.head, "head_tau": None} | settings
-        if all(getattr(recipe, key) == value for key, value in wanted.items() if key != "average"):
+        told_by = ("loss", "head", "head_tau", "outliers")
+        wanted = {key: settings.get(key, getattr(default, key)) for key in told_by}
+        if all(getattr(recipe, key) == value for key, value in wanted.items()):
             return name
     return recipe.loss if recipe.loss in added("loss") else ""
 

@@ -17,14 +17,14 @@ T = TypeVar("T", bound=Callable)
 # kind -> what is decorated
 KINDS = {
     "detector": "a subclass of ood_fast.detectors.Detector",
-    "loss": "(model, recipe) -> criterion, (logits, y) -> scalar",
+    "loss": "(model, recipe) -> criterion, (logits, y) -> scalar, or a training.objective.Objective",
     "model": "(n_classes, in_channels, image_size) -> nn.Module that ends in one linear layer",
     "benchmark": "(root) -> (data.benchmarks.Spec, read), read(set name, split) -> data.images.Source",
     "metric": "(id_scores, ood_scores), float64 (n,) and (k,) -> float; higher scores mean more in-distribution",
 }
 # what the package itself has, but detectors, which register like others
 TAKEN: dict[str, set[str]] = {
-    "loss": {"ce", "logitnorm", "elogitnorm", "l2norm", "t2fnorm"},
+    "loss": {"ce", "logitnorm", "elogitnorm", "l2norm", "t2fnorm", "vos", "elogitnorm-vos", "oe", "elogitnorm-oe"},
     "benchmark": {"cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin"},
     "model": {"small_cnn", "resnet18_32x32", "cct_7_3x1", "resnet18", "resnet50", "vgg16", "densenet121"}
     | {"vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny"},

@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ood_fast
+from ood_fast.training import objective as objective_module
+from ood_fast.training.outliers import VOSLoss
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch is built without gloo", allow_module_level=True)
@@ -91,6 +93,22 @@ def by_layer(model, x, y):
 
 def ddp(rank: int, **keywords):
     return train(DistributedDataParallel(new_model(), **keywords), by_name, own_part(rank))
+
+
+def ddp_with_an_objective(rank: int):
+    """VOS, whose own parameters are averaged, while each process has queues of its own."""
+    torch.manual_seed(2)
+    model = new_model()
+    objective = VOSLoss(model.fc, queue=1, candidates=4)
+    network = DistributedDataParallel(objective.around(model))
+    optimizer = torch.optim.SGD([*network.parameters(), *objective.parameters()], lr=0.1)
+    for x, y in own_part(rank) * 2:
+        optimizer.zero_grad()
+        objective.step(network, objective_module.StepBatch(x, y))[0].backward()
+        objective.average_gradients(N_PROCESSES)
+        optimizer.step()
+    kept = [*network.parameters(), *objective.parameters(), objective.samples.flatten()[: 8 * N_CLASSES]]
+    return [whole(tensor) for tensor in kept]
 
 
 def ddp_frozen_body(rank: int):
@@ -187,6 +205,7 @@ SCENARIOS: dict[str, Callable] = {
     "ddp, static_graph": lambda rank: ddp(rank, static_graph=True),
     "ddp, accumulated": ddp_accumulated,
     "ddp, frozen body": ddp_frozen_body,
+    "ddp, an objective": ddp_with_an_objective,
     "fsdp, head alone": fsdp,
     "fsdp, head alone, criterion knows the layer": lambda rank: fsdp(rank, by_layer),
     "fsdp, head alone, not resharded": lambda rank: fsdp(rank, by_layer, reshard=False),
@@ -197,6 +216,8 @@ SCENARIOS: dict[str, Callable] = {
     "fsdp, evaluation": fsdp_evaluation,
     "fsdp, errors": fsdp_errors,
 }
+
+OTHERWISE = ("ddp, frozen body", "ddp, an objective", "fsdp, evaluation", "fsdp, errors")  # with tests of their own
 
 
 def process(rank: int, folder: str) -> None:
@@ -241,9 +262,7 @@ def of_scenario(results: list[dict], name: str) -> list:
     return [result[name] for result in results]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SCENARIOS if name not in ("ddp, frozen body", "fsdp, evaluation", "fsdp, errors")]
-)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in OTHERWISE])
 def test_training_equals_one_process_on_the_joined_batch(name, results):
     """The gradient of every parameter in every step, and the parameters at the end."""
     expected = train(new_model(), by_name, joined_batches())
@@ -253,6 +272,14 @@ def test_training_equals_one_process_on_the_joined_batch(name, results):
             torch.testing.assert_close(
                 a, b, rtol=1e-4, atol=1e-6, msg=lambda text, rank=rank: f"process {rank}: {text}"
             )
+
+
+def test_ddp_with_an_objective(results):
+    *first, samples = of_scenario(results, "ddp, an objective")[0]
+    *second, others = of_scenario(results, "ddp, an objective")[1]
+    assert len(first) == 4 + 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(samples, others)
 
 
 def test_ddp_with_a_frozen_body(results):

@@ -22,6 +22,7 @@ from ood_fast import checks, data, files, heads, losses, models, recipes
 from ood_fast import train as training
 from ood_fast.training import build, folder, loop
 from ood_fast.training.mixing import Mixing
+from ood_fast.training.objective import n_correct
 from ood_fast.training.order import Batches
 from ood_fast.training.schedules import learning_rate
 
@@ -122,6 +123,19 @@ def test_batches_cover_the_images_once_and_are_shared_out():
     whole.epoch, whole.first_step = 4, 0
     assert list(whole) != batches
     assert list(Batches(103, 20, seed=6)) != list(Batches(103, 20, seed=5))
+
+
+def test_a_set_beside_goes_round_in_the_steps_of_the_other():
+    whole = Batches(103, 20, seed=5).beside(31, 10)
+    rounds = [Batches(31, 10, seed=5) for _ in range(4)]
+    for epoch, batches in enumerate(rounds):
+        batches.epoch = epoch
+    expected = [batch for batches in rounds for batch in batches]
+    for epoch in range(2):
+        whole.epoch = epoch
+        assert list(whole) == expected[5 * epoch : 5 * epoch + 5]
+    whole.first_step = 3
+    assert list(whole) == expected[8:10]
 
 
 def test_a_batch_is_no_larger_than_the_data():
@@ -283,8 +297,8 @@ def test_a_run_is_the_plain_loop(images, tmp_path):
 
 def test_training_accuracy_with_probabilities_as_targets():
     logits, target = torch.eye(3)[[0, 2]], torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.5, 0.0]])
-    assert loop._n_correct(logits, target).item() == 0.75
-    assert loop._n_correct(logits, torch.tensor([0, 1])).item() == 1
+    assert n_correct(logits, target).item() == 0.75
+    assert n_correct(logits, torch.tensor([0, 1])).item() == 1
 
 
 # ---- interrupted and continued
@@ -307,6 +321,7 @@ RESUMED = {
     },
     "bf16, steps": {"amp": "bf16", "schedule": "steps", "milestones": (1, 2)},
     "fp16 and its scaler": {"amp": "fp16", "loss": "logitnorm"},
+    "virtual outliers": {"outliers": "vos", "outlier_queue": 3, "outlier_start": 0.3},
 }
 
 
@@ -517,7 +532,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(images, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):
     """In epoch 2 at step 3: the checkpoints are those of epoch 1."""
-    original = loop.criterion_of
+    original = build.criterion_of
 
     def criterion_of(recipe, model):
         calls, criterion = [], original(recipe, model)
@@ -528,7 +543,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):
 
         return loss
 
-    monkeypatch.setattr(loop, "criterion_of", criterion_of)
+    monkeypatch.setattr(build, "criterion_of", criterion_of)
     for device_check in (1, 1000):  # at every step, or at the end of the epoch as on a GPU: the step told is the same
         out = tmp_path / str(device_check)
         run = training.Run(BASE, images, out)

@@ -69,6 +69,7 @@ class Benchmarks:
                 upright=None if options.orientation is None else options.orientation == "exif",
                 truncated=options.truncated == "allow",
                 prepared=prepared,
+                outliers=getattr(options, "outliers", None),
                 seed=seed,
             )
         return self.opened[key]

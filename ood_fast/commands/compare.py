@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES
+from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES, MORE_LOSSES
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
 from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
             "ood-fast compare",
             "ood-fast compare --benchmark cifar10 --losses ce,elogitnorm --seeds 3 --data-root ~/data",
         ),
-        epilog="losses: " + "; ".join(f"{name} = {what}" for name, what in LOSSES.items()),
+        epilog="losses: " + "; ".join(f"{name} = {what}" for name, what in {**LOSSES, **MORE_LOSSES}.items()),
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="runs that are trained, as `ood-fast evaluate` takes; none is trained"
@@ -84,6 +84,7 @@ def add(commands: Any) -> None:
         "workers",
         "ood",
         "ood-folder",
+        "outliers",
         layout={"default": "auto"},
     )
     scores = parser.add_argument_group("measuring")

@@ -55,6 +55,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--pretrained", action="store_true", help="start from published weights: --set pretrained=True")
     data = parser.add_argument_group("data")
     share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
+    share(data, "outliers")
     share(data, "classes", classes="of benchmark=folder: its classes in this order, one a line or JSON")
     speed = parser.add_argument_group("speed")
     share(speed, "device")
@@ -120,6 +121,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             image_size=options.image_size,
             classes=None if options.classes is None else class_names(options.classes),
             truncated=options.truncated == "allow",
+            outliers=options.outliers,
             seed=options.seed,
         )
         if options.download:
@@ -209,10 +211,12 @@ def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) ->
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """For run.json; what `data.open_benchmark` was called with, so that the evaluation can do the same."""
-    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
+    root, outliers = (
+        folder and str(Path(folder).expanduser().resolve()) for folder in (options.data_root, options.outliers)
+    )
     return {
         "command": command,
-        "data": {"root": root, "layout": options.layout, "image_size": options.image_size},
+        "data": {"root": root, "layout": options.layout, "image_size": options.image_size, "outliers": outliers},
         "plugins": options.plugin,
         "versions": versions(),
         "machine": machine(),

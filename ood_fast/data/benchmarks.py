@@ -10,6 +10,7 @@ them and names everything that is missing.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from .. import checks
 from ..registry import added
 from . import folders
-from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, preparation
+from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, mixed, preparation
 from .readers import DATA_SETS, OPENOOD
 from .specs import IMAGENET, SPECS, Spec
 
@@ -52,6 +53,7 @@ class ImageBenchmark:
         validation, test: ID images with their classes.
         validation_ood: OOD images for choosing parameters, none of them among those of `ood`.
         ood: name -> data set; `.group` is "near", "far" or "synthetic".
+        views: the training images with other random numbers. outliers: images to train against, augmented, or None.
         class_names: what the classes are called, or their numbers.
     """
 
@@ -71,6 +73,19 @@ class ImageBenchmark:
     def train(self) -> ImageDataset:
         """The training images, augmented."""
         return self._parts["train"]()
+
+    @functools.cached_property
+    def views(self) -> ImageDataset:
+        """The training images, augmented another time."""
+        views = copy.copy(self.train)
+        if views.augment_seed is not None:
+            views.augment_seed = mixed(views.augment_seed, 1)
+        return views
+
+    @functools.cached_property
+    def outliers(self) -> ImageDataset | None:
+        """OOD images to train against, augmented as those of training; None if none were given."""
+        return self._parts["outliers"]() if "outliers" in self._parts else None
 
     @functools.cached_property
     def fit(self) -> ImageDataset:
@@ -129,6 +144,7 @@ class Options:
     upright: bool | None = None
     truncated: bool = False
     prepared: Mapping[str, Any] | None = None
+    outliers: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -169,6 +185,7 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
         truncated = False: take what is there of image files that end too early, as OpenOOD does.
         prepared = None: size, resize, mean, std and interpolation in place of the benchmark's, for a model that was
             trained with others, see `models.own_preparation`; not for "digits".
+        outliers = None: a folder of images to train against, for losses that need some; not for "digits".
 
     In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
     of the classes. OpenOOD also leaves out OOD images whose subject is an ID class (of Tiny ImageNet, Places365): for
@@ -226,6 +243,8 @@ class _Opener:
             if spec.validation_ood
             else functools.partial(self.scrambled, "val", "validation"),
         }
+        if self.options.outliers is not None:
+            parts["outliers"] = self.against
         groups = dict.fromkeys(spec.near, "near") | dict.fromkeys(spec.far, "far")
         added: dict[str, Callable[[], ImageDataset]] = {
             title: functools.partial(self.folder, title, folder)
@@ -251,10 +270,12 @@ class _Opener:
         return source
 
     def training(self) -> ImageDataset:
+        return self._augmented(self.read(self.spec.id_set, "train"), self.spec.title, "id")
+
+    def _augmented(self, source: Source, title: str, group: str) -> ImageDataset:
         spec = self.spec
         augmented = augmentation(spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip)
-        source = self.read(spec.id_set, "train")
-        return ImageDataset(source, augmented, title=spec.title, augment_seed=self.options.seed)
+        return ImageDataset(source, augmented, title=title, group=group, augment_seed=self.options.seed)
 
     def inside(self, split: str) -> ImageDataset:
         return ImageDataset(self.read(self.spec.id_set, split), self.prepared(), title=self.spec.title)
@@ -267,8 +288,13 @@ class _Opener:
         return ImageDataset(source, self.prepared(), title=title, group=group)
 
     def folder(self, title: str, folder: str | Path) -> ImageDataset:
-        source = folders.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images")
-        return ImageDataset(self._told(source), self.prepared(), title=title, group="far")
+        return ImageDataset(self._flat(title, folder), self.prepared(), title=title, group="far")
+
+    def _flat(self, title: str, folder: str | Path) -> Source:
+        return self._told(folders.read_flat_folder(Path(folder).expanduser(), title, "expected a folder of images"))
+
+    def against(self) -> ImageDataset:
+        return self._augmented(self._flat("outliers", self.options.outliers or ""), "outliers", "outliers")
 
     def noise(self) -> ImageDataset:
         spec = self.spec
@@ -408,6 +434,8 @@ def _digits(options: Options) -> ImageBenchmark:
     """The benchmark `digits`, whose OOD images for validation are scrambled validation images."""
     from . import digits
 
+    if options.outliers is not None:
+        raise checks.UserError("outliers: got a folder, expected none: the images of benchmark digits are no files")
     splits, ood = digits.drawn(options.seed)
     chosen = {name: functools.partial(ood.__getitem__, name) for name in options.chosen(ood)}
     opened = {name: functools.partial(splits.__getitem__, name) for name in splits}

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import checks, models
 from ..heads import L2NormLinear, find_head
 from ..losses import ELogitNormLoss, LogitNormLoss
 from ..recipes import TrainingRecipe
 from ..registry import added
+from .objective import Objective, Plain
+from .outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
 
 
 def model_of(
@@ -38,7 +40,8 @@ def model_of(
 
 
 def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`."""
+    """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`. One of your own may be an
+    `Objective` instead."""
     if own := added("loss").get(recipe.loss):
         return own(model, recipe)
     smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
@@ -48,6 +51,30 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
         keywords: dict[str, Any] = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
         return ELogitNormLoss(find_head(model), **keywords, **smoothing)
     return nn.CrossEntropyLoss(**smoothing)
+
+
+def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
+    """What a step minimises: the criterion, with the outliers of the recipe beside it.
+
+    Raises:
+        UserError: outliers beside a loss of your own that is an `Objective` already.
+    """
+    criterion = criterion_of(recipe, model)
+    if isinstance(criterion, Objective):
+        if recipe.outliers != "none":
+            raise checks.UserError(
+                f"outliers: got {recipe.outliers}, expected none: loss={recipe.loss} is no criterion"
+            )
+        return criterion
+    given = {"weight": recipe.outlier_weight, "start": recipe.outlier_start}
+    keywords: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if recipe.outliers == "vos":
+        return VOSLoss(find_head(model), criterion, queue=recipe.outlier_queue, **keywords)
+    if recipe.outliers == "oe":
+        return OutlierExposureLoss(criterion, **keywords)
+    if recipe.outliers == "energy":
+        return EnergyBoundedLoss(criterion, **keywords)
+    return Plain(criterion)
 
 
 def optimizer_of(recipe: TrainingRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -39,7 +39,7 @@ CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call the
 COMPLETE = "complete"
 # of run.json, besides the recipe: a run is only continued where these are the same
 DECIDING = ("seed", "init_weights", "processes", "sync_bn")
-DECIDING += ("class_names", "image_shape", "training_images", "validation_images")
+DECIDING += ("class_names", "image_shape", "training_images", "validation_images", "outlier_images")
 
 
 def describe(run: Run, status: str) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "image_shape": list(benchmark.image_shape),
         "training_images": len(benchmark.train),
         "validation_images": len(benchmark.validation),
+        "outlier_images": None if benchmark.outliers is None else len(benchmark.outliers),
         "device": str(run.device),
         "workers": options.workers,
         "compile": options.compile,

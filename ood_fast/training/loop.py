@@ -27,9 +27,10 @@ from .. import checks, models, recipes
 from ..data.images import mixed
 from ..data.loading import batched
 from ..eager.precision import has_float64
-from .build import criterion_of, model_of, optimizer_of
+from .build import model_of, objective_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
+from .objective import StepBatch, n_correct
 from .options import DivergedError, Interrupted, RunOptions, Watcher, status_of
 from .order import Batches
 from .randomness import convolutions_timed, random_state, random_state_kept, set_random_state
@@ -158,7 +159,8 @@ class Run:
                 raise
             finally:
                 self._loading.fill_(False)
-                del self.loader  # its workers live as long, or until the error that holds them is handled
+                del self.loaders  # their workers live as long, or until the error that holds them is handled
+                self.network = self.model  # without what the objective put around it
             if self.rank == 0:
                 self.folder.write_checkpoint(FINAL, self.model)
             self._write_status(COMPLETE)
@@ -193,19 +195,23 @@ class Run:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._format = {"memory_format": torch.channels_last} if self.options.channels_last else {}
         self.model.to(self.device, **self._format)
-        self.criterion = criterion_of(recipe, self.model)
-        self.optimizer = optimizer_of(recipe, self.model.parameters())
+        self.objective = objective_of(recipe, self.model).to(self.device)
+        own = dict.fromkeys([*self.model.parameters(), *self.objective.parameters()])  # each once
+        self.optimizer = optimizer_of(recipe, own)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.mixing = Mixing(recipe, benchmark.n_classes, self.seed)
-        self.network: nn.Module = self.model  # as it is trained; `model` shares its parameters
+        self.network = self.objective.around(self.model)  # as it is trained; `model` shares its parameters
         if self.n_processes > 1:
-            devices = None if self.device.type == "cpu" else [_index(self.device)]
+            devices = None if self.device.type == "cpu" else [self._index()]
             self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
         if self.options.compile:
             self.network = torch.compile(self.network)
-        self.loader = self._loader(
-            benchmark.train, batch_sampler=self.batches, persistent_workers=self.options.workers > 0
-        )
+        self.sets = [(benchmark.train, self.batches)]
+        for images in self.objective.images_beside(benchmark):
+            size = recipe.outlier_batch_size or self.batches.batch_size
+            self.sets.append((images, self.batches.beside(len(images), size)))
+        lives_on = self.options.workers > 0
+        self.loaders = [self._loader(images, batch_sampler=b, persistent_workers=lives_on) for images, b in self.sets]
         self._begin_epoch()
         self._saved = time.monotonic()
         if state is None:
@@ -237,13 +243,13 @@ class Run:
         self._seconds, self._since = 0.0, time.perf_counter()
 
     def _train_epoch(self) -> None:
-        set_epoch = getattr(self.benchmark.train, "set_epoch", lambda epoch: None)
-        set_epoch(self.epoch)
-        self.batches.epoch, self.batches.first_step = self.epoch, self.step
+        for images, batches in self.sets:
+            getattr(images, "set_epoch", lambda epoch: None)(self.epoch)
+            batches.epoch, batches.first_step = self.epoch, self.step
         self.network.train()
         self._since = time.perf_counter()
-        for x, y in self.loader:
-            self._train_step(x, y)
+        for (x, y), *beside in zip(*self.loaders, strict=True):
+            self._train_step(x, y, *(images for images, _ in beside))
             self.step += 1
             if self.rank == 0:
                 self.watcher.on_step(self)
@@ -253,20 +259,22 @@ class Run:
         self._check_finite()
         self._end_epoch()
 
-    def _train_step(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.to(self.device, non_blocking=True, **self._format), y.to(self.device, non_blocking=True)
+    def _train_step(self, x: Tensor, y: Tensor, *beside: Tensor) -> None:
+        x, *beside = (images.to(self.device, non_blocking=True, **self._format) for images in (x, *beside))
+        y = y.to(self.device, non_blocking=True)
         x, target = self.mixing(x, y, self.epoch, self.step, self.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         self.optimizer.zero_grad()
         with self._autocast():
-            logits = self.network(x)
-            loss = self.criterion(logits, target)
+            done = (self.epoch + self.step / self.steps_an_epoch) / self.recipe.epochs
+            loss, logits = self.objective.step(self.network, StepBatch(x, target, *(beside or [None]), done=done))
         self.scaler.scale(loss).backward()
+        self.objective.average_gradients(self.n_processes)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            self._sums += torch.stack([loss.detach(), _n_correct(logits, target)]).to(self._sums)
+            self._sums += torch.stack([loss.detach(), n_correct(logits, target)]).to(self._sums)
             self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=self.step + 1))
 
     def _learning_rate(self, step: int) -> float:
@@ -318,17 +326,17 @@ class Run:
         one stops the run, the epoch's steps are saved, and it goes on from here."""
         rows = range(self.rank * len(dataset) // self.n_processes, (self.rank + 1) * len(dataset) // self.n_processes)
         batch_size, done = self.recipe.batch_size, 0
-        n_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
         for done, (x, y) in enumerate(self._loader(Subset(dataset, rows), batch_size=batch_size), 1):  # noqa: B007
             with self._autocast():
                 logits = self.model(x.to(self.device, non_blocking=True, **self._format))
-            n_correct += _n_correct(logits, y.to(self.device, non_blocking=True))
+            correct += n_correct(logits, y.to(self.device, non_blocking=True))
             self._attend()
         most = math.ceil(math.ceil(len(dataset) / self.n_processes) / batch_size)
         for _ in range(most - done):  # a share may be an image, and so a batch, smaller; all listen as often
             self._attend()
-        return self._summed(n_correct).item() / len(dataset) if len(dataset) else math.nan
+        return self._summed(correct).item() / len(dataset) if len(dataset) else math.nan
 
     def _diagnose(self) -> None:
         if not self.diagnose:
@@ -345,6 +353,10 @@ class Run:
         self.diagnosed.append(row)
 
     # ---- many processes
+
+    def _index(self) -> int:
+        device = self.device
+        return torch.get_device_module(device).current_device() if device.index is None else device.index
 
     def _summed(self, tensor: Tensor) -> Tensor:
         if self.n_processes > 1:
@@ -389,6 +401,7 @@ class Run:
         """Write `last.ckpt`; returns in every process when it is on the disk."""
         now = time.perf_counter()
         own: dict[str, Any] = {"random": random_state(self.device), "sums": self._sums.cpu()}
+        own["objective"] = {name: value.cpu() for name, value in self.objective.state_dict().items()}
         of_ranks = [own]
         if self.n_processes > 1:
             of_ranks = [{} for _ in range(self.n_processes)]
@@ -423,6 +436,7 @@ class Run:
         self.history, self.diagnosed, self.best = state["history"], state["diagnostics"], state["best"]
         own = state["ranks"][self.rank]
         self._sums.copy_(own["sums"])
+        self.objective.load_state_dict(own.get("objective", {}))
         set_random_state(own["random"], self.device)
 
     def _write_tables(self, status: str) -> None:
@@ -434,15 +448,3 @@ class Run:
     def _write_status(self, status: str) -> None:
         if self.rank == 0:
             self.folder.write_info(describe(self, status))
-
-
-def _n_correct(logits: Tensor, target: Tensor) -> Tensor:
-    """How many predictions are right; of probabilities, the sum of those of the predicted classes."""
-    predicted = logits.argmax(dim=1)
-    if target.is_floating_point():
-        return target.gather(1, predicted[:, None]).sum()
-    return (predicted == target).sum()
-
-
-def _index(device: torch.device) -> int:
-    return torch.get_device_module(device).current_device() if device.index is None else device.index

@@ -1,0 +1,279 @@
+"""Outliers in training: the losses against the papers' equations written out, what is drawn, what is refused."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import ood_fast
+from ood_fast import checks, data, recipes
+from ood_fast.training import build
+from ood_fast.training.objective import Plain, StepBatch, WithFeatures
+from ood_fast.training.outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
+
+N, C, M = 10, 3, 4
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    return nn.Linear(M, C)
+
+
+def sample(n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, M), torch.arange(n) % C
+
+
+def filled(head: nn.Linear, **keywords) -> VOSLoss:
+    """VOS with full queues."""
+    criterion = VOSLoss(head, queue=6, **keywords)
+    z, y = sample(6 * C)
+    criterion(head(z), z, y, active=False)
+    return criterion
+
+
+# ---- VOS
+
+
+@pytest.mark.parametrize("average", ["samples", "sets"])
+def test_vos_is_the_papers_equation(head, average, monkeypatch):
+    """Sample by sample: energies by their sum, the logistic regression by its sigmoid."""
+    criterion = filled(head, weight=0.3, average=average)
+    virtual = torch.randn(5, M)
+    monkeypatch.setattr(criterion, "virtual_outliers", lambda: virtual)
+    z, y = sample()
+    loss = criterion(head(z), z, y)
+
+    W, b = head.weight.tolist(), head.bias.tolist()
+    u, (a0, a1) = criterion.energy_weight.tolist(), criterion.logistic.weight.flatten().tolist()
+    c0, c1 = criterion.logistic.bias.tolist()
+    logits_of = lambda row: [sum(w * v for w, v in zip(W[j], row, strict=True)) + b[j] for j in range(C)]  # noqa: E731
+
+    def phi(row):
+        e = math.log(sum(max(u[j], 0) * math.exp(f) for j, f in enumerate(logits_of(row))))
+        return (a1 - a0) * e + (c1 - c0)
+
+    inside = [math.log(1 + math.exp(-phi(row))) for row in z.tolist()]
+    outside = [math.log(1 + math.exp(phi(row))) for row in virtual.tolist()]
+    means = {"sets": sum(inside) / N + sum(outside) / 5, "samples": (sum(inside) + sum(outside)) / (N + 5)}
+    cross_entropy = 0.0
+    for row, label in zip(z.tolist(), y.tolist(), strict=True):
+        f = logits_of(row)
+        cross_entropy += (math.log(sum(map(math.exp, f))) - f[label]) / N
+    assert loss.item() == pytest.approx(cross_entropy + 0.3 * means[average], rel=1e-5)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in [*criterion.parameters(), *head.parameters()])
+
+
+def test_virtual_outliers_are_the_least_dense_of_the_candidates(head):
+    """As drawn one by one from each Gaussian: the length in units of Σ, and every direction."""
+    criterion = filled(head, candidates=20, select=3)
+    mean = criterion.samples.mean(dim=1)
+    centred = (criterion.samples - mean[:, None]).reshape(-1, M)
+    covariance = sum(torch.outer(row, row) for row in centred) / len(centred) + 1e-4 * torch.eye(M)
+    precision = torch.linalg.inv(covariance)
+    drawn = torch.stack([criterion.virtual_outliers() for _ in range(400)]).view(400, C, 3, M)
+    off = drawn - mean[:, None]
+    lengths = torch.einsum("ncsi,ij,ncsj->ncs", off, precision, off)
+    plain = torch.distributions.MultivariateNormal(torch.zeros(M), covariance)
+    candidates = plain.sample((1200, 20))
+    expected = (-plain.log_prob(candidates)).topk(3, dim=1).values  # + const = half the squared length
+    constant = plain.log_prob(torch.zeros(M))
+    torch.testing.assert_close(lengths.mean((0, 1)), (2 * (expected + constant)).mean(0), rtol=0.05, atol=0)
+    torch.testing.assert_close(lengths.std((0, 1)), (2 * expected).std(0), rtol=0.2, atol=0)
+    whitened = off.reshape(-1, M) @ torch.linalg.cholesky(precision)
+    directions = whitened / whitened.norm(dim=1, keepdim=True)
+    assert directions.mean(0).abs().max() < 0.05
+    torch.testing.assert_close(directions.T @ directions / len(directions), torch.eye(M) / M, atol=0.03, rtol=0)
+
+
+def test_queues_hold_the_last_of_each_class(head):
+    criterion, kept = VOSLoss(head, queue=3), [[] for _ in range(C)]
+    for n in (2, 7, 1, 20, 5):
+        z, y = torch.randn(n, M), torch.randint(0, C, (n,))
+        y[0] = -100 if n == 7 else y[0]
+        z[-1, 0] = float("nan") if n == 5 else z[-1, 0]
+        criterion(head(z), z, y)
+        for row, label in zip(z, y.tolist(), strict=True):
+            if label >= 0 and row.isfinite().all():
+                kept[label] = [*kept[label], row][-3:]
+    assert criterion.full
+    for rows, queue in zip(kept, criterion.samples, strict=True):
+        assert sorted(map(tuple, torch.stack(rows).tolist())) == sorted(map(tuple, queue.tolist()))
+
+
+def test_the_term_begins_when_queues_are_full_and_at_the_start(head):
+    z, y = sample()
+    plain = nn.functional.cross_entropy(head(z), y)
+    empty = VOSLoss(head, queue=N)
+    assert torch.equal(empty(head(z), z, y), plain)
+    criterion = filled(head, start=0.5)
+    network = lambda x: (head(x), x)  # noqa: E731
+    assert torch.equal(criterion.step(network, StepBatch(z, y, done=0.49))[0], plain)
+    loss, logits = criterion.step(network, StepBatch(z, y, done=0.5))
+    assert loss > plain
+    assert torch.equal(logits, head(z))
+
+
+def test_with_elogitnorm_and_its_state_comes_back(head):
+    criterion = filled(head, criterion=ood_fast.ELogitNormLoss(head), candidates=10)
+    z, y = sample()
+    torch.manual_seed(3)
+    state = {name: value.clone() for name, value in criterion.state_dict().items()}
+    loss = criterion(head(z), z, y)
+    assert loss > ood_fast.elogitnorm(head(z), None, head.weight, None, y)
+    again = VOSLoss(head, ood_fast.ELogitNormLoss(head), queue=6, candidates=10)
+    assert not again.full
+    again.load_state_dict(state)
+    torch.manual_seed(3)
+    assert torch.equal(again(head(z), z, y), loss)
+    assert "head" not in " ".join(state)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e6])
+def test_dead_and_large_features_are_drawn_around(head, scale):
+    criterion = VOSLoss(head, queue=2)
+    criterion.samples.copy_(scale * torch.randn(C, 2, M))
+    criterion.samples[..., 1:] = 0  # Σ of rank 1
+    criterion.seen.fill_(2)
+    assert criterion.virtual_outliers().isfinite().all()
+
+
+def test_vos_under_autocast(head):
+    criterion = filled(head)
+    z, y = sample()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        loss = criterion(head(z), z, y)
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss.float(), filled_again(criterion, z, y, head), rtol=0.02, atol=0)
+
+
+def filled_again(criterion, z, y, head):
+    criterion.seen -= torch.bincount(y, minlength=C)  # the same places again
+    return criterion(head(z), z, y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"queue": 0}, "queue: got 0"),
+        ({"candidates": 2, "select": 3}, "select: got 3, expected at most candidates=2"),
+        ({"average": "both"}, "average: got 'both'"),
+        ({"weight": -1.0}, "weight: got -1"),
+        ({"start": 1.5}, "start: got 1.5"),
+    ],
+)
+def test_vos_refuses_settings(head, settings, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        VOSLoss(head, **settings)
+
+
+def test_vos_refuses_what_does_not_fit(head):
+    with pytest.raises(TypeError, match="head: got ReLU"):
+        VOSLoss(nn.ReLU())
+    with pytest.raises(ValueError, match="head: got one class"):
+        VOSLoss(nn.Linear(M, 1))
+    z, y = sample()
+    criterion = VOSLoss(head)
+    with pytest.raises(ValueError, match="z: got shape"):
+        criterion(head(z), z[:, 1:], y)
+    with pytest.raises(TypeError, match="y: got class probabilities"):
+        criterion(head(z), z, torch.full((N, C), 1 / C))
+
+
+# ---- outliers that are images
+
+
+def test_outlier_exposure_is_openoods_line(head):
+    z, y = sample()
+    others = torch.randn(7, C)
+    expected = nn.functional.cross_entropy(head(z), y)
+    expected = expected + 0.5 * -(others.mean(1) - torch.logsumexp(others, dim=1)).mean()
+    torch.testing.assert_close(OutlierExposureLoss()(head(z), others, y), expected)
+
+
+def test_outlier_exposure_with_elogitnorm_is_that_of_the_tempered_logits(head):
+    z, y = sample()
+    others = head(torch.randn(7, M)).detach()
+    criterion = OutlierExposureLoss(ood_fast.ELogitNormLoss(head), weight=2.0)
+    tempered = others / ood_fast.boundary_distance(others, head.weight)[:, None]
+    expected = ood_fast.elogitnorm(head(z), None, head.weight, None, y)
+    expected = expected + 2 * (tempered.logsumexp(1) - tempered.mean(1)).mean()
+    torch.testing.assert_close(criterion(head(z), others, y), expected)
+
+
+def test_energy_bounds_sample_by_sample(head):
+    z, y = sample()
+    others = torch.randn(7, C)
+    energy = lambda row: -math.log(sum(map(math.exp, row)))  # noqa: E731
+    above = [max(energy(row) + 1.5, 0) ** 2 for row in head(z).tolist()]
+    below = [max(-0.5 - energy(row), 0) ** 2 for row in others.tolist()]
+    expected = nn.functional.cross_entropy(head(z), y).item() + 0.2 * (sum(above) / N + sum(below) / 7)
+    found = EnergyBoundedLoss(weight=0.2, inside=-1.5, outside=-0.5)(head(z), others, y)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="expected inside < outside"):
+        EnergyBoundedLoss(inside=0.0, outside=-1.0)
+
+
+def test_images_and_outliers_go_through_the_network_together(head):
+    z, y = sample()
+    others, calls = torch.randn(6, M), []
+
+    def network(x):
+        calls.append(len(x))
+        return head(x)
+
+    loss, logits = OutlierExposureLoss().step(network, StepBatch(z, y, others))
+    assert calls == [16]
+    assert torch.equal(logits, head(torch.cat([z, others]))[:N])
+    torch.testing.assert_close(loss, OutlierExposureLoss()(head(z), head(others), y))
+    for none in (None, others[:0]):
+        with pytest.raises(ValueError, match="outliers: got none"):
+            OutlierExposureLoss().step(network, StepBatch(z, y, none))
+    with pytest.raises(ValueError, match=r"outlier_logits: got shape \(4, 2\), expected \(k, 3\)"):
+        OutlierExposureLoss()(head(z), torch.zeros(4, 2), y)
+    with pytest.raises(ValueError, match="logits: got one class"):
+        OutlierExposureLoss()(torch.zeros(4, 1), torch.zeros(4, 1), y[:4])
+
+
+# ---- in the loop
+
+
+def test_recipes_say_what_is_built():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(M, C))
+    recipe = recipes.override(recipes.find("cifar10-elogitnorm-vos"), ["outlier_weight=0.2", "outlier_queue=7"])
+    made = build.objective_of(recipe, model)
+    assert isinstance(made, VOSLoss)
+    assert isinstance(made.criterion, ood_fast.ELogitNormLoss)
+    assert (made.weight, made.queue, made.start, made.average) == (0.2, 7, 0.4, "samples")
+    assert isinstance(build.objective_of(recipes.find("cifar10-oe"), model), OutlierExposureLoss)
+    assert isinstance(build.objective_of(recipes.find("cifar10-ce"), model), Plain)
+    assert "digits-vos" in recipes.RECIPES
+    assert "digits-oe" not in recipes.RECIPES  # there are no images of outliers
+    with pytest.raises(checks.UserError, match="mixup, cutmix: expected 0 with outliers=vos"):
+        recipes.override(recipe, ["mixup=0.2"])
+    with pytest.raises(checks.UserError, match=r"outlier_start: got 1\.5"):
+        recipes.override(recipe, ["outlier_start=1.5"])
+    with pytest.raises(checks.UserError, match="outliers: got a folder, expected none"):
+        data.open_benchmark("digits", outliers="somewhere")
+
+
+def test_features_are_seen_while_they_are_wanted():
+    model = nn.Sequential(nn.Linear(M, 5), nn.ReLU(), nn.Linear(5, C))
+    network, x = WithFeatures(model, model[-1]), torch.randn(N, M)
+    logits, z = network(x)
+    assert torch.equal(logits, model(x))
+    assert torch.equal(z, model[:2](x))
+    model(x)
+    assert network._kept.z is None
+    network.model = nn.Linear(M, C)  # what never calls the head
+    with pytest.raises(RuntimeError, match="no features were seen"):
+        network(x)
+    del network
+    gc.collect()
+    assert not model[-1]._forward_pre_hooks
