@@ -211,12 +211,13 @@ def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) ->
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """For run.json; what `data.open_benchmark` was called with, so that the evaluation can do the same."""
-    root, outliers = (
-        folder and str(Path(folder).expanduser().resolve()) for folder in (options.data_root, options.outliers)
-    )
+    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
+    data = {"root": root, "layout": options.layout, "image_size": options.image_size}
+    if options.outliers is not None:
+        data["outliers"] = str(Path(options.outliers).expanduser().resolve())
     return {
         "command": command,
-        "data": {"root": root, "layout": options.layout, "image_size": options.image_size, "outliers": outliers},
+        "data": data,
         "plugins": options.plugin,
         "versions": versions(),
         "machine": machine(),
