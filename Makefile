@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint types format docs bench compare ci
+.PHONY: help venv install test fuzz soak lint types format docs bench compare ci
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
@@ -16,6 +16,12 @@ install:  ## the package with everything for development, into the active enviro
 
 test:  ## all tests, on every backend that this machine has
 	$(PYTHON) -m pytest
+
+fuzz:  ## 20,000 new inputs for every public function, about five minutes
+	OOD_FAST_EXAMPLES=20000 $(PYTHON) -m pytest tests/test_fuzz.py
+
+soak:  ## does anything grow over 200,000 steps and 10 million rows, about ten minutes
+	$(PYTHON) -m bench.soak
 
 lint:  ## what CI checks of the style
 	ruff check .
