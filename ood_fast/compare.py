@@ -240,7 +240,7 @@ def loss_of(recipe: TrainingRecipe | None) -> str:
         return ""
     default = TrainingRecipe()
     for name, settings in METHODS.items():
-        told_by = ("loss", "head", "head_tau", "outliers")
+        told_by = ("loss", "head", "head_tau", "outliers", "regmixup")
         wanted = {key: settings.get(key, getattr(default, key)) for key in told_by}
         if all(getattr(recipe, key) == value for key, value in wanted.items()):
             return name

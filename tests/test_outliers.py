@@ -6,13 +6,18 @@ import gc
 import math
 import re
 
+import numpy as np
 import pytest
+import tiny_models
 import torch
+from PIL import Image
+from test_data import write_cifar10
 from torch import nn
 
 import ood_fast
 from ood_fast import checks, data, recipes
-from ood_fast.training import build
+from ood_fast import train as training
+from ood_fast.training import build, mixing
 from ood_fast.training.objective import Plain, StepBatch, WithFeatures
 from ood_fast.training.outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
 
@@ -76,19 +81,19 @@ def test_virtual_outliers_are_the_least_dense_of_the_candidates(head):
     centred = (criterion.samples - mean[:, None]).reshape(-1, M)
     covariance = sum(torch.outer(row, row) for row in centred) / len(centred) + 1e-4 * torch.eye(M)
     precision = torch.linalg.inv(covariance)
-    drawn = torch.stack([criterion.virtual_outliers() for _ in range(400)]).view(400, C, 3, M)
+    drawn = torch.stack([criterion.virtual_outliers() for _ in range(150)]).view(150, C, 3, M)
     off = drawn - mean[:, None]
     lengths = torch.einsum("ncsi,ij,ncsj->ncs", off, precision, off)
     plain = torch.distributions.MultivariateNormal(torch.zeros(M), covariance)
-    candidates = plain.sample((1200, 20))
+    candidates = plain.sample((2000, 20))
     expected = (-plain.log_prob(candidates)).topk(3, dim=1).values  # + const = half the squared length
     constant = plain.log_prob(torch.zeros(M))
-    torch.testing.assert_close(lengths.mean((0, 1)), (2 * (expected + constant)).mean(0), rtol=0.05, atol=0)
+    torch.testing.assert_close(lengths.mean((0, 1)), (2 * (expected + constant)).mean(0), rtol=0.08, atol=0)
     torch.testing.assert_close(lengths.std((0, 1)), (2 * expected).std(0), rtol=0.2, atol=0)
     whitened = off.reshape(-1, M) @ torch.linalg.cholesky(precision)
     directions = whitened / whitened.norm(dim=1, keepdim=True)
-    assert directions.mean(0).abs().max() < 0.05
-    torch.testing.assert_close(directions.T @ directions / len(directions), torch.eye(M) / M, atol=0.03, rtol=0)
+    assert directions.mean(0).abs().max() < 0.08
+    torch.testing.assert_close(directions.T @ directions / len(directions), torch.eye(M) / M, atol=0.04, rtol=0)
 
 
 def test_queues_hold_the_last_of_each_class(head):
@@ -241,7 +246,113 @@ def test_images_and_outliers_go_through_the_network_together(head):
         OutlierExposureLoss()(torch.zeros(4, 1), torch.zeros(4, 1), y[:4])
 
 
+# ---- mixed images
+
+
+def images(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(n, 1, 4, 4), torch.arange(n) % C
+
+
+def test_regmixup_is_the_authors_criterion(monkeypatch):
+    """λ CE(f, y_a) + (1 − λ) CE(f, y_b) over images and mixed images together."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, C))
+    x, y = images(N)
+    monkeypatch.setattr(mixing, "_drawn", lambda: np.random.default_rng(5))
+    loss, logits = mixing.RegMixupLoss(alpha=2.0).step(model, StepBatch(x, y))
+    random = np.random.default_rng(5)
+    other, share = torch.from_numpy(random.permutation(N)), random.beta(2.0, 2.0)
+    f = model(torch.cat([x, share * x + (1 - share) * x[other]]))
+    cross_entropy = nn.functional.cross_entropy
+    first, second = torch.cat([y, y]), torch.cat([y, y[other]])
+    torch.testing.assert_close(loss, share * cross_entropy(f, first) + (1 - share) * cross_entropy(f, second))
+    torch.testing.assert_close(logits, model(x))
+    f, mixed_f, mixed_y = torch.randn(N, C), torch.randn(N, C), torch.rand(N, C).softmax(1)
+    summed = mixing.RegMixupLoss(average="sum")(f, mixed_f, y, mixed_y)
+    assert summed == 2 * mixing.RegMixupLoss()(f, mixed_f, y, mixed_y)
+
+
+def test_what_is_mixed_follows_torchs_generator():
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append([mixing._drawn().random(), mixing._drawn().random()])
+    assert draws[0] == draws[1] != draws[2]
+    assert draws[0][0] != draws[0][1]
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_mixoe_tells_how_much_is_an_outlier(kind):
+    """Images of 0, outliers of 1: the mean of a mixed image is the share of the outlier. Two outliers go round."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, C))
+    x, y = torch.zeros(N, 1, 4, 4), torch.arange(N) % C
+    seen, shares = [], set()
+
+    def network(batch):
+        seen.append(batch)
+        return model(batch)
+
+    criterion = mixing.MixOELoss(weight=0.7, kind=kind, alpha=1.0)
+    for _ in range(5):
+        loss, logits = criterion.step(network, StepBatch(x, y, torch.ones(2, 1, 4, 4)))
+        mixed = seen[-1][N:]
+        share = 1 - mixed[0].mean().item()
+        shares.add(share)
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), torch.full((N,), 1 - share))
+        log_p = model(mixed).log_softmax(dim=1)
+        soft = -(share * log_p[torch.arange(N), y] + (1 - share) * log_p.mean(dim=1)).mean()
+        expected = nn.functional.cross_entropy(model(x), y) + 0.7 * soft
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(logits, model(x))
+    assert len(shares) > 1
+    with pytest.raises(ValueError, match="outliers: got none"):
+        criterion.step(network, StepBatch(x, y))
+
+
+def test_mixing_refuses_settings():
+    with pytest.raises(ValueError, match="kind: got 'cutout'"):
+        mixing.MixOELoss(kind="cutout")
+    with pytest.raises(ValueError, match="alpha: got 0"):
+        mixing.RegMixupLoss(alpha=0.0)
+
+
 # ---- in the loop
+
+
+@pytest.mark.parametrize("outliers", ["oe", "mixoe"])
+def test_a_run_with_images_of_outliers_and_continued_to_the_same_bits(outliers, tmp_path):
+    write_cifar10(tmp_path / "data", n_train=48, n_test=20)
+    (tmp_path / "others").mkdir()
+    for index in range(9):
+        pixels = torch.randint(0, 256, (40, 36, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "others" / f"{index}.png")
+    recipe = recipes.TrainingRecipe(
+        benchmark="cifar10", model="tiny", loss="elogitnorm", epochs=2, batch_size=16, outliers=outliers,
+        outlier_batch_size=4,
+    )  # fmt: skip
+
+    def run(place: str, at: int | None = None, **options) -> dict[str, torch.Tensor]:
+        benchmark = data.open_benchmark("cifar10", tmp_path / "data", outliers=tmp_path / "others")
+
+        class Stops(training.Watcher):
+            def on_step(self, run):
+                if run.epoch * 3 + run.step == at:
+                    raise KeyboardInterrupt
+
+        return training.fit_recipe(
+            recipe, benchmark, tmp_path / place, 3, watcher=Stops(), **options
+        ).model.state_dict()
+
+    with tiny_models.registered():
+        whole = run("whole")
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", 4, save_minutes=0.0)
+        parts = run("parts", resume=True)
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        plain = data.open_benchmark("cifar10", tmp_path / "data")
+        with pytest.raises(checks.UserError, match="outliers: got none, expected a folder"):
+            training.fit_recipe(recipe, plain, tmp_path / "none")
+        with pytest.raises(checks.UserError, match="outlier_images: 9 there, null here"):
+            training.fit_recipe(recipe, plain, tmp_path / "whole", 3, resume=True)
 
 
 def test_recipes_say_what_is_built():
@@ -253,6 +364,11 @@ def test_recipes_say_what_is_built():
     assert (made.weight, made.queue, made.start, made.average) == (0.2, 7, 0.4, "samples")
     assert isinstance(build.objective_of(recipes.find("cifar10-oe"), model), OutlierExposureLoss)
     assert isinstance(build.objective_of(recipes.find("cifar10-ce"), model), Plain)
+    assert build.objective_of(recipes.find("cifar10-regmixup"), model).alpha == 20
+    mixoe = recipes.find("cifar10-mixoe")
+    assert (mixoe.epochs, mixoe.learning_rate) == (10, 1e-3)
+    with pytest.raises(checks.UserError, match="regmixup: expected 0 with"):
+        recipes.override(mixoe, ["regmixup=20"])
     assert "digits-vos" in recipes.RECIPES
     assert "digits-oe" not in recipes.RECIPES  # there are no images of outliers
     with pytest.raises(checks.UserError, match="mixup, cutmix: expected 0 with outliers=vos"):

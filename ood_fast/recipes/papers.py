@@ -23,6 +23,8 @@ MORE_LOSSES = {
     "elogitnorm-vos": "ELogitNorm with VOS's outliers",
     "oe": "outlier exposure: cross-entropy, and uniform predictions of --outliers",
     "elogitnorm-oe": "the same with ELogitNorm",
+    "mixoe": "cross-entropy, and images mixed with --outliers",
+    "regmixup": "RegMixup: cross-entropy of images and of mixed images",
 }
 BASELINE = "ce"
 
@@ -54,11 +56,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "elogitnorm-vos": {"loss": "elogitnorm", "average": "classes", "outliers": "vos"},
     "oe": {"outliers": "oe", "outlier_batch_size": 256},
     "elogitnorm-oe": {"loss": "elogitnorm", "average": "classes", "outliers": "oe", "outlier_batch_size": 256},
+    "mixoe": {"outliers": "mixoe"},
+    "regmixup": {"regmixup": 20.0},
 }
 # What of a recipe says which loss it is: runs that differ in nothing else are compared.
 OF_THE_LOSS = (
     *("loss", "tau", "average", "detach_geometry", "head", "head_tau"),
-    *("outliers", "outlier_weight", "outlier_start", "outlier_queue", "outlier_batch_size"),
+    *("outliers", "outlier_weight", "outlier_start", "outlier_queue", "outlier_batch_size", "regmixup"),
 )
 _VOS = "Du et al., ICLR 2022, arXiv 2202.01197"
 _OE = "Hendrycks et al., ICLR 2019, arXiv 1812.04606"
@@ -70,6 +74,11 @@ SOURCES = {  # of what is trained with the schedule of `BENCHMARKS`; others: the
     "oe": f"{_OE}, as {OPENOOD} trains it",
     "elogitnorm-oe": f"of no paper: {ELOGITNORM}, with the outliers of {_OE}",
 }
+SOURCES["mixoe"] = (
+    f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --checkpoint FILE"
+)
+SOURCES["regmixup"] = f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, as {OPENOOD} trains it"
+SHORTLY: dict[str, dict[str, Any]] = {"mixoe": {"epochs": 10, "learning_rate": 1e-3}}  # from trained weights
 IN_TABLE_5 = ("ce", "logitnorm", "elogitnorm", "l2norm")
 BENCHMARKS = {
     "cifar10": TrainingRecipe(benchmark="cifar10", model="resnet18_32x32", small_images=True, epochs=100),
@@ -143,7 +152,8 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         for method, settings in METHODS.items():
             paper = SOURCES.get(method, f"{ELOGITNORM}, OOD tables")
             paper += f", {method}" * (paper == OPENOOD)
-            yield replace(base, **settings, name=f"{benchmark}-{method}", source=paper)
+            short = SHORTLY.get(method, {})
+            yield replace(base, **settings, **short, name=f"{benchmark}-{method}", source=paper)
             if method in IN_TABLE_5:
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)

@@ -62,9 +62,10 @@ class TrainingRecipe(Recipe):
         head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm).
         loss: "ce", "logitnorm" with `tau`, or "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`.
         label_smoothing: as in F.cross_entropy. mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn
-            from, 0 = off; with both on, one of them is drawn for each batch.
+            from, 0 = off; with both on, one of them is drawn for each batch. regmixup: α of mixup beside the images,
+            not in their place; without the others and without outliers.
         outliers: what is trained beside the loss, see `training.outliers`: "none"; "vos", of `outlier_queue` features a
-            class; with a folder of images "oe" and "energy", in batches of `outlier_batch_size` (0: `batch_size`).
+            class; of a folder of images "oe", "energy", "mixoe", in batches of `outlier_batch_size` (0: `batch_size`).
         outlier_weight: of that term, outlier_start: of VOS; None: the paper's.
         optimizer: "sgd" (`momentum`, `nesterov`) or "adamw"; `weight_decay` for both.
         batch_size: of each process; n_processes: how many the source ran. Their product is what the rate is made for.
@@ -92,6 +93,7 @@ class TrainingRecipe(Recipe):
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    regmixup: float = 0.0
     outliers: str = "none"
     outlier_weight: float | None = None
     outlier_start: float | None = None
@@ -114,7 +116,7 @@ class TrainingRecipe(Recipe):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "tau"):
             require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
-        for name in ("final_learning_rate", "weight_decay", "mixup", "cutmix", "gamma", "warmup_epochs"):
+        for name in ("final_learning_rate", "weight_decay", "mixup", "cutmix", "regmixup", "gamma", "warmup_epochs"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "no negative number")
         for name in ("momentum", "label_smoothing"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
@@ -134,6 +136,8 @@ class TrainingRecipe(Recipe):
         weight, start = self.outlier_weight, self.outlier_start
         require("outlier_weight", weight, weight is None or weight >= 0, "none or no negative number")
         require("outlier_start", start, start is None or 0 <= start <= 1, "none or a number in [0, 1]")
+        if self.regmixup and (self.mixup or self.cutmix or self.outliers != "none"):
+            raise bad_setting("regmixup: expected 0 with mixup, cutmix or outliers")
         if self.outliers in OF_CLASSES and (self.mixup or self.cutmix):
             raise bad_setting(
                 f"mixup, cutmix: expected 0 with outliers={self.outliers}, which needs images of one class"
@@ -141,13 +145,13 @@ class TrainingRecipe(Recipe):
 
 
 OF_CLASSES = ("vos",)  # outliers that are drawn from the features of a class
-WITH_IMAGES = ("oe", "energy")  # outliers that are images
+WITH_IMAGES = ("oe", "energy", "mixoe")  # outliers that are images
 CHOICES = {
     "activation": ("relu", "leaky_relu"),
     "head": ("linear", "l2norm"),
     "loss": ("ce", "logitnorm", "elogitnorm"),
     "average": ("boundaries", "classes"),
-    "outliers": ("none", "vos", "oe", "energy"),
+    "outliers": ("none", "vos", *WITH_IMAGES),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "steps", "onecycle"),
     "amp": ("none", "bf16", "fp16"),

@@ -14,8 +14,11 @@ from ..heads import L2NormLinear, find_head
 from ..losses import ELogitNormLoss, LogitNormLoss
 from ..recipes import TrainingRecipe
 from ..registry import added
+from .mixing import MixOELoss, RegMixupLoss
 from .objective import Objective, Plain
 from .outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
+
+OF_IMAGES = {"oe": OutlierExposureLoss, "energy": EnergyBoundedLoss, "mixoe": MixOELoss}
 
 
 def model_of(
@@ -61,20 +64,17 @@ def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
     """
     criterion = criterion_of(recipe, model)
     if isinstance(criterion, Objective):
-        if recipe.outliers != "none":
-            raise checks.UserError(
-                f"outliers: got {recipe.outliers}, expected none: loss={recipe.loss} is no criterion"
-            )
+        if recipe.outliers != "none" or recipe.regmixup:
+            raise checks.UserError(f"outliers, regmixup: expected none and 0: loss={recipe.loss} is no criterion")
         return criterion
     given = {"weight": recipe.outlier_weight, "start": recipe.outlier_start}
     keywords: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if recipe.outliers == "vos":
         return VOSLoss(find_head(model), criterion, queue=recipe.outlier_queue, **keywords)
-    if recipe.outliers == "oe":
-        return OutlierExposureLoss(criterion, **keywords)
-    if recipe.outliers == "energy":
-        return EnergyBoundedLoss(criterion, **keywords)
-    return Plain(criterion)
+    if recipe.outliers != "none":
+        keywords.pop("start", None)
+        return OF_IMAGES[recipe.outliers](criterion, **keywords)
+    return RegMixupLoss(criterion, recipe.regmixup) if recipe.regmixup else Plain(criterion)
 
 
 def optimizer_of(recipe: TrainingRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
