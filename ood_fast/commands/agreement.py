@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..detectors import Detector
 from ..detectors.streaming import Gathered
 from ..evaluation.agreement import LISTED, at_chance, confusion, other_order
-from .common import refusal
+from .common import refusal, say
 
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
@@ -97,14 +96,13 @@ def class_order(
     by_name, by_nature = int((guesses == labels).sum()), int((guesses == in_nature[labels]).sum())
     if not by_name < len(labels) / 2 < by_nature:
         return names
-    if not options.quiet:
-        more = ", ..." if len(names) > LISTED else ""
-        print(
-            f"ood-fast: classes in their natural order, {', '.join(natural[:LISTED])}{more}: {by_nature} of "
-            f"{len(labels)} images are predicted as their folder says, {by_name} in the order "
-            f"{', '.join(names[:LISTED])}{more}; --classes FILE sets another",
-            file=sys.stderr,
-        )
+    more = ", ..." if len(names) > LISTED else ""
+    say(
+        options,
+        f"ood-fast: classes in their natural order, {', '.join(natural[:LISTED])}{more}: {by_nature} of {len(labels)} "
+        f"images are predicted as their folder says, {by_name} in the order {', '.join(names[:LISTED])}{more}; "
+        "--classes FILE sets another",
+    )
     return natural
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import listed, refusal
+from .common import listed, refusal, say
 from .model import preparation_of, text_of
 
 if TYPE_CHECKING:
@@ -109,8 +108,8 @@ class Benchmarks:
         prepared = {name: prepared[name] for name in spec}
         if prepared == spec:
             return None
-        if not options.quiet and run.name not in self.told:
-            print(f"{run.name}: images: {text_of(prepared)}", file=sys.stderr, flush=True)
+        if run.name not in self.told:
+            say(options, f"{run.name}: images: {text_of(prepared)}")
         self.told.add(run.name)
         return prepared
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib import util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -29,6 +32,17 @@ def refusal(message: str) -> Exception:
     from ..checks import UserError
 
     return UserError(message)
+
+
+def say(options: Any, text: str) -> None:
+    """A line on stderr, where `--quiet` does not forbid it."""
+    if not options.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A warning, told with `--quiet` too."""
+    print(f"ood-fast: warning: {text}", file=sys.stderr, flush=True)
 
 
 def device(name: str) -> str:
@@ -64,10 +78,10 @@ def _why_not(device: str) -> str:
     return "PyTorch cannot compute on it here"
 
 
-def require_package(package: str, module: str, command: str = "compare") -> None:
-    """UserError with the cure unless the module of a package is there."""
+def require_package(package: str, module: str, what: str = "compare") -> None:
+    """UserError with the cure unless the module of a package is there; `what` needs it."""
     if util.find_spec(module) is None:
-        raise refusal(f"{command} needs {package}, which is not installed: pip install {package}")
+        raise refusal(f"{what} needs {package}, which is not installed: pip install {package}")
 
 
 def versions() -> dict[str, str]:
@@ -86,6 +100,17 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, str]:
     """What results say of the machine."""
     return {"system": f"{platform.system()} {platform.machine()}", "cpus": f"{os.cpu_count()} CPUs"}
+
+
+def context_of(command: str) -> dict[str, Any]:
+    """What results say of how they came about."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": command, "started": started, "versions": versions(), "machine": machine()}
+
+
+def whole_path(path: str | None) -> str | None:
+    """A path as it is from every folder."""
+    return path and str(Path(path).expanduser().resolve())
 
 
 # ---- what `fit`, `score` and their like share
@@ -121,6 +146,28 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
         return DetectorSet({name: cls(**given) for name, (cls, given) in chosen.items()})
     except (TypeError, ValueError) as error:
         raise refusal(f"--set: {error}") from error
+
+
+def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tuple]]:
+    """The grids of the detectors that `--set` speaks of, without what it sets."""
+    from ..detectors import find
+
+    grids: dict[str, dict[str, tuple]] = {}
+    for text in settings:
+        name, _, parameter = text.partition("=")[0].strip().partition(".")
+        name = find(name).__name__
+        grids.setdefault(name, dict(chosen[name].grid)).pop(parameter, None)
+    return grids
+
+
+def read_head_file(path: str) -> tuple[Any, Any]:
+    """(W, b) of `--head-file`."""
+    from .. import features
+
+    file = features.files(path)[0]
+    if (head := features.load_head(file)) is None:
+        raise refusal(f"--head-file {file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
+    return head
 
 
 def read_detectors(path: str, where: str) -> tuple[DetectorSet, dict[str, Any]]:

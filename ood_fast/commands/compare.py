@@ -6,14 +6,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES, MORE_LOSSES
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import RunError, detector_set, device, listed, machine, refusal, require_package, versions
+from .common import RunError, context_of, detector_set, device, listed, refusal, require_package, searched, whole_path
 from .model import allow, is_callable, named
 from .options import share
 from .progress import Bar
@@ -121,10 +120,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     measuring["device"] = device(options.device)
     default = Path("runs") / ("compare" if options.runs else f"compare-{options.benchmark}")
     folder = free_folder(default if options.out is None else options.out)
-    context: dict[str, Any] = {"command": command, "versions": versions(), "machine": machine()}
+    context = context_of(command)
     start = time.perf_counter()
     compared = (_taken if options.runs else _trained)(options, context, (folder, benchmarks, chosen), measuring)
-    context["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         results = compared()
         context["seconds"] = round(time.perf_counter() - start, 2)
@@ -162,16 +160,14 @@ def _trained(
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
     if options.init and not Path(options.init).expanduser().is_file():
         raise refusal(f"--init: no file {options.init}")
-    init = options.init and str(Path(options.init).expanduser().resolve())
-    for name, value in (("epochs", options.epochs), ("model", options.model), ("init", init)):
+    for name, value in (("epochs", options.epochs), ("model", options.model), ("init", whole_path(options.init))):
         changes += [f"{name}={value}"] if value else []
     recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
     for recipe in recipes.values():
         allow(recipe.model, options.model, options.recipe)
     seeds = _seeds(options.seeds or "5")
     measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
-    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
-    data = {"root": root, "layout": options.layout, "image_size": options.image_size}
+    data = {"root": whole_path(options.data_root), "layout": options.layout, "image_size": options.image_size}
     told = {**context, "data": data, "plugins": options.plugin}
     training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
@@ -236,12 +232,9 @@ def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict
         usual = [(name, *item) for name, given in DETECTORS.items() for item in given.items()]
         settings[:0] = [f"{name}.{key}={value}" for name, key, value in usual if name in (names or [name])]
     chosen = detector_set(options.detectors, settings, on_features=False)
-    fixed = [text.partition("=")[0].strip().partition(".")[::2] for text in settings]
-    fixed = [(find(name).__name__, parameter) for name, parameter in fixed]
+    grids = searched(settings, chosen)
     return chosen, {
-        name: {key: values for key, values in detector.grid.items() if (name, key) not in fixed}
-        if options.tune or name in SEARCHED
-        else {}
+        name: grids.get(name, detector.grid) if options.tune or name in SEARCHED else {}
         for name, detector in chosen.items()
     }
 
@@ -263,7 +256,7 @@ class ComparisonBar(Bar):
     """A bar over the epochs of all runs on a terminal, else a line for each finished run; a `ComparisonWatcher`."""
 
     def __init__(self, quiet: bool) -> None:
-        super().__init__("loading", None, quiet, unit="epochs", tell=False)
+        super().__init__("loading", None, quiet, unit="epochs", say=False)
         self.runs: list[tuple[str, int]] = []
         self.n_epochs = self.n_begun = 0
 

@@ -7,17 +7,15 @@ import functools
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
-from .common import RunError, detector_set, device, machine, processes, refusal, versions
+from .common import RunError, context_of, detector_set, device, processes, read_head_file, refusal, say, searched
 from .images import add_preparation
 from .model import PREPARATION, allow, is_callable, named
 from .options import MODEL_HELP, at_least, share
@@ -115,11 +113,11 @@ def run(options: argparse.Namespace, command: str) -> None:
     _check(options)
     import_plugins(options.plugin)
     chosen = _chosen(options)
-    grids = _grids(options.set, chosen)
+    grids = searched(options.set, chosen)
     request = _request(options, chosen, grids)
     folder, evaluate = (_on_features if options.features else _on_images)(options, chosen)
     folder = evaluation.check_folder(folder, None if options.overwrite else request)
-    started, start = datetime.now(timezone.utc), time.perf_counter()
+    context, start = context_of(command) | {"request": request}, time.perf_counter()
     where = device(options.device)
     with processes(where) as process:
         options.quiet |= process.rank > 0
@@ -143,14 +141,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             raise
     if results is None:
         return
-    context = {
-        "command": command,
-        "request": request,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - start, 2),
-        "versions": versions(),
-        "machine": machine(),
-    }
+    context["seconds"] = round(time.perf_counter() - start, 2)
     try:
         evaluation.write(folder, results, context)
     except OSError as error:
@@ -174,8 +165,8 @@ def _chosen(options: argparse.Namespace) -> DetectorSet:
     chosen = detector_set(names, options.set, bool(options.features))
     if running := [name for name, detector in chosen.items() if detector.needs_model]:
         told = f"{', '.join(running)} runs the model forth and back for each image and setting: this takes long"
-    if told and not options.quiet:
-        print(f"ood-fast: {told}", file=sys.stderr)
+    if told:
+        say(options, f"ood-fast: {told}")
     return chosen
 
 
@@ -214,7 +205,7 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
 
 def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results]]:
     """The same of stored features."""
-    from .. import evaluation, features
+    from .. import evaluation
 
     ood = {}
     for text in options.ood_features:
@@ -225,11 +216,6 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
         if name in ood:
             raise refusal(f"--ood-features: {name} is there twice")
         ood[name] = (group or "far", path)
-    head = None
-    if options.head_file:
-        head = features.load_head(features.files(options.head_file)[0])
-        if head is None:
-            raise refusal(f"--head-file {options.head_file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
     train = Path(options.features).expanduser()
     default = (train if train.is_dir() else train.parent) / "eval"
     return default if options.out is None else options.out, functools.partial(
@@ -237,7 +223,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
         *(options.features, options.test, ood, chosen),
         validation=options.validation,
         ood_validation=options.ood_validation,
-        head=head,
+        head=read_head_file(options.head_file) if options.head_file else None,
     )
 
 
@@ -261,25 +247,14 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--download: every process would fetch the same files; download in one process first")
 
 
-def _grids(settings: list[str], chosen: Any) -> dict[str, dict[str, tuple]]:
-    """OpenOOD's grids without the parameters that were set."""
-    from ..detectors import find
-
-    fixed: dict[str, set[str]] = {}
-    for text in settings:
-        name, _, parameter = text.partition("=")[0].strip().partition(".")
-        fixed.setdefault(find(name).__name__, set()).add(parameter)
-    return {
-        name: {parameter: values for parameter, values in chosen[name].grid.items() if parameter not in parameters}
-        for name, parameters in fixed.items()
-    }
-
-
 def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, dict[str, tuple]]) -> dict[str, Any]:
     """What decides the results of a run: those of another request are other results."""
-    searched = {name: [] if options.no_tune else list(grids.get(name, chosen[name].grid)) for name in chosen}
     detectors = {
-        name: {**detector.settings(), **dict.fromkeys(searched[name], "searched")} for name, detector in chosen.items()
+        name: {
+            **detector.settings(),
+            **dict.fromkeys(() if options.no_tune else grids.get(name, detector.grid), "searched"),
+        }
+        for name, detector in chosen.items()
     }
     given = {name: getattr(options, name) for name in (*DECIDING, *ONLY_FEATURES) if getattr(options, name)}
     told = {"detectors": detectors, "options": {f"--{name.replace('_', '-')}": value for name, value in given.items()}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .code import import_plugins
-from .common import Process, RunError, detector_set, device, processes, refusal
+from .common import Process, RunError, detector_set, device, processes, read_head_file, refusal, say, warn
 from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
 from .options import share
 from .progress import Bar
@@ -99,18 +98,16 @@ def _check(options: argparse.Namespace) -> None:
         raise refusal("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
     trained_on = options.data or options.features
     if options.validation and Path(options.validation).resolve() == Path(trained_on).resolve():
-        print(
-            f"ood-fast: warning: --validation: {options.validation} is what the detectors are fitted on; thresholds of "
-            "data that was trained on flag more of new data than they say",
-            file=sys.stderr,
+        warn(
+            f"--validation: {options.validation} is what the detectors are fitted on; thresholds of data that was "
+            "trained on flag more of new data than they say"
         )
     if options.tune:
         for path in [options.validation, *options.ood_validation]:
             if Path(path).name.lower() == "test":
-                print(
-                    f"ood-fast: warning: --tune: {path} is called like test data; parameters that were chosen on it "
-                    "make its results worthless, choose on validation data",
-                    file=sys.stderr,
+                warn(
+                    f"--tune: {path} is called like test data; parameters that were chosen on it make its results "
+                    "worthless, choose on validation data"
                 )
 
 
@@ -169,7 +166,7 @@ class _ImageData:
         if source.classes is None:
             self._without_classes(detectors, path)
         if not _reads_data(detectors):
-            _say(self.options, f"no pass over {path}: nothing has to be fitted")
+            say(self.options, f"no pass over {path}: nothing has to be fitted")
             detectors.fit(self.model, [], self.options.head, process.group)  # copies the head where it is needed
             return
         agreement = Agreement() if source.classes and path == self.options.data else None
@@ -186,7 +183,7 @@ class _ImageData:
                 raise
         if agreement is not None:
             agreement.check(source.classes, path, self.options.any_accuracy)
-            _say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
+            say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:
         """Refuse what needs classes; else say what their absence means."""
@@ -198,7 +195,7 @@ class _ImageData:
                 "expected a folder of images for each class"
             )
         if path == self.options.data:
-            _say(self.options, f"no class folders in {path}: fitting without classes, predictions will be numbers")
+            say(self.options, f"no class folders in {path}: fitting without classes, predictions will be numbers")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
@@ -256,17 +253,12 @@ def _reads_data(detectors: DetectorSet) -> bool:
     return any(detector.gathers() for detector in detectors.detectors)
 
 
-def _say(options: argparse.Namespace, text: str) -> None:
-    if not options.quiet:
-        print(text, file=sys.stderr, flush=True)
-
-
 def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     source = images.read_images(options.data, with_classes=True)
     n_classes = None if source.classes is None else len(source.classes)
     model = load_model(options, n_classes, where)
     prepared = preparation_of(options, model)
-    _say(options, f"images: {text_of(prepared)}")
+    say(options, f"images: {text_of(prepared)}")
     names = None
     if source.classes or options.classes:
         from .agreement import class_order
@@ -276,7 +268,7 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     if names and n_outputs not in (None, len(names)):
         if options.classes:
             raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
-        _say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
+        say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 
@@ -292,11 +284,9 @@ def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
 def _open_features(options: argparse.Namespace) -> _FeatureData:
     from .. import features
 
-    holder = features.files(options.head_file or options.features)[0]
-    head = features.load_head(holder)
-    if head is None and options.head_file:
-        raise refusal(f"--head-file {holder}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
-    return _FeatureData(head, options)
+    if options.head_file:
+        return _FeatureData(read_head_file(options.head_file), options)
+    return _FeatureData(features.load_head(features.files(options.features)[0]), options)
 
 
 # ---- what is done with it
@@ -371,4 +361,4 @@ def _tell(fitted: DetectorSet, out: Path) -> None:
         print(f"{name}: {detector}, threshold {threshold}")
     if all(detector.threshold is None for detector in fitted.detectors):
         print("no thresholds: pass --validation (in-distribution data that was not trained on) to set them")
-    print(f"Wrote {out}; score with: ood-fast score --detectors {out} ...", file=sys.stdout)
+    print(f"Wrote {out}; score with: ood-fast score --detectors {out} ...")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import RunError, refusal
+from .common import RunError, refusal, say
 from .options import at_least, share
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Images:
         on_bad: Callable[[int, str], None] = lambda index, path: None,
     ) -> None:
         self.dataset = dataset_of(source, prepared)
-        if source.left_out and not options.quiet:
-            print(f"ood-fast: {source.left_out}", file=sys.stderr, flush=True)
+        if source.left_out:
+            say(options, f"ood-fast: {source.left_out}")
         self.rows, self.options, self.on_batch, self.on_bad = rows, options, on_batch, on_bad
         self.paths: list[str | None] = []  # of the last batch
 

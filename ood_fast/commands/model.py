@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
 from . import code
-from .common import refusal
+from .common import refusal, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,8 +108,7 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
                 f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, "
                 "pass it again if it is yours"
             )
-        if not options.quiet:
-            print(f"ood-fast: --model {named}, which was named here before", file=sys.stderr)
+        say(options, f"ood-fast: --model {named}, which was named here before")
     chosen = options.checkpoint is not None or options.pretrained  # weights belong together
     for name in REMEMBERED:
         if getattr(options, name) in (None, False) and not (chosen and name in ("checkpoint", "pretrained")):

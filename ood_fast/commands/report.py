@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .code import import_plugins
-from .common import RunError, device, machine, versions
+from .common import RunError, context_of, device
 from .options import share
 from .progress import Bar
 
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from ..report import page, runs
 
     import_plugins(options.plugin)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    context = context_of(command)
     records = runs.open_records(options.runs)
     default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()
     file = page.check_file(default / "report.html" if options.out is None else options.out)
@@ -64,7 +63,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         for record in records:
             runs.measure_change(record, options.data_root, **given, progress=progress)
     runs.diagnose_runs(records, progress)
-    context = {"command": command, "started": started, "versions": versions(), "machine": machine()}
     try:
         page.write(file, records, context)
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .code import import_plugins
-from .common import Process, RunError, device, processes, read_detectors, refusal
+from .common import Process, RunError, device, processes, read_detectors, refusal, warn
 from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
 from .options import share
 from .progress import Bar
@@ -232,12 +231,7 @@ def _warn_of_other_settings(given: dict[str, Any], notes: dict[str, Any]) -> Non
         if value is not None and notes.get(name) is not None and _written(value) != _written(notes[name])
     ]
     if different:
-        print(
-            f"ood-fast: warning: {', '.join(different)}: not what the detectors were fitted on, scores and thresholds "
-            "need not hold",
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"{', '.join(different)}: not what the detectors were fitted on, scores and thresholds need not hold")
 
 
 def _written(value: Any) -> str:

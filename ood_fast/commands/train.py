@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recipes import BENCHMARK_NAMES
 from .code import import_plugins
-from .common import Process, RunError, device, machine, processes, refusal, versions
+from .common import Process, RunError, device, machine, processes, refusal, versions, whole_path
 from .model import allow
 from .options import MODEL_HELP, at_least, share
 from .progress import Bar
@@ -211,10 +211,9 @@ def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) ->
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """For run.json; what `data.open_benchmark` was called with, so that the evaluation can do the same."""
-    root = options.data_root and str(Path(options.data_root).expanduser().resolve())
-    data = {"root": root, "layout": options.layout, "image_size": options.image_size}
+    data = {"root": whole_path(options.data_root), "layout": options.layout, "image_size": options.image_size}
     if options.outliers is not None:
-        data["outliers"] = str(Path(options.outliers).expanduser().resolve())
+        data["outliers"] = whole_path(options.outliers)
     return {
         "command": command,
         "data": data,
@@ -266,7 +265,7 @@ class Told:
 
             self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.epoch + 1)
         self.images_an_epoch = run.steps_an_epoch * run.images_a_step
-        self.bar = Bar("", run.recipe.epochs * self.images_an_epoch, self.quiet, unit="images", tell=False).__enter__()
+        self.bar = Bar("", run.recipe.epochs * self.images_an_epoch, self.quiet, unit="images", say=False).__enter__()
         self.bar.at(self._done(run))
         if 0 < run.epoch + run.step and run.epoch < run.recipe.epochs:
             self.bar.line(f"continuing in epoch {run.epoch + 1} after step {run.step}", only_plain=True)
