@@ -141,15 +141,6 @@ def test_scores_have_gradients(make, reshape, form, head, train_features):
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@forms
-def test_nan_is_refused_and_named(make, reshape, form, head, train_features):
-    detector = make(**form).fit_features(train_features, head=head)
-    z = torch.rand(4, M, dtype=torch.float64)
-    z[1, 3] = math.nan
-    with pytest.raises(ValueError, match="features: got NaN in 1 of 4 rows, the first is row 1"):
-        detector.score_features(z)
-
-
 def test_react_is_fitted_on_validation_data_where_there_is_some():
     model = nn.Sequential(nn.Linear(5, M), nn.ReLU(), nn.Linear(M, C)).requires_grad_(False)
     train, validation = torch.randn(40, 5), 3 * torch.randn(30, 5)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ood_fast import L2NormLinear, detectors
+from ood_fast import L2NormLinear
 from ood_fast.detectors import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
 
 INF = math.inf
@@ -112,14 +112,6 @@ def test_half_precision_logits_are_scored_in_float32(detector, formula):
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
-@case
-def test_nan_is_refused_and_named(detector, formula):
-    logits = torch.zeros(4, 6)
-    logits[2, 3] = math.nan
-    with pytest.raises(ValueError, match="logits: got NaN in 1 of 4 rows, the first is row 2"):
-        detector.score_features(None, logits)
-
-
 @pytest.mark.parametrize("M", [2, 5])
 def test_gen_tells_certain_predictions_apart(M):
     # 1 − P of the prediction is 1e-10 and less: in float32, 1 − softmax would be 0 for all of them.
@@ -185,15 +177,6 @@ def test_kl_matching_of_certain_predictions_keeps_the_digits_of_float32():
     scores = KLMatching().fit_features(None, validation).score_features(None, logits)
     expected = torch.tensor([kl_matching(row, validation.tolist()) for row in logits.tolist()])
     torch.testing.assert_close(scores, expected, rtol=0, atol=2 * torch.finfo(torch.float32).eps)
-
-
-def test_kl_matching_streams():
-    validation, logits = torch.randn(50, 4), torch.randn(9, 4)
-    pieces = KLMatching()
-    for piece in validation.split([1, 30, 19]):
-        pieces.partial_fit(None, piece)
-    whole = KLMatching().fit_features(None, validation)
-    torch.testing.assert_close(pieces.finalize().score_features(None, logits), whole.score_features(None, logits))
 
 
 def test_kl_matching_refuses_other_classes():
@@ -264,11 +247,6 @@ def test_kl_matching_is_that_of_pytorch_ood():
 def test_bad_parameters(call, error):
     with pytest.raises(error):
         call()
-
-
-def test_all_are_registered():
-    for name in ("MSP", "MaxLogit", "Energy", "Entropy", "GEN", "KLMatching", "KL matching"):
-        assert detectors.create(name).label.lower().startswith(name.lower()[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -113,15 +113,6 @@ def fitted(prototype: Detector, head: nn.Linear) -> Detector:
     return copy(prototype).fit_features(z, head(z), TARGETS, head)
 
 
-@detectors
-def test_state_dict_restores_a_fresh_detector(prototype, head, features):
-    detector, fresh = fitted(prototype, head), copy(prototype)
-    fresh.load_state_dict(detector.state_dict())
-    assert fresh.fitted
-    logits = head(features)
-    assert torch.equal(fresh.score_features(features, logits), detector.score_features(features, logits))
-
-
 def test_a_state_without_what_may_be_absent_replaces_it(head, features):
     """Of an older version, which kept no `boundaries`, or of a head too large for a table: into a fitted detector."""
     detector = BoundaryDistance().fit_features(None, head=head)
@@ -135,18 +126,6 @@ def test_a_state_without_what_may_be_absent_replaces_it(head, features):
         torch.testing.assert_close(loaded.score_features(None, logits), detector.score_features(None, logits))
     loaded.load_state_dict({}, strict=False)
     assert loaded.fitted
-
-
-@detectors
-def test_casting_the_module_casts_what_it_keeps(prototype, head, features):
-    head, features = head.double(), features.double()
-    features = features[1:]  # fDBD divides by the machine epsilon where its denominator is 0
-    detector = fitted(prototype, head)
-    expected = detector.score_features(features, head(features))
-    scores = detector.float().score_features(features.float(), head(features).float())
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
-    assert copy(prototype).to("cpu", torch.float64).needs_fit == detector.needs_fit  # nothing to cast yet
 
 
 @detectors
@@ -231,13 +210,3 @@ def test_scoring_changes_no_input(prototype, head, features):
     fitted(prototype, head).score_features(features, logits)
     assert torch.equal(features, before[0])
     assert torch.equal(logits, before[1])
-
-
-@detectors
-def test_unfitted_says_what_to_call(prototype, features):
-    detector = copy(prototype)
-    if detector.needs_fit:
-        with pytest.raises(RuntimeError, match="is not fitted: call fit"):
-            detector.score_features(features, torch.randn(N, C))
-    else:
-        assert detector.fitted
