@@ -61,6 +61,7 @@ _MODULES = (
     "ops",
     "recipes",
     "reference",
+    "serving",
     "statistics",
     "train",
 )

@@ -42,7 +42,7 @@ LAYERS = (
     ("detectors",),
     ("deployment", "monitor", "onnx_export", "interop", "published"),
     ("data", "models", "recipes"),
-    ("bundle",),
+    ("bundle", "serving"),
     ("diagnostics", "report.tables", "report.pages"),  # what `evaluation` prints with
     ("training",),
     ("evaluation", "interop.training"),

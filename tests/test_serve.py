@@ -19,6 +19,8 @@ import torch
 pytest.importorskip("torchvision")
 from PIL import Image
 
+from ood_fast import serving
+
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator:
@@ -91,9 +93,9 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
         assert status == 400
         assert "no image that can be read" in said["error"]
     assert ask(f"{address}/score", b"")[0] == 413
-    monkeypatch.setattr(serve, "MOST_PIXELS", 100)
+    monkeypatch.setattr(serving, "MOST_PIXELS", 100)
     assert "32×32 pixels, expected at most 100" in ask(f"{address}/score", whole)[1]["error"]
-    monkeypatch.setattr(serve, "LARGEST", 10)
+    monkeypatch.setattr(serving, "LARGEST", 10)
     assert ask(f"{address}/score", whole)[0] == 413
     assert ask(f"{address}/etc/passwd")[0] == ask(f"{address}/", b"x")[0] == 404
     monkeypatch.undo()

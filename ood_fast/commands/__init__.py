@@ -3,6 +3,6 @@
 Nothing here imports torch before a command runs: `ood-fast --help` answers at once.
 """
 
-from . import compare, evaluate, export, fit, info, report, score, train
+from . import compare, demo, evaluate, export, fit, info, report, score, train
 
-COMMANDS = (compare, train, fit, score, export, evaluate, report, info)
+COMMANDS = (compare, train, fit, score, export, demo, evaluate, report, info)

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import images
 from .code import import_plugins
-from .common import RunError, listed, read_detectors, refusal
-from .model import cannot_take, check_fingerprint, load_model, preparation_of, recall, text_of
+from .common import RunError, refusal
+from .model import cannot_take, fitted, text_of
 from .options import share
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..detectors import DetectorSet
 
 N_CHECKED = 16  # images
 
@@ -56,15 +54,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     onnx_export.require_onnx()
     out = _checked_out(options)
     import_plugins(options.plugin)
-    detectors, notes = read_detectors(options.file, "cpu")
-    detectors = _chosen(detectors, options)
-    recall(options, notes)
-    each = [detector for _, detector in detectors.items()]
-    n_classes = next((d.widths()[1] for d in each if d.needs_head), None)
-    model = load_model(options, n_classes, "cpu")
-    check_fingerprint(model, options, notes)
-    prepared = preparation_of(options, model, notes)
+    model, detectors, prepared = fitted(options)
     try:
+        each = [detector for _, detector in detectors.items()]
         deployed = deploy(model, detectors if len(each) > 1 else each[0], options.head)
         described = {
             "model": options.model,
@@ -99,24 +91,6 @@ def _checked_out(options: argparse.Namespace) -> Path:
         if file.is_dir() or (file.exists() and not options.overwrite):
             raise refusal(f"--out: {file} exists; pass --overwrite to replace it")
     return out
-
-
-def _chosen(detectors: DetectorSet, options: argparse.Namespace) -> DetectorSet:
-    """Those of `--detectors`, each of which can be exported."""
-    from ..checks import unknown
-
-    for name in (names := listed(options.detectors or "")):
-        if name not in detectors:
-            raise refusal(f"--detectors: {unknown('detector', name, detectors)}")
-    chosen = detectors.only(names or detectors)
-    for name, detector in chosen.items():
-        others = ",".join(other for other in chosen if other != name)
-        leave_out = f"; leave it out with --detectors {others}" if others else ""
-        if detector.needs_model:
-            raise refusal(f"{name} passes images of its own through the model, no file can do that{leave_out}")
-        if detector.threshold is None:
-            raise refusal(f"{name} has no threshold: fit with --validation{leave_out}")
-    return chosen
 
 
 def _rows(options: argparse.Namespace, prepared: dict[str, Any]) -> Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
 from . import code
-from .common import refusal, say
+from .common import listed, read_detectors, refusal, say
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..detectors import DetectorSet
 
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
 PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
@@ -132,6 +135,35 @@ def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict
         f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
         "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
     )
+
+
+def fitted(options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
+    """The model and detectors of the file `options.file`, on the CPU, and how its images are prepared."""
+    detectors, notes = read_detectors(options.file, "cpu")
+    detectors = deployable(detectors, listed(options.detectors or ""))
+    recall(options, notes)
+    n_classes = next((d.widths()[1] for _, d in detectors.items() if d.needs_head), None)
+    model = load_model(options, n_classes, "cpu")
+    check_fingerprint(model, options, notes)
+    return model, detectors, preparation_of(options, model, notes)
+
+
+def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
+    """Those of `--detectors`, or all, each of which can be deployed."""
+    from ..checks import unknown
+
+    for name in names:
+        if name not in detectors:
+            raise refusal(f"--detectors: {unknown('detector', name, detectors)}")
+    chosen = detectors.only(names or detectors)
+    for name, detector in chosen.items():
+        others = ",".join(other for other in chosen if other != name)
+        leave_out = f"; leave it out with --detectors {others}" if others else ""
+        if detector.needs_model:
+            raise refusal(f"{name} passes images of its own through the model, no file can do that{leave_out}")
+        if detector.threshold is None:
+            raise refusal(f"{name} has no threshold: fit with --validation{leave_out}")
+    return chosen
 
 
 # ---- images

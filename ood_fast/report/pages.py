@@ -17,18 +17,20 @@ def resource(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
-def document(title: str, body: str, generator: str = "ood_fast") -> str:
-    """A page of `body`, HTML, with the style that all share; with a script only where a table can be sorted."""
-    code = f"\n{resource('page.js')}" if "<table class=sortable>" in body else ""
-    script = f"<script>{code}</script>" if code else ""
+def document(title: str, body: str, generator: str = "ood_fast", script: str = "", policy: str = "") -> str:
+    """A page of `body`, HTML, with the style that all share; with `script`, which may do what `policy` adds, or the one
+    that sorts tables where there is one."""
+    code = script or (f"\n{resource('page.js')}" if "<table class=sortable>" in body else "")
+    policy = _policy(code, body) + policy
+    element = f"<script>{code}</script>" if code else ""
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_policy(code, body)}">
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="generator" content="{generator}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>
 {resource("style.css")}</style></head><body>
 {body}
-{script}</body></html>
+{element}</body></html>
 """
 
 
@@ -38,7 +40,7 @@ def _policy(code: str, body: str) -> str:
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     scripts = f" script-src 'sha256-{allowed}';" if code else ""
     images = " img-src data:;" if '<img alt="" src="data:image/' in body else ""
-    return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none';"
 
 
 def definitions(facts: Mapping[str, str]) -> str:

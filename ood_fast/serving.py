@@ -1,0 +1,157 @@
+"""A deployed classifier behind HTTP, by Python's own server: nothing has to be installed.
+
+    service = Service(ood_fast.deploy(model, detector), transform, monitor, classes)
+    with server(service, port=8000) as listening:
+        listening.serve_forever()
+
+    curl --data-binary @image.png http://127.0.0.1:8000/score
+    curl http://127.0.0.1:8000/health
+
+`Service.score` and `Service.health` are what the routes of another framework (FastAPI, Flask) would call. One deployed
+module serves all threads. It neither encrypts nor knows who asks: without a proxy in front of it, it is for this
+machine alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import decoding
+from .deployment import Deployed
+from .detectors import DetectorSet
+from .monitor import Monitor
+
+LARGEST = 10 * 2**20  # bytes of a request
+MOST_PIXELS = 50_000_000
+TIMEOUT = 30.0  # seconds without a byte, after which a client is given up
+
+
+class Service:
+    """What is served: no request changes anything of it but the monitor.
+
+    Args:
+        deployed: what `ood_fast.deploy` gave, of one detector or of a set.
+        prepare: PIL image in RGB -> the tensor (channels, size, size) that the model takes.
+        monitor: watches the score, of a set that of its first detector; None: `health` tells of the images alone.
+        classes: their names in the order of the logits.
+        page: HTML that GET / shows, and the content-security policy that goes with it.
+        upright: whether images are turned as their EXIF orientation says.
+    """
+
+    def __init__(
+        self,
+        deployed: Deployed,
+        prepare: Callable[[Any], Tensor],
+        monitor: Monitor | None = None,
+        classes: Sequence[str] | None = None,
+        page: str | None = None,
+        upright: bool = True,
+    ) -> None:
+        self.deployed, self.prepare, self.monitor, self.classes = deployed, prepare, monitor, classes
+        self.page, self.upright = page, upright
+
+    def score(self, content: bytes) -> dict[str, Any]:
+        """What is said of one image file: class, probability, score, is_ood; of a set, a list `detectors` of the last
+        two with name and threshold. ValueError for what is no image."""
+        x = self.prepare(self._image(content))[None]
+        with torch.inference_mode():
+            logits, score, is_ood = self.deployed(x)
+        if self.monitor is not None:
+            self.monitor.update(score.reshape(1, -1)[:, 0])
+        k = int(logits.argmax())
+        said: dict[str, Any] = {"class": k if self.classes is None else self.classes[k]}
+        said["probability"] = float(logits.softmax(1).max())
+        if not isinstance(self.deployed.detector, DetectorSet):
+            return said | {"score": float(score), "is_ood": bool(is_ood)}
+        columns = zip(*(each.flatten().tolist() for each in (score, self.deployed.thresholds, is_ood)), strict=True)
+        named = zip(self.deployed.detector, columns, strict=True)
+        said["detectors"] = [{"name": n, "score": s, "threshold": t, "is_ood": o} for n, (s, t, o) in named]
+        return said
+
+    def _image(self, content: bytes) -> Any:
+        pillow = decoding.pillow()
+        try:
+            with pillow.open(io.BytesIO(content)) as file:
+                if file.width * file.height > MOST_PIXELS:  # a small file may unpack to gigabytes
+                    raise ValueError(f"{file.width}×{file.height} pixels, expected at most {MOST_PIXELS}")
+                return decoding.rgb(file, self.upright)
+        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+            raise ValueError(f"no image that can be read: {error}") from error
+
+    def health(self) -> dict[str, Any]:
+        """How many images were flagged, and whether the stream is no longer what the threshold was set on."""
+        if self.monitor is None:
+            return {"alarm": None}
+        reading = self.monitor.reading()
+        said = {"images": reading.n, "flagged": reading.n_flagged, "alarm": reading.alarm, "alarm_at": reading.alarm_at}
+        return said | {"flag_rate": reading.flag_rate if reading.n else None}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET /health, POST /score with the bytes of an image file, which answer JSON; GET / where there is a page."""
+
+    service: Service
+    timeout = TIMEOUT
+
+    def do_GET(self) -> None:
+        """Health, or the page."""
+        if self.path == "/health":
+            self._answer(200, self.service.health())
+        elif self.path == "/" and self.service.page is not None:
+            self._send(200, "text/html; charset=utf-8", self.service.page.encode())
+        else:
+            self._answer(404, {"error": "expected GET /health or POST /score"})
+
+    def do_POST(self) -> None:
+        """The score of an image."""
+        length = self.headers.get("Content-Length", "")
+        n_bytes = int(length) if length.isdecimal() else 0
+        content = self.rfile.read(min(n_bytes, LARGEST + 2**20))  # what is left unread may cost the client our answer
+        if self.path != "/score":
+            self._answer(404, {"error": "expected GET /health or POST /score"})
+            return
+        if not 0 < n_bytes <= LARGEST:
+            self._answer(413, {"error": f"Content-Length: got {length!r}, expected 1 to {LARGEST} bytes"})
+            return
+        try:
+            self._answer(200, self.service.score(content))
+        except ValueError as error:
+            self._answer(400, {"error": str(error)})
+        except Exception:
+            logging.exception("a request failed")  # for us, not for whoever asks
+            self._answer(500, {"error": "internal error"})
+
+    def _answer(self, status: int, said: dict[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(said).encode())
+
+    def _send(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        """To the log of Python."""
+        logging.info(*arguments)
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each request."""
+
+    daemon_threads = True
+    request_queue_size = 64  # connections that wait to be accepted: bursts are not refused
+
+
+def server(service: Service, host: str = "127.0.0.1", port: int = 8000) -> Server:
+    """Ready to `serve_forever`; port 0 takes a free one, see `server_address`. OSError if the port is taken."""
+    return Server((host, port), type("ServiceHandler", (Handler,), {"service": service}))
