@@ -47,8 +47,7 @@ class ELogitNormLoss(_Loss):
             `weight` is (c, m, 1, ...)), or the model it belongs to.
         name: with a model, the qualified name of that layer, such as "fc"; it is looked up at each call, so that a
             replaced head is followed, and found inside `DistributedDataParallel` and `torch.compile` wrappers too.
-            Without a name, a replaced head is not noticed: the loss goes on with the weight of the old one. Build it
-            after replacing the head, or name it: ``ELogitNormLoss(model, 'fc')``.
+            Without a name it stays with the old one: build it after replacing the head, or name it.
         weight, ignore_index, reduction, label_smoothing, eps, average, detach_geometry, return_distance: as in
             `ood_fast.elogitnorm`.
 
@@ -61,6 +60,10 @@ class ELogitNormLoss(_Loss):
     in ``copy.deepcopy((model, criterion))``; copied alone, its call raises RuntimeError. Any number of threads may call
     one criterion.
 
+    Logits of another model, or of other parameters (`torch.func.functional_call`), need its weight: where the graph of
+    the logits shows that another weight made them they are refused; without gradients nothing shows it. Inside a
+    `functional_call` of a module that has both the model and the criterion, the criterion sees these parameters.
+
     A head that `fully_shard` keeps sharded between forward and backward is gathered for the loss, by FSDP itself: its
     gradient is averaged over the processes together with that of the layer. Where a module around the head is the
     sharded one, pass that model and the head's `name`.
@@ -72,7 +75,8 @@ class ELogitNormLoss(_Loss):
     Raises:
         TypeError: `head` is not a module, or without `name` has no 2-D `weight`; in a call, the weight is sharded and
         no module at hand can gather it. ValueError: there is no layer called `name`; in a call, the logits have
-        not as many classes as the weight has rows, the weight is emptied by ZeRO-3, or an adapter is no LoRA.
+        not as many classes as the weight has rows or were made by another weight, the weight is emptied by
+            ZeRO-3, or an adapter is no LoRA.
 
     Paper: Ding et al., CVPR 2026, arXiv:2504.11434.
     """
@@ -133,6 +137,8 @@ class ELogitNormLoss(_Loss):
             check_plain(head)
             self._plain = weakref.ref(head)
         head_weight = adapted_weight(head)
+        if type(head_weight) is nn.Parameter and not torch.compiler.is_compiling():
+            _check_made_by(head_weight, logits)
         if not head_weight.numel():
             check_whole(head)
         gathered = None
@@ -215,6 +221,29 @@ class ELogitNormLoss(_Loss):
         where = f"name={self.name!r}, " if self.name else ""
         own = f"eps={self.eps}, average={self.average!r}, detach_geometry={self.detach_geometry}"
         return f"{where}{super().extra_repr()}, {own}"
+
+
+# Of a node of the graph that multiplies by a weight: the place of the weight among its inputs.
+_WEIGHT_OF = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
+_PASSED = ("TBackward0", "ToCopyBackward0")  # between a parameter and that place
+
+
+def _check_made_by(head_weight: Tensor, logits: Tensor) -> None:
+    """ValueError where the graph of the logits ends in a linear layer with another parameter than the weight."""
+    node = getattr(logits, "grad_fn", None)
+    if node is None or node.name() not in _WEIGHT_OF:
+        return
+    node = node.next_functions[_WEIGHT_OF[node.name()]][0]
+    while node is not None and node.name() in _PASSED:
+        node = node.next_functions[0][0]
+    made_by = getattr(node, "variable", None)
+    if made_by is not None and made_by is not head_weight and len(made_by) == len(head_weight):
+        raise ValueError(
+            f"logits: were made by another weight {tuple(made_by.shape)} than that of the head of this criterion, "
+            f"{tuple(head_weight.shape)}: another model, a head that was replaced, or the parameters of a "
+            "functional_call; build the criterion on the model that makes them, by name to follow a replaced head "
+            "(ELogitNormLoss(model, 'fc')), or call ood_fast.elogitnorm(logits, None, W, b, y) with that weight"
+        )
 
 
 def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple | None:

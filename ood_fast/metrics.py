@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .eager.precision import double
 
 POSITIVES = ("ood", "id")
@@ -78,7 +79,9 @@ def detection(id_scores: Any, ood_scores: Any) -> dict[str, float]:
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
-    """Share of rows of `logits` (n, c) whose arg-max is `target` (n,)."""
+    """Share of rows of `logits` (n, c) whose arg-max is `target` (n,); ValueError for NaN, or without a row."""
+    _check_rows("logits", logits, target)
+    target = target.to(logits.device)
     return double(logits.argmax(dim=1) == target).mean().item()
 
 
@@ -88,15 +91,30 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, n_bins: in
     Args:
         probabilities: (n, c), each row sums to 1; the confidence is its largest entry.
         target: (n,) class indices.
+        n_bins: >= 1.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit; NaN; rows that are no probabilities, such as logits.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
     """
+    _check_rows("probabilities", probabilities, target)
     confidence, predicted = double(probabilities).max(dim=1)
+    largest, sums = confidence.max().item(), double(probabilities).sum(dim=1)
+    if probabilities.min() < 0 or largest > 1.01 or not ((sums - 1).abs() < 0.02).all():
+        raise ValueError(
+            f"probabilities: got numbers from {probabilities.min():.4g} to {largest:.4g} and rows that sum to "
+            f"{sums.min():.4g} to {sums.max():.4g}, expected probabilities, such as logits.softmax(1)"
+        )
     return calibration_error(confidence, predicted == target.to(predicted.device), n_bins)
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BINS) -> float:
     """`expected_calibration_error` from the confidence (n,) and whether the prediction is right, (n,) bool."""
+    checks.positive_int("n_bins", n_bins)
+    if confidence.dim() != 1 or confidence.shape != correct.shape:
+        shapes = f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
+        raise ValueError(f"confidence, correct: got shapes {shapes}, expected (n,) of both")
     bins, gap = _gaps(confidence, correct, n_bins)
     return (
         torch.zeros(n_bins, dtype=torch.float64, device="cpu").index_add_(0, bins, gap).abs().sum() / len(gap)
@@ -250,8 +268,26 @@ def _counts(id_scores: Any, ood_scores: Any, positive: str) -> tuple[Tensor, Ten
     return torch.cat([start, false_positives]), torch.cat([start, true_positives])
 
 
+def _check_rows(argument: str, rows: Tensor, target: Tensor) -> None:
+    """(n, c) of numbers, n >= 1, and class indices (n,)."""
+    checks.float_tensor(argument, rows, 2, "(n, c)")
+    checks.instance("target", target, Tensor, "class indices (n,)")
+    if target.shape != rows.shape[:1] or target.is_floating_point() or target.dtype == torch.bool or not rows.numel():
+        raise ValueError(
+            f"target: got {target.dtype} of shape {tuple(target.shape)} for {argument} {tuple(rows.shape)}, expected "
+            "class indices (n,), n >= 1"
+        )
+    if rows.isnan().any():
+        raise ValueError(f"{argument}: got NaN, expected numbers")
+
+
 def _scores(argument: str, values: Any) -> Tensor:
-    values = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    try:
+        values = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument}: got {type(values).__name__}, expected numbers (n,)") from error
+    if values.is_complex():
+        raise TypeError(f"{argument}: got {values.dtype}, expected real numbers")
     scores = values.detach().cpu().double()  # use_deterministic_algorithms refuses cumsum on a GPU
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"{argument}: got shape {tuple(scores.shape)}, expected (n,) with n >= 1")

@@ -9,7 +9,8 @@ from torch import nn
 
 import ood_fast
 from ood_fast import checks, detectors, registry
-from ood_fast.detectors import Detector
+from ood_fast.commands.common import detector_set
+from ood_fast.detectors import KNN, NCI, Detector, Mahalanobis
 from ood_fast.detectors.streaming import FeatureMean
 
 
@@ -534,3 +535,17 @@ def test_a_head_of_another_size_is_refused_and_the_right_one_can_follow(name, he
     detector.finalize(head)
     expected = fitted(name, head, train_features).score_features(features, head(features))
     torch.testing.assert_close(detector.score_features(features, head(features)), expected)
+
+
+def test_true_or_false_is_no_text_and_dtypes_have_names():
+    for call in (lambda: KNN(squared="no"), lambda: Mahalanobis(half="false"), lambda: NCI(1e-3, 1, "no")):
+        with pytest.raises(TypeError, match="expected True or False"):
+            call()
+    for text, expected in {"no": False, "False": False, "true": True, "1": True}.items():
+        assert detector_set("KNN", [f"KNN.squared={text}"], False)["KNN"].squared is expected
+    for text in ("float16", "torch.float16"):
+        assert detector_set("KNN", [f"KNN.dtype={text}"], False)["KNN"].dtype == torch.float16
+    assert detector_set("KNN", ["KNN.dtype=None"], False)["KNN"].dtype is None
+    for text in ("squared=maybe", "dtype=int8", "dtype=float17", "dtype=device"):
+        with pytest.raises(checks.UserError, match=f"--set.*{text.partition('=')[0]}"):
+            detector_set("KNN", [f"KNN.{text}"], False)

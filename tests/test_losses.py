@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import Batch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ood_fast
 from ood_fast.heads import L2NormLinear
@@ -328,5 +329,51 @@ def test_heads_with_a_forward_of_their_own_that_is_linear_are_taken():
     plain = nn.Linear(8, 4)
     plain.load_state_dict(head.state_dict())
     logits = head(z)
-    assert torch.equal(ood_fast.ELogitNormLoss(head)(logits, y), ood_fast.ELogitNormLoss(plain)(logits, y))
+    expected = ood_fast.ELogitNormLoss(plain)(logits.detach(), y)  # of logits with a graph it knows that head made them
+    assert torch.equal(ood_fast.ELogitNormLoss(head)(logits, y), expected)
     assert head.training
+
+
+def test_logits_of_another_weight_are_refused(data):
+    x, y = data
+    model = Classifier()
+    criterion, twin, wider = ood_fast.ELogitNormLoss(model.fc), copy.deepcopy(model), nn.Linear(9, 3)
+    parameters = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+    by_call = torch.func.functional_call(model, parameters, (x,))
+    for logits in (twin(x), wider(torch.randn(len(x), 9)), by_call):
+        with pytest.raises(ValueError, match=r"logits: were made by another weight \(3, \d\) .*by name"):
+            criterion(logits, y)
+    with pytest.raises(ValueError, match="functional_call"), torch.autocast("cpu", torch.bfloat16):
+        criterion(twin(x), y)
+    with pytest.raises(ValueError, match="functional_call"):
+        torch.func.grad(lambda p: criterion(torch.func.functional_call(model, p, (x,)), y))(parameters)
+    # A transposed product, a convolution, and a head within functional_call are what they were.
+    expected = ood_fast.elogitnorm(by_call, None, parameters["fc.weight"], None, y)
+    both = nn.ModuleDict({"model": model, "criterion": criterion})
+    both.forward = lambda x, y: criterion(model(x), y)
+    assert torch.equal(
+        torch.func.functional_call(both, {f"model.{n}": p for n, p in parameters.items()}, (x, y)), expected
+    )
+    place = nn.Conv2d(6, 3, 1)
+    ood_fast.ELogitNormLoss(place)(place(torch.randn(len(x), 6, 1, 1)), y[:, None, None]).backward()
+    assert place.weight.grad is not None
+
+
+LOSSES_OF_Z = {
+    "elogitnorm": lambda z, W, b, y: ood_fast.elogitnorm(F.linear(z, W, b), z, W, b, y),
+    "linear_elogitnorm": ood_fast.linear_elogitnorm,
+    "logitnorm": lambda z, W, b, y: ood_fast.logitnorm(F.linear(z, W, b), y),
+    "boundary_distance": lambda z, W, b, y: ood_fast.boundary_distance(F.linear(z, W, b), W).mean(),
+    "nci_score": lambda z, W, b, y: ood_fast.nci_score(z, W, b, z.mean(0).detach()).mean(),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LOSSES_OF_Z)
+def test_inside_a_checkpoint(name, reentrant):
+    z, W, b = (torch.randn(size, requires_grad=True) for size in ((6, 8), (4, 8), (4,)))
+    inputs, y = (z, W, b), torch.arange(6) % 4
+    used = inputs[:2] if name == "nci_score" else inputs
+    expected = torch.autograd.grad(LOSSES_OF_Z[name](*inputs, y), used)
+    checkpoint(LOSSES_OF_Z[name], *inputs, y, use_reentrant=reentrant).backward()
+    assert all(torch.equal(t.grad, grad) for t, grad in zip(used, expected, strict=True))

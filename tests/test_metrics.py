@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -263,3 +265,27 @@ def test_bad_input_is_named(call, message):
 
 def test_infinite_scores_have_their_place_in_the_order():
     assert metrics.auroc([float("inf"), 1.0], [float("-inf"), 0.0]) == 1.0
+
+
+P = torch.tensor([[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: metrics.accuracy(P, torch.tensor([[0], [1], [0]])), r"target: got torch.int64 of shape \(3, 1\)"),
+        (lambda: metrics.accuracy(P, torch.tensor([0, 1])), r"of shape \(2,\) for logits \(3, 2\)"),
+        (lambda: metrics.accuracy(P, P), "target: got torch.float32"),
+        (lambda: metrics.accuracy(P[:0], torch.tensor([], dtype=torch.int64)), "n >= 1"),
+        (lambda: metrics.accuracy(P * math.nan, torch.tensor([0, 1, 0])), "logits: got NaN"),
+        (lambda: metrics.expected_calibration_error(3 * P, torch.tensor([0, 1, 0])), "from 0 to 3 .*softmax"),
+        (lambda: metrics.expected_calibration_error(P.log(), torch.tensor([0, 1, 0])), "expected probabilities"),
+        (lambda: metrics.expected_calibration_error(P, torch.tensor([0, 1, 0]), 0), "n_bins: got 0"),
+        (lambda: metrics.calibration_error(P[:, 0], P[:2, 0] > 0.3), r"got shapes \(3,\) and \(2,\)"),
+        (lambda: metrics.auroc([None], [1.0]), "id_scores: got list, expected numbers"),
+        (lambda: metrics.auroc([0.5], torch.tensor([1j])), "ood_scores: got torch.complex64, expected real"),
+    ],
+)
+def test_what_would_be_a_wrong_number_is_refused(call, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        call()

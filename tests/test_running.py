@@ -9,6 +9,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -619,6 +620,34 @@ def test_batches_with_more_than_the_model_takes(rest):
     batch = {"img": torch.randn(8, 3, 2, 2), **rest}
     fitted = Mahalanobis().fit(model, [batch])
     assert torch.equal(fitted.score(model, batch), fitted.score(model, batch["img"]))
+
+
+class Fields(NamedTuple):
+    index: torch.Tensor
+    label: object
+    image: torch.Tensor
+
+
+def test_batches_as_tuples_with_more_than_two_parts():
+    model, x, y = Output(lambda z, f: f), torch.randn(8, 3, 2, 2), torch.arange(8) % 4
+    expected = Mahalanobis().fit(model, [(x, y)]).score(model, x)
+    for batch in (Fields(torch.arange(8), y, x), (x, y.tolist(), ["a"] * 8), (x, y.numpy())):
+        assert torch.equal(Mahalanobis().fit(model, [batch]).score(model, x), expected)
+    with pytest.raises(ValueError, match=r"begins with torch.int64 of shape \(8,\).*expected the inputs first"):
+        Mahalanobis().fit(model, [(torch.arange(8), x, y)])
+
+
+@pytest.mark.parametrize("part", ["fc", "body"])
+def test_models_without_numbers_are_refused(part, x):
+    fitted, model = Mahalanobis().fit(Net(), [(x, torch.arange(len(x)) % 4)]), Net()
+    model.get_submodule(part).to("meta")
+    for call in (
+        lambda: Mahalanobis().fit(model, [x]),
+        lambda: fitted.score(model, x),
+        lambda: DetectorSet(["MSP"]).score(model, x),
+    ):
+        with pytest.raises(ValueError, match=rf"model: {part}\..* is on the meta device, without numbers"):
+            call()
 
 
 def test_logits_that_look_like_probabilities_are_taken_where_the_head_made_them():

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..values import KINDS
 
 if TYPE_CHECKING:
-    from ..detectors import DetectorSet
+    from ..detectors import Detector, DetectorSet
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
 
@@ -141,7 +142,10 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
         parameters = cls.parameters_of()
         if setting not in parameters:
             raise refusal(f"--set {text}: {checks.unknown(f'parameter of {cls.__name__}', setting, parameters)}")
-        chosen[cls.__name__][1][setting] = literal(value.strip())
+        try:
+            chosen[cls.__name__][1][setting] = _parsed(cls, setting, value.strip())
+        except ValueError:
+            raise refusal(f"--set {text}: expected true or false") from None
     try:
         return DetectorSet({name: cls(**given) for name, (cls, given) in chosen.items()})
     except (TypeError, ValueError) as error:
@@ -184,6 +188,19 @@ def read_detectors(path: str, where: str) -> tuple[DetectorSet, dict[str, Any]]:
 def listed(text: str) -> tuple[str, ...]:
     """ "A, B" -> ("A", "B")."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _parsed(cls: type[Detector], parameter: str, text: str) -> Any:
+    """The value of a parameter: true or false where it is one of these, dtypes by name, else a literal."""
+    if parameter in cls.switches():
+        return KINDS["bool"].parse(text)
+    if parameter == "dtype":
+        import torch
+
+        named = getattr(torch, text.removeprefix("torch."), None)
+        if isinstance(named, torch.dtype):
+            return named
+    return literal(text)
 
 
 def literal(text: str) -> Any:

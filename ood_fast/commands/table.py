@@ -223,7 +223,11 @@ class ScoreTable:
 
 
 def _utf8(cell: Any) -> Any:
-    return cell.encode(errors="backslashreplace").decode() if isinstance(cell, str) else cell
+    if not isinstance(cell, str):
+        return cell
+    # In a locale that is not UTF-8 all bytes beyond ASCII are escaped, also those that are UTF-8.
+    named = cell.encode(errors="surrogateescape").decode(errors="surrogateescape")
+    return named.encode(errors="backslashreplace").decode()
 
 
 def require_pyarrow() -> Any:

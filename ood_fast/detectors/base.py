@@ -76,11 +76,13 @@ class Contract(nn.Module):
             cls.label = cls.__name__
 
     def __new__(cls, *args: Any, **keywords: Any) -> Contract:
-        """Remembers which parameters it is given."""
+        """Remembers which parameters it is given. TypeError for text where a parameter is True or False."""
         made = super().__new__(cls)
-        vars(made).update(
-            given=frozenset({*keywords, *cls.parameters_of()[: len(args)]}), lowered={}, among_others=False
-        )
+        given = {**dict(zip(cls.parameters_of(), args, strict=False)), **keywords}
+        for name in cls.switches().intersection(given):
+            if isinstance(given[name], str):  # "no" would count as yes
+                raise TypeError(f"{name}: got {given[name]!r}, expected True or False")
+        vars(made).update(given=frozenset(given), lowered={}, among_others=False)
         return made
 
     def __init__(self) -> None:
@@ -92,6 +94,12 @@ class Contract(nn.Module):
     def parameters_of(cls) -> list[str]:
         """The keywords of a detector of this class."""
         return list(inspect.signature(cls.__init__).parameters)[1:]  # of cls, Python 3.10 would tell those of __new__
+
+    @classmethod
+    def switches(cls) -> set[str]:
+        """Those that are True or False."""
+        known = inspect.signature(cls.__init__).parameters
+        return {name for name, parameter in known.items() if isinstance(parameter.default, bool)}
 
     @classmethod
     def buffer_names(cls) -> tuple[str, ...]:

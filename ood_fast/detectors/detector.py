@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
-from ..models.running import batches_of, joined, run_model
+from ..models.running import batches_of, joined, refuse_meta, run_model
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
@@ -121,7 +121,7 @@ class Detector(Contract):
             x: one batch of inputs, a tensor or a mapping of the model's keyword arguments; or a loader as in `fit`.
             head: as in `fit`. A detector that reads nothing but logits looks for none.
         """
-        checks.instance("model", model, nn.Module, "an nn.Module")
+        refuse_meta(model)
         batches = batches_of(x)
         self.require_fitted()
         read_from = given_head(model, head) if self.needs_features else None

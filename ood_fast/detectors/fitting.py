@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head, inference_head
-from ..models.running import check_loader, run_model
+from ..models.running import check_loader, refuse_meta, run_model
 from . import streaming
 from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows, refuse_short
 
@@ -156,7 +156,7 @@ class Fit:
         self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None, group: dist.ProcessGroup | None
     ) -> None:
         """All of it, on one pass of `model` over `loader`."""
-        checks.instance("model", model, nn.Module, "an nn.Module")
+        refuse_meta(model)
         check_loader(loader)
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
-from ..models.running import Batch, batches_of, check_loader, joined, run_model
+from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model
 from ..statistics import row_statistics
 from . import registry, store, threshold
 from .detector import Detector, check_read, save_named
@@ -186,7 +186,7 @@ class DetectorSet(nn.Module):
 
         The model runs once a batch, and again only for detectors that pass inputs of their own through it (ODIN).
         """
-        checks.instance("model", model, nn.Module, "an nn.Module")
+        refuse_meta(model)
         check_loader(loader)
         for detector in self.detectors:
             detector.require_fitted()

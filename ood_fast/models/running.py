@@ -88,6 +88,17 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
             yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """TypeError for what is no module, ValueError for parameters or buffers on the meta device, without numbers."""
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device, without numbers; load the weights first, "
+                "model.load_state_dict(..., assign=True) or from_pretrained without device_map"
+            )
+
+
 def _capturing(head: nn.Linear | None, all_uncompiled: bool) -> AbstractContextManager[CapturedFeatures]:
     return nullcontext() if head is None else capture_features(head, all_uncompiled=all_uncompiled)
 
@@ -150,14 +161,14 @@ def logits_of(output: Any) -> Tensor:
 def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
     """x and y of a batch; what is no tensor, such as file names, is no y.
 
-    Of a mapping, what `model` takes by these names goes by keyword; else its one tensor of images, by itself.
+    Of a mapping, what `model` takes by these names goes by keyword; else its one tensor of images, by itself. Of a
+    named tuple, fields that are called as images and targets are, wherever they stand; else the first two.
     """
     x, targets = batch, None
     if isinstance(batch, Mapping):
         x = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in _TARGETS}
         targets = next((batch[name] for name in _TARGETS if name in batch), None)
-        if isinstance(targets, (list, np.ndarray)) and all(isinstance(y, (int, np.integer)) for y in targets):
-            targets = torch.as_tensor(np.asarray(targets))
+        targets = _as_tensor(targets)
         indices = [name for name, value in x.items() if value.dim() == 1 and not value.is_floating_point()]
         if targets is None and len(indices) == 1 and len(x) > 1:  # the classes, by a name of the user's
             targets = x.pop(indices[0])
@@ -165,9 +176,28 @@ def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tens
         if isinstance(x, Tensor) or x:
             return x, targets if isinstance(targets, Tensor) else None
     elif isinstance(batch, (tuple, list)) and batch:
-        x, targets = batch[0], batch[1] if len(batch) > 1 else None
+        named = batch._asdict() if hasattr(batch, "_asdict") else {}
+        x = next((named[name] for name in _IMAGES if name in named), batch[0])
+        second = batch[1] if len(batch) > 1 else None
+        targets = _as_tensor(next((named[name] for name in _TARGETS if name in named), second))
+        if isinstance(x, Tensor) and x.dim() == 1 and not x.is_floating_point() and isinstance(second, Tensor):
+            raise ValueError(
+                f"loader: got a batch that begins with {x.dtype} of shape {tuple(x.shape)}, such as indices of the "
+                "data, expected the inputs first: (x, y, ...), or {name: tensor}"
+            )
     checks.instance("loader: x of a batch", x, Tensor, "a tensor; batches are x, (x, y, ...) or {name: tensor}")
     return x, targets if isinstance(targets, Tensor) else None
+
+
+def _as_tensor(targets: Any) -> Any:
+    """A list or array of class indices as a tensor; anything else as it is."""
+    if (
+        isinstance(targets, (list, np.ndarray))
+        and len(targets)
+        and all(isinstance(y, (int, np.integer)) for y in targets)
+    ):
+        return torch.as_tensor(np.asarray(targets))
+    return targets
 
 
 def _input_of(given: dict[str, Tensor], model: nn.Module | None) -> Tensor | dict[str, Tensor]:

@@ -309,7 +309,8 @@ class _LinearELogitNorm(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
-        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: checkpoints give them once
+        inputs, kept = saved[:5], saved[5:]
         needed, keywords = ctx.needs_input_grad[:3], ctx.keywords
         ours, ctx.grads = ctx.grads, None
         if keywords[1] == "none" or not (ours or kept):

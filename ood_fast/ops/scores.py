@@ -135,10 +135,10 @@ class _NCIScore(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad_score: Tensor | None, *unused: None) -> tuple:
-        inputs = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # once: checkpoints give them once
         needed = tuple(ctx.needs_input_grad[i] for i in (0, 1, 3))
-        args = (grad_score, *ctx.saved_tensors, ctx.alpha, *needed)
-        grad_features, grad_weight, grad_mean = first_derivative(_nci_score_backward, args, needed, inputs)
+        args = (grad_score, *saved, ctx.alpha, *needed)
+        grad_features, grad_weight, grad_mean = first_derivative(_nci_score_backward, args, needed, saved[:3])
         return grad_features, grad_weight, None, grad_mean, None, None
 
 
