@@ -1,10 +1,10 @@
 """From an image file that Pillow has opened to 8-bit RGB: the one place that says what a pixel means.
 
-1, L, P, RGB, YCbCr, HSV, CMYK      as Pillow converts them
+1, L, P, RGB, YCbCr, HSV, CMYK, LAB as Pillow converts them
 alpha, transparent palettes         dropped, as torchvision does: the stored colour counts, premultiplied ones divided
 16-bit grey                         scaled, 65535 is white (of TIFF with 12 bits, 4095)
 floating point                      scaled, 1 is white; refused outside of [0, 1]
-32-bit integers, CIE L*a*b*         refused: nothing says which number is white, or how it is to be converted
+32-bit integers                     refused: nothing says which number is white
 several frames or pages             the first
 """
 
