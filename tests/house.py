@@ -38,7 +38,7 @@ LAYERS = (
     ("functional", "statistics", "metrics"),
     ("distributed",),
     ("heads", "models.running"),
-    ("losses", "features"),
+    ("losses", "features", "text"),
     ("detectors",),
     ("deployment", "monitor", "onnx_export", "interop", "published"),
     ("data", "models", "recipes"),

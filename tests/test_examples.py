@@ -22,6 +22,7 @@ NEEDS = {
     "ddp.py": [],
     "class_parallel.py": [],
     "serve.py": [],
+    "text_head.py": [],
 }
 PARALLEL = ("ddp.py", "class_parallel.py")
 ELSEWHERE = ("class_parallel.py", "serve.py")  # have a test file of their own

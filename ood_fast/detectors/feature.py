@@ -175,19 +175,43 @@ class MCM(CosineDetector):
 
         MCM().fit_features(None, head=(text_embeddings, None)).score_features(image_embeddings)
 
+    GL-MCM adds the best match of a place of the image, z_i being the embeddings of places (CLIP's patches, projected as
+    the whole image is):
+
+        max_j softmax(cos(z, w_j) / T)_j + local · max_{i,j} softmax(cos(z_i, w_j) / T)_j
+
+    Its features are those of the image and of its places in one row, (n, (1 + places) · m).
+
     Ming et al., "Delving into Out-of-Distribution Detection with Vision-Language Representations", NeurIPS 2022,
-    arXiv:2211.13445. OpenOOD takes what its net gives for the cosines.
+    arXiv:2211.13445; OpenOOD takes what its net gives for the cosines. Miyai et al., "GL-MCM: Global and Local Maximum
+    Concept Matching for Zero-Shot Out-of-Distribution Detection", IJCV 2025, arXiv:2304.04521: local = 1.
 
     Args:
         temperature: T > 0.
+        local: >= 0; above 0 for GL-MCM.
     """
 
     grid = {"temperature": (0.01, 1, 10)}
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, local: float = 0.0) -> None:
         super().__init__()
         checks.real("temperature", temperature, 0.0, open_low=True)
-        self.temperature = temperature
+        checks.real("local", local, 0.0)
+        self.temperature, self.local = temperature, local
+
+    def widths(self) -> tuple[int | None, int | None]:
+        """With places, rows of any number of them."""
+        return (None, None) if self.local else super().widths()
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
-        return confidence(self._cosines(features)[0], self.temperature)
+        if not self.local:
+            return confidence(self._cosines(features)[0], self.temperature)
+        n_features = self.head_weight.shape[1]
+        if features.shape[1] % n_features or features.shape[1] == n_features:
+            raise ValueError(
+                f"features: got shape {tuple(features.shape)}, expected (n, (1 + places) · {n_features}): with local="
+                f"{self.local}, the embedding of an image and then those of its places"
+            )
+        matches = confidence(self._cosines(features.reshape(-1, n_features))[0], self.temperature)
+        matches = matches.view(len(features), -1)
+        return matches[:, 0] + self.local * matches[:, 1:].amax(dim=1)
