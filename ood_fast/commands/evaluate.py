@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _chosen(options: argparse.Namespace) -> DetectorSet:
     """The detectors. By default without those that pass images through the model several times; a line says so."""
-    from ..detectors import find, known
+    from ..detectors import LayerDetector, find, known
 
     names, told = options.detectors, ""
     if names is None:
@@ -163,7 +163,7 @@ def _chosen(options: argparse.Namespace) -> DetectorSet:
         names = ",".join(name for name in known() if name not in slow)
         told = f"left out, as it takes long: {', '.join(slow)}; --detectors all has it" * (not options.features)
     chosen = detector_set(names, options.set, bool(options.features))
-    if running := [name for name, detector in chosen.items() if detector.needs_model]:
+    if running := [name for name, d in chosen.items() if d.needs_model and not isinstance(d, LayerDetector)]:
         told = f"{', '.join(running)} runs the model forth and back for each image and setting: this takes long"
     if told:
         say(options, f"ood-fast: {told}")

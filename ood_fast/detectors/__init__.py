@@ -3,21 +3,26 @@
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
-features), `perturbed` (heads with noise), `gradient` (passes of their own through the model). What every detector does
+features), `perturbed` (heads with noise), `gradient` (passes of their own through the model), `layers`, `gram`,
+`block_norm` and `rank` (more layers than the head's). What every detector does
 is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once in
 `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
+from .block_norm import BlockNorm, norm_ratios
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .detector import Detector
 from .feature import DML, MCM, NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
 from .gradient import IODIN, ODIN
+from .gram import Gram
+from .layers import LayerDetector, LayerMahalanobis
 from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
 from .mixture import GMM, OpenMax
 from .neighbour import KNN, CombOOD, NNGuide, Relation
 from .perturbed import WeiPer
+from .rank import RankFeat
 from .registry import create, find, known, register
 from .search import tune
 from .sets import DetectorSet, load
@@ -44,6 +49,7 @@ __all__ = [
     "SHE",
     "SML",
     "VRA",
+    "BlockNorm",
     "BoundaryDistance",
     "Calibration",
     "CombOOD",
@@ -53,11 +59,15 @@ __all__ = [
     "Entropy",
     "FeatureNorm",
     "GradNorm",
+    "Gram",
     "KLMatching",
+    "LayerDetector",
+    "LayerMahalanobis",
     "Mahalanobis",
     "MaxLogit",
     "NNGuide",
     "OpenMax",
+    "RankFeat",
     "ReAct",
     "Relation",
     "Residual",
@@ -71,6 +81,7 @@ __all__ = [
     "find",
     "known",
     "load",
+    "norm_ratios",
     "register",
     "tpr_threshold",
     "tune",

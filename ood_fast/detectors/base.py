@@ -47,6 +47,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..models.layers import LayerReading
 from ..statistics import row_statistics
 from .streaming import Gathered
 
@@ -58,7 +59,7 @@ class Contract(nn.Module):
     needs_features: bool = False  # to score
     needs_logits: bool = False  # to score
     needs_head: bool = False  # keeps a copy of the head as the buffers head_weight (c, m) and head_bias (c,)
-    needs_model: bool = False  # scores inputs, by passes of its own through the model
+    needs_model: bool = False  # scores inputs: by passes of its own through the model, or by more layers than the head
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
     fits_on: ClassVar[str] = "train"  # or "validation": the in-distribution data that the paper fits on
@@ -120,6 +121,15 @@ class Contract(nn.Module):
         """
         if self.state:
             raise NotImplementedError
+
+    # ---- of those that read layers beside the head, see `layers`
+
+    def prepare(self, model: nn.Module) -> None:
+        """Before a fit on `model`: choose the layers."""
+
+    def readings(self) -> tuple[LayerReading, ...]:
+        """What `run_model` is to read of other layers, in fits and in scoring."""
+        return ()
 
     # ---- scoring, on what has passed the checks
 

@@ -5,22 +5,24 @@ What a detector keeps is read off a fit on data whose sizes are all different nu
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .registry import find, known
 
 N, C, M = 211, 7, 23  # training samples, classes, features
 _SMALL = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
 _SMALL |= {name: {"dim": 11} for name in ("ViM", "NECO", "Residual")}
-_LETTERS = {N: "N", C: "c", M: "m", 11: "d", 100 * C: "100c"}
+_LETTERS = {N: "N", C: "c", M: "m", 11: "d", 100 * C: "100c", 10 * M: "10m"}
 
 
 class About(NamedTuple):
     """What is said of a detector."""
 
-    cost: str  # what scoring one sample reads or multiplies beyond the model; R: the (c, c) table of 1/‖w_p − w_j‖
+    cost: str  # of scoring a sample, beyond the model; R: the (c, c) table of 1/‖w_p − w_j‖; L layers of s positions
     cited: str
     arxiv: str
     pytorch_ood: str = ""  # our keywords for their definition, where the default is another
@@ -56,6 +58,10 @@ ABOUT = {
     "SHE": About("m", "Zhang, ICLR 2023", ""),
     "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690"),
     "IODIN": About("2 passes of the model, 1 backward", "Regmi, 2025", "2411.10794"),
+    "LayerMahalanobis": About("L·(m² + c·m)", "Lee, NeurIPS 2018", "1807.03888"),
+    "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510"),
+    "BlockNorm": About("s·m", "Yu, CVPR 2023", "2212.02295"),
+    "RankFeat": About("s·m²", "Song, NeurIPS 2022", "2209.08590"),
     "GMM": About("c·m²", "Mukhoti, CVPR 2023", "2102.11582", "GMM(ridge=reg·m/tr(Σ))"),
     "OpenMax": About("3c", "Bendale, CVPR 2016", "1511.06233", "OpenMax(tail=25, alpha=10)"),
     "KNN": About("N·m", "Sun, ICML 2022", "2204.06507", "KNN(squared=False)"),
@@ -89,16 +95,22 @@ def _fit(name: str) -> tuple[str, str]:
     if not detector.needs_fit:
         return "–", "–"
     reads = {read for part in detector.gathers().values() for read in part.reads}
-    reads = [read for read in ("features", "logits", "targets") if read in reads]
+    reads = [read for read in ("layers", "features", "logits", "targets") if read in reads]
     fitted_on = ", ".join(reads) + (" of validation data" if detector.fits_on == "validation" else "")
     if detector.needs_head:
         fitted_on = f"{fitted_on}, head" if reads else "head"
     generator = torch.Generator().manual_seed(0)
     z, W = (torch.randn(*shape, generator=generator) for shape in ((N, M), (C, M)))
     logits = z @ W.T
-    detector.fit_features(z, logits, logits.argmax(dim=1), (W, None))
+    if detector.needs_model:
+        model = nn.Sequential(nn.Conv2d(3, M, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(M, C))
+        with warnings.catch_warnings(action="ignore"):
+            detector.fit(model, [(torch.randn(N, 3, 2, 2, generator=generator), torch.arange(N) % C)])
+    else:
+        detector.fit_features(z, logits, logits.argmax(dim=1), (W, None))
     shapes = [_shape(buffer) for buffer in detector.state_dict().values()]
-    return fitted_on, ", ".join(dict.fromkeys(shapes))
+    per_layer = "; of each layer" if len(getattr(detector, "members", ())) and detector.gathers() else ""
+    return fitted_on or "–", (", ".join(dict.fromkeys(shapes)) + per_layer) or "–"
 
 
 def _shape(buffer: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
-from ..models.running import batches_of, joined, refuse_meta, run_model
+from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
@@ -132,6 +132,10 @@ class Detector(Contract):
                     scores.append(self.score_features(batch.features, batch.logits))
                 n_rows += len(batch.logits)
             return joined(scores)
+
+    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores (n,) of a batch that `run_model` gave with `readings`, by a detector that needs the model."""
+        return self.score(model, batch.inputs)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.

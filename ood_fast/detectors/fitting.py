@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head, inference_head
+from ..models.layers import Key, LayerReading
 from ..models.running import check_loader, refuse_meta, run_model
 from . import streaming
 from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows, refuse_short
@@ -27,6 +29,7 @@ _EXPECTED = {
     "features": "the features (n, m) of the training data",
     "logits": "their logits (n, c)",
     "targets": "their class indices (n,), int64",
+    "layers": "what fit(model, loader) reads of the layers of the model",
 }
 
 
@@ -122,6 +125,11 @@ class Note(str):
         return cls(text, detector=detector, kind="left out", **about)
 
 
+def readings_of(detectors: Iterable[Detector]) -> list[LayerReading]:
+    """What they read of the layers of a model, each once."""
+    return list({reading.key: reading for detector in detectors for reading in detector.readings()}.values())
+
+
 class Fit:
     """A fit of `detectors`: it owns what they gather, each thing once whatever the number that want it.
 
@@ -142,15 +150,26 @@ class Fit:
         together: bool = False,
     ) -> None:
         self.detectors = [detector for detector in detectors if detector.needs_fit]
-        self.failures = failures
-        pool: dict[tuple, streaming.Gathered] = {}
+        self.failures, self.anew = failures, anew
         for detector in self.detectors:
             detector.among_others = together
-            if anew or detector.gathered is None:
+
+    @functools.cached_property
+    def parts(self) -> list[streaming.Gathered]:
+        """What they gather, from the first look on."""
+        pool: dict[tuple, streaming.Gathered] = {}
+        for detector in self.detectors:
+            if self.anew or detector.gathered is None:
                 gathered = detector.gathers().items()
                 detector.gathered = {name: pool.setdefault(part.key(), part) for name, part in gathered}
         parts = [part for detector in self.detectors for part in (detector.gathered or {}).values()]
-        self.parts = list({id(part): part for part in parts}.values())
+        return list({id(part): part for part in parts}.values())
+
+    def prepare(self, model: nn.Module) -> list[LayerReading]:
+        """Let them choose their layers; what is to be read of these while `model` runs."""
+        for detector in self.detectors:
+            detector.prepare(model)
+        return readings_of(self.detectors)
 
     def run(
         self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None, group: dist.ProcessGroup | None
@@ -158,16 +177,19 @@ class Fit:
         """All of it, on one pass of `model` over `loader`."""
         refuse_meta(model)
         check_loader(loader)
+        readings = self.prepare(model)
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
         try:
             if self.parts:
-                with closing(run_model(model, loader, layer)) as batches:  # whatever is raised, the model is set back
+                with closing(
+                    run_model(model, loader, layer, readings)
+                ) as batches:  # whatever is raised, the model is set back
                     n_rows = 0
                     for batch in batches:
                         with checks.behind(n_rows):
-                            self.take(batch.features, batch.logits, batch.targets)
+                            self.take(batch.features, batch.logits, batch.targets, batch.read)
                         n_rows += len(batch.logits)
             self.finish(layer, group)
         finally:
@@ -192,11 +214,17 @@ class Fit:
             self._end()
 
     @torch.no_grad()
-    def take(self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None) -> None:
+    def take(
+        self,
+        features: Tensor | None,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        layers: Mapping[Key, Tensor] | None = None,
+    ) -> None:
         """Take in one batch."""
-        if not self.detectors:
+        if not self.parts:
             return
-        given = {"features": features, "logits": logits, "targets": targets}
+        given = {"features": features, "logits": logits, "targets": targets, "layers": layers}
         for detector in self.detectors:
             for name in sorted({name for part in (detector.gathered or {}).values() for name in part.reads}):
                 if given[name] is None:
@@ -213,7 +241,7 @@ class Fit:
                     got = tuple(given[name].shape)
                     raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
         for part in self.parts:
-            part.take(features, logits, targets)
+            part.take(layers if "layers" in part.reads else features, logits, targets)
             if "features" in part.reads:
                 part.reach(extent)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..functional import l2_normalize
 from . import streaming
 from .detector import Detector
 from .fitting import tell_missing
@@ -13,6 +14,20 @@ from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 
 METRICS = ("inner", "euclidean", "cosine")
+
+
+class _UnitScatter(streaming.Scatter):
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        super().update(_unit(features), logits, targets)
+
+
+class _UnitMeans(streaming.ClassMeans):
+    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+        super().update(_unit(features), logits, targets)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return l2_normalize(at_least_float32(features))[0]
 
 
 @register
@@ -37,22 +52,32 @@ class Mahalanobis(Detector):
         scatter: not divided by N.
         ridge: added to every eigenvalue of the covariance (or scatter), >= 0.
         rtol: see above, >= 0; None: m · 2⁻⁵². OpenOOD inverts in float64, too, with the same share of the largest.
+        normalize: z/‖z‖ in place of z throughout: Mahalanobis++ (Müller and Hein, ICML 2025, arXiv:2505.18032).
     """
 
     needs_features = True
     state = ("mean", "root", "class_means")  # class_means: (μ_c − μ) P^½ of the classes seen
 
     def __init__(
-        self, *, half: bool = False, scatter: bool = False, ridge: float = 0.0, rtol: float | None = None
+        self,
+        *,
+        half: bool = False,
+        scatter: bool = False,
+        ridge: float = 0.0,
+        rtol: float | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
+        checks.one_of("normalize", normalize, (True, False))
         checks.real("ridge", ridge, 0.0)
         if rtol is not None:
             checks.real("rtol", rtol, 0.0)
-        self.half, self.scatter, self.ridge, self.rtol = half, scatter, ridge, rtol
+        self.half, self.scatter, self.ridge, self.rtol, self.normalize = half, scatter, ridge, rtol, normalize
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
+        if self.normalize:
+            return {"scatter": _UnitScatter(), "means": _UnitMeans()}
         return {"scatter": streaming.Scatter(), "means": streaming.ClassMeans()}
 
     def _finish(self, scatter: streaming.Scatter, means: streaming.ClassMeans) -> None:
@@ -79,7 +104,7 @@ class Mahalanobis(Detector):
         return (vectors * inverse.sqrt()) @ vectors.T
 
     def _centred(self, features: Tensor) -> Tensor:
-        return at_least_float32(features).to(self.mean.dtype) - self.mean
+        return (_unit(features) if self.normalize else at_least_float32(features)).to(self.mean.dtype) - self.mean
 
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = exact_linear(self._centred(features), self.root)

@@ -18,7 +18,7 @@ from ..models.running import Batch, batches_of, check_loader, joined, refuse_met
 from ..statistics import row_statistics
 from . import registry, store, threshold
 from .detector import Detector, check_read, save_named
-from .fitting import Fit, Head
+from .fitting import Fit, Head, readings_of
 from .registry import create
 from .threshold import Calibration
 
@@ -192,12 +192,12 @@ class DetectorSet(nn.Module):
             detector.require_fitted()
         head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
-        for batch in run_model(model, loader, head):
+        for batch in run_model(model, loader, head, readings_of(self.detectors)):
             with checks.behind(n_rows):
                 scores = self.score_features(batch.features, batch.logits, skip_models=True)
                 for name, detector in self.items():
                     if detector.needs_model:
-                        scores[name] = detector.score(model, batch.inputs)
+                        scores[name] = detector.score_batch(model, batch)
             n_rows += len(batch.logits)
             yield batch, {name: scores[name] for name in self}
 

@@ -372,7 +372,7 @@ class Bank(Gathered):
             features = torch.cat([at_least_float32(logits), targets.to(logits.device).unsqueeze(1)], dim=1)
         z = at_least_float32(features)
         self.like = z[:0]
-        keys = self._draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64, device="cpu")
+        keys = self.draw(z) if self._samples else torch.zeros(len(z), dtype=torch.float64, device="cpu")
         if self.fraction < 1:
             chosen = self._chosen(keys)
             z, keys = z[chosen.to(z.device)], keys[chosen]
@@ -389,7 +389,7 @@ class Bank(Gathered):
     def _samples(self) -> bool:
         return self.fraction < 1 or self.budget is not None or self.values is not None
 
-    def _draw(self, z: Tensor) -> Tensor:
+    def draw(self, z: Tensor) -> Tensor:
         """A number in [0, 1) for each row (n,), float64: its bits times random odd factors, summed, and mixed.
 
         Sums of products modulo 2**64 tell rows apart; the mixing is the finaliser of SplitMix64 (Steele, Lea and Flood,

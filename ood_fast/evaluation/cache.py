@@ -1,6 +1,7 @@
 """What a model makes of data sets, kept on the disk: a second evaluation reads it and runs no model.
 
     cache/<model>/head.npz                                           W, b
+    cache/<model>/Gram-<settings>-<data>.fit                         a detector that reads layers, fitted
     cache/<model>/<set>-<data>/features.npy  logits.npy  targets.npy  meta.json  ODIN-<settings>.npy
 
 <model> is a hash of the weights, the layers with their settings and the place of the head; <data> one of the images,
@@ -18,8 +19,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 
 from .. import checks, intact
 from ..data.loading import batched
-from ..detectors import Detector
+from ..detectors import Detector, DetectorSet, load
+from ..detectors.fitting import readings_of
 from ..files import replacing, settle, staged
 from ..heads import given_head, inference_head
 from ..models.checkpoints import update_with_weights
@@ -135,9 +137,11 @@ def refuse_nan(what: Callable[[int], str], **values: Tensor | None) -> None:
 
 
 def score_key(detector: Detector) -> str:
-    """The name of the scores of a detector that needs the model."""
-    settings = hashlib.sha256(repr(sorted(detector.settings().items())).encode()).hexdigest()
-    return f"{type(detector).__name__}-{settings[:16]}"
+    """The name of the scores of a detector that needs the model: of its settings, and of what it was fitted on."""
+    digest = hashlib.sha256(repr(sorted(detector.settings().items())).encode())
+    if buffers := detector.state_dict():
+        update_with_weights(digest, buffers)
+    return f"{type(detector).__name__}-{digest.hexdigest()[:16]}"
 
 
 class FeatureCache:
@@ -194,6 +198,48 @@ class FeatureCache:
         _everyone(None)
         return _opened(plan.folder)
 
+    def fitted(
+        self, detectors: Mapping[str, Detector], dataset: Any, failures: dict[Detector, ValueError] | None
+    ) -> dict[str, Detector]:
+        """These detectors fitted on `dataset`, as they are kept in the folder; those that are not, in one more pass.
+
+        Collective. `failures`: as in `Fit`; those take no part.
+        """
+        files = {n: self.folder / f"{score_key(d)}-{dataset.fingerprint()[:16]}.fit" for n, d in detectors.items()}
+        kept: dict[str, Detector] = {}
+        for name, file in files.items():
+            with suppress(OSError, ValueError):  # not there yet, or damaged
+                kept[name] = load(file)
+        kept = {name: kept[name] for name in _everyone(list(kept))[0]}
+        missing = DetectorSet(rest) if (rest := {n: d for n, d in detectors.items() if n not in kept}) else None
+        if missing is not None:
+            missing.failures = failures
+            rows = self._rows(dataset)
+            with self.progress("fitting on layers", len(rows)) as bar:
+                loader = _told(self._loader(dataset, rows), bar)
+                group = dist.group.WORLD if dist.is_initialized() else None
+                missing.fit(self.model, loader, self.head, group)
+            kept |= {name: detector for name, detector in missing.items() if detector not in (failures or {})}
+            if rank() == 0:
+                for name in set(kept) & set(missing):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    kept[name].save(files[name])
+        device = next(self.model.parameters()).device
+        return {name: kept[name].to(device) for name in detectors if name in kept}
+
+    def _rows(self, dataset: Any) -> range:
+        """The share of this process."""
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        return range(rank() * len(dataset) // size, (rank() + 1) * len(dataset) // size)
+
+    def _loader(self, dataset: Any, rows: range) -> Iterable:
+        return batched(
+            torch.utils.data.Subset(dataset, rows),
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            pin_memory=next(self.model.parameters()).device.type == "cuda",
+        )
+
     def _plan(self, name: str, dataset: Any, detectors: Sequence[Detector], stack: ExitStack) -> _Plan | str:
         """What is missing, and where it is written until `stack` closes; the message of a UserError if there is no
         room."""
@@ -241,21 +287,15 @@ class FeatureCache:
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
-        this, size = rank(), dist.get_world_size() if dist.is_initialized() else 1
-        rows = range(this * len(dataset) // size, (this + 1) * len(dataset) // size)
-        loader = batched(
-            torch.utils.data.Subset(dataset, rows),
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            pin_memory=next(self.model.parameters()).device.type == "cuda",
-        )
+        rows = self._rows(dataset)
+        loader = self._loader(dataset, rows)
         wanted = [d for d in detectors if score_key(d) in plan.missing]
         done = rows.start
         writers = {file: _Rows(plan.staging / f"{file}.npy", rows.start) for file in plan.missing}
         start = time.perf_counter()
         try:
             with self.progress(plan.meta["set"], len(rows)) as bar:
-                for batch in run_model(self.model, loader, self.head):
+                for batch in run_model(self.model, loader, self.head, readings_of(wanted)):
                     called = functools.partial(_image_of, plan.meta["set"], dataset, done)
                     refuse_nan(called, features=batch.features, logits=batch.logits)
                     done += len(batch.logits)
@@ -263,7 +303,7 @@ class FeatureCache:
                         writers["features"].write(batch.features)
                         writers["logits"].write(batch.logits)
                     for detector in wanted:
-                        writers[score_key(detector)].write(detector.score(self.model, batch.inputs))
+                        writers[score_key(detector)].write(detector.score_batch(self.model, batch))
                     if bar is not None:
                         bar.advance(len(batch.logits))
         finally:
@@ -278,6 +318,14 @@ class FeatureCache:
         if "features" in plan.missing:
             meta = {**plan.meta, intact.CHECKSUM: intact.checksum_of(plan.meta)}
             (plan.staging / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _told(loader: Iterable, bar: Any) -> Iterator:
+    """The batches, each told to a progress bar when the next is asked for."""
+    for batch in loader:
+        yield batch
+        if bar is not None:
+            bar.advance(len(batch[0]))
 
 
 def _is_whole(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..detectors import Detector, DetectorSet, create, find, known
+from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
@@ -79,10 +80,14 @@ def evaluate_loaders(
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
     layer = given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
-    parts = {TEST: _outputs(model, layer, TEST, id_loader, seeing)}
-    parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
+    parts = {}
     if fit is not None:
-        parts[FIT] = _outputs(model, layer, FIT, fit, {})
+        fitting = Fit([detector for detector in seeing.values() if detector.needs_fit], anew=True)
+        parts[FIT] = _outputs(model, layer, FIT, fit, {}, fitting)
+        if fitting.detectors:
+            fitting.finish(layer)
+    parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing)}
+    parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
     groups = {ID: "id", **{name: "near" if re.match(r"near($|[/_])", name) else "far" for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
@@ -96,16 +101,26 @@ def evaluate_loaders(
     return Evaluation(title, [result], bootstrap, tuned=False)
 
 
-def _outputs(model: nn.Module, head: nn.Linear, name: str, loader: Iterable, seeing: Mapping[str, Detector]) -> Outputs:
-    """What the model makes of a loader, and the scores of the detectors that run it themselves, on the CPU."""
+def _outputs(
+    model: nn.Module,
+    head: nn.Linear,
+    name: str,
+    loader: Iterable,
+    seeing: Mapping[str, Detector],
+    fitting: Fit | None = None,
+) -> Outputs:
+    """What the model makes of a loader, on the CPU: also for `fitting`, and the scores of detectors that need it."""
     features, logits, targets = [], [], []
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
-    for batch in run_model(model, loader, head):
+    readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
+    for batch in run_model(model, loader, head, readings):
+        if fitting is not None:
+            fitting.take(batch.features, batch.logits, batch.targets, batch.read)
         features.append(batch.features.cpu())
         logits.append(batch.logits.cpu())
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
-            scores[score_key(detector)].append(detector.score(model, batch.inputs).cpu().double())
+            scores[score_key(detector)].append(detector.score_batch(model, batch).cpu().double())
     if not logits:
         raise ValueError(f"{name}: got a loader without a batch, expected inputs")
     joined = {key: torch.cat(parts) for key, parts in scores.items()}

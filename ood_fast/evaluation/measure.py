@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import checks, detectors, metrics
 from ..detectors import Detector, DetectorSet
+from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
 from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
@@ -85,6 +86,7 @@ class Chosen(NamedTuple):
 
     winners: Mapping[str, Detector] = MappingProxyType({})
     trials: Mapping[str, list[Trial]] = MappingProxyType({})
+    notes: tuple[Note, ...] = ()  # of those that could not be fitted
 
 
 NOTHING_CHOSEN = Chosen()
@@ -104,6 +106,7 @@ def measure(
         how: its `leave_out` decides; None is False.
     """
     tuned, trials = dict(before.winners), dict(before.trials)
+    result.notes += list(before.notes)
     blind = {name: detector for name, detector in given.items() if not detector.needs_model}
     if blind:
         search = Search(DetectorSet(blind), how.grids_of(blind), bool(how.leave_out))

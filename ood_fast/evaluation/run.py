@@ -18,6 +18,7 @@ from .. import checks
 from ..data import ImageBenchmark
 from ..data.benchmarks import SPECS
 from ..detectors import ODIN, Detector, DetectorSet
+from ..detectors.fitting import Note
 from ..detectors.search import Search
 from ..heads import inference_head
 from . import agreement
@@ -203,7 +204,8 @@ def _outputs(
 ) -> tuple[dict[str, Outputs], Chosen]:
     """What the model makes of all data sets. The detectors that need the model are tuned before the test images are
     seen."""
-    seeing = {name: detector for name, detector in prepared.items() if detector.needs_model}
+    seeing = {name: detector for name, detector in prepared.items() if detector.needs_model and not detector.needs_fit}
+    reading = {name: d for name, d in prepared.items() if d.needs_model and d.needs_fit}  # layers of the model
     search = Search(DetectorSet(seeing), how.grids_of(seeing)) if seeing else None
     parts = parts_of(prepared, how)
     candidates = list(search.detectors) if search is not None and VALIDATION_OOD in parts else []
@@ -219,6 +221,11 @@ def _outputs(
         )
         chosen_set, trials = search.choose(inside, {VALIDATION_OOD: outside})
         before = Chosen(dict(chosen_set.items()), trials)
+    if reading:
+        failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
+        fitted = cached.fitted(reading, benchmark.fit, failures)
+        notes = [Note.left_out(n, failures[d]) for n, d in reading.items() if failures and d in failures]
+        before = Chosen({**before.winners, **fitted}, before.trials, tuple(notes))
     tested = {TEST: benchmark.test, **benchmark.ood}
     return outputs | {
         name: cached.outputs(name, part, list(before.winners.values())) for name, part in tested.items()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
+from ..capturing import CapturedFeatures, capture_features
 from ..heads import (
-    CapturedFeatures,
-    capture_features,
     inference_head,
     last_linear,
     may_run_compiled,
@@ -28,6 +28,7 @@ from ..heads import (
     unwrapped,
 )
 from ..ops.registration import uncompiled
+from .layers import Key, LayerReading, watched
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
 _IMAGES = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data")
@@ -41,10 +42,13 @@ class Batch(NamedTuple):
     logits: Tensor  # (n, c)
     targets: Tensor | None  # (n,)
     given: Any  # the batch as the loader gave it
+    read: Mapping[Key, Tensor] = {}  # of other layers by the key of the reading, each (n, d)
 
 
 @torch.no_grad()
-def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Iterator[Batch]:
+def run_model(
+    model: nn.Module, loader: Iterable, head: nn.Linear | None, readings: Sequence[LayerReading] = ()
+) -> Iterator[Batch]:
     """Run `model` over the batches of `loader`: x, or (x, y, ...), or a mapping of the model's keyword arguments.
 
     One forward pass a batch, in eval mode, without gradients; the modes of all modules are restored, also when
@@ -52,24 +56,26 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
 
     Safe in any number of threads that share the model, as long as none of them trains it: see `evaluating` and
     `heads.capture_features`. With a head, what runs is the module inside torch.compile, DataParallel and DDP; what else
-    is compiled stays so unless it runs the head.
+    is compiled stays so unless it runs the head. `readings`: what to read of other layers in the same pass.
 
-    Raises ValueError where the head cannot have made the logits: on the first batch they are computed from the features
-    once more, see `check_head`. Without a head, where the output is none of logits, see `check_output`.
+    Raises ValueError for a layer that is not there or does not run, and where the head cannot have made the logits: on
+    the first batch they are computed from the features once more, see `check_head`. Without a head, where the output is
+    none of logits, see `check_output`.
     """
-    if head is not None or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+    if head is not None or readings or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         model = unwrapped(model)  # DDP waits for the other processes, which may have nothing to score
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
     last = last_linear(model) if head is None else head  # tells what the output is where no features are read
     checked = False
-    call = model if head is None else uncompiled(model)
-    all_uncompiled = head is not None and may_run_compiled(modules_around(model, head))
+    others = watched(model, readings)
+    call = model if head is None and not others else uncompiled(model)
+    all_uncompiled = bool(others) or (head is not None and may_run_compiled(modules_around(model, head)))
     with evaluating(model):
         for given in loader:
             x, targets = inputs_and_targets(given, model)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-            with _capturing(head if checked else last, all_uncompiled) as captured:
+            with _capturing(head if checked else last, all_uncompiled, others) as captured:
                 output = call(x) if isinstance(x, Tensor) else call(**x)
             if head is not None and not captured.seen and not all_uncompiled:  # something that was not found runs it
                 all_uncompiled = True
@@ -85,7 +91,10 @@ def run_model(model: nn.Module, loader: Iterable, head: nn.Linear | None) -> Ite
                 else:
                     check_head(head, captured, logits)
             features = None if head is None else captured.features
-            yield Batch(x, features, logits, None if targets is None else targets.to(device), given)
+            for reading in readings:
+                reading.check(captured.read.get(reading.key), len(logits))
+            read = captured.read if others else {}
+            yield Batch(x, features, logits, None if targets is None else targets.to(device), given, read)
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -99,8 +108,12 @@ def refuse_meta(model: nn.Module) -> None:
             )
 
 
-def _capturing(head: nn.Linear | None, all_uncompiled: bool) -> AbstractContextManager[CapturedFeatures]:
-    return nullcontext() if head is None else capture_features(head, all_uncompiled=all_uncompiled)
+def _capturing(
+    head: nn.Linear | None, all_uncompiled: bool, others: Mapping = MappingProxyType({})
+) -> AbstractContextManager[CapturedFeatures]:
+    if head is None and not others:
+        return nullcontext()
+    return capture_features(head, all_uncompiled=all_uncompiled, others=others)
 
 
 _SWITCHED: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: a module, its own mode, how many hold it in eval mode

@@ -1,0 +1,133 @@
+"""Deviations of Gram matrices of the maps of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import streaming
+from .detector import Detector
+from .fitting import tell_missing
+from .layers import EachLayer, LayerDetector
+from .numbers import at_least_float32
+from .registry import register
+
+HELD = 1000  # training samples whose deviations are averaged
+SHARE = 0.1  # of the samples, drawn by a hash, are held for that and take no part in the bounds
+
+
+@dataclass
+class Bounds(streaming.Gathered):
+    """The smallest and the largest of each feature over the rows predicted as each class; rows held out of that."""
+
+    reads = ("features", "logits")
+
+    def __post_init__(self) -> None:
+        self.held = streaming.Bank(budget=HELD)
+
+    def update(self, features: Tensor, logits: Tensor, targets: Tensor | None) -> None:
+        """Take in one batch."""
+        z = at_least_float32(features)
+        self.like = z[:0]
+        c, classes = logits.shape[1], logits.max(dim=1).indices
+        kept = (self.held.draw(z) < SHARE).to(z.device)
+        self.held.take(torch.cat([z, classes.unsqueeze(1)], dim=1)[kept], None, None)
+        z, classes = z[~kept], classes[~kept].unsqueeze(1).expand(-1, z.shape[1])
+        low = z.new_full((c, z.shape[1]), torch.inf).scatter_reduce(0, classes, z, "amin")
+        high = z.new_full((c, z.shape[1]), -torch.inf).scatter_reduce(0, classes, z, "amax")
+        self.low = torch.minimum(self.low, low) if self.rows else low
+        self.high = torch.maximum(self.high, high) if self.rows else high
+
+    def merge(self, other: Bounds) -> None:
+        """Take in what `other` gathered from other rows."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.held.join(other.held)
+
+    def to(self, device: torch.device | str) -> Bounds:
+        """Move what was gathered; returns self."""
+        self.held.to(device)
+        super().to(device)
+        return self
+
+
+class _GramLayer(Detector):
+    needs_features = True
+    needs_logits = True
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    state = ("low", "high", "mean")  # (c, d), (c, d) and (): the mean deviation of held samples
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        return {"bounds": Bounds()}
+
+    def _finish(self, bounds: Bounds) -> None:
+        self.low, self.high = bounds.low, bounds.high
+        rows = bounds.held.value() if bounds.held.rows else self.low.new_zeros(0, self.low.shape[1] + 1)
+        found = self.deviation(rows[:, :-1], rows[:, -1].long())
+        found = found[found.isfinite()]
+        if not len(found):
+            raise ValueError(
+                f"got {bounds.rows} training samples, too few to hold a tenth of them for their deviations"
+            )
+        self.mean = found.mean()
+
+    def deviation(self, z: Tensor, classes: Tensor) -> Tensor:
+        """(n,), inf for a class that has no bounds."""
+        low, high = self.low[classes], self.high[classes]
+        below, above = (low - z).clamp(min=0) / (low.abs() + 1e-6), (z - high).clamp(min=0) / (high.abs() + 1e-6)
+        return (below + above).sum(dim=1).masked_fill(low[:, 0] > high[:, 0], torch.inf)
+
+    def _score(self, features: Tensor, logits: Tensor) -> Tensor:
+        z = at_least_float32(features).to(self.low.dtype)
+        score = -self.deviation(z, logits.max(dim=1).indices) / (self.mean + 1e-7)
+        return score.masked_fill(z.isnan().any(dim=1) | logits.isnan().any(dim=1), torch.nan)
+
+
+@register
+class Gram(LayerDetector):
+    """Deviation of Gram matrices from the values that training samples of the predicted class p took:
+
+        −Σ_l δ_l / E[δ_l],    δ_l = Σ_q Σ_i relu(low_pqi − g_qi) / |low_pqi| + relu(g_qi − high_pqi) / |high_pqi|
+
+    g_q: the row sums of F^q (F^q)ᵀ, to the power 1/q with their sign, of the maps F (channels, positions) of layer l,
+    for the orders q = 1 … `orders`. As in the authors' code, row sums stand for the matrix, which is not made.
+    low, high: over the training samples predicted as p, but for a random tenth, 1,000 at most, over which E is taken.
+    A sample predicted as a class without training samples scores −inf.
+
+    Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020, arXiv:1912.12510.
+
+    Args:
+        layers: names; None: each stage. The authors take the output of every convolution, block and activation.
+        orders: 1 or more.
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None, *, orders: int = 10) -> None:
+        super().__init__(layers)
+        checks.positive_int("orders", orders)
+        self.orders, self.kind = orders, f"gram {orders}"
+        self.make_members()
+
+    def member(self) -> Detector:
+        """The detector of one layer."""
+        return _GramLayer()
+
+    def read(self, maps: Tensor) -> Tensor:
+        """Row sums of Gram matrices of maps (n, c, s): (n, orders · c)."""
+        scale = maps.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+        unit, found = maps / scale, []  # g is homogeneous, of degree 2: powers of maps in [-1, 1] do not overflow
+        for q in range(1, self.orders + 1):
+            powers = unit**q
+            sums = (powers * powers.sum(dim=1, keepdim=True)).sum(dim=2)
+            found.append(sums.sign() * sums.abs() ** (1 / q))
+        return torch.cat(found, dim=1) * scale.squeeze(2).square()
+
+    def finish_layers(self, layers: EachLayer) -> None:
+        """Tell of classes without bounds."""
+        first = self.members[0]
+        missing = (first.low[:, 0] > first.high[:, 0]).nonzero().flatten().tolist()
+        tell_missing(self, missing, "no training sample is predicted as {}: an input that is scores -inf")

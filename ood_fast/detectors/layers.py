@@ -1,0 +1,248 @@
+"""Detectors that read layers of the model beside the one that makes the logits, in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..models.layers import Key, LayerReading, layer_of, stages
+from ..models.running import Batch, batches_of, joined, run_model
+from . import streaming
+from .detector import Detector
+from .gaussian import Mahalanobis
+from .numbers import refuse_rows
+from .registry import register
+
+
+class EachLayer(streaming.Gathered):
+    """What the detectors of several layers gather, each of the rows read of its own; takes them as `features`."""
+
+    def __init__(self, layers: Iterable[Key], members: Iterable[Detector]) -> None:
+        self.layers, self.parts = tuple(layers), [member.gathers() for member in members]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What a batch must hold."""
+        others = {name for parts in self.parts for part in parts.values() for name in part.reads} - {"features"}
+        return ("layers", *sorted(others))
+
+    @property
+    def like(self) -> Tensor:
+        """Where the rows are."""
+        return next(part.like for parts in self.parts for part in parts.values())
+
+    def key(self) -> tuple:
+        """Equal for two that gather the same thing."""
+        return (type(self), self.layers, *(part.key() for parts in self.parts for part in parts.values()))
+
+    def to(self, device: torch.device | str) -> EachLayer:
+        """Move what was gathered; returns self."""
+        for parts in self.parts:
+            for part in parts.values():
+                part.to(device)
+        return self
+
+    def update(self, features: Mapping[Key, Tensor], logits: Tensor, targets: Tensor) -> None:
+        """Take in one batch."""
+        for key, parts in zip(self.layers, self.parts, strict=True):
+            rows = features[key]
+            refuse_rows(f"layer {key[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
+            for part in parts.values():
+                part.take(rows, logits, targets)
+
+    def merge(self, other: EachLayer) -> None:
+        """Take in what `other` gathered from other rows."""
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            for name, part in mine.items():
+                part.join(theirs[name])
+
+
+class LayerDetector(Detector):
+    """Base class: a detector of the rows of each layer, `member`, whose scores are summed or combined.
+
+    A subclass says what it reads of a layer, `kind` and `read`, overrides `member`, and calls `make_members` at the end
+    of its `__init__`. Layers are named as `model.get_submodule` takes them; None: those that `models.layers.stages`
+    finds when it is fitted, of which it keeps the names.
+    """
+
+    needs_logits = True
+    needs_model = True
+    only_last: ClassVar[bool] = False  # of the stages
+    kind: str = "mean"
+
+    def __init__(self, layers: Sequence[str] | None) -> None:
+        super().__init__()
+        if isinstance(layers, str) or (layers is not None and not layers):
+            raise ValueError(f"layers: got {layers!r}, expected the names of one layer or more, as in ('layer4',)")
+        for name in layers or ():
+            checks.instance("layers", name, str, "names of layers")
+        self.layers = None if layers is None else tuple(layers)
+
+    def make_members(self) -> None:
+        """A detector for each layer."""
+        self.members = nn.ModuleList(self.member() for _ in self.layers or ())
+
+    def read(self, maps: Tensor) -> Tensor:
+        """What is read of maps (n, channels, positions): rows (n, d)."""
+        return maps.mean(dim=2)
+
+    def member(self) -> Detector:
+        """The detector of one layer; by default the first number of a row is its score."""
+        return _First()
+
+    def combine_layers(self, scores: Tensor) -> Tensor:
+        """The score (n,) of those of the layers (n, L)."""
+        return scores.sum(dim=1)
+
+    def finish_layers(self, layers: EachLayer) -> None:
+        """After the members have finished."""
+
+    # ---- the contract
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether it keeps anything of the data or the head, or of the model the names of its layers."""
+        return super().needs_fit or self.member().needs_fit or self.layers is None or "layers" not in self.given
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the detector can score."""
+        return self.layers is not None and super().fitted and all(member.fitted for member in self.members)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Choose the layers, or look whether the model has those that were named."""
+        if self.layers is None or "layers" not in self.given:
+            found = stages(model)
+            self.layers = found[-1:] if self.only_last else found
+        for name in self.layers:
+            layer_of(model, name)
+        self.make_members()
+
+    def readings(self) -> tuple[LayerReading, ...]:
+        """What is read of which layers."""
+        return tuple(LayerReading(name, self.kind, self.read) for name in self.layers or ())
+
+    def gathers(self) -> dict[str, streaming.Gathered]:
+        """What `_finish` takes."""
+        if not self.member().gathers():
+            return {}
+        members = self.members or [self.member()]  # which layers, is not known before `prepare`
+        return {"layers": EachLayer([reading.key for reading in self.readings()], members)}
+
+    def _finish(self, layers: EachLayer | None = None) -> None:
+        if layers is not None:
+            for name, member, parts in zip(self.layers or (), self.members, layers.parts, strict=True):
+                try:
+                    member.finish(parts)
+                except ValueError as error:
+                    raise ValueError(f"layer {name}: {error}") from error
+            self.finish_layers(layers)
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
+        """Scores of a batch of inputs or of a loader, in one pass of the model; `head` is not needed."""
+        checks.instance("model", model, nn.Module, "an nn.Module")
+        self.require_fitted()
+        with closing(run_model(model, batches_of(x), None, self.readings())) as done:
+            scores: list[Tensor] = []
+            for batch in done:
+                with checks.behind(sum(map(len, scores))):
+                    scores.append(self.score_batch(model, batch))
+            return joined(scores)
+
+    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores (n,) of a batch that `run_model` gave with `readings`."""
+        self.require_fitted()
+        rows = [batch.read[reading.key] for reading in self.readings()]
+        for reading, z in zip(self.readings(), rows, strict=True):
+            refuse_rows(f"layer {reading.layer}", z, 0 * torch.linalg.vector_norm(z, dim=1))
+        scores = self.score_rows(rows, batch.logits)
+        refuse_rows("logits", batch.logits, scores)
+        return scores
+
+    def score_rows(self, rows: list[Tensor], logits: Tensor) -> Tensor:
+        """The scores (n,) of what was read of the layers, each (n, d)."""
+        scores = [member.score_features(z, logits) for member, z in zip(self.members, rows, strict=True)]
+        return self.combine_layers(torch.stack(scores, dim=1))
+
+    def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """RuntimeError: the score is a function of layers of the model, not of what enters its head."""
+        raise RuntimeError(f"{self.label} reads layers of the model, not features: call score(model, x)")
+
+
+class _First(Detector):
+    """The first number of each row."""
+
+    needs_features = True
+
+    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+        return features[:, 0]
+
+
+@register
+class LayerMahalanobis(LayerDetector):
+    """Mahalanobis distances at several layers, each of the mean over positions, weighted:
+
+        Σ_l α_l max_c −(z_l − μ_lc)ᵀ P_l (z_l − μ_lc)
+
+    μ, P and keywords as in `Mahalanobis`. Lee et al. fit α by logistic regression on OOD data; without, α_l is one over
+    the mean distance of the training samples from their own class, so that each layer counts alike. Their perturbation
+    of the inputs is not here. Fitted on layers and targets.
+
+    Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+    NeurIPS 2018, arXiv:1807.03888.
+
+    Args:
+        layers: names; None: each stage.
+        weights: α, one a layer; None: see above.
+        ridge, rtol, normalize: as in `Mahalanobis`.
+    """
+
+    label = "Mahalanobis over layers"
+    state = ("scales",)  # (L,): α
+
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        ridge: float = 0.0,
+        rtol: float | None = None,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(layers)
+        for weight in weights or ():
+            checks.real("weights", weight, -torch.inf, infinite=False)
+        if weights is not None and layers is not None and len(weights) != len(layers):
+            raise ValueError(f"weights: got {len(weights)}, expected {len(layers)}, one a layer")
+        self.weights = None if weights is None else tuple(weights)
+        self.ridge, self.rtol, self.normalize = ridge, rtol, normalize
+        self.member()  # checks the rest
+        self.make_members()
+
+    def member(self) -> Detector:
+        """The detector of one layer."""
+        return Mahalanobis(ridge=self.ridge, rtol=self.rtol, normalize=self.normalize)
+
+    def finish_layers(self, layers: EachLayer) -> None:
+        """After the members have finished: the weights."""
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"weights: got {len(self.weights)}, expected {len(self.members)}, one a layer")
+        means = [
+            (member.root.double() @ member.root.double() * parts["means"].within(parts["scatter"])).sum()
+            / parts["scatter"].rows
+            for member, parts in zip(self.members, layers.parts, strict=True)
+        ]
+        scales = torch.stack(means).reciprocal() if self.weights is None else torch.tensor(self.weights)
+        self.scales = scales.to(self.members[0].root)
+
+    def combine_layers(self, scores: Tensor) -> Tensor:
+        """The score (n,) of those of the layers (n, L)."""
+        return scores.to(self.scales) @ self.scales

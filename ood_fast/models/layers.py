@@ -1,0 +1,106 @@
+"""The layers of a model beside its head: which are its stages, and what is read of the output of one.
+
+`run_model(model, loader, head, readings)` reads them in the pass that it makes anyway, while the layer runs: whole maps
+are never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..heads import path_to_layer, refuse_script, unwrapped
+
+Key = tuple[str, str]
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+class LayerReading(NamedTuple):
+    """What is read of a layer: `read` makes rows (n, d) of its maps (n, channels, positions)."""
+
+    layer: str
+    kind: str  # names what `read` does
+    read: Callable[[Tensor], Tensor]
+
+    @property
+    def key(self) -> Key:
+        """Equal for two that give the same rows."""
+        return (self.layer, self.kind)
+
+    def of_output(self, output: Any) -> Tensor:
+        """The rows, of what the layer returns."""
+        return self.read(maps(self.layer, output))
+
+    def check(self, rows: Tensor | None, n_rows: int) -> None:
+        """ValueError unless the layer has run, once for each row of the batch."""
+        if rows is None:
+            raise ValueError(f"layers: {self.layer!r} does not run in a pass of the model, expected a layer that does")
+        if len(rows) != n_rows:
+            raise ValueError(
+                f"layers: {self.layer!r} gives {len(rows)} rows for {n_rows} inputs, expected one an input: the batch "
+                "has to be the first dimension of its output"
+            )
+
+
+def maps(layer: str, output: Any) -> Tensor:
+    """The output of a layer as (n, channels, positions): of (n, c, h, w); of (n, h, w, c), where the second and third
+    size are equal and the fourth is not; of tokens (n, t, c); of (n, c). Of a tuple the first. float32 at least."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    output = getattr(output, "last_hidden_state", output)
+    if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"layers: {layer!r} gives {got}, expected numbers (n, c, h, w), tokens (n, t, c) or (n, c)")
+    channels_last = output.dim() == 3 or (output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3])
+    output = output.movedim(-1, 1) if channels_last else output
+    return output.detach().to(torch.promote_types(output.dtype, torch.float32)).reshape(*output.shape[:2], -1)
+
+
+def watched(model: nn.Module, readings: Iterable[LayerReading]) -> dict[Key, tuple[nn.Module, Callable]]:
+    """What `heads.capture_features` takes as `others`."""
+    return {reading.key: (layer_of(model, reading.layer), reading.of_output) for reading in readings}
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name; ValueError that lists those there are."""
+    refuse_script(model)
+    try:
+        return path_to_layer(model, name, "layers")[0]
+    except ValueError:
+        known = [path for path, _ in unwrapped(model).named_modules() if path]
+        raise ValueError("layers: " + checks.unknown(f"layer of {type(model).__name__}", name, known)) from None
+
+
+def stages(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that end its stages, in their order: each of the largest family of blocks (`layer1` …
+    `layer4`, `blocks.0` … `blocks.11`, `features.denseblock1` …); without blocks what comes before each pooling; else
+    the children of the model but the last.
+
+    Raises ValueError, which lists the layers, where there is none of these.
+    """
+    refuse_script(model)
+    model = unwrapped(model)
+    families: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
+    for parent, module in model.named_modules():
+        for name, child in module.named_children():
+            if next(child.children(), None) is not None:
+                path = f"{parent}.{name}" if parent else name
+                families.setdefault((parent, name.rstrip("0123456789")), []).append((path, child))
+    sizes: Mapping[tuple[str, str], int] = {
+        key: sum(p.numel() for _, child in members for p in child.parameters())
+        for key, members in families.items()
+        if len(members) > 1
+    }
+    if sizes:
+        return tuple(path for path, _ in families[max(sizes, key=lambda key: sizes[key])])  # the outermost of equals
+    leaves = [(path, module) for path, module in model.named_modules() if not [*module.children()] and path]
+    pools = [isinstance(module, _POOLS) for _, module in leaves]
+    before = [path for (path, _), here, then in zip(leaves, pools, pools[1:], strict=False) if then and not here]
+    if found := before or [name for name, _ in model.named_children()][:-1]:
+        return tuple(found)
+    known = ", ".join(path for path, _ in model.named_modules() if path) or "none"
+    raise ValueError(f"layers: cannot tell the stages of {type(model).__name__}, pass their names; its layers: {known}")

@@ -1,0 +1,254 @@
+"""Detectors that read layers beside the head: transcriptions of their papers, one pass, any model, files, errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from detector_cases import Net
+from torch import nn
+from torch.nn.functional import avg_pool2d, relu
+
+import ood_fast
+from ood_fast import cli, detectors
+from ood_fast.detectors import BlockNorm, DetectorSet, Gram, LayerMahalanobis, Mahalanobis, RankFeat, load, norm_ratios
+from ood_fast.detectors.gram import Bounds
+from ood_fast.models.layers import stages
+
+N, C = 150, 4
+NAMES = ["LayerMahalanobis", "Gram", "BlockNorm", "RankFeat"]
+
+
+class Stages(nn.Module):
+    """Two blocks; what comes after the first works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.act = nn.ReLU(inplace=True)
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU())
+        self.fc = nn.Linear(8, C)
+        self.passes = 0
+
+    def maps(self, x):
+        first = self.layer1(x)
+        return first, self.layer2(relu(first))
+
+    def forward(self, x):
+        self.passes += 1
+        return self.fc(self.layer2(self.act(self.layer1(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Stages().eval()
+    with torch.no_grad():  # every class is predicted
+        z = model.maps(torch.randn(500, 3, 8, 8))[1].mean((2, 3))
+        model.fc.bias.copy_(-model.fc.weight @ z.mean(0))
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def y():
+    return torch.arange(N) % C
+
+
+def batches(x, y, size=64):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+@torch.no_grad()
+def test_mahalanobis_over_layers(model, x, y):
+    expected = 0
+    for maps in model.maps(x):
+        z = maps.double().mean((2, 3))
+        means = torch.stack([z[y == k].mean(0) for k in range(C)])
+        precision = torch.linalg.pinv((z - means[y]).T @ (z - means[y]) / N)
+        distances = torch.stack([((z - mean) @ precision * (z - mean)).sum(1) for mean in means])
+        own = distances.gather(0, y[None])[0].mean()
+        expected = expected - distances.amin(0) / own
+    detector = LayerMahalanobis().fit(model, batches(x, y))
+    assert detector.layers == ("layer1", "layer2")
+    torch.testing.assert_close(detector.score(model, x).double(), expected, rtol=1e-4, atol=1e-4)
+    one = LayerMahalanobis(("layer2",), weights=(2.0,)).fit(model, batches(x, y))
+    z = model.maps(x)[1].mean((2, 3))
+    torch.testing.assert_close(one.score(model, x), 2 * Mahalanobis().fit_features(z, None, y).score_features(z))
+
+
+def test_mahalanobis_plus_plus(y):
+    z = torch.randn(N, 5, dtype=torch.float64) + 1
+    unit = z / z.norm(dim=1, keepdim=True)
+    expected = Mahalanobis().fit_features(unit, None, y).score_features(unit)
+    torch.testing.assert_close(Mahalanobis(normalize=True).fit_features(z, None, y).score_features(3 * z), expected)
+
+
+@torch.no_grad()
+def test_gram(model, x):
+    train, test = x[:130], x[130:] * 2
+    detector = Gram(orders=3).fit(model, [train[:70], train[70:]])
+    predicted = model(test).argmax(1)
+    expected = torch.zeros(len(test), dtype=torch.float64)
+
+    def rows(maps):
+        f = maps.double().flatten(2)
+        grams = [(f**p @ (f**p).transpose(1, 2)).sum(2) for p in (1, 2, 3)]
+        return torch.stack([g.sign() * g.abs() ** (1 / p) for g, p in zip(grams, (1, 2, 3), strict=True)], 1).flatten(1)
+
+    for member, maps, of_test in zip(detector.members, model.maps(train), model.maps(test), strict=True):
+        g, classes = rows(maps), model(train).argmax(1)
+        held = detectors.streaming.Bank(budget=1).draw(detector.read(maps.flatten(2))) < 0.1
+        assert 0 < held.sum() < 40
+        low = torch.stack([g[~held & (classes == k)].amin(0) for k in predicted])
+        high = torch.stack([g[~held & (classes == k)].amax(0) for k in predicted])
+        values = rows(of_test)
+        deviation = relu(low - values) / (low.abs() + 1e-6) + relu(values - high) / (high.abs() + 1e-6)
+        expected -= deviation.sum(1) / member.mean.double()
+    torch.testing.assert_close(detector.score(model, test).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_rank_feat(model, x):
+    maps = model.maps(x)[1].flatten(2)
+    u, s, vh = torch.linalg.svd(maps, full_matrices=False)
+    pruned = maps - s[:, :1, None] * u[:, :, :1] @ vh[:, :1]
+    expected = model.fc(pruned.mean(2)).logsumexp(1)
+    torch.testing.assert_close(RankFeat().fit(model, [x]).score(model, x), expected, rtol=1e-4, atol=1e-4)
+    wide = maps[:, :4]  # more positions than channels
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    expected = (wide - s[:, :1, None] * u[:, :, :1] @ vh[:, :1]).mean(2)
+    torch.testing.assert_close(RankFeat().read(wide)[:, :4], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the mean over positions of 'layer1' is not what enters the head"):
+        RankFeat(("layer1",)).fit(model, [x])
+
+
+@torch.no_grad()
+def test_block_norm_and_the_choice_of_the_block(model, x):
+    first, last = model.maps(x)
+    norms = relu(last).square().sum((2, 3)).sqrt().mean(1)
+    torch.testing.assert_close(BlockNorm().fit(model, []).score(model, x), norms)
+    given = BlockNorm(("layer1",))
+    assert not given.needs_fit
+    torch.testing.assert_close(given.score(model, x), relu(first).square().sum((2, 3)).sqrt().mean(1))
+    smooth = avg_pool2d(torch.randn(20, 3, 32, 32), 9, stride=1, padding=4) * 5  # a puzzle has more edges
+    ratios = norm_ratios(model, [smooth[:10], smooth[10:]], pieces=32)
+    assert list(ratios) == ["layer1", "layer2"]
+    assert all(ratio != pytest.approx(1, abs=1e-3) for ratio in ratios.values())
+    with pytest.raises(ValueError, match="pieces: got 5, expected a divisor of 32 and 32"):
+        norm_ratios(model, [smooth], pieces=5)
+
+
+def test_one_pass_for_all_and_files(model, x, y, tmp_path):
+    both = DetectorSet([*NAMES, "MSP", "NCI"]).fit(model, batches(x, y))
+    assert model.passes == 3
+    scores = both.score(model, x)
+    assert model.passes == 4
+    for name in NAMES:
+        assert torch.equal(both[name].score(model, [x[:60], x[60:]]), scores[name]) or name == "LayerMahalanobis"
+    both.save(tmp_path / "set")
+    back = load(tmp_path / "set")
+    assert back["Gram"].layers == ("layer1", "layer2")
+    assert all(torch.equal(found, scores[name]) for name, found in back.score(model, x).items())
+    with pytest.raises(RuntimeError, match="reads layers of the model"):
+        back["Gram"].score_features(x)
+    with pytest.raises(ValueError, match="layers: got None, expected what fit"):
+        LayerMahalanobis().fit_features(torch.randn(9, 3), torch.randn(9, C), y[:9])
+
+
+def test_processes_and_threads(model, x, y):
+    parts = [LayerMahalanobis().gathers, Gram().gathers]
+    assert all("layers" in part()["layers"].reads for part in parts)
+    whole = DetectorSet(["LayerMahalanobis", "Gram"]).fit(model, [(x, y)])
+    split = [DetectorSet(["LayerMahalanobis"]) for _ in range(2)]
+    found = []
+    for own, rows in zip(split, (slice(0, 80), slice(80, None)), strict=True):
+        fitting = detectors.fitting.Fit(own.detectors, anew=True)
+        batch = next(detectors.fitting.run_model(model, [(x[rows], y[rows])], None, fitting.prepare(model)))
+        fitting.take(None, batch.logits, batch.targets, batch.read)
+        found.append(fitting)
+    for mine, theirs in zip(found[0].parts, found[1].parts, strict=True):
+        mine.to("cpu").join(theirs)
+    found[0].finish(None)
+    for name, buffer in split[0].state_dict().items():
+        torch.testing.assert_close(buffer, whole.state_dict()[name], rtol=1e-3, atol=1e-4)
+    z, logits = torch.randn(N, 3), torch.randn(N, C)
+    one, first, second = (Bounds() for _ in range(3))
+    one.take(z, logits, None)
+    first.take(z[:50], logits[:50], None)
+    second.take(z[50:], logits[50:], None)
+    first.to("cpu").join(second)
+    assert torch.equal(first.low, one.low)
+    assert torch.equal(first.high, one.high)
+    assert torch.equal(first.held.value(), one.held.value())
+    inputs = [x[:10] * k for k in range(1, 5)]
+    alone = [whole["Gram"].score(model, part) for part in inputs]
+    seen: dict[int, torch.Tensor] = {}
+    run = [
+        threading.Thread(target=lambda k=k: seen.update({k: whole["Gram"].score(model, inputs[k])})) for k in range(4)
+    ]
+    for thread in run:
+        thread.start()
+    for thread in run:
+        thread.join()
+    assert all(torch.equal(seen[k], alone[k]) for k in range(4))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_errors(model, x, y):
+    with pytest.raises(ValueError, match=r"unknown layer of Stages 'layer3'; known: act, fc, layer1, .*'layer2'"):
+        Gram(("layer3",)).fit(model, [x])
+    with pytest.raises(ValueError, match="layers: got 'layer1', expected the names"):
+        Gram("layer1")
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'unused' does not run"):
+        BlockNorm(("unused",)).score(model, x)
+    with pytest.raises(ValueError, match="weights: got 1, expected 2"):
+        LayerMahalanobis(weights=(1.0,)).fit(model, [(x, y)])
+    with pytest.raises(ValueError, match="got NaN in 1 of 150 rows, the first is row 7"):
+        Gram().fit(model, [torch.where(torch.arange(N).view(-1, 1, 1, 1) == 7, torch.nan, x)])
+
+
+def test_tokens_blocks_without_names_and_flat_nets(y):
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=C, depth=2, img_size=32).eval()
+    x = torch.randn(40, 3, 32, 32)
+    detector = LayerMahalanobis(ridge=0.1).fit(vit, [(x, y[:40])])
+    assert detector.layers == ("blocks.0", "blocks.1")
+    assert detector.members[0].mean.shape == (192,)
+    assert detector.score(vit, x[:3]).shape == (3,)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.Flatten()
+    )
+    assert stages(plain) == ("1", "3")
+    assert stages(Net()) == ("backbone",)
+
+
+def test_evaluate_and_the_command_line(model, x, y, tmp_path, monkeypatch):
+    chosen = [*NAMES, "MSP"]
+    result = ood_fast.evaluate(model, [(x[:50], y[:50])], {"far": [3 * x[:30]]}, fit=batches(x, y), detectors=chosen)
+    assert {row["detector"] for row in result.rows()} >= set(chosen)
+
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "layered.py").write_text(
+        "import torch\nfrom torch import nn\ndef build():\n    torch.manual_seed(0)\n    return nn.Sequential("
+        "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))\n"
+    )
+    for index in range(40):
+        (tmp_path / "train" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = (torch.rand(8, 8, 3) * 255).byte().numpy()
+        image.fromarray(pixels).save(tmp_path / "train" / "ab"[index % 2] / f"{index}.png")
+    own = ["--model", "layered:build", "--size", "8", "--resize", "8", "--workers", "0", "--quiet"]
+    fit = ["fit", *own, "--data", "train", "--any-accuracy", "--detectors", ",".join(NAMES), "--out", "d.safetensors"]
+    assert cli.main(fit) == 0
+    assert load("d.safetensors")["Gram"].layers == ("1",)
+    data = ["--data", "train", "--out", "s.csv"]
+    assert cli.main(["score", "--model", "layered:build", "--detectors", "d.safetensors", "--workers", "0", *data]) == 0
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 41
