@@ -53,5 +53,13 @@ def resnet20(n_classes: int = 10) -> nn.Module:
     return CifarResNet(20, n_classes)
 
 
+def resnet32(n_classes: int = 10) -> nn.Module:
+    return CifarResNet(32, n_classes)
+
+
+def resnet44(n_classes: int = 10) -> nn.Module:
+    return CifarResNet(44, n_classes)
+
+
 def resnet56(n_classes: int = 10) -> nn.Module:
     return CifarResNet(56, n_classes)
