@@ -3,7 +3,7 @@
 # network:
 #
 #     bench/gpu.sh [1|2|3] OUTDIR               # results into OUTDIR, written as they come, and all in OUTDIR.tar.gz
-#     bench/gpu.sh --dry-run [1|2|3] OUTDIR     # only says what it would do
+#     bench/gpu.sh --dry-run [1|2|3] OUTDIR     # every step without a GPU, on made devices and tiny shapes
 #
 # Run 1: is it right (tests, sanitizers), and the kernels by name. Run 2: sweeps of what a GPU must decide, and the host.
 # Run 3: the tables, and counters of the row kernels. Without a number: all three under one deadline.
@@ -18,8 +18,9 @@ set -uo pipefail
 python=${PYTHON:-python3}
 deadline=${DEADLINE:-495}
 least=15 # seconds: what has fewer left does not begin
-dry=""
-if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+# The one switch of a dry run: entry points get --dry, tests and benchmarks are collected, tools of NVIDIA do nothing.
+dry="" collect=()
+if [ "${1:-}" = "--dry-run" ]; then dry=--dry collect=(--collect-only); shift; fi
 runs="1 2 3"
 case "${1:-}" in 1 | 2 | 3) if [ $# -eq 2 ]; then runs=$1; shift; fi ;; esac
 if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
@@ -41,10 +42,6 @@ step() {
   local name=$1 limit=$2 left status began
   shift 2
   left=$((deadline - SECONDS))
-  if [ -n "$dry" ]; then
-    say "would run $name (at most $limit s): $*"
-    return 0
-  fi
   if [ "$left" -lt "$least" ]; then
     say "$name: LEFT OUT, $left s left"
     return 0
@@ -67,12 +64,22 @@ step() {
 
 run() { [[ " $runs " == *" $1 "* ]]; }
 
+if [ -n "$dry" ]; then
+  mkdir -p "$out/tools"
+  for tool in nvidia-smi ncu compute-sanitizer; do # the last two end with the command that they watch
+    printf '#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n' > "$out/tools/$tool"
+    chmod +x "$out/tools/$tool"
+  done
+  export PYTHON=$python PATH="$out/tools:$PATH"
+fi
+
 has() { command -v "$1" > /dev/null 2>&1; }
 
 bench() { # bench NAME LIMIT PYTEST-ARGUMENTS...: one JSON a step, so that a limit costs no more than that step
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" "$python" -m pytest "$@" --benchmark-only --benchmark-json="$out/$name.json" -q -p no:cacheprovider
+  step "$name" "$limit" "$python" -m pytest "$@" --benchmark-only --benchmark-json="$out/$name.json" -q \
+    -p no:cacheprovider "${collect[@]}"
 }
 
 if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> "$out/gpu.log"; then
@@ -86,29 +93,30 @@ if has nvidia-smi; then
   step environment 20 nvidia-smi -q -d CLOCK,MEMORY,POWER,TEMPERATURE,PERFORMANCE
 fi
 step versions 60 "$python" -c 'import json; from bench.measure import environment; print(json.dumps(environment()))'
-step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e .
+step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e . ${dry:+--dry-run}
 
 files=(tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py tests/test_linear_elogitnorm.py
   tests/test_losses.py tests/test_ops.py tests/test_training_loops.py tests/test_launches.py tests/test_fused_row.py)
 parallel=()
-if [ -n "$dry" ] || "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8 --dist load); fi
+if "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8 --dist load); fi
 
 if run 1; then
   # ---- is it right
 
   # Hundreds of kernels compile cold: all at once, into the cache that the steps below find.
-  step precompile 120 "$python" tests/aot_compile.py --processes 16 --targets here
+  step precompile 120 "$python" tests/aot_compile.py --processes 16 --targets here $dry
   # The files of the loss and NCI: `backend` in tests/conftest.py runs each of their tests on the GPU too, odd shapes
   # included.
-  step tests 150 "$python" -m pytest "${files[@]}" -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}"
-  step small_step 60 "$python" -m bench.gpu_smoke
+  step tests 150 "$python" -m pytest "${files[@]}" -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}" \
+    "${collect[@]}"
+  step small_step 60 "$python" -m bench.gpu_smoke $dry
 
   # ---- does it touch memory that is not its own or that nobody wrote, and do its threads race
 
   if has compute-sanitizer; then
     for tool in memcheck initcheck racecheck; do # blind behind PyTorch's allocator, which hands out what it has freed
       step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" -m bench.gpu_smoke --once
+        "$python" -m bench.gpu_smoke --once $dry
     done
   else
     say "memcheck, initcheck, racecheck: LEFT OUT, compute-sanitizer is not installed"
@@ -116,16 +124,18 @@ if run 1; then
 
   # ---- the kernels by name, beside what bench.static predicts: one process for all shapes
 
-  step kernel_times 90 "$python" -m bench.kernel_times --shapes 65536x1000x2048 4096x21841x768 128x100x512 \
+  step kernel_times 90 "$python" -m bench.kernel_times --shapes 65536x1000x2048 4096x21841x768 $dry \
     --out "$out/kernel_times.json"
-  step predicted 90 "$python" -m bench.static
+  step kernel_times_small 45 "$python" -m bench.kernel_times --shapes 128x100x512 --dtype float32 $dry \
+    --out "$out/kernel_times_small.json"
+  step predicted 90 "$python" -m bench.static --measured "$out"/kernel_times*.json $dry
 fi
 
 if run 2; then
-  step sweep 300 "$python" -m bench.sweep --out "$out/sweep.json"
-  step host 60 "$python" -m bench.host
+  step sweep 300 "$python" -m bench.sweep --out "$out/sweep.json" $dry
+  step host 60 "$python" -m bench.host $dry
   step other_tests 120 "$python" -m pytest tests -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}" \
-    "${files[@]/#/--ignore=}"
+    "${files[@]/#/--ignore=}" "${collect[@]}"
 fi
 
 if run 3; then
@@ -141,22 +151,21 @@ if run 3; then
   done
   if has ncu; then
     step counters 60 ncu --set full -k "regex:fused_row|tempered|row_statistics|nci_forward" -c 12 -o "$out/rows" \
-      "$python" -m bench.gpu_smoke --once
+      "$python" -m bench.gpu_smoke --once $dry
   fi
 fi
 
 # ---- tables and plots of what there is
 
-if [ -z "$dry" ]; then
-  mapfile -t results < <(find "$out" -maxdepth 1 -name '*.json' ! -name kernel_times.json ! -name sweep.json -size +0 | sort)
-  # A second or two, of a time of its own: a step that the deadline stopped may have taken all of its ten seconds to end.
-  deadline=$((deadline + 25)) least=5
-  if [ "${#results[@]}" -gt 0 ]; then
-    step report 15 "$python" -m bench.report "${results[@]}" --out "$out/report"
-  fi
-  if has nvidia-smi; then timeout 5 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >> "$summary"; fi
+if [ -n "$dry" ]; then cp bench/results/amd-epyc-2-threads/results.json "$out/made.json"; fi
+mapfile -t results < <(find "$out" -maxdepth 1 -name '*.json' ! -name 'kernel_times*.json' ! -name sweep.json -size +0 | sort)
+# A second or two, of a time of its own: a step that the deadline stopped may have taken all of its ten seconds to end.
+deadline=$((deadline + 25)) least=5
+if [ "${#results[@]}" -gt 0 ]; then
+  step report 15 "$python" -m bench.report "${results[@]}" --out "$out/report"
 fi
-if [ -z "$dry" ]; then tar czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"; fi
+if has nvidia-smi; then timeout 5 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >> "$summary"; fi
+tar czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
 echo
 echo "==== $SECONDS s; everything is in $out, and in $out.tar.gz"
 cat "$summary"

@@ -51,13 +51,15 @@ def checks(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--once", action="store_true", help="few and small shapes, for compute-sanitizer")
+    parser.add_argument("--dry", action="store_true", help="the smallest shape, on the CPU")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = torch.device("cpu" if arguments.dry else arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU found; --device cpu runs the same checks there")
     failed = passed = 0
-    for shape in ONCE if arguments.once else SHAPES + ODD_SHAPES:
+    shapes = ONCE if arguments.once or arguments.dry else SHAPES + ODD_SHAPES
+    for shape in shapes[:1] if arguments.dry else shapes:
         for dtype in (torch.float32, torch.bfloat16):
             case = Case("smoke", *shape, dtype=dtype)
             for what, run in checks(case, device):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import counts
+from . import counts, host
 from .baselines import LOSSES
 from .cases import SHORT_NAMES, Case, Inputs
 from .measure import ceilings, environment, gpu_state, input_sets
@@ -68,6 +68,18 @@ def profile(case: Case, row_name: str) -> dict[str, dict[str, float]]:
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
     return by_kernel(events, ROUNDS)
+
+
+def dry_profile(case: Case, row_name: str) -> dict[str, dict[str, float]]:
+    """`profile` without a GPU: the launches of a small step, each of which takes a microsecond."""
+    from ood_fast.kernels.launch import launches
+
+    row = next(row for row in LOSSES if row.name == row_name)
+    x = Inputs.of(Case("dry", 8, 10, 4, dtype=case.dtype), "cpu")
+    with host.no_gpu(), host.no_launch():
+        launches.clear()
+        row.step(x)
+    return by_kernel([(name, 1e-6) for name in launches.elements()] + [("sort", 1e-6)], 1)
 
 
 def table(found: dict[str, dict[str, float]], sizes: counts.Sizes, most: dict[str, float], dtype: str) -> list[dict]:
@@ -125,19 +137,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rows", nargs="+", default=["elogitnorm", "elogitnorm, detached", "F.cross_entropy"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry", action="store_true", help="without a GPU, in made times")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not (arguments.dry or torch.cuda.is_available()):
         raise SystemExit("no GPU found: this times kernels on one")
-    dtype = getattr(torch, arguments.dtype)
-    most = ceilings("cuda")
+    dtype, take = getattr(torch, arguments.dtype), dry_profile if arguments.dry else profile
+    most = {"copy": 4e3, "bf16": 790e3, "fp32": 55e3} if arguments.dry else ceilings("cuda")
     found: dict[str, Any] = {"environment": environment(), "ceilings": most, "dtype": SHORT_NAMES[dtype], "cases": []}
     for shape in arguments.shapes:
         case = Case("kernels", *shape, dtype=dtype)
-        u = Inputs.of(case, "cuda").distinct_predictions
+        u = min(shape[:2]) if arguments.dry else Inputs.of(case, "cuda").distinct_predictions
         rows = {}
         print(f"{case}, u = {u}; ceilings: {most}")
         for name in arguments.rows:
-            lines = rows[name] = table(profile(case, name), counts.Sizes.of(shape, dtype, u), most, SHORT_NAMES[dtype])
+            lines = rows[name] = table(take(case, name), counts.Sizes.of(shape, dtype, u), most, SHORT_NAMES[dtype])
             total = sum(line["seconds"] for line in lines if "row kernels" not in line["kernel"])
             print(f"\n{name}: {total * 1e6:.0f} us\n{show(lines)}")
         found["cases"].append({"shape": shape, "distinct_predictions": u, "rows": rows})

@@ -1,12 +1,13 @@
 """What the kernels should take on a GPU, by their compiled code, without one.
 
     python -m bench.static                    # the cases of `CASES`, for an H200
+    python -m bench.static --measured FILE    # beside what `python -m bench.kernel_times --out FILE` measured
     python -m bench.static --write            # keep the figures in tests/static_gates/, for tests/test_gates.py
 
 For each kernel of a case, compiled for sm_90: instructions that the warps issue, matrix instructions against those
 that the product needs, barriers of a turn, programs that fit a multiprocessor, bytes (bench/counts.py). From these the
 time by issue, at the rate that the schedulers have and at the 70 % of it that kernels reach, and by bytes; the largest
-rules. On a GPU `python -m bench.kernel_times` prints measured times by the same names.
+rules. Measured times in bench/results/<gpu>/kernel_times*.json stand beside them.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import counts, sass
+from .cases import SHORT_NAMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 TARGET = "sm_90"
+RESULTS = Path(__file__).with_name("results")
 # An H200: 132 multiprocessors with four schedulers at 1.85 GHz, copies at 4.0 TB/s.
 MULTIPROCESSORS, ISSUE, REACHED, BYTES, BF16 = 132, 132 * 4 * 1.85e9, 0.7, 4.0e12, 790e12
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 227 * 1024, 64, 32
@@ -93,7 +96,8 @@ def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...] 
         return math.ceil(size / values[block])
 
     (n, c, m), u = case.shape, case.u
-    samples = 8  # of a turn of the segmented sums
+    samples = values.get("SAMPLES", 1)  # of a turn of the segmented sums
+    segment = math.ceil(n / u / samples) if samples > 1 else n / u
     table: dict[str, Callable[[], tuple[float, ...] | float]] = {
         "distance_gram": lambda: float(of(m, "INNER")),
         "predict": lambda: (of(c, "BLOCK") - 1,),
@@ -104,7 +108,7 @@ def turns(kernel: str, values: dict[str, Any], case: Case) -> tuple[float, ...] 
         "weight_gradient_all": lambda: float(of(u, "INNER")),
         # A piece has at most 128 samples; a segment is summed whole, or from its pieces.
         "segment_piece": lambda: (min(128, n / u) / samples,),
-        "segment_sum": lambda: (math.ceil(n / u / samples) if n / u <= 128 else 0, n / u / 128 / 4, 0),
+        "segment_sum": lambda: (segment if n / u <= 128 else 0, n / u / 128 / 4, 0),
     }
     rows = of(c, "BLOCK") if kernel.startswith("tempered") else 0
     return (rows,) * 8 if rows else table.get(kernel, tuple)()
@@ -176,13 +180,29 @@ def line(case: Case, job: Any, grid: tuple[int, ...], values: dict[str, Any]) ->
     }
 
 
-def show() -> str:
+def measured(files: Iterable[Path]) -> dict[tuple[str, str], float]:
+    """{(case and dtype, kernel): microseconds of a step} from what `bench.kernel_times` wrote; "torch" is what is no
+    kernel of this package."""
+    found = {}
+    for file in files:
+        content = json.loads(file.read_text())
+        for case in content["cases"]:
+            name = f"elogitnorm {'x'.join(map(str, case['shape']))} {content['dtype']}"
+            for of_kernel in case["rows"].get("elogitnorm", []):
+                found[name, of_kernel["kernel"]] = of_kernel["seconds"] * 1e6
+    return found
+
+
+def show(cases: Iterable[Case] = CASES, seen: dict[tuple[str, str], float] | None = None) -> str:
+    """The table; `seen`: what was measured."""
     text = [
         f"{'':24} {'instructions':>14} {'matrix':>7} {'barriers':>8} {'programs':>8} "
-        f"{'issue':>8} {'at 70 %':>8} {'bytes':>8}  us"
+        f"{'issue':>8} {'at 70 %':>8} {'bytes':>8} {'measured':>8}  us"
     ]
-    for case in CASES:
+    for case in cases:
         lines = launches(case)
+        name = f"{lines[0]['case']} {SHORT_NAMES[case.dtype]}"
+        of_case = {kernel: us for (where, kernel), us in (seen or {}).items() if where == name}
         text.append(f"\n{lines[0]['case']} {case.dtype}".replace("torch.", ""))
         total = 0.0
         for found in lines:
@@ -191,11 +211,13 @@ def show() -> str:
             text.append(
                 f"{found['kernel']:24} {found['instructions']:8.0f}/{found['unit']:5} {found['matrix']:>7} "
                 f"{found['barriers']:8.0f} {found['programs']:8} {issue:8.1f} {issue / REACHED:8.1f} {moved:8.1f}"
+                + (f" {of_case[found['kernel']]:8.1f}" if found["kernel"] in of_case else "")
             )
-        text.append(f"{'all':24} {total:64.0f}")
-        for name in case.beside:
-            needed = counts.operation(name, case.sizes())
-            text.append(f"{name:24} {needed.floor(BYTES, BF16) * 1e6:64.0f}")
+        everything = sum(us for kernel, us in of_case.items() if not kernel.startswith("row kernels"))
+        text.append(f"{'all':24} {total:64.0f}" + (f" {everything:17.0f}" if of_case else ""))
+        for beside in case.beside:
+            needed = counts.operation(beside, case.sizes())
+            text.append(f"{beside:24} {needed.floor(BYTES, BF16) * 1e6:64.0f}")
     return "\n".join(text)
 
 
@@ -205,9 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="keep the figures in tests/static_gates/")
     parser.add_argument("--json", action="store_true", help="print the figures that are kept")
+    parser.add_argument("--measured", nargs="+", type=Path, default=sorted(RESULTS.glob("*/kernel_times*.json")))
+    parser.add_argument("--dry", action="store_true", help="the two smallest cases alone")
     arguments = parser.parse_args()
     if not (arguments.write or arguments.json):
-        print(show())
+        print(show((CASES[1], CASES[-1]) if arguments.dry else CASES, measured(arguments.measured)))
         return
     kept = [{name: found[name] for name in COLUMNS} for case in CASES for found in launches(case)]
     if arguments.json:

@@ -56,6 +56,9 @@ _HOME = {
     "linear_elogitnorm": "linear",
     "row_statistics": "statistics",
     "distance_table": "statistics",
+    "shard_boundary_sums": "shards",
+    "shard_softmax_sums": "shards",
+    "tempered_gradient": "losses",
     "launches": "launch",
 }
 
@@ -65,7 +68,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

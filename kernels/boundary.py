@@ -13,8 +13,9 @@ from torch import Tensor
 from ..records import Geometry, Needs
 from .geometry import geometry_of
 from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
-from .rows import boundary_terms, finite_or_nan, first_maximum, live_gap, mean_distance, scan_maximum
+from .rows import boundary_terms, finite_or_nan, mean_distance, scan_maximum
 from .segments import Segments
+from .tempered import temperature_sums
 from .weight_gradient import weight_gradient
 
 
@@ -30,7 +31,6 @@ def boundary_distance_forward_kernel(
     n_classes,
     average_offset,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     ALIGN: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
 ):
@@ -40,40 +40,20 @@ def boundary_distance_forward_kernel(
         n_classes = n_classes // ALIGN * ALIGN
         logits_stride = logits_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
-    columns = tl.arange(0, BLOCK)
-    if not LOOPED:
-        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
     if PREDICTION_KNOWN:
         predicted = tl.load(predicted_pointer + row)
         row_maximum = tl.load(logits_row + predicted).to(tl.float32)
         table_row = tl.load(table_row_pointer + row)
     else:
-        if LOOPED:
-            row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
-        else:
-            row_maximum, predicted = first_maximum(logit, columns, 0)
+        row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
         table_row = predicted.to(tl.int64)
         tl.store(predicted_pointer + row, table_row)
         tl.store(table_row_pointer + row, table_row)
     row_maximum = finite_or_nan(row_maximum)
-    table_row_pointer = table_pointer + table_row * n_classes
-    if LOOPED:
-        distance_sums = tl.zeros([BLOCK], tl.float32)
-        boundary_counts = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            live, gap = live_gap(logit, row_maximum)
-            inverse_distance, is_boundary = boundary_terms(table_row_pointer, offset, n_classes, live)
-            distance_sums += gap * inverse_distance
-            boundary_counts += is_boundary
-    else:
-        live, gap = live_gap(logit, row_maximum)
-        inverse_distance, boundary_counts = boundary_terms(table_row_pointer, columns, n_classes, live)
-        distance_sums = gap * inverse_distance
-    distance, share = mean_distance(
-        tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, row_maximum == row_maximum
+    total, n_boundaries, _, _ = temperature_sums(
+        logits_row, table_pointer + table_row * n_classes, row_maximum, n_classes, BLOCK, True
     )
+    distance, share = mean_distance(total, n_boundaries, average_offset, row_maximum == row_maximum)
     tl.store(distance_pointer + row, distance)
     tl.store(slope_pointer + row, share)
 
@@ -90,7 +70,6 @@ def boundary_distance_backward_kernel(
     grad_logits_pointer,  # (n, c) contiguous: written
     n_classes,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """dD/df_j = -slope R_j, and slope sum_j R_j at p. The logits are read only to tell which classes are live."""
@@ -101,28 +80,14 @@ def boundary_distance_backward_kernel(
     logits_row = logits_pointer + row * logits_stride
     grad_row = grad_logits_pointer + row * n_classes
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
-    columns = tl.arange(0, BLOCK)
     predicted = tl.load(predicted_pointer + row)
-    scale = tl.load(sample_grad_pointer + row).to(tl.float32) * tl.load(
-        slope_pointer + row
-    )  # NaN for a row that is not valid
-    if LOOPED:
-        inverse_distance_sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            inverse_distance_sums += boundary_terms(table_row, offset, n_classes, logit != float("-inf"))[0]
-        inverse_distance_sum = tl.sum(inverse_distance_sums, axis=0)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            inverse_distance = boundary_terms(table_row, offset, n_classes, logit != float("-inf"))[0]
-            gradient = scale * (tl.where(offset == predicted, inverse_distance_sum, 0.0) - inverse_distance)
-            tl.store(grad_row + offset, gradient, mask=offset < n_classes)
-    else:
+    # NaN for a row that is not valid
+    scale = tl.load(sample_grad_pointer + row).to(tl.float32) * tl.load(slope_pointer + row)
+    inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True)[2]
+    for start in range(0, n_classes, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
         logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
         inverse_distance = boundary_terms(table_row, columns, n_classes, logit != float("-inf"))[0]
-        inverse_distance_sum = tl.sum(inverse_distance, axis=0)
         gradient = scale * (tl.where(columns == predicted, inverse_distance_sum, 0.0) - inverse_distance)
         tl.store(grad_row + columns, gradient, mask=columns < n_classes)
 
@@ -142,7 +107,7 @@ def boundary_distance_forward(
     config = row_config(n_classes, target_of(logits))
     launch(
         boundary_distance_forward_kernel, (n_samples,), logits, logits.stride(0), geometry.table, geometry.table_row,
-        predicted, distance, slope, n_classes, float(average_offset), BLOCK=config.block, LOOPED=config.looped,
+        predicted, distance, slope, n_classes, float(average_offset), BLOCK=config.block,
         ALIGN=alignment(n_classes, logits.stride(0)), PREDICTION_KNOWN=prediction_known, num_warps=config.num_warps,
     )  # fmt: skip
     return distance, predicted, slope, geometry
@@ -167,7 +132,7 @@ def boundary_distance_backward(
         launch(
             boundary_distance_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0),
             geometry.table, geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
-            LOOPED=config.looped, ALIGN=alignment(n_classes, rows.stride(0)), num_warps=config.num_warps,
+            ALIGN=alignment(n_classes, rows.stride(0)), num_warps=config.num_warps,
         )  # fmt: skip
         grad_logits = grad_logits.to(logits.dtype)
     if needs.weight:

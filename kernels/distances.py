@@ -192,6 +192,13 @@ def refine_tile(
             tl.store(places, tl.where(is_apart, inverse_distance, 0.0), mask=is_close)
 
 
+@triton.jit
+def _bound(norms):
+    """The part of each side, with |a|^2, of the bound up to which a pair is close: infinite where squares may leave the
+    range."""
+    return tl.where(norms > 0.5 * LARGE_SQUARE, float("inf"), tl.maximum(norms * CLOSE_PAIR, 0.5 * SMALL_SQUARE))
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
@@ -250,14 +257,16 @@ def distance_gram_kernel(
             class_norms = tl.load(norm_pointer + classes, mask=class_mask, other=0.0)
             row_norms *= row_norms
             class_norms *= class_norms
-        norms = row_norms[:, None] + class_norms[None, :]
-        squared_distance = norms - 2.0 * products
-        own = row_class[:, None] == classes[None, :]
-        is_close = (squared_distance <= norms * CLOSE_PAIR) | (norms > LARGE_SQUARE) | (squared_distance < SMALL_SQUARE)
-        is_close = is_close & row_mask[:, None] & class_mask[None, :] & (own == 0)
+        # A row that is not there is far from all: s = inf, R = 0.
+        row_bound = tl.where(row_mask, _bound(row_norms), float("-inf"))
+        row_norms = tl.where(row_mask, row_norms, float("inf"))
+        squared_distance = row_norms[:, None] + class_norms[None, :] - 2.0 * products
+        is_close = squared_distance <= row_bound[:, None] + _bound(class_norms)[None, :]
+        own = row_class.to(tl.int32)[:, None] == classes[None, :]
         # 1 where it will not be used, so that no root of a negative rounding error is taken
-        inverse_distance = with_last_bit(tl.rsqrt(tl.where(is_close | own, 1.0, squared_distance)), 0)
-        inverse_distance = tl.where(own | (row_mask[:, None] == 0), 0.0, tl.where(is_close, -1.0, inverse_distance))
+        inverse_distance = with_last_bit(tl.rsqrt(tl.where(is_close, 1.0, squared_distance)), 0)
+        inverse_distance = tl.where(own, 0.0, tl.where(is_close, -1.0, inverse_distance))
+        is_close = is_close & (own == 0)
         any_close = tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0)
     places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
     tl.store(places, inverse_distance, mask=(rows < n_rows)[:, None] & class_mask[None, :])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import FAR, LARGE, LOG2_E, exp2, finite_or_nan, maximum, read_label
+from .rows import FAR, LARGE, LOG2_E, exp2, finite_or_nan, maximum, read_label, reciprocal
 from .tempered import boundary_temperature, norm_temperature
 
 
@@ -39,8 +39,8 @@ def fused_row_kernel(
     target_pointer,  # (n,) int64
     class_weight_pointer,  # (c,) or None
     table_pointer,  # (k, c) R; None for LogitNorm
-    table_row_pointer,  # (n,) int64: read where PREDICTION_KNOWN, otherwise it is p, and written
-    predicted_pointer,  # (n,) int64: likewise
+    table_row_pointer,  # (n,) int64: read where PREDICTION_KNOWN, otherwise it is p, and written; None: it is p
+    predicted_pointer,  # (n,) int64: read or written likewise
     loss_pointer,  # (n,) this and what follows is written; None in the backward pass
     distance_pointer,  # (n,), None for LogitNorm
     temperature_pointer,  # (n,): read in the backward pass
@@ -101,7 +101,9 @@ def fused_row_kernel(
         logit = tl.load(logits_row + columns, mask=inside, other=-FAR).to(tl.float32)
     if PREDICTION_KNOWN:
         predicted = tl.load(predicted_pointer + row)
-        table_row = tl.load(table_row_pointer + row) if BOUNDARY else predicted
+        table_row = predicted
+        if table_row_pointer is not None:
+            table_row = tl.load(table_row_pointer + row)
         top = finite_or_nan(tl.load(logits_row + predicted).to(tl.float32))
     else:
         top = maximum(logit, 0)
@@ -133,7 +135,7 @@ def fused_row_kernel(
             predicted = tl.where(unknown < n_classes, unknown.to(tl.int64), predicted)
     if not PREDICTION_KNOWN:
         tl.store(predicted_pointer + row, predicted)
-        if BOUNDARY:
+        if table_row_pointer is not None:
             tl.store(table_row_pointer + row, predicted)
     if BOUNDARY:
         distance, temperature, slope_factor = boundary_temperature(total, n_boundaries, average_offset, eps, top == top)
@@ -155,7 +157,7 @@ def fused_row_kernel(
         own_mass = 1.0 - label_smoothing
         spread = label_smoothing / tl.maximum(n_live, 1).to(tl.float32)
         target_gap = own_mass * own_gap + spread * tl.sum(tl.where(gap < FAR, gap, 0.0), axis=0)
-    inverse_partition = 1.0 / partition
+    inverse_partition = reciprocal(partition, HARDWARE)
     if loss_pointer is None:
         slope = tl.where(ignored, 0.0, tl.load(slope_pointer + row) * temperature)
     else:

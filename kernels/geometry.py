@@ -97,7 +97,8 @@ def geometry_of(logits: Tensor, head_weight: Tensor, kept: Kept | None = None) -
         row_class = torch.arange(n_classes, device=logits.device)
         return Located(Geometry(torch.empty_like(predicted), table, row_class), predicted, False, kept)
     if aliased:
-        predicted, *places, n_distinct = torch.empty(3 * n_samples + 1, **new).split((n_samples,) * 3 + (1,))
+        room = torch.empty(3 * n_samples + 1, **new)
+        predicted, *places, n_distinct = room.split_with_sizes((n_samples,) * 3 + (1,))
     else:
         predicted, *places, n_distinct = (torch.empty(size, **new) for size in (n_samples,) * 3 + (1,))
     logits = unit_stride(logits)

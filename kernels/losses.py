@@ -81,9 +81,10 @@ def _fused(
         stride = sample_grad.stride(0)
     launch(
         fused_row_kernel, (n_samples,), sample_grad, stride, rows, rows.stride(0), target,
-        None if class_weight is None else class_weight.contiguous(), table, table_row, tempered.predicted,
-        loss, distance, tempered.temperature, None if loss is None else tempered.log_partition, tempered.slope, pull,
-        grad_logits, n_samples, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
+        None if class_weight is None else class_weight.contiguous(), table,
+        None if table_row is tempered.predicted else table_row, tempered.predicted, loss, distance,
+        tempered.temperature, None if loss is None else tempered.log_partition, tempered.slope, pull, grad_logits,
+        n_samples, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
         float(rule.average_offset), float(rule.tau), boost_of(n_samples, n_classes), BLOCK=config.block,
         ALIGN=alignment(n_classes, rows.stride(0)), BOUNDARY=table is not None, PREDICTION_KNOWN=prediction_known,
         SMOOTHED=label_smoothing > 0, IS_DIVISOR=count > 0 or (sample_grad is not None and sample_grad.dim() == 0),
@@ -92,8 +93,8 @@ def _fused(
     return None if grad_logits is None else grad_logits.to(logits.dtype)
 
 
-def _shape(logits: Tensor, labels: Labels, geometry: Geometry | None) -> dict[str, object]:
-    """The constants that both kernels of `tempered.py` share."""
+def loop_constants(logits: Tensor, labels: Labels, geometry: Geometry | None = None) -> dict[str, object]:
+    """The constants that the kernels of `tempered.py` share."""
     n_classes = logits.shape[1]
     probabilities = labels.target.is_floating_point()
     strides = (logits.stride(0), labels.target.stride(0)) if probabilities else (logits.stride(0),)
@@ -138,7 +139,7 @@ def _forward(
         None if class_weight is None else class_weight.contiguous(), table, table_row, predicted, loss, distance,
         temperature, log_partition, slope, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
         float(rule.average_offset), float(rule.tau), PREDICTION_KNOWN=prediction_known,
-        **_shape(rows, labels, geometry),
+        **loop_constants(rows, labels, geometry),
     )  # fmt: skip
     grad_logits = None if sample_grad is None else _backward(sample_grad, logits, labels, tempered, geometry)
     return loss, distance, tempered, grad_logits
@@ -150,6 +151,22 @@ def _backward(
     """The gradient of the logits after `_forward`."""
     if is_fused(logits, labels):
         return _fused(logits, labels, geometry, True, None, tempered, Rule(), sample_grad)
+    return tempered_gradient(sample_grad, logits, labels, tempered, geometry)
+
+
+def tempered_gradient(
+    sample_grad: Tensor,
+    logits: Tensor,
+    labels: Labels,
+    tempered: Tempered,
+    geometry: Geometry | None,
+    given: tuple | None = None,
+) -> Tensor:
+    """The gradient of the logits, of rows of any length.
+
+    `given`, where these are the classes of one process among many: the largest logit, Q, sum R where p is one of them
+    and 0 elsewhere, the number of live classes, each (n,) fp32; the first of them, the number of all.
+    """
     rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
@@ -158,7 +175,8 @@ def _backward(
     launch(
         tempered_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0), target,
         target.stride(0), None if class_weight is None else class_weight.contiguous(), table, table_row, *tempered,
-        grad_logits, n_classes, ignore_index, float(label_smoothing), **_shape(rows, labels, geometry),
+        grad_logits, *(given or (None, None, None, None, 0, n_classes)), n_classes, ignore_index,
+        float(label_smoothing), **loop_constants(rows, labels, geometry),
     )  # fmt: skip
     return grad_logits.to(logits.dtype)
 
@@ -225,7 +243,8 @@ def _vectors(logits: Tensor, head_weight: Tensor, count: int) -> tuple[Kept, lis
     n_samples = logits.shape[0]
     n_origin, n_flags = kept_sizes(n_samples, head_weight)
     sizes = [n_samples] * count + [n_origin, n_flags]
-    *vectors, origin, flags = torch.empty(sum(sizes), dtype=torch.float32, device=logits.device).split(sizes)
+    room = torch.empty(sum(sizes), dtype=torch.float32, device=logits.device)
+    *vectors, origin, flags = room.split_with_sizes(sizes)
     return Kept(origin if n_origin else None, flags), vectors
 
 

@@ -34,6 +34,15 @@ def log2(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x, HARDWARE: tl.constexpr):
+    """1 / x for x whose reciprocal is no denormal, as `exp2`."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -122,6 +131,12 @@ def read_label(target_pointer, ignore_index, n_classes):
     ignored = label == ignore_index
     usable = (label >= 0) & (label < n_classes)
     return tl.where(usable, label, 0), ignored, usable
+
+
+@triton.jit
+def own_label(label, first_class, n_classes):
+    """The place of a class among those of this process, -1 for those of others."""
+    return tl.where((label >= first_class) & (label < first_class + n_classes), label - first_class, -1)
 
 
 @triton.jit

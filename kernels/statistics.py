@@ -128,7 +128,7 @@ def tail_terms(
     gap = tl.minimum(row_maximum - logit, FAR)
     term = tl.zeros_like(gap)
     product = tl.zeros_like(gap)
-    is_boundary = tl.zeros_like(gap)
+    is_boundary = tl.zeros_like(gap).to(tl.int32)
     if WITH_GEN:
         scaled = gap * -LOG2_E
         others = tl.where(columns == predicted, rest, 1.0 + rest - exp2(scaled, HARDWARE))
@@ -139,7 +139,7 @@ def tail_terms(
         inverse_distance = tl.load(table_row_pointer + columns, mask=columns < n_classes, other=0.0)
         inverse_distance = tl.where(logit != float("-inf"), inverse_distance, 0.0)
         product = gap * inverse_distance
-        is_boundary = tl.where(inverse_distance > 0, 1.0, 0.0)
+        is_boundary = tl.minimum(inverse_distance.to(tl.int32, bitcast=True), 1)  # R's bits are 0 only where it is
     return tl.reduce((term, product, is_boundary), 1, add_3)
 
 
@@ -256,7 +256,7 @@ def row_statistics_kernel(
             if LOOPED:
                 gen = tl.zeros([ROWS], tl.float32)
                 distance_sum = tl.zeros([ROWS], tl.float32)
-                n_boundaries = tl.zeros([ROWS], tl.float32)
+                n_boundaries = tl.zeros([ROWS], tl.int32)
                 for start in range(0, n_classes, CLASS_BLOCK):
                     columns = start + lanes
                     mask = row_mask[:, None] & (columns < n_classes)

@@ -23,6 +23,7 @@ from .rows import (
     label_mass,
     live_gap,
     mean_distance,
+    own_label,
     read_label,
     scan_maximum,
     target_distribution,
@@ -45,17 +46,81 @@ def norm_temperature(squared_norm, tau):
 
 
 @triton.jit
-def _loss_and_slope(
-    partition, gap_sum, target_mass, target_gap, masked_mass, temperature, slope_factor, valid, ignored
+def temperature_sums(logits_row, table_row, row_maximum, n_classes, BLOCK: tl.constexpr, BOUNDARY: tl.constexpr):
+    """(sum g R, or sum f^2 unless BOUNDARY; K; sum R; the number of live classes) of a row."""
+    totals = tl.zeros([BLOCK], tl.float32)
+    counts = tl.zeros([BLOCK], tl.int32)
+    inverse_distances = tl.zeros([BLOCK], tl.float32)
+    live_counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_classes, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
+        live, gap = live_gap(logit, row_maximum)
+        if BOUNDARY:
+            inverse_distance, is_boundary = boundary_terms(table_row, columns, n_classes, live)
+            totals += gap * inverse_distance
+            counts += is_boundary
+            inverse_distances += inverse_distance
+        else:
+            totals += tl.where(live, logit * logit, 0.0)
+        live_counts += live.to(tl.int32)
+    total, n_boundaries = tl.sum(totals, axis=0), tl.sum(counts, axis=0)
+    return total, n_boundaries, tl.sum(inverse_distances, axis=0), tl.sum(live_counts, axis=0)
+
+
+@triton.jit
+def softmax_sums(
+    logits_row,
+    row_maximum,
+    inverse_temperature,
+    n_classes,
+    n_live,
+    label,
+    target_row,
+    class_weight_pointer,
+    label_smoothing,
+    BLOCK: tl.constexpr,
+    WITH_TARGETS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and the mass q on masked
-    classes."""
+    """(sum e, sum e g; and WITH_TARGETS Q, sum q g, whether a masked class holds mass as 0 or 1) of a row."""
+    exponentials = tl.zeros([BLOCK], tl.float32)
+    gap_sums = tl.zeros([BLOCK], tl.float32)
+    q_sums = tl.zeros([BLOCK], tl.float32)
+    q_gap_sums = tl.zeros([BLOCK], tl.float32)
+    impossible = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_classes, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
+        live, gap = live_gap(logit, row_maximum)
+        exponential = tl.where(live, exp2(gap * (inverse_temperature * -LOG2_E), HARDWARE), 0.0)
+        exponentials += exponential
+        gap_sums += exponential * gap
+        if WITH_TARGETS:
+            q = target_distribution(
+                columns, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
+                PROBABILITIES, WEIGHTED, SMOOTHED,
+            )  # fmt: skip
+            q_sums += q
+            q_gap_sums += q * gap
+            impossible = tl.maximum(impossible, tl.where(live | (q == 0), 0.0, 1.0))
+    partition, gap_sum = tl.sum(exponentials, axis=0), tl.sum(gap_sums, axis=0)
+    return partition, gap_sum, tl.sum(q_sums, axis=0), tl.sum(q_gap_sums, axis=0), tl.max(impossible, axis=0)
+
+
+@triton.jit
+def _loss_and_slope(partition, gap_sum, target_mass, target_gap, impossible, temperature, slope_factor, valid, ignored):
+    """(log-partition, loss, slope) from the sums of a row: sum e, sum e g, Q, sum q g and whether a masked class holds
+    mass."""
     partition = tl.where(valid, partition, 1.0)  # at least exp(0) in a valid row
     log_partition = tl.log(partition)
     loss = target_gap / temperature + target_mass * log_partition
     # dL/dT, divided by T twice: T^2 would underflow for a small tau.
     derivative = -(target_gap - target_mass * (gap_sum / partition)) / temperature / temperature
-    impossible = (masked_mass > 0) | (masked_mass < 0)
+    impossible = impossible != 0
     loss = tl.where(impossible, float("inf"), loss)
     slope = tl.where(impossible, 0.0, derivative * slope_factor)
     loss = tl.where(valid, loss, float("nan"))
@@ -101,7 +166,6 @@ def tempered_forward_kernel(
         logits_stride = logits_stride // ALIGN * ALIGN
         target_stride = target_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
-    columns = tl.arange(0, BLOCK)
 
     # The prediction and the largest logit.
     if PREDICTION_KNOWN:
@@ -117,32 +181,14 @@ def tempered_forward_kernel(
     row_maximum = finite_or_nan(row_maximum)
     valid = row_maximum == row_maximum
 
-    # The temperature: sums over the live classes.
-    distance_sums = tl.zeros([BLOCK], tl.float32)
-    boundary_counts = tl.zeros([BLOCK], tl.int32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    live_counts = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n_classes, BLOCK):
-        offset = start + columns
-        logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-        live, gap = live_gap(logit, row_maximum)
-        if BOUNDARY:
-            inverse_distance, is_boundary = boundary_terms(
-                table_pointer + table_row * n_classes, offset, n_classes, live
-            )
-            distance_sums += gap * inverse_distance
-            boundary_counts += is_boundary
-        else:
-            squares += tl.where(live, logit * logit, 0.0)
-        live_counts += live.to(tl.int32)
+    total, n_boundaries, _, n_live = temperature_sums(
+        logits_row, table_pointer + table_row * n_classes if BOUNDARY else None, row_maximum, n_classes, BLOCK, BOUNDARY
+    )
     if BOUNDARY:
-        distance, temperature, slope_factor = boundary_temperature(
-            tl.sum(distance_sums, axis=0), tl.sum(boundary_counts, axis=0), average_offset, eps, valid
-        )
+        distance, temperature, slope_factor = boundary_temperature(total, n_boundaries, average_offset, eps, valid)
         tl.store(distance_pointer + row, distance)
     else:
-        temperature, slope_factor = norm_temperature(tl.where(valid, tl.sum(squares, axis=0), float("nan")), tau)
-    n_live = tl.sum(live_counts, axis=0)
+        temperature, slope_factor = norm_temperature(tl.where(valid, total, float("nan")), tau)
 
     # The loss: sums of the softmax and of the target distribution.
     if PROBABILITIES:
@@ -153,40 +199,19 @@ def tempered_forward_kernel(
         label, ignored, usable = read_label(target_pointer + row, ignore_index, n_classes)
         valid = valid & (usable | ignored)
         target_row = target_pointer
-    inverse_temperature = 1.0 / temperature
-    exponentials = tl.zeros([BLOCK], tl.float32)
-    gap_sums = tl.zeros([BLOCK], tl.float32)
-    q_sums = tl.zeros([BLOCK], tl.float32)
-    q_gap_sums = tl.zeros([BLOCK], tl.float32)
-    q_masked_sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_classes, BLOCK):
-        offset = start + columns
-        logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-        live, gap = live_gap(logit, row_maximum)
-        exponential = tl.where(live, exp2(gap * (inverse_temperature * -LOG2_E), HARDWARE), 0.0)
-        exponentials += exponential
-        gap_sums += exponential * gap
-        if PROBABILITIES or SMOOTHED:
-            q = target_distribution(
-                offset, n_classes, live, n_live, label, target_row, class_weight_pointer, label_smoothing,
-                PROBABILITIES, WEIGHTED, SMOOTHED,
-            )  # fmt: skip
-            q_sums += q
-            q_gap_sums += q * gap
-            q_masked_sums += tl.where(live, 0.0, q)
-    if PROBABILITIES or SMOOTHED:
-        target_mass = tl.sum(q_sums, axis=0)
-        target_gap = tl.sum(q_gap_sums, axis=0)
-        masked_mass = tl.sum(q_masked_sums, axis=0)
-    else:  # one class holds all the mass: no sums
+    WITH_TARGETS: tl.constexpr = PROBABILITIES or SMOOTHED
+    partition, gap_sum, target_mass, target_gap, impossible = softmax_sums(
+        logits_row, row_maximum, 1.0 / temperature, n_classes, n_live, label, target_row, class_weight_pointer,
+        label_smoothing, BLOCK, WITH_TARGETS, PROBABILITIES, WEIGHTED, SMOOTHED, HARDWARE,
+    )  # fmt: skip
+    if not WITH_TARGETS:  # one class holds all the mass: no sums
         target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
         label_live, label_gap = live_gap(tl.load(logits_row + label).to(tl.float32), row_maximum)
         target_gap = target_mass * label_gap
-        masked_mass = tl.where(label_live, 0.0, target_mass)
+        impossible = tl.where(label_live, 0.0, target_mass)
     log_partition, loss, slope = _loss_and_slope(
-        tl.sum(exponentials, axis=0), tl.sum(gap_sums, axis=0), target_mass, target_gap, masked_mass,
-        temperature, slope_factor, valid, ignored,
-    )  # fmt: skip
+        partition, gap_sum, target_mass, target_gap, impossible, temperature, slope_factor, valid, ignored
+    )
     tl.store(loss_pointer + row, loss)
     tl.store(temperature_pointer + row, temperature)
     tl.store(log_partition_pointer + row, log_partition)
@@ -220,7 +245,7 @@ def _logit_gradient(
         return gradient + slope * tl.where(live, logit, 0.0)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "first_class", "n_all_classes"])
 def tempered_backward_kernel(
     sample_grad_pointer,  # (n,)
     logits_pointer,  # (n, c)
@@ -235,6 +260,12 @@ def tempered_backward_kernel(
     log_partition_pointer,  # (n,)
     slope_pointer,  # (n,)
     grad_logits_pointer,  # (n, c) contiguous: written
+    top_pointer,  # (n,) fp32 the largest logit; this and the next three None in one process, which has all classes
+    target_mass_pointer,  # (n,) fp32 Q
+    inverse_sum_pointer,  # (n,) fp32 sum R where p is a class of this process, 0 elsewhere
+    n_live_pointer,  # (n,) fp32
+    first_class,
+    n_all_classes,
     n_classes,
     ignore_index,
     label_smoothing,
@@ -258,7 +289,10 @@ def tempered_backward_kernel(
 
     sample_grad = tl.load(sample_grad_pointer + row).to(tl.float32)
     predicted = tl.load(predicted_pointer + row)
-    row_maximum = finite_or_nan(tl.load(logits_row + predicted).to(tl.float32))
+    if top_pointer is None:
+        row_maximum = finite_or_nan(tl.load(logits_row + predicted).to(tl.float32))
+    else:
+        row_maximum = finite_or_nan(tl.load(top_pointer + row))
     inverse_temperature = 1.0 / tl.load(temperature_pointer + row)
     log_partition = tl.load(log_partition_pointer + row)
     slope = tl.load(slope_pointer + row)
@@ -268,8 +302,10 @@ def tempered_backward_kernel(
         ignored = False
         target_row = target_pointer + row * target_stride
     else:
-        label, ignored, usable = read_label(target_pointer + row, ignore_index, n_classes)
+        label, ignored, usable = read_label(target_pointer + row, ignore_index, n_all_classes)
         valid = valid & (usable | ignored)
+        if top_pointer is not None:
+            label = own_label(label, first_class, n_classes)
         target_row = target_pointer
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes if BOUNDARY else table_pointer
     # An ignored row has gradient 0 even if it holds NaN, and a row that is not valid has NaN even in masked classes.
@@ -277,30 +313,26 @@ def tempered_backward_kernel(
     computed = valid & (ignored == 0)
 
     # What must be known before the first gradient is written: sum R, and c_live for q, then Q.
-    inverse_distance_sums = tl.zeros([BLOCK], tl.float32)
-    live_counts = tl.zeros([BLOCK], tl.int32)
-    if BOUNDARY or SMOOTHED:
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            live = logit != float("-inf")
-            live_counts += live.to(tl.int32)
-            if BOUNDARY:
-                inverse_distance_sums += boundary_terms(table_row, offset, n_classes, live)[0]
-    inverse_distance_sum = tl.sum(inverse_distance_sums, axis=0)
-    n_live = tl.sum(live_counts, axis=0)
-    if PROBABILITIES or SMOOTHED:
-        q_sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, n_classes, BLOCK):
-            offset = start + columns
-            logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-            q_sums += target_distribution(
-                offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
-                label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
-            )  # fmt: skip
-        target_mass = tl.sum(q_sums, axis=0)
+    if top_pointer is not None:
+        inverse_distance_sum = tl.load(inverse_sum_pointer + row)
+        n_live = tl.load(n_live_pointer + row)
+        target_mass = tl.load(target_mass_pointer + row)
     else:
-        target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
+        _, _, inverse_distance_sum, n_live = temperature_sums(
+            logits_row, table_row, row_maximum, n_classes, BLOCK, BOUNDARY
+        )
+        if PROBABILITIES or SMOOTHED:
+            q_sums = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n_classes, BLOCK):
+                offset = start + columns
+                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
+                q_sums += target_distribution(
+                    offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
+                    label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
+                )  # fmt: skip
+            target_mass = tl.sum(q_sums, axis=0)
+        else:
+            target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
     for start in range(0, n_classes, BLOCK):
         offset = start + columns
         logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)

@@ -133,6 +133,7 @@ def weight_gradient_own_kernel(
     table_pointer,  # (k, c) R
     flag_pointer,  # (row tiles, class tiles) of the table
     row_class_pointer,  # (k,) int64
+    n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
     weight_stride,
     origin_pointer,  # (m,) fp32, or None
@@ -149,12 +150,12 @@ def weight_gradient_own_kernel(
     FLAG_COLUMNS: tl.constexpr,
 ):
     """n < c, the rows of the distinct predictions: rowsum(S) W[u] - S W, over one split of the classes."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
-    row_class = tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
-    if tl.max(row_class, axis=0) >= 0:
-        row_mask = row_class >= 0
+    n_distinct = tl.load(n_distinct_pointer)
+    if tl.program_id(0) * ROWS < n_distinct:
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row_mask = rows < n_distinct
         row_offset = rows.to(tl.int64)
         split_classes = split_classes // INNER * INNER  # which tells the compiler: loads are 128 bits wide
         begin = split * split_classes
@@ -162,6 +163,7 @@ def weight_gradient_own_kernel(
         n_columns = tl.cdiv(n_classes, FLAG_COLUMNS)
         if _any_flag(flag_pointer + tl.program_id(0) * n_columns, n_columns, 1) > 0:
             own = tl.zeros([ROWS, COLUMNS], tl.float32)
+            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
             ours = _rows(weight_pointer, weight_stride, row_class, row_mask, features, n_features)
             for other in range(begin, end):
                 row = weight_pointer + tl.cast(other, tl.int64) * weight_stride + features
@@ -185,6 +187,7 @@ def weight_gradient_own_kernel(
                     weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
                 )
                 products = add_split_product(products, summed, weight, PRECISION)
+            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
             )
@@ -300,14 +303,14 @@ def weight_gradient(
     summed = gap_sum(segments, predicted, table, upstream)
     origin, flags, n_distinct = kept or kept_of(geometry, weight)
     target = target_of(weight)
-    tile, shape = product_of(target, weight.dtype)
-    wide, wide_shape = product_of(target, weight.dtype, 128)
+    narrow, _ = product_of(target, weight.dtype)  # the tiles of the table, and of its flags, for n >= c
+    tile, shape = product_of(target, weight.dtype, 128)
     grad_weight = gradient_buffer(head_weight, (n_classes, n_features), dtype)
     if n_rows == n_classes:
         launch(
-            weight_gradient_table_kernel, (cdiv(n_classes, wide.rows), cdiv(n_features, wide.columns)), summed,
+            weight_gradient_table_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
             summed.stride(0), table, flags, weight, weight.stride(0), origin, grad_weight, n_classes, n_features,
-            FLAG_COLUMNS=tile.columns, **wide_shape,
+            FLAG_COLUMNS=narrow.columns, **shape,
         )  # fmt: skip
         return grad_weight.to(dtype)
 
@@ -319,13 +322,13 @@ def weight_gradient(
     own = torch.empty(n_splits, n_rows, n_features, dtype=torch.float32, device=weight.device)
     launch(
         weight_gradient_own_kernel, (row_tiles, feature_tiles, n_splits), summed, summed.stride(0), table, flags,
-        row_class, weight, weight.stride(0), origin, own, n_rows, n_classes, n_features, split_classes,
-        FLAG_COLUMNS=wide.columns, **shape,
+        row_class, n_distinct, weight, weight.stride(0), origin, own, n_rows, n_classes, n_features, split_classes,
+        FLAG_COLUMNS=tile.columns, **shape,
     )  # fmt: skip
     launch(
-        weight_gradient_all_kernel, (cdiv(n_classes, wide.rows), cdiv(n_features, wide.columns)), summed,
+        weight_gradient_all_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
         summed.stride(0), table, flags, row_class, n_distinct, weight, weight.stride(0), origin, own,
         grad_weight, n_rows, n_classes, n_features,
-        n_splits, n_rows.bit_length(), FLAG_COLUMNS=wide.columns, **wide_shape,
+        n_splits, n_rows.bit_length(), FLAG_COLUMNS=tile.columns, **shape,
     )  # fmt: skip
     return grad_weight.to(dtype)

@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
-from ood_fast.kernels import boundary, losses, nci, statistics
-from ood_fast.records import Inputs, Labels, Needs
+from ood_fast.kernels import boundary, losses, nci, shards, statistics
+from ood_fast.records import Geometry, Inputs, Labels, Needs, Tempered
 
 MODULES = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 TARGETS = {
@@ -157,6 +158,17 @@ def run_nci(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: torch.d
     nci.nci_backward(meta(n), features, head_weight, mean, projected, 1e-3, needs)
 
 
+def run_shard(n: int, c: int, dtype: torch.dtype) -> None:
+    """The rows of one process among two."""
+    logits, labels = meta(n, c, dtype=dtype), Labels(meta(n, dtype=torch.int64), None, -100, 0.1)
+    place, vector, both = meta(n, dtype=torch.int64), meta(n), SimpleNamespace(start=c, n_classes=2 * c)
+    geometry = Geometry(place, meta(n, c), place)
+    shards.shard_boundary_sums(logits, vector, geometry)
+    shards.shard_softmax_sums(logits, vector, vector, vector, labels, both)
+    tempered = Tempered(place, vector, vector, vector)
+    losses.tempered_gradient(vector, logits, labels, tempered, geometry, (vector,) * 4 + (c, 2 * c))
+
+
 def run_statistics(
     n: int, c: int, m: int, dtype: torch.dtype, names: tuple[str, ...] = statistics.OF_LOGITS + statistics.OF_FEATURES
 ) -> None:
@@ -196,6 +208,7 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "NCI", part(run_statistics, 256, 1000, 2048, bf16, ("predicted", *statistics.OF_FEATURES))
     yield "norms", part(run_statistics, 256, 0, 2048, fp32, ("norm1", "norm2"))
     yield "imagenet", part(run_boundary_distance, 256, 1000, 2048, bf16)
+    yield "shard", part(run_shard, 256, 1000, bf16)
     yield "mixed", part(run_nci, 64, 10, 512, bf16, weight_dtype=fp32, from_features=True)
 
 
@@ -313,7 +326,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--targets", nargs="+", default=[*TARGETS], help="or: here, for the GPU of this machine")
     parser.add_argument("--table", action="store_true", help="print a Markdown table instead of JSON")
+    parser.add_argument("--dry", action="store_true", help="only say how many kernels there are to compile")
     arguments = parser.parse_args()
+    if arguments.dry:
+        print(f"{len(jobs(SASS_TARGET))} kernels")
+        return
     if arguments.targets == ["here"]:
         major, minor = torch.cuda.get_device_capability()
         arguments.targets = ["gfx942" if torch.version.hip else f"sm_{major}{minor}"]

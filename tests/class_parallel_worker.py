@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import ood_fast
-from ood_fast import distributed
+from ood_fast import distributed, ops
 from ood_fast.distributed import communication_bytes
 from ood_fast.distributed import rows as distributed_rows
 from ood_fast.eager import sizes as eager_sizes
@@ -101,7 +101,7 @@ def sharded(value, own: slice):
     return value[:, own] if torch.is_tensor(value) and value.dim() == 2 else value
 
 
-def compare(batch: Batch, counts, what: str, tolerance: dict | None = None, **keywords) -> None:
+def compare(batch: Batch, counts, what: str, tolerance: dict | None = None, backend: str = "auto", **keywords) -> None:
     """Loss, D, and the gradients for logits and W, of the shard of this rank against those of one process."""
     own = own_slice(counts)
     y = keywords.pop("y", batch.y)
@@ -110,9 +110,12 @@ def compare(batch: Batch, counts, what: str, tolerance: dict | None = None, **ke
     upstream = torch.rand(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected) + 0.5
     expected.backward(upstream)
     own_logits, own_W = leaf(batch.logits[:, own]), leaf(batch.W[own])
-    loss, own_distance = distributed.elogitnorm(own_logits, own_W, sharded(y, own), return_distance=True, **keywords)
-    assert loss.dtype == expected.dtype
-    loss.backward(upstream)
+    with ops.use_backend(backend):
+        loss, own_distance = distributed.elogitnorm(
+            own_logits, own_W, sharded(y, own), return_distance=True, **keywords
+        )
+        assert loss.dtype == expected.dtype
+        loss.backward(upstream)
     tolerance = tolerance or {}
     close(loss, expected, f"{what}: loss", **tolerance)
     close(own_distance, distance, f"{what}: D", **tolerance)
@@ -171,27 +174,49 @@ def half_logits():
 @scenario
 def corners():
     for counts in every_shard():
-        batch = batch_of(n=8, dtype=torch.float64)
-        batch.W[3] = batch.W[7]  # coincident, on two ranks
-        batch.W[4] = batch.W[5]
-        batch.logits[0, 1] = batch.logits[0, 8] = 9.0  # a tie: the first index wins
-        batch.logits[1] = 0.0  # tied throughout
-        batch.logits[1, 2] = -0.0
-        batch.logits[2, [0, 5]] = -torch.inf
-        batch.logits[3] = -torch.inf
-        batch.logits[4, 6] = torch.nan
-        batch.logits[5, 2] = torch.inf
-        batch.y[2] = 4
-        y = batch.y.clone()
-        for chosen in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(9).double()}):
-            compare(batch, counts, f"corners {counts} {list(chosen)}", y=y, reduction="none", **chosen)
-        batch.logits[2, batch.y[2]] = -torch.inf  # a masked target
-        compare(batch, counts, "masked target", reduction="none")
-        y[3:6] = -100  # the broken rows ignored: the rest must not notice
-        y[2] = 1
-        compare(batch, counts, "broken rows ignored", y=y)
-        batch.W[:] = 0.25
-        compare(batch, counts, "no boundary at all", y=y)
+        compare_corners(counts, torch.float64)
+
+
+@scenario
+def kernels():
+    """The rows by the Triton kernels, through their interpreter, where they are installed."""
+    if not ops.has_triton():
+        return
+    from ood_fast.kernels import launches
+
+    counts = every_shard()[-1]
+    compare_corners(counts, torch.float32, backend="triton")
+    batch = batch_of(n=4)
+    batch.logits = batch.logits.half()
+    for name in ("probabilities, weight, smoothing", "smoothing, weight, ignored"):
+        compare(batch, counts, name, {"rtol": 1e-3, "atol": 1e-5}, backend="triton", **keyword_sets(batch)[name])
+    for name in ("boundary_sums", "softmax_sums", "tempered_backward"):
+        assert launches[f"{name}_kernel"], name
+
+
+def compare_corners(counts, dtype: torch.dtype, **how) -> None:
+    """Ties, coincident rows, masked classes, rows that hold NaN or +inf or nothing, ignored or masked targets."""
+    batch = batch_of(n=8, dtype=dtype)
+    batch.W[3] = batch.W[7]  # coincident, on two ranks
+    batch.W[4] = batch.W[5]
+    batch.logits[0, 1] = batch.logits[0, 8] = 9.0  # a tie: the first index wins
+    batch.logits[1] = 0.0  # tied throughout
+    batch.logits[1, 2] = -0.0
+    batch.logits[2, [0, 5]] = -torch.inf
+    batch.logits[3] = -torch.inf
+    batch.logits[4, 6] = torch.nan
+    batch.logits[5, 2] = torch.inf
+    batch.y[2] = 4
+    y = batch.y.clone()
+    for chosen in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(9).to(dtype)}):
+        compare(batch, counts, f"corners {counts} {list(chosen)}", y=y, reduction="none", **chosen, **how)
+    batch.logits[2, batch.y[2]] = -torch.inf  # a masked target
+    compare(batch, counts, "masked target", reduction="none", **how)
+    y[3:6] = -100  # the broken rows ignored: the rest must not notice
+    y[2] = 1
+    compare(batch, counts, "broken rows ignored", y=y, **how)
+    batch.W[:] = 0.25
+    compare(batch, counts, "no boundary at all", y=y, **how)
 
 
 @scenario

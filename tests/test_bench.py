@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # where the package is not installed as an editable checkout
     sys.path.insert(0, str(ROOT))
 
-from bench import baselines, cases, conftest, counts, gpu_smoke, kernel_times, latency, measure, report, scaling  # noqa: E402
+from bench import baselines, cases, conftest, counts, gpu_smoke, kernel_times, latency, measure, report, scaling, static  # noqa: E402
+from ood_fast import ops  # noqa: E402
 
 CPU = torch.device("cpu")
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
@@ -574,14 +575,58 @@ def test_gpu_script_needs_a_gpu(tmp_path):
     assert "usage" in gpu_script(tmp_path, "--nonsense").stderr
 
 
-def test_gpu_script_dry_run_names_every_step(tmp_path):
-    run = gpu_script(tmp_path, "--dry-run", str(tmp_path / "out"))
-    assert run.returncode == 0
-    steps = re.findall(r"would run (\w+)", (tmp_path / "out" / "summary.txt").read_text())
-    wanted = ["install", "tests", "small_step", "kernel_times", "targets", "imagenet", "linear", "scores", "loss"]
+def test_gpu_script_dry_run_takes_every_step(tmp_path):
+    """With a Python that only says what it was asked for: the paths of the script itself."""
+    python = fake_python(tmp_path, 'echo "$*"')
+    run = gpu_script(tmp_path, "--dry-run", str(tmp_path / "out"), python=python)
+    assert run.returncode == 0, run.stdout
+    assert "FAILED" not in run.stdout
+    assert "LEFT OUT" not in run.stdout
+    steps = re.findall(r"^(\w+): ok", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
+    wanted = ["install", "tests", "small_step", "racecheck", "kernel_times", "predicted", "sweep", "host", "targets"]
+    wanted += ["imagenet", "linear", "scores", "loss", "counters", "report"]
     assert [step for step in steps if step in wanted] == wanted
     for target in re.findall(r"-m pytest (bench/\S+)", run.stdout):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+def test_gpu_entry_points_run_without_one(tmp_path):
+    """What the script starts there, by a driver that launches nothing."""
+    command = (
+        "import sys; from bench import kernel_times, sweep;"
+        "sys.argv = ['kernel_times', '--dry', '--shapes', '64x32x16', '--out', sys.argv[1]]; kernel_times.main();"
+        "sys.argv = ['sweep', '--dry']; sweep.main()"
+    )
+    out = tmp_path / "kernel_times.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", command, str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert static.measured([out])["elogitnorm 64x32x16 bf16", "fused_row"] == pytest.approx(1.0)
+
+
+def test_measured_times_stand_beside_the_predicted(tmp_path, monkeypatch):
+    """`bench.static` on what `bench.kernel_times` wrote on a GPU; a kernel that was not measured has none."""
+    lines = [{"kernel": "fused_row", "seconds": 91e-6}, {"kernel": "torch", "seconds": 9e-6}]
+    lines.append({"kernel": "row kernels, one read and one write", "seconds": 91e-6})
+    (tmp_path / "kernel_times.json").write_text(
+        json.dumps({"dtype": "bf16", "cases": [{"shape": [65536, 1000, 2048], "rows": {"elogitnorm": lines}}]})
+    )
+    line = {"case": "elogitnorm 65536x1000x2048", "kernel": "fused_row", "instructions": 948.0, "unit": "row"}
+    line |= {"matrix": "", "barriers": 1, "programs": 16, "issue": 64e-6, "tensor": 0.0, "bytes": 66e-6}
+    monkeypatch.setattr(static, "launches", lambda case: [line, line | {"kernel": "distance_gram"}])
+    text = static.show(static.CASES[:1], static.measured([tmp_path / "kernel_times.json"]))
+    assert re.search(r"^fused_row .* 66.0 +91.0$", text, re.MULTILINE), text
+    assert re.search(r"^distance_gram .* 66.0$", text, re.MULTILINE)
+    assert re.search(r"^all +183 +100$", text, re.MULTILINE)
 
 
 @pytest.mark.slow

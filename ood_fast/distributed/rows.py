@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import eager
 from ..eager import sizes
 from ..eager.boundary import Totals, gradients, share_of
 from ..eager.distances import Head, Rows, inverse_distances
@@ -28,6 +29,7 @@ from ..eager.precision import full_precision
 from ..eager.rows import Part, RowSums, Targets, gaps_of, row_loss, row_sums, temperature_of
 from ..eager.sizes import slices
 from ..eager.weight_gradient import add_rows, pull_rows, unit_of
+from ..ops.backend import backend_of
 from ..records import Geometry, Needs, Tempered
 from .shards import Shards
 
@@ -95,15 +97,7 @@ def find(logits: Tensor, head: Head, average_offset: int, shards: Shards) -> Fou
         inverse = origin.new_empty(classes.shape[0], head_weight.shape[0])
         every = torch.arange(classes.shape[0], device=classes.device)
         _, apart = inverse_distances(head, Rows(rows, every, place.masked_fill(~mine, -1)), inverse)
-    sums = top.new_empty(4, top.shape[0])
-    for part, gap, live in gaps(logits, top):
-        near = inverse.index_select(0, table_row[part])
-        if live is not None:
-            near.masked_fill_(~live, 0.0)
-        sums[0, part] = (near * gap).sum(1)
-        sums[1, part] = (near > 0).sum(1).to(sums.dtype)
-        sums[2, part] = near.sum(1)
-        sums[3, part] = float(gap.shape[1]) if live is None else live.sum(1).to(sums.dtype)
+    sums = _boundary_sums(logits, top, Geometry(table_row, inverse, classes))
     to_boundaries, n_boundaries, inverse_sum, n_live = shards.sum(sums)
     share = share_of(n_boundaries, average_offset, top.dtype)
     mine, place = shards.locate(predicted)
@@ -113,17 +107,43 @@ def find(logits: Tensor, head: Head, average_offset: int, shards: Shards) -> Fou
     )
 
 
-def losses(
-    logits: Tensor, targets: Targets, found: Found, eps: float, shards: Shards
-) -> tuple[Tensor, Tempered, Totals]:
-    """(the loss of each sample, what its gradients need)."""
-    temperature, n_live = temperature_of(found.distance, eps), found.totals.n_live
+def _boundary_sums(logits: Tensor, top: Tensor, geometry: Geometry) -> Tensor:
+    """sum g R, K, sum R and the number of live classes among those of this rank, (4, n)."""
+    backend = backend_of(logits, geometry.table)
+    if backend is not eager:
+        return backend.shard_boundary_sums(logits, top, geometry)
+    sums = top.new_empty(4, top.shape[0])
+    for part, gap, live in gaps(logits, top):
+        near = geometry.table.index_select(0, geometry.table_row[part])
+        if live is not None:
+            near.masked_fill_(~live, 0.0)
+        sums[0, part] = (near * gap).sum(1)
+        sums[1, part] = (near > 0).sum(1).to(sums.dtype)
+        sums[2, part] = near.sum(1)
+        sums[3, part] = float(gap.shape[1]) if live is None else live.sum(1).to(sums.dtype)
+    return sums
+
+
+def _softmax_sums(logits: Tensor, top: Tensor, temperature: Tensor, n_live: Tensor, targets: Targets) -> Tensor:
+    """The fields of `RowSums` for the classes of this rank, (5, n)."""
+    backend = backend_of(logits, temperature)
+    if backend is not eager:
+        return backend.shard_softmax_sums(logits, top, temperature, n_live, targets.labels, targets.shards)
     sums = temperature.new_zeros(len(RowSums._fields), temperature.shape[0])
-    for rows, gap, live in gaps(logits, found.totals.top):
+    for rows, gap, live in gaps(logits, top):
         part = Part(rows, live, n_live[rows])
         for i, of_rows in enumerate(row_sums(gap, temperature[rows], targets, part, torch.empty_like(gap), True)):
             if of_rows is not None:
                 sums[i, rows] = of_rows if not isinstance(of_rows, Tensor) else of_rows.to(sums.dtype)
+    return sums
+
+
+def losses(
+    logits: Tensor, targets: Targets, found: Found, eps: float, shards: Shards
+) -> tuple[Tensor, Tempered, Totals]:
+    """(the loss of each sample, what its gradients need)."""
+    temperature = temperature_of(found.distance, eps)
+    sums = _softmax_sums(logits, found.totals.top, temperature, found.totals.n_live, targets)
     summed = RowSums(*shards.sum(sums))
     totals = found.totals._replace(total=summed.total)
     loss, log_partition, slope = row_loss(summed._replace(impossible=summed.impossible > 0), temperature)
@@ -156,7 +176,19 @@ def pulled(
     """(the gradient of the logits of this rank, the summed gaps (u, c_r) for `add_pull`), of sum_i sample_grad_i
     loss_i; without `targets`, ... D_i. No collective."""
     unit = unit_of(state.geometry.table)[1] if needs.weight else 1.0
-    return gradients(sample_grad, logits, targets, state.geometry, state.tempered, needs, state.totals, unit)
+    geometry, tempered, totals, _ = state
+    backend, grad_logits = backend_of(logits, geometry.table), None
+    if needs.logits and targets is not None and backend is not eager:
+        given = (
+            *(totals.top, totals.total, totals.inverse_sum.masked_fill(~totals.mine, 0.0), totals.n_live.contiguous()),
+            *(targets.shards.start, targets.n_classes),
+        )
+        grad_logits = backend.tempered_gradient(sample_grad, logits, targets.labels, tempered, geometry, given)
+        needs = needs._replace(logits=False)
+    if grad_logits is not None and not needs.weight:
+        return grad_logits, None
+    found, gap_sums = gradients(sample_grad, logits, targets, geometry, tempered, needs, totals, unit)
+    return found if grad_logits is None else grad_logits, gap_sums
 
 
 def add_pull(gap_sums: Tensor, state: State, head: Head, grad_weight: Tensor) -> Tensor:

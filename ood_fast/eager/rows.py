@@ -76,6 +76,7 @@ class Targets:
         dtype: torch.dtype,
         shards: Shards | None = None,
     ) -> None:
+        self.labels, self.shards, self.n_classes = labels, shards, n_classes
         target, class_weight, ignore_index, self.smoothing = labels
         self.class_weight = None if class_weight is None else class_weight.to(dtype)
         self.dtype = dtype
