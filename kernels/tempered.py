@@ -322,15 +322,10 @@ def tempered_backward_kernel(
             logits_row, table_row, row_maximum, n_classes, BLOCK, BOUNDARY
         )
         if PROBABILITIES or SMOOTHED:
-            q_sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, n_classes, BLOCK):
-                offset = start + columns
-                logit = tl.load(logits_row + offset, mask=offset < n_classes, other=float("-inf")).to(tl.float32)
-                q_sums += target_distribution(
-                    offset, n_classes, logit != float("-inf"), n_live, label, target_row, class_weight_pointer,
-                    label_smoothing, PROBABILITIES, WEIGHTED, SMOOTHED,
-                )  # fmt: skip
-            target_mass = tl.sum(q_sums, axis=0)
+            target_mass = softmax_sums(
+                logits_row, row_maximum, inverse_temperature, n_classes, n_live, label, target_row,
+                class_weight_pointer, label_smoothing, BLOCK, True, PROBABILITIES, WEIGHTED, SMOOTHED, HARDWARE,
+            )[2]  # fmt: skip
         else:
             target_mass = label_mass(label, class_weight_pointer, WEIGHTED)
     for start in range(0, n_classes, BLOCK):
