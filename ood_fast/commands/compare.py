@@ -256,7 +256,7 @@ class ComparisonBar(Bar):
     """A bar over the epochs of all runs on a terminal, else a line for each finished run; a `ComparisonWatcher`."""
 
     def __init__(self, quiet: bool) -> None:
-        super().__init__("loading", None, quiet, unit="epochs", say=False)
+        super().__init__("loading", None, quiet, unit="epochs", tell=False)
         self.runs: list[tuple[str, int]] = []
         self.n_epochs = self.n_begun = 0
 

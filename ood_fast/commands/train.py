@@ -265,7 +265,7 @@ class Told:
 
             self.writer = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.epoch + 1)
         self.images_an_epoch = run.steps_an_epoch * run.images_a_step
-        self.bar = Bar("", run.recipe.epochs * self.images_an_epoch, self.quiet, unit="images", say=False).__enter__()
+        self.bar = Bar("", run.recipe.epochs * self.images_an_epoch, self.quiet, unit="images", tell=False).__enter__()
         self.bar.at(self._done(run))
         if 0 < run.epoch + run.step and run.epoch < run.recipe.epochs:
             self.bar.line(f"continuing in epoch {run.epoch + 1} after step {run.step}", only_plain=True)
