@@ -136,6 +136,11 @@ def _reaches(called: object, modules: set[int], depth: int = 4) -> bool:
     return any(_reaches(value, modules, depth - 1) for value in held)
 
 
+def _flags(detector: Detector, score: Tensor) -> Tensor:
+    """`is_ood`, and what ran over to inf, which Python raises for and a program cannot."""
+    return detector.is_ood(score) | (score == torch.inf)
+
+
 class Deployed(nn.Module):
     """What `deploy` makes. Always in eval mode."""
 
@@ -174,9 +179,9 @@ class Deployed(nn.Module):
             self._checked = True
         score = self.detector.score_features(features, logits)
         if isinstance(self.detector, DetectorSet):
-            flagged = [detector.is_ood(score[name]) for name, detector in self.detector.items()]
+            flagged = [_flags(detector, score[name]) for name, detector in self.detector.items()]
             return logits, torch.stack(list(score.values()), 1), torch.stack(flagged, 1)
-        return logits, score, self.detector.is_ood(score)
+        return logits, score, _flags(self.detector, score)
 
     @property
     def thresholds(self) -> Tensor:

@@ -229,8 +229,12 @@ _PASSED = ("TBackward0", "ToCopyBackward0")  # between a parameter and that plac
 
 
 def _check_made_by(head_weight: Tensor, logits: Tensor) -> None:
-    """ValueError where the graph of the logits ends in a linear layer with another parameter than the weight."""
+    """ValueError where the graph of the logits ends in a linear layer with another parameter than the weight, or in a
+    softmax or sigmoid."""
     node = getattr(logits, "grad_fn", None)
+    if node is not None and node.name() in ("SoftmaxBackward0", "SigmoidBackward0"):
+        made = node.name().removesuffix("Backward0").lower()
+        raise ValueError(f"logits: got the output of a {made}, expected what the head makes: leave out the {made}")
     if node is None or node.name() not in _WEIGHT_OF:
         return
     node = node.next_functions[_WEIGHT_OF[node.name()]][0]

@@ -308,8 +308,8 @@ def test_nan_is_flagged_in_programs(batch, tmp_path):
     detector.threshold = torch.tensor(-1e30)
     deployed = deploy(model, detector)
     x = batch.clone()
-    x[0] = torch.nan
-    expected = [True] + [False] * (len(x) - 1)
+    x[0], x[1] = torch.nan, 3e38  # a score of NaN, and one of inf or NaN
+    expected = [True, True] + [False] * (len(x) - 2)
     assert exported(deployed, batch).module()(x)[2].tolist() == expected
     session = onnx_session(deployed, batch, tmp_path / "model.onnx")
     assert session(x)[2].tolist() == expected

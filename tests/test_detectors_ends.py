@@ -292,3 +292,14 @@ def test_short_rows_are_told_by_all_of_them():
     torch.testing.assert_close(parts.score_features(z), scores)
     with pytest.raises(ValueError, match=r"features: got rows of length .* at most, expected some of"):
         NCI().partial_fit(1e-30 * z).partial_fit(0 * z).finalize((W, None))
+
+
+@pytest.mark.parametrize("name", ["MaxLogit", "SML", "NNGuide", "ViM", "LTS"])
+def test_logits_that_ran_over_are_not_the_most_in_distribution(name):
+    z, f, y = torch.randn(60, 8).relu(), torch.randn(60, 4), torch.arange(60) % 4
+    settings = {"NNGuide": {"k": 3, "fraction": 1.0}, "ViM": {"dim": 3}}
+    detector = detectors.create(name, **settings.get(name, {})).fit_features(z, f, y, head=(torch.randn(4, 8), None))
+    f[7, 2] = torch.inf
+    for score in (detector.score_features, detectors.DetectorSet([detector, "MSP"]).score_features):
+        with pytest.raises(ValueError, match="logits: got inf in 1 of 60 rows, the first is row 7"):
+            score(z, f)

@@ -343,6 +343,11 @@ def test_logits_of_another_weight_are_refused(data):
     for logits in (twin(x), wider(torch.randn(len(x), 9)), by_call):
         with pytest.raises(ValueError, match=r"logits: were made by another weight \(3, \d\) .*by name"):
             criterion(logits, y)
+    for made, told in ((model(x).softmax(1), "softmax"), (model(x).sigmoid(), "sigmoid")):
+        with pytest.raises(ValueError, match=f"logits: got the output of a {told}, expected what the head makes"):
+            criterion(made, y)
+    for scaled in (model(x).log_softmax(1), 3 * model(x)):  # the same loss
+        torch.testing.assert_close(criterion(scaled, y), criterion(model(x), y))
     with pytest.raises(ValueError, match="functional_call"), torch.autocast("cpu", torch.bfloat16):
         criterion(twin(x), y)
     with pytest.raises(ValueError, match="functional_call"):

@@ -4,6 +4,7 @@ scores, has a threshold, and is saved."""
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -174,10 +175,11 @@ class Detector(Contract):
             )
 
     def check_scores(self, scores: Tensor, features: Tensor | None, logits: Tensor | None) -> None:
-        """ValueError that names the first row whose NaN or inf made NaN of its score."""
+        """ValueError that names the first row whose NaN or inf made NaN or inf of its score."""
         # A program that is to run without Python cannot raise.
-        if torch.compiler.is_compiling() or not scores.isnan().any():
+        if torch.compiler.is_compiling() or not (beyond := ~(scores < math.inf)).any():
             return
+        scores = scores.masked_fill(beyond, math.nan)  # inf would be the most in-distribution of all
         if self.needs_features:
             refuse_rows("features", features, scores)
         if self.needs_logits:

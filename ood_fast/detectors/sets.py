@@ -230,9 +230,8 @@ class DetectorSet(nn.Module):
         for read in _reads(shared, features, logits):
             statistics = row_statistics(read.statistics, logits, features, **read.constants)
             combined = {name: detector.combine(statistics) for name, detector in read.members.items()}
-            # One look at all of them: asking the device for each would take as long as a score. (Infinities of both
-            # signs make NaN of the sum too; then each detector looks.)
-            if not torch.compiler.is_compiling() and math.isnan(torch.cat(list(combined.values())).sum().item()):
+            # One look at all of them: asking the device for each would take as long as a score.
+            if not torch.compiler.is_compiling() and not (torch.cat(list(combined.values())) < math.inf).all():
                 for name, detector in read.members.items():
                     detector.check_scores(combined[name], features, logits)
             scores |= combined
