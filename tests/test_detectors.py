@@ -549,3 +549,24 @@ def test_true_or_false_is_no_text_and_dtypes_have_names():
     for text in ("squared=maybe", "dtype=int8", "dtype=float17", "dtype=device"):
         with pytest.raises(checks.UserError, match=f"--set.*{text.partition('=')[0]}"):
             detector_set("KNN", [f"KNN.{text}"], False)
+
+
+@pytest.mark.parametrize("name", GATHERING)
+def test_a_batch_that_is_refused_leaves_nothing_behind(name, head, train_features):
+    logits, targets = head(train_features), torch.arange(100) % C
+    fitted, other = make(name), make(name)
+    wrong = targets[50:].clone()
+    wrong[-1] = C
+    nan = train_features[50:].clone()
+    nan[-1, -1] = torch.nan
+    for detector in (fitted, other):
+        detector.partial_fit(train_features[:50], logits[:50], targets[:50])
+    refused = [(train_features[50:], logits[50:], wrong), (nan, logits[50:], targets[50:])]
+    refused += [(train_features[50:], logits[50:], targets[51:]), (train_features[50:, 1:], logits[50:, 1:], wrong)]
+    if any("targets" in part.reads for part in other.gathered.values()):
+        for batch in refused:
+            with pytest.raises(ValueError, match=r"features|targets|logits"):
+                other.partial_fit(*batch)
+    for detector in (fitted, other):
+        detector.partial_fit(train_features[50:], logits[50:], targets[50:]).finalize(head)
+    assert all(torch.equal(a, b) for a, b in zip(fitted.buffers(), other.buffers(), strict=True))

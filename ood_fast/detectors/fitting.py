@@ -17,7 +17,7 @@ from ..heads import given_head, inference_head
 from ..models.layers import Key, LayerReading
 from ..models.running import check_loader, refuse_meta, run_model
 from . import streaming
-from .numbers import at_least_float32, check_features, refuse_one_logit, refuse_rows, refuse_short
+from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -240,6 +240,9 @@ class Fit:
                 if given[name].shape[1] != width:
                     got = tuple(given[name].shape)
                     raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
+        if any("targets" in part.reads for part in self.parts):  # now: what is refused leaves nothing in any part
+            # Of a binary classifier with one logit the targets are two classes.
+            check_targets(targets, None if logits is None or logits.shape[1] == 1 else logits.shape[1])
         for part in self.parts:
             part.take(layers if "layers" in part.reads else features, logits, targets)
             if "features" in part.reads:
