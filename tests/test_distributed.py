@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ood_fast
 from ood_fast.training import objective as objective_module
+from ood_fast.training.contrastive import CIDERLoss
 from ood_fast.training.outliers import VOSLoss
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -95,20 +96,19 @@ def ddp(rank: int, **keywords):
     return train(DistributedDataParallel(new_model(), **keywords), by_name, own_part(rank))
 
 
-def ddp_with_an_objective(rank: int):
-    """VOS, whose own parameters are averaged, while each process has queues of its own."""
+def ddp_with_an_objective(rank: int, make: Callable):
+    """Its own parameters are averaged, while each process has buffers of its own."""
     torch.manual_seed(2)
     model = new_model()
-    objective = VOSLoss(model.fc, queue=1, candidates=4)
+    objective = make(model.fc)
     network = DistributedDataParallel(objective.around(model))
     optimizer = torch.optim.SGD([*network.parameters(), *objective.parameters()], lr=0.1)
     for x, y in own_part(rank) * 2:
         optimizer.zero_grad()
-        objective.step(network, objective_module.StepBatch(x, y))[0].backward()
+        objective.step(network, objective_module.StepBatch(x, y, x + 0.1))[0].backward()
         objective.average_gradients(N_PROCESSES)
         optimizer.step()
-    kept = [*network.parameters(), *objective.parameters(), objective.samples.flatten()[: 8 * N_CLASSES]]
-    return [whole(tensor) for tensor in kept]
+    return [whole(tensor) for tensor in (*network.parameters(), *objective.parameters(), *objective.buffers())]
 
 
 def ddp_frozen_body(rank: int):
@@ -205,7 +205,8 @@ SCENARIOS: dict[str, Callable] = {
     "ddp, static_graph": lambda rank: ddp(rank, static_graph=True),
     "ddp, accumulated": ddp_accumulated,
     "ddp, frozen body": ddp_frozen_body,
-    "ddp, an objective": ddp_with_an_objective,
+    "ddp, VOS": lambda rank: ddp_with_an_objective(rank, lambda head: VOSLoss(head, queue=1, candidates=4)),
+    "ddp, CIDER": lambda rank: ddp_with_an_objective(rank, lambda head: CIDERLoss(head, projection=3)),
     "fsdp, head alone": fsdp,
     "fsdp, head alone, criterion knows the layer": lambda rank: fsdp(rank, by_layer),
     "fsdp, head alone, not resharded": lambda rank: fsdp(rank, by_layer, reshard=False),
@@ -217,7 +218,13 @@ SCENARIOS: dict[str, Callable] = {
     "fsdp, errors": fsdp_errors,
 }
 
-OTHERWISE = ("ddp, frozen body", "ddp, an objective", "fsdp, evaluation", "fsdp, errors")  # with tests of their own
+OTHERWISE = (
+    "ddp, frozen body",
+    "ddp, VOS",
+    "ddp, CIDER",
+    "fsdp, evaluation",
+    "fsdp, errors",
+)  # with tests of their own
 
 
 def process(rank: int, folder: str) -> None:
@@ -274,12 +281,12 @@ def test_training_equals_one_process_on_the_joined_batch(name, results):
             )
 
 
-def test_ddp_with_an_objective(results):
-    *first, samples = of_scenario(results, "ddp, an objective")[0]
-    *second, others = of_scenario(results, "ddp, an objective")[1]
-    assert len(first) == 4 + 3
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(samples, others)
+@pytest.mark.parametrize(("name", "n_own"), [("ddp, VOS", 3), ("ddp, CIDER", 4)])
+def test_ddp_with_an_objective(name, n_own, results):
+    first, second = of_scenario(results, name)
+    trained = 4 + n_own  # of the model and of the objective
+    assert all(torch.equal(a, b) for a, b in zip(first[:trained], second[:trained], strict=True))
+    assert not torch.equal(first[trained], second[trained])
 
 
 def test_ddp_with_a_frozen_body(results):

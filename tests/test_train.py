@@ -321,6 +321,7 @@ RESUMED = {
     },
     "bf16, steps": {"amp": "bf16", "schedule": "steps", "milestones": (1, 2)},
     "fp16 and its scaler": {"amp": "fp16", "loss": "logitnorm"},
+    "two views, prototypes": {"loss": "cider"},
     "virtual outliers": {"outliers": "vos", "outlier_queue": 3, "outlier_start": 0.3},
 }
 

@@ -25,6 +25,8 @@ MORE_LOSSES = {
     "elogitnorm-oe": "the same with ELogitNorm",
     "mixoe": "cross-entropy, and images mixed with --outliers",
     "regmixup": "RegMixup: cross-entropy of images and of mixed images",
+    "supcon": "supervised contrastive features, and a linear head on them",
+    "cider": "CIDER: features near prototypes, and a linear head on them",
 }
 BASELINE = "ce"
 
@@ -58,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "elogitnorm-oe": {"loss": "elogitnorm", "average": "classes", "outliers": "oe", "outlier_batch_size": 256},
     "mixoe": {"outliers": "mixoe"},
     "regmixup": {"regmixup": 20.0},
+    "supcon": {"loss": "supcon"},
+    "cider": {"loss": "cider"},
 }
 # What of a recipe says which loss it is: runs that differ in nothing else are compared.
 OF_THE_LOSS = (
@@ -78,7 +82,16 @@ SOURCES["mixoe"] = (
     f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --checkpoint FILE"
 )
 SOURCES["regmixup"] = f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, as {OPENOOD} trains it"
-SHORTLY: dict[str, dict[str, Any]] = {"mixoe": {"epochs": 10, "learning_rate": 1e-3}}  # from trained weights
+SOURCES["supcon"] = (
+    "Khosla et al., NeurIPS 2020, arXiv 2004.11362 (SSD+, KNN+), with the settings of CIDER; crops and flips"
+)
+SOURCES["cider"] = f"Ming et al., ICLR 2023, arXiv 2203.04450, as {OPENOOD} trains it; crops and flips, no colours"
+_CONTRASTIVE = {"batch_size": 512, "learning_rate": 0.5, "final_learning_rate": 5e-4, "weight_decay": 1e-4}
+OWN_SCHEDULE: dict[str, dict[str, Any]] = {
+    "mixoe": {"epochs": 10, "learning_rate": 1e-3},  # from trained weights
+    "supcon": _CONTRASTIVE | {"warmup_epochs": 10},
+    "cider": _CONTRASTIVE | {"warmup_epochs": 10},
+}
 IN_TABLE_5 = ("ce", "logitnorm", "elogitnorm", "l2norm")
 BENCHMARKS = {
     "cifar10": TrainingRecipe(benchmark="cifar10", model="resnet18_32x32", small_images=True, epochs=100),
@@ -152,8 +165,9 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         for method, settings in METHODS.items():
             paper = SOURCES.get(method, f"{ELOGITNORM}, OOD tables")
             paper += f", {method}" * (paper == OPENOOD)
-            short = SHORTLY.get(method, {})
-            yield replace(base, **settings, **short, name=f"{benchmark}-{method}", source=paper)
+            if settings.get("loss") in ("supcon", "cider") and benchmark == "imagenet200":
+                continue  # OpenOOD fine-tunes the last block there
+            yield replace(base, **settings, **OWN_SCHEDULE.get(method, {}), name=f"{benchmark}-{method}", source=paper)
             if method in IN_TABLE_5:
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)

@@ -60,7 +60,8 @@ class TrainingRecipe(Recipe):
         model, small_images, spectral_norm, activation, pretrained: as in `models.create`.
         init: a checkpoint whose weights the training starts from, head included; none if empty.
         head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm).
-        loss: "ce", "logitnorm" with `tau`, or "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`.
+        loss: "ce", "logitnorm" with `tau`, "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`, or
+            "supcon", "cider" of `training.contrastive`, alone.
         label_smoothing: as in F.cross_entropy. mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn
             from, 0 = off; with both on, one of them is drawn for each batch. regmixup: α of mixup beside the images,
             not in their place; without the others and without outliers.
@@ -138,6 +139,9 @@ class TrainingRecipe(Recipe):
         require("outlier_start", start, start is None or 0 <= start <= 1, "none or a number in [0, 1]")
         if self.regmixup and (self.mixup or self.cutmix or self.outliers != "none"):
             raise bad_setting("regmixup: expected 0 with mixup, cutmix or outliers")
+        others = self.mixup or self.cutmix or self.regmixup or self.outliers != "none"
+        if self.loss in ("supcon", "cider") and others:
+            raise bad_setting(f"mixup, cutmix, regmixup, outliers: expected none with loss={self.loss}")
         if self.outliers in OF_CLASSES and (self.mixup or self.cutmix):
             raise bad_setting(
                 f"mixup, cutmix: expected 0 with outliers={self.outliers}, which needs images of one class"
@@ -149,7 +153,7 @@ WITH_IMAGES = ("oe", "energy", "mixoe")  # outliers that are images
 CHOICES = {
     "activation": ("relu", "leaky_relu"),
     "head": ("linear", "l2norm"),
-    "loss": ("ce", "logitnorm", "elogitnorm"),
+    "loss": ("ce", "logitnorm", "elogitnorm", "supcon", "cider"),
     "average": ("boundaries", "classes"),
     "outliers": ("none", "vos", *WITH_IMAGES),
     "optimizer": ("sgd", "adamw"),

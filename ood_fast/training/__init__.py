@@ -1,8 +1,8 @@
 """Training that can be left alone: recipes run on one process or many, checkpointed, resumed to the same bits.
 
-`build.py` makes model, loss and optimiser of a recipe; `objective.py` is what a method needs of a step, `outliers.py`
-and `mixing.py` have such methods; `order.py` makes the batches, `schedules.py` the learning rate; `folder.py` keeps a
-run on the disk, `options.py` says how it runs, `loop.py` trains.
+`build.py` makes model, loss and optimiser of a recipe; `objective.py` is what a method needs of a step, `outliers.py`,
+`mixing.py` and `contrastive.py` have such methods; `order.py` makes the batches, `schedules.py` the learning rate;
+`folder.py` keeps a run on the disk, `options.py` says how it runs, `loop.py` trains.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from ..heads import L2NormLinear, find_head
 from ..losses import ELogitNormLoss, LogitNormLoss
 from ..recipes import TrainingRecipe
 from ..registry import added
+from .contrastive import CIDERLoss, SupConLoss
 from .mixing import MixOELoss, RegMixupLoss
 from .objective import Objective, Plain
 from .outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
 
+CONTRASTIVE = {"supcon": SupConLoss, "cider": CIDERLoss}
 OF_IMAGES = {"oe": OutlierExposureLoss, "energy": EnergyBoundedLoss, "mixoe": MixOELoss}
 
 
@@ -44,7 +46,7 @@ def model_of(
 
 def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`. One of your own may be an
-    `Objective` instead."""
+    `Objective` instead, as "supcon" and "cider" are."""
     if own := added("loss").get(recipe.loss):
         return own(model, recipe)
     smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
@@ -53,6 +55,8 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
     if recipe.loss == "elogitnorm":
         keywords: dict[str, Any] = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
         return ELogitNormLoss(find_head(model), **keywords, **smoothing)
+    if recipe.loss in CONTRASTIVE:
+        return CONTRASTIVE[recipe.loss](find_head(model), nn.CrossEntropyLoss(**smoothing))
     return nn.CrossEntropyLoss(**smoothing)
 
 

@@ -1,0 +1,142 @@
+"""Contrastive losses: the papers' equations sample by sample, gradients, state, what is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ood_fast
+from ood_fast import checks, recipes
+from ood_fast.training import build
+from ood_fast.training.contrastive import CIDERLoss, SupConLoss
+from ood_fast.training.objective import StepBatch
+
+N, C, M, D = 9, 3, 4, 5
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    return nn.Linear(M, C)
+
+
+def test_supcon_is_the_papers_equation(head):
+    """Anchor by anchor; the one sample of class 2 has no positive and takes part as a negative alone."""
+    criterion = SupConLoss(head, projection=D, temperature=0.5, base_temperature=0.25)
+    z, y = torch.randn(N, M), torch.tensor([0, 0, 1, 1, 1, 0, 2, 1, 0])
+    u = F.normalize(criterion.projection(z), dim=1).tolist()
+    dot = lambda i, j: sum(a * b for a, b in zip(u[i], u[j], strict=True)) / 0.5  # noqa: E731
+    anchors = []
+    for i in range(N):
+        positives = [j for j in range(N) if j != i and y[j] == y[i]]
+        total = sum(math.exp(dot(i, j)) for j in range(N) if j != i)
+        if positives:
+            anchors.append(-sum(math.log(math.exp(dot(i, j)) / total) for j in positives) / len(positives))
+    assert len(anchors) == N - 1
+    expected = 2 * sum(anchors) / len(anchors) + F.cross_entropy(head(z), y).item()
+    assert criterion(z, y).item() == pytest.approx(expected, rel=1e-5)
+
+
+def literal_cider(u: torch.Tensor, y: torch.Tensor, prototypes: torch.Tensor, temperature: float):
+    """C, D and the prototypes, with OpenOOD's loop over the samples."""
+    moved = list(prototypes)
+    for row, label in zip(u, y.tolist(), strict=True):
+        moved[label] = F.normalize(0.95 * moved[label] + 0.05 * row, dim=0)
+    near, far = [], []
+    for row, label in zip(u, y.tolist(), strict=True):
+        exponentials = [(row @ p.detach() / temperature).exp() for p in moved]
+        near.append(-(exponentials[label] / sum(exponentials)).log())
+    for k in range(C):
+        others = [(moved[k] @ moved[j] / temperature).exp() for j in range(C) if j != k]
+        far.append((sum(others) / (C - 1)).log())
+    return sum(near) / len(near), sum(far) / C, torch.stack(moved).detach()
+
+
+def test_cider_is_the_papers_equation_with_its_gradient(head):
+    criterion = CIDERLoss(head, projection=D, temperature=0.2, base_temperature=None)
+    for n in (N, 5):  # from zero prototypes, then from those of the first batch
+        z, y = torch.randn(n, M), torch.randint(0, C, (n,))
+        y[: min(n, C)] = torch.arange(C)[:n]
+        before = criterion.prototypes
+        near, far, after = literal_cider(F.normalize(criterion.projection(z), dim=1), y, before, 0.2)
+        expected = 2 * near + far + F.cross_entropy(head(z), y)
+        literal = torch.autograd.grad(expected, list(criterion.projection.parameters()))
+        loss = criterion(z, y)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(criterion.prototypes, after)
+        for ours, theirs in zip(
+            torch.autograd.grad(loss, list(criterion.projection.parameters())), literal, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not criterion.prototypes.requires_grad
+    assert "prototypes" in criterion.state_dict()
+
+
+@pytest.mark.parametrize("kind", [SupConLoss, CIDERLoss])
+def test_the_head_is_trained_beside_features_that_it_leaves_alone(kind, head):
+    body = nn.Linear(M, M)
+    criterion = kind(head, ood_fast.ELogitNormLoss(head), projection=D)
+    x, y = torch.randn(N, M), torch.arange(N) % C
+    network = lambda images: (head(body(images)), body(images))  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = criterion.step(network, StepBatch(x, y, x + 0.1))
+    loss.backward()
+    torch.testing.assert_close(logits.float(), head(body(x)), rtol=0.05, atol=0.05)
+    of_body = body.weight.grad.clone()
+    body.zero_grad()
+    again = kind(
+        head,
+        lambda logits, y: logits.sum() * 0,
+        projection=criterion.projection,
+        **({"width": D} if kind is CIDERLoss else {}),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = again.step(network, StepBatch(x, y, x + 0.1))
+    loss.backward()
+    torch.testing.assert_close(body.weight.grad, of_body)
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_ignored_samples_take_no_part_in_the_contrast(head):
+    z, y = torch.randn(N, M), torch.arange(N) % C
+    criterion = SupConLoss(head, lambda logits, y: logits.sum() * 0, projection=D)
+    ignored = torch.cat([y, torch.tensor([-100, -100])])
+    torch.testing.assert_close(criterion(torch.cat([z, torch.randn(2, M)]), ignored), criterion(z, y))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda head: SupConLoss(head, temperature=0.0), "temperature: got 0"),
+        (lambda head: SupConLoss(head, projection=0), "projection: got 0, expected an int >= 1 or a module"),
+        (lambda head: CIDERLoss(head, momentum=1.0), "momentum: got 1"),
+        (lambda head: CIDERLoss(head, projection=nn.Identity()), "width: got none"),
+        (lambda head: SupConLoss(nn.Linear(M, 1)), "head: got one class"),
+        (lambda head: SupConLoss(head)(torch.randn(C, M), torch.arange(C)), "y: got no two samples of a class"),
+        (
+            lambda head: SupConLoss(head).step(nn.Identity(), StepBatch(torch.randn(C, M), torch.arange(C))),
+            "views: got none",
+        ),
+    ],
+)
+def test_what_is_refused(make, said, head):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make(head)
+
+
+def test_recipes_say_what_is_built():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(M, C))
+    cider = recipes.find("cifar10-cider")
+    assert (cider.batch_size, cider.learning_rate, cider.weight_decay, cider.warmup_epochs) == (512, 0.5, 1e-4, 10)
+    made = build.objective_of(recipes.override(cider, ["label_smoothing=0.1"]), model)
+    assert isinstance(made, CIDERLoss)
+    assert made.criterion.label_smoothing == 0.1
+    assert type(build.objective_of(recipes.find("cifar100-supcon"), model)) is SupConLoss
+    assert "imagenet200-cider" not in recipes.RECIPES
+    for setting in ("mixup=0.1", "outliers=vos", "regmixup=20"):
+        with pytest.raises(checks.UserError, match="expected none with loss=cider"):
+            recipes.override(cider, [setting])
