@@ -133,16 +133,15 @@ def counted(step: Callable[[], Any]) -> dict[str, Any]:
     return {"kernels": sum(launches.values()), "aten": len(names), "names": names, "launches": dict(launches)}
 
 
-def microseconds(step: Callable[[], Any]) -> float:
-    """The lower quartile: another job on the machine adds, never subtracts."""
-    for _ in range(20):
-        step()
-    taken = []
+def microseconds(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The lower quartile of each, taken in turns: another job on the machine adds to all, and never subtracts."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(STEPS):
-        began = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - began)
-    return statistics.quantiles(taken, n=4)[0] * 1e6
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.quantiles(values, n=4)[0] * 1e6 for name, values in taken.items()}
 
 
 def measure(shapes: tuple = SMALL + LARGE) -> list[dict[str, Any]]:
@@ -152,13 +151,12 @@ def measure(shapes: tuple = SMALL + LARGE) -> list[dict[str, Any]]:
     with no_gpu():
         for shape in shapes:
             small = shape in SMALL
-            for name, step in steps(
-                shape, "cpu" if small else "meta", torch.float32 if small else torch.bfloat16
-            ).items():
-                # The handles of kernels want data; without any, launches are counted and left out.
-                with contextlib.nullcontext() if small else no_launch():
-                    line = {"step": name, "shape": shape, **counted(step)}
-                lines.append(line | {"us": microseconds(step) if small else None})
+            found = steps(shape, "cpu" if small else "meta", torch.float32 if small else torch.bfloat16)
+            # The handles of kernels want data; without any, launches are counted and left out.
+            with contextlib.nullcontext() if small else no_launch():
+                of_shape = [{"step": name, "shape": shape, **counted(step)} for name, step in found.items()]
+            us = microseconds(found) if small else {}
+            lines += [line | {"us": us.get(line["step"])} for line in of_shape]
     return lines
 
 

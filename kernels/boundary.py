@@ -36,9 +36,8 @@ def boundary_distance_forward_kernel(
 ):
     """D of one sample and dD / d(sum_j g_j R_j) = 1 / (K + average_offset)."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
     if PREDICTION_KNOWN:
         predicted = tl.load(predicted_pointer + row)
@@ -74,9 +73,8 @@ def boundary_distance_backward_kernel(
 ):
     """dD/df_j = -slope R_j, and slope sum_j R_j at p. The logits are read only to tell which classes are live."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
     grad_row = grad_logits_pointer + row * n_classes
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes

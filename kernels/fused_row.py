@@ -70,9 +70,8 @@ def fused_row_kernel(
     IS_DIVISOR: the loss is divided, too. COUNT, at least n or 0: the divisor is how many targets are not ignored.
     """
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
     columns = tl.arange(0, BLOCK)
     inside = columns < n_classes

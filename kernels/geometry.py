@@ -26,9 +26,8 @@ def predict_kernel(
 ):
     """Arg-max of one row."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
     predicted = scan_maximum(logits_pointer + row * logits_stride, n_classes, BLOCK)[1]
     tl.store(predicted_pointer + row, predicted.to(tl.int64))
 

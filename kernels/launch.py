@@ -43,24 +43,23 @@ def launch(
     """
     launches[kernel.fn.__name__] += 1
     key = [kernel, num_warps, num_stages, *constants.values()]
-    device = None
+    append, device = key.append, None
     for argument in arguments:
         kind = type(argument)
-        if kind is int:  # its class, as Triton tells them apart: 1, multiples of 16, 64 bits
-            key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
-        elif argument is None or kind is float:
-            key.append(kind)
-        elif isinstance(argument, Tensor):
-            device = device or argument.device
-            key.append(argument.dtype)
-            key.append(argument.data_ptr() & 15 == 0)
+        if kind is Tensor or isinstance(argument, Tensor):
+            if device is None:
+                device = argument.device
+            append(argument.dtype)
+            append(argument.data_ptr() & 15 == 0)
+        elif kind is int:  # its class, as Triton tells them apart: 1, multiples of 16, 64 bits
+            append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31))
         else:
-            key.append(kind)
+            append(kind)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
             launches[kernel.fn.__name__] -= 1
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, **constants)
-    key.append(device.index)
+    append(device.index)
     key = tuple(key)
     handle = _handles.get(key)
     if handle is not None:
@@ -132,6 +131,7 @@ def next_power_of_2(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+@functools.cache
 def alignment(*counts: int) -> int:
     """The largest of 8, 4, 2, 1 that divides every count: given to a kernel as ALIGN, it lets loads and stores be
     128 bits wide.

@@ -121,13 +121,11 @@ def nci_forward_kernel(
 ):
     """The score of one sample. A NaN logit makes it NaN, as the prediction means nothing then."""
     row = tl.program_id(0).to(tl.int64)
-    if CLASS_ALIGN > 1:
-        n_columns = n_columns // CLASS_ALIGN * CLASS_ALIGN
-        logits_stride = logits_stride // CLASS_ALIGN * CLASS_ALIGN
-    if FEATURE_ALIGN > 1:
-        n_features = n_features // FEATURE_ALIGN * FEATURE_ALIGN
-        features_stride = features_stride // FEATURE_ALIGN * FEATURE_ALIGN
-        weight_stride = weight_stride // FEATURE_ALIGN * FEATURE_ALIGN
+    n_columns = n_columns // CLASS_ALIGN * CLASS_ALIGN
+    logits_stride = logits_stride // CLASS_ALIGN * CLASS_ALIGN
+    n_features = n_features // FEATURE_ALIGN * FEATURE_ALIGN
+    features_stride = features_stride // FEATURE_ALIGN * FEATURE_ALIGN
+    weight_stride = weight_stride // FEATURE_ALIGN * FEATURE_ALIGN
     maximum, column = scan_maximum(logits_pointer + row * logits_stride, n_columns, CLASS_BLOCK)
     predicted = column.to(tl.int64)
     if BY_SPLIT:
@@ -186,10 +184,9 @@ def nci_features_backward_kernel(
 ):
     """Gradient of one sample's features: of the projection, and alpha sign(z) of the length."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_features = n_features // ALIGN * ALIGN
-        features_stride = features_stride // ALIGN * ALIGN
-        weight_stride = weight_stride // ALIGN * ALIGN
+    n_features = n_features // ALIGN * ALIGN
+    features_stride = features_stride // ALIGN * ALIGN
+    weight_stride = weight_stride // ALIGN * ALIGN
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n_features
     sample_grad = tl.load(sample_grad_pointer + row).to(tl.float32)
@@ -226,10 +223,9 @@ def nci_mean_backward_kernel(
 ):
     """Gradient of the mean over one piece of the batch, in the order of the batch."""
     piece = tl.program_id(0)
-    if ALIGN > 1:
-        n_features = n_features // ALIGN * ALIGN
-        features_stride = features_stride // ALIGN * ALIGN
-        weight_stride = weight_stride // ALIGN * ALIGN
+    n_features = n_features // ALIGN * ALIGN
+    features_stride = features_stride // ALIGN * ALIGN
+    weight_stride = weight_stride // ALIGN * ALIGN
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column_mask = columns < n_features
     mean = tl.load(mean_pointer + columns, mask=column_mask, other=0.0).to(tl.float32)

@@ -113,9 +113,8 @@ def segment_piece_kernel(
     """Sum of one piece, at most PIECE samples, of a segment that has more: however uneven the segments, no program
     has more."""
     piece, block = _place(n_columns, BLOCK)
-    if ALIGN > 1:
-        n_columns = n_columns // ALIGN * ALIGN
-        values_stride = values_stride // ALIGN * ALIGN
+    n_columns = n_columns // ALIGN * ALIGN
+    values_stride = values_stride // ALIGN * ALIGN
     columns = block * BLOCK + tl.arange(0, BLOCK)
     segment = tl.load(piece_segment_pointer + piece)
     if segment < n_segments:
@@ -172,9 +171,8 @@ def segment_sum_kernel(
             n_values = tl.cast(n_samples, tl.int64) * n_columns
             scale_block(gradient_pointer, upstream_pointer, tl.program_id(0) - first, n_values, SCALE)
             return
-    if ALIGN > 1:
-        n_columns = n_columns // ALIGN * ALIGN
-        values_stride = values_stride // ALIGN * ALIGN
+    n_columns = n_columns // ALIGN * ALIGN
+    values_stride = values_stride // ALIGN * ALIGN
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
     if SCAN:  # at least n: the program counts the samples of its segment instead of a sort for all
@@ -190,22 +188,17 @@ def segment_sum_kernel(
         end = tl.load(offsets_pointer + segment + 1)
     count = end - begin
     center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    last = end
     if HAS_PIECES:
-        in_pieces = count > PIECE
-        total = _sum_samples(
-            begin, tl.where(in_pieces, begin, end), order_pointer, mine, sample_grad_pointer, factor_pointer,
-            boost, values_pointer, values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
-            SCAN,
-        )  # fmt: skip
+        last = tl.where(count > PIECE, begin, end)
+    total = _sum_samples(
+        begin, last, order_pointer, mine, sample_grad_pointer, factor_pointer, boost, values_pointer, values_stride,
+        predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
+    )  # fmt: skip
+    if HAS_PIECES:
         piece = tl.load(piece_start_pointer + segment)
-        for index in range(piece, piece + tl.where(in_pieces, (count + PIECE - 1) // PIECE, 0)):
+        for index in range(piece, piece + tl.where(count > PIECE, (count + PIECE - 1) // PIECE, 0)):
             total += tl.load(partial_pointer + tl.cast(index, tl.int64) * n_columns + columns, mask=inside, other=0.0)
-    else:
-        total = _sum_samples(
-            begin, end, order_pointer, mine, sample_grad_pointer, factor_pointer, boost, values_pointer,
-            values_stride, predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS,
-            SCAN,
-        )  # fmt: skip
     if GAPS:  # noqa: SIM102 - decided when compiled; `and` would ask at run time for a table that may be None
         if count > 0:  # an unused table row may hold anything
             inverse_distance = tl.load(table_pointer + segment * n_columns + columns, mask=inside, other=0.0)

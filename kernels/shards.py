@@ -38,9 +38,8 @@ def boundary_sums_kernel(
 ):
     """sum g R, K, sum R and the number of live classes, of one sample; NaN in a row that is not valid."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
     row_maximum = finite_or_nan(tl.load(top_pointer + row))
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
     total, n_boundaries, inverse_sum, n_live = temperature_sums(
@@ -78,10 +77,9 @@ def softmax_sums_kernel(
 ):
     """`eager.rows.RowSums` of one sample: sum e, sum q g, Q, whether a masked class holds mass, sum e g."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
-        target_stride = target_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
+    target_stride = target_stride // ALIGN * ALIGN
     row_maximum = finite_or_nan(tl.load(top_pointer + row))
     label = -1
     if not PROBABILITIES:

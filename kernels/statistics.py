@@ -186,14 +186,12 @@ def row_statistics_kernel(
     row_offset = rows.to(tl.int64)[:, None]
     predicted = tl.zeros([ROWS], tl.int64)
     row_maximum = tl.zeros([ROWS], tl.float32)
-    if CLASS_ALIGN > 1:
-        n_classes = n_classes // CLASS_ALIGN * CLASS_ALIGN
-        logits_stride = logits_stride // CLASS_ALIGN * CLASS_ALIGN
-        table_stride = table_stride // CLASS_ALIGN * CLASS_ALIGN
-    if FEATURE_ALIGN > 1:
-        n_features = n_features // FEATURE_ALIGN * FEATURE_ALIGN
-        features_stride = features_stride // FEATURE_ALIGN * FEATURE_ALIGN
-        weight_stride = weight_stride // FEATURE_ALIGN * FEATURE_ALIGN
+    n_classes = n_classes // CLASS_ALIGN * CLASS_ALIGN
+    logits_stride = logits_stride // CLASS_ALIGN * CLASS_ALIGN
+    table_stride = table_stride // CLASS_ALIGN * CLASS_ALIGN
+    n_features = n_features // FEATURE_ALIGN * FEATURE_ALIGN
+    features_stride = features_stride // FEATURE_ALIGN * FEATURE_ALIGN
+    weight_stride = weight_stride // FEATURE_ALIGN * FEATURE_ALIGN
 
     if logits_pointer is not None:
         WITH_ENTROPY: tl.constexpr = entropy_pointer is not None

@@ -161,10 +161,9 @@ def tempered_forward_kernel(
     """Loss of one sample and all that its backward needs. Each step is one loop over the row, with a sum in every
     lane."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
-        target_stride = target_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
+    target_stride = target_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
 
     # The prediction and the largest logit.
@@ -279,10 +278,9 @@ def tempered_backward_kernel(
 ):
     """Gradient of one sample's logits, formed in fp32 and rounded once: as P_y approaches 1, Q P_y - q_y cancels."""
     row = tl.program_id(0).to(tl.int64)
-    if ALIGN > 1:
-        n_classes = n_classes // ALIGN * ALIGN
-        logits_stride = logits_stride // ALIGN * ALIGN
-        target_stride = target_stride // ALIGN * ALIGN
+    n_classes = n_classes // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
+    target_stride = target_stride // ALIGN * ALIGN
     logits_row = logits_pointer + row * logits_stride
     grad_row = grad_logits_pointer + row * n_classes
     columns = tl.arange(0, BLOCK)

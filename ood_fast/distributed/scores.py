@@ -47,13 +47,9 @@ def boundary_distance(
         _check_logits(logits_shard)
         checks.head_weight(W_shard, logits_shard)
         checks.one_of("average", average, checks.AVERAGES)
-        facts = _facts("boundary_distance", logits_shard, W_shard, average=repr(average))
-        return Call(
-            W_shard.shape[0],
-            len(logits_shard),
-            -1,
-            {**facts, "average": repr(average), "W_shard": f"{W_shard.shape[1]} columns"},
-        )
+        width = f"{W_shard.shape[1]} columns"
+        facts = _facts("boundary_distance", logits_shard, W_shard, average=repr(average), W_shard=width)
+        return Call(W_shard.shape[0], len(logits_shard), -1, facts)
 
     layout, *_ = agree(group, examine, W_shard, shards, check)
     logits, W = logits_shard, W_shard
