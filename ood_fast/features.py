@@ -29,6 +29,8 @@ from torch import Tensor
 from . import checks
 from .intact import check_zip, memory, read_npz
 
+CHECKED_ROWS = 64  # of each file, or part of one
+BFLOAT16 = 2.0**-8  # what logits may have been rounded to, on a GPU or under autocast
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")
 _NAMES = ("features", "logits", "targets", "paths", "W", "b")
 
@@ -69,14 +71,30 @@ class Stored:
             raise checks.UserError(f"{self.file}: {error.text.replace(checks.ROW, where)}") from error
 
     def with_logits(self, head: tuple[Tensor, Tensor | None] | None) -> Stored:
-        """The same with logits: those stored, else those of `head` or of the head stored beside the features."""
+        """The same with logits: those stored, `checked`, else those of `head` or of the head stored beside them."""
         weight, bias = head or (self.W, self.b)
         if self.logits is not None or weight is None:
-            return self
+            return self if weight is None else self.checked(weight, bias)
         checks.features(self.features, weight)
         dtype = torch.promote_types(self.features.dtype, weight.dtype)
         bias = None if bias is None else bias.to(dtype)
         return replace(self, logits=torch.nn.functional.linear(self.features.to(dtype), weight.to(dtype), bias))
+
+    def checked(self, weight: Tensor, bias: Tensor | None) -> Stored:
+        """The same; UserError where the head does not make the logits of the first rows, to the digits of bfloat16."""
+        z, given = self.features[:CHECKED_ROWS].float(), self.logits[:CHECKED_ROWS].float()
+        if weight.shape != (given.shape[1], z.shape[1]):
+            return self  # what reads both says so
+        weight, bias = weight.float(), weight.new_zeros(len(weight)).float() if bias is None else bias.float()
+        expected, spread = (torch.addmm(b, x, w.t()) for x, w, b in ((z, weight, bias), (z**2, weight**2, bias**2)))
+        difference = (expected - given).abs().masked_fill(given.isinf(), 0.0)
+        if (difference > BFLOAT16 * (8 * spread.sqrt() + 2 * expected.abs())).any():
+            raise checks.UserError(
+                f"{self.file}: the logits are not F.linear(features, W, b), they differ by up to "
+                f"{difference.nan_to_num().amax():.3g}: rows in another order, or of another model or head; store "
+                "features, logits, W and b of one pass, or leave out the logits, which are then made of the others"
+            )
+        return self
 
 
 def files(path: str | Path) -> list[Path]:

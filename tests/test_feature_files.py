@@ -191,3 +191,22 @@ def test_files_of_one_folder_have_one_width(tmp_path):
         np.savez(tmp_path / f"{number}.npz", features=np.zeros((2, width), np.float32))
     with pytest.raises(checks.UserError, match=r"2\.npz: features: got 4 a row, expected 3"):
         list(features.batches(tmp_path))
+
+
+def test_logits_that_the_head_does_not_make_are_refused(tmp_path):
+    z, W, b = torch.randn(20, 6), torch.randn(3, 6), torch.randn(3)
+    f = torch.nn.functional.linear(z, W, b)
+    masked = f.clone()
+    masked[3, 1] = -torch.inf
+    for logits in (f, f.bfloat16().float(), f.half(), masked):
+        torch.save({"features": z, "logits": logits, "W": W, "b": b}, tmp_path / "x.pt")
+        (stored,) = features.batches(tmp_path / "x.pt")
+        assert stored.with_logits(None) is stored is stored.with_logits((W, b))
+    wrong = {"rows": (f.flip(0), W, b), "classes": (f.flip(1), W, b), "scale": (f, 2 * W, b), "no bias": (f, W, None)}
+    for logits, *head in wrong.values():
+        given = {"W": head[0]} if head[1] is None else {"W": head[0], "b": head[1]}
+        torch.save({"features": z, "logits": logits, **given}, tmp_path / "x.pt")
+        (stored,) = features.batches(tmp_path / "x.pt")
+        for of in (None, tuple(head)):
+            with pytest.raises(checks.UserError, match=r"x\.pt: the logits are not F\.linear.*another order"):
+                stored.with_logits(of)

@@ -476,6 +476,10 @@ def test_nan_is_out():
         detector.threshold = torch.tensor(float(by_hand))
         assert detector.is_ood(scores).all()
         assert detector.predict(None, torch.randn(3, 4)).all()
+    for by_hand in (torch.rand(4), torch.rand(2, 1)):  # one a score, or a table
+        detector.threshold = by_hand
+        with pytest.raises(ValueError, match=r"threshold: got shape \(.*expected one number"):
+            detector.is_ood(scores)
 
 
 # PEFT

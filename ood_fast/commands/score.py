@@ -185,6 +185,8 @@ def _score_features(
             continue
         stored = stored.rows(slice(max(0, table.start - first), None))
         first = max(first, table.start)
+        if head and stored.logits is not None:
+            stored.checked(*head)
         stored = stored.with_logits(None if stored.W is not None else head)
         if stored.logits is None and any(d.needs_logits for d in detectors.detectors):
             raise UserError(f"--features {options.features}: holds no logits and no head W, b to make them with")

@@ -204,7 +204,9 @@ class Detector(Contract):
             raise RuntimeError(
                 f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
             )
-        kept = scores >= self.threshold  # NaN compares as False: what is unknown is flagged
+        if self.threshold.numel() != 1:  # it would be taken for one a score
+            raise ValueError(f"threshold: got shape {tuple(self.threshold.shape)}, expected one number")
+        kept = scores >= self.threshold.reshape(())  # NaN compares as False: what is unknown is flagged
         # Set by hand it may be -inf, which would flag nothing; `deploy` has looked.
         return ~kept if is_exporting() else ~(kept & self.threshold.isfinite())
 
