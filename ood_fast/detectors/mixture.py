@@ -231,7 +231,7 @@ def _log_weibull(t: Tensor) -> tuple[Tensor, Tensor]:
     The scale solves Σ t e^{t/scale} / Σ e^{t/scale} − scale = mean t, whose left side falls in scale.
     """
     largest = t.amax()
-    low, high = torch.tensor(0.0), largest - t.amin()  # the mean under any weights is at most the largest
+    low, high = torch.zeros_like(largest), largest - t.amin()  # the mean under any weights is at most the largest
     for _ in range(STEPS):
         scale = (low + high) / 2
         weight = ((t - largest) / scale).exp()
