@@ -26,6 +26,7 @@ MORE_LOSSES = {
     "mixoe": "cross-entropy, and images mixed with --outliers",
     "regmixup": "RegMixup: cross-entropy of images and of mixed images",
     "supcon": "supervised contrastive features, and a linear head on them",
+    "ish": "ISH: cross-entropy, the head learning from sharpened features",
     "cider": "CIDER: features near prototypes, and a linear head on them",
 }
 BASELINE = "ce"
@@ -60,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "elogitnorm-oe": {"loss": "elogitnorm", "average": "classes", "outliers": "oe", "outlier_batch_size": 256},
     "mixoe": {"outliers": "mixoe"},
     "regmixup": {"regmixup": 20.0},
+    "ish": {"head": "ish"},
     "supcon": {"loss": "supcon"},
     "cider": {"loss": "cider"},
 }
@@ -82,6 +84,7 @@ SOURCES["mixoe"] = (
     f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --checkpoint FILE"
 )
 SOURCES["regmixup"] = f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, as {OPENOOD} trains it"
+SOURCES["ish"] = "Xu et al., ICLR 2024, arXiv 2310.00227, with the share that is pruned on ImageNet"
 SOURCES["supcon"] = (
     "Khosla et al., NeurIPS 2020, arXiv 2004.11362 (SSD+, KNN+), with the settings of CIDER; crops and flips"
 )
@@ -184,6 +187,18 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
             n_processes=2,
             **METHODS[method],
         )
+
+    yield TrainingRecipe(
+        name="imagenet-finetune-ish",
+        source=f"Xu et al., ICLR 2024, arXiv 2310.00227, as {OPENOOD} trains it, 128 images on each of 4",
+        benchmark="imagenet",
+        model="resnet50",
+        pretrained=True,
+        epochs=10,
+        learning_rate=3e-3,
+        n_processes=4,
+        **METHODS["ish"],
+    )
 
     for name, settings, with_l2, without in _HAAS_RUNS:
         benchmark, _, rest = name.partition("-")

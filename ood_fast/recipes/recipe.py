@@ -59,7 +59,8 @@ class TrainingRecipe(Recipe):
         benchmark: one of `BENCHMARK_NAMES`.
         model, small_images, spectral_norm, activation, pretrained: as in `models.create`.
         init: a checkpoint whose weights the training starts from, head included; none if empty.
-        head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm).
+        head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm);
+            "ish" for `training.sharpened.ISHLinear`.
         loss: "ce", "logitnorm" with `tau`, "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`, or
             "supcon", "cider" of `training.contrastive`, alone.
         label_smoothing: as in F.cross_entropy. mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn
@@ -152,7 +153,7 @@ OF_CLASSES = ("vos",)  # outliers that are drawn from the features of a class
 WITH_IMAGES = ("oe", "energy", "mixoe")  # outliers that are images
 CHOICES = {
     "activation": ("relu", "leaky_relu"),
-    "head": ("linear", "l2norm"),
+    "head": ("linear", "l2norm", "ish"),
     "loss": ("ce", "logitnorm", "elogitnorm", "supcon", "cider"),
     "average": ("boundaries", "classes"),
     "outliers": ("none", "vos", *WITH_IMAGES),

@@ -18,6 +18,7 @@ from .contrastive import CIDERLoss, SupConLoss
 from .mixing import MixOELoss, RegMixupLoss
 from .objective import Objective, Plain
 from .outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
+from .sharpened import ISHLinear
 
 CONTRASTIVE = {"supcon": SupConLoss, "cider": CIDERLoss}
 OF_IMAGES = {"oe": OutlierExposureLoss, "energy": EnergyBoundedLoss, "mixoe": MixOELoss}
@@ -34,7 +35,7 @@ def model_of(
     return models.create(
         recipe.model,
         n_classes,
-        head=nn.Linear if recipe.head == "linear" else partial(L2NormLinear, tau=recipe.head_tau),
+        head={"linear": nn.Linear, "ish": ISHLinear}.get(recipe.head) or partial(L2NormLinear, tau=recipe.head_tau),
         small_images=recipe.small_images,
         spectral_norm=recipe.spectral_norm,
         activation=recipe.activation,
