@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from processes import COMMAND, environment, python
 
 import ood_fast
 from ood_fast import cli, detectors, evaluation, models, recipes
@@ -26,14 +26,6 @@ SHORT = ["--losses", "ce,elogitnorm", "--detectors", "msp,knn", "--seeds", "2", 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    """The command in a process of its own, which finds this package wherever it runs."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
-    return subprocess.run(
-        [sys.executable, "-m", "ood_fast", *arguments], capture_output=True, text=True, env=environment, **options
-    )
 
 
 # ---- compare
@@ -72,7 +64,7 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
 def test_compare_again_gives_the_same_numbers_also_in_another_process(tmp_path):
     arguments = ["compare", *SHORT, "--quiet", "--out"]
     assert cli.main([*arguments, "first"]) == 0
-    again = run(*arguments, "second")
+    again = python(*COMMAND, *arguments, "second")
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert again.stdout == ""
@@ -175,7 +167,7 @@ def test_bad_input_is_told_and_nothing_is_written(arguments, messages, tmp_path,
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    result = run("compare", "--losses", "elogitnrm")
+    result = python(*COMMAND, "compare", "--losses", "elogitnrm")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == (
@@ -190,6 +182,7 @@ def test_no_command_at_all_prints_the_help(capsys):
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("usage: ood-fast")
+    assert "COMMAND" in output.err
     for command in ("compare", "fit", "score", "evaluate"):
         assert f"\n    {command} " in output.err
 
@@ -220,9 +213,8 @@ def test_a_full_disk_fails_with_code_1(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a signal")
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
-    command = [sys.executable, "-m", "ood_fast", "compare", "--epochs", "2", "--seeds", "500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, *COMMAND, "compare", "--epochs", "2", "--seeds", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr.readline().startswith("[1/2000] seed 0 ce")  # training has begun
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -272,14 +264,8 @@ def test_the_bar_fits_the_terminal(width, monkeypatch):
 
 
 def test_an_unknown_backend_is_told_in_one_line():
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent),
-        "OOD_FAST_BACKEND": "foo",
-    }
-    for arguments in (["info"], ["compare"]):
-        command = [sys.executable, "-m", "ood_fast", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for command in ("info", "compare"):
+        result = python(*COMMAND, command, OOD_FAST_BACKEND="foo")
         assert result.returncode == 2
         assert result.stderr == ("ood-fast: error: OOD_FAST_BACKEND: got 'foo', expected one of auto, eager, triton\n")
 
@@ -295,17 +281,8 @@ def test_a_backend_that_does_not_run_on_the_device(capsys, monkeypatch):
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(ood_fast.__file__).parent.parent}"}
-    command = [sys.executable, "-m", "ood_fast", "info"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = python(*COMMAND, "info", first=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "ood-fast: interrupted\n")
-
-
-def test_version_and_help_need_no_torch(tmp_path):
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(ood_fast.__file__).parent.parent}"}
-    for option in ("--version", "--help"):
-        assert subprocess.run([sys.executable, "-m", "ood_fast", option], env=environment).returncode == 0
 
 
 def test_every_public_name_is_found():
@@ -334,11 +311,6 @@ def test_help(arguments, capsys):
             assert loss in text
 
 
-def test_no_command_is_an_error(capsys):
-    assert cli.main([]) == 2
-    assert "COMMAND" in capsys.readouterr().err
-
-
 def test_info_names_versions_devices_losses_and_detectors(capsys):
     assert cli.main(["info"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -364,8 +336,7 @@ sys.meta_path.insert(0, Deny())
 from ood_fast.cli import main
 sys.exit(main(["info"]))
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert "elogitnorm" in result.stdout
 
@@ -376,8 +347,7 @@ import sys, ood_fast.cli, ood_fast.detectors, ood_fast.metrics, ood_fast.data
 assert ood_fast.cli.main(["--version"]) == 0
 print([name for name in ("sklearn", "scipy", "matplotlib", "rich", "triton", "torchvision") if name in sys.modules])
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    result = python("-c", code)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import TORCHRUN, python
 from test_data import (
     write_cifar10,
     write_cifar100,
@@ -23,7 +21,6 @@ from test_data import (
     write_tiny_imagenet,
 )
 
-import ood_fast
 from ood_fast import cli, evaluation, models
 
 QUICK = ["--workers=0", "--bootstrap=10"]
@@ -222,13 +219,6 @@ def test_results_of_another_request_stay(root, seeds, capsys, monkeypatch):
     assert "another request (which it does not tell)" in capsys.readouterr().err
 
 
-def test_help_lists_the_benchmarks():
-    from ood_fast.data import benchmarks
-    from ood_fast.recipes import BENCHMARK_NAMES
-
-    assert list(BENCHMARK_NAMES) == benchmarks.known()
-
-
 def test_images_that_cannot_be_read_may_be_left_out(root, tmp_path, capsys):
     for index in range(5):
         write_image(tmp_path / f"own/{index}.png", seed=index)
@@ -270,10 +260,9 @@ def test_quiet_prints_nothing(root, seeds, capsys):
 def test_two_processes_give_what_one_gives(root, seeds, tmp_path):
     """ODIN too, which each process chooses by itself."""
     arguments = [*on_cifar10(root, "--detectors=MSP,KNN,ReAct,ODIN", "--set=KNN.k=5"), *QUICK, "--quiet"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ood_fast"]
     command = ["evaluate", str(seeds / "s0"), *arguments]
     assert cli.main([*command, "--cache=one cache", "--out=one"]) == 0
-    done = run(*launcher, *command, "--cache=two cache", "--out=two")
+    done = python(*TORCHRUN, *command, "--cache=two cache", "--out=two")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     one, two = evaluation.read("one"), evaluation.read("two")
@@ -298,18 +287,10 @@ def test_two_processes_give_what_one_gives(root, seeds, tmp_path):
     (data / "dtd").unlink()
     write_dtd(data)
     next(data.glob("dtd/dtd/images/woven/*_2.jpg")).write_bytes(b"no image")
-    done = run(*launcher, *command, f"--data-root={data}", "--cache=c", "--out=three")
+    done = python(*TORCHRUN, *command, f"--data-root={data}", "--cache=c", "--out=three")
     assert done.returncode != 0
     assert "woven_2.jpg: cannot be read" in done.stderr
     assert not Path("three/results.json").exists()
-
-
-def run(*command: str) -> subprocess.CompletedProcess:
-    folder = str(Path(ood_fast.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
 
 
 # ---- stored features

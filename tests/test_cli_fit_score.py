@@ -6,13 +6,13 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import COMMAND, TORCHRUN, python
 
 from ood_fast import checks, cli, detectors, features
 
@@ -91,6 +91,10 @@ def score(*arguments: str) -> int:
     return cli.main(["score", *arguments, "--quiet"])
 
 
+def scoring(data: str, file: str = "d.safetensors") -> list[str]:
+    return ["score", "--detectors", file, "--data", data, *OWN, "--workers", "0"]
+
+
 # ---- images
 
 
@@ -101,24 +105,7 @@ def test_fit_and_score_image_folders(photos, capsys):
     assert "Wrote out/d.safetensors" in told.out
     assert "fitting on train: 21 in" in told.err
     # The model and how its images are prepared are remembered.
-    assert (
-        cli.main(
-            [
-                "score",
-                "--detectors",
-                "out/d.safetensors",
-                "--data",
-                "ood",
-                "--model",
-                "mymodel:build",
-                "--out",
-                "s.csv",
-                "--workers",
-                "0",
-            ]
-        )
-        == 0
-    )
+    assert cli.main([*scoring("ood", "out/d.safetensors"), "--out", "s.csv"]) == 0
     assert "6 rows in s.csv" in capsys.readouterr().out
     rows = rows_of("s.csv")
     assert [Path(row["path"]).name for row in rows] == [f"{index:02d}.png" for index in range(6)]
@@ -143,21 +130,7 @@ def test_fit_and_score_image_folders(photos, capsys):
 
 def test_one_detector_has_the_columns_score_and_is_ood(photos):
     assert fit("--data", "train", "--detectors", "NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
-    assert (
-        score(
-            "--detectors",
-            "d.safetensors",
-            "--data",
-            "val",
-            "--model",
-            "mymodel:build",
-            "--out",
-            "s.csv",
-            "--workers",
-            "0",
-        )
-        == 0
-    )
+    assert cli.main([*scoring("val"), "--out", "s.csv", "--quiet"]) == 0
     assert list(rows_of("s.csv")[0]) == ["path", "prediction", "score", "is_ood"]
     assert {row["is_ood"] for row in rows_of("s.csv")} == {""}, "without a threshold nothing is decided"
 
@@ -165,26 +138,14 @@ def test_one_detector_has_the_columns_score_and_is_ood(photos):
 def test_a_bad_image_is_told_by_its_path_and_skipped_only_when_asked(photos, capsys):
     Path("ood/02.png").write_bytes(b"no image")
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
-    arguments = [
-        "score",
-        "--detectors",
-        "d.safetensors",
-        "--data",
-        "ood",
-        "--model",
-        "mymodel:build",
-        "--out",
-        "s.csv",
-        "--workers",
-        "2",
-    ]
-    assert cli.main([*arguments, "--batch-size", "2", "--model", "mymodel:build"]) == 1
+    arguments = [*scoring("ood"), "--out", "s.csv", "--workers", "2", "--batch-size", "2"]
+    assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert "ood/02.png" in error
     assert "--skip-bad" in error
     assert "Traceback" not in error
     assert not Path("s.csv").exists()
-    assert cli.main([*arguments, "--batch-size", "2", "--model", "mymodel:build", "--skip-bad"]) == 0
+    assert cli.main([*arguments, "--skip-bad"]) == 0
     told = capsys.readouterr()
     assert "skipped image" in told.err
     assert "1 images could not be read" in told.out
@@ -193,7 +154,7 @@ def test_a_bad_image_is_told_by_its_path_and_skipped_only_when_asked(photos, cap
 
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, monkeypatch):
     assert fit("--data", "train", "--detectors", "MSP,NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
-    arguments = ["--detectors", "d.safetensors", "--data", "val", *OWN, "--workers", "0", "--batch-size", "2"]
+    arguments = [*scoring("val")[1:], "--batch-size", "2"]
     assert score(*arguments, "--out", "whole.csv") == 0
 
     from ood_fast.commands.table import ScoreTable
@@ -231,19 +192,7 @@ def test_an_interruption_after_a_bad_image_loses_nothing(photos, monkeypatch):
     """The bad image is known before its batch is scored: it must not hide that the rows before it are missing."""
     Path("ood/04.png").write_bytes(b"no image")
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
-    arguments = [
-        "--detectors",
-        "d.safetensors",
-        "--data",
-        "ood",
-        "--model",
-        "mymodel:build",
-        "--workers",
-        "0",
-        "--skip-bad",
-        "--out",
-        "s.csv",
-    ]
+    arguments = [*scoring("ood")[1:], "--skip-bad", "--out", "s.csv"]
 
     from ood_fast.commands.table import ScoreTable
 
@@ -259,20 +208,7 @@ def test_a_batch_of_bad_images_only(photos, capsys):
         Path(f"ood/{name}.png").write_bytes(b"no image")
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
     capsys.readouterr()
-    arguments = [
-        "--detectors",
-        "d.safetensors",
-        "--data",
-        "ood",
-        "--model",
-        "mymodel:build",
-        "--workers",
-        "0",
-        "--batch-size",
-        "2",
-        "--skip-bad",
-    ]
-    assert cli.main(["score", *arguments, "--out", "s.csv"]) == 0
+    assert cli.main([*scoring("ood"), "--batch-size", "2", "--skip-bad", "--out", "s.csv"]) == 0
     assert "4 images could not be read" in capsys.readouterr().out
     assert [Path(row["path"]).stem for row in rows_of("s.csv")] == ["02", "03"]
 
@@ -283,7 +219,7 @@ def test_file_names_that_are_no_text(out, photos):
     name = os.fsdecode(b"ood/07 \xff \xc3\xa9.png")
     os.rename("ood/05.png", name)
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
-    assert score("--detectors", "d.safetensors", "--data", "ood", *OWN, "--workers", "0", "--out", out) == 0
+    assert score(*scoring("ood")[1:], "--out", out) == 0
     if out == "s.csv":
         assert Path(out).read_bytes().splitlines()[-1].startswith(os.fsencode(name))
     else:
@@ -293,18 +229,7 @@ def test_file_names_that_are_no_text(out, photos):
 
 def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, capsys):
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
-    arguments = [
-        "--detectors",
-        "d.safetensors",
-        "--data",
-        "ood",
-        "--model",
-        "mymodel:build",
-        "--workers",
-        "0",
-        "--batch-size",
-        "2",
-    ]
+    arguments = [*scoring("ood")[1:], "--batch-size", "2"]
 
     from ood_fast.commands.table import ScoreTable
 
@@ -379,19 +304,7 @@ def test_what_needs_no_fit_is_told_so(photos, stored, capsys):
 def test_other_settings_than_those_fitted_with_are_warned_of(photos, capsys):
     assert fit("--data", "train", "--detectors", "NCI", "--out", "d.safetensors", *ON_IMAGES) == 0
     Path("other.py").write_text(MODEL)
-    arguments = [
-        "score",
-        "--detectors",
-        "d.safetensors",
-        "--data",
-        "ood",
-        "--model",
-        "mymodel:build",
-        "--workers",
-        "0",
-        "--overwrite",
-    ]
-    arguments += ["--out", "s.csv"]
+    arguments = [*scoring("ood"), "--overwrite", "--out", "s.csv"]
     same = ["--model", "mymodel:build", "--size", "16", "--resize", "16", "--mean", "0.485,0.456,0.4060"]
     for given in ([], same):
         assert cli.main([*arguments, *given]) == 0
@@ -487,17 +400,15 @@ SMALL = [
 
 def test_own_detectors(stored):
     Path("mydetector.py").write_text(PLUGIN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "-m", "ood_fast"]
     train = write("train.npz", stored)
     own = ["--plugin", "mydetector"]
-    fitted = [*base, "fit", "--features", train, "--detectors", "SecondLogit", *own, "--out", "d.safetensors"]
-    subprocess.run(fitted, check=True, env=environment)
-    scored = [*base, "score", "--detectors", "d.safetensors", "--features", train, "--out", "s.csv"]
-    refused = subprocess.run(scored, capture_output=True, text=True, env=environment)
+    fitted = ["fit", "--features", train, "--detectors", "SecondLogit", *own, "--out", "d.safetensors"]
+    assert python(*COMMAND, *fitted).returncode == 0
+    scored = [*COMMAND, "score", "--detectors", "d.safetensors", "--features", train, "--out", "s.csv"]
+    refused = python(*scored)
     assert refused.returncode == 2
     assert "SecondLogit" in refused.stderr
-    subprocess.run([*scored, *own], check=True, env=environment)
+    assert python(*scored, *own).returncode == 0
     expected = -stored["logits"].topk(2, dim=1).values[:, 1]
     torch.testing.assert_close(torch.tensor([float(row["score"]) for row in rows_of("s.csv")]), expected)
 
@@ -512,15 +423,11 @@ def test_torchrun_gives_the_same_file_and_table(stored):
     names = ["--detectors", "MSP,NCI,KNN,FDBD", "--set", "KNN.k=5"]
     assert fit("--features", train, *names, "--validation", train, "--out", "one.safetensors") == 0
     assert score("--detectors", "one.safetensors", "--features", "parts", "--out", "one.csv") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ood_fast"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    fitted = [*launch, "fit", "--features", "parts", *names, "--validation", "parts", "--out", "two.safetensors"]
-    subprocess.run(fitted, check=True, env=environment)
-    subprocess.run(
-        [*launch, "score", "--detectors", "two.safetensors", "--features", "parts", "--out", "two.csv"],
-        check=True,
-        env=environment,
-    )
+    fitted = ["fit", "--features", "parts", *names, "--validation", "parts", "--out", "two.safetensors"]
+    scored = ["score", "--detectors", "two.safetensors", "--features", "parts", "--out", "two.csv"]
+    for command in (fitted, scored):
+        done = python(*TORCHRUN, *command)
+        assert done.returncode == 0, done.stderr
     for one, other in zip(rows_of("one.csv"), rows_of("two.csv"), strict=True):
         assert one["path"] == other["path"]
         for name in ("MSP", "NCI", "KNN", "FDBD"):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import python
 
-import ood_fast
 from ood_fast import cli, recipes
 from ood_fast.commands import COMMANDS, evaluate, export, fit
 
@@ -72,7 +68,7 @@ def test_what_is_no_option_is_left_alone():
     PARSER.refuse_unknown(["-h"])
 
 
-def test_answers_come_without_torch(tmp_path):
+def test_answers_come_without_torch():
     """One process that asks all of it: what takes seconds to import is not there afterwards."""
     code = """
 import sys
@@ -83,7 +79,6 @@ heavy = {"torch", "numpy", "scipy", "PIL", "importlib.metadata"}
 print("loaded:", sorted(heavy & {*sys.modules} - BEFORE))
 """
     code = "import sys; BEFORE = {*sys.modules}\n" + code
-    environment = {**os.environ, "PYTHONPATH": str(Path(ood_fast.__file__).parents[1])}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    ran = python("-c", code)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "loaded: []"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from processes import COMMAND, TORCHRUN, python
 from test_data import write_cifar10
 
 import ood_fast
@@ -58,22 +60,8 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
         assert torch.equal(value, second[name]), name
 
 
-def run(*command: str, launcher=("-m", "ood_fast"), **environment: str) -> subprocess.CompletedProcess:
-    folders = [str(Path(ood_fast.__file__).parent.parent), str(Path(__file__).parent)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(folders),
-        "OMP_NUM_THREADS": "1",
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-        **environment,
-    }
-    return subprocess.run(
-        [sys.executable, *launcher, *command, "--plugin=training_plugin"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+def run(*command: str, launcher: tuple[str, ...] = COMMAND, **environment: str) -> subprocess.CompletedProcess:
+    return python(*launcher, *command, "--plugin=training_plugin", **environment)
 
 
 # ---- what it prints and writes
@@ -441,9 +429,7 @@ def test_no_room_for_a_checkpoint(root, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ood_fast")
-    return run(*command, launcher=launcher, **environment)
+torchrun = functools.partial(run, launcher=TORCHRUN)
 
 
 @pytest.mark.slow

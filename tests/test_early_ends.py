@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import TORCHRUN, python
 
 from ood_fast import cli, files, models
 from ood_fast.data.images import Files
@@ -209,8 +209,6 @@ Files.image = dying
 def test_a_process_of_torchrun_that_dies_ends_all(images):
     Path("dying.py").write_text(PLUGIN)
     command = ["fit", *images, "--detectors", "NCI", "--out", "e.safetensors", "--quiet", "--plugin", "dying"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ood_fast"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=120)
+    done = python(*TORCHRUN, *command)
     assert done.returncode != 0
     assert not Path("e.safetensors").exists()
