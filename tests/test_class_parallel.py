@@ -10,18 +10,17 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch is built without gloo", allow_module_level=True)
 
 import class_parallel_worker as worker
+import gloo
 
 from ood_fast import distributed
 
@@ -30,16 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_processes(size: int, folder: str) -> list[dict]:
-    with pytest.MonkeyPatch.context() as environment:
-        if sys.platform == "linux":  # this machine alone: a network that is down must not matter
-            environment.setenv("GLOO_SOCKET_IFNAME", "lo")
-        context = mp.spawn(worker.process, args=(size, folder), nprocs=size, join=False)
-        deadline = time.monotonic() + TIMEOUT
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for child in context.processes:
-                    child.kill()
-                pytest.fail(f"the {size} processes did not end within {TIMEOUT} s")
+    gloo.spawn(worker.process, size, folder, size=size, seconds=TIMEOUT)
     return [torch.load(f"{folder}/{size}-{rank}.pt") for rank in range(size)]
 
 

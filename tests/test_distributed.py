@@ -6,16 +6,12 @@ back. The truth is one process with the joined batch.
 
 from __future__ import annotations
 
-import sys
-import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import run_scenarios
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +24,6 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch is built without gloo", allow_module_level=True)
 
 N_PROCESSES = 2
-TIMEOUT = 120  # seconds for everything; a lost process must not stop the suite
 N_STEPS, N_SAMPLES, N_CLASSES = 3, 12, 5
 
 
@@ -227,40 +222,10 @@ OTHERWISE = (
 )  # with tests of their own
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",  # no port that another process could take first
-        rank=rank,
-        world_size=N_PROCESSES,
-        timeout=timedelta(seconds=30),
-    )
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        try:
-            results[name] = scenario(rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     """What each process brought back."""
-    folder = str(tmp_path_factory.mktemp("gloo"))
-    with pytest.MonkeyPatch.context() as environment:
-        if sys.platform == "linux":  # this machine alone: a network that is down must not matter
-            environment.setenv("GLOO_SOCKET_IFNAME", "lo")
-        context = mp.spawn(process, args=(folder,), nprocs=N_PROCESSES, join=False)
-        deadline = time.monotonic() + TIMEOUT
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for child in context.processes:
-                    child.kill()
-                pytest.fail(f"the processes did not end within {TIMEOUT} s")
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(N_PROCESSES)]
+    return run_scenarios(__name__, str(tmp_path_factory.mktemp("gloo")), N_PROCESSES)
 
 
 def of_scenario(results: list[dict], name: str) -> list:
