@@ -142,10 +142,11 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _page(folder: Path, context: Mapping[str, Any]) -> Path:
     """The report about the first seed of each loss, beside the results."""
-    from ..report import page, runs
+    from ..report import gallery, page, runs
 
     records = runs.first_of_each(runs.open_records([folder]))
     runs.diagnose_runs(records)
+    gallery.add(records)
     page.write(folder / page.NAME, records, context)
     return folder / page.NAME
 

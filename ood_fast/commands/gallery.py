@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from ..data.images import Files
 
 SHOWN = 500  # rows
-PIXELS = 96  # of the longer side of an image
 
 
 def write(page: Path, table: Path, source: Files | None, command: str) -> None:
@@ -62,17 +59,15 @@ def _images(source: Files | None) -> Callable[[str], str]:
     if source is None:
         return lambda path: ""
     from ..checks import UserError
+    from ..report.pages import thumbnail
 
     places = {source.path(index): index for index in range(len(source))}
 
     def image(path: str) -> str:
         try:
-            small = source.image(places[path])
+            found = source.image(places[path])
         except (KeyError, UserError):
             return ""
-        small.thumbnail((PIXELS, PIXELS))
-        held = io.BytesIO()
-        small.save(held, "JPEG", quality=80)
-        return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}">'
+        return thumbnail(found)
 
     return image

@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """The command."""
-    from ..report import page, runs
+    from ..report import gallery, page, runs
 
     import_plugins(options.plugin)
     context = context_of(command)
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         for record in records:
             runs.measure_change(record, options.data_root, **given, progress=progress)
     runs.diagnose_runs(records, progress)
+    gallery.add(records, options.data_root)
     try:
         page.write(file, records, context)
     except OSError as error:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import metrics
 from ..detectors import find
 from ..diagnostics import NUMBERS, Diagnosis, FeatureChange, accuracy_by_norm, reliability
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
 from ..diagnostics.plane import regions
+from ..evaluation.results import ID as RESULTS_ID
 from ..evaluation.results import TITLES, Results, Summary
 from ..evaluation.verdict import means_of, ranking
 from .charts import COLORS, INK, Chart, Series, histogram
@@ -24,6 +26,7 @@ from .tables import each, number
 
 METHODS = (5, 1, 0, 2, 3, 4, 6, 7)  # colours of methods in their order; the first, often the baseline, is grey
 DRAWN = 800  # points of a set in a scatter plot, evenly over the set
+CURVE = 200  # points of a ROC curve
 
 HAAS = "Haas et al., TMLR 2024"
 PAPYAN = "Papyan et al., PNAS 2020"
@@ -359,6 +362,25 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
             chart = replace(chart, caption=told, guides=[[(threshold, 0.0), (threshold, 1.0)]])
         charts.append(chart)
     return charts
+
+
+def roc(record: Record, evaluated: Evaluated, detector: str, sets: Mapping[str, np.ndarray]) -> Chart:
+    """A curve for each OOD set, of the best detector."""
+    label, series, aurocs = find(detector).label, [], {}
+    for name in [name for name in evaluated.results["sets"] if name != RESULTS_ID and name in sets]:
+        inside, outside = (of[~np.isnan(of)] for of in (sets[RESULTS_ID], sets[name]))
+        if len(inside) and len(outside):
+            points = torch.stack(metrics.roc_curve(inside, outside, positive="id"), 1)
+            points = points[_some(len(points), CURVE)]
+            series.append(Series(_title(evaluated, name), *points.T.tolist()))
+            aurocs[_title(evaluated, name)] = 100 * metrics.auroc(inside, outside)
+    return Chart(
+        *(f"ROC of {label}: {record.name}", "OOD images accepted", "ID images accepted", series),
+        f"At every threshold of {label}, the best detector. Area (AUROC, %): {each(aurocs)}",
+        x_range=(0.0, 1.0),
+        y_range=(0.0, 1.0),
+        guides=[[(0.0, 0.0), (1.0, 1.0)]],
+    )
 
 
 # ---- on the page

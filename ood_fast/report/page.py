@@ -10,6 +10,8 @@ from typing import Any
 
 from .. import checks, evaluation, files
 from ..diagnostics import NUMBERS, Diagnosis
+from ..evaluation.results import ID
+from ..evaluation.verdict import ranking
 from ..evaluation.write import by_note
 from . import evaluations, figures, pages
 from .charts import Chart
@@ -42,6 +44,8 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
         diagnosed = [(records.index(r), r, e, e.diagnosis) for r, e in found if e.diagnosis is not None]
         if diagnosed:
             sections |= _diagnoses(benchmark, diagnosed, prefix)
+        for images in [e.images for _, e in found if e.images]:
+            sections[f"Images of {benchmark}"] = images
         sections[f"Scores on {benchmark}"] = _scores(found, prefix)
     sections["How it was run"] = _how(records, benchmarks, context)
     links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in [*first, *sections])
@@ -146,6 +150,8 @@ def _evaluation(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
 def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     """A row for each detector."""
     of_detectors: dict[str, list[Chart]] = {}
+    curves: list[Chart] = []
+    ranked = ranking(evaluations.stored(found))
     for record, evaluated in found:
         try:
             scores = evaluation.read_scores(evaluated.folder, evaluated.run)
@@ -154,8 +160,10 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
             raise checks.UserError(f"{evaluated.folder}: {told}") from error
         for chart, detector in zip(figures.scores(record, evaluated, scores), scores, strict=True):
             of_detectors.setdefault(detector, []).append(chart)
+        if ranked and ID in scores.get(ranked[0].detector, ()):
+            curves.append(figures.roc(record, evaluated, ranked[0].detector, scores[ranked[0].detector]))
     shown = [name for name in of_detectors if name in SHOWN] or list(of_detectors)
-    content = figures.by_kind([of_detectors[name] for name in shown], f"{prefix}scores")
+    content = figures.by_kind([*([curves] * bool(curves)), *(of_detectors[n] for n in shown)], f"{prefix}scores")
     if others := [of_detectors[name] for name in of_detectors if name not in shown]:
         content += pages.folded(f"{len(others)} more detectors", figures.by_kind(others, f"{prefix}scores"))
     return content

@@ -6,8 +6,10 @@ import base64
 import functools
 import hashlib
 import html
+import io
 from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 from urllib.parse import quote
 
 
@@ -41,6 +43,15 @@ def _policy(code: str, body: str) -> str:
     scripts = f" script-src 'sha256-{allowed}';" if code else ""
     images = " img-src data:;" if '<img alt="" src="data:image/' in body else ""
     return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none';"
+
+
+def thumbnail(image: Any, pixels: int = 96) -> str:
+    """HTML of a PIL image, small: its longer side has at most `pixels`."""
+    small = image.copy()
+    small.thumbnail((pixels, pixels))
+    held = io.BytesIO()
+    small.save(held, "JPEG", quality=80)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}">'
 
 
 def definitions(facts: Mapping[str, str]) -> str:

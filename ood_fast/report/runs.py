@@ -22,6 +22,7 @@ import torch
 
 from .. import checks, evaluation, files, spreadsheet
 from ..data import open_benchmark
+from ..data.benchmarks import ImageBenchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..diagnostics.collapse import Chunk
@@ -43,12 +44,14 @@ class Evaluated:
     Attributes:
         folder: of the evaluation. results: its results.json. run: the part of it that is about this run.
         diagnosis: None until `diagnose_runs`, or where the features are gone.
+        images: HTML of what `gallery.add` found; empty where it was not asked.
     """
 
     folder: Path
     results: dict[str, Any]
     run: dict[str, Any]
     diagnosis: Diagnosis | None = None
+    images: str = ""
 
     @property
     def command(self) -> str:
@@ -352,10 +355,7 @@ def measure_change(
     if len(checkpoints) < 2:
         told = f"got {len(checkpoints)} checkpoints, expected two or more; train with --keep-every 1"
         raise checks.UserError(f"{record.path / EPOCHS}: {told}")
-    data, seed = record.info.get("data", {}), record.info.get("seed", 0)
-    given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
-    benchmark = open_benchmark(record.info["benchmark"], data_root or data.get("root"), **given)
-    loader = Loader(benchmark.test, batch_size=batch_size, num_workers=workers)
+    loader = Loader(opened(record, data_root).test, batch_size=batch_size, num_workers=workers)
     with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
 
         def models() -> Iterator[torch.nn.Module]:
@@ -372,6 +372,16 @@ def measure_change(
         kept.parent.mkdir(exist_ok=True)
         with files.replacing(kept) as part, part.open("wb") as stream:
             np.savez(stream, **found)
+
+
+def opened(record: Record, data_root: str | os.PathLike | None = None) -> ImageBenchmark:
+    """The benchmark that a run was trained on, from `data_root` or where it was trained from. UserError if it cannot
+    be."""
+    if not record.info:
+        raise checks.UserError(f"{record.name}: no run of `ood-fast train`, which says where its images are")
+    data, seed = record.info.get("data", {}), record.info.get("seed", 0)
+    given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
+    return open_benchmark(record.info["benchmark"], data_root or data.get("root"), **given)
 
 
 def _read_change(record: Record) -> None:
