@@ -205,6 +205,40 @@ def test_evaluation_is_that_of_its_files(done, parsed):
     assert drawn["ID"][:, 2].sum() == pytest.approx(1, abs=1e-6)
 
 
+def test_roc_curves_and_images_are_of_the_scores(done, page, parsed):
+    """Of the best detector: curves through the points of its scores, and the images where these are furthest off."""
+    (title,) = {title for title in parsed.captions if title.startswith("ROC of ") and title.endswith(": ce")}
+    label = title.removeprefix("ROC of ").removesuffix(": ce")
+    detector = next(name for name in DETECTORS.split(",") if detectors.find(name).label == label)
+    results = evaluation.read(done / "ce/eval/cifar10")
+    scores = evaluation.read_scores(done / "ce/eval/cifar10", results["runs"][0])[detector]
+    (file,) = (name for name in parsed.files if name.startswith("scores-ROC") and name.endswith("-ce.csv"))
+    for (name, part), points in zip(list(results["sets"].items())[1:], parsed.numbers(file).values(), strict=True):
+        for fpr, tpr in points:
+            same = [
+                abs((scores["id"] >= t).mean() - tpr) + abs((scores[name] >= t).mean() - fpr)
+                for t in ([*scores["id"], *scores[name], math.inf])
+            ]
+            assert min(same) < 1e-5, part["title"]
+    gallery = page.partition('id="images-of-cifar10"')[2].partition("</section>")[0]
+    assert gallery.count("<img ") >= 16
+    told = []  # of the best run
+    for name in ("ce", "elogitnorm"):
+        results = evaluation.read(done / name / "eval/cifar10")
+        scores = evaluation.read_scores(done / name / "eval/cifar10", results["runs"][0])[detector]
+        outside = np.sort(np.concatenate([scores[name] for name in list(results["sets"])[1:]]))
+        told.append(all(f", {value:.4g}</p>" in gallery for value in (*np.sort(scores["id"])[:8], *outside[-8:])))
+    assert sorted(told) == [False, True]
+    assert "Wrong with the most confidence" in gallery
+
+
+def test_images_that_changed_are_not_shown(runs, capsys):
+    (runs / "data").unlink()
+    assert cli.main(["report", "ce"]) == 0
+    assert "images of cifar10: " in capsys.readouterr().err
+    assert "images-of-cifar10" not in (runs / "ce/report.html").read_text(encoding="utf-8")
+
+
 def test_diagnostics_are_those_of_the_features(done, parsed):
     fit, test, far = (cached(done, name) for name in ("fit", "test", "svhn"))
     z = fit["features"].astype(np.float64)

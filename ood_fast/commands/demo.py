@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..detectors import DetectorSet
     from ..serving import Service
 
-POLICY = " connect-src 'self'; img-src blob:;"  # it asks this server alone, and shows the image that was dropped
+POLICY = "; connect-src 'self'; img-src blob:"  # it asks this server alone, and shows the image that was dropped
 SCRIPT = """
 const input = document.querySelector("input"), shown = document.querySelector("img");
 const verdict = document.querySelector("#verdict"), body = document.querySelector("tbody");

@@ -42,7 +42,7 @@ def _policy(code: str, body: str) -> str:
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     scripts = f" script-src 'sha256-{allowed}';" if code else ""
     images = " img-src data:;" if '<img alt="" src="data:image/' in body else ""
-    return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none';"
+    return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none'"
 
 
 def thumbnail(image: Any, pixels: int = 96) -> str:
