@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test fuzz soak lint types format docs bench compare ci
+.PHONY: help venv install test fuzz soak lint types format docs bench compare ci release
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
@@ -45,3 +45,7 @@ compare:  ## the main job: losses × detectors on real digits, with a report in 
 
 ci:  ## everything, in an environment of its own
 	.ci/run
+
+release: ci  ## what must hold before a version is tagged: CI, and no known weakness in what is installed
+	$(PYTHON) -m pip install --quiet pip-audit
+	$(PYTHON) -m pip_audit --skip-editable

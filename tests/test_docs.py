@@ -72,3 +72,12 @@ def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and (not target.startswith("results/") or (ROOT / "docs/results").is_dir()):  # a link
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_dependency_has_its_licence_listed():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    run = re.search(r"^dependencies = \[(.*)\]", text, re.MULTILINE)[1]
+    extras = re.findall(r"^(?:vision|timm|parquet|onnx) = \[(.*?)\]", text, re.MULTILINE)
+    named = {re.match(r"[\w-]+", each)[0] for each in re.findall(r'"(.*?)"', " ".join([run, *extras]))}
+    listed = set(re.findall(r"^\| ([\w-]+) \|", (ROOT / "docs/dependencies.md").read_text(), re.MULTILINE))
+    assert named <= listed, named - listed
