@@ -235,7 +235,7 @@ def test_roc_curves_and_images_are_of_the_scores(done, page, parsed):
 def test_images_that_changed_are_not_shown(runs, capsys):
     assert cli.main(["report", "ce", "--data-root", "elsewhere"]) == 0
     assert "images of cifar10: " in capsys.readouterr().err
-    assert "images-of-cifar10" not in (runs / "ce/report.html").read_text(encoding="utf-8")
+    assert 'id="images-of-cifar10"' not in (runs / "ce/report.html").read_text(encoding="utf-8")
 
 
 def test_diagnostics_are_those_of_the_features(done, parsed):
