@@ -350,6 +350,23 @@ def write(path: str, held: dict) -> str:
     return path
 
 
+def test_targets_that_the_logits_do_not_know_are_refused(stored, capsys):
+    """Another numbering, other rows: both would fit detectors of classes to the wrong classes."""
+    swapped = (stored["targets"] + 1) % stored["logits"].shape[1]
+    shuffled = stored["targets"][torch.randperm(len(stored["targets"]), generator=torch.Generator().manual_seed(0))]
+    fitting = ["--detectors", "MSP,Mahalanobis", "--out", "d.safetensors"]
+    assert fit("--features", write("swapped.npz", {**stored, "targets": swapped}), *fitting) == 2
+    assert "the targets are not in the order of the model's classes" in capsys.readouterr().err
+    wrong = write("shuffled.npz", {**stored, "targets": shuffled})
+    assert fit("--features", wrong, *fitting) == 2
+    assert "no better than chance" in capsys.readouterr().err
+    assert not Path("d.safetensors").exists()
+    assert fit("--features", wrong, *fitting, "--any-accuracy") == 0
+    capsys.readouterr()
+    assert cli.main(["fit", "--features", write("right.npz", stored), *fitting]) == 0
+    assert "accuracy on right.npz: 100.0 %" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".parquet"])
 @pytest.mark.parametrize("out", ["s.csv", "s.parquet"])
 def test_features_in_every_format(suffix, out, stored):

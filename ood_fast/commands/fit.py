@@ -233,12 +233,34 @@ class _FeatureData:
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+        from ..evaluation.agreement import confusion
+
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
+        counts = None
         with Bar(f"{what} {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
                 with stored.named():
                     detectors.partial_fit(stored.features, stored.logits, stored.targets)
+                if stored.logits is not None and stored.targets is not None:
+                    counted = confusion(stored.logits, stored.targets)
+                    counts = counted if counts is None else counts + counted
+            if counts is not None:
+                self._check_targets(counts, path, process)
             detectors.finalize(self.head, process.group)
+
+    def _check_targets(self, counts: Tensor, path: str, process: Process) -> None:
+        """UserError where targets and logits speak of other classes, or of the same in another order."""
+        from ..evaluation.agreement import at_chance, other_order
+
+        names = [str(index) for index in range(counts.shape[1])]
+        if wrong := other_order(counts, names, "number the targets as the logits are", "target"):
+            raise refusal(f"{path}: {wrong}")
+        causes = "targets of other rows or of other classes, logits or a head of another model"
+        if not self.options.any_accuracy and (wrong := at_chance(counts, causes)):
+            raise refusal(f"{path}: {wrong}; --any-accuracy goes on")
+        if process.size == 1:  # else these are the rows of one process
+            share = (counts.diagonal().sum() / counts.sum()).item()
+            say(self.options, f"accuracy on {path}: {100 * share:.1f} %")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:

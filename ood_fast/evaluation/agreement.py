@@ -14,15 +14,17 @@ LISTED = 12  # classes in a message
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
     """How often class j was predicted for images of class i: (c + 1, c) int64 on the CPU; row c: of other classes."""
     c = logits.shape[1]
-    pairs = targets.to(logits.device).clamp(max=c) * c + logits.argmax(dim=1)
+    targets = targets.to(logits.device)
+    pairs = targets.where((targets >= 0) & (targets < c), c) * c + logits.argmax(dim=1)
     return torch.bincount(pairs, minlength=(c + 1) * c).view(c + 1, c).cpu()
 
 
 CURE = "pass the model's order as --classes FILE"
+CAUSES = "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
 
 
-def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE) -> str:
-    """Both orders, where the classes `names` are those of the model in another one; else nothing.
+def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE, of: str = "folder") -> str:
+    """Both orders, where the classes `names` are those of the model in another one; else nothing. `of`: what labels.
 
     That is where fewer than half of the images are predicted as they are labelled, but half or more, and more than
     chance explains, if each class is matched with a prediction of its own.
@@ -36,14 +38,14 @@ def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE) -> str:
     order = [f"{name} -> {int(index)}" for name, index in zip(names[:LISTED], meant, strict=False)]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return (
-        f"the folders are not in the order of the model's classes: {100 * right / n_images:.1f} % of the images are "
-        f"predicted as their folder says, {100 * by_meaning / n_images:.1f} % if folders and classes are matched; "
-        f"folders by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: {', '.join(order)}{more}; "
+        f"the {of}s are not in the order of the model's classes: {100 * right / n_images:.1f} % of the images are "
+        f"predicted as their {of} says, {100 * by_meaning / n_images:.1f} % if {of}s and classes are matched; "
+        f"{of}s by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: {', '.join(order)}{more}; "
         f"{cure}"
     )
 
 
-def at_chance(counts: Tensor) -> str:
+def at_chance(counts: Tensor, causes: str = CAUSES) -> str:
     """What may be wrong, where the accuracy is no better than chance; else nothing."""
     n_images, n_classes = int(counts.sum()), counts.shape[1]
     right = int(counts.diagonal().sum())
@@ -51,7 +53,7 @@ def at_chance(counts: Tensor) -> str:
         return ""
     return (
         f"accuracy {100 * right / n_images:.1f} %, no better than chance ({100 / n_classes:.1f} %); usual causes: "
-        "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
+        f"{causes}"
     )
 
 
