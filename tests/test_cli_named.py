@@ -279,23 +279,23 @@ def test_a_run_remembers_its_plugin(monkeypatch, capsys):
     """Outside of the current folder it is imported again, else the message says what to pass."""
     own_benchmark(["a", "b", "c"])
     Path("lib").mkdir()
-    Path("lib/ownplugin.py").write_text(
+    Path("lib/rememberedplugin.py").write_text(
         "from torch import nn\nimport ood_fast\n"
         "@ood_fast.register('model')\ndef own(c, channels, size):\n"
         "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, c))\n"
     )
     monkeypatch.setattr(sys, "path", [str(Path("lib").resolve()), *sys.path])
     given = ["train", "--recipe", "folder-ce", "--data-root", "data", "--image-size", "8", "--out", "run", *QUICK]
-    settings = ["--plugin", "ownplugin", "--model", "own", "--set", "epochs=1", "--quiet"]
+    settings = ["--plugin", "rememberedplugin", "--model", "own", "--set", "epochs=1", "--quiet"]
     assert cli.main([*given, *settings]) == 0, capsys.readouterr().err
     told = ["evaluate", "run", "--detectors", "MSP", "--no-tune", "--bootstrap", "0", "--quiet", *QUICK]
     for known, code in ((True, 0), (False, 2)):
-        sys.modules.pop("ownplugin")
+        sys.modules.pop("rememberedplugin")
         registry.added("model").pop("own")
         if not known:
-            Path("lib/ownplugin.py").write_text("open('RAN', 'w').close()\n")
+            Path("lib/rememberedplugin.py").write_text("open('RAN', 'w').close()\n")
         assert cli.main(told) == code
-    assert "it was trained with --plugin ownplugin, pass it if it is yours" in capsys.readouterr().err
+    assert "it was trained with --plugin rememberedplugin, pass it if it is yours" in capsys.readouterr().err
     assert not Path("RAN").exists()
 
 

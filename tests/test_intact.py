@@ -209,8 +209,9 @@ def test_a_name_that_was_changed_in_one_of_its_two_places_is_found(tmp_path):
 
 def results_folder(folder: Path) -> Path:
     rows = {name: Z.numpy() + shift for name, shift in (("train", 0), ("test", 0), ("ood", 3))}
+    W, b = STORED["W"].numpy(), STORED["b"].numpy()
     for name, z in rows.items():
-        np.savez(folder / f"{name}.npz", **{**ARRAYS, "features": z, "logits": z @ STORED["W"].numpy().T})
+        np.savez(folder / f"{name}.npz", **{**ARRAYS, "features": z, "logits": z @ W.T + b})
     files = {name: folder / f"{name}.npz" for name in rows}
     ood = {"x": ("far", files["ood"])}
     found = evaluation.evaluate_features(files["train"], files["test"], ood, ["MSP", "NCI"], bootstrap=5)
