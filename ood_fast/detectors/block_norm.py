@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def norm_ratios(
     totals = torch.zeros(len(readings), dtype=torch.float64)
     n_rows = 0
     for given in loader:
-        x = inputs_and_targets(given, model)[0]
+        x: Any = inputs_and_targets(given, model)[0]
         checks.float_tensor("loader: x of a batch", x, 4, "(n, channels, h, w)")
         whole, puzzled = (
             next(run_model(model, [images], None, readings)).read for images in (x, _jigsaw(x, pieces, generator))

@@ -28,6 +28,7 @@ class Bounds(streaming.Gathered):
 
     def __post_init__(self) -> None:
         self.held = streaming.Bank(budget=HELD)
+        self.low = self.high = torch.empty(0)
 
     def update(self, features: Tensor, logits: Tensor, targets: Tensor | None) -> None:
         """Take in one batch."""

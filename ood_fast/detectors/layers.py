@@ -23,7 +23,8 @@ class EachLayer(streaming.Gathered):
     """What the detectors of several layers gather, each of the rows read of its own; takes them as `features`."""
 
     def __init__(self, layers: Iterable[Key], members: Iterable[Detector]) -> None:
-        self.layers, self.parts = tuple(layers), [member.gathers() for member in members]
+        self.layers = tuple(layers)
+        self.parts: list[dict[str, Any]] = [member.gathers() for member in members]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -74,6 +75,7 @@ class LayerDetector(Detector):
     needs_model = True
     only_last: ClassVar[bool] = False  # of the stages
     kind: str = "mean"
+    members: Any  # an nn.ModuleList of detectors, one a layer
 
     def __init__(self, layers: Sequence[str] | None) -> None:
         super().__init__()
@@ -150,7 +152,8 @@ class LayerDetector(Detector):
         """Scores of a batch of inputs or of a loader, in one pass of the model; `head` is not needed."""
         checks.instance("model", model, nn.Module, "an nn.Module")
         self.require_fitted()
-        with closing(run_model(model, batches_of(x), None, self.readings())) as done:
+        passed: Any = run_model(model, batches_of(x), None, self.readings())
+        with closing(passed) as done:
             scores: list[Tensor] = []
             for batch in done:
                 with checks.behind(sum(map(len, scores))):

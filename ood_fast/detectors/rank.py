@@ -85,18 +85,23 @@ class RankFeat(LayerDetector):
 
     def finish_layers(self, layers: EachLayer) -> None:
         """Look whether the mean of the layer is what enters the head."""
-        rows = layers.parts[0]["rows"]
-        m = self.head_weight.shape[1]
+        rows, (reading,) = layers.parts[0]["rows"], self.readings()
+        m = self._n_features()
         pooled = rows.features[:, rows.features.shape[1] // 2 :]
         if pooled.shape[1] != m or not torch.allclose(self._logits(pooled), rows.logits.float(), rtol=1e-2, atol=1e-2):
             raise ValueError(
-                f"layers: the mean over positions of {self.layers[0]!r} is not what enters the head ({m} features); "
+                f"layers: the mean over positions of {reading.layer!r} is not what enters the head ({m} features); "
                 "name the layer whose maps are averaged for it; other nets RankFeat does not take"
             )
 
     def _logits(self, z: Tensor) -> Tensor:
-        return exact_linear(z.to(self.head_weight.dtype), self.head_weight, self.head_bias).to(torch.float32)
+        weight: Any = self.head_weight
+        return exact_linear(z.to(weight.dtype), weight, self.head_bias).to(torch.float32)
+
+    def _n_features(self) -> int:
+        weight: Any = self.head_weight
+        return weight.shape[1]
 
     def score_rows(self, rows: list[Tensor], logits: Tensor) -> Tensor:
         """The scores (n,) of what was read of the layers."""
-        return self._logits(rows[0][:, : self.head_weight.shape[1]]).logsumexp(dim=1)
+        return self._logits(rows[0][:, : self._n_features()]).logsumexp(dim=1)
