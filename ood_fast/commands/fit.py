@@ -245,10 +245,13 @@ class _FeatureData:
                     counted = confusion(stored.logits, stored.targets)
                     counts = counted if counts is None else counts + counted
             if counts is not None:
-                self._check_targets(counts, path, process)
+                self._check_targets(counts, path)
             detectors.finalize(self.head, process.group)
+        if counts is not None and process.size == 1:  # else these are the rows of one process
+            share = (counts.diagonal().sum() / counts.sum()).item()
+            say(self.options, f"accuracy on {path}: {100 * share:.1f} %")
 
-    def _check_targets(self, counts: Tensor, path: str, process: Process) -> None:
+    def _check_targets(self, counts: Tensor, path: str) -> None:
         """UserError where targets and logits speak of other classes, or of the same in another order."""
         from ..evaluation.agreement import at_chance, other_order
 
@@ -258,9 +261,6 @@ class _FeatureData:
         causes = "targets of other rows or of other classes, logits or a head of another model"
         if not self.options.any_accuracy and (wrong := at_chance(counts, causes)):
             raise refusal(f"{path}: {wrong}; --any-accuracy goes on")
-        if process.size == 1:  # else these are the rows of one process
-            share = (counts.diagonal().sum() / counts.sum()).item()
-            say(self.options, f"accuracy on {path}: {100 * share:.1f} %")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
