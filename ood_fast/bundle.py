@@ -30,6 +30,7 @@ from .deployment import Deployed, deploy
 from .detectors import Detector, DetectorSet, load
 from .heads import unwrapped
 from .models.checkpoints import n_classes_of
+from .models.running import refuse_meta
 
 FORMAT = "ood_fast bundle 1"
 WEIGHTS, DETECTORS, ABOUT, CARD = "model.safetensors", "detectors.safetensors", "bundle.json", "README.md"
@@ -80,7 +81,7 @@ def save_bundle(
     Raises:
         ValueError, TypeError: arguments that are not so. RuntimeError: a detector is not fitted. OSError: not written.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
+    refuse_meta(model)
     checks.instance("detectors", detectors, (Detector, DetectorSet), "a Detector or a DetectorSet")
     if missing := [name for name in PREPARED if name not in preparation]:
         raise ValueError(f"preparation: got no {', '.join(missing)}, expected {', '.join(PREPARED)}")

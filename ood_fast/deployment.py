@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
 from .heads import capture_features, given_head, last_linear, refuse_script, unwrapped
-from .models.running import check_head, check_output, check_width, logits_of
+from .models.running import check_head, check_output, check_width, logits_of, refuse_meta
 from .ops.registration import is_compiled
 
 
@@ -49,7 +49,7 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
         RuntimeError: the detector is not fitted or has no threshold.
         ValueError: it needs the model, is on another device, or the head cannot be told.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
+    refuse_meta(model)
     checks.instance("detector", detector, (Detector, DetectorSet), "a Detector or a DetectorSet")
     refuse_script(model, "score with the detector itself")
     for single in _detectors(detector):

@@ -18,7 +18,7 @@ from torch import nn
 
 import ood_fast
 from ood_fast import heads
-from ood_fast.detectors import FDBD, MSP, NCI, DetectorSet, Mahalanobis
+from ood_fast.detectors import FDBD, MSP, NCI, ODIN, BlockNorm, DetectorSet, Mahalanobis
 from ood_fast.heads import capture_features, find_head
 from ood_fast.models import running
 from ood_fast.models.running import evaluating
@@ -649,6 +649,10 @@ def test_models_without_numbers_are_refused(part, x):
         lambda: Mahalanobis().fit(model, [x]),
         lambda: fitted.score(model, x),
         lambda: DetectorSet(["MSP"]).score(model, x),
+        lambda: ODIN().score(model, x),
+        lambda: BlockNorm(("body",)).score(model, x),
+        lambda: ood_fast.deploy(model, fitted),
+        lambda: ood_fast.save_bundle("bundle", model, fitted, preparation={}),
     ):
         with pytest.raises(ValueError, match=rf"model: {part}\..* is on the meta device, without numbers"):
             call()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..detectors import Detector
 from ..detectors.streaming import Gathered
-from ..evaluation.agreement import LISTED, at_chance, confusion, other_order
+from ..evaluation.agreement import LISTED, confusion, other_order
 from .common import refusal, say
 
 if TYPE_CHECKING:
@@ -50,17 +50,6 @@ class Agreement(Detector):
 
     def _finish(self, confusion: Confusion) -> None:
         self.counts = confusion.counts
-
-    def accuracy(self) -> float:
-        """Of the images of all class folders."""
-        return (self.counts.diagonal().sum() / self.counts.sum()).item()
-
-    def check(self, names: Sequence[str], path: str, any_accuracy: bool = False) -> None:
-        """UserError where the folders are other classes than the model's, or the same in another order."""
-        if wrong := other_order(self.counts, names):
-            raise refusal(f"{path}: {wrong}")
-        if not any_accuracy and (wrong := at_chance(self.counts)):
-            raise refusal(f"{path}: {wrong}; --any-accuracy goes on")
 
 
 def check_sample(model: nn.Module, dataset: ImageDataset, names: Sequence[str], path: str) -> None:

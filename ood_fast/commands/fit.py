@@ -160,6 +160,7 @@ class _ImageData:
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
         from ..detectors import DetectorSet
+        from ..evaluation.agreement import accuracy, check
         from .agreement import Agreement
 
         source = images.read_images(path, with_classes=True, classes=self.class_order)
@@ -179,11 +180,11 @@ class _ImageData:
                     fitting.fit(self.model, batches, self.options.head, process.group)
             except ValueError:  # what a detector refuses may come of classes in another order
                 if agreement is not None and agreement.counts is not None:
-                    agreement.check(source.classes, path, self.options.any_accuracy)
+                    check(agreement.counts, source.classes, path, self.options.any_accuracy)
                 raise
         if agreement is not None:
-            agreement.check(source.classes, path, self.options.any_accuracy)
-            say(self.options, f"accuracy on {path}: {100 * agreement.accuracy():.1f} %")
+            check(agreement.counts, source.classes, path, self.options.any_accuracy)
+            say(self.options, f"accuracy on {path}: {accuracy(agreement.counts)}")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:
         """Refuse what needs classes; else say what their absence means."""
@@ -216,6 +217,10 @@ class _ImageData:
         return told(detectors, self.model, source, self.prepared, self.options)
 
 
+ORDER = "number the targets as the logits are"
+CAUSES = "targets of other rows or of other classes, logits or a head of another model"
+
+
 class _FeatureData:
     """The same on stored features."""
 
@@ -233,7 +238,7 @@ class _FeatureData:
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        from ..evaluation.agreement import confusion
+        from ..evaluation.agreement import accuracy, check, confusion
 
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         counts = None
@@ -245,22 +250,11 @@ class _FeatureData:
                     counted = confusion(stored.logits, stored.targets)
                     counts = counted if counts is None else counts + counted
             if counts is not None:
-                self._check_targets(counts, path)
+                names = [str(index) for index in range(counts.shape[1])]
+                check(counts, names, path, self.options.any_accuracy, ORDER, "target", CAUSES)
             detectors.finalize(self.head, process.group)
         if counts is not None and process.size == 1:  # else these are the rows of one process
-            share = (counts.diagonal().sum() / counts.sum()).item()
-            say(self.options, f"accuracy on {path}: {100 * share:.1f} %")
-
-    def _check_targets(self, counts: Tensor, path: str) -> None:
-        """UserError where targets and logits speak of other classes, or of the same in another order."""
-        from ..evaluation.agreement import at_chance, other_order
-
-        names = [str(index) for index in range(counts.shape[1])]
-        if wrong := other_order(counts, names, "number the targets as the logits are", "target"):
-            raise refusal(f"{path}: {wrong}")
-        causes = "targets of other rows or of other classes, logits or a head of another model"
-        if not self.options.any_accuracy and (wrong := at_chance(counts, causes)):
-            raise refusal(f"{path}: {wrong}; --any-accuracy goes on")
+            say(self.options, f"accuracy on {path}: {accuracy(counts)}")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:

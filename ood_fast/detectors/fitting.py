@@ -183,9 +183,8 @@ class Fit:
         layer = given_head(model, head) if needs_head else None
         try:
             if self.parts:
-                with closing(
-                    run_model(model, loader, layer, readings)
-                ) as batches:  # whatever is raised, the model is set back
+                # Whatever is raised, the model is set back.
+                with closing(run_model(model, loader, layer, readings)) as batches:
                     n_rows = 0
                     for batch in batches:
                         with checks.behind(n_rows):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of
+from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of, refuse_meta
 from .detector import Detector
 from .logit import confidence
 from .numbers import at_least_float32, refuse_one_logit, refuse_rows
@@ -61,7 +61,7 @@ class ODIN(Detector):
 
         Works inside `torch.no_grad` and `torch.inference_mode`.
         """
-        checks.instance("model", model, nn.Module, "an nn.Module")
+        refuse_meta(model)
         if not isinstance(x, (Tensor, Mapping)):
             scores: list[Tensor] = []
             for batch in batches_of(x):

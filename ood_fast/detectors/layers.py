@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..models.layers import Key, LayerReading, layer_of, stages
-from ..models.running import Batch, batches_of, joined, run_model
+from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
 from . import streaming
 from .detector import Detector
 from .gaussian import Mahalanobis
@@ -150,7 +150,7 @@ class LayerDetector(Detector):
     @torch.no_grad()
     def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
         """Scores of a batch of inputs or of a loader, in one pass of the model; `head` is not needed."""
-        checks.instance("model", model, nn.Module, "an nn.Module")
+        refuse_meta(model)
         self.require_fitted()
         passed: Any = run_model(model, batches_of(x), None, self.readings())
         with closing(passed) as done:

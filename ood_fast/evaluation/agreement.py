@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import UserError
+
 LEAST_IMAGES = 20  # of fewer, nothing is said
 LISTED = 12  # classes in a message
 
@@ -55,6 +57,30 @@ def at_chance(counts: Tensor, causes: str = CAUSES) -> str:
         f"accuracy {100 * right / n_images:.1f} %, no better than chance ({100 / n_classes:.1f} %); usual causes: "
         f"{causes}"
     )
+
+
+def check(
+    counts: Tensor,
+    names: Sequence[str],
+    where: str,
+    any_accuracy: bool = False,
+    cure: str = CURE,
+    of: str = "folder",
+    causes: str = CAUSES,
+) -> list[str]:
+    """UserError where labels and model speak of the same classes in another order, or at chance level; that as a note
+    with `any_accuracy`."""
+    if wrong := other_order(counts, names, cure, of):
+        raise UserError(f"{where}: {wrong}")
+    wrong = at_chance(counts, causes)
+    if wrong and not any_accuracy:
+        raise UserError(f"{where}: {wrong}; --any-accuracy goes on")
+    return [wrong] if wrong else []
+
+
+def accuracy(counts: Tensor) -> str:
+    """As it is printed."""
+    return f"{100 * (counts.diagonal().sum() / counts.sum()).item():.1f} %"
 
 
 def _chance(counts: Tensor, deviations: float) -> float:

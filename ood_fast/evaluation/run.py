@@ -191,12 +191,7 @@ def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool) 
     chance."""
     counts = torch.stack([agreement.confusion(logits, targets) for _, logits, targets in test.chunks()]).sum(dim=0)
     cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
-    if wrong := agreement.other_order(counts, benchmark.class_names, cure):
-        raise checks.UserError(f"{test.title}: {wrong}")
-    at_chance = agreement.at_chance(counts)
-    if at_chance and not any_accuracy:
-        raise checks.UserError(f"{test.title}: {at_chance}; --any-accuracy goes on")
-    return [at_chance] if at_chance else []
+    return agreement.check(counts, benchmark.class_names, test.title, any_accuracy, cure)
 
 
 def _outputs(
