@@ -166,7 +166,7 @@ def fused_row_kernel(
         slope = tl.where(ignored, 0.0, slope)  # T times what it will be
         log_partition = tl.log(partition)
         loss = target_gap * inverse_temperature + mass * log_partition
-        loss = tl.where(impossible & (top == top), float("inf"), loss)
+        loss = tl.where(impossible & (loss == loss), float("inf"), loss)  # NaN stays NaN
         loss = tl.where(ignored, 0.0, tl.where(usable, loss, float("nan")))
         if IS_DIVISOR:
             loss *= sample_grad

@@ -121,7 +121,7 @@ def _loss_and_slope(partition, gap_sum, target_mass, target_gap, impossible, tem
     # dL/dT, divided by T twice: T^2 would underflow for a small tau.
     derivative = -(target_gap - target_mass * (gap_sum / partition)) / temperature / temperature
     impossible = impossible != 0
-    loss = tl.where(impossible, float("inf"), loss)
+    loss = tl.where(impossible & (loss == loss), float("inf"), loss)  # NaN stays NaN
     slope = tl.where(impossible, 0.0, derivative * slope_factor)
     loss = tl.where(valid, loss, float("nan"))
     slope = tl.where(valid | impossible, slope, float("nan"))

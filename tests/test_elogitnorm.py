@@ -203,6 +203,14 @@ def corner_batches() -> dict[str, tuple[Batch, dict]]:
         {"y": batch.y.new_full((5,), 2), "weight": torch.tensor([1, 1, 0, 1.0])},
     )
 
+    corners["NaN weight of a masked target"] = (
+        batch,
+        {"y": batch.y.new_full((5,), 2), "weight": torch.tensor([1, 1, math.nan, 1.0]), "reduction": "none"},
+    )
+    y = y.clone()
+    y[1, 2] = math.nan
+    corners["NaN probability on a masked class"] = batch, {"reduction": "none", "y": y}
+
     batch = Batch.of(5, 4, 3)
     batch.logits[3, :3] = -math.inf
     batch.y[3] = 3
