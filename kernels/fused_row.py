@@ -147,6 +147,8 @@ def fused_row_kernel(
     inverse_temperature = tl.where(ignored, 0.0, 1.0 / temperature)
     scale = inverse_temperature * -LOG2_E
     exponential = exp2(gap * scale, HARDWARE)
+    if temperature > FAR / 128:  # up to there exp(-FAR / T) is 0
+        exponential = tl.where(inside & (gap != FAR), exponential, 0.0)
     partition, gap_sum = tl.sum(exponential, axis=0), tl.sum(exponential * gap, axis=0)
     own_mass = mass
     own_gap = tl.where(own_live, top - own, 0.0)

@@ -12,7 +12,8 @@ import triton.language as tl
 _LAST = tl.constexpr((1 << 31) - 1)  # above every column index
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGE = tl.constexpr(2.0**40)  # a temperature whose square, times gradients, may leave the range
-FAR = tl.constexpr(3.0e38)  # the gap of a class that is not there: its exponential is 0, and so is 0 * FAR
+# The gap of a class that is not there: its exponential is 0, and so is 0 * FAR. Exact in bfloat16.
+FAR = tl.constexpr(227 * 2.0**120)
 
 
 @triton.jit

@@ -234,6 +234,10 @@ def corner_batches() -> dict[str, tuple[Batch, dict]]:
     batch = Batch.of(6, 5, 4)
     batch.logits *= 1e4
     corners["huge logits"] = batch, {}
+    batch = Batch.of(6, 5, 4)
+    batch.logits[1] *= 1e37
+    batch.logits[3] = torch.tensor([1e37, -1.0, -math.inf, 2e37, 0.0])
+    corners["logits near the largest number"] = batch, {"reduction": "none"}
     return corners
 
 
