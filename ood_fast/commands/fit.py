@@ -160,7 +160,7 @@ class _ImageData:
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
         from ..detectors import DetectorSet
-        from ..evaluation.agreement import accuracy, check
+        from ..evaluation.agreement import refuse_disagreement, told_accuracy
         from .agreement import Agreement
 
         source = images.read_images(path, with_classes=True, classes=self.class_order)
@@ -180,11 +180,11 @@ class _ImageData:
                     fitting.fit(self.model, batches, self.options.head, process.group)
             except ValueError:  # what a detector refuses may come of classes in another order
                 if agreement is not None and agreement.counts is not None:
-                    check(agreement.counts, source.classes, path, self.options.any_accuracy)
+                    refuse_disagreement(agreement.counts, source.classes, path, self.options.any_accuracy)
                 raise
         if agreement is not None:
-            check(agreement.counts, source.classes, path, self.options.any_accuracy)
-            say(self.options, f"accuracy on {path}: {accuracy(agreement.counts)}")
+            refuse_disagreement(agreement.counts, source.classes, path, self.options.any_accuracy)
+            say(self.options, f"accuracy on {path}: {told_accuracy(agreement.counts)}")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:
         """Refuse what needs classes; else say what their absence means."""
@@ -238,7 +238,7 @@ class _FeatureData:
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        from ..evaluation.agreement import accuracy, check, confusion
+        from ..evaluation.agreement import confusion, refuse_disagreement, told_accuracy
 
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         counts = None
@@ -251,10 +251,10 @@ class _FeatureData:
                     counts = counted if counts is None else counts + counted
             if counts is not None:
                 names = [str(index) for index in range(counts.shape[1])]
-                check(counts, names, path, self.options.any_accuracy, ORDER, "target", CAUSES)
+                refuse_disagreement(counts, names, path, self.options.any_accuracy, ORDER, "target", CAUSES)
             detectors.finalize(self.head, process.group)
         if counts is not None and process.size == 1:  # else these are the rows of one process
-            say(self.options, f"accuracy on {path}: {accuracy(counts)}")
+            say(self.options, f"accuracy on {path}: {told_accuracy(counts)}")
 
     def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:

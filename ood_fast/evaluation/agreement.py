@@ -59,7 +59,7 @@ def at_chance(counts: Tensor, causes: str = CAUSES) -> str:
     )
 
 
-def check(
+def refuse_disagreement(
     counts: Tensor,
     names: Sequence[str],
     where: str,
@@ -78,7 +78,7 @@ def check(
     return [wrong] if wrong else []
 
 
-def accuracy(counts: Tensor) -> str:
+def told_accuracy(counts: Tensor) -> str:
     """As it is printed."""
     return f"{100 * (counts.diagonal().sum() / counts.sum()).item():.1f} %"
 

@@ -191,7 +191,7 @@ def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool) 
     chance."""
     counts = torch.stack([agreement.confusion(logits, targets) for _, logits, targets in test.chunks()]).sum(dim=0)
     cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
-    return agreement.check(counts, benchmark.class_names, test.title, any_accuracy, cure)
+    return agreement.refuse_disagreement(counts, benchmark.class_names, test.title, any_accuracy, cure)
 
 
 def _outputs(
