@@ -80,6 +80,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collectstart() -> None:
+    """What a file draws as it is imported is the same, whatever was imported before."""
+    torch.manual_seed(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, not failed, where there is no GPU."""
     if HAS_GPU:
