@@ -245,12 +245,7 @@ def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries")
 
 
 def nci_score(
-    z: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    mean: Tensor,
-    logits: Tensor | None = None,
-    alpha: float = 1e-3,
+    z: Tensor, W: Tensor, b: Tensor | None, mean: Tensor, logits: Tensor | None = None, alpha: float = 1e-3
 ) -> Tensor:
     """NCI score: how well the centred feature aligns with the weight of its predicted class, plus its L1 norm.
 

@@ -75,10 +75,7 @@ class TextClassifier(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: Callable[[Tensor], Tensor] | None,
-        embeddings: Tensor | Sequence[Tensor],
-        scale: float = SCALE,
+        self, encoder: Callable[[Tensor], Tensor] | None, embeddings: Tensor | Sequence[Tensor], scale: float = SCALE
     ) -> None:
         super().__init__()
         self.encoder = nn.Identity() if encoder is None else encoder

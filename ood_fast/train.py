@@ -5,13 +5,4 @@ run = fit_recipe(recipes.find("cifar10-elogitnorm"), benchmark, "runs/mine")
 
 from .training import DivergedError, Interrupted, Run, Watcher, criterion_of, fit_recipe, load_run, model_of
 
-__all__ = [
-    "DivergedError",
-    "Interrupted",
-    "Run",
-    "Watcher",
-    "criterion_of",
-    "fit_recipe",
-    "load_run",
-    "model_of",
-]
+__all__ = ["DivergedError", "Interrupted", "Run", "Watcher", "criterion_of", "fit_recipe", "load_run", "model_of"]

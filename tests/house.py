@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"ood_fast": ROOT / "ood_fast", "ood_fast.kernels": ROOT / "kernels"}
 
 LIMITS = {
-    "lines": 33_856,  # of Python in ood_fast/ and kernels/; to come down to 22,000
+    "lines": 33_811,  # of Python in ood_fast/ and kernels/
+    "lines of code": 23_132,  # of these, without blank lines, comments and docstrings
     "longest file": 450,
     "parameters": 8,  # of a function, `self` left out; the kernels' own signatures and the operators' are flat
     "import circles": 0,
@@ -121,6 +123,25 @@ def lines() -> dict[str, int]:
     """Lines of each file, longest first."""
     counts = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files()}
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
+
+
+def lines_of_code() -> int:
+    """Lines of all files that are neither blank nor a comment nor of a docstring."""
+    total = 0
+    for path in files():
+        held: set[int] = set()
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type not in NO_CODE and token.string:
+                    held.update(range(token.start[0], token.end[0] + 1))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                held.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        total += len(held)
+    return total
 
 
 # ---- functions
@@ -349,11 +370,9 @@ def figures() -> dict[str, tuple[int, list[str]]]:
     many = parameters()
     return {
         "lines": (sum(counts.values()), []),
+        "lines of code": (lines_of_code(), []),
         "longest file": (max(counts.values()), [f"{name}: {n}" for name, n in long.items()]),
-        "parameters": (
-            max(many.values(), default=LIMITS["parameters"]),
-            [f"{name}: {n}" for name, n in many.items()],
-        ),
+        "parameters": (max(many.values(), default=LIMITS["parameters"]), [f"{name}: {n}" for name, n in many.items()]),
         "import circles": (len(circles()), [" <-> ".join(group) for group in circles()]),
         "imports upwards": (len(upwards()), upwards()),
         "private names of torch outside ops/registration.py": (len(private_torch()), private_torch()),

@@ -509,10 +509,7 @@ def test_bad_requests(stored, capsys, photos):
     ("names", "told"),
     [
         ("NCI,KNN,FDBD", "KNN: k: got 50, expected at most 48, .*, or more training data; --set KNN.k=5"),
-        (
-            "NNGuide",
-            "NNGuide: k: got 100, expected at most 0, .*; take a larger .*; --set NNGuide.PARAMETER=VALUE",
-        ),
+        ("NNGuide", "NNGuide: k: got 100, expected at most 0, .*; take a larger .*; --set NNGuide.PARAMETER=VALUE"),
         ("NECO", "NECO: dim: got 100, expected less than 8, .*; --set NECO.dim=4"),
         ("ViM", "ViM: dim: got 256, expected less than 8, .*; --set ViM.dim=4"),
     ],

@@ -40,10 +40,7 @@ class Classifier(nn.Module):
 def joined_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     return [
-        (
-            torch.randn(N_SAMPLES, 4, generator=generator),
-            torch.randint(0, N_CLASSES, (N_SAMPLES,), generator=generator),
-        )
+        (torch.randn(N_SAMPLES, 4, generator=generator), torch.randint(0, N_CLASSES, (N_SAMPLES,), generator=generator))
         for _ in range(N_STEPS)
     ]
 

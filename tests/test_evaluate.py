@@ -695,10 +695,7 @@ def test_a_note_of_several_runs_is_one_line(results, capsys):
     results.runs[2].notes.append("another")
     evaluation.print_tables(results)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("runs/s")]
-    assert lines == [
-        f"runs/s0, runs/s1, runs/s2: {results.runs[0].notes[0]} (--set ViM.dim=32)",
-        "runs/s2: another",
-    ]
+    assert lines == [f"runs/s0, runs/s1, runs/s2: {results.runs[0].notes[0]} (--set ViM.dim=32)", "runs/s2: another"]
 
 
 def test_tables_show_both_conventions_and_the_difference(results):

@@ -91,3 +91,7 @@ class TestTheCounting:
     def test_undocumented(self, source):
         source(a='"""A."""\nclass A:\n    """A."""\n    def f(self): ...\n    def _g(self):\n        def h(): ...')
         assert house.undocumented() == ["ood_fast.a.A.f"]
+
+    def test_lines_of_code(self, source):
+        source(a='"""A."""\n\n# why\ndef f():\n    """F.\n\n    G.\n    """\n    return """x\n\ny"""  # z')
+        assert house.lines_of_code() == 4

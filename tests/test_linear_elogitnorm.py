@@ -229,10 +229,7 @@ def test_the_logits_are_never_stored():
 def test_a_million_classes():
     batch_z, W = torch.randn(4, 8), torch.randn(1_000_000, 8)
     y = torch.tensor([0, 999_999, 5, 7])
-    loss, _, dW, _ = run(
-        ood_fast.linear_elogitnorm,
-        Batch(None, batch_z, W, torch.zeros(1_000_000), y),
-    )
+    loss, _, dW, _ = run(ood_fast.linear_elogitnorm, Batch(None, batch_z, W, torch.zeros(1_000_000), y))
     assert loss.isfinite()
     assert dW.isfinite().all()
 

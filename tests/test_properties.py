@@ -324,8 +324,7 @@ def test_digits_of_hard_heads(head, shape, dtype, backend):
         batch.logits[::3, 1] = batch.logits.max() + 1  # the pair matters to these samples
     logits = batch.logits.to(dtype)
     ours = loss_and_gradients(
-        ood_fast.elogitnorm,
-        Batch(*(t.to(backend.device) for t in (logits, batch.z, W, batch.b, batch.y))),
+        ood_fast.elogitnorm, Batch(*(t.to(backend.device) for t in (logits, batch.z, W, batch.b, batch.y)))
     )
     truth = loss_and_gradients(
         reference.elogitnorm, Batch(logits.double(), batch.z.double(), W.double(), batch.b.double(), batch.y)
@@ -356,8 +355,7 @@ def test_digits_of_large_and_small_logits(shape, dtype, offset, size, backend):
     batch = Batch.of(*shape)
     logits = (size * (batch.logits / batch.logits.abs().max() + offset)).to(dtype)
     ours = loss_and_gradients(
-        ood_fast.elogitnorm,
-        Batch(*(t.to(backend.device) for t in (logits, batch.z, batch.W, batch.b, batch.y))),
+        ood_fast.elogitnorm, Batch(*(t.to(backend.device) for t in (logits, batch.z, batch.W, batch.b, batch.y)))
     )
     in_double = Batch(logits.double(), batch.z.double(), batch.W.double(), batch.b.double(), batch.y)
     assert reference.boundary_distance(in_double.logits, in_double.W).min() > 1e-5

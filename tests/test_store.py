@@ -89,12 +89,7 @@ def test_metadata_say_what_it_is(data, tmp_path):
     entry = json.loads(metadata["detectors"])["NCI"]
     assert entry["method"] == "NCI"
     assert entry["settings"] == detector.settings()
-    assert entry["calibration"] == {
-        "by": "tpr",
-        "level": 0.9,
-        "n_samples": 100,
-        "threshold": detector.threshold.item(),
-    }
+    assert entry["calibration"] == {"by": "tpr", "level": 0.9, "n_samples": 100, "threshold": detector.threshold.item()}
 
 
 def test_a_set_is_one_file_that_holds_shared_buffers_once(odd, data, tmp_path):
@@ -360,10 +355,7 @@ def test_every_byte_counts(tmp_path):
     whole = (tmp_path / "it").read_bytes()
     path = tmp_path / "damaged"
     for position in range(len(whole)):
-        for damaged in (
-            whole[:position] + bytes([whole[position] ^ 0x15]) + whole[position + 1 :],
-            whole[:position],
-        ):
+        for damaged in (whole[:position] + bytes([whole[position] ^ 0x15]) + whole[position + 1 :], whole[:position]):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="damaged: "):
                 load(path)

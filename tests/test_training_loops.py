@@ -615,8 +615,7 @@ def test_dense_prediction_is_a_sample_a_place(places, reduction, target):
     assert torch.equal(maps.grad, dense(flat.grad))
     assert torch.equal(maps, before)
     assert torch.equal(
-        ood_fast.logitnorm(maps, dense(y), **keywords),
-        ood_fast.logitnorm(flat, y, **keywords).view_as(loss),
+        ood_fast.logitnorm(maps, dense(y), **keywords), ood_fast.logitnorm(flat, y, **keywords).view_as(loss)
     )
 
 

@@ -51,12 +51,7 @@ class CountingNet(Net):
         return super().forward(x)
 
 
-GRIDS = {
-    "KNN": {"k": (1, 5)},
-    "ViM": {"dim": (2, 4)},
-    "NECO": {"dim": (2, 4)},
-    "NNGuide": {"k": (1, 5)},
-}
+GRIDS = {"KNN": {"k": (1, 5)}, "ViM": {"dim": (2, 4)}, "NECO": {"dim": (2, 4)}, "NNGuide": {"k": (1, 5)}}
 
 
 def test_all_candidates_of_all_detectors_in_one_pass_over_each_set():

@@ -47,11 +47,7 @@ def add(commands: Any) -> None:
     )
     default = "(default: %(default)s)"
     parser.add_argument(
-        "--benchmark",
-        "--data",
-        dest="benchmark",
-        metavar="NAME",
-        help=f"{', '.join(BENCHMARK_NAMES)} (digits)",
+        "--benchmark", "--data", dest="benchmark", metavar="NAME", help=f"{', '.join(BENCHMARK_NAMES)} (digits)"
     )
     parser.add_argument("--losses", metavar="A,B", help=f"losses to train with ({','.join(LOSSES)})")
     parser.add_argument(

@@ -57,10 +57,7 @@ def add(commands: Any) -> None:
         help="a page to drop an image on: its class, and what each detector says",
         description="Serve a page, by default to this machine alone: drop an image on it and see its class, the score "
         "of each detector and whether it is out-of-distribution. The same by POST /score, as JSON.",
-        examples=(
-            "ood-fast demo detectors.safetensors",
-            "ood-fast demo bundle/ --port 9000",
-        ),
+        examples=("ood-fast demo detectors.safetensors", "ood-fast demo bundle/ --port 9000"),
     )
     parser.add_argument(
         "file", metavar="FITTED", help="what `ood-fast fit --validation` wrote, or a folder of save_bundle"

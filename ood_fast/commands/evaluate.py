@@ -83,9 +83,7 @@ def add(commands: Any) -> None:
     share(model, "head")
     scores = parser.add_argument_group("detectors")
     scores.add_argument(
-        "--detectors",
-        metavar="A,B",
-        help="or all (default: all that fit, and pass no image through the model)",
+        "--detectors", metavar="A,B", help="or all (default: all that fit, and pass no image through the model)"
     )
     share(scores, "set", set="a parameter of a detector, which is then not searched")
     scores.add_argument(

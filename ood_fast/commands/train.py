@@ -214,13 +214,7 @@ def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     data = {"root": whole_path(options.data_root), "layout": options.layout, "image_size": options.image_size}
     if options.outliers is not None:
         data["outliers"] = whole_path(options.outliers)
-    return {
-        "command": command,
-        "data": data,
-        "plugins": options.plugin,
-        "versions": versions(),
-        "machine": machine(),
-    }
+    return {"command": command, "data": data, "plugins": options.plugin, "versions": versions(), "machine": machine()}
 
 
 def _note_batch(original: TrainingRecipe, recipe: TrainingRecipe, n_processes: int) -> None:

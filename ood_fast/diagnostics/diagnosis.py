@@ -20,14 +20,7 @@ from ..intact import read_npz
 from ..models.running import run_model
 from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
-from .samples import (
-    Samples,
-    accuracy_by_norm,
-    coefficient_of_variation,
-    correlation,
-    reliability,
-    samples,
-)
+from .samples import Samples, accuracy_by_norm, coefficient_of_variation, correlation, reliability, samples
 from .spectrum import effective_rank, spectrum
 
 FORMAT = "ood_fast diagnosis 1"

@@ -20,13 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
 from ..capturing import CapturedFeatures, capture_features
-from ..heads import (
-    inference_head,
-    last_linear,
-    may_run_compiled,
-    modules_around,
-    unwrapped,
-)
+from ..heads import inference_head, last_linear, may_run_compiled, modules_around, unwrapped
 from ..ops.registration import uncompiled
 from .layers import Key, LayerReading, watched
 
