@@ -170,10 +170,13 @@ class Bootstrap:
             self._counts[name, n_images] = torch.stack(draws)
         return self._counts[name, n_images]
 
-    def below(self, scores: Any, name: str) -> tuple[Tensor, Tensor]:
-        """The scores (n,) of a set in ascending order, and how many of each draw are among the first k, (B, n + 1)."""
-        scores, order = _scores("scores", scores).sort()
-        return scores, F.pad(self.counts(name, len(scores))[:, order].cumsum(1, dtype=torch.int32), (1, 0))
+    def below(self, scores: Any, name: str, *others: tuple[Any, str]) -> tuple[Tensor, Tensor]:
+        """The scores (n,) of a set in ascending order, and how many of each draw are among the first k, (B, n + 1).
+        With `others`, (scores, name), of all these sets together, each drawn apart."""
+        parts = [(_scores("scores", values), of) for values, of in ((scores, name), *others)]
+        counts = torch.cat([self.counts(of, len(values)) for values, of in parts], dim=1)
+        joined, order = torch.cat([values for values, _ in parts]).sort()
+        return joined, F.pad(counts[:, order].cumsum(1, dtype=torch.int32), (1, 0))
 
     def detection(self, id_below: tuple[Tensor, Tensor], ood_below: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The metrics of `detection` for each draw, {name: (B,)}, from what `below` gives for the two sets."""

@@ -167,16 +167,31 @@ def test_own_folders(tmp_path, capsys):
         write_image(tmp_path / f"photos/test/{'abc'[index % 3]}/{index}.png", (20, 16), 100 + index)
         write_image(tmp_path / f"photos/near/fog/{index}.png", (16, 16), 200 + index)
         write_image(tmp_path / f"photos/ood/text/{index}.png", (16, 20), 300 + index)
+    for index in range(6):
+        write_image(tmp_path / f"photos/csid/dusk/{'abc'[index % 3]}/{index}.png", (20, 16), 400 + index)
     write_checkpoint(tmp_path / "net.pt", 0, n_classes=3)
     arguments = ["--benchmark=folder", "--data-root=photos", "--image-size=16", "--model=small_cnn"]
     assert evaluate("net.pt", *arguments, *SOME, "--out=out") == 0
     held = evaluation.read("out")
     assert {name: (part["group"], part["n_images"]) for name, part in held["sets"].items()} == {
         "id": ("id", 12),
+        "dusk": ("csid", 6),
         "fog": ("near", 12),
         "text": ("far", 12),
     }
-    assert {row["ood_set"] for row in held["summary"]} == {"", "fog", "text", "nearood", "farood"}
+    assert {row["ood_set"] for row in held["summary"]} == {"", "dusk", "fog", "text", "nearood", "farood"}
+    again, full = evaluation.Results.from_json(held), read_csv("out/openood/fsood/msp.csv")
+    assert again.csid == ["dusk"]
+    values = {
+        (found.metric, found.ood_set): found.value for found in again.runs[0].measurements if found.detector == "MSP"
+    }
+    assert full[-1]["AUROC"] == f"{100 * values['fsood_auroc', 'farood']:.2f} ± 0.00"
+    assert full[0]["ACC"] == f"{100 * again.runs[0].value('fsood_accuracy'):.2f} ± 0.00"
+    assert "Full-spectrum" in Path("out/results.md").read_text()
+    arguments.append("--csid-folder=dusk=photos/csid/dusk")
+    assert evaluate("net.pt", *arguments, "--ood-folder=dusk=photos/csid/dusk", *SOME, "--out=out2") == 2
+    assert "csid: 'dusk' is an OOD set already" in capsys.readouterr().err
+    arguments.pop()
     (tmp_path / "photos/ood/text/5.png").write_bytes(b"no image")
     assert evaluate("net.pt", *arguments, *SOME, "--out=out") == 2
     assert "photos/ood/text/5.png: cannot be read" in capsys.readouterr().err

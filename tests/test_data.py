@@ -18,7 +18,7 @@ from scipy.io import savemat
 from torchvision import transforms
 
 from ood_fast import checks
-from ood_fast.data import benchmarks, folders, images, open_benchmark, readers
+from ood_fast.data import benchmarks, folders, images, open_benchmark, readers, shifted
 from ood_fast.data.loading import Loader
 
 MEAN, STD = benchmarks.SPECS["cifar10"].mean, benchmarks.SPECS["cifar10"].std
@@ -720,6 +720,34 @@ def test_openood_imagenet_textures_lie_with_the_classic_images(tmp_path):
     assert all(dataset[0][0].shape == (3, 224, 224) for dataset in ood.values())
 
 
+def test_openood_covariate_shifted_sets(tmp_path):
+    lists = tmp_path / "benchmark_imglist" / "imagenet200"
+    lists.mkdir(parents=True)
+    for name in ("v2", "c", "r"):
+        write_image(tmp_path / f"images_largescale/imagenet_{name}/1.jpg", (224, 224))
+        (lists / f"test_imagenet200_{name}.txt").write_text(f"imagenet_{name}/1.jpg 199\n")
+    csid = open_benchmark("imagenet200", tmp_path, csid=("all",), ood=()).csid
+    assert {name: (part.group, part.title, part[0][1]) for name, part in csid.items()} == {
+        "imagenet_v2": ("csid", "ImageNet-V2", 199),
+        "imagenet_c": ("csid", "ImageNet-C", 199),
+        "imagenet_r": ("csid", "ImageNet-R", 199),
+    }
+    whole = transforms.functional.to_tensor(csid["imagenet_c"].source.image(0))  # not scaled to 256 and cut
+    spec = benchmarks.SPECS["imagenet200"]
+    assert torch.equal(csid["imagenet_c"][0][0], transforms.functional.normalize(whole, spec.mean, spec.std))
+    assert list(open_benchmark("imagenet200", tmp_path, csid=("imagenet_r",), ood=()).csid) == ["imagenet_r"]
+    assert open_benchmark("imagenet200", tmp_path, ood=()).csid == {}
+    (lists / "test_imagenet200_r.txt").write_text("imagenet_r/1.jpg 200\n")
+    with pytest.raises(
+        checks.UserError, match=r"test_imagenet200_r.txt, line 1: label 200, expected one in \[0, 200\)"
+    ):
+        _ = open_benchmark("imagenet200", tmp_path, csid=("imagenet_r",), ood=()).csid
+    with pytest.raises(checks.UserError, match="covariate-shifted set 'imagenet_x'"):
+        open_benchmark("imagenet200", tmp_path, csid=("imagenet_x",))
+    with pytest.raises(checks.UserError, match=r"ImageNet-V2: is read by OpenOOD's lists; from folders.*--csid-folder"):
+        open_benchmark("imagenet", tmp_path / "no lists", csid=("imagenet_v2",), ood=()).check(["validation_ood"])
+
+
 def test_openood_images_that_are_missing(tmp_path):
     write_openood(tmp_path)
     (tmp_path / "images_classic/svhn/test/3.png").unlink()
@@ -763,8 +791,22 @@ def test_own_folders(tmp_path):
     write_image(tmp_path / "near/wolf/deep/1.jpg")
     write_image(tmp_path / "ood/cars/1.jpg")
     write_image(tmp_path / "elsewhere/1.jpg")
-    benchmark = open_benchmark("folder", tmp_path, image_size=32, ood_folders={"elsewhere": tmp_path / "elsewhere"})
+    write_image(tmp_path / "csid/dark/dog/1.jpg")
+    write_image(tmp_path / "numbered/1/1.jpg")
+    np.save(tmp_path / "fog.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 1]))
+    more = {"numbered": tmp_path / "numbered", "fog": tmp_path / "fog.npy"}
+    benchmark = open_benchmark(
+        "folder", tmp_path, image_size=32, ood_folders={"elsewhere": tmp_path / "elsewhere"}, csid_folders=more
+    )
     benchmark.check()
+    assert {name: part.targets.tolist() for name, part in benchmark.csid.items()} == {
+        "dark": [1],
+        "numbered": [1],
+        "fog": [0, 1, 1],
+    }
+    assert benchmark.csid["fog"][0][0].shape == (3, 32, 32)
+    assert open_benchmark("folder", tmp_path, csid=()).csid == {}
     assert benchmark.n_classes == 2
     assert benchmark.class_names == ("cat", "dog")
     assert np.bincount(benchmark.validation.targets).tolist() == [2, 2]  # a tenth of the training images
@@ -787,6 +829,32 @@ def test_own_folders(tmp_path):
     write_image(tmp_path / "near/cars/1.jpg")
     with pytest.raises(checks.UserError, match="cars is below both"):
         open_benchmark("folder", tmp_path)
+
+
+def test_shifted_images_that_do_not_fit(tmp_path):
+    classes, pixels = ("cat", "dog"), np.zeros((3, 8, 8, 3), np.uint8)
+    for name, array in {"a": pixels, "b": pixels[..., 0], "c": pixels.astype(float)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    for name, told in {
+        "b": r"b.npy holds uint8 of shape \(3, 8, 8\)",
+        "c": "c.npy holds float64",
+        "d": "cannot read",
+    }.items():
+        with pytest.raises(checks.UserError, match=told if name == "d" else "cannot read .*labels.npy"):
+            shifted.read_shifted(tmp_path / f"{name}.npy", "x", classes)
+        np.save(tmp_path / "labels.npy", np.array([0, 1, 1]))
+        with pytest.raises(checks.UserError, match=told):
+            shifted.read_shifted(tmp_path / f"{name}.npy", "x", classes)
+        (tmp_path / "labels.npy").unlink()
+    for labels, told in (([0, 1], "3 images in .*, but labels.npy"), ([0, 1, 2], r"label 2, expected one in \[0, 2\)")):
+        np.save(tmp_path / "labels.npy", np.array(labels))
+        with pytest.raises(checks.UserError, match=told):
+            shifted.read_shifted(tmp_path / "a.npy", "x", classes)
+    write_image(tmp_path / "set/bird/1.jpg")
+    with pytest.raises(checks.UserError, match="bird is none of the 2 classes"):
+        shifted.read_shifted(tmp_path / "set", "x", classes)
+    with pytest.raises(checks.UserError, match=r"no folder .*nowhere"):
+        shifted.read_shifted(tmp_path / "nowhere", "x", classes)
 
 
 def test_one_class_of_ones_own_is_refused(tmp_path):

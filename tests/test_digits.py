@@ -41,6 +41,23 @@ def test_six_classes_in_and_the_other_four_near(benchmark_of_seed):
     }
 
 
+def test_shifted_images_are_the_test_images_elsewhere():
+    benchmark = data.open_benchmark("digits", seed=3, csid=("all",), ood=("near",))
+    assert list(benchmark.tested) == ["moved", "blurred", "near"]
+    (plain, targets), (moved, of_moved), (blurred, _) = (
+        part.held() for part in (benchmark.test, benchmark.csid["moved"], benchmark.csid["blurred"])
+    )
+    assert torch.equal(of_moved, targets)
+    black = plain.min()  # of the border
+    padded = torch.nn.functional.pad(plain - black, (1, 1, 1, 1)) + black
+    for row in range(5):
+        ways = [padded[row, :, y : y + 8, x : x + 8] for y, x in ((0, 1), (2, 1), (1, 0), (1, 2))]
+        assert any(torch.allclose(moved[row], way, atol=1e-6) for way in ways)
+    mean = torch.nn.functional.avg_pool2d(padded, 3, stride=1)
+    torch.testing.assert_close(blurred, mean, atol=1e-5, rtol=0)
+    assert benchmark.csid["moved"].group == "csid"
+
+
 def test_no_image_is_in_two_parts(benchmark_of_seed):
     parts = [rows_of(split.held()[0]) for split in splits(benchmark_of_seed)]
     parts.append(rows_of(benchmark_of_seed.ood["near"].held()[0]))

@@ -641,7 +641,7 @@ def test_openoods_table_to_the_byte(results, tmp_path):
 
 def test_without_ood_sets_there_is_no_table_of_them(tmp_path):
     benchmark = make_benchmark()
-    benchmark.ood = {}
+    benchmark.tested = {}
     results = evaluation.evaluate_runs([trained(tmp_path)], benchmark, ["MSP", "KNN"], **FAST)
     assert [table.title for table in evaluation.build(results)] == ["Accuracy and expected calibration error (%)"]
     evaluation.write(tmp_path / "out", results, {})

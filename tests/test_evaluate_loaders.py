@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import detector_cases as cases
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -80,3 +81,55 @@ def test_bad_input(model):
         ood_fast.evaluate(model, loader(40), {"x": []})
     with pytest.raises(TypeError, match="id_loader"):
         ood_fast.evaluate(model, torch.zeros(3, 6), {"x": loader(20)})
+
+
+def test_full_spectrum_takes_shifted_images_as_in_distribution(model):
+    parts = {"near": loader(30, 0.5), "csid/dim": loader(24, 0.2), "csid_blur": loader(36, 0.4), "far": loader(20, 3.0)}
+    found = ood_fast.evaluate(model, loader(40), parts, detectors=["MSP", "Energy"], bootstrap=10)
+    run = found.runs[0]
+    assert (found.ood, found.csid) == (["near", "far"], ["csid/dim", "csid_blur"])
+    for name in ("MSP", "Energy"):
+        scores = {part: run.scores[name][part] for part in ("id", *parts)}
+        inside = np.concatenate([scores[part] for part in ("id", "csid/dim", "csid_blur")])
+        for part, mean in (("near", "nearood"), ("far", "farood")):
+            for metric, expected in metrics.detection(inside, scores[part]).items():
+                for where in (part, mean):
+                    assert run.value(f"fsood_{metric}", name, where) == pytest.approx(expected, abs=1e-12)
+            plain = metrics.auroc(scores["id"], scores[part])
+            assert run.value("auroc", name, part) == pytest.approx(plain, abs=1e-12)
+    right = {p: torch.cat([model(x).argmax(1) == y for x, y in of]).double() for p, of in parts.items() if "csid" in p}
+    for part, correct in right.items():
+        assert run.value("accuracy", "", part) == pytest.approx(correct.mean().item())
+    n_right = round(run.value("accuracy") * 40) + sum(correct.sum().item() for correct in right.values())
+    assert run.value("fsood_accuracy") == pytest.approx(n_right / 100)
+    assert len(run.draws["fsood_auroc", "MSP", "farood"]) == 10
+    assert run.measurements[0].low is not None
+    assert "Full-spectrum (%)" in str(found)
+    assert "Accuracy under covariate shift" in str(found)
+
+
+def test_the_draws_of_several_sets_are_those_of_each():
+    draws, values = metrics.Bootstrap(7), {"id": torch.randn(50), "a": torch.randn(30).round(decimals=1)}
+    outside = torch.randn(40) - 1
+    joined = draws.detection(draws.below(values["id"], "id", (values["a"], "a")), draws.below(outside, "o"))
+    for b in range(7):
+        inside, far = (
+            torch.cat([of.repeat_interleave(draws.counts(name, len(of))[b].long()) for name, of in parts.items()])
+            for parts in (values, {"o": outside})
+        )
+        expected = metrics.detection(inside, far)
+        assert {name: joined[name][b].item() for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_shifted_images_without_classes_or_without_ood(model):
+    parts = {"csid": loader(24, 0.2, classes=False), "x": loader(20, 2.0)}
+    found = ood_fast.evaluate(model, loader(40), parts, detectors=["MSP"])
+    assert found.runs[0].holds([("accuracy", "", ""), ("fsood_auroc", "MSP", "farood")])
+    assert not found.runs[0].holds([("fsood_accuracy", "", "")])
+    assert "Accuracy under covariate shift" not in str(found)
+    with pytest.raises(ValueError, match=r"ood: got \['csid'\], expected"):
+        ood_fast.evaluate(model, loader(40), {"csid": loader(24)}, detectors=["MSP"])
+    assert not any(
+        row["metric"].startswith("fsood")
+        for row in ood_fast.evaluate(model, loader(40), {"x": loader(20, 2.0)}, detectors=["MSP"]).rows()
+    )

@@ -39,7 +39,8 @@ class Benchmarks:
         self.root = options.data_root or self.trained_on.get("root")
         same = self.root == self.trained_on.get("root")
         self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
-        self.folders = _folders(options.ood_folder)
+        self.folders = _folders("--ood-folder", options.ood_folder)
+        self.csid_folders = _folders("--csid-folder", options.csid_folder)
         self.opened: dict[tuple, ImageBenchmark] = {}
         self.told: set[str] = set()
 
@@ -62,6 +63,8 @@ class Benchmarks:
                 layout=self.layout,
                 ood=None if options.ood is None else listed(options.ood),
                 ood_folders=self.folders,
+                csid=None if options.csid is None else listed(options.csid),
+                csid_folders=self.csid_folders,
                 synthetic=options.synthetic,
                 image_size=options.image_size or self.trained_on.get("image_size"),
                 classes=classes,
@@ -114,15 +117,15 @@ class Benchmarks:
         return prepared
 
 
-def _folders(given: list[str]) -> dict[str, str]:
-    """Those of --ood-folder NAME=DIR; a name twice, or with /, is refused."""
-    named = [named_path("--ood-folder", text, "NAME=DIR") for text in given]
+def _folders(option: str, given: list[str]) -> dict[str, str]:
+    """Those of an option NAME=DIR; a name twice, or with /, is refused."""
+    named = [named_path(option, text, "NAME=DIR") for text in given]
     folders = dict(named)
     for name in folders:
         if "/" in name:
-            raise refusal(f"--ood-folder: got the name {name!r}, expected one without /")
+            raise refusal(f"{option}: got the name {name!r}, expected one without /")
     if len(folders) < len(named):
-        raise refusal(f"--ood-folder: got {', '.join(name for name, _ in named)}, expected each name only once")
+        raise refusal(f"{option}: got {', '.join(name for name, _ in named)}, expected each name only once")
     return folders
 
 

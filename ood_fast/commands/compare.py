@@ -79,6 +79,8 @@ def add(commands: Any) -> None:
         "workers",
         "ood",
         "ood-folder",
+        "csid",
+        "csid-folder",
         "outliers",
         layout={"default": "auto"},
     )

@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
     )
     data = parser.add_argument_group("data")
     share(data, "data-root", "layout", "download", "image-size")
-    share(data, "ood", "ood-folder")
+    share(data, "ood", "ood-folder", "csid", "csid-folder")
     data.add_argument("--synthetic", action="store_true", help="also Gaussian noise and scrambled pixels")
     told = "leave out images that cannot be read; every image is read once more to find them"
     share(data, "any-accuracy", "skip-bad", skip_bad=told)
@@ -72,7 +72,8 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="[near/]NAME=PATH",
-        help="of an OOD set, far unless near/ stands before its name; may be repeated",
+        help="of an OOD set, far unless near/ stands before its name; csid/NAME: a covariate-shifted in-distribution "
+        "set; may be repeated",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -209,8 +210,9 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
     for text in options.ood_features:
         title, path = named_path("--ood-features", text, "[near/]NAME=PATH")
         group, slash, name = title.rpartition("/")
-        if slash and group not in ("near", "far"):
-            raise refusal(f"--ood-features: got {text!r}, expected near/NAME=PATH, far/NAME=PATH or NAME=PATH")
+        if slash and group not in ("near", "far", "csid"):
+            told = "expected near/NAME=PATH, far/NAME=PATH or NAME=PATH, csid/NAME=PATH"
+            raise refusal(f"--ood-features: got {text!r}, {told}")
         if name in ood:
             raise refusal(f"--ood-features: {name} is there twice")
         ood[name] = (group or "far", path)
@@ -227,6 +229,7 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
 
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
 ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
+ONLY_IMAGES += ("csid", "csid_folder")
 ONLY_IMAGES += ("any_accuracy", "skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
 
 
@@ -259,7 +262,18 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, 
     return json.loads(json.dumps(told, default=str))  # as it is read again
 
 
-DECIDING = ("checkpoint", "ood", "ood_folder", "synthetic", "image_size", "classes", "skip_bad", *PREPARATION)
+DECIDING = (
+    "checkpoint",
+    "ood",
+    "ood_folder",
+    "csid",
+    "csid_folder",
+    "synthetic",
+    "image_size",
+    "classes",
+    "skip_bad",
+    *PREPARATION,
+)
 
 
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:

@@ -30,6 +30,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "set": _MANY | {"metavar": "KNN.k=10", "help": "a parameter of a detector"},
     "ood": {"metavar": "A,B", "help": "only these OOD sets"},
     "ood-folder": _MANY | {"metavar": "NAME=DIR", "help": "a far-OOD set of your own; may be repeated"},
+    "csid": {"metavar": "A,B", "help": "covariate-shifted in-distribution sets, or all: full-spectrum metrics beside"},
+    "csid-folder": _MANY | {"metavar": "NAME=DIR", "help": "one of your own, DIR/<class>/ or .npy; may be repeated"},
     "outliers": {"metavar": "DIR", "help": "images to train against, any depth, for losses as oe and mixoe"},
     "features": {"metavar": "PATH", "help": "stored features: .npz, .pt, .parquet, or a folder of them"},
     "validation": {"metavar": "PATH", "help": "in-distribution data that was not trained on"},

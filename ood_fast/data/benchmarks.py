@@ -22,18 +22,13 @@ import numpy as np
 
 from .. import checks
 from ..registry import added
-from . import folders
+from . import folders, shifted
 from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, mixed, preparation
+from .own import Read, hold_out, own_folders
 from .readers import DATA_SETS, OPENOOD
-from .specs import IMAGENET, SPECS, Spec
-
-Read = Callable[[str, str], Source]
+from .specs import SPECS, Spec
 
 LAYOUTS = ("auto", "torchvision", "openood")
-SPLIT_SEED = 0  # of what is held out: the same for every run, so that test sets do not change with a run's seed
-
-
-SMALL_IMAGE = 64  # own folders: up to this size images are cropped as CIFAR's, above as ImageNet's
 
 
 def known() -> list[str]:
@@ -52,7 +47,7 @@ class ImageBenchmark:
         fit: the training images prepared as the test images are, for fitting detectors.
         validation, test: ID images with their classes.
         validation_ood: OOD images for choosing parameters, none of them among those of `ood`.
-        ood: name -> data set; `.group` is "near", "far" or "synthetic".
+        ood: name -> data set; `.group` is "near", "far" or "synthetic". csid: ID classes in other images.
         views: the training images with other random numbers. outliers: images to train against, augmented, or None.
         class_names: what the classes are called, or their numbers.
     """
@@ -63,10 +58,10 @@ class ImageBenchmark:
         n_classes: int,
         image_shape: tuple[int, int, int],
         parts: Mapping[str, Callable[[], ImageDataset]],
-        ood: Mapping[str, Callable[[], ImageDataset]],
+        tested: Mapping[str, Callable[[], ImageDataset]],
     ) -> None:
         self.name, self.n_classes, self.image_shape = name, n_classes, image_shape
-        self._parts, self._ood = parts, ood
+        self._parts, self._tested = parts, tested
         self.prepared: dict[str, Any] | None = None
 
     @functools.cached_property
@@ -108,9 +103,19 @@ class ImageBenchmark:
         return self._parts["validation_ood"]()
 
     @functools.cached_property
+    def tested(self) -> dict[str, ImageDataset]:
+        """What is tested with besides `test`: `csid` and `ood`."""
+        return {name: opened() for name, opened in self._tested.items()}
+
+    @property
     def ood(self) -> dict[str, ImageDataset]:
         """The OOD sets by name."""
-        return {name: opened() for name, opened in self._ood.items()}
+        return {name: part for name, part in self.tested.items() if part.group != "csid"}
+
+    @property
+    def csid(self) -> dict[str, ImageDataset]:
+        """The covariate-shifted ID sets by name: images of the ID classes, with their labels."""
+        return {name: part for name, part in self.tested.items() if part.group == "csid"}
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -120,7 +125,7 @@ class ImageBenchmark:
     def check(self, parts: Iterable[str] | None = None) -> None:
         """Read every set, or those `parts` and the OOD sets; one `UserError` with all that is missing."""
         problems = []
-        for opened in [*(self._parts[name] for name in parts or self._parts), *self._ood.values()]:
+        for opened in [*(self._parts[name] for name in parts or self._parts), *self._tested.values()]:
             try:
                 opened()
             except checks.UserError as error:
@@ -137,6 +142,8 @@ class Options:
     layout: str = "auto"
     ood: Sequence[str] | None = None
     ood_folders: Mapping[str, str | Path] | None = None
+    csid: Sequence[str] | None = None
+    csid_folders: Mapping[str, str | Path] | None = None
     synthetic: bool = False
     image_size: int | None = None
     seed: int = 0
@@ -159,6 +166,15 @@ class Options:
                 raise checks.UserError(checks.unknown("OOD set", name, known_sets))
         return [name for name in names if self.ood is None or name in self.ood]
 
+    def chosen_csid(self, benchmark: str, names: Sequence[str]) -> Sequence[str]:
+        """Those covariate-shifted sets of `names` that are asked for; those of "folder" lie there to be tested."""
+        if self.csid is None:
+            return names if benchmark == "folder" else ()
+        for name in self.csid:
+            if name not in (*names, "all"):
+                raise checks.UserError(checks.unknown("covariate-shifted set", name, (*names, "all")))
+        return names if "all" in self.csid else self.csid
+
 
 def open_benchmark(name: str, root: str | Path | None = None, **options: Any) -> ImageBenchmark:
     """The benchmark of that name from the files below `root`.
@@ -175,6 +191,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
             `root/data` holds `benchmark_imglist`), or "auto": OpenOOD's if there are such lists.
         ood = None: which OOD sets, default all.
         ood_folders = None: more OOD sets, name -> folder of images; group "far".
+        csid = None: which covariate-shifted ID sets, images of the same classes; ("all",): all that the benchmark has.
+            Default none, of "folder" all in `root/csid/<name>/<class>/`; the others' are read by OpenOOD's lists.
+        csid_folders = None: more of these, name -> folder or .npy, see `shifted.read_shifted`.
         synthetic = False: also Gaussian noise and ID test images with scrambled pixels, as in Haas et al.; group
             "synthetic".
         image_size = None: of "folder" only, default 224.
@@ -209,7 +228,7 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
     root = Path(root).expanduser()
     own = added("benchmark").get(name)
     if name == "folder":
-        spec, read = _own_folders(root, asked.image_size or 224, asked.classes)
+        spec, read = own_folders(root, asked.image_size or 224, asked.classes)
     else:
         if asked.classes is not None:
             raise checks.UserError(f"classes: benchmark {name} has an order of its own")
@@ -254,7 +273,12 @@ class _Opener:
             added |= {"noise": self.noise, "scrambled": functools.partial(self.scrambled, "test", "synthetic")}
         chosen = self.options.chosen(groups, added)
         ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added
-        opened = ImageBenchmark(name, spec.n_classes, (len(spec.mean), spec.crop, spec.crop), parts, ood)
+        csid = {title: functools.partial(self.shifted, title) for title in self.options.chosen_csid(name, spec.csid)}
+        for title, place in (self.options.csid_folders or {}).items():
+            csid[title] = functools.partial(self.shifted, title, place)
+        if both := [title for title in csid if title in ood]:
+            raise checks.UserError(f"csid: {both[0]!r} is an OOD set already, expected another name")
+        opened = ImageBenchmark(name, spec.n_classes, (len(spec.mean), spec.crop, spec.crop), parts, {**csid, **ood})
         own = {name: getattr(spec, name) for name in ("resize", "mean", "std", "interpolation")}
         opened.prepared = {"size": spec.crop, **own}
         return opened
@@ -287,6 +311,19 @@ class _Opener:
         title = DATA_SETS[set_name].title if set_name in DATA_SETS else set_name
         return ImageDataset(source, self.prepared(), title=title, group=group)
 
+    def shifted(self, name: str, place: str | Path | None = None) -> ImageDataset:
+        spec, title = self.spec, DATA_SETS[name].title if place is None and name in DATA_SETS else name
+        if place is None:
+            source = self.read(name, "test")
+        else:
+            classes = self.read(spec.id_set, "train").classes or tuple(map(str, range(spec.n_classes)))
+            source = self._told(shifted.read_shifted(place, title, classes))
+        ready = place is None and name == "imagenet_c"  # 224 pixels already; OpenOOD cuts nothing off either
+        transform = (
+            preparation(spec.crop, spec.crop, spec.mean, spec.std, spec.interpolation) if ready else self.prepared()
+        )
+        return ImageDataset(source, transform, title=title, group="csid")
+
     def folder(self, title: str, folder: str | Path) -> ImageDataset:
         return ImageDataset(self._flat(title, folder), self.prepared(), title=title, group="far")
 
@@ -305,21 +342,6 @@ class _Opener:
 
     def scrambled(self, split: str, group: str) -> ImageDataset:
         return ImageDataset(Scrambled(self.inside(split), self.options.seed), title="scrambled pixels", group=group)
-
-
-def hold_out(source: Source, n_held_out: int) -> tuple[Source, Source]:
-    """(held out, rest), drawn by `SPLIT_SEED`, in equal parts of the classes; both in the order of the source.
-
-    At most a tenth of a source is held out.
-    """
-    n_held_out = min(n_held_out, len(source) // 10)
-    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(source))
-    by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
-    labels = source.labels[by_class]
-    first_of_class = np.searchsorted(labels, labels)
-    rank = np.arange(len(labels)) - first_of_class  # within its class: one of each class comes before a second of any
-    chosen = by_class[np.argsort(rank, kind="stable")]
-    return source.take(np.sort(chosen[:n_held_out])), source.take(np.sort(chosen[n_held_out:]))
 
 
 def _reader(name: str, spec: Spec, root: Path, options: Options) -> Read:
@@ -364,70 +386,13 @@ def _openood_reader(name: str, spec: Spec, root: Path) -> Read:
     @functools.cache
     def read(set_name: str, split: str) -> Source:
         images = "images_classic" if set_name == "textures" else spec.openood_images
-        path = root / "benchmark_imglist" / name / f"{split}_{set_name}.txt"
+        listed = set_name.replace("imagenet_", f"{name}_") if set_name in spec.csid else set_name
+        path = root / "benchmark_imglist" / name / f"{split}_{listed}.txt"
         title = DATA_SETS[set_name].title
-        n_classes = spec.n_classes if set_name == spec.id_set else None
+        n_classes = spec.n_classes if set_name in (spec.id_set, *spec.csid) else None
         return folders.read_image_list(path, root / images, title, f"get it from {OPENOOD}", n_classes)
 
     return read
-
-
-def _own_folders(root: Path, size: int, order: Sequence[str] | None) -> tuple[Spec, Read]:
-    """The benchmark in `root`: train, test and val with a folder for each class; near and ood with one for each set."""
-    where = f"expected {root}/train/<class>/, {root}/test/<class>/, {root}/ood/<name>/"
-    if not root.is_dir():
-        raise checks.UserError(f"benchmark folder: no folder {root} (--data-root); {where}")
-
-    @functools.cache
-    def training() -> Source:
-        return folders.read_image_folder(root / "train", "benchmark folder", where, order)
-
-    classes = training().classes
-    if len(classes) < 2:
-        raise checks.UserError(
-            f"benchmark folder: one class in {root / 'train'} ({classes[0]}), expected at least two: a classifier is "
-            "trained to tell them apart"
-        )
-
-    def inside(folder: str) -> Source:
-        return folders.read_image_folder(root / folder, "benchmark folder", where, classes, all_of_them=False)
-
-    @functools.cache
-    def read(set_name: str, split: str) -> Source:
-        if set_name in near or set_name in far:
-            folder = root / ("near" if set_name in near else "ood") / set_name
-            return folders.read_flat_folder(folder, set_name, where)
-        if split == "test":
-            return inside("test")
-        if (root / "val").is_dir():
-            return training() if split == "train" else inside("val")
-        held_out, rest = hold_out(training(), len(training()))
-        return held_out if split == "val" else rest
-
-    near, far = (_folders(root / folder) for folder in ("near", "ood"))
-    if twice := sorted(set(near) & set(far)):
-        raise checks.UserError(f"benchmark folder: {twice[0]} is below both {root / 'near'} and {root / 'ood'}")
-    small = size <= SMALL_IMAGE
-    spec = Spec(
-        root.resolve().name,
-        "",
-        len(classes),
-        near,
-        far,
-        "",
-        resize=size if small else round(size * 256 / 224),
-        crop=size,
-        mean=IMAGENET["mean"],
-        std=IMAGENET["std"],
-        augment="pad_crop" if small else "resized_crop",
-    )
-    return spec, read
-
-
-def _folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
 def _digits(options: Options) -> ImageBenchmark:
@@ -436,8 +401,12 @@ def _digits(options: Options) -> ImageBenchmark:
 
     if options.outliers is not None:
         raise checks.UserError("outliers: got a folder, expected none: the images of benchmark digits are no files")
-    splits, ood = digits.drawn(options.seed)
-    chosen = {name: functools.partial(ood.__getitem__, name) for name in options.chosen(ood)}
+    if options.csid_folders:
+        raise checks.UserError("csid_folders: got some, expected none: the images of benchmark digits are no files")
+    splits, tested = digits.drawn(options.seed)
+    csid = options.chosen_csid("digits", [name for name, part in tested.items() if part.group == "csid"])
+    names = [*csid, *options.chosen(name for name, part in tested.items() if part.group != "csid")]
+    chosen = {name: functools.partial(tested.__getitem__, name) for name in names}
     opened = {name: functools.partial(splits.__getitem__, name) for name in splits}
     shape = tuple(splits["train"][0][0].shape)
     return ImageBenchmark("digits", digits.N_ID_CLASSES, shape, opened, chosen)

@@ -6,6 +6,9 @@ In-distribution are six of the ten classes of the 8×8 digits (another random si
 - `photographs`: grey 8×8 crops of scikit-learn's two sample photographs,
 - `noise`: uniform noise.
 
+Covariate-shifted, on demand: `moved`, the test images moved by a pixel in a random direction, and `blurred`, the mean
+of each pixel with its neighbours.
+
 Every set has pixels in [0, 1] (digits / 16, photographs / 255) and is then normalised with the mean and standard
 deviation of the training images.
 """
@@ -38,7 +41,8 @@ def drawn(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
     digits = load_digits()
     images = (digits.images / 16.0).astype(np.float32)
     # One generator a purpose: a change to one of the sets leaves the others as they are.
-    classes_rng, split_rng, crop_rng, noise_rng = (np.random.default_rng([seed, purpose]) for purpose in range(4))
+    generators = (np.random.default_rng([seed, purpose]) for purpose in range(5))
+    classes_rng, split_rng, crop_rng, noise_rng, move_rng = generators
     classes = np.sort(classes_rng.permutation(10)[:N_ID_CLASSES])
     names = tuple(map(str, classes))
     train, validation, test = _stratified_split(digits.target, classes, split_rng)
@@ -55,6 +59,10 @@ def drawn(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
     def outside(title: str, group: str, values: np.ndarray) -> ImageDataset:
         return ImageDataset(Tensors(normalised(values), np.full(len(values), NO_CLASS)), title=title, group=group)
 
+    def shifted(title: str, values: np.ndarray) -> ImageDataset:
+        labels = np.searchsorted(classes, digits.target[test])
+        return ImageDataset(Tensors(normalised(values), labels, names), title=title, group="csid")
+
     held_out = inside(validation)
     splits = {"train": inside(train), "fit": inside(train), "validation": held_out, "test": inside(test)}
     splits["validation_ood"] = ImageDataset(Scrambled(held_out, seed), title="scrambled pixels", group="validation")
@@ -62,6 +70,8 @@ def drawn(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
         "near": outside("other digits", "near", images[~np.isin(digits.target, classes)]),
         "photographs": outside("photographs", "far", _photograph_crops(N_FAR, crop_rng)),
         "noise": outside("uniform noise", "far", noise_rng.random((N_FAR, SIDE, SIDE))),
+        "moved": shifted("moved digits", _moved(images[test], move_rng)),
+        "blurred": shifted("blurred digits", _padded_windows(images[test]).mean(axis=(3, 4))),
     }
 
 
@@ -78,6 +88,18 @@ def _stratified_split(
         ):
             part.append(chosen)
     return tuple(np.sort(np.concatenate(part)) for part in parts)
+
+
+def _padded_windows(images: np.ndarray) -> np.ndarray:
+    """The 3×3 pixels around each of (n, 8, 8), black beyond the edge: (n, 8, 8, 3, 3)."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+
+
+def _moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each image moved by one pixel up, down, left or right."""
+    places = np.array([(0, 1), (2, 1), (1, 0), (1, 2)])[rng.integers(4, size=len(images))]
+    return _padded_windows(images)[np.arange(len(images)), :, :, places[:, 0], places[:, 1]]
 
 
 def _photograph_crops(n_crops: int, rng: np.random.Generator) -> np.ndarray:

@@ -309,6 +309,13 @@ def _class_folders(name: str, n_classes: int) -> Callable[[Path, str, str, str],
     return read
 
 
+def _only_listed(root: Path, split: str, title: str, where: str) -> Source:
+    told = "is read by OpenOOD's lists; from folders of the classes: --csid-folder NAME=DIR"
+    raise checks.UserError(f"{title}: {told}; {where}")
+
+
+SHIFTED = {"cifar10c": "CIFAR-10-C", "imagenet_v2": "ImageNet-V2", "imagenet_c": "ImageNet-C"}
+SHIFTED |= {"imagenet_r": "ImageNet-R", "imagenet_es": "ImageNet-ES"}
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 OPENOOD = "https://github.com/Jingkang50/OpenOOD (scripts/download)"
@@ -353,6 +360,7 @@ DATA_SETS = {
     "imagenet200": DataSet(
         "ImageNet-200", _class_folders("imagenet200", 200), "https://image-net.org (classes of ImageNet-R)", 1000
     ),
+    **{name: DataSet(title, _only_listed, OPENOOD) for name, title in SHIFTED.items()},
     "ssb_hard": DataSet("SSB-hard", _folder("ssb_hard"), OPENOOD),
     "ninco": DataSet("NINCO", _folder("ninco"), OPENOOD),
     "inaturalist": DataSet("iNaturalist", _folder("inaturalist"), OPENOOD),

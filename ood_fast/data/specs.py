@@ -28,12 +28,14 @@ class Spec:
     flip: bool = True
     interpolation: str = "bilinear"
     openood_images: str | None = None  # OpenOOD's folder of images; None: OpenOOD has no such benchmark
+    csid: tuple[str, ...] = ()  # covariate-shifted ID sets, the same classes in other images
 
 
 _CIFAR: dict[str, Any] = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
 IMAGENET: dict[str, Any] = {
     "near": ("ssb_hard", "ninco"),
     "far": ("inaturalist", "textures", "openimage_o"),
+    "csid": ("imagenet_v2", "imagenet_c", "imagenet_r"),
     "validation_ood": "openimage_o",
     "resize": 256,
     "crop": 224,
@@ -56,6 +58,7 @@ SPECS = {
         validation_ood="tin",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
+        csid=("cifar10c",),
         **_CIFAR,
     ),
     "cifar100": Spec(
@@ -70,7 +73,7 @@ SPECS = {
         **_CIFAR,
     ),
     "imagenet200": Spec("ImageNet-200", "imagenet200", 200, **IMAGENET),
-    "imagenet": Spec("ImageNet-1K", "imagenet", 1000, **IMAGENET),
+    "imagenet": Spec("ImageNet-1K", "imagenet", 1000, **{**IMAGENET, "csid": (*IMAGENET["csid"], "imagenet_es")}),
     "gtsrb": Spec(
         "GTSRB",
         "gtsrb",

@@ -16,7 +16,7 @@ from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
 from .measure import FIT, TEST, Chosen, Measuring, check_names, measure
-from .results import ID, Results, RunResult, TestSet
+from .results import CSID, ID, Results, RunResult, TestSet
 from .trained import Trained
 
 
@@ -57,7 +57,8 @@ def evaluate_loaders(
     Args:
         model: a classifier that ends in one linear layer, `head`.
         id_loader: test batches x, (x, y, ...) or mappings. Without y there is no accuracy.
-        ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD, else as far.
+        ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD; called csid, csid/NAME or
+            csid_NAME as a covariate-shifted in-distribution set, see below; else as far.
         fit: training batches, for the detectors that are fitted on data.
         detectors: names, or name -> detector, used as it is; default: all but those that run the model several times,
             without `fit` those that need no data.
@@ -65,9 +66,13 @@ def evaluate_loaders(
 
     Raises:
         ValueError: no OOD loader, one without a batch; a detector that needs `fit`, or does not fit its data.
+
+    With covariate-shifted sets the evaluation is also a full-spectrum one, as OpenOOD's `fsood`: the metrics
+    `fsood_auroc`, ... take the ID test images and all shifted ones together as in-distribution, `fsood_accuracy` is
+    over them, and each shifted set has its accuracy.
     """
-    if not ood:
-        raise ValueError("ood: got no loader, expected a mapping from names to loaders")
+    if all(_group(name) == CSID for name in ood):
+        raise ValueError(f"ood: got {list(ood) or 'no loader'}, expected a mapping from names to loaders of OOD data")
     check_names(ood)
     for name, loader in {"id_loader": id_loader, **ood, **({} if fit is None else {"fit": fit})}.items():
         check_loader(loader, name)
@@ -88,7 +93,7 @@ def evaluate_loaders(
             fitting.finish(layer)
     parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing)}
     parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
-    groups = {ID: "id", **{name: "near" if re.match(r"near($|[/_])", name) else "far" for name in ood}}
+    groups = {ID: "id", **{name: _group(name) for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
     result = RunResult(Trained(title, model, title, Path(), ""), "", sets, outputs=parts)
@@ -96,9 +101,13 @@ def evaluate_loaders(
     result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
     how = Measuring(tune=False, leave_out=detectors is None, bootstrap=bootstrap)
     measure(result, given, [], how, Chosen(seeing))
-    if int(parts[TEST].targets.min()) < 0:  # nobody said what the images are
-        result.measurements = [found for found in result.measurements if found.detector]
     return Evaluation(title, [result], bootstrap, tuned=False)
+
+
+def _group(name: str) -> str:
+    """What the name of a loader says it is."""
+    found = re.match(r"(near|csid)($|[/_])", name)
+    return found[1] if found else "far"
 
 
 def _outputs(

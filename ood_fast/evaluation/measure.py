@@ -15,6 +15,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +28,10 @@ from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
 from .cache import Outputs, score_key
-from .results import GROUPS, ID, RunResult
+from .results import CSID, FULL_SPECTRUM, GROUPS, ID, RunResult
 
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
-RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no OOD set can be called
+RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no set can be called
 NO_CLASSES = "is fitted on each class, but no class has two training samples"
 COSTS = 0.01  # of AUROC, from where on a choice is said to cost
 Progress = Callable[[str, int], Any]
@@ -136,7 +137,7 @@ def measure(
         for detector in tuned:
             result.scores.setdefault(detector, {})[name] = of_set[detector].numpy()
     draws = metrics.Bootstrap(how.bootstrap, how.seed) if how.bootstrap else None
-    _classification(result, result.outputs[TEST], draws)
+    _classification(result, draws)
     _detection(result, draws, how.progress)
     if blind and result.trials:
         _costs(result, given, search, how)
@@ -175,7 +176,7 @@ def parts_of(given: Mapping[str, Detector], how: Measuring) -> set[str]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """UserError for an OOD set that is called what tables call something else."""
+    """UserError for a set that is called what tables call something else."""
     for name in names:
         if name in RESERVED:
             raise checks.UserError(f"OOD set {name!r}: tables call something else by this name; choose another")
@@ -259,50 +260,78 @@ def temperatures(logits: Tensor, head_weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _classification(result: RunResult, test: Outputs, draws: metrics.Bootstrap | None) -> None:
-    """Accuracy, and the calibration error of the softmax of f, f/(τ‖f‖) and f/D, from the test images."""
+def _classification(result: RunResult, draws: metrics.Bootstrap | None) -> None:
+    """Accuracy, and the calibration error of the softmax of f, f/(τ‖f‖) and f/D, from the test images; the accuracy on
+    each covariate-shifted set, and on all these images together."""
+    right: dict[str, Tensor] = {}
+    inside = [ID, *result.csid]
+    for name in inside:
+        correct, confidence = _answers(
+            result.outputs[TEST if name == ID else name], result.head if name == ID else None
+        )
+        if correct is None:
+            continue
+        right[name] = correct
+        about = {} if name == ID else {"ood_set": name, "group": CSID}
+        result.add("accuracy", correct.double().mean().item(), draws and draws.mean(correct, name), **about)
+        for metric, values in confidence.items() if name == ID else ():
+            drawn = draws and draws.calibration_error(values, correct, ID)
+            result.add(metric, metrics.calibration_error(values, correct), drawn)
+    if 1 < len(right) == len(inside):
+        images = torch.cat([*right.values()]).double()
+        weights = {name: len(correct) / len(images) for name, correct in right.items()}
+        drawn = draws and sum(weights[name] * draws.mean(correct, name) for name, correct in right.items())
+        result.add(f"{FULL_SPECTRUM}accuracy", images.mean().item(), drawn)
+
+
+def _answers(outputs: Outputs, head: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Which images (n,) are classified right, and by the name of each ECE its confidence (n,); None without targets."""
     correct: list[Tensor] = []
     confidence: dict[str, list[Tensor]] = {}
-    for _, logits, targets in test.chunks():
-        if logits is None or targets is None:
-            return
+    for _, logits, targets in outputs.chunks():
+        if logits is None or targets is None or bool((targets < 0).any()):  # nobody said what the images are
+            return None, {}
         correct.append(logits.max(dim=1).indices == targets)
         # without the head, D is not known
-        scales = temperatures(logits, result.head[0]) if result.head else {"ece_softmax": torch.ones(len(logits))}
+        scales = temperatures(logits, head[0]) if head else {"ece_softmax": torch.ones(len(logits))}
         for name, temperature in scales.items():
             probabilities = torch.softmax(logits / temperature.unsqueeze(1), dim=1)
             confidence.setdefault(name, []).append(probabilities.amax(dim=1))
-    right = torch.cat(correct)
-    result.add("accuracy", right.double().mean().item(), draws and draws.mean(right, ID))
-    for name, parts in confidence.items():
-        values = torch.cat(parts)
-        drawn = draws and draws.calibration_error(values, right, ID)
-        result.add(name, metrics.calibration_error(values, right), drawn)
+    return torch.cat(correct), {name: torch.cat(parts) for name, parts in confidence.items()}
 
 
 def _detection(result: RunResult, draws: metrics.Bootstrap | None, progress: Progress) -> None:
-    """Every detector on every OOD set, and the mean over the sets of a group."""
-    groups = {name: part.group for name, part in result.sets.items() if name != ID}
+    """Every detector on every OOD set, and the mean over the sets of a group: against the ID test images and, where
+    there are covariate-shifted ones, against both together, as OpenOOD's `fsood`."""
+    inside = {"": [ID], **({FULL_SPECTRUM: [ID, *result.csid]} if result.csid else {})}
     with progress("measuring", len(result.scores)) as bar:
-        for detector, scores in result.scores.items():
-            found = {name: metrics.detection(scores[ID], scores[name]) for name in groups}
-            for metric, function in added("metric").items():
-                for name in groups:
-                    found[name][metric] = float(function(torch.as_tensor(scores[ID]), torch.as_tensor(scores[name])))
-            drawn: dict[str, dict[str, Tensor]] = {}
-            if draws is not None:
-                below = draws.below(scores[ID], ID)
-                drawn = {name: draws.detection(below, draws.below(scores[name], name)) for name in groups}
-            for name, group in groups.items():
-                for metric in found[name]:
-                    of_draws = drawn[name].get(metric) if drawn else None
-                    result.add(metric, found[name][metric], of_draws, detector=detector, ood_set=name, group=group)
-            for group, mean_name in GROUPS.items():
-                members = [name for name in groups if groups[name] == group]
-                for metric in found[members[0]] if members else ():
-                    known = drawn and metric in drawn[members[0]]
-                    of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if known else None
-                    mean = fmean(found[name][metric] for name in members)
-                    result.add(metric, mean, of_draws, detector=detector, ood_set=mean_name, group=group)
+        for detector in result.scores:
+            for prefix, names in inside.items():
+                _detect(result, detector, names, prefix, draws)
             if bar is not None:
                 bar.advance(1)
+
+
+def _detect(result: RunResult, detector: str, inside: list[str], prefix: str, draws: metrics.Bootstrap | None) -> None:
+    """One detector; in-distribution are all images of the sets `inside`."""
+    groups, scores = {name: part.group for name, part in result.sets.items() if part.is_ood}, result.scores[detector]
+    of_id = np.concatenate([scores[name] for name in inside])
+    found = {name: metrics.detection(of_id, scores[name]) for name in groups}
+    for metric, function in added("metric").items():
+        for name in groups:
+            found[name][metric] = float(function(torch.as_tensor(of_id), torch.as_tensor(scores[name])))
+    drawn: dict[str, dict[str, Tensor]] = {}
+    if draws is not None:
+        below = draws.below(scores[ID], ID, *((scores[name], name) for name in inside[1:]))
+        drawn = {name: draws.detection(below, draws.below(scores[name], name)) for name in groups}
+    for name, group in groups.items():
+        for metric in found[name]:
+            of_draws = drawn[name].get(metric) if drawn else None
+            result.add(prefix + metric, found[name][metric], of_draws, detector=detector, ood_set=name, group=group)
+    for group, mean_name in GROUPS.items():
+        members = [name for name in groups if groups[name] == group]
+        for metric in found[members[0]] if members else ():
+            known = drawn and metric in drawn[members[0]]
+            of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if known else None
+            mean = fmean(found[name][metric] for name in members)
+            result.add(prefix + metric, mean, of_draws, detector=detector, ood_set=mean_name, group=group)

@@ -49,10 +49,10 @@ def readable(
         return lambda: dataset
 
     parts = {name: opened(name, getattr(benchmark, name)) for name in PARTS if name in wanted}
-    ood = {name: opened(name, dataset) for name, dataset in benchmark.ood.items()}
+    tested = {name: opened(name, dataset) for name, dataset in benchmark.tested.items()}
     for name in {"train", *PARTS} - set(wanted):
         parts[name] = functools.partial(getattr, benchmark, name)
-    return ImageBenchmark(benchmark.name, benchmark.n_classes, benchmark.image_shape, parts, ood), notes
+    return ImageBenchmark(benchmark.name, benchmark.n_classes, benchmark.image_shape, parts, tested), notes
 
 
 def _without_bad(

@@ -20,6 +20,8 @@ from .cache import Outputs
 from .trained import Trained, as_published
 
 ID = "id"  # the in-distribution test set among the score sets
+CSID = "csid"  # the group of covariate-shifted ID sets: the same classes, other images
+FULL_SPECTRUM = "fsood_"  # before a metric: in-distribution are the ID test images and all covariate-shifted ones
 GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean in files, as in OpenOOD's
 TITLES = {mean: f"{group}-OOD" for group, mean in GROUPS.items()}  # what tables call it
 DETECTION = ("auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out")
@@ -51,11 +53,16 @@ Numbers = tuple[str, Sequence[tuple[str, str, str]]]  # a method, and keys of it
 
 @dataclass(frozen=True)
 class TestSet:
-    """What is tested with. `group` is "id", "near", "far" or "synthetic"."""
+    """What is tested with. `group` is "id", "csid", "near", "far" or "synthetic"."""
 
     title: str
     group: str
     n_images: int
+
+    @property
+    def is_ood(self) -> bool:
+        """Whether it is to be told from the ID test images."""
+        return self.group not in (ID, CSID)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -96,6 +103,11 @@ class RunResult:
     head: tuple[Tensor, Tensor | None] | None = None
     draws: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def csid(self) -> list[str]:
+        """The covariate-shifted ID sets."""
+        return [name for name, part in self.sets.items() if part.group == CSID]
 
     def add(
         self,
@@ -196,6 +208,16 @@ class Results:
     def sets(self) -> dict[str, TestSet]:
         """What was tested with; the same for all runs."""
         return self.runs[0].sets
+
+    @property
+    def ood(self) -> list[str]:
+        """The OOD sets."""
+        return [name for name, part in self.sets.items() if part.is_ood]
+
+    @property
+    def csid(self) -> list[str]:
+        """The covariate-shifted ID sets."""
+        return self.runs[0].csid
 
     @property
     def detectors(self) -> list[str]:

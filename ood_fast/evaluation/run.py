@@ -153,7 +153,7 @@ def evaluate_run(
     how = how.for_chosen(chosen)
     if loading.check:
         benchmark.check(parts_of(by_name(chosen), how))
-    check_names(benchmark.ood)
+    check_names(benchmark.tested)
     given = by_name(chosen)
     run.model.to(how.device)
     cached = FeatureCache(
@@ -171,7 +171,7 @@ def evaluate_run(
     if rank() > 0:
         return None
 
-    tested = {ID: benchmark.test, **benchmark.ood}
+    tested = {ID: benchmark.test, **benchmark.tested}
     sets = {name: TestSet(part.title, part.group, len(part)) for name, part in tested.items()}
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
     if run.info is None:
@@ -221,7 +221,7 @@ def _outputs(
         fitted = cached.fitted(reading, benchmark.fit, failures)
         notes = [Note.left_out(n, failures[d]) for n, d in reading.items() if failures and d in failures]
         before = Chosen({**before.winners, **fitted}, before.trials, tuple(notes))
-    tested = {TEST: benchmark.test, **benchmark.ood}
+    tested = {TEST: benchmark.test, **benchmark.tested}
     return outputs | {
         name: cached.outputs(name, part, list(before.winners.values())) for name, part in tested.items()
     }, before

@@ -15,7 +15,7 @@ from .. import checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, refuse_nan
 from .measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Measuring, by_name, check_names, measure
-from .results import ID, Results, RunResult, TestSet
+from .results import CSID, ID, Results, RunResult, TestSet
 from .trained import Trained
 
 METHOD = BENCHMARK = "features"
@@ -42,7 +42,7 @@ class StoredOutputs:
         for stored in self._stored():
             shape = (stored.features.shape[1], None if stored.logits is None else stored.logits.shape[1])
             held.add((*shape, stored.targets is not None))
-            if group == "id":
+            if group in (ID, CSID):
                 self._check_targets(stored, rows)
             rows += len(stored)
         if len(held) != 1:
@@ -126,7 +126,7 @@ def evaluate_features(
 
     Args:
         train, test: feature files or folders of them, of the ID training and test data.
-        ood: name -> (group, files), group "near" or "far".
+        ood: name -> (group, files), group "near", "far" or "csid", a covariate-shifted in-distribution set.
         chosen: as in `evaluate_run`.
         options: the keywords of `StoredValidation`, without which parameters are as they are, and of `Measuring`.
 
@@ -183,12 +183,12 @@ def _open_parts(
 
 
 def _check_names(test: object, ood: Mapping, validation: object | None, ood_validation: Sequence) -> None:
-    if not ood:
-        raise checks.UserError("ood: got no OOD set, expected at least one")
     check_names(ood)
     for name, (group, _) in ood.items():
-        if group not in ("near", "far"):
-            raise checks.UserError(f"OOD set {name!r}: got group {group!r}, expected 'near' or 'far'")
+        if group not in ("near", "far", CSID):
+            raise checks.UserError(f"OOD set {name!r}: got group {group!r}, expected 'near', 'far' or '{CSID}'")
+    if all(group == CSID for group, _ in ood.values()):
+        raise checks.UserError(f"ood: got {list(ood) or 'no OOD set'}, expected at least one OOD set")
     if ood_validation and validation is None:
         raise checks.UserError("ood_validation: only used together with validation")
     tested = {Path(path).expanduser().resolve() for path in [test, *(path for _, path in ood.values())]}

@@ -12,10 +12,10 @@ from statistics import fmean, stdev
 
 from ..detectors import find
 from ..report.tables import Cell, Section, Table, and_list
-from .results import GROUPS, ID, TITLES, Results
+from .results import FULL_SPECTRUM, GROUPS, TITLES, Results
 
 Key = tuple[str, str, str]
-LOWER = ("fpr95_ood_positive", "fpr95_id_positive")  # of which less is better
+LOWER = ("fpr95_ood_positive", "fpr95_id_positive", f"{FULL_SPECTRUM}fpr95_ood_positive")  # of which less is better
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def title(ood_set: str) -> str:
 def means_of(results: Results) -> list[str]:
     """What detectors are ranked by: the means of the groups; each set where there is no group."""
     groups = [mean for group, mean in GROUPS.items() if any(part.group == group for part in results.sets.values())]
-    return groups or [name for name in results.sets if name != ID]
+    return groups or results.ood
 
 
 def ranking(results: Results) -> list[Ranked]:
@@ -155,7 +155,7 @@ def _reservation(results: Results) -> str:
 
 def compared(results: Results) -> list[Table]:
     """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set and the other metrics."""
-    means, sets = means_of(results), [name for name in results.sets if name != ID]
+    means, sets = means_of(results), results.ood
     caught = "OpenOOD's: share of ID images rejected by the threshold that catches 95 % of the OOD images."
     kept = "As most papers: share of OOD images accepted by the threshold that keeps 95 % of the ID images."
     area = "Area under precision-recall; depends on how many images there are."
@@ -168,6 +168,12 @@ def compared(results: Results) -> list[Table]:
         ("AUPR (%), ID positive", "aupr_in", means, area, True),
         ("AUPR (%), OOD positive", "aupr_out", means, area, True),
     ]
+    if results.csid:
+        told = full_spectrum(results)
+        full = [("AUROC", "auroc", True), ("FPR95", "fpr95_ood_positive", False)]
+        wanted[3:3] = [
+            (f"Full-spectrum {of} (%)", FULL_SPECTRUM + key, means, told * with_it, False) for of, key, with_it in full
+        ]
     order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
     tables = []
     for name, metric, names, caption, folded in wanted:
@@ -186,6 +192,12 @@ def compared(results: Results) -> list[Table]:
             caption = f"{over_seeds(results)}; bold: above every other, the interval excludes 0. {caption}".strip()
         tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
     return tables
+
+
+def full_spectrum(results: Results) -> str:
+    """What the full-spectrum tables take as in-distribution."""
+    names = and_list([results.sets[name].title for name in results.csid])
+    return f"In-distribution are the ID test images and the covariate-shifted {names}, as in OpenOOD's fsood."
 
 
 def over_seeds(results: Results) -> str:

@@ -27,8 +27,8 @@ from ..detectors.fitting import Note
 from ..intact import read_json, read_npz
 from ..registry import added
 from ..report.tables import Cell, Section, Table, as_markdown, percent, show
-from .results import ECE, GROUPS, ID, Measurement, Results, RunResult, Summary
-from .verdict import compared, means_of, over_seeds, ranking, title, verdict
+from .results import ECE, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
+from .verdict import compared, full_spectrum, means_of, over_seeds, ranking, title, verdict
 
 FORMAT = "ood_fast evaluate 1"
 JSON = "results.json"
@@ -41,6 +41,7 @@ CONVENTIONS = {
     "std": "sample standard deviation over the runs of a method, ddof 1; in openood/ ddof 0, as there",
     "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs",
     "nearood, farood": "unweighted means over the sets of the group",
+    "fsood_*": "the same with the covariate-shifted ID sets (group csid) beside the ID test images, as OpenOOD's fsood",
     "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
     "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images",
     "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
@@ -225,10 +226,12 @@ def _write_openood(folder: Path, results: Results) -> None:
         inside = folder if len(methods) == 1 else folder / _file_name(method, index)
         inside.mkdir(parents=True)
         for detector in dict.fromkeys(name for run in runs for name in run.scores):
-            rows = openood_rows([run for run in runs if detector in run.scores], detector)
-            name = OPENOOD_NAMES.get(detector, detector.lower())
-            with (inside / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                spreadsheet.write_rows(file, rows)
+            scored = [run for run in runs if detector in run.scores]
+            for place, prefix in ((inside, ""), (inside / "fsood", FULL_SPECTRUM))[: 2 if results.csid else 1]:
+                place.mkdir(exist_ok=True)
+                name = OPENOOD_NAMES.get(detector, detector.lower())
+                with (place / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+                    spreadsheet.write_rows(file, openood_rows(scored, detector, prefix))
 
 
 def _file_name(method: str, index: int) -> str:
@@ -236,8 +239,8 @@ def _file_name(method: str, index: int) -> str:
     return safe if safe == method else f"{index}-{safe}"
 
 
-def openood_rows(runs: list[RunResult], detector: str) -> list[list[str]]:
-    """OpenOOD's table of one detector over the seeds: a header and rows of text."""
+def openood_rows(runs: list[RunResult], detector: str, prefix: str = "") -> list[list[str]]:
+    """OpenOOD's table of one detector over the seeds: a header and rows of text; `prefix` `FULL_SPECTRUM`: of fsood."""
     sets = runs[0].sets
     rows = [["", *OPENOOD_COLUMNS]]
     for group, mean_name in GROUPS.items():
@@ -247,7 +250,7 @@ def openood_rows(runs: list[RunResult], detector: str) -> list[list[str]]:
             for metric in OPENOOD_COLUMNS.values():
                 where = () if metric == "accuracy" else (detector, ood_set)
                 try:
-                    values = [100 * run.value(metric, *where) for run in runs]
+                    values = [100 * run.value(prefix + metric, *where) for run in runs]
                 except KeyError:  # stored features may lack targets, and so the accuracy
                     cells.append("")
                     continue
@@ -268,7 +271,7 @@ def build(results: Results) -> list[Table]:
     over = over_seeds(results)
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
-    several = [name for name, part in results.sets.items() if name != ID]
+    several = results.ood
 
     def by_detector(name: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
         sections = []
@@ -306,7 +309,7 @@ def build(results: Results) -> list[Table]:
         told = [by_detector("AUROC beside what is published (%)", f"{over}; {tuned}{interval}", auroc)] if known else []
         told += own
         calibration = _calibration(results, found, over)
-        return [*compared(results), *told, *([calibration] if calibration else [])]
+        return [*compared(results), *told, *([calibration] if calibration else []), *_under_shift(results, found, over)]
     tables = [
         by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
         by_detector(
@@ -324,12 +327,19 @@ def build(results: Results) -> list[Table]:
     if len(several) > 1:
         columns = [c for name in several for c in (column(name, "auroc", name), *against(name))]
         tables.append(by_detector("AUROC by set (%)", f"{over}.", columns))
+    if results.csid:
+        shown = {"AUROC": "auroc", "FPR95, OOD positive": "fpr95_ood_positive"}
+        columns = [
+            column(f"{title(of)} {head}", FULL_SPECTRUM + key, of) for of in means for head, key in shown.items()
+        ]
+        tables.append(by_detector("Full-spectrum (%)", f"{over}. {full_spectrum(results)}", columns))
     aupr = [column(f"{title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
     caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
     tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
     tables += own
     tables = [table for table in tables if table.columns]  # without OOD sets there are none
-    return [*tables, calibration] if (calibration := _calibration(results, found, over)) else tables
+    calibration = _calibration(results, found, over)
+    return [*tables, *([calibration] if calibration else []), *_under_shift(results, found, over)]
 
 
 def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
@@ -352,6 +362,19 @@ def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) ->
         return None
     caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
     return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
+
+
+def _under_shift(results: Results, found: Mapping[tuple, Summary], over: str) -> list[Table]:
+    """The accuracy on the ID test images, on each covariate-shifted set, and on all of them."""
+    keys = {"ID test images": ("accuracy", "", "")}
+    keys |= {results.sets[name].title: ("accuracy", "", name) for name in results.csid}
+    keys["all together"] = (f"{FULL_SPECTRUM}accuracy", "", "")
+    rows = [(name, tuple(_cell(found.get((m, *key)), True) for m in results.methods)) for name, key in keys.items()]
+    measured = results.csid and any((m, *key) in found for m in results.methods for key in [*keys.values()][1:])
+    columns = tuple(results.methods)
+    return [Table("Accuracy under covariate shift (%)", f"{over}.", columns, (Section("", tuple(rows)),))] * bool(
+        measured
+    )
 
 
 def _cell(summary: Summary | None, with_interval: bool = False, unit: int = 100) -> Cell:
