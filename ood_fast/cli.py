@@ -1,4 +1,4 @@
-"""The command line. Each command is a module of `ood_fast.commands`, with its parser and what it runs.
+"""The command line. `commands.parsers` has what each command takes, a module of `commands` what it does.
 
 Exit codes: 0 done; 1 a run failed; 2 the request cannot be met as it was asked (nothing is written); 130 interrupted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import io
 import itertools
 import os
@@ -17,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import COMMANDS
-from .commands.common import RunError, refusal
+from .commands import RunError
+from .commands.parsers import COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,10 +59,14 @@ def _main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from .checks import UserError  # imports torch: not for --help and --version
 
+    try:
+        command = importlib.import_module(f".commands.{options.command}", __package__)
+    except ValueError as error:  # `ops` reads OOD_FAST_BACKEND
+        print(f"ood-fast: error: {error}", file=sys.stderr)
+        return 2
     before, warnings.formatwarning = warnings.formatwarning, _told
     try:
-        _check_backend()
-        options.run(options, shlex.join(["ood-fast", *arguments]))
+        command.run(options, shlex.join(["ood-fast", *arguments]))
         sys.stdout.flush()
     except UserError as error:
         print(f"ood-fast: error: {error}", file=sys.stderr)
@@ -75,14 +80,6 @@ def _main(arguments: list[str]) -> int:
     finally:
         warnings.formatwarning = before
     return 0
-
-
-def _check_backend() -> None:
-    """`ops` reads OOD_FAST_BACKEND when it is imported."""
-    try:
-        from . import ops  # noqa: F401
-    except ValueError as error:
-        raise refusal(str(error)) from error
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
@@ -123,8 +120,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         examples=("ood-fast compare", "ood-fast fit --help"),
     )
     parser.add_argument("--version", action="version", version=f"ood_fast {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
-    for command in COMMANDS:
-        command.add(commands)
+    for add in COMMANDS:
+        add(commands)
     return parser, dict(commands.choices)

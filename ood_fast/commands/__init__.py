@@ -1,8 +1,6 @@
-"""The commands of `ood-fast`, one module each: `add(commands)` makes the parser, `run(options, command)` does the work.
+"""The commands of `ood-fast`, a module each with `run(options, command)`, which does the work; `parsers.py` says what
+they take, and imports no torch: `ood-fast --help` answers at once."""
 
-Nothing here imports torch before a command runs: `ood-fast --help` answers at once.
-"""
 
-from . import compare, demo, evaluate, export, fit, info, report, score, train
-
-COMMANDS = (compare, train, fit, score, export, demo, evaluate, report, info)
+class RunError(Exception):
+    """The request was fine, but it could not be carried through: exit code 1."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import UserError
+from ..data import folders
+from ..data.images import ImageDataset
 from ..detectors import Detector
 from ..detectors.streaming import Gathered
 from ..evaluation.agreement import LISTED, confusion, other_order
-from .common import refusal, say
-
-if TYPE_CHECKING:
-    from ..data.images import ImageDataset
+from ..models.running import logits_of
+from .common import say
 
 SAMPLED = 256  # images that decide between two orders of the classes
 BATCH = 32
@@ -56,7 +56,7 @@ def check_sample(model: nn.Module, dataset: ImageDataset, names: Sequence[str], 
     """UserError where some predictions of a model that is trained say that the classes have another order."""
     logits, labels = _sampled(model, dataset)
     if len(labels) and (wrong := other_order(confusion(logits, labels), names)):
-        raise refusal(f"{path}: {wrong}")
+        raise UserError(f"{path}: {wrong}")
 
 
 def class_order(
@@ -68,7 +68,6 @@ def class_order(
     of the names, or the natural one (2 before 10, apple before Zebra) where the predictions of some images say that the
     model was trained with it.
     """
-    from ..data import folders
 
     if options.classes is not None:
         return folders.class_names(options.classes)
@@ -109,8 +108,6 @@ def own_labels(model: nn.Module) -> list[str] | None:
 
 def _sampled(model: nn.Module, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     """Logits and labels of at most `SAMPLED` images from all over the data that can be read."""
-    from ..checks import UserError
-    from ..models.running import logits_of
 
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images, labels = [], []

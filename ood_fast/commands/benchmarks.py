@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .common import listed, refusal, say
+from .. import models
+from ..checks import UserError
+from ..data import ImageBenchmark, open_benchmark
+from ..data.folders import class_names
+from ..evaluation import Trained
+from ..evaluation.trained import RUN
+from ..training.folder import read_info
+from .agreement import class_order
+from .common import listed, say
 from .model import preparation_of, text_of
-
-if TYPE_CHECKING:
-    from ..data import ImageBenchmark
-    from ..evaluation import Trained
 
 SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
 
@@ -29,12 +33,12 @@ class Benchmarks:
 
     def __init__(self, options: argparse.Namespace, path: str | None) -> None:
         if path is not None and not path.startswith("pretrained:") and not Path(path).expanduser().exists():
-            raise refusal(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         info = {} if path is None else run_info(path)
         self.options = options
         self.name = options.benchmark or info.get("benchmark")
         if self.name is None:
-            raise refusal(f"--benchmark: {path} does not say which; give one")
+            raise UserError(f"--benchmark: {path} does not say which; give one")
         self.trained_on = (info.get("data") or {}) if self.name == info.get("benchmark") else {}
         self.root = options.data_root or self.trained_on.get("root")
         same = self.root == self.trained_on.get("root")
@@ -48,8 +52,6 @@ class Benchmarks:
         self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
     ) -> ImageBenchmark:
         """One for each seed, preparation and order of classes."""
-        from ..data import open_benchmark
-        from ..data.folders import class_names
 
         options = self.options
         seed = (seed or 0) if self.name == "digits" or options.seed is None else options.seed
@@ -85,15 +87,12 @@ class Benchmarks:
             return self.open(run.seed, prepared)
         classes, names = (run.info or {}).get("class_names"), plain.class_names
         if classes is None:
-            from .agreement import class_order
-
             classes = class_order(run.model, self.open(run.seed, prepared).fit, self.options)
         if sorted(classes) != sorted(names) or list(classes) == list(names):
             return self.open(run.seed, prepared)  # what does not fit is told by the evaluation
         return self.open(run.seed, prepared, classes)
 
     def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
-        from .. import models
 
         assert run.model is not None
         options = self.options
@@ -123,9 +122,9 @@ def _folders(option: str, given: list[str]) -> dict[str, str]:
     folders = dict(named)
     for name in folders:
         if "/" in name:
-            raise refusal(f"{option}: got the name {name!r}, expected one without /")
+            raise UserError(f"{option}: got the name {name!r}, expected one without /")
     if len(folders) < len(named):
-        raise refusal(f"{option}: got {', '.join(name for name, _ in named)}, expected each name only once")
+        raise UserError(f"{option}: got {', '.join(name for name, _ in named)}, expected each name only once")
     return folders
 
 
@@ -133,14 +132,12 @@ def named_path(option: str, text: str, expected: str) -> tuple[str, str]:
     """(NAME, PATH) of NAME=PATH."""
     title, equals, path = text.partition("=")
     if not (title and equals and path):
-        raise refusal(f"{option}: got {text!r}, expected {expected}")
+        raise UserError(f"{option}: got {text!r}, expected {expected}")
     return title, path
 
 
 def run_info(path: str) -> dict[str, Any]:
     """run.json of a run; nothing if it has none."""
-    from ..evaluation.trained import RUN
-    from ..training.folder import read_info
 
     folder = Path(path).expanduser()
     return read_info(folder) if (folder / RUN).is_file() else {}

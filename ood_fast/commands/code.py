@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..checks import UserError
 from ..files import write_text
-from .common import refusal
 
 MOST_REMEMBERED = 500
 _appended: set[str] = set()  # current folders that are on the path because a command line asked
@@ -40,7 +40,7 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise refusal(
+        raise UserError(
             f"{option}: cannot import {name!r} ({error}), looked for it where packages are and here"
         ) from error
 

@@ -11,28 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import __version__
+import torch
+import torch.distributed as dist
+
+from .. import __version__, checks, features, ops
+from ..checks import UserError
+from ..detectors import Detector, DetectorSet, find, known, load, store
 from ..values import KINDS
 
-if TYPE_CHECKING:
-    from ..detectors import Detector, DetectorSet
-
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
-
-
-class RunError(Exception):
-    """The request was fine, but it could not be carried through: exit code 1."""
-
-
-def refusal(message: str) -> Exception:
-    """The request cannot be met as it was asked: exit code 2."""
-    from ..checks import UserError
-
-    return UserError(message)
 
 
 def say(options: Any, text: str) -> None:
@@ -48,26 +39,22 @@ def warn(text: str) -> None:
 
 def device(name: str) -> str:
     """The device of `--device` as torch names it; UserError if it cannot be used."""
-    import torch
-
-    from .. import ops
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(2, device=name).sum().item()  # a device without numbers (meta) fails here
     except (RuntimeError, AssertionError, ImportError) as error:  # torch raises each of them for some device
-        raise refusal(f"--device: cannot use {name!r}, {_why_not(name)}; use --device cpu") from error
+        raise UserError(f"--device: cannot use {name!r}, {_why_not(name)}; use --device cpu") from error
     try:
         ops.backend_name(torch.device(name))
     except RuntimeError as error:
-        raise refusal(str(error)) from error
+        raise UserError(str(error)) from error
     return name
 
 
 def _why_not(device: str) -> str:
     """In a few words; what torch says names drivers and every kind of device it knows."""
-    import torch
 
     if device.partition(":")[0] == "cuda":
         n_devices = torch.cuda.device_count()
@@ -82,12 +69,11 @@ def _why_not(device: str) -> str:
 def require_package(package: str, module: str, what: str = "compare") -> None:
     """UserError with the cure unless the module of a package is there; `what` needs it."""
     if util.find_spec(module) is None:
-        raise refusal(f"{what} needs {package}, which is not installed: pip install {package}")
+        raise UserError(f"{what} needs {package}, which is not installed: pip install {package}")
 
 
 def versions() -> dict[str, str]:
     """What results say of the software."""
-    from importlib import metadata  # takes longer than all the rest of the command line
 
     found = {"ood_fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
@@ -119,42 +105,39 @@ def whole_path(path: str | None) -> str | None:
 
 def detector_set(names: str, settings: list[str], on_features: bool) -> DetectorSet:
     """The `DetectorSet` of "A,B" (or "all" that can be used) and "A.k=3"; for stored features or for images."""
-    from .. import checks
-    from ..detectors import DetectorSet, find, known
 
     chosen: dict[str, Any] = {}
     usable = [name for name in known() if not (on_features and find(name).needs_model)]
     for name in usable if names == "all" else listed(names):
         cls = find(name)
         if cls.__name__ not in usable:
-            raise refusal(f"--detectors: {cls.label} passes images through the model, features do not suffice")
+            raise UserError(f"--detectors: {cls.label} passes images through the model, features do not suffice")
         chosen[cls.__name__] = (cls, {})
     if not chosen:
-        raise refusal("--detectors: got none, expected at least one")
+        raise UserError("--detectors: got none, expected at least one")
     for text in settings:
         path, equals, value = text.partition("=")
         name, dot, setting = path.strip().partition(".")
         if not equals or not dot:
-            raise refusal(f"--set: got {text!r}, expected DETECTOR.PARAMETER=VALUE, as in KNN.k=10")
+            raise UserError(f"--set: got {text!r}, expected DETECTOR.PARAMETER=VALUE, as in KNN.k=10")
         cls = find(name)
         if cls.__name__ not in chosen:
-            raise refusal(f"--set {text}: {cls.__name__} is not among the detectors {', '.join(chosen)}")
+            raise UserError(f"--set {text}: {cls.__name__} is not among the detectors {', '.join(chosen)}")
         parameters = cls.parameters_of()
         if setting not in parameters:
-            raise refusal(f"--set {text}: {checks.unknown(f'parameter of {cls.__name__}', setting, parameters)}")
+            raise UserError(f"--set {text}: {checks.unknown(f'parameter of {cls.__name__}', setting, parameters)}")
         try:
             chosen[cls.__name__][1][setting] = _parsed(cls, setting, value.strip())
         except ValueError:
-            raise refusal(f"--set {text}: expected true or false") from None
+            raise UserError(f"--set {text}: expected true or false") from None
     try:
         return DetectorSet({name: cls(**given) for name, (cls, given) in chosen.items()})
     except (TypeError, ValueError) as error:
-        raise refusal(f"--set: {error}") from error
+        raise UserError(f"--set: {error}") from error
 
 
 def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tuple]]:
     """The grids of the detectors that `--set` speaks of, without what it sets."""
-    from ..detectors import find
 
     grids: dict[str, dict[str, tuple]] = {}
     for text in settings:
@@ -166,22 +149,20 @@ def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tu
 
 def read_head_file(path: str) -> tuple[Any, Any]:
     """(W, b) of `--head-file`."""
-    from .. import features
 
     file = features.files(path)[0]
     if (head := features.load_head(file)) is None:
-        raise refusal(f"--head-file {file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
+        raise UserError(f"--head-file {file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
     return head
 
 
 def read_detectors(path: str, where: str) -> tuple[DetectorSet, dict[str, Any]]:
     """The detectors of a file on the device `where`, and what it says of their fit."""
-    from ..detectors import DetectorSet, load, store
 
     try:
         loaded, notes = load(path, where), store.notes(path)
     except (OSError, ValueError) as error:
-        raise refusal(f"--detectors: {error}") from error
+        raise UserError(f"--detectors: {error}") from error
     return loaded if isinstance(loaded, DetectorSet) else DetectorSet([loaded]), notes
 
 
@@ -195,8 +176,6 @@ def _parsed(cls: type[Detector], parameter: str, text: str) -> Any:
     if parameter in cls.switches():
         return KINDS["bool"].parse(text)
     if parameter == "dtype":
-        import torch
-
         named = getattr(torch, text.removeprefix("torch."), None)
         if isinstance(named, torch.dtype):
             return named
@@ -223,7 +202,6 @@ class Process:
         """The default process group; None alone. Asked for each time: a group that nobody holds ends its threads."""
         if self.size == 1:
             return None
-        import torch.distributed as dist
 
         return dist.group.WORLD
 
@@ -238,8 +216,6 @@ def processes(device: str) -> Iterator[Process]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Process()
         return
-    import torch
-    import torch.distributed as dist
 
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -7,109 +7,39 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES, MORE_LOSSES
+from .. import evaluation
+from ..checks import UserError
+from ..compare import Comparison, free_folder, open_runs, recipes_of, remove_runs
+from ..detectors import DetectorSet, find
+from ..evaluation import Results, RunResult, paths_of
+from ..recipes import DETECTORS, LOSSES
+from ..report import gallery, page
+from ..report.runs import diagnose_runs, first_of_each, open_records
+from ..train import DivergedError, Interrupted, Run
+from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import RunError, context_of, detector_set, device, listed, refusal, require_package, searched, whole_path
+from .common import context_of, detector_set, device, listed, require_package, searched, whole_path
 from .model import allow, is_callable, named
-from .options import share
 from .progress import Bar
 
-if TYPE_CHECKING:
-    from ..detectors import DetectorSet
-    from ..evaluation import Results, RunResult
-    from ..train import Run
-
-    Given = tuple[Path, Benchmarks, DetectorSet]
+Given = tuple[Path, Benchmarks, DetectorSet]
 
 DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
-
-
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "compare",
-        help="train with each loss, score with each detector, say which is best",
-        description="Train a classifier with each loss and seed, or take runs that are trained, measure them on near- "
-        "and far-OOD images with each detector, and say which is best and by how much. What is trained is kept in "
-        "DIR/runs: the same command continues it, other losses and seeds extend it.",
-        examples=(
-            "ood-fast compare",
-            "ood-fast compare --benchmark cifar10 --losses ce,elogitnorm --seeds 3 --data-root ~/data",
-        ),
-        epilog="losses: " + "; ".join(f"{name} = {what}" for name, what in {**LOSSES, **MORE_LOSSES}.items()),
-    )
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="runs that are trained, as `ood-fast evaluate` takes; none is trained"
-    )
-    default = "(default: %(default)s)"
-    parser.add_argument(
-        "--benchmark", "--data", dest="benchmark", metavar="NAME", help=f"{', '.join(BENCHMARK_NAMES)} (digits)"
-    )
-    parser.add_argument("--losses", metavar="A,B", help=f"losses to train with ({','.join(LOSSES)})")
-    parser.add_argument(
-        "--detectors", default=",".join(DETECTORS), metavar="A,B", help=f"detectors to score with, or all {default}"
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", help="number of seeds (5: seeds 0 to 4), or a list as 0,3,7 (default: 5)"
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
-    share(training, "model")
-    training.add_argument("--init", metavar="FILE", help="checkpoint whose weights each run starts from: fine-tuning")
-    training.add_argument(
-        "--checkpoint",
-        choices=("best", "final"),
-        help="which weights of a run are measured: best on validation images (default), or final (default with --init, "
-        "whose best epoch may be the first, before the loss has done anything)",
-    )
-    training.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
-    told = "a setting of the recipe, or of a detector as KNN.k=10; may be repeated"
-    share(training, "set", set={"metavar": "lr=0.05", "help": told})
-    data = parser.add_argument_group("data")
-    share(
-        data,
-        "data-root",
-        "layout",
-        "download",
-        "image-size",
-        "workers",
-        "ood",
-        "ood-folder",
-        "csid",
-        "csid-folder",
-        "outliers",
-        layout={"default": "auto"},
-    )
-    scores = parser.add_argument_group("measuring")
-    scores.add_argument(
-        "--tune",
-        action="store_true",
-        help="choose all parameters from OpenOOD's grids on validation images, not that of NCI alone",
-    )
-    parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
-    share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
-    share(parser, "device", "plugin", "quiet")
-    # of `evaluate`, whose benchmark this is: the seed is that of each run
-    unasked = ("seed", "classes", "orientation", "truncated", "size", "resize", "mean", "std", "interpolation")
-    parser.set_defaults(run=run, synthetic=False, **dict.fromkeys(unasked))
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     require_package("rich", "rich")
     import_plugins(options.plugin)
-    from .. import evaluation
-    from ..compare import free_folder
-    from ..train import DivergedError, Interrupted
 
     first = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
     options.benchmark = options.benchmark or first.get("benchmark")
     if options.benchmark is None:
-        raise refusal(f"--benchmark: {options.runs[0]} does not say which; give one")
+        raise UserError(f"--benchmark: {options.runs[0]} does not say which; give one")
     if options.benchmark == "digits":
         require_package("scikit-learn", "sklearn")
     benchmarks = Benchmarks(options, options.runs[0] if options.runs else None)
@@ -125,7 +55,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         results = compared()
         context["seconds"] = round(time.perf_counter() - start, 2)
         evaluation.write(folder, results, context)
-        page = _page(folder, context)
+        shown = _page(folder, context)
     except Interrupted as stop:
         print(f"ood-fast: {stop}; saved. To continue: {command.replace(' --overwrite', '')}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
@@ -135,15 +65,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise RunError(f"cannot write {folder}: {error.strerror or error}") from error
     if not options.quiet:
         evaluation.print_tables(results)
-        print(f"Compared in {time.perf_counter() - start:.0f} s. Results: {folder}/, to be read in {page}")
+        print(f"Compared in {time.perf_counter() - start:.0f} s. Results: {folder}/, to be read in {shown}")
 
 
 def _page(folder: Path, context: Mapping[str, Any]) -> Path:
     """The report about the first seed of each loss, beside the results."""
-    from ..report import gallery, page, runs
 
-    records = runs.first_of_each(runs.open_records([folder]))
-    runs.diagnose_runs(records)
+    records = first_of_each(open_records([folder]))
+    diagnose_runs(records)
     gallery.add(records)
     page.write(folder / page.NAME, records, context)
     return folder / page.NAME
@@ -153,12 +82,11 @@ def _trained(
     options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
-    from ..compare import Comparison, recipes_of, remove_runs
 
     folder, benchmarks, chosen = given
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
     if options.init and not Path(options.init).expanduser().is_file():
-        raise refusal(f"--init: no file {options.init}")
+        raise UserError(f"--init: no file {options.init}")
     for name, value in (("epochs", options.epochs), ("model", options.model), ("init", whole_path(options.init))):
         changes += [f"{name}={value}"] if value else []
     recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
@@ -189,14 +117,12 @@ def _taken(
     options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What measures runs that are trained."""
-    from .. import evaluation
-    from ..compare import open_runs
 
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
     of_training = ("recipe", "init", "checkpoint", "epochs", "overwrite", "losses", "seeds")
     for name in (*of_training, *(["set"] if settings else [])):
         if getattr(options, name):
-            raise refusal(f"--{name}: not used with RUN: what is trained is taken as it is")
+            raise UserError(f"--{name}: not used with RUN: what is trained is taken as it is")
     for path in options.runs:
         info = _info(path)
         import_known(info.get("plugins") or [])
@@ -211,21 +137,19 @@ def _taken(
 
 def _info(path: str) -> dict[str, Any]:
     """run.json of the first run that a path means; nothing if it has none."""
-    from ..evaluation import paths_of
 
     first = paths_of(path)[0]
     if not Path(first).expanduser().exists() and not path.startswith("pretrained:"):
-        raise refusal(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     return run_info(first)
 
 
 def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict[str, tuple]]]:
     """The detectors with what was set of them, and what is searched of each."""
-    from ..detectors import find
 
     names = [find(name).__name__ for name in listed(options.detectors)] if options.detectors != "all" else []
     if len(set(names)) < len(names):
-        raise refusal(f"detectors: got {', '.join(names)}, expected each only once")
+        raise UserError(f"detectors: got {', '.join(names)}, expected each only once")
     settings = [text for text in options.set if "." in text.partition("=")[0]]
     if options.benchmark == "digits":  # few images a class; what was set comes after it
         usual = [(name, *item) for name, given in DETECTORS.items() for item in given.items()]
@@ -243,11 +167,11 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         numbers = [int(number) for number in text.split(",") if number.strip()]
     except ValueError:
-        raise refusal(f"--seeds: got {text!r}, expected a number of seeds or a list as 0,3,7") from None
+        raise UserError(f"--seeds: got {text!r}, expected a number of seeds or a list as 0,3,7") from None
     if "," in text:
         return tuple(numbers)
     if numbers[:1] < [1]:
-        raise refusal(f"--seeds: got {text!r}, expected at least 1")
+        raise UserError(f"--seeds: got {text!r}, expected at least 1")
     return tuple(range(numbers[0]))
 
 

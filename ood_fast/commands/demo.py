@@ -6,19 +6,23 @@ import argparse
 import html
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import images
+import torch
+from torch import nn
+
+from .. import serving
+from ..bundle import load_bundle
+from ..checks import UserError
+from ..data.images import preparation
+from ..deployment import deploy
+from ..detectors import DetectorSet
+from ..report.pages import document
+from ..serving import Service
+from . import RunError
 from .code import import_plugins
-from .common import RunError, listed, refusal
+from .common import listed
 from .model import cannot_take, deployable, fitted, is_callable, named, text_of
-from .options import at_least, share
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..detectors import DetectorSet
-    from ..serving import Service
 
 POLICY = "; connect-src 'self'; img-src blob:"  # it asks this server alone, and shows the image that was dropped
 SCRIPT = """
@@ -50,37 +54,14 @@ document.addEventListener("paste", event => score(event.clipboardData.files[0]))
 """
 
 
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "demo",
-        help="a page to drop an image on: its class, and what each detector says",
-        description="Serve a page, by default to this machine alone: drop an image on it and see its class, the score "
-        "of each detector and whether it is out-of-distribution. The same by POST /score, as JSON.",
-        examples=("ood-fast demo detectors.safetensors", "ood-fast demo bundle/ --port 9000"),
-    )
-    parser.add_argument(
-        "file", metavar="FITTED", help="what `ood-fast fit --validation` wrote, or a folder of save_bundle"
-    )
-    parser.add_argument("--detectors", metavar="A,B", help="only these of the file (default: all)")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: %(default)s, this machine)")
-    parser.add_argument("--port", type=at_least(0), default=8000, metavar="N", help="(default: %(default)s; 0: any)")
-    share(parser, "other-model")
-    group = parser.add_argument_group("model and images", "Needed only where it differs from what FITTED remembers.")
-    images.add_model(group, remembered=True)
-    share(parser, "plugin", "quiet")
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command, until it is interrupted."""
-    from ..serving import server
 
     if options.port > 65535:
-        raise refusal(f"--port: got {options.port}, expected at most 65535")
+        raise UserError(f"--port: got {options.port}, expected at most 65535")
     import_plugins(options.plugin)
     service = service_of(options)
-    with server(service, options.host, options.port) as listening:
+    with serving.server(service, options.host, options.port) as listening:
         if not options.quiet:
             print("http://{}:{}  (Ctrl-C ends it)".format(*listening.server_address[:2]), flush=True)
         try:
@@ -91,11 +72,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def service_of(options: argparse.Namespace) -> Service:
     """What the options of the command serve."""
-    import torch
-
-    from ..data.images import preparation
-    from ..deployment import deploy
-    from ..serving import Service
 
     folder = Path(options.file).expanduser()
     model, detectors, prepared = _of_bundle(folder, options) if folder.is_dir() else fitted(options)
@@ -108,7 +84,7 @@ def service_of(options: argparse.Namespace) -> Service:
     except RuntimeError as error:
         raise RunError(cannot_take(prepared, error)) from error
     except ValueError as error:
-        raise refusal(str(error)) from error
+        raise UserError(str(error)) from error
     classes = next((each.class_names for _, each in detectors.items() if each.class_names), None)
     upright = prepared.get("orientation", "exif") == "exif"
     return Service(deployed, prepare, None, classes, _page(folder.name, prepared), upright)
@@ -116,14 +92,12 @@ def service_of(options: argparse.Namespace) -> Service:
 
 def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
     """The model and detectors of `save_bundle`, and how its images are prepared."""
-    from ..bundle import load_bundle
-    from ..detectors import DetectorSet
 
     model = named(options.model) if options.model and is_callable(options.model) else options.model
     try:
         bundle = load_bundle(folder, model)
     except (OSError, ValueError) as error:
-        raise refusal(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
     found = bundle.detectors if isinstance(bundle.detectors, DetectorSet) else DetectorSet([bundle.detectors])
     for _, each in found.items():
         each.class_names = each.class_names or bundle.classes
@@ -132,7 +106,6 @@ def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, De
 
 
 def _page(name: str, prepared: dict[str, Any]) -> str:
-    from ..report.pages import document
 
     body = f"""<h1>{html.escape(name)}</h1>
 <p class=lead>Drop an image anywhere on this page, paste one, or choose: <input type=file accept="image/*"></p>

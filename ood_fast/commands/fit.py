@@ -6,58 +6,27 @@ import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import images
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import checks, features
+from ..checks import UserError
+from ..detectors import ODIN, Detector, DetectorSet
+from ..detectors.fitting import DoesNotFit
+from ..detectors.search import Search
+from ..evaluation.agreement import confusion, refuse_disagreement, told_accuracy
+from ..heads import given_head
+from . import RunError, images, quality
+from .agreement import Agreement, class_order
 from .code import import_plugins
-from .common import Process, RunError, detector_set, device, processes, read_head_file, refusal, say, warn
+from .common import Process, detector_set, device, processes, read_head_file, say, warn
 from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
-from .options import share
 from .progress import Bar
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ..detectors import Detector, DetectorSet
-
 OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
-
-
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "fit",
-        help="fit detectors on images or stored features, and save them",
-        description="Fit any number of detectors in one pass over images (--model, --data) or stored features "
-        "(--features), choose their parameters (--tune) and thresholds on validation data, and save them as one "
-        "safetensors file. Under torchrun, each process takes a part of the data.",
-        examples=(
-            "ood-fast fit --model resnet50 --pretrained --data train/ --validation val/ --out detectors.safetensors",
-            "ood-fast fit --features train.npz --detectors NCI,KNN --set KNN.k=10 --out detectors.safetensors",
-        ),
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="what to write, as in detectors.safetensors")
-    parser.add_argument(
-        "--detectors", default="MSP,Energy,KNN,NCI,FDBD", metavar="A,B", help="or all (default: %(default)s)"
-    )
-    share(parser, "set")
-    data = parser.add_argument_group("data: folders of images, or feature files with --features")
-    data.add_argument("--data", metavar="PATH", help="training images, a folder for each class")
-    share(data, "features", "head-file", "validation", "ood-validation")
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="choose parameters, also those that --set gives, by AUROC on --validation and --ood-validation",
-    )
-    threshold = parser.add_mutually_exclusive_group()
-    threshold.add_argument(
-        "--tpr", type=float, metavar="P", help="thresholds that keep P of --validation (default 0.95)"
-    )
-    threshold.add_argument("--alpha", type=float, metavar="A", help="thresholds that flag new ID data with chance <= A")
-    images.add_options(parser)
-    share(parser, "any-accuracy", "skip-bad", "plugin", "quiet")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -76,7 +45,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         except RuntimeError as error:  # what the model says of the images
             raise RunError(cannot_take(open_data.notes, error)) from error
         except ValueError as error:  # what the detectors say of the data: too few rows for k, NaN, a missing target
-            raise refusal(_with_flag(error, detectors, options.tune)) from error
+            raise UserError(_with_flag(error, detectors, options.tune)) from error
         if process.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -89,13 +58,13 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     if bool(options.data) == bool(options.features):
-        raise refusal("--data, --features: expected one of them, training images or training features")
+        raise UserError("--data, --features: expected one of them, training images or training features")
     if options.tune and not (options.validation and options.ood_validation):
-        raise refusal("--tune: needs --validation and --ood-validation")
+        raise UserError("--tune: needs --validation and --ood-validation")
     if options.ood_validation and not options.tune:
-        raise refusal("--ood-validation: only used with --tune")
+        raise UserError("--ood-validation: only used with --tune")
     if (options.tpr is not None or options.alpha is not None) and not options.validation:
-        raise refusal("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
+        raise UserError("--tpr, --alpha: need --validation, in-distribution data that was not trained on")
     trained_on = options.data or options.features
     if options.validation and Path(options.validation).resolve() == Path(trained_on).resolve():
         warn(
@@ -113,21 +82,21 @@ def _check(options: argparse.Namespace) -> None:
 
 def _checked_out(name: str) -> Path:
     """The file to write, before an hour of work: its folder can be written, and its ending does not lie."""
-    from .. import checks
 
     out = Path(name).expanduser()
     checks.writable_folder("--out", out.parent)
     if out.is_dir() or not out.name:
-        raise refusal(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
+        raise UserError(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
     checks.utf8_path("--out", out)
     if out.suffix.lower() in OTHER_FORMATS:
-        raise refusal(f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors")
+        raise UserError(
+            f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors"
+        )
     return out
 
 
 def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
     """ODIN steps by what the channels of images were divided by, as in OpenOOD, unless --set says otherwise."""
-    from ..detectors import ODIN, DetectorSet
 
     def prepared(detector: Detector) -> Detector:
         if not isinstance(detector, ODIN) or detector.std is not None:
@@ -159,9 +128,6 @@ class _ImageData:
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        from ..detectors import DetectorSet
-        from ..evaluation.agreement import refuse_disagreement, told_accuracy
-        from .agreement import Agreement
 
         source = images.read_images(path, with_classes=True, classes=self.class_order)
         if source.classes is None:
@@ -191,7 +157,7 @@ class _ImageData:
         reading = {d.label: {name for part in d.gathers().values() for name in part.reads} for d in detectors.detectors}
         needing = [label for label, reads in reading.items() if "targets" in reads]
         if needing:
-            raise refusal(
+            raise UserError(
                 f"no class folders in {path}: {', '.join(needing)} {'needs' if len(needing) == 1 else 'need'} classes, "
                 "expected a folder of images for each class"
             )
@@ -207,14 +173,12 @@ class _ImageData:
 
     def quality(self, detectors: DetectorSet, path: str) -> list[str]:
         """Lines that say whether the detectors work."""
-        from ..checks import UserError
-        from .quality import told
 
         try:
             source = images.read_images(path, with_classes=self.class_order is not None, classes=self.class_order)
         except UserError:  # folders of other names
             source = images.read_images(path)
-        return told(detectors, self.model, source, self.prepared, self.options)
+        return quality.told(detectors, self.model, source, self.prepared, self.options)
 
 
 ORDER = "number the targets as the logits are"
@@ -230,7 +194,6 @@ class _FeatureData:
         self.head, self.options, self.notes = head, options, {}
 
     def _batches(self, path: str, process: Process, bar: Bar) -> Iterable:
-        from .. import features
 
         for index, stored in enumerate(features.batches(path)):
             if index % process.size == process.rank:
@@ -238,7 +201,6 @@ class _FeatureData:
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-        from ..evaluation.agreement import confusion, refuse_disagreement, told_accuracy
 
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         counts = None
@@ -277,19 +239,16 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     say(options, f"images: {text_of(prepared)}")
     names = None
     if source.classes or options.classes:
-        from .agreement import class_order
-
         names = class_order(model, images.dataset_of(source, prepared), options)
     n_outputs = _n_outputs(model, options.head)
     if names and n_outputs not in (None, len(names)):
         if options.classes:
-            raise refusal(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
+            raise UserError(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
         say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 
 def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
-    from ..heads import given_head
 
     try:
         return given_head(model, head).out_features
@@ -298,7 +257,6 @@ def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
 
 
 def _open_features(options: argparse.Namespace) -> _FeatureData:
-    from .. import features
 
     if options.head_file:
         return _FeatureData(read_head_file(options.head_file), options)
@@ -311,7 +269,6 @@ def _open_features(options: argparse.Namespace) -> _FeatureData:
 def _fit(
     detectors: DetectorSet, data: _ImageData | _FeatureData, options: argparse.Namespace, process: Process
 ) -> DetectorSet:
-    from ..detectors.search import Search
 
     fitting = Search(detectors) if options.tune else detectors
     on_validation = [name for name, d in fitting.items() if options.validation and d.fits_on == "validation"]
@@ -344,7 +301,6 @@ def _fit(
 
 def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
     """The message; with the flag for a parameter that the data are too few for."""
-    from ..detectors.fitting import DoesNotFit
 
     if isinstance(error, DoesNotFit):
         for name, detector in detectors.items():
@@ -357,8 +313,6 @@ def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
 
 def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:
     """The scores of all batches, and of all processes, in the order of the ranks."""
-    import torch
-    import torch.distributed as dist
 
     with closing(batches):
         parts = [{name: scores.cpu() for name, scores in batch.items()} for batch in batches]
@@ -367,7 +321,7 @@ def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str,
         dist.all_gather_object(everyone, parts, process.group)
         parts = [part for of_rank in everyone for part in of_rank]
     if not parts:
-        raise refusal("--validation, --ood-validation: got no samples")
+        raise UserError("--validation, --ood-validation: got no samples")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

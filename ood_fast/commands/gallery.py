@@ -5,20 +5,19 @@ from __future__ import annotations
 import html
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import spreadsheet
-
-if TYPE_CHECKING:
-    from ..data.images import Files
+from ..checks import UserError
+from ..data.images import Files
+from ..files import write_text
+from ..report.pages import document, thumbnail
 
 SHOWN = 500  # rows
 
 
 def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     """Write the page of a table of `score`; with the images of `source`. OSError if it cannot be written."""
-    from ..files import write_text
-    from ..report.pages import document
 
     columns, rows = _read(table)
     rows.sort(key=lambda row: row[2])
@@ -58,8 +57,6 @@ def _images(source: Files | None) -> Callable[[str], str]:
     """A small image for a path of the table; nothing where there is none."""
     if source is None:
         return lambda path: ""
-    from ..checks import UserError
-    from ..report.pages import thumbnail
 
     places = {source.path(index): index for index in range(len(source))}
 

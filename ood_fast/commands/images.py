@@ -9,68 +9,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .common import RunError, refusal, say
-from .options import at_least, share
+import torch
 
-if TYPE_CHECKING:
-    from ..data.images import Files, ImageDataset
-
-
-def add_options(parser: argparse.ArgumentParser, remembered: bool = False) -> None:
-    """What says which model looks at which images, and how they are prepared; `remembered`: by the detectors' file."""
-    group = parser.add_argument_group(
-        "model and images",
-        "Needed only where it differs from what --detectors remembers of `ood-fast fit`." if remembered else None,
-    )
-    add_model(group, remembered)
-    share(group, "classes", "batch-size", "workers", "device", batch_size={"default": 128})
-
-
-def add_model(group: Any, remembered: bool) -> None:
-    """What says which model it is, and how its images are prepared."""
-    share(group, "model")
-    group.add_argument("--checkpoint", metavar="FILE", help="its weights: a state_dict or safetensors")
-    group.add_argument("--pretrained", action="store_true", help="its weights: those that were published with it")
-    share(group, "head")
-    group.add_argument(
-        "--n-classes", type=at_least(1), metavar="N", help="number of classes (default: of the checkpoint's head)"
-    )
-    add_preparation(group, "as fitted" if remembered else "the model's own", "as fitted" if remembered else "exif")
-
-
-def add_preparation(group: Any, own: str, orientation: str) -> None:
-    """How images are prepared; `own` and `orientation` say what holds by default."""
-    group.add_argument(
-        "--size", type=at_least(1), metavar="PIXELS", help=f"images are cropped to this square (default: {own})"
-    )
-    group.add_argument(
-        "--resize",
-        type=at_least(1),
-        metavar="PIXELS",
-        help=f"after their short side got this length (default: {own}, size · 8/7 if --size is given)",
-    )
-    for name in ("mean", "std"):
-        what = f"of the normalisation, a number for each channel (default: {own})"
-        group.add_argument(f"--{name}", metavar="A,B,C", help=what)
-    group.add_argument(
-        "--interpolation",
-        choices=("bilinear", "bicubic", "nearest", "lanczos"),
-        help=f"of the resizing (default: {own})",
-    )
-    group.add_argument(
-        "--orientation",
-        choices=("exif", "stored"),
-        help="turn images as their EXIF data says, or take them as stored, as torchvision does (default: "
-        f"{orientation})",
-    )
-    share(group, "truncated")
+from ..checks import ROW, RowError, UserError
+from ..data import decoding, folders
+from ..data.images import NO_CLASS, Files, ImageDataset, preparation
+from ..data.loading import ErrorsAsItems, alive, split
+from . import RunError
+from .common import say
 
 
 def dataset_of(source: Files, prepared: dict[str, Any]) -> ImageDataset:
     """The images of `source`, prepared as `preparation_of` says."""
-    from ..data.images import ImageDataset, preparation
 
     source.upright = prepared.get("orientation", "exif") == "exif"
     source.truncated = prepared.get("truncated") == "allow"
@@ -102,7 +54,6 @@ class Images:
     @contextmanager
     def named(self) -> Iterator[None]:
         """What is wrong with a row of the last batch names the image."""
-        from ..checks import ROW, RowError
 
         try:
             yield
@@ -110,9 +61,6 @@ class Images:
             raise ValueError(f"image {self.paths[error.in_batch]}: {error.text.replace(ROW, 'this one')}") from error
 
     def __iter__(self) -> Iterator[tuple]:
-        import torch
-
-        from ..data.loading import ErrorsAsItems, alive, split
 
         loader = torch.utils.data.DataLoader(
             ErrorsAsItems(torch.utils.data.Subset(self.dataset, self.rows)),
@@ -145,8 +93,6 @@ def read_images(data: str | Sequence[str], with_classes: bool = False, classes: 
     One folder: those below it, with a class for each of its folders if there are any and `with_classes` asks; `classes`
     is their order. Else files, folders, patterns and "-", a list on stdin, in this order and without classes.
     """
-    from ..data import folders
-    from ..data.images import NO_CLASS, Files
 
     data = [data] if isinstance(data, str) else data
     folder = Path(data[0]).expanduser()
@@ -156,20 +102,19 @@ def read_images(data: str | Sequence[str], with_classes: bool = False, classes: 
             return folders.read_image_folder(folder, str(folder), expected, classes, all_of_them=classes is None)
         return folders.read_flat_folder(folder, str(folder), "expected images")
     if with_classes:
-        raise refusal(f"no folder {' '.join(data)}")
+        raise UserError(f"no folder {' '.join(data)}")
     names: list[str] = []
     left_out: list[str] = []
     for item in data:
         for path in _on_stdin() if item == "-" else [os.path.expanduser(item)]:
             _add(path, names, left_out)
     if not names:
-        raise refusal(f"--data {' '.join(data)}: no images there{'; ' if left_out else ''}{'; '.join(left_out)}")
+        raise UserError(f"--data {' '.join(data)}: no images there{'; ' if left_out else ''}{'; '.join(left_out)}")
     return Files(Path(), names, [NO_CLASS] * len(names), left_out="; ".join(left_out))
 
 
 def _add(path: str, names: list[str], left_out: list[str]) -> None:
     """The images of one file, folder or pattern. A file that is named is taken whatever it is called."""
-    from ..data import decoding, folders
 
     if os.path.isdir(path):
         found = folders.read_flat_folder(Path(path), path, "expected images")
@@ -182,24 +127,24 @@ def _add(path: str, names: list[str], left_out: list[str]) -> None:
         known = decoding.suffixes()
         images = [file for file in matching if os.path.isfile(file) and os.path.splitext(file)[1].lower() in known]
         if not images:
-            raise refusal(f"--data {path}: no image matches the pattern")
+            raise UserError(f"--data {path}: no image matches the pattern")
         names += images
         if others := sorted(set(matching) - set(images)):
             left_out.append(f"{len(others)} that match {path} left out ({others[0]}{', ...' if others[1:] else ''})")
     else:
-        raise refusal(f"--data {path}: no such file or folder")
+        raise UserError(f"--data {path}: no such file or folder")
 
 
 def _on_stdin() -> list[str]:
     """The paths on stdin, one a line, or ended by NUL as `find -print0` does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise refusal("--data -: the processes of torchrun do not share stdin; write the list's images into a folder")
+        raise UserError("--data -: the processes of torchrun do not share stdin; write the list's images into a folder")
     content = sys.stdin.buffer.read()
     lines = content.split(b"\0") if b"\0" in content else content.splitlines()
     paths = [os.fsdecode(line) for line in lines if line.strip()]
     if not paths:
-        raise refusal("--data -: got no path on stdin")
+        raise UserError("--data -: got no path on stdin")
     for number, path in enumerate(paths, start=1):
         if not os.path.lexists(path):
-            raise refusal(f"--data -, path {number}: {path}: no such file")
+            raise UserError(f"--data -, path {number}: {path}: no such file")
     return paths

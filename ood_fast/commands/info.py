@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from .. import detectors, ops
 from ..recipes import DETECTORS, LOSSES
 from .common import machine, versions
 
 
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "info",
-        help="versions, devices and what is available",
-        description="Versions, devices, and the known losses and detectors.",
-        examples=("ood-fast info", "ood-fast info > versions.txt"),
-    )
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    import torch
-
-    from .. import detectors
 
     devices = ["cpu"]
     devices += [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
@@ -47,7 +35,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def _backend(device: str) -> str:
-    from .. import ops
 
     try:
         return f"{device}: {ops.backend_name(device)}"

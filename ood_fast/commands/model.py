@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import registry
+import torch
+from torch import nn
+
+from .. import models, registry
+from ..checks import UserError, unknown
+from ..detectors import DetectorSet
+from ..heads import given_head
+from ..models import HF, TIMM, checkpoints, own_preparation, weight_fingerprint
+from ..models.preparation import IMAGENET
 from . import code
-from .common import listed, read_detectors, refusal, say
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..detectors import DetectorSet
+from .common import listed, read_detectors, say
 
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
 PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
@@ -26,35 +29,31 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
     The weights are those of `--checkpoint`, those published with the model (`--pretrained`), or what a callable of the
     user makes. No detector is worth anything on weights that were just drawn, so others are refused.
     """
-    import torch
-
-    from .. import models
-    from ..models import checkpoints
 
     if options.model is None:
-        raise refusal("--model: got none, expected the model whose features the detectors read; or pass --features")
+        raise UserError("--model: got none, expected the model whose features the detectors read; or pass --features")
     if options.checkpoint is not None and options.pretrained:
-        raise refusal("--checkpoint, --pretrained: expected one of them")
+        raise UserError("--checkpoint, --pretrained: expected one of them")
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
     if is_callable(options.model):
         model = named(options.model)
     elif options.pretrained or (options.checkpoint is None and options.model.startswith(models.HF)):
         published = models.n_published(options.model)
         if options.n_classes not in (None, published):
-            raise refusal(
+            raise UserError(
                 f"--n-classes: got {options.n_classes}, but the published weights of {options.model} have {published}; "
                 "another head would be drawn at random: train one, and pass it with --checkpoint"
             )
         model = models.create(options.model, published, pretrained=True)
     elif options.checkpoint is None:
-        raise refusal(
+        raise UserError(
             f"--model {options.model}: got no weights, and detectors on weights drawn at random mean nothing; pass "
             "--checkpoint FILE, or --pretrained for those that were published"
         )
     else:
         n_classes = options.n_classes or of_checkpoint or n_classes
         if n_classes is None:
-            raise refusal("--n-classes: give the number of classes, it follows from nothing else here")
+            raise UserError("--n-classes: give the number of classes, it follows from nothing else here")
         model = models.create(options.model, n_classes)
     if options.checkpoint is not None:
         models.load_checkpoint(model, options.checkpoint)
@@ -63,24 +62,22 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
 
 def is_callable(name: str) -> bool:
     """Whether it is MODULE:CALLABLE, code of the user."""
-    from ..models import HF, TIMM
 
     return ":" in name and not name.startswith((TIMM, HF))
 
 
 def named(path: str) -> nn.Module:
     """What MODULE:CALLABLE gives, which the command line names."""
-    from torch import nn
 
     module, _, name = path.partition(":")
     try:
         found = getattr(code.import_asked_for(module, f"--model {path}"), name)
     except AttributeError as error:
-        raise refusal(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
+        raise UserError(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
     code.remember(path)
     model = found()
     if not isinstance(model, nn.Module):
-        raise refusal(f"--model {path}: gave a {type(model).__name__}, expected an nn.Module")
+        raise UserError(f"--model {path}: gave a {type(model).__name__}, expected an nn.Module")
     return model
 
 
@@ -93,7 +90,7 @@ def allow(name: str, said: str | None, where: str) -> None:
     if not is_callable(name):
         return
     if said != name and not code.is_known(name):
-        raise refusal(
+        raise UserError(
             f"{where} names the model {name}; code is not run because a file names it, pass --model {name} if it is "
             "yours"
         )
@@ -107,7 +104,7 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
     """
     if options.model is None and (named := notes.get("model")) is not None and is_callable(str(named)):
         if not code.is_known(str(named)):
-            raise refusal(
+            raise UserError(
                 f"--model: the detectors were fitted with --model {named}; code is not run because a file names it, "
                 "pass it again if it is yours"
             )
@@ -120,8 +117,6 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
 
 def fingerprint_of(model: nn.Module, head: str | None) -> str:
     """Of the weights and the place of the head, see `models.weight_fingerprint`."""
-    from ..heads import given_head
-    from ..models import weight_fingerprint
 
     return weight_fingerprint(model, given_head(model, head))
 
@@ -131,7 +126,7 @@ def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict
     fitted_on = notes.get("fingerprint")
     if fitted_on is None or options.other_model or fingerprint_of(model, options.head) == fitted_on:
         return
-    raise refusal(
+    raise UserError(
         f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
         "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
     )
@@ -150,19 +145,18 @@ def fitted(options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[st
 
 def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
     """Those of `--detectors`, or all, each of which can be deployed."""
-    from ..checks import unknown
 
     for name in names:
         if name not in detectors:
-            raise refusal(f"--detectors: {unknown('detector', name, detectors)}")
+            raise UserError(f"--detectors: {unknown('detector', name, detectors)}")
     chosen = detectors.only(names or detectors)
     for name, detector in chosen.items():
         others = ",".join(other for other in chosen if other != name)
         leave_out = f"; leave it out with --detectors {others}" if others else ""
         if detector.needs_model:
-            raise refusal(f"{name} passes images of its own through the model, no file can do that{leave_out}")
+            raise UserError(f"{name} passes images of its own through the model, no file can do that{leave_out}")
         if detector.threshold is None:
-            raise refusal(f"{name} has no threshold: fit with --validation{leave_out}")
+            raise UserError(f"{name} has no threshold: fit with --validation{leave_out}")
     return chosen
 
 
@@ -171,8 +165,6 @@ def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
 
 def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `PREPARATION` names: as given, else as `kept` with the detectors, else the model's own."""
-    from ..models import own_preparation
-    from ..models.preparation import IMAGENET
 
     kept = kept or {}
     # older files do not say the orientation: it was not read
@@ -182,11 +174,13 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     size = options.size or own["size"]
     resize = options.resize or (size * 8 // 7 if options.size else own["resize"])
     if size < 1 or (isinstance(resize, int) and resize < size):
-        raise refusal(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
+        raise UserError(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
     resize = resize if isinstance(resize, int) else tuple(resize)  # as JSON has it, a list
     numbers = {name: _numbers(name, getattr(options, name)) or tuple(own[name]) for name in ("mean", "std")}
     if len(numbers["mean"]) != len(numbers["std"]):
-        raise refusal(f"--mean, --std: got {len(numbers['mean'])} and {len(numbers['std'])} numbers, expected as many")
+        raise UserError(
+            f"--mean, --std: got {len(numbers['mean'])} and {len(numbers['std'])} numbers, expected as many"
+        )
     chosen = {name: getattr(options, name) or own[name] for name in ("interpolation", "orientation", "truncated")}
     return {"size": size, "resize": resize, **numbers, **chosen}
 
@@ -199,11 +193,13 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 3):
-        raise refusal(f"--{name}: got {text!r}, expected three numbers as in 0.485,0.456,0.406, or one for grey images")
+        raise UserError(
+            f"--{name}: got {text!r}, expected three numbers as in 0.485,0.456,0.406, or one for grey images"
+        )
     for number in numbers:
         if not (0 < number < math.inf if name == "std" else -math.inf < number <= 1):  # also NaN
             expected = "numbers above 0" if name == "std" else "numbers up to 1"
-            raise refusal(f"--{name}: got {text!r}, expected {expected}: pixels are from 0 to 1, not to 255")
+            raise UserError(f"--{name}: got {text!r}, expected {expected}: pixels are from 0 to 1, not to 255")
     return numbers
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.images import Files, ImageDataset, Noise, Scrambled
+from ..data.loading import ErrorsAsItems, split
+from ..detectors import DetectorSet
+from ..metrics import auroc
 from .images import dataset_of
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ..data.images import Files, ImageDataset
-    from ..detectors import DetectorSet
 
 SAMPLED = 1000  # validation images, and as many of the others
 LEAST = 0.60  # AUROC, below which a detector is not to be used
@@ -21,10 +23,6 @@ def told(
     detectors: DetectorSet, model: nn.Module, source: Files, prepared: dict[str, Any], options: argparse.Namespace
 ) -> list[str]:
     """A line on the accuracy, where there are classes, and one for each detector: AUROC, flagged share, verdict."""
-    import numpy as np
-
-    from ..data.images import ImageDataset, Noise, Scrambled
-    from ..metrics import auroc
 
     rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(int))
     plain = dataset_of(source.take(rows), prepared)
@@ -51,9 +49,6 @@ def _scores(
     detectors: DetectorSet, model: nn.Module, dataset: ImageDataset, options: argparse.Namespace
 ) -> tuple[dict[str, Tensor], float | None]:
     """The scores of the images that can be read, and the accuracy, None without classes."""
-    import torch
-
-    from ..data.loading import ErrorsAsItems, split
 
     loader = torch.utils.data.DataLoader(
         ErrorsAsItems(dataset), options.batch_size, num_workers=options.workers, collate_fn=split

@@ -6,50 +6,16 @@ import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import Any
 
+from ..report import gallery, page, runs
+from . import RunError
 from .code import import_plugins
-from .common import RunError, context_of, device
-from .options import share
+from .common import context_of, device
 from .progress import Bar
-
-
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "report",
-        help="one page about trained runs: training, evaluation, diagnostics of the features",
-        description="Write a page, one HTML file, about runs of `ood-fast train`, side by side: settings, training "
-        "curves, what `ood-fast evaluate` found, and diagnostics of the features that it keeps. No model is run, but "
-        "with --feature-change.",
-        examples=(
-            "ood-fast report runs/cifar10-ce runs/cifar10-elogitnorm",
-            "ood-fast report runs/cifar10-elogitnorm/s0 --out page.html",
-        ),
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a folder of `ood-fast train`, one with such runs as s0, s1, ..., or a results folder of `ood-fast "
-        "evaluate`, for the runs in it",
-    )
-    parser.add_argument("--out", metavar="FILE", help="(default: RUN/report.html; with several RUNs report.html here)")
-    change = parser.add_argument_group("change of the features by norm (Haas et al., eq. 8)")
-    change.add_argument(
-        "--feature-change",
-        action="store_true",
-        help="run the model of each checkpoint in RUN/epochs (train --keep-every) over the ID test images; kept for "
-        "later reports",
-    )
-    share(change, "data-root", "device", "batch-size", "workers")
-    share(parser, "plugin", "quiet")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """The command."""
-    from ..report import gallery, page, runs
 
     import_plugins(options.plugin)
     context = context_of(command)

@@ -8,49 +8,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import images
+from .. import checks, features
+from ..checks import UserError
+from ..data.folders import class_names
+from ..detectors import DetectorSet
+from . import RunError, gallery, images
 from .code import import_plugins
-from .common import Process, RunError, device, processes, read_detectors, refusal, warn
+from .common import Process, device, processes, read_detectors, warn
 from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
-from .options import share
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
-
-if TYPE_CHECKING:
-    from ..detectors import DetectorSet
-
-
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "score",
-        help="score images or stored features with fitted detectors",
-        description="Score every image below a folder (--data) or stored features (--features), and write path, "
-        "prediction, score and is_ood of each to a CSV or Parquet file. --detectors remembers the model and the image "
-        "settings of `ood-fast fit`: neither need be given again. "
-        "An interrupted run goes on where it stopped. Under torchrun, each process takes a part of the data.",
-        examples=(
-            "ood-fast score --detectors detectors.safetensors --data photos/ --out scores.csv --html scores.html",
-            "find . -name '*.png' | ood-fast score --detectors detectors.safetensors --data - --out scores.parquet",
-        ),
-    )
-    parser.add_argument("--detectors", required=True, metavar="FILE", help="what `ood-fast fit` wrote")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the table: .csv or .parquet")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="folder of images, at any depth; images; a pattern; - for a list on stdin",
-    )
-    share(parser, "features")
-    parser.add_argument("--html", metavar="PAGE", help="also a page: images sorted by score, the most OOD ones first")
-    share(parser, "overwrite", overwrite="replace --out, and begin an interrupted run anew")
-    share(parser, "other-model")
-    images.add_options(parser, remembered=True)
-    share(parser, "skip-bad", "plugin", "quiet")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -75,10 +44,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     if counts is None:
         return
     if page is not None:
-        from .gallery import write
-
         try:
-            write(page, out, source, command)
+            gallery.write(page, out, source, command)
         except OSError as error:
             raise RunError(f"--html: cannot write {page}: {error.strerror or error}") from error
     if not options.quiet:
@@ -92,23 +59,22 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """The table and the page to write, before anything is done."""
-    from .. import checks
 
     if bool(options.data) == bool(options.features):
-        raise refusal("--data, --features: expected one of them, images or stored features")
+        raise UserError("--data, --features: expected one of them, images or stored features")
     out = Path(options.out).expanduser()
     page = None if options.html is None else Path(options.html).expanduser()
     if out.suffix not in SUFFIXES:
-        raise refusal(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
+        raise UserError(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
     if page is not None and (page.is_dir() or page.suffix not in (".html", ".htm")):
-        raise refusal(f"--html: got {page}, expected the name of a file ending in .html")
+        raise UserError(f"--html: got {page}, expected the name of a file ending in .html")
     if out.suffix == ".parquet":
         require_pyarrow()
     for name, file in (("--out", out), ("--html", page)):
         if file is not None:
             checks.writable_folder(name, file.parent)
             if file.exists() and not options.overwrite:
-                raise refusal(f"{name}: {file} exists; pass --overwrite to replace it")
+                raise UserError(f"{name}: {file} exists; pass --overwrite to replace it")
     return out, page
 
 
@@ -117,14 +83,13 @@ def _load(options: argparse.Namespace, where: str) -> tuple[DetectorSet, dict[st
     detectors, notes = read_detectors(options.detectors, where)
     seeing = [d.label for d in detectors.detectors if d.needs_model]
     if options.features and seeing:
-        raise refusal(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
+        raise UserError(f"--features: {', '.join(seeing)} passes images through the model, features do not suffice")
     return detectors, notes
 
 
 @contextmanager
 def _told(notes: dict[str, Any]) -> Iterator[None]:
     """What model and detectors say of the data, as an error of this command."""
-    from ..checks import UserError
 
     try:
         yield
@@ -138,19 +103,17 @@ def _told(notes: dict[str, Any]) -> Iterator[None]:
 
 def _name_classes(detectors: DetectorSet, file: str) -> None:
     """Call the classes as `--classes` does."""
-    from ..data.folders import class_names
 
     names = tuple(class_names(file))
     for detector in detectors.detectors:
         c = len(detector.class_names or ()) or (len(detector.head_weight) if detector.needs_head else len(names))
         if c != len(names):
-            raise refusal(f"--classes {file}: {len(names)} names, but the detectors were fitted on {c} classes")
+            raise UserError(f"--classes {file}: {len(names)} names, but the detectors were fitted on {c} classes")
         detector.class_names = names
 
 
 def _identity(options: argparse.Namespace, source: Any) -> str:
     """A key of all that decides the rows: an interrupted run with another one is not continued."""
-    from .. import features
 
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
     names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
@@ -171,8 +134,6 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
 def _score_features(
     detectors: DetectorSet, table: ScoreTable, options: argparse.Namespace, process: Process, bar: Bar
 ) -> None:
-    from .. import features
-    from ..checks import UserError
 
     end = 0
     head = next(((d.head_weight, d.head_bias) for d in detectors.detectors if d.needs_head), None)

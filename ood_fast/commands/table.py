@@ -13,16 +13,17 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
 
 from .. import spreadsheet
+from ..checks import UserError
+from ..detectors import DetectorSet
 from ..files import BusyError, locked, replacing
-from .common import Process, RunError, refusal
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..detectors import DetectorSet
+from . import RunError
+from .common import Process
 
 SUFFIXES = (".csv", ".parquet")
 GROUP_ROWS = 65536  # rows of one group of a Parquet file
@@ -51,7 +52,7 @@ class ScoreTable:
                 raise BusyError
         except BusyError as error:
             self.alone.close()
-            raise refusal(f"--out: another ood-fast score is at work on {out}") from error
+            raise UserError(f"--out: another ood-fast score is at work on {out}") from error
         except OSError as error:
             raise RunError(f"cannot write {part}: {error.strerror}") from error
         try:
@@ -89,7 +90,7 @@ class ScoreTable:
                     break
                 content_end += len(line)
                 if number == 0 and line != self.header.encode() + b"\n":
-                    raise refusal(
+                    raise UserError(
                         f"--out: {part} is what an interrupted run with other options or data left; pass --overwrite "
                         "to begin anew"
                     )
@@ -109,7 +110,7 @@ class ScoreTable:
                 return position
         except (ValueError, TypeError, IndexError, RecursionError):
             pass
-        raise refusal(f"--out: {part}, line {number + 1}: is damaged; pass --overwrite to begin anew")
+        raise UserError(f"--out: {part}, line {number + 1}: is damaged; pass --overwrite to begin anew")
 
     def write(
         self, positions: Sequence[int], paths: Sequence[str], predicted: Tensor | None, scores: dict[str, Tensor]
@@ -152,8 +153,6 @@ class ScoreTable:
 
     def _meet(self) -> None:
         if self.process.group is not None:
-            import torch.distributed as dist
-
             dist.barrier(self.process.group)
 
     def _merged(self) -> tuple[int, dict[str, int], int]:
@@ -235,5 +234,5 @@ def require_pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise refusal("--out: writing Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
+        raise UserError("--out: writing Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
     return pyarrow

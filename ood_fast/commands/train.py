@@ -10,79 +10,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..recipes import BENCHMARK_NAMES
+import torch.distributed as dist
+
+from .. import checks, models
+from ..checks import UserError
+from ..data import ImageBenchmark, open_benchmark
+from ..data.folders import class_names
+from ..recipes import RECIPES, TrainingRecipe, as_dict, find, override
+from ..train import DivergedError, Interrupted, Run
+from ..training import model_of
+from . import RunError
+from .agreement import check_sample
 from .code import import_plugins
-from .common import Process, RunError, device, machine, processes, refusal, versions, whole_path
+from .common import Process, device, machine, processes, versions, whole_path
 from .model import allow
-from .options import MODEL_HELP, at_least, share
 from .progress import Bar
-
-if TYPE_CHECKING:
-    from ..data import ImageBenchmark
-    from ..recipes import TrainingRecipe
-    from ..train import Run
-
-
-def add(commands: Any) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser(
-        "train",
-        help="train a classifier by a recipe, to be left alone and continued",
-        description="Train a classifier by a recipe. Checkpoints are written after each epoch, every --save-minutes, "
-        "and on SIGTERM and Ctrl-C; --resume continues. Under torchrun, processes train together "
-        "(DistributedDataParallel), each with the recipe's batch size. Images of your own: --recipe folder-elogitnorm, "
-        "and docs/own-data.md.",
-        examples=(
-            "ood-fast train --recipe cifar10-elogitnorm --data-root ~/data --set epochs=10",
-            "ood-fast train --recipe list",
-        ),
-        epilog="Exit codes: 130 and 143 after Ctrl-C and SIGTERM, when the run has been saved; 1 if the loss diverges "
-        "or a file cannot be written.",
-    )
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a recipe, FILE.json, or list: print them")
-    told = f"a setting of the recipe; may be repeated. benchmark is one of {', '.join(BENCHMARK_NAMES)}"
-    share(parser, "set", set={"metavar": "lr=0.05", "help": told})
-    parser.add_argument(
-        "--show", action="store_true", help="print the recipe with its changes, as a FILE.json is written, and stop"
-    )
-    share(parser, "seed")
-    parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
-    parser.add_argument("--resume", action="store_true", help="continue what is in RUN, if anything is")
-    share(parser, "model", model=f"in place of the recipe's, as --set model=NAME: {MODEL_HELP}")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from, head included: --set init=FILE")
-    parser.add_argument("--pretrained", action="store_true", help="start from published weights: --set pretrained=True")
-    data = parser.add_argument_group("data")
-    share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
-    share(data, "outliers")
-    share(data, "classes", classes="of benchmark=folder: its classes in this order, one a line or JSON")
-    speed = parser.add_argument_group("speed")
-    share(speed, "device")
-    speed.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: as the recipe says)")
-    speed.add_argument("--compile", action="store_true", help="torch.compile the model")
-    speed.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
-    speed.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes (GPUs)")
-    kept = parser.add_argument_group("what is kept")
-    kept.add_argument("--diagnostics", action="store_true", help="write diagnostics.csv: what the features look like")
-    kept.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, in RUN/tensorboard")
-    kept.add_argument(
-        "--keep-every", type=at_least(1), metavar="N", help="keep the weights of each N-th epoch, in RUN/epochs"
-    )
-    kept.add_argument(
-        "--save-minutes",
-        type=at_least(0, float),
-        default=15.0,
-        metavar="M",
-        help="save within epochs too (default: %(default)g)",
-    )
-    share(parser, "plugin", "quiet")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    from ..recipes import RECIPES, as_dict, find, override
 
     if options.recipe == "list":
         width = max(map(len, RECIPES))
@@ -95,7 +43,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.checkpoint:
         file = Path(options.checkpoint).expanduser().resolve()
         if not file.is_file():
-            raise refusal(f"--checkpoint: no file {options.checkpoint}")
+            raise UserError(f"--checkpoint: no file {options.checkpoint}")
         settings.append(f"init={file}")
     recipe = override(original, settings)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
@@ -105,9 +53,6 @@ def run(options: argparse.Namespace, command: str) -> None:
     _check(options)
     said = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == "model"]
     allow(recipe.model, said[-1] if said else None, options.recipe)
-    from ..data import open_benchmark
-    from ..data.folders import class_names
-    from ..train import DivergedError, Interrupted, Run
 
     out = Path(options.out if options.out is not None else Path("runs") / recipe.name / f"s{options.seed}")
     where = device(options.device)
@@ -169,21 +114,18 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     if options.out is not None and not options.out.strip():
-        raise refusal(f"--out: got {options.out!r}, expected a folder")
+        raise UserError(f"--out: got {options.out!r}, expected a folder")
     if options.tensorboard and util.find_spec("tensorboard") is None:
-        raise refusal("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
+        raise UserError("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
 
 
 def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: argparse.Namespace) -> None:
     """UserError where the weights that training starts from, head included, have the classes in another order."""
-    from .. import models
-    from ..training import model_of
 
     if options.resume or not (recipe.pretrained or recipe.init):
         return
     if recipe.pretrained is True and models.n_published(recipe.model) != benchmark.n_classes:
         return  # the head is new
-    from .agreement import check_sample
 
     model = model_of(recipe, benchmark.n_classes, benchmark.image_shape).eval()
     if recipe.init:
@@ -193,7 +135,6 @@ def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: arg
 
 def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) -> None:
     """What training reads is fetched by one process, while the others wait; its error reaches all of them."""
-    from .. import checks
 
     error = [None]
     if process.rank == 0:
@@ -202,11 +143,9 @@ def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) ->
         except checks.UserError as missing:
             error = [str(missing)]
     if process.size > 1:
-        import torch.distributed as dist
-
         dist.broadcast_object_list(error, 0)
     if error[0] is not None:
-        raise refusal(error[0])
+        raise UserError(error[0])
 
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
