@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from .. import __version__, checks, features, ops
 from ..checks import UserError
-from ..detectors import Detector, DetectorSet, find, known, load, store
+from ..detectors import Detector, DetectorSet, find, in_all, known, load, store
 from ..values import KINDS
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
@@ -108,7 +108,7 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
 
     chosen: dict[str, Any] = {}
     usable = [name for name in known() if not (on_features and find(name).needs_model)]
-    for name in usable if names == "all" else listed(names):
+    for name in (n for n in in_all() if n in usable) if names == "all" else listed(names):
         cls = find(name)
         if cls.__name__ not in usable:
             raise UserError(f"--detectors: {cls.label} passes images through the model, features do not suffice")

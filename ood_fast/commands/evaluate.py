@@ -15,7 +15,7 @@ from typing import Any
 from .. import evaluation
 from ..checks import UserError
 from ..data import ImageBenchmark
-from ..detectors import DetectorSet, LayerDetector, find, known
+from ..detectors import DetectorSet, LayerDetector, find, in_all
 from ..evaluation import Results, Trained
 from ..evaluation.trained import default_folder
 from . import RunError
@@ -77,8 +77,8 @@ def _chosen(options: argparse.Namespace) -> DetectorSet:
     names, told = options.detectors, ""
     if names is None:
         asked = {find(text.partition(".")[0].strip()).__name__ for text in options.set}
-        slow = [name for name in known() if find(name).needs_model and name not in asked]
-        names = ",".join(name for name in known() if name not in slow)
+        slow = [name for name in in_all() if find(name).needs_model and name not in asked]
+        names = ",".join(name for name in [*in_all(), *sorted(asked.difference(in_all()))] if name not in slow)
         told = f"left out, as it takes long: {', '.join(slow)}; --detectors all has it" * (not options.features)
     chosen = detector_set(names, options.set, bool(options.features))
     if running := [name for name, d in chosen.items() if d.needs_model and not isinstance(d, LayerDetector)]:

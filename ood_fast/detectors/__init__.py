@@ -3,10 +3,10 @@
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
-features), `perturbed` (heads with noise), `gradient` (passes of their own through the model), `layers`, `gram`,
-`block_norm` and `rank` (more layers than the head's). What every detector does
-is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once in
-`sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
+features), `perturbed` (heads with noise), `gradient` (inputs moved along gradients), `layers`, `gram`, `block_norm` and
+`rank` (more layers than the head's), `passes` (thinned nets, views of an input, several models). What every detector
+does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once
+in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
@@ -21,9 +21,10 @@ from .layers import LayerDetector, LayerMahalanobis
 from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
 from .mixture import GMM, OpenMax
 from .neighbour import KNN, CombOOD, NNGuide, Relation
+from .passes import Ensemble, MCDropout, ModelEnsemble, TestTimeAugmentation
 from .perturbed import WeiPer
 from .rank import RankFeat
-from .registry import create, find, known, register
+from .registry import create, find, in_all, known, register
 from .search import tune
 from .sets import DetectorSet, load
 from .subspace import NECO, Residual, ViM
@@ -56,6 +57,7 @@ __all__ = [
     "Detector",
     "DetectorSet",
     "Energy",
+    "Ensemble",
     "Entropy",
     "FeatureNorm",
     "GradNorm",
@@ -63,8 +65,10 @@ __all__ = [
     "KLMatching",
     "LayerDetector",
     "LayerMahalanobis",
+    "MCDropout",
     "Mahalanobis",
     "MaxLogit",
+    "ModelEnsemble",
     "NNGuide",
     "OpenMax",
     "RankFeat",
@@ -73,12 +77,14 @@ __all__ = [
     "Residual",
     "TemperatureScaling",
     "TemperedMSP",
+    "TestTimeAugmentation",
     "ViM",
     "WeiPer",
     "conformal_pvalue",
     "conformal_threshold",
     "create",
     "find",
+    "in_all",
     "known",
     "load",
     "norm_ratios",

@@ -62,6 +62,7 @@ class Contract(nn.Module):
     needs_model: bool = False  # scores inputs: by passes of its own through the model, or by more layers than the head
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
+    in_all: ClassVar[bool] = True  # whether "all" has it: not what runs the model several times over, see `passes`
     fits_on: ClassVar[str] = "train"  # or "validation": the in-distribution data that the paper fits on
     grid: ClassVar[Mapping[str, tuple]] = {}  # parameter -> the candidates of OpenOOD's search
 
@@ -122,10 +123,14 @@ class Contract(nn.Module):
         if self.state:
             raise NotImplementedError
 
-    # ---- of those that read layers beside the head, see `layers`
+    def learners(self) -> tuple[Any, ...]:
+        """The detectors that a fit of this one fits: itself, or those that it scores by."""
+        return (self,)
+
+    # ---- of those that read layers beside the head or run the model by themselves, see `layers` and `passes`
 
     def prepare(self, model: nn.Module) -> None:
-        """Before a fit on `model`: choose the layers."""
+        """Before a fit on `model`: choose the layers; ValueError for a model that it cannot score."""
 
     def readings(self) -> tuple[LayerReading, ...]:
         """What `run_model` is to read of other layers, in fits and in scoring."""

@@ -134,9 +134,9 @@ class Detector(Contract):
                 n_rows += len(batch.logits)
             return joined(scores)
 
-    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+    def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch that `run_model` gave with `readings`, by a detector that needs the model."""
-        return self.score(model, batch.inputs)
+        return self.score(model, batch.inputs, head)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.

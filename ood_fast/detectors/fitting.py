@@ -149,7 +149,9 @@ class Fit:
         failures: dict[Detector, ValueError] | None = None,
         together: bool = False,
     ) -> None:
-        self.detectors = [detector for detector in detectors if detector.needs_fit]
+        self.given = list(detectors)
+        self.of = {learner: given for given in self.given if given.needs_fit for learner in given.learners()}
+        self.detectors: list[Detector] = list(self.of)
         self.failures, self.anew = failures, anew
         for detector in self.detectors:
             detector.among_others = together
@@ -167,7 +169,7 @@ class Fit:
 
     def prepare(self, model: nn.Module) -> list[LayerReading]:
         """Let them choose their layers; what is to be read of these while `model` runs."""
-        for detector in self.detectors:
+        for detector in dict.fromkeys((*self.given, *self.detectors)):
             detector.prepare(model)
         return readings_of(self.detectors)
 
@@ -191,6 +193,9 @@ class Fit:
                             self.take(batch.features, batch.logits, batch.targets, batch.read)
                         n_rows += len(batch.logits)
             self.finish(layer, group)
+            for detector in self.given:
+                if detector.needs_fit and not detector.learners():  # of several models
+                    detector.fit(model, loader, head, group)
         finally:
             self._end()
 
@@ -283,10 +288,10 @@ class Fit:
                 if isinstance(error, DoesNotFit):
                     raise error.of(detector.label) from error
                 raise ValueError(f"{detector.label}: {error}") from error
-            self.failures[detector] = error
+            self.failures[self.of[detector]] = error
         else:
             if self.failures is not None:
-                self.failures.pop(detector, None)  # of an earlier fit
+                self.failures.pop(self.of[detector], None)  # of an earlier fit
 
     def _end(self) -> None:
         for detector in self.detectors:

@@ -160,7 +160,7 @@ class LayerDetector(Detector):
                     scores.append(self.score_batch(model, batch))
             return joined(scores)
 
-    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+    def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch that `run_model` gave with `readings`."""
         self.require_fitted()
         rows = [batch.read[reading.key] for reading in self.readings()]

@@ -25,6 +25,11 @@ def known() -> list[str]:
     return list(added("detector"))
 
 
+def in_all() -> list[str]:
+    """Those that "all" means: without what runs the model several times over, which are taken by their names."""
+    return [name for name in known() if find(name).in_all]
+
+
 def create(name: str, **settings: Any) -> Detector:
     """A new detector by name, see `find`."""
     return find(name)(**settings)

@@ -184,20 +184,20 @@ class DetectorSet(nn.Module):
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """For each batch of `loader`: what the model made of it, and its scores by every detector.
 
-        The model runs once a batch, and again only for detectors that pass inputs of their own through it (ODIN).
+        The model runs once a batch, and again only for detectors that run it by themselves (ODIN, those of `passes`).
         """
         refuse_meta(model)
         check_loader(loader)
         for detector in self.detectors:
             detector.require_fitted()
-        head = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
+        layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
-        for batch in run_model(model, loader, head, readings_of(self.detectors)):
+        for batch in run_model(model, loader, layer, readings_of(self.detectors)):
             with checks.behind(n_rows):
                 scores = self.score_features(batch.features, batch.logits, skip_models=True)
                 for name, detector in self.items():
                     if detector.needs_model:
-                        scores[name] = detector.score_batch(model, batch)
+                        scores[name] = detector.score_batch(model, batch, head)
             n_rows += len(batch.logits)
             yield batch, {name: scores[name] for name in self}
 

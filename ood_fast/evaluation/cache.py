@@ -303,7 +303,7 @@ class FeatureCache:
                         writers["features"].write(batch.features)
                         writers["logits"].write(batch.logits)
                     for detector in wanted:
-                        writers[score_key(detector)].write(detector.score_batch(self.model, batch))
+                        writers[score_key(detector)].write(detector.score_batch(self.model, batch, self.head))
                     if bar is not None:
                         bar.advance(len(batch.logits))
         finally:

@@ -129,7 +129,7 @@ def _outputs(
         logits.append(batch.logits.cpu())
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
-            scores[score_key(detector)].append(detector.score_batch(model, batch).cpu().double())
+            scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())
     if not logits:
         raise ValueError(f"{name}: got a loader without a batch, expected inputs")
     joined = {key: torch.cat(parts) for key, parts in scores.items()}

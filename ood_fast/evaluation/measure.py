@@ -183,10 +183,10 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None) -> dict[str, Detector]:
-    """The detectors by name; all that are registered if None."""
+    """The detectors by name; all, see `in_all`, if None."""
     if isinstance(chosen, (Mapping, DetectorSet)):
         return dict(chosen.items())
-    return dict(DetectorSet(detectors.known() if chosen is None else list(chosen)).items())
+    return dict(DetectorSet(detectors.in_all() if chosen is None else list(chosen)).items())
 
 
 def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
