@@ -3,13 +3,14 @@
 One file a family: `logit` (nothing but logits), `feature` (norms, proximity to the weights), `boundary` (distances to
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
-features), `perturbed` (heads with noise), `gradient` (inputs moved along gradients), `layers`, `gram`, `block_norm` and
-`rank` (more layers than the head's), `passes` (thinned nets, views of an input, several models). What every detector
-does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once
+features), `perturbed` (heads with noise), `gradient` and `adascale` (inputs moved along gradients), `layers`, `gram`,
+`block_norm` and `rank` (more layers than the head's), `passes` (thinned nets, views, several models). What every
+detector does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once
 in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
+from .adascale import AdaSCALE
 from .block_norm import BlockNorm, norm_ratios
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .detector import Detector
@@ -50,6 +51,7 @@ __all__ = [
     "SHE",
     "SML",
     "VRA",
+    "AdaSCALE",
     "BlockNorm",
     "BoundaryDistance",
     "Calibration",

@@ -48,6 +48,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..models.layers import LayerReading
+from ..models.running import Batch
 from ..statistics import row_statistics
 from .streaming import Gathered
 
@@ -135,6 +136,9 @@ class Contract(nn.Module):
     def readings(self) -> tuple[LayerReading, ...]:
         """What `run_model` is to read of other layers, in fits and in scoring."""
         return ()
+
+    def see(self, model: nn.Module, batch: Batch, head: nn.Linear | None) -> None:
+        """Put into `batch.read` what a fit gathers by passes of its own."""
 
     # ---- scoring, on what has passed the checks
 

@@ -58,6 +58,7 @@ ABOUT = {
     "SHE": About("m", "Zhang, ICLR 2023", ""),
     "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690"),
     "IODIN": About("2 passes of the model, 1 backward", "Regmi, 2025", "2411.10794"),
+    "AdaSCALE": About("3 passes of the model, 1 backward", "Regmi, 2025", "2503.08023"),
     "LayerMahalanobis": About("L·(m² + c·m)", "Lee, NeurIPS 2018", "1807.03888"),
     "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510"),
     "BlockNorm": About("s·m", "Yu, CVPR 2023", "2212.02295"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..heads import given_head, inference_head
 from ..models.layers import Key, LayerReading
-from ..models.running import check_loader, refuse_meta, run_model
+from ..models.running import Batch, check_loader, refuse_meta, run_model
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
 
@@ -190,7 +190,7 @@ class Fit:
                     n_rows = 0
                     for batch in batches:
                         with checks.behind(n_rows):
-                            self.take(batch.features, batch.logits, batch.targets, batch.read)
+                            self.see(model, batch, layer)
                         n_rows += len(batch.logits)
             self.finish(layer, group)
             for detector in self.given:
@@ -216,6 +216,12 @@ class Fit:
             self.finish(head)
         finally:
             self._end()
+
+    def see(self, model: nn.Module, batch: Batch, head: nn.Linear | None) -> None:
+        """Take in one batch that `run_model` gave."""
+        for detector in self.detectors:
+            detector.see(model, batch, head)
+        self.take(batch.features, batch.logits, batch.targets, batch.read)
 
     @torch.no_grad()
     def take(

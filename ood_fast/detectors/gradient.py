@@ -1,8 +1,8 @@
-"""Detectors that pass inputs of their own through the model."""
+"""Detectors that pass inputs moved along their gradients through the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ from .detector import Detector
 from .logit import confidence
 from .numbers import at_least_float32, refuse_one_logit, refuse_rows
 from .registry import register
+
+
+def input_gradient(model: nn.Module, x: Tensor, of_logits: Callable[[Tensor], Tensor], label: str) -> Tensor:
+    """∂ of_logits(f(x)) / ∂x, none of it left in the model, whose mode the caller sees to; also in inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        (gradient,) = torch.autograd.grad(of_logits(at_least_float32(logits_of(model(x)))), x, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"model: no gradient reaches its inputs, along which {label} moves them (quantised layers?)")
+    return gradient
 
 
 @register
@@ -86,16 +96,14 @@ class ODIN(Detector):
         refuse_rows("logits", logits, scores)
         return scores
 
+    def _loss(self, logits: Tensor) -> Tensor:
+        """Σ L T: the sign is that of L, and in half precision a gradient divided by T would be 0."""
+        loss = F.cross_entropy(logits / self.temperature, logits.max(dim=1).indices, reduction="sum")
+        return loss * self.temperature
+
     def _direction(self, model: nn.Module, x: Tensor) -> Tensor:
         """sign(∂L/∂x) / std."""
-        with torch.enable_grad():
-            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-            logits = at_least_float32(logits_of(model(x)))
-            loss = F.cross_entropy(logits / self.temperature, logits.max(dim=1).indices, reduction="sum")
-            # T times the loss: the sign is the same, and in half precision a gradient divided by T would be 0.
-            (gradient,) = torch.autograd.grad(loss * self.temperature, x, allow_unused=True)
-        if gradient is None:
-            raise ValueError("model: no gradient reaches its inputs, along which ODIN moves them (quantised layers?)")
+        gradient = input_gradient(model, x, self._loss, self.label)
         sign = gradient.sign()
         if self.sign_of_zero:
             sign = sign.masked_fill(sign == 0, 1.0)

@@ -124,7 +124,7 @@ def _outputs(
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
     for batch in run_model(model, loader, head, readings):
         if fitting is not None:
-            fitting.take(batch.features, batch.logits, batch.targets, batch.read)
+            fitting.see(model, batch, head)
         features.append(batch.features.cpu())
         logits.append(batch.logits.cpu())
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())

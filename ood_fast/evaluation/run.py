@@ -218,7 +218,9 @@ def _outputs(
         before = Chosen(dict(chosen_set.items()), trials)
     if reading:
         failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
-        fitted = cached.fitted(reading, benchmark.fit, failures)
+        later = {n: d for n, d in reading.items() if d.fits_on == "validation" and VALIDATION in parts}
+        fitted = cached.fitted({n: d for n, d in reading.items() if n not in later}, benchmark.fit, failures)
+        fitted |= cached.fitted(later, benchmark.validation, failures) if later else {}
         notes = [Note.left_out(n, failures[d]) for n, d in reading.items() if failures and d in failures]
         before = Chosen({**before.winners, **fitted}, before.trials, tuple(notes))
     tested = {TEST: benchmark.test, **benchmark.tested}

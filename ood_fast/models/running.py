@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     logits: Tensor  # (n, c)
     targets: Tensor | None  # (n,)
     given: Any  # the batch as the loader gave it
-    read: Mapping[Key, Tensor] = {}  # of other layers by the key of the reading, each (n, d)
+    read: dict[Key, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
 
 
 @torch.no_grad()
