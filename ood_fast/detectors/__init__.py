@@ -5,8 +5,8 @@ the decision boundaries), `activation` (features reshaped before the head), `gau
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
 features), `perturbed` (heads with noise), `gradient` and `adascale` (inputs moved along gradients), `layers`, `gram`,
 `block_norm` and `rank` (more layers than the head's), `passes` (thinned nets, views, several models). What every
-detector does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors at once
-in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
+detector does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors
+at once in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
