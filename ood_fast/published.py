@@ -31,55 +31,18 @@ Key = tuple[str, str, str]  # metric, detector, OOD set ("nearood", "farood": th
 
 # ---- near / far AUROC, by detector
 
-_CE = {
-    "cifar10": {
-        "MSP": (88.03, 90.73),
-        "Energy": (87.58, 91.21),
-        "GEN": (88.20, 91.35),
-        "KNN": (90.64, 92.96),
-        "Mahalanobis": (84.20, 89.72),
-        "ViM": (88.68, 93.48),
-        "FDBD": (90.42, 93.16),
-        "NCI": (88.86, 91.27),
-        "SCALE": (82.55, 86.39),
-        "ASH": (75.27, 78.49),
-    },
-    "cifar100": {
-        "MSP": (80.27, 77.76),
-        "Energy": (80.91, 79.77),
-        "GEN": (81.31, 79.68),
-        "KNN": (80.18, 82.40),
-        "Mahalanobis": (58.69, 69.39),
-        "ViM": (74.98, 81.70),
-        "FDBD": (81.26, 79.85),
-        "NCI": (81.03, 81.32),
-        "SCALE": (80.99, 81.42),
-        "ASH": (78.20, 80.58),
-    },
-    "imagenet200": {
-        "MSP": (83.34, 90.13),
-        "Energy": (82.50, 90.86),
-        "GEN": (83.68, 91.36),
-        "KNN": (81.57, 93.16),
-        "Mahalanobis": (61.93, 74.72),
-        "ViM": (78.68, 91.26),
-        "FDBD": (84.27, 93.45),
-        "NCI": (83.50, 93.71),
-        "SCALE": (84.84, 93.98),
-        "ASH": (82.38, 93.90),
-    },
-    "imagenet": {
-        "MSP": (76.02, 85.23),
-        "Energy": (75.89, 89.47),
-        "GEN": (76.85, 89.76),
-        "KNN": (71.10, 90.18),
-        "Mahalanobis": (55.44, 74.25),
-        "ViM": (72.08, 92.68),
-        "FDBD": (76.63, 92.77),
-        "NCI": (78.69, 95.53),
-        "SCALE": (81.36, 96.53),
-        "ASH": (78.17, 95.74),
-    },
+_MEASURED = ("cifar10", "cifar100", "imagenet200", "imagenet")
+_CE = {  # detector -> near / far on each of these
+    "MSP": ((88.03, 90.73), (80.27, 77.76), (83.34, 90.13), (76.02, 85.23)),
+    "Energy": ((87.58, 91.21), (80.91, 79.77), (82.50, 90.86), (75.89, 89.47)),
+    "GEN": ((88.20, 91.35), (81.31, 79.68), (83.68, 91.36), (76.85, 89.76)),
+    "KNN": ((90.64, 92.96), (80.18, 82.40), (81.57, 93.16), (71.10, 90.18)),
+    "Mahalanobis": ((84.20, 89.72), (58.69, 69.39), (61.93, 74.72), (55.44, 74.25)),
+    "ViM": ((88.68, 93.48), (74.98, 81.70), (78.68, 91.26), (72.08, 92.68)),
+    "FDBD": ((90.42, 93.16), (81.26, 79.85), (84.27, 93.45), (76.63, 92.77)),
+    "NCI": ((88.86, 91.27), (81.03, 81.32), (83.50, 93.71), (78.69, 95.53)),
+    "SCALE": ((82.55, 86.39), (80.99, 81.42), (84.84, 93.98), (81.36, 96.53)),
+    "ASH": ((75.27, 78.49), (78.20, 80.58), (82.38, 93.90), (78.17, 95.74)),
 }
 _TRAINED = {  # method -> near / far AUROC of MSP
     "cifar10-logitnorm": (92.33, 96.74),
@@ -144,10 +107,10 @@ def _all() -> dict[tuple[str, str], dict[Key, Published]]:
     def add(benchmark: str, method: str, key: Key, value: float, source: str) -> None:
         found.setdefault((benchmark, method), {})[key] = Published(value, source)
 
-    for benchmark, table in _CE.items():
+    for benchmark, pairs in zip(_MEASURED, zip(*_CE.values(), strict=True), strict=True):
         method = "pretrained-resnet50" if benchmark == "imagenet" else f"{benchmark}-ce"
         source = OPENOOD_IMAGENET if benchmark == "imagenet" else OPENOOD
-        for detector, pair in table.items():
+        for detector, pair in zip(_CE, pairs, strict=True):
             for ood_set, value in zip(("nearood", "farood"), pair, strict=True):
                 add(benchmark, method, ("auroc", detector, ood_set), value, source)
     for method, pair in _TRAINED.items():

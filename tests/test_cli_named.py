@@ -361,11 +361,13 @@ def test_a_processor_holds_on_benchmarks_of_smaller_images(vit, capsys):
 
     own_benchmark(["a", "b", "c"], size=20)
     torch.save(models.create(vit, None, pretrained=True).state_dict(), "w.pth")
-    options = SimpleNamespace(benchmark="folder", data_root="data", layout=None, ood_folder=[], model=vit, size=None)
-    vars(options).update(dict.fromkeys(("resize", "mean", "std", "interpolation", "orientation", "truncated"), None))
+    options = SimpleNamespace(benchmark="folder", data_root="data", layout=None, ood_folder=[], csid_folder=[])
+    vars(options).update(
+        dict.fromkeys(("size", "resize", "mean", "std", "interpolation", "orientation", "truncated"), None)
+    )
     benchmarks = Benchmarks(options, "w.pth")
     spec = {"size": 100, "resize": 100, "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
-    options.quiet = True
+    options.quiet, options.model = True, vit
     for model, size in ((models.create(vit, None, pretrained=True), 16), (nn.Linear(1, 1), None)):
         run = SimpleNamespace(model=model, info=None, name="w.pth")
         found = benchmarks._prepared(run, SimpleNamespace(prepared=spec))

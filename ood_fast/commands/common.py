@@ -211,8 +211,8 @@ class Process:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Process]:
-    """Join the processes that `torchrun` started, if it did."""
+def processes(device: str, options: Any) -> Iterator[Process]:
+    """Join the processes that `torchrun` started, if it did; all but the first are quiet."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Process()
         return
@@ -221,6 +221,7 @@ def processes(device: str) -> Iterator[Process]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
+        options.quiet |= dist.get_rank() > 0
         yield Process(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

@@ -38,8 +38,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     folder = evaluation.check_folder(folder, None if options.overwrite else request)
     context, start = context_of(command) | {"request": request}, time.perf_counter()
     where = device(options.device)
-    with processes(where) as process:
-        options.quiet |= process.rank > 0
+    with processes(where, options) as process:
         if options.features and process.rank > 0:
             return  # the first does it all: there is no model to run
         try:
@@ -52,8 +51,6 @@ def run(options: argparse.Namespace, command: str) -> None:
                 seed=options.seed,
                 progress=lambda what, total: Bar(what, total, options.quiet),
             )
-        except OSError as error:
-            raise RunError(str(error)) from error
         except (ValueError, RuntimeError) as error:
             if type(error) in (ValueError, RuntimeError):  # NaN in what the model gives; another process; no memory
                 raise RunError(str(error)) from error

@@ -36,8 +36,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     detectors = detector_set(options.detectors, options.set, bool(options.features))
     out = _checked_out(options.out)
     where = device(options.device)
-    with processes(where) as process:
-        options.quiet |= process.rank > 0
+    with processes(where, options) as process:
         open_data = _open_features(options) if options.features else _open_images(options, where)
         detectors = _prepared(detectors, open_data.notes)
         try:
@@ -48,10 +47,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             raise UserError(_with_flag(error, detectors, options.tune)) from error
         if process.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                fitted.save(out, open_data.class_names, notes=open_data.notes)
-            except OSError as error:
-                raise RunError(str(error)) from error
+            fitted.save(out, open_data.class_names, notes=open_data.notes)
             if not options.quiet:
                 _tell(fitted, out)
 

@@ -121,26 +121,30 @@ def fingerprint_of(model: nn.Module, head: str | None) -> str:
     return weight_fingerprint(model, given_head(model, head))
 
 
-def check_fingerprint(model: nn.Module, options: argparse.Namespace, notes: dict[str, Any]) -> None:
-    """UserError where the model is not the one that the detectors were fitted on, unless --other-model says so."""
-    fitted_on = notes.get("fingerprint")
-    if fitted_on is None or options.other_model or fingerprint_of(model, options.head) == fitted_on:
-        return
-    raise UserError(
-        f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
-        "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
-    )
-
-
 def fitted(options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
     """The model and detectors of the file `options.file`, on the CPU, and how its images are prepared."""
     detectors, notes = read_detectors(options.file, "cpu")
     detectors = deployable(detectors, listed(options.detectors or ""))
+    model, prepared = fitted_on(options, detectors, notes, "cpu")
+    return model, detectors, prepared
+
+
+def fitted_on(
+    options: argparse.Namespace, detectors: DetectorSet, notes: dict[str, Any], device: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that detectors were fitted on, and how its images are prepared.
+
+    UserError where the weights are not those that they were fitted on, unless --other-model says so.
+    """
     recall(options, notes)
-    n_classes = next((d.widths()[1] for _, d in detectors.items() if d.needs_head), None)
-    model = load_model(options, n_classes, "cpu")
-    check_fingerprint(model, options, notes)
-    return model, detectors, preparation_of(options, model, notes)
+    n_classes = next((d.widths()[1] for d in detectors.detectors if d.needs_head), None)
+    model, there = load_model(options, n_classes, device), notes.get("fingerprint")
+    if there is not None and not options.other_model and fingerprint_of(model, options.head) != there:
+        raise UserError(
+            f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
+            "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
+        )
+    return model, preparation_of(options, model, notes)
 
 
 def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from ..report import gallery, page, runs
-from . import RunError
 from .code import import_plugins
 from .common import context_of, device
 from .progress import Bar
@@ -30,10 +29,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             runs.measure_change(record, options.data_root, **given, progress=progress)
     runs.diagnose_runs(records, progress)
     gallery.add(records, options.data_root)
-    try:
-        page.write(file, records, context)
-    except OSError as error:
-        raise RunError(str(error)) from error
+    page.write(file, records, context)
     if not options.quiet:
         for note, names in runs.missing(records).items():
             print(f"not in the report: {', '.join(names)}: {note}", file=sys.stderr)

@@ -13,11 +13,12 @@ from typing import Any
 from .. import checks, features
 from ..checks import UserError
 from ..data.folders import class_names
+from ..data.images import Files
 from ..detectors import DetectorSet
 from . import RunError, gallery, images
 from .code import import_plugins
-from .common import Process, device, processes, read_detectors, warn
-from .model import PREPARATION, REMEMBERED, cannot_take, check_fingerprint, load_model, preparation_of, recall
+from .common import device, processes, read_detectors, warn
+from .model import PREPARATION, REMEMBERED, cannot_take, fitted_on
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
 
@@ -28,8 +29,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     import_plugins(options.plugin)
     where = device(options.device)
     detectors, notes = _load(options, where)
-    with processes(where) as process:
-        options.quiet |= process.rank > 0
+    with processes(where, options) as process:
         source = None if options.features else images.read_images(options.data)
         if options.classes is not None:
             _name_classes(detectors, options.classes)
@@ -37,9 +37,9 @@ def run(options: argparse.Namespace, command: str) -> None:
             what = f"scoring {' '.join(options.data[:2]) if options.data else options.features}"
             with Bar(what, None, options.quiet) as bar, _told(notes):
                 if source is None:
-                    _score_features(detectors, table, options, process, bar)
+                    _score_features(table, options, bar)
                 else:
-                    _score_images(detectors, source, table, options, notes, process, bar, where)
+                    _score_images(table, options, bar, source, notes, where)
             counts = table.finish()
     if counts is None:
         return
@@ -131,15 +131,12 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
     return digest.hexdigest()
 
 
-def _score_features(
-    detectors: DetectorSet, table: ScoreTable, options: argparse.Namespace, process: Process, bar: Bar
-) -> None:
-
-    end = 0
+def _score_features(table: ScoreTable, options: argparse.Namespace, bar: Bar) -> None:
+    detectors, end = table.detectors, 0
     head = next(((d.head_weight, d.head_bias) for d in detectors.detectors if d.needs_head), None)
     for index, stored in enumerate(features.batches(options.features)):
         first, end = end, end + len(stored)
-        if index % process.size != process.rank:
+        if index % table.process.size != table.process.rank:
             continue
         bar.advance(len(stored))
         if end <= table.start:
@@ -159,29 +156,18 @@ def _score_features(
 
 
 def _score_images(
-    detectors: DetectorSet,
-    source: Any,
-    table: ScoreTable,
-    options: argparse.Namespace,
-    notes: dict[str, Any],
-    process: Process,
-    bar: Bar,
-    where: str,
+    table: ScoreTable, options: argparse.Namespace, bar: Bar, source: Files, notes: dict[str, Any], where: str
 ) -> None:
-    recall(options, notes)
-    n_classes = next((len(d.head_weight) for d in detectors.detectors if d.needs_head), None)
-    model = load_model(options, n_classes, where)
-    check_fingerprint(model, options, notes)
-    prepared = preparation_of(options, model, notes)
+    model, prepared = fitted_on(options, table.detectors, notes, where)
     if not options.quiet:
         _warn_of_other_settings({"model": options.model, **prepared, "truncated": None}, notes)
-    rows = process.share(len(source))
+    rows = table.process.share(len(source))
     bar.total = len(rows)
     rest = range(max(rows.start, table.start), rows.stop)
     bar.advance(len(rows) - len(rest))
     batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)
     with batches.named():
-        for batch, scores in detectors.score_loader(model, batches, options.head):
+        for batch, scores in table.detectors.score_loader(model, batches, options.head):
             positions, paths = batch.given[2:]
             table.write(positions, paths, batch.logits.max(dim=1).indices, scores)
 

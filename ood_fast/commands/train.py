@@ -56,8 +56,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     out = Path(options.out if options.out is not None else Path("runs") / recipe.name / f"s{options.seed}")
     where = device(options.device)
-    with processes(where) as process:
-        options.quiet |= process.rank > 0
+    with processes(where, options) as process:
         benchmark = open_benchmark(
             recipe.benchmark,
             options.data_root,

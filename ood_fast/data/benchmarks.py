@@ -36,6 +36,10 @@ def known() -> list[str]:
     return sorted([*SPECS, *added("benchmark"), "digits", "folder"])
 
 
+def _part(name: str) -> functools.cached_property[ImageDataset]:
+    return functools.cached_property(lambda self: self._parts[name]())
+
+
 class ImageBenchmark:
     """One in-distribution task, and the sets that are to be told from it; see `open_benchmark`.
 
@@ -64,10 +68,11 @@ class ImageBenchmark:
         self._parts, self._tested = parts, tested
         self.prepared: dict[str, Any] | None = None
 
-    @functools.cached_property
-    def train(self) -> ImageDataset:
-        """The training images, augmented."""
-        return self._parts["train"]()
+    train = _part("train")
+    fit = _part("fit")
+    validation = _part("validation")
+    test = _part("test")
+    validation_ood = _part("validation_ood")
 
     @functools.cached_property
     def views(self) -> ImageDataset:
@@ -81,26 +86,6 @@ class ImageBenchmark:
     def outliers(self) -> ImageDataset | None:
         """OOD images to train against, augmented as those of training; None if none were given."""
         return self._parts["outliers"]() if "outliers" in self._parts else None
-
-    @functools.cached_property
-    def fit(self) -> ImageDataset:
-        """The training images, prepared as the test images are."""
-        return self._parts["fit"]()
-
-    @functools.cached_property
-    def validation(self) -> ImageDataset:
-        """ID images for choosing parameters."""
-        return self._parts["validation"]()
-
-    @functools.cached_property
-    def test(self) -> ImageDataset:
-        """ID images for the numbers."""
-        return self._parts["test"]()
-
-    @functools.cached_property
-    def validation_ood(self) -> ImageDataset:
-        """OOD images for choosing parameters."""
-        return self._parts["validation_ood"]()
 
     @functools.cached_property
     def tested(self) -> dict[str, ImageDataset]:
@@ -335,9 +320,8 @@ class _Opener:
 
     def noise(self) -> ImageDataset:
         spec = self.spec
-        source = Noise(
-            len(self.inside("test")), (len(spec.mean), spec.crop, spec.crop), spec.mean, spec.std, self.options.seed
-        )
+        shape = (len(spec.mean), spec.crop, spec.crop)
+        source = Noise(len(self.inside("test")), shape, spec.mean, spec.std, self.options.seed)
         return ImageDataset(source, title="Gaussian noise", group="synthetic")
 
     def scrambled(self, split: str, group: str) -> ImageDataset:

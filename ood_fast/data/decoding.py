@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Formats that Pillow registers and cannot decode by itself; EPS would start Ghostscript.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and of TIFF
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 
 
@@ -123,8 +124,8 @@ def rgb(file: Image.Image, upright: bool = True) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours without Pillow's warning
     image = image.convert("RGB")
-    turn = _turns().get(_orientation(file)) if upright else None
-    return image if turn is None else image.transpose(turn)
+    orientation = _orientation(file) if upright else 1  # as it is stored; 2 is the first of `TURNS`
+    return image.transpose(pillow().Transpose[TURNS[orientation - 2]]) if 2 <= orientation <= 8 else image
 
 
 def _eight_bits(file: Image.Image) -> Image.Image:
@@ -153,17 +154,3 @@ def _orientation(file: Image.Image) -> int:
         return int(file.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF fails in many ways, and the pixels are there
         return 1
-
-
-@functools.cache
-def _turns() -> dict[int, Any]:
-    way = pillow().Transpose
-    return {
-        2: way.FLIP_LEFT_RIGHT,
-        3: way.ROTATE_180,
-        4: way.FLIP_TOP_BOTTOM,
-        5: way.TRANSPOSE,
-        6: way.ROTATE_270,
-        7: way.TRANSVERSE,
-        8: way.ROTATE_90,
-    }

@@ -83,9 +83,8 @@ def _stratified_split(
     for label in classes:
         rows = rng.permutation(np.flatnonzero(labels == label))
         n_test, n_validation = round(TEST_SHARE * len(rows)), round(VALIDATION_SHARE * len(rows))
-        for part, chosen in zip(
-            parts, np.split(rows, [len(rows) - n_test - n_validation, len(rows) - n_test]), strict=True
-        ):
+        cuts = [len(rows) - n_test - n_validation, len(rows) - n_test]
+        for part, chosen in zip(parts, np.split(rows, cuts), strict=True):
             part.append(chosen)
     return tuple(np.sort(np.concatenate(part)) for part in parts)
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -264,13 +264,10 @@ class ImageDataset(torch.utils.data.Dataset):
         label = int(self.source.labels[index])  # IndexError past the end, before an image is made
         image = self.source.image(index)
         if self.transform is not None:
-            randomness = nullcontext() if self.augment_seed is None else self._random_numbers_of(index)
-            with randomness:
+            seed = None if self.augment_seed is None else mixed(self.augment_seed, int(self._epoch), index)
+            with nullcontext() if seed is None else _global_generator_seeded(seed):
                 image = self.transform(image)
         return image, label
-
-    def _random_numbers_of(self, index: int) -> AbstractContextManager:
-        return _global_generator_seeded(mixed(self.augment_seed, int(self._epoch), index))
 
     def set_epoch(self, epoch: int) -> None:
         """Augment as in that epoch, also in workers that live on; before the data loader is iterated anew."""

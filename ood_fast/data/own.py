@@ -71,22 +71,9 @@ def own_folders(root: Path, size: int, order: Sequence[str] | None) -> tuple[Spe
     near, far, csid = (_folders(root / folder) for folder in ("near", "ood", "csid"))
     if twice := sorted(set(near) & set(far)):
         raise checks.UserError(f"benchmark folder: {twice[0]} is below both {root / 'near'} and {root / 'ood'}")
-    small = size <= SMALL_IMAGE
-    spec = Spec(
-        root.resolve().name,
-        "",
-        len(classes),
-        near,
-        far,
-        "",
-        resize=size if small else round(size * 256 / 224),
-        crop=size,
-        mean=IMAGENET["mean"],
-        std=IMAGENET["std"],
-        augment="pad_crop" if small else "resized_crop",
-        csid=csid,
-    )
-    return spec, read
+    resize, augment = (size, "pad_crop") if size <= SMALL_IMAGE else (round(size * 256 / 224), "resized_crop")
+    sizes = {"resize": resize, "crop": size, "augment": augment, "mean": IMAGENET["mean"], "std": IMAGENET["std"]}
+    return Spec(root.resolve().name, "", len(classes), near, far, "", csid=csid, **sizes), read
 
 
 def _folders(folder: Path) -> tuple[str, ...]:

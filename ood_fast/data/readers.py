@@ -77,14 +77,8 @@ class _Cifar:
     meta: tuple[str, str]  # file and key of the class names
 
 
-_CIFAR10 = _Cifar(
-    "cifar-10-batches-py",
-    tuple(f"data_batch_{number}" for number in range(1, 6)),
-    ("test_batch",),
-    "labels",
-    10,
-    ("batches.meta", "label_names"),
-)
+_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+_CIFAR10 = _Cifar("cifar-10-batches-py", _BATCHES, ("test_batch",), "labels", 10, ("batches.meta", "label_names"))
 _CIFAR100 = _Cifar("cifar-100-python", ("train",), ("test",), "fine_labels", 100, ("meta", "fine_label_names"))
 
 
@@ -279,7 +273,7 @@ class DataSet:
         return f"get it from {self.where}" + (", or ask for the download (--download)" if self.download else "")
 
 
-def _torchvision_download(name: str, folder: str = ".", **keywords: Any) -> Callable[[Path, str], object]:
+def _fetch(name: str, folder: str = ".", **keywords: Any) -> Callable[[Path, str], object]:
     """A download by the data set of that name in torchvision, which checks what arrives."""
 
     def download(root: Path, split: str) -> object:
@@ -319,41 +313,25 @@ SHIFTED |= {"imagenet_r": "ImageNet-R", "imagenet_es": "ImageNet-ES"}
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 OPENOOD = "https://github.com/Jingkang50/OpenOOD (scripts/download)"
-_TEXTURES = DataSet(
-    "Textures", read_dtd, "https://www.robots.ox.ac.uk/~vgg/data/dtd", download=_torchvision_download("DTD")
-)
+_TEXTURES = DataSet("Textures", read_dtd, "https://www.robots.ox.ac.uk/~vgg/data/dtd", download=_fetch("DTD"))
+KRIZ = "https://www.cs.toronto.edu/~kriz"
+PLACES = "http://places2.csail.mit.edu (val_256.tar and the list places365_val.txt)"
+_FETCH_PLACES = _fetch("Places365", "places365", split="val", small=True)
 
 DATA_SETS = {
     "cifar10": DataSet(
-        "CIFAR-10",
-        partial(read_cifar, _CIFAR10),
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        1000,
-        _torchvision_download("CIFAR10"),
+        "CIFAR-10", partial(read_cifar, _CIFAR10), f"{KRIZ}/cifar-10-python.tar.gz", 1000, _fetch("CIFAR10")
     ),
     "cifar100": DataSet(
-        "CIFAR-100",
-        partial(read_cifar, _CIFAR100),
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        1000,
-        _torchvision_download("CIFAR100"),
+        "CIFAR-100", partial(read_cifar, _CIFAR100), f"{KRIZ}/cifar-100-python.tar.gz", 1000, _fetch("CIFAR100")
     ),
     "tin": DataSet("Tiny ImageNet", read_tiny_imagenet, TINY_IMAGENET, 1000, _download_tiny_imagenet),
-    "mnist": DataSet(
-        "MNIST", read_mnist, "https://ossci-datasets.s3.amazonaws.com/mnist/", download=_torchvision_download("MNIST")
-    ),
-    "svhn": DataSet(
-        "SVHN", read_svhn, "http://ufldl.stanford.edu/housenumbers", download=_torchvision_download("SVHN", "svhn")
-    ),
-    "gtsrb": DataSet("GTSRB", read_gtsrb, "https://benchmark.ini.rub.de", 1000, _torchvision_download("GTSRB")),
+    "mnist": DataSet("MNIST", read_mnist, "https://ossci-datasets.s3.amazonaws.com/mnist/", download=_fetch("MNIST")),
+    "svhn": DataSet("SVHN", read_svhn, "http://ufldl.stanford.edu/housenumbers", download=_fetch("SVHN", "svhn")),
+    "gtsrb": DataSet("GTSRB", read_gtsrb, "https://benchmark.ini.rub.de", 1000, _fetch("GTSRB")),
     "texture": _TEXTURES,
     "textures": _TEXTURES,
-    "places365": DataSet(
-        "Places365",
-        read_places365,
-        "http://places2.csail.mit.edu (val_256.tar and the list places365_val.txt)",
-        download=_torchvision_download("Places365", "places365", split="val", small=True),
-    ),
+    "places365": DataSet("Places365", read_places365, PLACES, download=_FETCH_PLACES),
     "imagenet": DataSet(
         "ImageNet-1K", _class_folders("imagenet", 1000), "https://image-net.org (imagenet/train, imagenet/val)", 5000
     ),

@@ -31,7 +31,8 @@ class Spec:
     csid: tuple[str, ...] = ()  # covariate-shifted ID sets, the same classes in other images
 
 
-_CIFAR: dict[str, Any] = {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
+_CIFAR: dict[str, Any] = {"far": ("mnist", "svhn", "texture", "places365"), "validation_ood": "tin"}
+_CIFAR |= {"resize": 32, "crop": 32, "augment": "pad_crop", "openood_images": "images_classic"}
 IMAGENET: dict[str, Any] = {
     "near": ("ssb_hard", "ninco"),
     "far": ("inaturalist", "textures", "openimage_o"),
@@ -54,8 +55,6 @@ SPECS = {
         "cifar10",
         10,
         near=("cifar100", "tin"),
-        far=("mnist", "svhn", "texture", "places365"),
-        validation_ood="tin",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         csid=("cifar10c",),
@@ -66,8 +65,6 @@ SPECS = {
         "cifar100",
         100,
         near=("cifar10", "tin"),
-        far=("mnist", "svhn", "texture", "places365"),
-        validation_ood="tin",
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
         **_CIFAR,

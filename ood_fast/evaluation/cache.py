@@ -20,9 +20,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ from ..models.running import run_model
 
 META, HEAD = "meta.json", "head.npz"
 CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
+Progress = Callable[[str, int], Any]  # (what, total) -> a context with `advance(n)`
+
+
+@contextmanager
+def no_progress(what: str, total: int) -> Iterator[Any]:
+    """Shows nothing."""
+    yield SimpleNamespace(advance=lambda n: None)
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ class FeatureCache:
         *,
         batch_size: int = 256,
         workers: int = 0,
-        progress: Callable[[str, int], Any] = lambda what, total: nullcontext(),
+        progress: Progress = no_progress,
     ) -> None:
         self.model, self.head = model, given_head(model, head)
         self.key = model_key(model, self.head)
@@ -216,7 +224,7 @@ class FeatureCache:
             missing.failures = failures
             rows = self._rows(dataset)
             with self.progress("fitting on layers", len(rows)) as bar:
-                loader = _told(self._loader(dataset, rows), bar)
+                loader = counted(self._loader(dataset, rows), bar)
                 group = dist.group.WORLD if dist.is_initialized() else None
                 missing.fit(self.model, loader, self.head, group)
             kept |= {name: detector for name, detector in missing.items() if detector not in (failures or {})}
@@ -304,8 +312,7 @@ class FeatureCache:
                         writers["logits"].write(batch.logits)
                     for detector in wanted:
                         writers[score_key(detector)].write(detector.score_batch(self.model, batch, self.head))
-                    if bar is not None:
-                        bar.advance(len(batch.logits))
+                    bar.advance(len(batch.logits))
         finally:
             for writer in writers.values():
                 writer.close()
@@ -320,12 +327,11 @@ class FeatureCache:
             (plan.staging / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _told(loader: Iterable, bar: Any) -> Iterator:
-    """The batches, each told to a progress bar when the next is asked for."""
-    for batch in loader:
+def counted(batches: Iterable, bar: Any) -> Iterator:
+    """The batches (x, ...), each told to a progress bar when the next is asked for."""
+    for batch in batches:
         yield batch
-        if bar is not None:
-            bar.advance(len(batch[0]))
+        bar.advance(len(batch[0]))
 
 
 def _is_whole(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> bool:

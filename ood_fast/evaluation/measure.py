@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -27,19 +26,13 @@ from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
-from .cache import Outputs, score_key
+from .cache import Outputs, Progress, no_progress, score_key
 from .results import CSID, FULL_SPECTRUM, GROUPS, ID, RunResult
 
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no set can be called
 NO_CLASSES = "is fitted on each class, but no class has two training samples"
 COSTS = 0.01  # of AUROC, from where on a choice is said to cost
-Progress = Callable[[str, int], Any]
-
-
-def no_progress(what: str, total: int) -> Any:
-    """Shows nothing."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -231,8 +224,7 @@ def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[s
                 found = chosen.score_features(features, logits, skip_models=True)
             for name, values in found.items():
                 parts[name].append(values.cpu().double())
-            if bar is not None:
-                bar.advance(len(features))
+            bar.advance(len(features))
     return scores | {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -308,8 +300,7 @@ def _detection(result: RunResult, draws: metrics.Bootstrap | None, progress: Pro
         for detector in result.scores:
             for prefix, names in inside.items():
                 _detect(result, detector, names, prefix, draws)
-            if bar is not None:
-                bar.advance(1)
+            bar.advance(1)
 
 
 def _detect(result: RunResult, detector: str, inside: list[str], prefix: str, draws: metrics.Bootstrap | None) -> None:

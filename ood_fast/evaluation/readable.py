@@ -13,6 +13,7 @@ from .. import checks
 from ..data import ImageBenchmark
 from ..data.images import ImageDataset, Scrambled
 from ..data.loading import ErrorsAsItems, alive
+from .cache import Progress
 
 PARTS = ("fit", "validation", "validation_ood", "test")
 NAMED = 20  # images in a note
@@ -20,7 +21,7 @@ BATCH = 64
 
 
 def readable(
-    benchmark: ImageBenchmark, workers: int, progress: Callable[[str, int], Any], wanted: Iterable[str] = PARTS
+    benchmark: ImageBenchmark, workers: int, progress: Progress, wanted: Iterable[str] = PARTS
 ) -> tuple[ImageBenchmark, list[str]]:
     """The benchmark without the image files that cannot be read, and a note for each set that lacks some.
 
@@ -55,9 +56,7 @@ def readable(
     return ImageBenchmark(benchmark.name, benchmark.n_classes, benchmark.image_shape, parts, tested), notes
 
 
-def _without_bad(
-    name: str, dataset: ImageDataset, notes: list[str], workers: int, progress: Callable[[str, int], Any]
-) -> ImageDataset:
+def _without_bad(name: str, dataset: ImageDataset, notes: list[str], workers: int, progress: Progress) -> ImageDataset:
     if not len(dataset) or dataset.path(0) is None:  # all of it came from one file, and is in memory
         return dataset
     reading = ErrorsAsItems(dataset, dataset.source.image)
@@ -66,8 +65,7 @@ def _without_bad(
     with progress(f"reading {name}", len(dataset)) as bar:
         for batch in alive(loader):
             errors += batch
-            if bar is not None:
-                bar.advance(len(batch))
+            bar.advance(len(batch))
     bad = [error for error in errors if error is not None]
     if not bad:
         return dataset

@@ -26,7 +26,7 @@ from ..detectors import find
 from ..detectors.fitting import Note
 from ..intact import read_json, read_npz
 from ..registry import added
-from ..report.tables import Cell, Section, Table, as_markdown, percent, show
+from ..report.tables import Cell, Column, Table, as_markdown, percent, show
 from .results import ECE, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
 from .verdict import compared, full_spectrum, means_of, over_seeds, ranking, title, verdict
 
@@ -262,119 +262,98 @@ def openood_rows(runs: list[RunResult], detector: str, prefix: str = "") -> list
 # ---- tables
 
 
+class Columns:
+    """What was found, as columns of tables whose rows are about a method and a detector."""
+
+    def __init__(self, results: Results) -> None:
+        self.results, self.over = results, f"{over_seeds(results)}."
+        self.found = {(s.method, s.detector, s.metric, s.ood_set): s for s in results.summaries()}
+        self.published = {key[2:] for key, summary in self.found.items() if summary.published is not None}
+
+    def of(self, head: str, metric: str, ood_set: str = "", with_interval: bool = False, unit: int = 100) -> Column:
+        """A metric on a set."""
+        return head, lambda *of: _cell(self.found.get((*of, metric, ood_set)), with_interval, unit)
+
+    def beside(self, metric: str, ood_set: str = "", head: str = "published") -> list[Column]:
+        """The same with its interval, what is published, and ours less that, if anything is."""
+        if (metric, ood_set) not in self.published:
+            return []
+        summary = lambda *of: self.found.get((*of, metric, ood_set))  # noqa: E731
+        return [(head, lambda *of: _published(summary(*of))), ("difference", lambda *of: _difference(summary(*of)))]
+
+    def by_detector(self, name: str, caption: str, columns: Iterable[Column], **more: bool) -> Table:
+        """A table with the detectors of each method, the best first."""
+        order = [ranked.detector for ranked in ranking(self.results)]
+        rows = []
+        for method, runs in self.results.methods.items():
+            names = sorted({name for run in runs for name in run.scores}, key=lambda name: [*order, name].index(name))
+            rows.append((method, [(find(name).label, (method, name)) for name in names]))
+        return Table.of(name, caption, columns, rows, **more)
+
+    def calibration(self) -> list[Table]:
+        """None where nothing of it was measured."""
+        measured = [metric for metric in CALIBRATION if any(key[1:] == ("", metric, "") for key in self.found)]
+        columns = [c for m in measured for c in (self.of(CALIBRATION[m], m, with_interval=True), *self.beside(m))]
+        caption = f"{self.over} ECE of the softmax of what the column names, 15 bins, on the ID test images; "
+        rows = [("", [(method, (method, "")) for method in self.results.methods])]
+        title = "Accuracy and expected calibration error (%)"
+        return [Table.of(title, f"{caption}lower is better.", columns, rows)] if measured else []
+
+    def under_shift(self) -> list[Table]:
+        """The accuracy on the ID test images, on each covariate-shifted set, and on all of them."""
+        rows = [("ID test images", ("accuracy", ""))]
+        rows += [(self.results.sets[name].title, ("accuracy", name)) for name in self.results.csid]
+        rows.append(("all together", (f"{FULL_SPECTRUM}accuracy", "")))
+        if not self.results.csid or not any(key[2:] == about for key in self.found for _, about in rows[1:]):
+            return []
+        columns = [(m, lambda *key, m=m: _cell(self.found.get((m, "", *key)), True)) for m in self.results.methods]
+        return [Table.of("Accuracy under covariate shift (%)", self.over, columns, [("", rows)])]
+
+
 def build(results: Results) -> list[Table]:
     """The tables: AUROC beside published numbers, FPR95 in both conventions, AUROC by set, AUPR, accuracy and
     calibration; of several methods those of `verdict.compared`, and AUROC beside what is published."""
-    found = {(s.method, s.metric, s.detector, s.ood_set): s for s in results.summaries()}
-    means, best_first = means_of(results), dict.fromkeys(ranked.detector for ranked in ranking(results))
-    ranks = {name: rank for rank, name in enumerate(best_first)}
-    over = over_seeds(results)
+    columns, means = Columns(results), means_of(results)
+    over, by_detector = columns.over, columns.by_detector
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
     interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
-    several = results.ood
+    if columns.published:
+        interval += " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its"
+        interval += " lists."
 
-    def by_detector(name: str, caption: str, columns: list[tuple[str, Any]], **keywords: bool) -> Table:
-        sections = []
-        for method, runs in results.methods.items():
-            names = sorted({name for run in runs for name in run.scores}, key=lambda name: ranks.get(name, len(ranks)))
-            rows = tuple((find(name).label, tuple(cell(method, name) for _, cell in columns)) for name in names)
-            sections.append(Section(method, rows))
-        return Table(name, caption, tuple(head for head, _ in columns), tuple(sections), **keywords)
+    def auroc(names: Iterable[str], with_interval: bool) -> list[Column]:
+        """With what is published of it."""
+        heads = [(name, title(name) if with_interval else name) for name in names]
+        own = {name: columns.of(head, "auroc", name, with_interval) for name, head in heads}
+        return [c for name in own for c in (own[name], *columns.beside("auroc", name, f"{title(name)} published"))]
 
-    def column(head: str, metric: str, ood_set: str, with_interval: bool = False, unit: int = 100) -> tuple[str, Any]:
-        key = lambda method, detector: (method, metric, detector, ood_set)  # noqa: E731
-        return head, lambda *of: _cell(found.get(key(*of)), with_interval, unit)
-
-    def against(ood_set: str) -> list[tuple[str, Any]]:
-        """What is published, and ours less that; nothing if nothing is."""
-        known = any(s.published is not None for s in found.values() if (s.metric, s.ood_set) == ("auroc", ood_set))
-        summary = lambda method, detector: found.get((method, "auroc", detector, ood_set))  # noqa: E731
-        columns = [
-            (f"{title(ood_set)} published", lambda method, detector: _published(summary(method, detector))),
-            ("difference", lambda method, detector: _difference(summary(method, detector))),
-        ]
-        return columns if known else []
-
-    if any(summary.published is not None for summary in found.values()):
-        interval += (
-            " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its lists."
-        )
-    auroc = [c for name in means for c in (column(title(name), "auroc", name, True), *against(name))]
-    own = [
-        by_detector(name, f"{over}.", [column(title(mean), name, mean, unit=1) for mean in means])
-        for name in added("metric")
-    ]
+    told = f"{over[:-1]}; {tuned}{interval}"
+    own = [by_detector(name, over, [columns.of(title(m), name, m, unit=1) for m in means]) for name in added("metric")]
+    last = [*columns.calibration(), *columns.under_shift()]
     if len(results.methods) > 1:
-        known = any(summary.published is not None for summary in found.values())
-        told = [by_detector("AUROC beside what is published (%)", f"{over}; {tuned}{interval}", auroc)] if known else []
-        told += own
-        calibration = _calibration(results, found, over)
-        return [*compared(results), *told, *([calibration] if calibration else []), *_under_shift(results, found, over)]
-    tables = [
-        by_detector("AUROC (%)", f"{over}; {tuned}{interval}", auroc),
-        by_detector(
-            "FPR95 (%), lower is better",
-            f"{over}. OOD positive, as OpenOOD: share of ID images rejected by the threshold that catches 95 % of the "
-            "OOD images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of "
-            "the ID images.",
-            [
-                column(f"{title(name)}, {positive} positive", f"fpr95_{positive.lower()}_positive", name)
-                for name in means
-                for positive in ("OOD", "ID")
-            ],
-        ),
-    ]
-    if len(several) > 1:
-        columns = [c for name in several for c in (column(name, "auroc", name), *against(name))]
-        tables.append(by_detector("AUROC by set (%)", f"{over}.", columns))
-    if results.csid:
-        shown = {"AUROC": "auroc", "FPR95, OOD positive": "fpr95_ood_positive"}
-        columns = [
-            column(f"{title(of)} {head}", FULL_SPECTRUM + key, of) for of in means for head, key in shown.items()
-        ]
-        tables.append(by_detector("Full-spectrum (%)", f"{over}. {full_spectrum(results)}", columns))
-    aupr = [column(f"{title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")]
-    caption = f"{over}. Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
-    tables.append(by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True))
-    tables += own
-    tables = [table for table in tables if table.columns]  # without OOD sets there are none
-    calibration = _calibration(results, found, over)
-    return [*tables, *([calibration] if calibration else []), *_under_shift(results, found, over)]
-
-
-def _calibration(results: Results, found: Mapping[tuple, Summary], over: str) -> Table | None:
-    """None where nothing of it was measured."""
-    measured = [
-        metric for metric in CALIBRATION if any((method, metric, "", "") in found for method in results.methods)
-    ]
-    known = {s.metric for s in found.values() if s.metric in CALIBRATION and s.published is not None}
-    rows, columns = [], []
-    for metric in measured:
-        columns += [CALIBRATION[metric], "published", "difference"] if metric in known else [CALIBRATION[metric]]
-    for method in results.methods:
-        cells: list[Cell] = []
-        for metric in measured:
-            summary = found.get((method, metric, "", ""))
-            cells.append(_cell(summary, True))
-            cells += [_published(summary), _difference(summary)] if metric in known else []
-        rows.append((method, tuple(cells)))
-    if not measured:
-        return None
-    caption = f"{over}. ECE of the softmax of what the column names, 15 bins, on the ID test images; lower is better."
-    return Table("Accuracy and expected calibration error (%)", caption, tuple(columns), (Section("", tuple(rows)),))
-
-
-def _under_shift(results: Results, found: Mapping[tuple, Summary], over: str) -> list[Table]:
-    """The accuracy on the ID test images, on each covariate-shifted set, and on all of them."""
-    keys = {"ID test images": ("accuracy", "", "")}
-    keys |= {results.sets[name].title: ("accuracy", "", name) for name in results.csid}
-    keys["all together"] = (f"{FULL_SPECTRUM}accuracy", "", "")
-    rows = [(name, tuple(_cell(found.get((m, *key)), True) for m in results.methods)) for name, key in keys.items()]
-    measured = results.csid and any((m, *key) in found for m in results.methods for key in [*keys.values()][1:])
-    columns = tuple(results.methods)
-    return [Table("Accuracy under covariate shift (%)", f"{over}.", columns, (Section("", tuple(rows)),))] * bool(
-        measured
+        known = [by_detector("AUROC beside what is published (%)", told, auroc(means, True))]
+        return [*compared(results), *known * bool(columns.published), *own, *last]
+    both = [(name, positive) for name in means for positive in ("OOD", "ID")]
+    fpr95 = [columns.of(f"{title(of)}, {p} positive", f"fpr95_{p.lower()}_positive", of) for of, p in both]
+    caption = (
+        f"{over} OOD positive, as OpenOOD: share of ID images rejected by the threshold that catches 95 % of the OOD "
+        "images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of the ID "
+        "images."
     )
+    tables = [by_detector("AUROC (%)", told, auroc(means, True))]
+    tables.append(by_detector("FPR95 (%), lower is better", caption, fpr95))
+    if len(results.ood) > 1:
+        tables.append(by_detector("AUROC by set (%)", over, auroc(results.ood, False)))
+    if results.csid:
+        shown = {"AUROC": "auroc", "FPR95, OOD positive": "fpr95_ood_positive"}.items()
+        full = [columns.of(f"{title(of)} {head}", FULL_SPECTRUM + key, of) for of in means for head, key in shown]
+        tables.append(by_detector("Full-spectrum (%)", f"{over} {full_spectrum(results)}", full))
+    aupr = [
+        columns.of(f"{title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")
+    ]
+    caption = f"{over} Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
+    tables += [by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True), *own]
+    return [*(table for table in tables if table.columns), *last]  # without OOD sets there are none
 
 
 def _cell(summary: Summary | None, with_interval: bool = False, unit: int = 100) -> Cell:

@@ -25,9 +25,8 @@ from ..data import open_benchmark
 from ..data.benchmarks import ImageBenchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
-from ..diagnostics.collapse import Chunk
-from ..evaluation.cache import Outputs
-from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Progress, no_progress
+from ..evaluation.cache import Progress, counted, no_progress
+from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD
 from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
@@ -313,19 +312,12 @@ def _diagnosed(folders: Mapping[str, Path], what: str, progress: Progress) -> Di
     outputs = {name: evaluation.read_outputs(folder) for name, folder in folders.items()}
     weight, bias = evaluation.read_head(folders[FIT])
     with progress(f"diagnosing {what}", sum(map(len, outputs.values()))) as bar:
-        chunks = {name: _counted(part, bar) for name, part in outputs.items()}
+        chunks = {name: counted(part.chunks(), bar) for name, part in outputs.items()}
         train, test = chunks.pop(FIT), chunks.pop(TEST)
         found = diagnose(train, test, chunks, (weight, bias))
     with suppress(OSError):  # a cache that cannot be written: it is computed again the next time
         found.save(_kept_file(folders))
     return found
-
-
-def _counted(outputs: Outputs, bar: Any) -> Iterator[Chunk]:
-    for chunk in outputs.chunks():
-        yield chunk
-        if bar is not None:
-            bar.advance(len(chunk[0]))
 
 
 # ---- change of the features; this one runs models
@@ -361,8 +353,7 @@ def measure_change(
         def models() -> Iterator[torch.nn.Module]:
             for file in checkpoints:
                 yield load_run(record.path, f"{EPOCHS}/{file.name}")[0].to(device)
-                if bar is not None:
-                    bar.advance(1)
+                bar.advance(1)
 
         record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, checkpoints))
     record.missing = [note for note in record.missing if not note.startswith("change of the features")]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import pages
 
@@ -18,6 +19,10 @@ class Cell:
     text: str
     bold: bool = False
     worse: bool = False  # bold because it is worse, not better
+
+
+Column = tuple[str, Callable[..., Cell]]  # its head, and the cell of what a row is about
+Rows = tuple[str, Iterable[tuple[str, tuple]]]  # a heading, and each row: its name, and what it is about
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Table:
     folded: bool = False  # on the page: to be opened with a click
     corner: str = ""  # what the names of the rows are
     sortable: bool = False  # on a page, by a click on a header
+
+    @classmethod
+    def of(cls, title: str, caption: str, columns: Iterable[Column], rows: Iterable[Rows], **more: Any) -> Table:
+        """A table of what `columns` make of what each row is about; `more`: as of the class."""
+        columns = list(columns)
+        sections = tuple(
+            Section(heading, tuple((name, tuple(cell(*about) for _, cell in columns)) for name, about in under))
+            for heading, under in rows
+        )
+        return cls(title, caption, tuple(head for head, _ in columns), sections, **more)
 
     def rows(self) -> list[tuple[str, tuple[Cell, ...]]]:
         """Of all sections."""
