@@ -15,6 +15,7 @@ from ood_fast import checks, recipes
 from ood_fast.training import build
 from ood_fast.training.contrastive import CIDERLoss, SupConLoss
 from ood_fast.training.objective import StepBatch
+from ood_fast.training.palm import PALMLoss
 
 N, C, M, D = 9, 3, 4, 5
 
@@ -76,10 +77,70 @@ def test_cider_is_the_papers_equation_with_its_gradient(head):
     assert "prototypes" in criterion.state_dict()
 
 
-@pytest.mark.parametrize("kind", [SupConLoss, CIDERLoss])
+def literal_palm(u: torch.Tensor, y: torch.Tensor, prototypes: torch.Tensor, settings: tuple):
+    """The loss and the prototypes, as the authors' code computes them, sample by sample."""
+    nearest, momentum, pull = settings
+    n, k = len(u), len(prototypes)
+    of = [j % C for j in range(k)]
+
+    def assigned(protos):
+        q = [[math.exp(float(u[i].detach() @ protos[j].detach()) / 0.05) for j in range(k)] for i in range(n)]
+        for _ in range(3):
+            totals = [sum(q[i][j] for i in range(n)) for j in range(k)]
+            q = [[q[i][j] / totals[j] / k for j in range(k)] for i in range(n)]
+            q = [[value / sum(row) / n for value in row] for row in q]
+        return [[n * value for value in row] for row in q]
+
+    def own(i, row):  # of the prototypes of its class those with the most weight
+        mine = sorted((j for j in range(k) if of[j] == y[i]), key=lambda j: -row[j])[:nearest]
+        return {j: row[j] / sum(row[j] for j in mine) for j in mine}
+
+    taken = [own(i, row) for i, row in enumerate(assigned(prototypes))]
+    moved = []
+    for j in range(k):
+        total = sum(taken[i].get(j, 0.0) for i in range(n))
+        mean = sum((taken[i].get(j, 0.0) / total * u[i] for i in range(n)), torch.zeros(u.shape[1])) if total else 0.0
+        moved.append(F.normalize(momentum * prototypes[j] + (1 - momentum) * mean, dim=0))
+    near = []
+    for i, row in enumerate(assigned(moved)):
+        weights = {j: row[j] for j in taken[i]}
+        logits = [u[i] @ p.detach() / 0.1 for p in moved]
+        share = sum(value / sum(weights.values()) * logits[j] for j, value in weights.items())
+        near.append(share - sum(f.exp() for f in logits).log())
+    apart = []
+    for j in range(k):
+        logits = {s: moved[j] @ moved[s] / 0.5 for s in range(k) if s != j}
+        same = [f for s, f in logits.items() if of[s] == of[j]]
+        apart.append(sum(same) / len(same) - sum(f.exp() for f in logits.values()).log())
+    return -sum(near) / n - pull * sum(apart) / k, torch.stack(moved).detach()
+
+
+@pytest.mark.parametrize(("nearest", "pull"), [(5, 1.0), (2, 0.3), (1, 0.0)])
+def test_palm_is_the_authors_code_with_its_gradient(head, nearest, pull):
+    criterion = PALMLoss(head, projection=D, prototypes=3, nearest=nearest, momentum=0.8, pull=pull)
+    assert criterion.prototypes.shape == (3 * C, D)
+    for n in (N, 5):  # the second batch lacks a class
+        z, y = torch.randn(n, M), torch.arange(n) % (C if n == N else C - 1)
+        before, weights = criterion.prototypes, list(criterion.projection.parameters())
+        u = F.normalize(criterion.projection(z), dim=1)
+        expected, after = literal_palm(u, y, before, (min(nearest, 3), 0.8, pull))
+        expected = expected + F.cross_entropy(head(z), y)
+        loss = criterion(z, y)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(criterion.prototypes, after)
+        for ours, theirs in zip(
+            torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert not criterion.prototypes.requires_grad
+    assert "prototypes" in criterion.state_dict()
+
+
+@pytest.mark.parametrize("kind", [SupConLoss, CIDERLoss, PALMLoss])
 def test_the_head_is_trained_beside_features_that_it_leaves_alone(kind, head):
     body = nn.Linear(M, M)
     criterion = kind(head, ood_fast.ELogitNormLoss(head), projection=D)
+    begin = dict(criterion.named_buffers())
     x, y = torch.randn(N, M), torch.arange(N) % C
     network = lambda images: (head(body(images)), body(images))  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,6 +155,8 @@ def test_the_head_is_trained_beside_features_that_it_leaves_alone(kind, head):
         projection=criterion.projection,
         **({"width": D} if kind is CIDERLoss else {}),
     )
+    for name, value in begin.items():
+        setattr(again, name, value)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = again.step(network, StepBatch(x, y, x + 0.1))
     loss.backward()
@@ -115,6 +178,10 @@ def test_ignored_samples_take_no_part_in_the_contrast(head):
         (lambda head: SupConLoss(head, projection=0), "projection: got 0, expected an int >= 1 or a module"),
         (lambda head: CIDERLoss(head, momentum=1.0), "momentum: got 1"),
         (lambda head: CIDERLoss(head, projection=nn.Identity()), "width: got none"),
+        (lambda head: PALMLoss(head, momentum=1.0), "momentum: got 1"),
+        (lambda head: PALMLoss(head, prototypes=0), "prototypes: got 0"),
+        (lambda head: PALMLoss(head, nearest=0), "nearest: got 0"),
+        (lambda head: PALMLoss(head, pull=-1.0), "pull: got -1"),
         (lambda head: SupConLoss(nn.Linear(M, 1)), "head: got one class"),
         (lambda head: SupConLoss(head)(torch.randn(C, M), torch.arange(C)), "y: got no two samples of a class"),
         (
@@ -137,6 +204,15 @@ def test_recipes_say_what_is_built():
     assert made.criterion.label_smoothing == 0.1
     assert type(build.objective_of(recipes.find("cifar100-supcon"), model)) is SupConLoss
     assert "imagenet200-cider" not in recipes.RECIPES
+    palm = recipes.find("cifar10-palm")
+    assert (palm.batch_size, palm.learning_rate, palm.weight_decay, palm.warmup_epochs) == (16, 0.1, 1e-4, 10)
+    made = build.objective_of(palm, model)
+    assert isinstance(made, PALMLoss)
+    assert (made.momentum, len(made.prototypes), made.nearest, made.pull) == (0.9, 6 * C, 5, 1)
+    larger = recipes.find("cifar100-palm")
+    assert (larger.batch_size, larger.learning_rate, build.objective_of(larger, model).momentum) == (512, 0.5, 0.999)
+    with pytest.raises(checks.UserError, match="prototype_momentum: expected none with loss=supcon"):
+        recipes.override(palm, ["loss=supcon"])
     for setting in ("mixup=0.1", "outliers=vos", "regmixup=20"):
         with pytest.raises(checks.UserError, match="expected none with loss=cider"):
             recipes.override(cider, [setting])

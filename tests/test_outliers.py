@@ -18,8 +18,10 @@ import ood_fast
 from ood_fast import checks, data, recipes
 from ood_fast import train as training
 from ood_fast.training import build, mixing
+from ood_fast.training.contrastive import CIDERLoss
 from ood_fast.training.objective import Plain, StepBatch, WithFeatures
 from ood_fast.training.outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
+from ood_fast.training.synthesis import NPOSLoss, Synthesis
 
 N, C, M = 10, 3, 4
 
@@ -94,6 +96,121 @@ def test_virtual_outliers_are_the_least_dense_of_the_candidates(head):
     directions = whitened / whitened.norm(dim=1, keepdim=True)
     assert directions.mean(0).abs().max() < 0.08
     torch.testing.assert_close(directions.T @ directions / len(directions), torch.eye(M) / M, atol=0.04, rtol=0)
+
+
+# ---- NPOS
+
+
+HOW = Synthesis(neighbours=3, boundary=4, anchors=2, candidates=7, keep=3, deviation=0.5)
+
+
+def npos(head: nn.Linear, criterion=None, **keywords) -> NPOSLoss:
+    """NPOS with full queues."""
+    made = NPOSLoss(head, criterion, queue=6, synthesis=HOW, **keywords)
+    z, y = sample(6 * C)
+    made(head(z), z, y, active=False)
+    return made
+
+
+def test_npos_draws_where_the_class_has_few_neighbours(head):
+    """Point by point, by sorted distances of unit vectors. Two may be each other's third: the order is left open."""
+    unit = lambda v: [x / math.sqrt(sum(y * y for y in v)) for x in v]  # noqa: E731
+
+    def far(point, bank):  # squared distance to the third of the class, itself counted
+        return sorted(sum((a - b) ** 2 for a, b in zip(unit(point), unit(other), strict=True)) for other in bank)[2]
+
+    criterion = npos(head)
+    gap = 0.0
+    while gap < 1e-3:  # between the fourth, which is of the boundary, and the fifth
+        criterion.samples = torch.randn(C, 6, M)
+        banks = criterion.samples.tolist()
+        ranked = [sorted(bank, key=lambda v: -far(v, bank)) for bank in banks]
+        gap = min(far(rows[3], bank) - far(rows[4], bank) for rows, bank in zip(ranked, banks, strict=True))
+    criterion.synthesis = HOW._replace(anchors=4)
+    torch.manual_seed(4)
+    found = criterion.virtual_outliers()
+    torch.manual_seed(4)
+    noise, expected = (0.5 * torch.randn(7, M)).tolist(), []
+    for rows, bank in zip(ranked, banks, strict=True):
+        for edge in rows[:4]:
+            candidates = [[a + e for a, e in zip(edge, row, strict=True)] for row in noise]
+            expected += sorted(candidates, key=lambda v: -far(v, bank))[:3]
+    torch.testing.assert_close(torch.tensor(sorted(found.tolist())), torch.tensor(sorted(expected)))
+    criterion.synthesis = HOW._replace(anchors=1, candidates=1, keep=1, deviation=1e-9)
+    drawn = torch.cat([criterion.virtual_outliers() for _ in range(60)]).round(decimals=4)
+    assert len(drawn.unique(dim=0)) == 4 * C  # each of the boundary, now and then
+    for dead in (0.0, 1e18):
+        criterion.samples = torch.full((C, 6, M), dead)
+        assert criterion.virtual_outliers().isfinite().all()
+
+
+@pytest.mark.parametrize("average", ["samples", "sets"])
+def test_npos_is_the_papers_equation(head, average, monkeypatch):
+    criterion = npos(head, weight=0.3, average=average, criterion_weight=0.5)
+    virtual, (z, y) = torch.randn(5, M), sample()
+    monkeypatch.setattr(criterion, "virtual_outliers", lambda: virtual)
+    loss = criterion(head(z), z, y)
+    phi = criterion.told_by(torch.cat([z, virtual])).flatten().tolist()
+    inside, outside = [math.log(1 + math.exp(-f)) for f in phi[:N]], [math.log(1 + math.exp(f)) for f in phi[N:]]
+    means = {"sets": sum(inside) / N + sum(outside) / 5, "samples": (sum(inside) + sum(outside)) / (N + 5)}
+    expected = 0.5 * nn.functional.cross_entropy(head(z), y).item() + 0.3 * means[average]
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(criterion(head(z.detach()), z, y), z)
+    assert grad.abs().sum() > 0
+
+
+def test_npos_beside_a_contrast_of_two_views(head):
+    criterion = npos(head, CIDERLoss(head, projection=5), criterion_weight=0.5, start=0.5)
+    assert criterion.companion == "views"
+    x, y = sample()
+    batch, network = StepBatch(x, y, x + 0.1, 0.4), lambda x: (head(x), x)
+    prototypes = criterion.criterion.prototypes
+    loss, logits = criterion.step(network, batch)
+    torch.testing.assert_close(logits, head(x))
+    criterion.criterion.prototypes = prototypes
+    alone, _ = criterion.criterion.step(network, batch)
+    torch.testing.assert_close(loss, 0.5 * alone)
+    criterion.criterion.prototypes = prototypes
+    with torch.autocast("cpu", torch.bfloat16):
+        later, _ = criterion.step(network, batch._replace(done=0.5))
+    assert later > loss
+    later.backward()
+    assert all(p.grad is not None for p in criterion.parameters())
+    plain = npos(head, ood_fast.ELogitNormLoss(head))
+    assert plain.companion == ""
+    assert plain.step(network, batch._replace(beside=None))[1].shape == (N, C)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"synthesis": HOW._replace(neighbours=7)}, "neighbours: got 7, expected at most 6"),
+        ({"synthesis": HOW._replace(boundary=7)}, "boundary: got 7, expected at most 6"),
+        ({"synthesis": HOW._replace(anchors=5)}, "anchors: got 5, expected at most 4"),
+        ({"synthesis": HOW._replace(keep=8)}, "keep: got 8, expected at most 7"),
+        ({"synthesis": HOW._replace(deviation=0.0)}, "deviation: got 0"),
+        ({"criterion_weight": -1.0}, "criterion_weight: got -1"),
+        ({"average": "no"}, "average: got 'no'"),
+    ],
+)
+def test_what_npos_refuses(head, keywords, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        NPOSLoss(head, queue=6, **keywords)
+
+
+def test_npos_recipes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(M, C))
+    found = recipes.find("cifar10-npos")
+    assert (found.batch_size, found.learning_rate, found.weight_decay, found.loss) == (256, 0.1, 1e-4, "cider")
+    made = build.objective_of(found, model)
+    assert isinstance(made, NPOSLoss)
+    assert (made.synthesis, made.start, made.weight, made.criterion_weight) == (Synthesis(), 0.4, 0.1, 0.5)
+    assert isinstance(made.criterion, CIDERLoss)
+    other = build.objective_of(recipes.find("digits-elogitnorm-npos"), model)
+    assert isinstance(other.criterion, ood_fast.ELogitNormLoss)
+    assert (other.queue, other.synthesis.neighbours, other.criterion_weight) == (100, 30, 1)
+    assert Synthesis.of_queue(1) == Synthesis(1, 1, 1)
 
 
 def test_queues_hold_the_last_of_each_class(head):

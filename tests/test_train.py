@@ -322,6 +322,8 @@ RESUMED = {
     "bf16, steps": {"amp": "bf16", "schedule": "steps", "milestones": (1, 2)},
     "fp16 and its scaler": {"amp": "fp16", "loss": "logitnorm"},
     "two views, prototypes": {"loss": "cider"},
+    "prototypes that begin at random": {"loss": "palm"},
+    "outliers of two views": {"loss": "cider", "outliers": "npos", "outlier_queue": 5, "outlier_start": 0.3},
     "virtual outliers": {"outliers": "vos", "outlier_queue": 3, "outlier_start": 0.3},
 }
 

@@ -170,9 +170,9 @@ def compared(results: Results) -> list[Table]:
     ]
     if results.csid:
         told = full_spectrum(results)
-        full = [("AUROC", "auroc", True), ("FPR95", "fpr95_ood_positive", False)]
+        full = [("AUROC (%)", "auroc", True), ("FPR95 (%), lower is better", "fpr95_ood_positive", False)]
         wanted[3:3] = [
-            (f"Full-spectrum {of} (%)", FULL_SPECTRUM + key, means, told * with_it, False) for of, key, with_it in full
+            (f"Full-spectrum {of}", FULL_SPECTRUM + key, means, told * with_it, False) for of, key, with_it in full
         ]
     order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
     tables = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from .recipe import TAU, WITH_IMAGES, TrainingRecipe
+from .recipe import CONTRASTIVE, TAU, WITH_IMAGES, TrainingRecipe
 
 # ---- what `compare` runs
 
@@ -21,6 +21,8 @@ LOSSES = {
 MORE_LOSSES = {
     "vos": "VOS: cross-entropy, and virtual outliers told from samples by their energy",
     "elogitnorm-vos": "ELogitNorm with VOS's outliers",
+    "npos": "NPOS: CIDER, and outliers drawn where a class has few neighbours",
+    "elogitnorm-npos": "ELogitNorm with NPOS's outliers",
     "oe": "outlier exposure: cross-entropy, and uniform predictions of --outliers",
     "elogitnorm-oe": "the same with ELogitNorm",
     "mixoe": "cross-entropy, and images mixed with --outliers",
@@ -28,6 +30,7 @@ MORE_LOSSES = {
     "supcon": "supervised contrastive features, and a linear head on them",
     "ish": "ISH: cross-entropy, the head learning from sharpened features",
     "cider": "CIDER: features near prototypes, and a linear head on them",
+    "palm": "PALM: features near some of several prototypes of a class, and a linear head on them",
 }
 BASELINE = "ce"
 
@@ -57,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "l2norm": {"head": "l2norm"},
     "vos": {"outliers": "vos"},
     "elogitnorm-vos": {"loss": "elogitnorm", "average": "classes", "outliers": "vos"},
+    "npos": {"loss": "cider", "outliers": "npos"},
+    "elogitnorm-npos": {"loss": "elogitnorm", "average": "classes", "outliers": "npos"},
     "oe": {"outliers": "oe", "outlier_batch_size": 256},
     "elogitnorm-oe": {"loss": "elogitnorm", "average": "classes", "outliers": "oe", "outlier_batch_size": 256},
     "mixoe": {"outliers": "mixoe"},
@@ -64,10 +69,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ish": {"head": "ish"},
     "supcon": {"loss": "supcon"},
     "cider": {"loss": "cider"},
+    "palm": {"loss": "palm"},
 }
 # What of a recipe says which loss it is: runs that differ in nothing else are compared.
 OF_THE_LOSS = (
-    *("loss", "tau", "average", "detach_geometry", "head", "head_tau"),
+    *("loss", "tau", "prototype_momentum", "average", "detach_geometry", "head", "head_tau"),
     *("outliers", "outlier_weight", "outlier_start", "outlier_queue", "outlier_batch_size", "regmixup"),
 )
 _VOS = "Du et al., ICLR 2022, arXiv 2202.01197"
@@ -89,11 +95,18 @@ SOURCES["supcon"] = (
     "Khosla et al., NeurIPS 2020, arXiv 2004.11362 (SSD+, KNN+), with the settings of CIDER; crops and flips"
 )
 SOURCES["cider"] = f"Ming et al., ICLR 2023, arXiv 2203.04450, as {OPENOOD} trains it; crops and flips, no colours"
+SOURCES["npos"] = f"Tao et al., ICLR 2023, arXiv 2303.02966, as {OPENOOD} trains it; crops and flips, no colours"
+SOURCES["elogitnorm-npos"] = f"of no paper: {ELOGITNORM}, with the outliers of Tao et al., ICLR 2023, arXiv 2303.02966"
+SOURCES["palm"] = f"Lu et al., ICLR 2024, arXiv 2402.02653, as {OPENOOD} trains it; crops and flips, no colours"
 _CONTRASTIVE = {"batch_size": 512, "learning_rate": 0.5, "final_learning_rate": 5e-4, "weight_decay": 1e-4}
+_SMALL_STEPS = {"learning_rate": 0.1, "final_learning_rate": 1e-4, "weight_decay": 1e-4, "warmup_epochs": 10}
 OWN_SCHEDULE: dict[str, dict[str, Any]] = {
     "mixoe": {"epochs": 10, "learning_rate": 1e-3},  # from trained weights
     "supcon": _CONTRASTIVE | {"warmup_epochs": 10},
     "cider": _CONTRASTIVE | {"warmup_epochs": 10},
+    "palm": _CONTRASTIVE | {"warmup_epochs": 10},
+    "cifar10-palm": _SMALL_STEPS | {"batch_size": 16, "prototype_momentum": 0.9},
+    "npos": _SMALL_STEPS | {"batch_size": 256},
 }
 IN_TABLE_5 = ("ce", "logitnorm", "elogitnorm", "l2norm")
 BENCHMARKS = {
@@ -168,9 +181,11 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         for method, settings in METHODS.items():
             paper = SOURCES.get(method, f"{ELOGITNORM}, OOD tables")
             paper += f", {method}" * (paper == OPENOOD)
-            if settings.get("loss") in ("supcon", "cider") and benchmark == "imagenet200":
-                continue  # OpenOOD fine-tunes the last block there
-            yield replace(base, **settings, **OWN_SCHEDULE.get(method, {}), name=f"{benchmark}-{method}", source=paper)
+            if settings.get("loss") in CONTRASTIVE and benchmark == "imagenet200":
+                continue  # OpenOOD fine-tunes the last block there; of NPOS more outliers are drawn
+            name = f"{benchmark}-{method}"
+            own = {**OWN_SCHEDULE.get(method, {}), **OWN_SCHEDULE.get(name, {})}
+            yield replace(base, **settings, **own, name=name, source=paper)
             if method in IN_TABLE_5:
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)

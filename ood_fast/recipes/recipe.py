@@ -62,13 +62,15 @@ class TrainingRecipe(Recipe):
         head: "linear", or "l2norm" for `L2NormLinear`, with `head_tau` as its τ (None: L2 normalisation; 0.1: T2FNorm);
             "ish" for `training.sharpened.ISHLinear`.
         loss: "ce", "logitnorm" with `tau`, "elogitnorm" with `average` and `detach_geometry` as in `ELogitNormLoss`, or
-            "supcon", "cider" of `training.contrastive`, alone.
+            "supcon", "cider" of `training.contrastive`, "palm" of `training.palm`, alone or with outliers=npos.
+        prototype_momentum: of CIDER and PALM; None: 0.95, 0.999.
         label_smoothing: as in F.cross_entropy. mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn
             from, 0 = off; with both on, one of them is drawn for each batch. regmixup: α of mixup beside the images,
             not in their place; without the others and without outliers.
-        outliers: what is trained beside the loss, see `training.outliers`: "none"; "vos", of `outlier_queue` features a
-            class; of a folder of images "oe", "energy", "mixoe", in batches of `outlier_batch_size` (0: `batch_size`).
-        outlier_weight: of that term, outlier_start: of VOS; None: the paper's.
+        outliers: what is trained beside the loss, see `training.outliers`: "none"; "vos", "npos", of `outlier_queue`
+            features a class; of a folder of images "oe", "energy", "mixoe", in batches of `outlier_batch_size` (0:
+            `batch_size`).
+        outlier_weight: of that term, outlier_start: of VOS and NPOS; None: the paper's.
         optimizer: "sgd" (`momentum`, `nesterov`) or "adamw"; `weight_decay` for both.
         batch_size: of each process; n_processes: how many the source ran. Their product is what the rate is made for.
         schedule: "cosine", from `learning_rate` to `final_learning_rate` by step; "steps", × `gamma` when each epoch of
@@ -90,6 +92,7 @@ class TrainingRecipe(Recipe):
     head_tau: float | None = None
     loss: str = "ce"
     tau: float = TAU
+    prototype_momentum: float | None = None
     average: str = "boundaries"
     detach_geometry: bool = False
     label_smoothing: float = 0.0
@@ -123,6 +126,10 @@ class TrainingRecipe(Recipe):
         for name in ("momentum", "label_smoothing"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._check_outliers()
+        momentum = self.prototype_momentum
+        require("prototype_momentum", momentum, momentum is None or 0 <= momentum < 1, "none or a number in [0, 1)")
+        if momentum is not None and self.loss not in ("cider", "palm"):
+            raise bad_setting(f"prototype_momentum: expected none with loss={self.loss}, which has no prototypes")
         require("head_tau", self.head_tau, self.head_tau is None or self.head_tau > 0, "none or a number above 0")
         ascending = tuple(sorted(set(self.milestones)))
         require("milestones", self.milestones, self.milestones == ascending, "epochs in ascending order")
@@ -140,23 +147,24 @@ class TrainingRecipe(Recipe):
         require("outlier_start", start, start is None or 0 <= start <= 1, "none or a number in [0, 1]")
         if self.regmixup and (self.mixup or self.cutmix or self.outliers != "none"):
             raise bad_setting("regmixup: expected 0 with mixup, cutmix or outliers")
-        others = self.mixup or self.cutmix or self.regmixup or self.outliers != "none"
-        if self.loss in ("supcon", "cider") and others:
-            raise bad_setting(f"mixup, cutmix, regmixup, outliers: expected none with loss={self.loss}")
+        others = self.mixup or self.cutmix or self.regmixup or self.outliers not in ("none", "npos")
+        if self.loss in CONTRASTIVE and others:
+            raise bad_setting(f"mixup, cutmix, regmixup, outliers but npos: expected none with loss={self.loss}")
         if self.outliers in OF_CLASSES and (self.mixup or self.cutmix):
             raise bad_setting(
                 f"mixup, cutmix: expected 0 with outliers={self.outliers}, which needs images of one class"
             )
 
 
-OF_CLASSES = ("vos",)  # outliers that are drawn from the features of a class
+CONTRASTIVE = ("supcon", "cider", "palm")  # losses of features
+OF_CLASSES = ("vos", "npos")  # outliers that are drawn from the features of a class
 WITH_IMAGES = ("oe", "energy", "mixoe")  # outliers that are images
 CHOICES = {
     "activation": ("relu", "leaky_relu"),
     "head": ("linear", "l2norm", "ish"),
-    "loss": ("ce", "logitnorm", "elogitnorm", "supcon", "cider"),
+    "loss": ("ce", "logitnorm", "elogitnorm", *CONTRASTIVE),
     "average": ("boundaries", "classes"),
-    "outliers": ("none", "vos", *WITH_IMAGES),
+    "outliers": ("none", *OF_CLASSES, *WITH_IMAGES),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "steps", "onecycle"),
     "amp": ("none", "bf16", "fp16"),

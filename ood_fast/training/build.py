@@ -18,9 +18,11 @@ from .contrastive import CIDERLoss, SupConLoss
 from .mixing import MixOELoss, RegMixupLoss
 from .objective import Objective, Plain
 from .outliers import EnergyBoundedLoss, OutlierExposureLoss, VOSLoss
+from .palm import PALMLoss
 from .sharpened import ISHLinear
+from .synthesis import NPOSLoss
 
-CONTRASTIVE = {"supcon": SupConLoss, "cider": CIDERLoss}
+CONTRASTIVE: dict[str, Callable[..., SupConLoss]] = {"supcon": SupConLoss, "cider": CIDERLoss, "palm": PALMLoss}
 OF_IMAGES = {"oe": OutlierExposureLoss, "energy": EnergyBoundedLoss, "mixoe": MixOELoss}
 
 
@@ -47,7 +49,7 @@ def model_of(
 
 def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`. One of your own may be an
-    `Objective` instead, as "supcon" and "cider" are."""
+    `Objective` instead, as "supcon", "cider" and "palm" are."""
     if own := added("loss").get(recipe.loss):
         return own(model, recipe)
     smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
@@ -57,7 +59,8 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
         keywords: dict[str, Any] = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
         return ELogitNormLoss(find_head(model), **keywords, **smoothing)
     if recipe.loss in CONTRASTIVE:
-        return CONTRASTIVE[recipe.loss](find_head(model), nn.CrossEntropyLoss(**smoothing))
+        momentum = {} if recipe.prototype_momentum is None else {"momentum": recipe.prototype_momentum}
+        return CONTRASTIVE[recipe.loss](find_head(model), nn.CrossEntropyLoss(**smoothing), **momentum)
     return nn.CrossEntropyLoss(**smoothing)
 
 
@@ -68,12 +71,16 @@ def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
         UserError: outliers beside a loss of your own that is an `Objective` already.
     """
     criterion = criterion_of(recipe, model)
+    given = {"weight": recipe.outlier_weight, "start": recipe.outlier_start}
+    keywords: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if recipe.outliers == "npos" and (isinstance(criterion, SupConLoss) or not isinstance(criterion, Objective)):
+        closed = 0.5 if recipe.loss == "cider" else 1.0  # OpenOOD's weights of C and D are half of CIDER's
+        keywords |= {"queue": recipe.outlier_queue, "criterion_weight": closed}
+        return NPOSLoss(find_head(model), criterion, **keywords)
     if isinstance(criterion, Objective):
         if recipe.outliers != "none" or recipe.regmixup:
             raise checks.UserError(f"outliers, regmixup: expected none and 0: loss={recipe.loss} is no criterion")
         return criterion
-    given = {"weight": recipe.outlier_weight, "start": recipe.outlier_start}
-    keywords: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if recipe.outliers == "vos":
         return VOSLoss(find_head(model), criterion, queue=recipe.outlier_queue, **keywords)
     if recipe.outliers != "none":

@@ -103,15 +103,19 @@ class SupConLoss(Objective):
 
     def step(self, network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """As `forward`, of the images and of their other views, which go through the network together."""
-        if batch.beside is None or len(batch.beside) != len(batch.x):
-            raise ValueError("views: got none, expected another augmentation of each image")
-        logits, z = network(torch.cat([batch.x, batch.beside]))
-        target = torch.cat([batch.target, batch.target])
+        logits, z, target = both_views(network, batch)
         return self(z, target), logits[: len(batch.x)]
 
     def extra_repr(self) -> str:
         """As `nn.Module` has it."""
         return f"temperature={self.temperature}, base_temperature={self.base_temperature}"
+
+
+def both_views(network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (2n, c), features (2n, m) and targets (2n,) of the images and of their other views."""
+    if batch.beside is None or len(batch.beside) != len(batch.x):
+        raise ValueError("views: got none, expected another augmentation of each image")
+    return *network(torch.cat([batch.x, batch.beside])), torch.cat([batch.target, batch.target])
 
 
 class CIDERLoss(SupConLoss):

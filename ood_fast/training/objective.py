@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ class Objective(nn.Module):
             batches of `recipe.outlier_batch_size`; "views", the same images augmented another time; "" for none.
     """
 
-    companion: ClassVar[str] = ""
+    companion: str = ""
 
     def around(self, model: nn.Module) -> nn.Module:
         """What `step` gets as `network`, before DistributedDataParallel and torch.compile go around it: the model."""

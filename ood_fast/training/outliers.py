@@ -20,7 +20,96 @@ from .objective import Criterion, Objective, StepBatch, WithFeatures
 RIDGE = 1e-4  # on the diagonal of the covariance, as in the authors' code
 
 
-class VOSLoss(Objective):
+class VirtualOutliersLoss(Objective):
+    """What VOS and NPOS share: queues of the newest features of each class, and a term that tells samples from outliers
+    drawn from them.
+
+        loss = criterion(f, y) + weight · L          L = mean_x told_1(x) + mean_v told_0(v)
+
+    L begins when the queues of all classes are full. Subclasses draw v in `virtual_outliers()`, and tell by
+    `told(logits, z, v)`, (n + k,): the binary cross-entropies of samples and of outliers.
+
+    Attributes:
+        samples: (c, queue, m), the newest of each class. seen: (c,), how many of each there were.
+    """
+
+    samples: Tensor
+    seen: Tensor
+
+    def __init__(
+        self, head: nn.Module, criterion: Criterion | None, weight: float, queue: int, average: str, start: float
+    ) -> None:
+        super().__init__()
+        n_classes, n_features = checked_head(head)
+        checks.positive_int("queue", queue)
+        checks.one_of("average", average, ("samples", "sets"))
+        checks.real("weight", weight, 0.0)
+        checks.real("start", start, 0.0, 1.0)
+        self._head = (head,)
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.weight, self.queue, self.average, self.start = weight, queue, average, start
+        where: dict[str, Any] = {"device": next(head.parameters()).device}
+        self.register_buffer("samples", torch.zeros(n_classes, queue, n_features, **where))
+        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.int64, **where))
+        self._is_full = False  # remembered: to ask the buffer waits for a GPU
+
+    def forward(self, logits: Tensor, z: Tensor, y: Tensor, *, active: bool = True) -> Tensor:
+        """The loss of logits (n, c), features (n, m) and classes (n,); z enters the queues; `active=False`: no L."""
+        checked_features(logits, z, y, self._head[0].weight)
+        loss = self.closed(logits, z, y)
+        self._enqueue(z.detach(), y)
+        if not active or not self.full:
+            return loss
+        told = self.told(logits, z, self.virtual_outliers())
+        term = told.mean() if self.average == "samples" else told[: len(z)].mean() + told[len(z) :].mean()
+        return loss + self.weight * term
+
+    def closed(self, logits: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """The loss without L."""
+        return self.criterion(logits, y)
+
+    def virtual_outliers(self) -> Tensor:
+        """v (k, m), float32."""
+        raise NotImplementedError
+
+    def told(self, logits: Tensor, z: Tensor, outliers: Tensor) -> Tensor:
+        """(n + k,): how badly each sample is told to be one, and each outlier to be none."""
+        raise NotImplementedError
+
+    @property
+    def full(self) -> bool:
+        """Whether every class has filled its queue."""
+        self._is_full = self._is_full or bool((self.seen >= self.queue).all())
+        return self._is_full
+
+    @torch.no_grad()
+    def _enqueue(self, z: Tensor, y: Tensor) -> None:
+        """The newest of a class take the places of its oldest. What is not finite, as after an overflow in float16, and
+        what has no class (ignored indices) are left out."""
+        good = (y >= 0) & (y < len(self.seen)) & z.isfinite().all(dim=1)
+        of_class = (y[:, None] == torch.arange(len(self.seen), device=y.device)) & good[:, None]
+        number = of_class.cumsum(dim=0).gather(1, y.clamp(0, len(self.seen) - 1)[:, None]).squeeze(1) - 1
+        count = of_class.sum(dim=0)
+        good &= number >= count.gather(0, y.clamp(0, len(self.seen) - 1)) - self.queue  # of more, the last
+        y, number, z = y[good], number[good], z[good]
+        self.samples[y, (self.seen[y] + number) % self.queue] = z.to(self.samples.dtype)
+        self.seen += count
+
+    def around(self, model: nn.Module) -> nn.Module:
+        """The model with its features."""
+        return WithFeatures(model, self._head[0])
+
+    def step(self, network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """As `forward`, L from `start` on."""
+        logits, z = network(batch.x)
+        return self(logits, z, batch.target, active=batch.done >= self.start), logits
+
+    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
+        self._is_full = False
+        super()._load_from_state_dict(*args, **keywords)
+
+
+class VOSLoss(VirtualOutliersLoss):
     """VOS: virtual outliers, drawn where the Gaussians of the classes are least dense, and told from the samples by
     their energy.
 
@@ -58,9 +147,6 @@ class VOSLoss(Objective):
     Du et al., "VOS: Learning What You Don't Know by Virtual Outlier Synthesis", ICLR 2022, arXiv:2202.01197.
     """
 
-    samples: Tensor
-    seen: Tensor
-
     def __init__(
         self,
         head: nn.Module,
@@ -72,40 +158,22 @@ class VOSLoss(Objective):
         average: str = "samples",
         start: float = 0.4,
     ) -> None:
-        super().__init__()
-        n_classes, n_features = checked_head(head)
-        for name, value in (("queue", queue), ("candidates", candidates), ("select", select)):
+        super().__init__(head, criterion, weight, queue, average, start)
+        for name, value in (("candidates", candidates), ("select", select)):
             checks.positive_int(name, value)
         if select > candidates:
             raise ValueError(f"select: got {select}, expected at most candidates={candidates}")
-        checks.one_of("average", average, ("samples", "sets"))
-        checks.real("weight", weight, 0.0)
-        checks.real("start", start, 0.0, 1.0)
-        self._head = (head,)
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.weight, self.queue, self.candidates, self.select = weight, queue, candidates, select
-        self.average, self.start = average, start
-        where: dict[str, Any] = {"device": head.weight.device}
-        self.energy_weight = nn.Parameter(torch.rand(n_classes, **where))
+        self.candidates, self.select = candidates, select
+        where: dict[str, Any] = {"device": self.samples.device}
+        self.energy_weight = nn.Parameter(torch.rand(len(self.seen), **where))
         self.logistic = nn.Linear(1, 2, **where)
-        self.register_buffer("samples", torch.zeros(n_classes, queue, n_features, **where))
-        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.int64, **where))
-        self._is_full = False  # remembered: to ask the buffer waits for a GPU
 
-    def forward(self, logits: Tensor, z: Tensor, y: Tensor, *, active: bool = True) -> Tensor:
-        """The loss of logits (n, c), features (n, m) and classes (n,); z enters the queues; `active=False`: no L."""
-        checked_features(logits, z, y, self._head[0].weight)
-        loss = self.criterion(logits, y)
-        self._enqueue(z.detach(), y)
-        if not active or not self.full:
-            return loss
-        outliers = self.virtual_outliers()
+    def told(self, logits: Tensor, z: Tensor, outliers: Tensor) -> Tensor:
+        """By the energies of samples and outliers."""
         evidence = torch.cat([self.evidence(logits), self.evidence(self._head[0](outliers))])
         inside = torch.arange(len(evidence), device=logits.device) < len(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            told = F.cross_entropy(self.logistic(evidence[:, None]), inside.long(), reduction="none")
-        term = told.mean() if self.average == "samples" else told[: len(z)].mean() + told[len(z) :].mean()
-        return loss + self.weight * term
+            return F.cross_entropy(self.logistic(evidence[:, None]), inside.long(), reduction="none")
 
     def evidence(self, logits: Tensor) -> Tensor:
         """e (n,) of logits (n, c), in float32."""
@@ -113,12 +181,6 @@ class VOSLoss(Objective):
         highest = logits.amax(dim=1)
         parts = self.energy_weight.relu() * (logits - highest[:, None]).exp()
         return highest + parts.sum(dim=1).clamp(min=torch.finfo(parts.dtype).tiny).log()
-
-    @property
-    def full(self) -> bool:
-        """Whether every class has filled its queue."""
-        self._is_full = self._is_full or bool((self.seen >= self.queue).all())
-        return self._is_full
 
     @torch.no_grad()
     def virtual_outliers(self) -> Tensor:
@@ -141,32 +203,6 @@ class VOSLoss(Objective):
         lengths = squared.topk(self.select, dim=1).values.sqrt()
         directions = torch.randn(n_classes, self.select, n_features, dtype=like.dtype, device=like.device)
         return lengths[..., None] * F.normalize(directions, dim=-1)
-
-    @torch.no_grad()
-    def _enqueue(self, z: Tensor, y: Tensor) -> None:
-        """The newest of a class take the places of its oldest. What is not finite, as after an overflow in float16, and
-        what has no class (ignored indices) are left out."""
-        good = (y >= 0) & (y < len(self.seen)) & z.isfinite().all(dim=1)
-        of_class = (y[:, None] == torch.arange(len(self.seen), device=y.device)) & good[:, None]
-        number = of_class.cumsum(dim=0).gather(1, y.clamp(0, len(self.seen) - 1)[:, None]).squeeze(1) - 1
-        count = of_class.sum(dim=0)
-        good &= number >= count.gather(0, y.clamp(0, len(self.seen) - 1)) - self.queue  # of more, the last
-        y, number, z = y[good], number[good], z[good]
-        self.samples[y, (self.seen[y] + number) % self.queue] = z.to(self.samples.dtype)
-        self.seen += count
-
-    def around(self, model: nn.Module) -> nn.Module:
-        """The model with its features."""
-        return WithFeatures(model, self._head[0])
-
-    def step(self, network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """As `forward`, L from `start` on."""
-        logits, z = network(batch.x)
-        return self(logits, z, batch.target, active=batch.done >= self.start), logits
-
-    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
-        self._is_full = False
-        super()._load_from_state_dict(*args, **keywords)
 
     def extra_repr(self) -> str:
         """As `nn.Module` has it."""
