@@ -23,8 +23,14 @@ def sizes(k: int, dim: int, fraction: float = 1.0) -> dict[str, dict]:
 
 # Of these tests; every other detector is made with its defaults. Classes along five axes leave no residual in five
 # dimensions, and a twentieth of twelve features is one, and a
-# class has few samples beside its tail.
-SETTINGS = {**sizes(k=7, dim=4), "Residual": {"dim": 5}, "LTS": {"p": 65.0}, "OpenMax": {"tail": 3}}
+# class has few samples beside its tail; NAC's alpha goes with the size of features and weights.
+SETTINGS = {
+    **sizes(k=7, dim=4),
+    "Residual": {"dim": 5},
+    "LTS": {"p": 65.0},
+    "OpenMax": {"tail": 3},
+    "NAC": {"alpha": 10.0},
+}
 
 
 def make(name: str) -> Detector:

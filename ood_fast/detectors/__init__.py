@@ -13,6 +13,7 @@ from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
 from .adascale import AdaSCALE
 from .block_norm import BlockNorm, norm_ratios
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
+from .coverage import NAC
 from .detector import Detector
 from .feature import DML, MCM, NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
@@ -43,6 +44,7 @@ __all__ = [
     "LTS",
     "MCM",
     "MSP",
+    "NAC",
     "NCI",
     "NECO",
     "ODIN",

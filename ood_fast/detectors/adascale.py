@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,43 +13,16 @@ from .. import checks
 from ..eager.precision import double
 from ..heads import given_head
 from ..models.layers import Key
-from ..models.running import Batch, batches_of, evaluating, joined, refuse_meta, run_model
+from ..models.running import Batch, evaluating, run_model
 from . import streaming
 from .activation import MAX_EXPONENT
 from .detector import Detector
 from .gradient import input_gradient
+from .layers import Passed
 from .numbers import at_least_float32, exact_linear, refuse_rows
 from .registry import register
 
 SAMPLE = 5000  # validation samples that F is made of, as in OpenOOD
-
-
-@dataclass
-class Passed(streaming.Gathered):
-    """A sample of the rows that a detector read by passes of its own, see `Contract.see`."""
-
-    read: Key
-    budget: int = SAMPLE
-    reads = ("layers",)
-
-    def __post_init__(self) -> None:
-        self.bank = streaming.Bank(budget=self.budget)
-
-    def update(self, features: Any, logits: Tensor | None, targets: Tensor | None) -> None:
-        """Take in one batch."""
-        rows = features[self.read]
-        self.like = rows[:0]
-        self.bank.take(rows, None, None)
-
-    def merge(self, other: Passed) -> None:
-        """Take in what `other` gathered from other rows."""
-        self.bank.join(other.bank)
-
-    def to(self, device: torch.device | str) -> Passed:
-        """Move what was gathered; returns self."""
-        self.bank.to(device)
-        self.like = self.like.to(device) if self.rows else torch.empty(0)
-        return self
 
 
 @register
@@ -123,10 +94,10 @@ class AdaSCALE(Detector):
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
-        return {"shifts": Passed(self._key)}
+        return {"shifts": Passed(self._key, SAMPLE)}
 
     def _finish(self, shifts: Passed) -> None:
-        self.shifts = shifts.bank.value().flatten().sort().values
+        self.shifts = shifts.value().flatten().sort().values
 
     @torch.no_grad()
     def see(self, model: nn.Module, batch: Batch, head: nn.Linear | None) -> None:
@@ -149,19 +120,6 @@ class AdaSCALE(Detector):
             for values, k in (((moved_z - z).abs(), self.k1), (moved_z.relu(), self.k2))
         )
         batch.read[self._key] = self.weight * shift + kept
-
-    @torch.no_grad()
-    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores of a batch of inputs x (n, ...), floating point, or of a loader of them."""
-        refuse_meta(model)
-        self.require_fitted()
-        passed: Any = run_model(model, batches_of(x), given_head(model, head))
-        with closing(passed) as done:
-            scores: list[Tensor] = []
-            for batch in done:
-                with checks.behind(sum(map(len, scores))):
-                    scores.append(self.score_batch(model, batch, head))
-            return joined(scores)
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch that `run_model` gave."""

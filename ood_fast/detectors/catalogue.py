@@ -65,6 +65,7 @@ ABOUT = {
     "RankFeat": About("s·m²", "Song, NeurIPS 2022", "2209.08590"),
     "MCDropout": About("T passes of the model", "Gal, ICML 2016", "1506.02142", 'MCDropout("variance", passes=30)'),
     "TestTimeAugmentation": About("a pass of the model a view", "Krizhevsky, NeurIPS 2012", ""),
+    "NAC": About("2c·m", "Liu, ICLR 2024", "2306.02879"),
     "Ensemble": About("a pass of each model", "Lakshminarayanan, NeurIPS 2017", "1612.01474"),
     "GMM": About("c·m²", "Mukhoti, CVPR 2023", "2102.11582", "GMM(ridge=reg·m/tr(Σ))"),
     "OpenMax": About("3c", "Bendale, CVPR 2016", "1511.06233", "OpenMax(tail=25, alpha=10)"),

@@ -126,17 +126,20 @@ class Detector(Contract):
         batches = batches_of(x)
         self.require_fitted()
         read_from = given_head(model, head) if self.needs_features else None
-        with closing(run_model(model, batches, read_from)) as done:  # also when scoring raises, modes are restored
+        passed: Any = run_model(model, batches, read_from, self.readings())
+        with closing(passed) as done:  # also when scoring raises, modes are restored
             scores, n_rows = [], 0
             for batch in done:
                 with checks.behind(n_rows):
-                    scores.append(self.score_features(batch.features, batch.logits))
+                    scores.append(self.score_batch(model, batch, head))
                 n_rows += len(batch.logits)
             return joined(scores)
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch that `run_model` gave with `readings`, by a detector that needs the model."""
-        return self.score(model, batch.inputs, head)
+        """Scores (n,) of a batch of `run_model` with `readings`. What needs the model overrides this or `score`."""
+        if self.needs_model:
+            return self.score(model, batch.inputs, head)
+        return self.score_features(batch.features, batch.logits)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """Scores (n,) from features (n, m) and logits (n, c); what the method does not read may be None.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..models.layers import Key, LayerReading, layer_of, stages
-from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
+from ..models.running import Batch
 from . import streaming
 from .detector import Detector
 from .gaussian import Mahalanobis
@@ -61,6 +61,40 @@ class EachLayer(streaming.Gathered):
         for mine, theirs in zip(self.parts, other.parts, strict=True):
             for name, part in mine.items():
                 part.join(theirs[name])
+
+
+@dataclass
+class Passed(streaming.Gathered):
+    """A random sample of the rows that a detector read by passes of its own, see `Contract.see`."""
+
+    key_read: Key
+    budget: int
+    seed: int = 0
+    reads = ("layers",)
+
+    def __post_init__(self) -> None:
+        self.bank = streaming.Bank(budget=self.budget, seed=self.seed)
+
+    def update(self, features: Mapping[Key, Tensor], logits: Tensor | None, targets: Tensor | None) -> None:
+        """Take in one batch."""
+        rows = features[self.key_read]
+        refuse_rows(f"layer {self.key_read[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
+        self.like = rows[:0]
+        self.bank.take(rows, None, None)
+
+    def merge(self, other: Passed) -> None:
+        """Take in what `other` gathered from other rows."""
+        self.bank.join(other.bank)
+
+    def to(self, device: torch.device | str) -> Passed:
+        """Move what was gathered; returns self."""
+        self.bank.to(device)
+        super().to(device)
+        return self
+
+    def value(self) -> Tensor:
+        """The rows kept, (k, d), in the order in which they came."""
+        return self.bank.value()
 
 
 class LayerDetector(Detector):
@@ -146,19 +180,6 @@ class LayerDetector(Detector):
             self.finish_layers(layers)
 
     # ---- scoring
-
-    @torch.no_grad()
-    def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores of a batch of inputs or of a loader, in one pass of the model; `head` is not needed."""
-        refuse_meta(model)
-        self.require_fitted()
-        passed: Any = run_model(model, batches_of(x), None, self.readings())
-        with closing(passed) as done:
-            scores: list[Tensor] = []
-            for batch in done:
-                with checks.behind(sum(map(len, scores))):
-                    scores.append(self.score_batch(model, batch))
-            return joined(scores)
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch that `run_model` gave with `readings`."""

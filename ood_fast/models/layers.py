@@ -46,15 +46,21 @@ class LayerReading(NamedTuple):
             )
 
 
-def maps(layer: str, output: Any) -> Tensor:
-    """The output of a layer as (n, channels, positions): of (n, c, h, w); of (n, h, w, c), where the second and third
-    size are equal and the fourth is not; of tokens (n, t, c); of (n, c). Of a tuple the first. float32 at least."""
+def numbers_of(layer: str, output: Any) -> Tensor:
+    """The tensor in what a layer returns: itself, the first of a tuple, or `last_hidden_state`."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     output = getattr(output, "last_hidden_state", output)
     if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"layers: {layer!r} gives {got}, expected numbers (n, c, h, w), tokens (n, t, c) or (n, c)")
+    return output
+
+
+def maps(layer: str, output: Any) -> Tensor:
+    """The output of a layer as (n, channels, positions): of (n, c, h, w); of (n, h, w, c), where the second and third
+    size are equal and the fourth is not; of tokens (n, t, c); of (n, c). float32 at least."""
+    output = numbers_of(layer, output)
     channels_last = output.dim() == 3 or (output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3])
     output = output.movedim(-1, 1) if channels_last else output
     return output.detach().to(torch.promote_types(output.dtype, torch.float32)).reshape(*output.shape[:2], -1)
