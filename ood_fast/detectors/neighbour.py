@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import checks
 from ..eager.precision import double, has_float64, is_exporting
 from ..functional import l2_normalize
-from . import streaming
+from . import approximate, streaming
 from .detector import Detector
-from .fitting import Limit, at_most
+from .fitting import Limit, at_most, tell
 from .numbers import at_least_float32, exact_linear, nan_where_too_long
 from .registry import register
 from .subspace import deviations
@@ -121,10 +121,14 @@ class KNN(Detector):
         dtype: what they are kept in, such as torch.float16, which halves the memory; None: as they come, float32 at
             least.
         seed: of the sample.
+        probes: None: exact. Else an approximate index of faiss: √N lists, of which so many are searched. A fit tells
+            its recall, `recall`. The index takes as much memory as the bank again, is built on the CPU when it is first
+            needed, and is no part of files and exported programs, which search all.
     """
 
     needs_features = True
     state = ("bank", "mean", "squares")  # squares: ‖x − mean‖² of each row x of the bank
+    optional_state = ("recall",)  # (): the share of the k nearest that the approximate index finds
     grid: ClassVar[Mapping[str, tuple]] = {"k": (50, 100, 200, 500, 1000)}
 
     def __init__(
@@ -136,13 +140,17 @@ class KNN(Detector):
         budget: int | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        probes: int | None = None,
     ) -> None:
         super().__init__()
         checks.positive_int("k", k)
         checks.real("alpha", alpha, 0.0)
         check_kept(budget, dtype, seed)
+        if probes is not None:
+            checks.positive_int("probes", probes, ", or None for all")
+            approximate.faiss()
         self.k, self.alpha, self.squared = k, alpha, squared
-        self.budget, self.dtype, self.seed = budget, dtype, seed
+        self.budget, self.dtype, self.seed, self.probes = budget, dtype, seed, probes
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
@@ -152,6 +160,11 @@ class KNN(Detector):
         rows = bank.value()
         check_bank(self, rows, "more training data")
         self._keep(rows, bank.like)
+        self.recall = None
+        if self.probes is not None:
+            self.recall = self.mean.new_tensor(approximate.share_found(rows, self.k, self.probes))
+            tell(self, f"probes={self.probes} of {round(len(rows) ** 0.5)} lists find {100 * self.recall:.1f} % of the "
+                 f"{self.k} nearest training features")  # fmt: skip
 
     def _keep(self, rows: Tensor, like: Tensor) -> None:
         """The bank, and what is measured of it, in the dtype and on the device of `like`."""
@@ -170,13 +183,23 @@ class KNN(Detector):
     def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         unit, lengths = l2_normalize(z)
-        squared, unsure = self._ranked(unit)
+        squared, unsure = self._found(unit)
         # A compiled program cannot choose by its numbers, and MPS has no float64.
         if not becomes_program() and z.dtype == torch.float32 and has_float64(z.device) and unsure.any():
             again = unsure.nonzero().squeeze(1)
             squared[again] = self._ranked(unit[again].double())[0].to(squared.dtype)
         score = nan_where_too_long(-squared if self.squared else -squared.sqrt(), lengths)
         return score + self.alpha * torch.linalg.vector_norm(z, ord=1, dim=1) if self.alpha else score
+
+    def _found(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_ranked`, by the approximate index if there shall be one; unsure is what its lists do not tell."""
+        if self.probes is None or becomes_program():
+            return self._ranked(queries)
+        squared = approximate.search(queries, self.bank, self.k, self.probes)[:, -1]
+        short = squared.isinf().nonzero().squeeze(1)
+        if len(short):
+            squared[short] = self._ranked(queries[short])[0]
+        return squared, torch.zeros_like(squared, dtype=torch.bool)
 
     def _ranked(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distance to the k-th neighbour as ranked in the dtype of the queries, (n,); and where that may be
