@@ -8,6 +8,7 @@ CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -59,13 +60,12 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     The suggestion stands behind a short list, and before one in which it would be overlooked.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(
-        str(name).lower(), [known_name.lower() for known_name in names], n=1, cutoff=0.5
-    )
+    by_lower = {known_name.lower(): known_name for known_name in reversed(names)}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
     message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}"
     if not nearest:
         return f"{message}; {listed}"
-    hint = f"did you mean {next(known_name for known_name in names if known_name.lower() == nearest[0])!r}?"
+    hint = f"did you mean {by_lower[nearest[0]]!r}?"
     return f"{message}; {hint} {listed}" if len(names) > SHORT_LIST else f"{message}; {listed}; {hint}"
 
 
@@ -76,13 +76,7 @@ def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def real(
-    argument: str,
-    value: object,
-    low: float,
-    high: float = float("inf"),
-    *,
-    open_low: bool = False,
-    infinite: bool = False,
+    argument: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, infinite: bool = False
 ) -> None:
     """TypeError unless `value` is a number, ValueError unless low <= value <= high (low < value with `open_low`), and
     finite without `infinite`."""
@@ -91,7 +85,7 @@ def real(
     if not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
-    if value in (float("inf"), -float("inf")) and not infinite:
+    if value in (math.inf, -math.inf) and not infinite:
         raise ValueError(f"{argument}: got {value}, expected a finite number")
 
 

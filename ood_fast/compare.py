@@ -15,23 +15,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import checks, files, recipes
+from .data import ImageBenchmark
 from .detectors import registry
 from .evaluation import Results, RunResult, Trained, evaluate_run, open_run, paths_of
-from .evaluation.measure import VALIDATION, Measuring, by_name, parts_of
+from .evaluation.measure import Measuring, by_name, parts_of
+from .evaluation.results import VALIDATION
 from .evaluation.trained import PRETRAINED
 from .evaluation.write import check_folder, holds
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
 from .training import Run, Watcher
 from .training.folder import COMPLETE, RUN, read_info
-
-if TYPE_CHECKING:
-    from .data import ImageBenchmark
 
 RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
 EPOCH_SECONDS = 10.0  # shorter epochs are saved that often: of short runs, saving would be the most

@@ -15,20 +15,8 @@ from .evaluation.results import DETECTION, ID, Measurement, Results, RunResult, 
 from .evaluation.run import evaluate_run, evaluate_runs
 from .evaluation.stored import evaluate_features
 
-__all__ = [
-    "DETECTION",
-    "ID",
-    "Evaluation",
-    "Measurement",
-    "Results",
-    "RunResult",
-    "Summary",
-    "evaluate_features",
-    "evaluate_loaders",
-    "evaluate_run",
-    "evaluate_runs",
-    "temperatures",
-]
+__all__ = ["DETECTION", "ID", "Evaluation", "Measurement", "Results", "RunResult", "Summary", "evaluate_features"]
+__all__ += ["evaluate_loaders", "evaluate_run", "evaluate_runs", "temperatures"]
 
 
 class _Callable(ModuleType):

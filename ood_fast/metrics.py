@@ -116,9 +116,8 @@ def calibration_error(confidence: Tensor, correct: Tensor, n_bins: int = ECE_BIN
         shapes = f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
         raise ValueError(f"confidence, correct: got shapes {shapes}, expected (n,) of both")
     bins, gap = _gaps(confidence, correct, n_bins)
-    return (
-        torch.zeros(n_bins, dtype=torch.float64, device="cpu").index_add_(0, bins, gap).abs().sum() / len(gap)
-    ).item()
+    by_bin = torch.zeros(n_bins, dtype=torch.float64, device="cpu").index_add_(0, bins, gap)
+    return (by_bin.abs().sum() / len(gap)).item()
 
 
 def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
@@ -197,18 +196,16 @@ class Bootstrap:
     def calibration_error(self, confidence: Tensor, correct: Tensor, name: str, n_bins: int = ECE_BINS) -> Tensor:
         """`calibration_error` of each draw, (B,)."""
         bins, gap = _gaps(confidence, correct, n_bins)
-        by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64, device="cpu").scatter_(
-            1, bins.unsqueeze(1), gap.unsqueeze(1)
-        )
+        by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64, device="cpu")
+        by_bin.scatter_(1, bins.unsqueeze(1), gap.unsqueeze(1))
         return (self.counts(name, len(gap)).double() @ by_bin).abs().sum(dim=1) / len(gap)
 
 
 def percentile_interval(draws: Tensor, level: float = 0.95) -> tuple[float, float]:
     """The percentile bootstrap interval: the (1 − level)/2 and (1 + level)/2 quantiles of the draws (B,)."""
-    low, high = torch.quantile(
-        draws.double(), draws.new_tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    )
-    return low.item(), high.item()
+    draws = draws.double()
+    low, high = torch.quantile(draws, draws.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    return low, high
 
 
 # ---- from counts (..., points): the samples that count as positive at each threshold, with a leading 0

@@ -17,17 +17,8 @@ from .eager.precision import compute_dtype, is_exporting
 from .ops import scores
 from .records import Inputs
 
-FROM_LOGITS = (
-    "max",
-    "predicted",
-    "logsumexp",
-    "confidence",
-    "entropy",
-    "gen",
-    "logit_norm1",
-    "logit_norm2",
-    "distance",
-)
+FROM_LOGITS: tuple[str, ...] = ("max", "predicted", "logsumexp", "confidence", "entropy", "gen")
+FROM_LOGITS += ("logit_norm1", "logit_norm2", "distance")
 FROM_FEATURES = ("norm1", "norm2", "centred_norm", "projection")
 STATISTICS = FROM_LOGITS + FROM_FEATURES
 

@@ -123,9 +123,8 @@ def _sampled(model: nn.Module, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
         return nothing
     try:
         with torch.no_grad():
-            parts = [
-                logits_of(model(torch.stack(images[i : i + BATCH]).to(device))) for i in range(0, len(images), BATCH)
-            ]
+            batches = [torch.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+            parts = [logits_of(model(batch.to(device))) for batch in batches]
     except (RuntimeError, ValueError):  # what the model cannot take is told by the pass, too
         return nothing
     return torch.cat(parts).cpu(), torch.tensor(labels)

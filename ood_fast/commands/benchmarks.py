@@ -15,7 +15,7 @@ from ..evaluation import Trained
 from ..evaluation.trained import RUN
 from ..training.folder import read_info
 from .agreement import class_order
-from .common import listed, say
+from .common import given, listed, say
 from .model import preparation_of, text_of
 
 SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
@@ -61,13 +61,11 @@ class Benchmarks:
             self.opened[key] = open_benchmark(
                 self.name,
                 self.root,
-                download=options.download,
                 layout=self.layout,
                 ood=None if options.ood is None else listed(options.ood),
                 ood_folders=self.folders,
                 csid=None if options.csid is None else listed(options.csid),
                 csid_folders=self.csid_folders,
-                synthetic=options.synthetic,
                 image_size=options.image_size or self.trained_on.get("image_size"),
                 classes=classes,
                 upright=None if options.orientation is None else options.orientation == "exif",
@@ -75,6 +73,7 @@ class Benchmarks:
                 prepared=prepared,
                 outliers=getattr(options, "outliers", None),
                 seed=seed,
+                **given(options, "download", "synthetic"),
             )
         return self.opened[key]
 

@@ -95,6 +95,16 @@ def context_of(command: str) -> dict[str, Any]:
     return {"command": command, "started": started, "versions": versions(), "machine": machine()}
 
 
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Options as keywords of the same names."""
+    return {name: getattr(options, name) for name in names}
+
+
+def data_of(options: Any) -> dict[str, Any]:
+    """What runs keep of where their images are, so that later commands find them."""
+    return {"root": whole_path(options.data_root), **given(options, "layout", "image_size")}
+
+
 def whole_path(path: str | None) -> str | None:
     """A path as it is from every folder."""
     return path and str(Path(path).expanduser().resolve())

@@ -21,7 +21,7 @@ from ..train import DivergedError, Interrupted, Run
 from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import context_of, detector_set, device, listed, require_package, searched, whole_path
+from .common import context_of, data_of, detector_set, device, listed, require_package, searched, whole_path
 from .model import allow, is_callable, named
 from .progress import Bar
 
@@ -94,8 +94,7 @@ def _trained(
         allow(recipe.model, options.model, options.recipe)
     seeds = _seeds(options.seeds or "5")
     measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
-    data = {"root": whole_path(options.data_root), "layout": options.layout, "image_size": options.image_size}
-    told = {**context, "data": data, "plugins": options.plugin}
+    told = {**context, "data": data_of(options), "plugins": options.plugin}
     training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
     checkpoint = options.checkpoint or ("final" if options.init else "best")

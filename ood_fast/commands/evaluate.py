@@ -21,7 +21,7 @@ from ..evaluation.trained import default_folder
 from . import RunError
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
-from .common import context_of, detector_set, device, processes, read_head_file, say, searched
+from .common import context_of, detector_set, device, given, processes, read_head_file, say, searched
 from .model import PREPARATION, allow, is_callable, named
 from .progress import Bar
 
@@ -47,9 +47,8 @@ def run(options: argparse.Namespace, command: str) -> None:
                 tune=not options.no_tune,
                 grids=grids,
                 device=where,
-                bootstrap=options.bootstrap,
-                seed=options.seed,
                 progress=lambda what, total: Bar(what, total, options.quiet),
+                **given(options, "bootstrap", "seed"),
             )
         except (ValueError, RuntimeError) as error:
             if type(error) in (ValueError, RuntimeError):  # NaN in what the model gives; another process; no memory
@@ -109,11 +108,7 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
         _opened(options, paths, first),
         benchmarks.of,
         chosen,
-        skip_bad=options.skip_bad,
-        any_accuracy=options.any_accuracy,
-        cache=options.cache,
-        batch_size=options.batch_size,
-        workers=options.workers,
+        **given(options, "skip_bad", "any_accuracy", "cache", "batch_size", "workers"),
     )
 
 
@@ -135,9 +130,8 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
     return default if options.out is None else options.out, functools.partial(
         evaluation.evaluate_features,
         *(options.features, options.test, ood, chosen),
-        validation=options.validation,
-        ood_validation=options.ood_validation,
         head=read_head_file(options.head_file) if options.head_file else None,
+        **given(options, "validation", "ood_validation"),
     )
 
 
@@ -171,23 +165,13 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, 
         }
         for name, detector in chosen.items()
     }
-    given = {name: getattr(options, name) for name in (*DECIDING, *ONLY_FEATURES) if getattr(options, name)}
-    told = {"detectors": detectors, "options": {f"--{name.replace('_', '-')}": value for name, value in given.items()}}
+    deciding = {name: value for name, value in given(options, *DECIDING, *ONLY_FEATURES).items() if value}
+    told = {"detectors": detectors, "options": {f"--{n.replace('_', '-')}": value for n, value in deciding.items()}}
     return json.loads(json.dumps(told, default=str))  # as it is read again
 
 
-DECIDING = (
-    "checkpoint",
-    "ood",
-    "ood_folder",
-    "csid",
-    "csid_folder",
-    "synthetic",
-    "image_size",
-    "classes",
-    "skip_bad",
-    *PREPARATION,
-)
+DECIDING = ("checkpoint", "ood", "ood_folder", "csid", "csid_folder", "synthetic", "image_size", "classes")
+DECIDING += ("skip_bad", *PREPARATION)
 
 
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
@@ -215,13 +199,7 @@ def _opened(options: argparse.Namespace, paths: list[str], benchmark: ImageBench
             model = named(model)
         try:
             yield evaluation.open_run(
-                path,
-                benchmark.n_classes,
-                shape,
-                model=model,
-                recipe=options.recipe,
-                checkpoint=options.checkpoint,
-                head=options.head,
+                path, benchmark.n_classes, shape, model=model, **given(options, "recipe", "checkpoint", "head")
             )
         except UserError as error:
             missing = f"; it was trained with --plugin {', '.join(unknown)}, pass it if it is yours" if unknown else ""

@@ -28,11 +28,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     try:
         each = [detector for _, detector in detectors.items()]
         deployed = deploy(model, detectors if len(each) > 1 else each[0], options.head)
-        described = {
-            "model": options.model,
-            "preparation": prepared | {"where": "before the file, then divided by 255"},
-        }
-        described["command"] = command
+        told = prepared | {"where": "before the file, then divided by 255"}
+        described = {"model": options.model, "preparation": told, "command": command}
         rows = _rows(options, prepared)
         said = onnx_export.write(deployed, out, rows, prepared["mean"], prepared["std"], described)
     except UserError:

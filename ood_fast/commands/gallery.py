@@ -23,9 +23,7 @@ def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     rows.sort(key=lambda row: row[2])
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])
     image = _images(source)
-    lines = [
-        f"<tr><td>{image(row[0])}</td>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in rows[:SHOWN]
-    ]
+    lines = [f"<tr><td>{image(row[0])}</td>{''.join(map(_cell, row))}</tr>" for row in rows[:SHOWN]]
     told = f"{len(rows)} rows of {table.name}" + f", the first {SHOWN} of them" * (len(rows) > SHOWN)
     body = f"""<h1>{html.escape(table.name)}</h1>
 <p class=lead>{html.escape(told)}, by {html.escape(columns[2])}: the lowest, most out-of-distribution, first.</p>
@@ -50,7 +48,7 @@ def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str("" if value is None else value)
     text = html.escape(text)
-    return f"<b class=worse>{text}</b>" if text == "True" else text
+    return f"<td><b class=worse>{text}</b></td>" if text == "True" else f"<td>{text}</td>"
 
 
 def _images(source: Files | None) -> Callable[[str], str]:

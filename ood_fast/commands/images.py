@@ -72,19 +72,16 @@ class Images:
         first = self.rows.start
         for batch, good, bad in alive(loader):
             for place, reason in bad:
-                self._report(first + place, reason)
+                if not self.options.skip_bad:
+                    raise RunError(f"{reason}; pass --skip-bad to leave such images out")
+                print(f"ood-fast: skipped {reason}", file=sys.stderr, flush=True)
+                self.on_bad(first + place, self.dataset.path(first + place))
             if good:
                 indices = [first + place for place in good]
                 self.paths = [self.dataset.path(i) for i in indices]
                 yield batch[0], batch[1] if has_classes else None, indices, self.paths
             first += len(good) + len(bad)
             self.on_batch(len(good) + len(bad))
-
-    def _report(self, index: int, reason: str) -> None:
-        if not self.options.skip_bad:
-            raise RunError(f"{reason}; pass --skip-bad to leave such images out")
-        print(f"ood-fast: skipped {reason}", file=sys.stderr, flush=True)
-        self.on_bad(index, self.dataset.path(index))
 
 
 def read_images(data: str | Sequence[str], with_classes: bool = False, classes: Sequence[str] | None = None) -> Files:

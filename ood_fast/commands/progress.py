@@ -28,14 +28,12 @@ class Bar:
 
         # What a narrow terminal has no room for is left out: words and time below 80 columns, the bar below 60.
         console = Console(stderr=True)
-        columns: list[progress.ProgressColumn] = [
-            progress.TextColumn("{task.description}", table_column=Column(no_wrap=True))
-        ]
-        if console.width >= 60:
-            columns.append(progress.BarColumn())
-        columns.append(progress.MofNCompleteColumn(table_column=Column(no_wrap=True)))
+        whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
+        columns: list[Any] = [progress.TextColumn("{task.description}", **whole)]
+        columns += [progress.BarColumn()] * (console.width >= 60)
+        columns.append(progress.MofNCompleteColumn(**whole))
         if console.width >= 80:
-            columns.append(progress.TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)))
+            columns.append(progress.TextColumn("{task.fields[words]}", **whole))
             columns.append(progress.TimeRemainingColumn(elapsed_when_finished=True))
         self.bar = progress.Progress(*columns, console=console, transient=True)
         self.task = self.bar.add_task(what, total=total, words=unit)
@@ -60,10 +58,8 @@ class Bar:
         """So many are done; `what` is done now, and some words about it. None: as before."""
         self.done = done
         if self.bar:
-            told: dict[str, Any] = {
-                name: text for name, text in (("description", what), ("words", words)) if text is not None
-            }
-            self.bar.update(self.task, completed=done, **told)
+            told: dict[str, Any] = {} if words is None else {"words": words}
+            self.bar.update(self.task, completed=done, description=what, **told)
 
     def line(self, text: str, only_plain: bool = False) -> None:
         """A line that stays, above the bar; with `only_plain` where there is no bar."""

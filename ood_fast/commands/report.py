@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..report import gallery, page, runs
 from .code import import_plugins
-from .common import context_of, device
+from .common import context_of, device, given
 from .progress import Bar
 
 
@@ -24,9 +24,9 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     progress = functools.partial(Bar, quiet=options.quiet)
     if options.feature_change:
-        given = {"device": device(options.device), "batch_size": options.batch_size, "workers": options.workers}
+        loading = {"device": device(options.device), **given(options, "batch_size", "workers")}
         for record in records:
-            runs.measure_change(record, options.data_root, **given, progress=progress)
+            runs.measure_change(record, options.data_root, **loading, progress=progress)
     runs.diagnose_runs(records, progress)
     gallery.add(records, options.data_root)
     page.write(file, records, context)

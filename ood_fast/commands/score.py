@@ -17,7 +17,7 @@ from ..data.images import Files
 from ..detectors import DetectorSet
 from . import RunError, gallery, images
 from .code import import_plugins
-from .common import device, processes, read_detectors, warn
+from .common import device, given, processes, read_detectors, warn
 from .model import PREPARATION, REMEMBERED, cannot_take, fitted_on
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
@@ -117,7 +117,7 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
 
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
     names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = given(options, *names)
     chosen["data"] = [str(Path(path).resolve()) for path in options.data or ()]
     for name in ("features", "checkpoint", "classes"):
         if chosen[name]:

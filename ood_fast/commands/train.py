@@ -24,7 +24,7 @@ from ..training import model_of
 from . import RunError
 from .agreement import check_sample
 from .code import import_plugins
-from .common import Process, device, machine, processes, versions, whole_path
+from .common import Process, data_of, device, given, machine, processes, versions, whole_path
 from .model import allow
 from .progress import Bar
 
@@ -60,13 +60,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         benchmark = open_benchmark(
             recipe.benchmark,
             options.data_root,
-            download=options.download,
-            layout=options.layout,
-            image_size=options.image_size,
             classes=None if options.classes is None else class_names(options.classes),
             truncated=options.truncated == "allow",
-            outliers=options.outliers,
-            seed=options.seed,
+            **given(options, "download", "layout", "image_size", "outliers", "seed"),
         )
         if options.download:
             _download(benchmark, options.diagnostics, process)
@@ -78,16 +74,10 @@ def run(options: argparse.Namespace, command: str) -> None:
             out,
             options.seed,
             device=where,
-            resume=options.resume,
-            workers=options.workers,
-            compile=options.compile,
-            channels_last=options.channels_last,
-            sync_bn=options.sync_bn,
-            diagnostics=options.diagnostics,
-            keep_every=options.keep_every,
             save_minutes=options.save_minutes or None,
             context=_context(options, command),
             watcher=progress,
+            **given(options, "resume", "workers", "compile", "channels_last", "sync_bn", "diagnostics", "keep_every"),
         )
         if not options.quiet:
             _note_batch(original, recipe, process.size)
@@ -149,7 +139,7 @@ def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) ->
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """For run.json; what `data.open_benchmark` was called with, so that the evaluation can do the same."""
-    data = {"root": whole_path(options.data_root), "layout": options.layout, "image_size": options.image_size}
+    data = data_of(options)
     if options.outliers is not None:
         data["outliers"] = whole_path(options.outliers)
     return {"command": command, "data": data, "plugins": options.plugin, "versions": versions(), "machine": machine()}

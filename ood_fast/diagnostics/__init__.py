@@ -25,30 +25,7 @@ from .samples import (
 )
 from .spectrum import effective_rank, singular_values, spectrum
 
-__all__ = [
-    "NUMBERS",
-    "Diagnosis",
-    "FeatureChange",
-    "Moments",
-    "NeuralCollapse",
-    "NormBins",
-    "Plane",
-    "Reliability",
-    "Samples",
-    "accuracy_by_norm",
-    "change_by_norm",
-    "coefficient_of_variation",
-    "correlation",
-    "diagnose",
-    "diagnose_model",
-    "effective_rank",
-    "epoch_diagnostics",
-    "feature_change",
-    "neural_collapse",
-    "plane_of",
-    "reliability",
-    "samples",
-    "singular_values",
-    "spectrum",
-    "squared_change",
-]
+__all__ = ["NUMBERS", "Diagnosis", "FeatureChange", "Moments", "NeuralCollapse", "NormBins", "Plane", "Reliability"]
+__all__ += ["Samples", "accuracy_by_norm", "change_by_norm", "coefficient_of_variation", "correlation", "diagnose"]
+__all__ += ["diagnose_model", "effective_rank", "epoch_diagnostics", "feature_change", "neural_collapse", "plane_of"]
+__all__ += ["reliability", "samples", "singular_values", "spectrum", "squared_change"]

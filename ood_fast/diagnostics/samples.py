@@ -132,17 +132,11 @@ def accuracy_by_norm(norm: Tensor, correct: Tensor, n_bins: int = NORM_BINS) -> 
     n_bins = max(1, min(n_bins, len(norm) // 20))
     norm, order = double(norm).sort(stable=True)
     correct = double(correct)[order]
-    parts = [(part.mean(), right.mean(), len(part)) for part, right in zip(*_split(n_bins, norm, correct), strict=True)]
-    norms, accuracies, counts = (
-        torch.tensor(column, dtype=torch.float64, device="cpu") for column in zip(*parts, strict=True)
-    )
-    return NormBins(
-        norms, accuracies, counts.long(), correlation(torch.arange(n_bins, device="cpu"), _ranks(accuracies))
-    )
-
-
-def _split(n_parts: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.tensor_split(n_parts) for tensor in tensors]
+    bins = zip(norm.tensor_split(n_bins), correct.tensor_split(n_bins), strict=True)
+    parts = [(part.mean().item(), right.mean().item(), len(part)) for part, right in bins]
+    norms, accuracies, counts = torch.tensor(parts, dtype=torch.float64, device="cpu").T
+    order = torch.arange(n_bins, device="cpu")
+    return NormBins(norms, accuracies, counts.long(), correlation(order, _ranks(accuracies)))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -17,27 +17,6 @@ from .trained import Trained, open_run, paths_of
 from .verdict import verdict
 from .write import build, check_folder, print_tables, read, read_scores, write
 
-__all__ = [
-    "ID",
-    "FeatureCache",
-    "Measurement",
-    "Outputs",
-    "Results",
-    "RunResult",
-    "Summary",
-    "Trained",
-    "build",
-    "check_folder",
-    "evaluate_features",
-    "evaluate_run",
-    "evaluate_runs",
-    "open_run",
-    "paths_of",
-    "print_tables",
-    "read",
-    "read_head",
-    "read_outputs",
-    "read_scores",
-    "verdict",
-    "write",
-]
+__all__ = ["ID", "FeatureCache", "Measurement", "Outputs", "Results", "RunResult", "Summary", "Trained", "build"]
+__all__ += ["check_folder", "evaluate_features", "evaluate_run", "evaluate_runs", "open_run", "paths_of"]
+__all__ += ["print_tables", "read", "read_head", "read_outputs", "read_scores", "verdict", "write"]

@@ -53,10 +53,8 @@ def at_chance(counts: Tensor, causes: str = CAUSES) -> str:
     right = int(counts.diagonal().sum())
     if n_images < LEAST_IMAGES or n_classes < 2 or right > _chance(counts, 2):
         return ""
-    return (
-        f"accuracy {100 * right / n_images:.1f} %, no better than chance ({100 / n_classes:.1f} %); usual causes: "
-        f"{causes}"
-    )
+    told = f"accuracy {100 * right / n_images:.1f} %, no better than chance ({100 / n_classes:.1f} %)"
+    return f"{told}; usual causes: {causes}"
 
 
 def refuse_disagreement(

@@ -15,8 +15,8 @@ from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
-from .measure import FIT, TEST, Chosen, Measuring, check_names, measure
-from .results import CSID, ID, Results, RunResult, TestSet
+from .measure import Chosen, Measuring, check_names, measure
+from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet
 from .trained import Trained
 
 

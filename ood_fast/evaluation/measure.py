@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
 from .cache import Outputs, Progress, no_progress, score_key
-from .results import CSID, FULL_SPECTRUM, GROUPS, ID, RunResult
+from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VALIDATION_OOD, RunResult
 
-FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"
+T = TypeVar("T")
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no set can be called
 NO_CLASSES = "is fitted on each class, but no class has two training samples"
 COSTS = 0.01  # of AUROC, from where on a choice is said to cost
@@ -75,6 +75,16 @@ class Measuring:
         return {name: self.grids[name] for name in names if name in (self.grids or {})}
 
 
+def separate(options: Mapping[str, Any], kind: type[T]) -> tuple[Measuring, T]:
+    """Keywords as those of `Measuring`, and of `kind`, a dataclass; TypeError for others."""
+    names = {field.name for field in fields(kind)}
+    of_kind = {name: value for name, value in options.items() if name in names}
+    return Measuring(**{name: value for name, value in options.items() if name not in names}), kind(**of_kind)
+
+
+Named = Mapping[str, Detector] | Iterable[str] | None  # detectors by name, or names; None: all that are registered
+
+
 class Chosen(NamedTuple):
     """Detectors whose parameters are chosen already: those that need the model, whose scores the cache keeps."""
 
@@ -83,20 +93,16 @@ class Chosen(NamedTuple):
     notes: tuple[Note, ...] = ()  # of those that could not be fitted
 
 
-NOTHING_CHOSEN = Chosen()
+UNCHOSEN = Chosen()
 
 
 def measure(
-    result: RunResult,
-    given: Mapping[str, Detector],
-    validation_ood: Iterable[str],
-    how: Measuring,
-    before: Chosen = NOTHING_CHOSEN,
+    result: RunResult, given: Mapping[str, Detector], against: Iterable[str], how: Measuring, before: Chosen = UNCHOSEN
 ) -> None:
     """Fit, tune and measure the detectors `given` on `result.outputs`, in float64; fills in `result`.
 
     Args:
-        validation_ood: the sets among the outputs by which parameters are chosen.
+        against: the sets among the outputs by which parameters are chosen.
         how: its `leave_out` decides; None is False.
     """
     tuned, trials = dict(before.winners), dict(before.trials)
@@ -113,7 +119,7 @@ def measure(
         inside, outside = {}, {"": {}}  # where there is nothing to choose, no scores are needed
         if any(len(candidates) > 1 for candidates in search.tuned.values()):
             inside = _scores(search, result.outputs[VALIDATION], how.progress)
-            outside = {name: _scores(search, result.outputs[name], how.progress) for name in validation_ood}
+            outside = {name: _scores(search, result.outputs[name], how.progress) for name in against}
         if search.names:
             chosen, more_trials = search.choose(inside, outside)
             tuned, trials = {**tuned, **dict(chosen.items())}, {**trials, **more_trials}
@@ -230,14 +236,8 @@ def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[s
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Values for JSON."""
-    return {
-        name: value
-        if isinstance(value, (int, float, str, bool, type(None)))
-        else list(value)
-        if isinstance(value, tuple)
-        else str(value)
-        for name, value in settings.items()
-    }
+    known = (int, float, str, type(None))
+    return {n: v if isinstance(v, known) else list(v) if isinstance(v, tuple) else str(v) for n, v in settings.items()}
 
 
 @torch.no_grad()

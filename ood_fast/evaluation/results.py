@@ -19,6 +19,7 @@ from ..data.folders import is_below
 from .cache import Outputs
 from .trained import Trained, as_published
 
+FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"  # parts of a benchmark
 ID = "id"  # the in-distribution test set among the score sets
 CSID = "csid"  # the group of covariate-shifted ID sets: the same classes, other images
 FULL_SPECTRUM = "fsood_"  # before a metric: in-distribution are the ID test images and all covariate-shifted ones
@@ -132,7 +133,7 @@ class RunResult:
     def value(self, metric: str, detector: str = "", ood_set: str = "") -> float:
         """One number; KeyError if it was not measured."""
         for found in self.measurements:
-            if (found.metric, found.detector, found.ood_set) == (metric, detector, ood_set):
+            if found.key == (metric, detector, ood_set):
                 return found.value
         raise KeyError((metric, detector, ood_set))
 
@@ -270,7 +271,7 @@ class Results:
             found: dict[tuple[str, str, str], list[tuple[RunResult, Measurement]]] = {}
             for run in runs:
                 for number in run.measurements:
-                    found.setdefault((number.metric, number.detector, number.ood_set), []).append((run, number))
+                    found.setdefault(number.key, []).append((run, number))
             known = self._published(runs)
             baseline = self.baseline
             theirs = {number.key for run in self.methods.get(baseline, ()) for number in run.measurements}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +23,9 @@ from ..detectors.search import Search
 from ..heads import inference_head
 from . import agreement
 from .cache import FeatureCache, Outputs, rank
-from .measure import (
-    FIT,
-    NOTHING_CHOSEN,
-    TEST,
-    VALIDATION,
-    VALIDATION_OOD,
-    Chosen,
-    Measuring,
-    by_name,
-    check_names,
-    kept_scores,
-    measure,
-    parts_of,
-)
+from .measure import UNCHOSEN, Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable
-from .results import ID, Results, RunResult, TestSet
+from .results import FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained, same_training
 
 
@@ -61,19 +48,10 @@ class Loading:
     any_accuracy: bool = True
 
 
-def _options(options: Mapping[str, Any]) -> tuple[Measuring, Loading]:
-    """The keywords of `evaluate_run` as what they are about; TypeError for others."""
-    loading = {field.name for field in fields(Loading)}
-    return (
-        Measuring(**{name: value for name, value in options.items() if name not in loading}),
-        Loading(**{name: value for name, value in options.items() if name in loading}),
-    )
-
-
 def evaluate_runs(
     runs: Iterable[Trained],
     benchmark: ImageBenchmark | Callable[[Trained], ImageBenchmark],
-    chosen: Mapping[str, Detector] | Iterable[str] | None = None,
+    chosen: Named = None,
     *,
     skip_bad: bool = False,
     **options: Any,
@@ -91,7 +69,7 @@ def evaluate_runs(
     """
     results: list[RunResult] = []
     checked: dict[int, tuple[ImageBenchmark, list[str]]] = {}
-    how, loading = _options(options)
+    how, loading = separate(options, Loading)
     for run in runs:
         opened = benchmark(run) if callable(benchmark) else benchmark
         if id(opened) not in checked:
@@ -127,12 +105,7 @@ def _seeds_of_each_other(one: Trained, other: Trained) -> bool:
     return same_training(one.recipe, other.recipe)
 
 
-def evaluate_run(
-    run: Trained,
-    benchmark: ImageBenchmark,
-    chosen: Mapping[str, Detector] | Iterable[str] | None = None,
-    **options: Any,
-) -> RunResult | None:
+def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, **options: Any) -> RunResult | None:
     """Fit detectors on the training images, tune them on validation images, measure them on every OOD set.
 
     Args:
@@ -149,7 +122,7 @@ def evaluate_run(
         UserError: files are missing; model and benchmark do not fit; a detector asked for by name cannot be fitted.
         ValueError: NaN in features or logits.
     """
-    how, loading = _options(options)
+    how, loading = separate(options, Loading)
     how = how.for_chosen(chosen)
     if loading.check:
         benchmark.check(parts_of(by_name(chosen), how))
@@ -209,12 +182,11 @@ def _outputs(
         for part in (FIT, VALIDATION, VALIDATION_OOD)
         if part in parts
     }
-    before = NOTHING_CHOSEN
+    before = UNCHOSEN
     if search is not None:
-        inside, outside = (
-            kept_scores(search, outputs[part]) if part in parts else {} for part in (VALIDATION, VALIDATION_OOD)
-        )
-        chosen_set, trials = search.choose(inside, {VALIDATION_OOD: outside})
+        kept = {part: kept_scores(search, outputs[part]) for part in (VALIDATION, VALIDATION_OOD) if part in parts}
+        outside = {VALIDATION_OOD: kept.get(VALIDATION_OOD, {})}
+        chosen_set, trials = search.choose(kept.get(VALIDATION, {}), outside)
         before = Chosen(dict(chosen_set.items()), trials)
     if reading:
         failures: dict[Detector, ValueError] | None = {} if how.leave_out else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, refuse_nan
-from .measure import FIT, TEST, VALIDATION, VALIDATION_OOD, Measuring, by_name, check_names, measure
-from .results import CSID, ID, Results, RunResult, TestSet
+from .measure import Named, by_name, check_names, measure, separate
+from .results import CSID, FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained
 
 METHOD = BENCHMARK = "features"
@@ -81,11 +81,8 @@ class StoredOutputs:
         """
         first, step = 0, max(1, CHUNK_VALUES // (self.n_features + (self.n_classes or 0)))
         for stored in self._stored():
-            refuse_nan(
-                lambda row, first=first: f"{self.file}: row {first + row}",
-                features=stored.features,
-                logits=stored.logits,
-            )
+            named = lambda row, first=first: f"{self.file}: row {first + row}"  # noqa: E731
+            refuse_nan(named, features=stored.features, logits=stored.logits)
             for start in range(0, len(stored), step):
                 part = stored.rows(slice(start, start + step))
                 yield (
@@ -116,7 +113,7 @@ def evaluate_features(
     train: str | os.PathLike,
     test: str | os.PathLike,
     ood: Mapping[str, tuple[str, str | os.PathLike]],
-    chosen: Mapping[str, Detector] | Iterable[str] | None = None,
+    chosen: Named = None,
     **options: Any,
 ) -> Results:
     """As `evaluate_run`, from stored features in place of a model and images.
@@ -135,9 +132,8 @@ def evaluate_features(
             for validation; a detector asked for by name that cannot be fitted.
         ValueError: NaN in features or logits.
     """
-    names = {field.name for field in fields(StoredValidation)}
-    given = StoredValidation(**{name: value for name, value in options.items() if name in names})
-    how = Measuring(**{name: value for name, value in options.items() if name not in names}).for_chosen(chosen)
+    how, given = separate(options, StoredValidation)
+    how = how.for_chosen(chosen)
     _check_names(test, ood, given.validation, given.ood_validation)
     head = features.load_head(features.files(train)[0]) if given.head is None else given.head
     parts, against = _open_parts(train, test, ood, replace(given, head=head))

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import checks, models, recipes
 from ..recipes import TrainingRecipe
+from ..training import load_run, model_of
 from ..training.folder import CHECKPOINTS, COMPLETE, RUN
 
 PRETRAINED = "pretrained:"
@@ -108,8 +109,6 @@ def open_run(
     if (place / RUN).is_file():
         if model is not None or recipe is not None:
             raise checks.UserError(f"--model, --recipe: {place} says what it was trained with; leave them out")
-        from ..training import load_run
-
         built, own, info = load_run(place, checkpoint)
         own = replace(own, n_processes=info.get("processes", own.n_processes))  # as it was run: they decide the batch
         file = place / CHECKPOINTS.get(checkpoint, checkpoint)
@@ -123,8 +122,6 @@ def open_run(
     elif model is not None:
         built = models.create(model, n_classes, in_channels=image_shape[0], image_size=image_shape[-1])
     elif given is not None:
-        from ..training import model_of
-
         built = model_of(given, n_classes, image_shape, pretrained=False)
     else:
         raise checks.UserError(f"{file}: does not say of which model it is; give --model or --recipe")

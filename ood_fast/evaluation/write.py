@@ -60,13 +60,8 @@ CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f�
 
 # How OpenOOD calls the detectors in its file names; others by their own name in lower case.
 OPENOOD_NAMES = {"MaxLogit": "mls", "Energy": "ebo", "KLMatching": "klm", "Mahalanobis": "mds"}
-OPENOOD_COLUMNS = {
-    "FPR@95": "fpr95_ood_positive",
-    "AUROC": "auroc",
-    "AUPR_IN": "aupr_in",
-    "AUPR_OUT": "aupr_out",
-    "ACC": "accuracy",
-}
+OPENOOD_COLUMNS = {"FPR@95": "fpr95_ood_positive", "AUROC": "auroc", "AUPR_IN": "aupr_in", "AUPR_OUT": "aupr_out"}
+OPENOOD_COLUMNS |= {"ACC": "accuracy"}
 
 
 # ---- files

@@ -28,20 +28,8 @@ from .hugging_face import HF
 from .preparation import own_preparation
 from .small import SmallCNN
 
-__all__ = [
-    "CCT",
-    "ModelOptions",
-    "SmallCNN",
-    "create",
-    "known",
-    "load_checkpoint",
-    "n_published",
-    "openood_keys",
-    "own_preparation",
-    "save_checkpoint",
-    "torchvision_keys",
-    "weight_fingerprint",
-]
+__all__ = ["CCT", "ModelOptions", "SmallCNN", "create", "known", "load_checkpoint", "n_published", "openood_keys"]
+__all__ += ["own_preparation", "save_checkpoint", "torchvision_keys", "weight_fingerprint"]
 
 ACTIVATIONS = ("relu", "leaky_relu")
 TIMM = "timm:"

@@ -18,26 +18,9 @@ from ..values import KINDS
 from .papers import BASELINE, BENCHMARKS, DETECTORS, LOSSES, METHODS, MORE_LOSSES, OF_THE_LOSS, RECIPES
 from .recipe import BENCHMARK_NAMES, CHOICES, TAU, Recipe, TrainingRecipe, bad_setting, require, unknown_name
 
-__all__ = [
-    "ALIASES",
-    "BASELINE",
-    "BENCHMARKS",
-    "BENCHMARK_NAMES",
-    "CHOICES",
-    "DETECTORS",
-    "LOSSES",
-    "METHODS",
-    "MORE_LOSSES",
-    "OF_THE_LOSS",
-    "RECIPES",
-    "TAU",
-    "Recipe",
-    "TrainingRecipe",
-    "as_dict",
-    "find",
-    "from_dict",
-    "override",
-]
+__all__ = ["ALIASES", "BASELINE", "BENCHMARKS", "BENCHMARK_NAMES", "CHOICES", "DETECTORS", "LOSSES", "METHODS"]
+__all__ += ["MORE_LOSSES", "OF_THE_LOSS", "RECIPES", "TAU", "Recipe", "TrainingRecipe", "as_dict", "find"]
+__all__ += ["from_dict", "override"]
 
 # ---- by name, from a file, with changes
 

@@ -87,19 +87,17 @@ class Chart:
 
     def as_csv(self) -> str:
         """The numbers that are drawn: series, x, y; of steps, from, to, y."""
-        text = io.StringIO()
-        steps = any(series.kind == "steps" for series in self.series)
+        text, steps = io.StringIO(), any(series.kind == "steps" for series in self.series)
+        rows = [["series", *(("from", "to") if steps else (self.x_label,)), self.y_label]]
         if self.y_names:
             rows = [["series", "row", self.x_label, "low", "high"]]
-            for s in self.series:
+        for s in self.series:
+            if self.y_names:
                 for x, y, interval in zip(s.xs, s.ys, s.intervals, strict=True):
                     rows.append([s.name, self.y_names[round(y)], *(f"{value:.7g}" for value in (x, *(interval or ())))])
-            spreadsheet.write_rows(text, rows)
-            return text.getvalue()
-        rows = [["series", *(("from", "to") if steps else (self.x_label,)), self.y_label]]
-        for series in self.series:
-            columns = (series.xs[:-1], series.xs[1:], series.ys) if steps else (series.xs, series.ys)
-            rows += [[series.name, *(f"{value:.7g}" for value in row)] for row in zip(*columns, strict=True)]
+                continue
+            columns = (s.xs[:-1], s.xs[1:], s.ys) if steps else (s.xs, s.ys)
+            rows += [[s.name, *(f"{value:.7g}" for value in row)] for row in zip(*columns, strict=True)]
         spreadsheet.write_rows(text, rows)
         return text.getvalue()
 

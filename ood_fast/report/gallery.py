@@ -15,8 +15,7 @@ import torch
 from .. import checks, evaluation
 from ..data.images import ImageDataset
 from ..detectors import find
-from ..evaluation.measure import TEST
-from ..evaluation.results import ID
+from ..evaluation.results import ID, TEST
 from ..evaluation.verdict import ranking
 from . import evaluations, pages
 from .runs import Evaluated, Record, opened
@@ -60,16 +59,9 @@ def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str
     if evaluated.diagnosis is not None:
         samples = evaluated.diagnosis.sets[TEST]
         wrong = torch.where(samples.correct, -torch.inf, samples.confidence).numpy()
-        sure = [
-            (
-                test,
-                i,
-                f"{classes[samples.target[i]]}, taken for {classes[samples.predicted[i]]} ({100 * wrong[i]:.1f} %)",
-            )
-            for i in _first(-wrong)
-            if wrong[i] > 0
-        ]
-        parts.append(row("Wrong with the most confidence", sure))
+        sure = [(i, classes[samples.target[i]], classes[samples.predicted[i]]) for i in _first(-wrong) if wrong[i] > 0]
+        told = [(test, i, f"{y}, taken for {predicted} ({100 * wrong[i]:.1f} %)") for i, y, predicted in sure]
+        parts.append(row("Wrong with the most confidence", told))
     return "".join(parts)
 
 

@@ -26,7 +26,7 @@ from ..data.benchmarks import ImageBenchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
-from ..evaluation.measure import FIT, TEST, VALIDATION, VALIDATION_OOD
+from ..evaluation.results import FIT, TEST, VALIDATION, VALIDATION_OOD
 from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 

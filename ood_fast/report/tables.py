@@ -60,6 +60,13 @@ class Table:
         """Of all sections."""
         return [row for section in self.sections for row in section.rows]
 
+    def widths(self, mark: int = 0, header: int = 0) -> list[int]:
+        """The letters of each column; `mark` more in each cell, `header` more in each header."""
+        cells = [row for _, row in self.rows()]
+        return [
+            max(len(c) + header, *(len(row[i].text) + mark for row in cells), 0) for i, c in enumerate(self.columns)
+        ]
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """For people: "–" where there is none."""
@@ -103,10 +110,7 @@ def show(tables: Iterable[Table]) -> None:
         name_width = max((len(name) for name, _ in rows), default=0)
         if alone := name_width > console.width // 2:  # long names have lines of their own
             name_width = 0
-        widths = [
-            max(len(column), *(len(cells[i].text) + marks for _, cells in rows), 0)
-            for i, column in enumerate(table.columns)
-        ]
+        widths = table.widths(marks)
         for section in table.sections:
             if section.heading:
                 console.print(Text(section.heading, style="italic"))
@@ -177,10 +181,8 @@ def as_html(table: Table) -> str:
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in table.columns)
     bodies = []
     for section in table.sections:
-        rows = [
-            f"<tr><th scope=row>{html.escape(name)}</th>{''.join(map(cell_html, cells))}</tr>"
-            for name, cells in section.rows
-        ]
+        named = [(html.escape(name), "".join(map(cell_html, cells))) for name, cells in section.rows]
+        rows = [f"<tr><th scope=row>{name}</th>{cells}</tr>" for name, cells in named]
         if section.heading:
             span = len(table.columns) + 1
             rows.insert(0, f"<tr class=section><th colspan={span}>{html.escape(section.heading)}</th></tr>")
@@ -203,10 +205,6 @@ LETTER, PADDING = 7.4, 18  # of a column, as style.css shows it
 
 def _width(table: Table) -> float:
     """About how wide the table is on a page, in CSS pixels."""
-    rows = table.rows()
     mark = 2 if table.sortable else 0  # the arrow beside a header
-    longest = [max(len(table.corner) + mark, *(len(name) for name, _ in rows), 0)]
-    longest += [
-        max(len(column) + mark, *(len(cells[i].text) for _, cells in rows), 0) for i, column in enumerate(table.columns)
-    ]
-    return sum(LETTER * letters + PADDING for letters in longest)
+    names = max(len(table.corner) + mark, *(len(name) for name, _ in table.rows()), 0)
+    return sum(LETTER * letters + PADDING for letters in (names, *table.widths(header=mark)))
