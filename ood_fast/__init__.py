@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = ["ELogitNormLoss", "L2NormLinear", "LogitNormLoss", "Monitor", "boundary_distance", "deploy", "elogitnorm"]
 __all__ += ["l2_normalize", "linear_elogitnorm", "load_bundle", "logitnorm", "nci_score", "register", "save_bundle"]
 
-_MODULES = ["bundle", "data", "deployment", "detectors", "diagnostics", "distributed", "evaluate", "features"]
+_MODULES = ["bundle", "data", "dense", "deployment", "detectors", "diagnostics", "distributed", "evaluate", "features"]
 _MODULES += ["functional", "heads", "interop", "losses", "metrics", "models", "monitor", "onnx_export", "ops"]
 _MODULES += ["recipes", "reference", "serving", "statistics", "train"]
 _HOMES = {  # the others: functional

@@ -174,6 +174,11 @@ def _search(module: nn.Module) -> nn.Linear | None:
     return last if own and last is own[-1] and chained else None
 
 
+def is_pointwise(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether a convolution is a linear layer at every place: weight (c, m, 1, ...), all channels in one group."""
+    return weight.dim() > 2 and weight.shape[2:].numel() == 1 and getattr(layer, "groups", 1) == 1
+
+
 def _last_convolution(model: nn.Module) -> str:
     convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:

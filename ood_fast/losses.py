@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .heads import adapted_weight, check_plain, check_whole, path_to_layer, refuse_script, temperature_of_head
+from .heads import (
+    adapted_weight,
+    check_plain,
+    check_whole,
+    is_pointwise,
+    path_to_layer,
+    refuse_script,
+    temperature_of_head,
+)
 
 
 class _Loss(nn.Module):
@@ -120,7 +128,7 @@ class ELogitNormLoss(_Loss):
         head_weight = getattr(head, "weight", None)
         if isinstance(head_weight, Tensor) and not head_weight.numel():
             return head  # emptied by ZeRO-3, and whole in the call if it is gathered around that
-        if not isinstance(head_weight, Tensor) or not (head_weight.dim() == 2 or _is_linear(head, head_weight)):
+        if not isinstance(head_weight, Tensor) or not (head_weight.dim() == 2 or is_pointwise(head, head_weight)):
             advice = (
                 "" if self.name else "; for a whole model give the name of its last layer: ELogitNormLoss(model, 'fc')"
             )
@@ -257,11 +265,6 @@ def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple | Non
     from .distributed.dtensors import local_shards
 
     return local_shards(logits, head_weight, y)
-
-
-def _is_linear(head: nn.Module, head_weight: Tensor) -> bool:
-    """Whether a convolution is a linear layer at every place: (c, m, 1, ...), all channels in one group."""
-    return head_weight.dim() > 2 and head_weight.shape[2:].numel() == 1 and getattr(head, "groups", 1) == 1
 
 
 class LogitNormLoss(_Loss):

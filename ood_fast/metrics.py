@@ -14,7 +14,7 @@ All functions take 1-D tensors (or anything `torch.as_tensor` takes) and compute
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .eager.precision import double
 
 POSITIVES = ("ood", "id")
 ECE_BINS = 15
+BINNED_FPR = ("fpr95_ood_positive", "fpr95_id_positive")
 
 
 def roc_curve(id_scores: Any, ood_scores: Any, positive: str = "ood") -> tuple[Tensor, Tensor]:
@@ -131,6 +132,62 @@ def _gaps(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Ten
     """The bin of each sample (n,), and whether it is right less its confidence (n,), in float64, on the CPU."""
     confidence = confidence.cpu()
     return confidence_bins(confidence, n_bins), correct.cpu().double() - confidence.double()
+
+
+# ---- from counts in bins
+
+
+class Binned(NamedTuple):
+    """A metric of samples that were counted in bins, and the bounds of what it is without bins."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """How far the metric can be from the value."""
+        return max(self.value - self.low, self.high - self.value)
+
+
+def binned(id_counts: Tensor, ood_counts: Tensor) -> dict[str, Binned]:
+    """Metrics of ID and OOD samples that were counted in bins (b,) of their score, the lowest first:
+    {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "ap_ood_positive"}.
+
+    The value takes the samples of a bin for ties. The bounds are those of the best and the worst order in every bin,
+    all OOD samples below all ID samples and the reverse, so that no scores with these counts give anything beyond them.
+    AP is average precision, Σ_k (R_k − R_{k−1}) P_k over the thresholds k, as scikit-learn has it, OOD positive.
+
+    ValueError for counts that are negative, of other lengths, or none.
+    """
+    counts = [torch.as_tensor(part, device="cpu").double() for part in (id_counts, ood_counts)]
+    for name, part in zip(("id_counts", "ood_counts"), counts, strict=True):
+        if part.dim() != 1 or part.shape != counts[0].shape or (part < 0).any() or not part.sum() > 0:
+            got = f"shape {tuple(part.shape)}, sum {part.sum():g}"
+            raise ValueError(f"{name}: got {got}, expected counts (b,) of at least one sample, as many of both")
+    inside, outside = counts
+    none = torch.zeros_like(inside)
+    best = _in_order(torch.stack([none, inside], 1), torch.stack([outside, none], 1))
+    worst = _in_order(torch.stack([inside, none], 1), torch.stack([none, outside], 1))
+    found = [_of_counts(*order) for order in (_in_order(inside, outside), worst, best)]
+    # in the worst order the precision rises from one OOD sample of a bin to the next: each counts with its own
+    before, above = outside.cumsum(0) - outside, inside.cumsum(0)
+    told = outside - above * (torch.digamma(before + outside + above + 1) - torch.digamma(before + above + 1))
+    found[1]["ap_ood_positive"] = torch.where(outside > 0, told, 0.0).sum() / outside.sum()
+    several = {name: [of[name].item() for of in found] for name in found[0]}
+    return {name: Binned(values[0], min(values), max(values)) for name, values in several.items()}
+
+
+def _in_order(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts up to each threshold, with a leading 0."""
+    return F.pad(inside.flatten().cumsum(0), (1, 0)), F.pad(outside.flatten().cumsum(0), (1, 0))
+
+
+def _of_counts(id_counts: Tensor, ood_counts: Tensor) -> dict[str, Tensor]:
+    found = _detection(id_counts, ood_counts)
+    precision = ood_counts[1:] / (ood_counts + id_counts)[1:].clamp(min=1)
+    area = (ood_counts.diff() * precision).sum() / ood_counts[-1]
+    return {name: found[name] for name in ("auroc", *BINNED_FPR)} | {"ap_ood_positive": area}
 
 
 # ---- intervals: the metrics of samples drawn anew
