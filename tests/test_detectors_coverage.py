@@ -82,31 +82,31 @@ def covered(train: list[list[float]], row: list[float], alpha: float, number: in
 
 
 def test_at_the_head(net, x):
-    detector = NAC(alpha=30.0, bins=20, full=4).fit(net, [x[:40]])
-    train = [at_head(net, image) for image in x[:40]]
-    expected = [covered(train, at_head(net, 2 * image), 30.0, 20, 4) for image in x[40:]]
-    scores = detector.score(net, 2 * x[40:])
+    detector = NAC(alpha=30.0, bins=20, full=4).fit(net, [x[:24]])
+    train = [at_head(net, image) for image in x[:24]]
+    expected = [covered(train, at_head(net, 2 * image), 30.0, 20, 4) for image in x[48:]]
+    scores = detector.score(net, 2 * x[48:])
     torch.testing.assert_close(scores, torch.tensor(expected).double())
     assert net.passes == 2
     assert scores.std() > 0.01
     with torch.no_grad():
         z = net.layer2(net.layer1(x)).mean((2, 3))
-    assert torch.equal(NAC(alpha=30.0, bins=20, full=4).fit_features(z[:40], head=net.fc).coverage, detector.coverage)
+    assert torch.equal(NAC(alpha=30.0, bins=20, full=4).fit_features(z[:24], head=net.fc).coverage, detector.coverage)
 
 
 @pytest.mark.parametrize("layers", ["stages", ("layer1", "layer2")])
 def test_at_layers(net, x, layers):
-    detector = NAC(layers, alpha=(50.0, 20.0), bins=12, full=(3, 5)).fit(net, [x[:15], x[15:40]])
-    train = [at_layers(net, image) for image in x[:40]]
+    detector = NAC(layers, alpha=(50.0, 20.0), bins=12, full=(3, 5)).fit(net, [x[:15], x[15:24]])
+    train = [at_layers(net, image) for image in x[:24]]
     expected = []
-    for image in x[40:]:
+    for image in x[48:]:
         rows = at_layers(net, image)
         of_layers = [
             covered([rows[layer] for rows in train], rows[layer], (50.0, 20.0)[layer], 12, (3, 5)[layer])
             for layer in range(2)
         ]
         expected.append(sum(of_layers) / 2)
-    torch.testing.assert_close(detector.score(net, [x[40:47], x[47:]]), torch.tensor(expected).double())
+    torch.testing.assert_close(detector.score(net, [x[48:52], x[52:]]), torch.tensor(expected).double())
     assert detector.layers == ("layer1", "layer2")
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -168,6 +168,10 @@ def test_what_does_not_fit(net, x):
     with pytest.raises(ValueError, match="alpha: got 3, expected 2, one a layer"):
         NAC("stages", alpha=(1.0, 2.0, 3.0)).fit(net, [x])
     net.unused = nn.Linear(2, 2)
+    one = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 1))
+    with pytest.raises(ValueError, match="one logit a row, expected"):
+        NAC(("0",)).fit(one, [torch.randn(9, 6)])
+    assert NAC("stages").fit(net, [x]).score(net, x[:0]).shape == (0,)
     with pytest.raises(ValueError, match="'unused' does not run"):
         NAC(("unused",)).fit(net, [x])
     with pytest.raises(RuntimeError, match="reads layers of the model, not features"):

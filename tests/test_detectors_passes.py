@@ -195,6 +195,8 @@ def test_views_of_images(net, x):
         knn = KNN(k=2).fit(net, batches(x))
         mean = sum(knn.score(net, view) for view in expected) / len(expected)
         torch.testing.assert_close(TestTimeAugmentation(knn, views=given).score(net, x), mean)
+    named = TestTimeAugmentation("variance", views="flip")
+    assert torch.equal(named.score(net, [{"x": x, "labels": torch.arange(9)}]), named.score(net, x))
     own = TestTimeAugmentation("Energy", views=(lambda x: x, lambda x: x * 2)).score(net, x)
     torch.testing.assert_close(own, (net(x).logsumexp(1) + net(2 * x).logsumexp(1)) / 2)
 
@@ -246,6 +248,8 @@ def test_what_is_no_ensemble(x, net):
         Ensemble("KNN").score([net, net], x)
     with pytest.raises(RuntimeError, match=r"call fit\(models, loader\)"):
         Ensemble("KNN").fit_features(torch.randn(9, 6))
+    with pytest.raises(RuntimeError, match=r"call fit\(models, loader\)"):
+        Ensemble("KNN").partial_fit(torch.randn(9, 6))
     with pytest.raises(ValueError, match="k: got 50"):
         Ensemble("KNN").fit([net, net], batches(x))
 

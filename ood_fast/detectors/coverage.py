@@ -18,7 +18,7 @@ from ..ops.registration import uncompiled
 from . import streaming
 from .detector import Detector
 from .layers import Passed
-from .numbers import at_least_float32, exact_linear, nan_where_too_long, refuse_rows
+from .numbers import at_least_float32, exact_linear, nan_where_too_long, refuse_one_logit, refuse_rows
 from .registry import register
 
 STEEPNESS = 1000.0  # of the logarithm that cells are spaced by
@@ -153,6 +153,7 @@ class NAC(Detector):
             call = uncompiled(unwrapped(model))
             with capture_features(None, others=others) as captured:
                 logits = at_least_float32(logits_of(call(given[""]) if "" in given else call(**given)))
+            refuse_one_logit(logits)
             for name in wanted:
                 LayerReading(name, "nac", torch.clone).check(captured.read.get(name), len(logits))
             outputs = [captured.read[name] for name in wanted]

@@ -253,6 +253,13 @@ def _crop(x: Tensor, down: float, right: float) -> Tensor:
     return F.interpolate(x[:, :, top : top + height, left : left + width], (h, w), mode="bilinear")
 
 
+def _of_each(view: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The view of a batch of images, or of those in a mapping."""
+    if isinstance(x, Tensor):
+        return view(x)
+    return {name: view(value) if value.dim() == 4 else value for name, value in x.items()}
+
+
 View = Callable[[Any], Any]
 _CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 _VIEWS: Mapping[str, tuple[View, ...]] = {
@@ -301,10 +308,11 @@ class TestTimeAugmentation(SeveralPasses):
         """One pass for each view."""
         views: list[View] = []
         if self._of_images:
-            checks.float_tensor("x", x, 4, "(n, channels, h, w), images")
+            if isinstance(x, Tensor) or not any(value.dim() == 4 for value in x.values()):
+                checks.float_tensor("x", x, 4, "(n, channels, h, w), images")
             views.append(lambda x: x)
         for view in self._listed():
-            views += _VIEWS[view] if isinstance(view, str) else (view,)
+            views += [partial(_of_each, one) for one in _VIEWS[view]] if isinstance(view, str) else [view]
         n_rows = len(x if isinstance(x, Tensor) else next(iter(x.values())))
         for view in views:
             found = look(self.member, model, view(x), head)
@@ -371,6 +379,7 @@ class Ensemble(SeveralPasses):
 
     def models(self, model: Any) -> Sequence[nn.Module]:
         """The models, as many as there are detectors."""
+        model = unwrapped(model) if isinstance(model, nn.Module) else model
         if not isinstance(model, (list, tuple, nn.ModuleList)) or len(model) < 2:
             got = f"{len(model)} models" if isinstance(model, (list, tuple, nn.ModuleList)) else type(model).__name__
             raise ValueError(
@@ -416,6 +425,12 @@ class Ensemble(SeveralPasses):
     ) -> Detector:
         """RuntimeError: features are those of one model."""
         raise RuntimeError(f"{self.label} is fitted on several models: call fit(models, loader)")
+
+    def partial_fit(
+        self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
+    ) -> Detector:
+        """As `fit_features`."""
+        return self.fit_features(features, logits, targets)
 
     def looks(self, model: Any, x: Any, head: str | nn.Linear | None) -> Iterator[Tensor]:
         """One pass of each model."""

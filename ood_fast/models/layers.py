@@ -6,6 +6,7 @@ are never kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +64,11 @@ def maps(layer: str, output: Any) -> Tensor:
     output = numbers_of(layer, output)
     channels_last = output.dim() == 3 or (output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3])
     output = output.movedim(-1, 1) if channels_last else output
-    return output.detach().to(torch.promote_types(output.dtype, torch.float32)).reshape(*output.shape[:2], -1)
+    return (
+        output.detach()
+        .to(torch.promote_types(output.dtype, torch.float32))
+        .reshape(*output.shape[:2], math.prod(output.shape[2:]))
+    )
 
 
 def watched(model: nn.Module, readings: Iterable[LayerReading]) -> dict[Key, tuple[nn.Module, Callable]]:
