@@ -93,7 +93,9 @@ def test_a_comparison_is_extended_and_what_is_trained_is_taken(tmp_path, capsys)
     assert "learning_rate: 0.1 there, 0.2 here" in capsys.readouterr().err
     assert cli.main([*short, "--losses", "ce", "--seeds", "1", "--set", "lr=0.2", "--overwrite", "--quiet"]) == 0
     assert [run["seed"] for run in evaluation.read(tmp_path / "results")["runs"]] == [0]
-    assert cli.main(["compare", "results/runs/ce", "--detectors", "msp", "--out", "taken", "--quiet"]) == 0
+    taken = ["compare", "results/runs/ce", "--detectors", "msp", "--out", "taken", "--csid", "all", "--quiet"]
+    assert cli.main(taken) == 0
+    assert "Accuracy under covariate shift" in (tmp_path / "taken/report.html").read_text(encoding="utf-8")
     assert evaluation.read(tmp_path / "taken")["runs"][0]["method"] == "ce"
     assert cli.main(["compare", "results/runs/ce", "--epochs", "3"]) == 2
     assert "--epochs: not used with RUN" in capsys.readouterr().err

@@ -477,6 +477,18 @@ def made_features(tmp_path_factory) -> Path:
     return folder
 
 
+def test_stored_features_of_a_shifted_set(made_features, tmp_path):
+    """The test data themselves, once more: the same numbers."""
+    (tmp_path / "f").symlink_to(made_features / "f")
+    assert evaluate(*feature_arguments(), "--ood-features=csid/again=f/test.npz", "--detectors=MSP", "--out=out") == 0
+    run = evaluation.Results.from_json(evaluation.read("out")).runs[0]
+    for ood_set in ("mnist", "nearood", "farood"):
+        assert run.value("fsood_auroc", "MSP", ood_set) == pytest.approx(run.value("auroc", "MSP", ood_set), abs=1e-12)
+    assert run.value("fsood_accuracy") == run.value("accuracy", "", "again") == run.value("accuracy")
+    only = [text for text in feature_arguments() if not text.startswith("--ood-f")]
+    assert evaluate(*only, "--ood-features=csid/again=f/test.npz") == 2
+
+
 @pytest.mark.parametrize(("given", "message"), WRONG_FEATURES.values(), ids=WRONG_FEATURES)
 def test_wrong_requests_for_stored_features(made_features, tmp_path, given, message, capsys):
     (tmp_path / "f").symlink_to(made_features / "f")

@@ -323,7 +323,7 @@ def _plane(name: str, record: Record, diagnosis: Diagnosis, titles: Mapping[str,
     )
     return Chart(
         *(f"Features in the plane: {name}", "first axis", "second axis", series),
-        f"{what} ({DING}, fig. 1). Points: ID test images by class; crosses: OOD.",
+        f"{what} ({DING}, fig. 1). Points: ID test images by class; crosses: the other sets.",
         x_range=(left, right),
         y_range=(low, high),
         regions=list(regions(diagnosis.plane_weight, diagnosis.plane_bias, (left, right, low, high)).items()),
