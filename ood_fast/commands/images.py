@@ -16,7 +16,7 @@ import torch
 from ..checks import ROW, RowError, UserError
 from ..data import decoding, folders
 from ..data.images import NO_CLASS, Files, ImageDataset, preparation
-from ..data.loading import ErrorsAsItems, alive, split
+from ..data.loading import tolerant
 from . import RunError
 from .common import say
 
@@ -62,15 +62,10 @@ class Images:
 
     def __iter__(self) -> Iterator[tuple]:
 
-        loader = torch.utils.data.DataLoader(
-            ErrorsAsItems(torch.utils.data.Subset(self.dataset, self.rows)),
-            batch_size=self.options.batch_size,
-            num_workers=self.options.workers,
-            collate_fn=split,
-        )
+        rows = torch.utils.data.Subset(self.dataset, self.rows)
         has_classes = self.dataset.source.classes is not None
         first = self.rows.start
-        for batch, good, bad in alive(loader):
+        for batch, good, bad in tolerant(rows, self.options.batch_size, self.options.workers):
             for place, reason in bad:
                 if not self.options.skip_bad:
                     raise RunError(f"{reason}; pass --skip-bad to leave such images out")

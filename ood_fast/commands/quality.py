@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import Files, ImageDataset, Noise, Scrambled
-from ..data.loading import ErrorsAsItems, split
+from ..data.loading import tolerant
 from ..detectors import DetectorSet
 from ..metrics import auroc
 from .images import dataset_of
@@ -50,9 +50,7 @@ def _scores(
 ) -> tuple[dict[str, Tensor], float | None]:
     """The scores of the images that can be read, and the accuracy, None without classes."""
 
-    loader = torch.utils.data.DataLoader(
-        ErrorsAsItems(dataset), options.batch_size, num_workers=options.workers, collate_fn=split
-    )
+    loader = tolerant(dataset, options.batch_size, options.workers)
     scores: list[dict[str, Tensor]] = []
     right: list[Tensor] = []
     for batch, found in detectors.score_loader(model, (batch for batch, good, _ in loader if good), options.head):

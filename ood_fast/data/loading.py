@@ -74,6 +74,11 @@ class Loader(DataLoader):
             yield batch
 
 
+def tolerant(dataset: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, list[int], list[tuple[int, str]]]]:
+    """Batches of what can be read, and what cannot, see `split`."""
+    return alive(DataLoader(ErrorsAsItems(dataset), batch_size, num_workers=workers, collate_fn=split))
+
+
 def alive(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches of a DataLoader; ChildProcessError, an OSError, where torch has only a RuntimeError with a number."""
     try:

@@ -83,11 +83,15 @@ class Outputs:
         rows = max(1, CHUNK_VALUES // (self.features.shape[1] + self.logits.shape[1]))
         for start in range(0, len(self), rows):
             part = slice(start, start + rows)
-            yield (
-                self.features[part].to(device=device, dtype=dtype),
-                self.logits[part].to(device=device, dtype=dtype),
-                self.targets[part].to(device),
-            )
+            yield moved(self.features[part], self.logits[part], self.targets[part], device, dtype)
+
+
+def moved(
+    features: Tensor, logits: Tensor | None, targets: Tensor | None, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Tensor, Any, Any]:
+    """A chunk on a device, its numbers in another dtype."""
+    numbers = [None if held is None else held.to(device=device, dtype=dtype) for held in (features, logits)]
+    return *numbers, None if targets is None else targets.to(device)
 
 
 def read_outputs(path: str | os.PathLike) -> Outputs:

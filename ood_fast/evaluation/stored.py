@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, features
 from ..detectors import Detector
-from .cache import CHUNK_VALUES, refuse_nan
+from .cache import CHUNK_VALUES, moved, refuse_nan
 from .measure import Named, by_name, check_names, measure, separate
 from .results import CSID, FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained
@@ -85,11 +85,7 @@ class StoredOutputs:
             refuse_nan(named, features=stored.features, logits=stored.logits)
             for start in range(0, len(stored), step):
                 part = stored.rows(slice(start, start + step))
-                yield (
-                    part.features.to(device=device, dtype=dtype),
-                    None if part.logits is None else part.logits.to(device=device, dtype=dtype),
-                    None if part.targets is None else part.targets.to(device),
-                )
+                yield moved(part.features, part.logits, part.targets, device, dtype)
             first += len(stored)
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks, evaluation, files
-from ..diagnostics import NUMBERS, Diagnosis
+from ..diagnostics import NUMBERS
 from ..evaluation.results import ID
 from ..evaluation.verdict import ranking
 from ..evaluation.write import by_note
 from . import evaluations, figures, pages
 from .charts import Chart
 from .runs import Evaluated, Record, missing
-from .tables import Cell, Section, Table, as_html, as_page, number, percent
+from .tables import Cell, Rows, Section, Table, as_html, as_page, number, percent
 
 NAME = "report.html"
 GENERATOR = "ood_fast report"  # marks a file that a new report may replace
@@ -102,9 +102,9 @@ def _runs(records: Sequence[Record]) -> Table:
     }
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
         columns[f"test accuracy on {benchmark} (%)"] = lambda r, b=benchmark: percent(_accuracy(r.evaluated.get(b)))
-    rows = tuple((r.name, tuple(Cell(of(r)) for of in columns.values())) for r in records)
+    cells = [(head, lambda r, of=of: Cell(of(r))) for head, of in columns.items()]
     caption = "Test accuracy: of the checkpoint that was evaluated. Training time: of the epochs, with validation."
-    return Table("Runs", caption, tuple(columns), (Section("", rows),), corner="run", sortable=True)
+    return Table.of("Runs", caption, cells, [("", [(r.name, (r,)) for r in records])], corner="run", sortable=True)
 
 
 def _loss(recipe: Mapping[str, Any]) -> str:
@@ -201,24 +201,19 @@ def _numbers(found: figures.Found) -> list[Table]:
     plain = [name for name in NUMBERS if any(name in diagnosis.numbers for *_, diagnosis in found)]
     of_ood = [name for name in NUMBERS if name not in plain]
 
-    def cells(diagnosis: Diagnosis, names: Sequence[str], suffix: str = "") -> tuple[Cell, ...]:
-        return tuple(Cell(number(diagnosis.numbers.get(f"{name}{suffix}"))) for name in names)
-
-    def table(title: str, names: Sequence[str], sections: Sequence[Section], corner: str) -> Table:
+    def table(title: str, names: Sequence[str], rows: Sequence[Rows], corner: str) -> Table:
         caption = ". ".join(f"{NUMBERS[name][0]}: {NUMBERS[name][1]}" for name in names) + "."
-        columns = tuple(NUMBERS[name][0] for name in names)
-        return Table(title, caption, columns, tuple(sections), corner=corner, sortable=True)
+        columns = [(NUMBERS[n][0], lambda held, suffix, n=n: Cell(number(held.get(n + suffix)))) for n in names]
+        return Table.of(title, caption, columns, rows, corner=corner, sortable=True)
 
-    rows = tuple((record.name, cells(diagnosis, plain)) for _, record, _, diagnosis in found)
-    tables = [table("Numbers", plain, [Section("", rows)], "run")]
-    if of_ood:
-        sections = []
-        for _, record, evaluated, diagnosis in found:
-            sets = [name for name in diagnosis.sets if f"{of_ood[0]}/{name}" in diagnosis.numbers]
-            rows = tuple((evaluated.results["sets"][s]["title"], cells(diagnosis, of_ood, f"/{s}")) for s in sets)
-            sections.append(Section(record.name if len(found) > 1 else "", rows))
-        tables.append(table("Numbers by OOD set", of_ood, sections, "OOD set"))
-    return tables
+    tables = [table("Numbers", plain, [("", [(record.name, (d.numbers, "")) for _, record, _, d in found])], "run")]
+    rows = []
+    for _, record, evaluated, diagnosis in found if of_ood else ():
+        sets, numbers = evaluated.results["sets"], diagnosis.numbers
+        names = [name for name in diagnosis.sets if f"{of_ood[0]}/{name}" in numbers]
+        under = [(sets[name]["title"], (numbers, f"/{name}")) for name in names]
+        rows.append((record.name if len(found) > 1 else "", under))
+    return [*tables, table("Numbers by OOD set", of_ood, rows, "OOD set")] if of_ood else tables
 
 
 # ---- how it was run
