@@ -111,11 +111,8 @@ class Prepared(nn.Module):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             given = torch.tensor(tuple(values), dtype=torch.float32)
-            if (
-                len(given) not in (1, n_channels)
-                or not given.isfinite().all()
-                or (name == "std" and (given <= 0).any())
-            ):
+            wrong = len(given) not in (1, n_channels) or not given.isfinite().all()
+            if wrong or (name == "std" and (given <= 0).any()):
                 raise ValueError(f"{name}: got {tuple(values)}, expected a number for each of {n_channels} channels")
             self.register_buffer(name, given.view(-1, 1, 1))
         self.register_buffer("threshold", deployed.thresholds.detach().float().clone())
@@ -167,12 +164,8 @@ def _exported(module: Prepared, images: Tensor) -> bytes:
         initial = onnx.numpy_helper.from_array(module.threshold.numpy(), "threshold")
         proto.graph.initializer.append(initial)
         threshold, names = module.threshold.tolist(), _names(module.deployed)
-        for key, value in {
-            "format": FORMAT,
-            "ood_fast": __version__,
-            "detectors": names,
-            "threshold": threshold,
-        }.items():
+        about = {"format": FORMAT, "ood_fast": __version__, "detectors": names, "threshold": threshold}
+        for key, value in about.items():
             entry = proto.metadata_props.add()
             entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
         buffer = io.BytesIO()
@@ -195,11 +188,9 @@ def _check(content: bytes, module: Prepared, images: Tensor, expected: tuple[Ten
         whole, first = run(images), run(images[:1])
         middle = expected[1].median(0).values
         moved = run(images, threshold=middle.numpy())
-    for found, wanted, threshold in (
-        (whole, expected, module.threshold),
-        (first, tuple(each[:1] for each in expected), module.threshold),
-        (moved, expected, middle),
-    ):
+    alone = tuple(each[:1] for each in expected)
+    compared = ((whole, expected, module.threshold), (first, alone, module.threshold), (moved, expected, middle))
+    for found, wanted, threshold in compared:
         for name, one, other in zip(OUTPUTS, found[:2], wanted[:2], strict=False):
             allowed = TOLERANCE * (other.abs().max() + 1e-6)
             if one.shape != other.shape or not ((one - other).abs() <= allowed).all():

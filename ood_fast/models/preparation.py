@@ -8,13 +8,8 @@ from torch import nn
 
 from . import vision
 
-IMAGENET = {
-    "size": 224,
-    "resize": 256,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "interpolation": "bilinear",
-}
+IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "interpolation": "bilinear"}
+IMAGENET |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def own_preparation(model: nn.Module, name: str, published: bool) -> dict[str, Any] | None:
