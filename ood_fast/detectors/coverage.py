@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,10 +27,11 @@ STEEPNESS = 1000.0  # of the logarithm that cells are spaced by
 
 def edges(bins: int) -> Tensor:
     """(bins − 1,), float64: where cells begin, of the authors' M = `bins` marks but for the last; narrow about ½."""
-    x = torch.linspace(1.0, STEEPNESS**0.5, bins // 2, dtype=torch.float64, device="cpu")
-    left = x.log()[:-1] / torch.tensor(STEEPNESS).double().log()  # 0 to below ½
-    right = (1 - left).flip(0)
-    return torch.cat([left, torch.tensor([0.5]).double(), right[:-1], right[-1:] + 0.01])
+    left = torch.linspace(1.0, STEEPNESS**0.5, bins // 2, dtype=torch.float64, device="cpu").log() / math.log(STEEPNESS)
+    left[-1] = 0.5
+    marks = torch.cat([left[:-1], (1 - left).flip(0)])
+    marks[-1] += 0.01
+    return marks
 
 
 @register

@@ -163,7 +163,7 @@ class _Thinning(TorchFunctionMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.dropped = 0  # calls
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +180,7 @@ class _Thinning(TorchFunctionMode):
         size = (1, *input.shape[1:])
         if func in _WHOLE_CHANNELS:
             size = (*size[:2], *[1] * (input.dim() - 2))
-        kept = (torch.rand(size, generator=self.generator) >= p).to(input)
+        kept = (torch.rand(size, generator=self.generator, device="cpu") >= p).to(input)
         if func not in _ALPHA:
             return input * (kept / (1 - p) if p < 1 else kept)
         scale = ((1 - p) * (1 + p * _LOWEST**2)) ** -0.5 if p < 1 else 0.0  # mean and variance stay
