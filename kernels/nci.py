@@ -278,12 +278,7 @@ def predict_from_features(features: Tensor, head_weight: Tensor, head_bias: Tens
 
 
 def nci_forward(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    mean: Tensor,
-    logits: Tensor | None,
-    alpha: float,
+    features: Tensor, head_weight: Tensor, head_bias: Tensor | None, mean: Tensor, logits: Tensor | None, alpha: float
 ) -> tuple[Tensor, Projected]:
     """NCI of (n, m) features under the (c, m) head: see `ood_fast.functional.nci_score` for the mathematics.
 

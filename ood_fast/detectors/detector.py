@@ -253,10 +253,7 @@ class Detector(Contract):
     # ---- files
 
     def save(
-        self,
-        path: str | os.PathLike,
-        class_names: Iterable[str] | None = None,
-        notes: Mapping[str, Any] | None = None,
+        self, path: str | os.PathLike, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write the fitted detector to a safetensors file; `ood_fast.detectors.load(path)` reads it.
 

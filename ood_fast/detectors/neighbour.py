@@ -92,11 +92,8 @@ def check_bank(detector: KNN | NNGuide, bank: Tensor, or_else: str) -> None:
     """`at_most` of k: there are as many neighbours as the bank has rows."""
     advice = math.ceil(len(bank) / 10) or None
     cure = f"take a smaller k, such as {advice}, or {or_else}" if advice else f"take {or_else}"
-    at_most(
-        detector,
-        "k",
-        Limit(len(bank), f"expected at most {len(bank)}, the number of training features kept", cure, advice),
-    )
+    limit = Limit(len(bank), f"expected at most {len(bank)}, the number of training features kept", cure, advice)
+    at_most(detector, "k", limit)
 
 
 @register

@@ -44,10 +44,7 @@ class Search(DetectorSet):
     """
 
     def __init__(
-        self,
-        detectors: DetectorSet,
-        grids: Mapping[str, Mapping[str, Iterable]] | None = None,
-        optional: bool = False,
+        self, detectors: DetectorSet, grids: Mapping[str, Mapping[str, Iterable]] | None = None, optional: bool = False
     ) -> None:
         grids = {} if grids is None else grids
         for name in grids:

@@ -79,10 +79,7 @@ class DetectorSet(nn.Module):
         return part
 
     def save(
-        self,
-        path: str | os.PathLike,
-        class_names: Iterable[str] | None = None,
-        notes: Mapping[str, Any] | None = None,
+        self, path: str | os.PathLike, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write the fitted detectors to one file, as `Detector.save` does."""
         save_named(dict(self.items()), path, class_names, notes, "set")

@@ -21,13 +21,5 @@ from .losses import elogitnorm, linear_elogitnorm
 from .scores import boundary_distance, nci_score, row_statistics
 from .shards import Shards, Traffic, communication_bytes
 
-__all__ = [
-    "Shards",
-    "Traffic",
-    "boundary_distance",
-    "communication_bytes",
-    "elogitnorm",
-    "linear_elogitnorm",
-    "nci_score",
-    "row_statistics",
-]
+__all__ = ["Shards", "Traffic", "boundary_distance", "communication_bytes", "elogitnorm", "linear_elogitnorm"]
+__all__ += ["nci_score", "row_statistics"]

@@ -23,17 +23,6 @@ from .precision import compute_dtype
 from .statistics import row_statistics
 from .tempered import elogitnorm_backward, elogitnorm_forward, logitnorm_backward, logitnorm_forward
 
-__all__ = [
-    "boundary_distance_backward",
-    "boundary_distance_forward",
-    "compute_dtype",
-    "distance_table",
-    "elogitnorm_backward",
-    "elogitnorm_forward",
-    "linear_elogitnorm",
-    "logitnorm_backward",
-    "logitnorm_forward",
-    "nci_backward",
-    "nci_forward",
-    "row_statistics",
-]
+__all__ = ["boundary_distance_backward", "boundary_distance_forward", "compute_dtype", "distance_table"]
+__all__ += ["elogitnorm_backward", "elogitnorm_forward", "linear_elogitnorm", "logitnorm_backward"]
+__all__ += ["logitnorm_forward", "nci_backward", "nci_forward", "row_statistics"]

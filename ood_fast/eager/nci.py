@@ -39,12 +39,7 @@ def _predict_from_features(
 
 
 def nci_forward(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    mean: Tensor,
-    logits: Tensor | None,
-    alpha: float,
+    features: Tensor, head_weight: Tensor, head_bias: Tensor | None, mean: Tensor, logits: Tensor | None, alpha: float
 ) -> tuple[Tensor, Projected]:
     """The score, (n,), and what the backward pass needs."""
     dtype = compute_dtype(features, head_weight, mean)

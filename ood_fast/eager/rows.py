@@ -69,13 +69,7 @@ class Targets:
     those of this process, and y is an index among all `n_classes`.
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        n_classes: int,
-        dtype: torch.dtype,
-        shards: Shards | None = None,
-    ) -> None:
+    def __init__(self, labels: Labels, n_classes: int, dtype: torch.dtype, shards: Shards | None = None) -> None:
         self.labels, self.shards, self.n_classes = labels, shards, n_classes
         target, class_weight, ignore_index, self.smoothing = labels
         self.class_weight = None if class_weight is None else class_weight.to(dtype)

@@ -198,11 +198,8 @@ def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tens
 
 def _as_tensor(targets: Any) -> Any:
     """A list or array of class indices as a tensor; anything else as it is."""
-    if (
-        isinstance(targets, (list, np.ndarray))
-        and len(targets)
-        and all(isinstance(y, (int, np.integer)) for y in targets)
-    ):
+    listed = isinstance(targets, (list, np.ndarray)) and len(targets)
+    if listed and all(isinstance(y, (int, np.integer)) for y in targets):
         return torch.as_tensor(np.asarray(targets))
     return targets
 

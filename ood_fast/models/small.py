@@ -32,8 +32,5 @@ class SmallCNN(nn.Module):
 
 
 def _block(n_in: int, n_out: int, stride: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(n_out),
-        nn.ReLU(inplace=True),
-    )
+    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)

@@ -143,12 +143,7 @@ class _NCIScore(Differentiable):
 
 
 def nci_score(
-    features: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    mean: Tensor,
-    logits: Tensor | None,
-    alpha: float,
+    features: Tensor, head_weight: Tensor, head_bias: Tensor | None, mean: Tensor, logits: Tensor | None, alpha: float
 ) -> Tensor:
     """The NCI score, (n,)."""
     return call(_nci_score, features, head_weight, head_bias, mean, logits, alpha)[0]

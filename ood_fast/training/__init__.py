@@ -19,18 +19,8 @@ if TYPE_CHECKING:
     from ..data import ImageBenchmark
     from ..recipes import TrainingRecipe
 
-__all__ = [
-    "DivergedError",
-    "Interrupted",
-    "Run",
-    "RunOptions",
-    "Watcher",
-    "criterion_of",
-    "fit_recipe",
-    "load_run",
-    "model_of",
-    "optimizer_of",
-]
+__all__ = ["DivergedError", "Interrupted", "Run", "RunOptions", "Watcher", "criterion_of", "fit_recipe", "load_run"]
+__all__ += ["model_of", "optimizer_of"]
 
 
 def fit_recipe(
