@@ -301,7 +301,8 @@ class _Opener:
         if place is None:
             source = self.read(name, "test")
         else:
-            classes = self.read(spec.id_set, "train").classes or tuple(map(str, range(spec.n_classes)))
+            named = (self.read(spec.id_set, split).classes for split in ("test", "train"))
+            classes = next(filter(None, named), tuple(map(str, range(spec.n_classes))))
             source = self._told(shifted.read_shifted(place, title, classes))
         ready = place is None and name == "imagenet_c"  # 224 pixels already; OpenOOD cuts nothing off either
         transform = (
