@@ -742,6 +742,8 @@ def test_openood_covariate_shifted_sets(tmp_path):
         checks.UserError, match=r"test_imagenet200_r.txt, line 1: label 200, expected one in \[0, 200\)"
     ):
         _ = open_benchmark("imagenet200", tmp_path, csid=("imagenet_r",), ood=()).csid
+    with pytest.raises(checks.UserError, match="csid: got 'all', but benchmark cifar100 has none"):
+        open_benchmark("cifar100", tmp_path, csid=("all",))
     with pytest.raises(checks.UserError, match="covariate-shifted set 'imagenet_x'"):
         open_benchmark("imagenet200", tmp_path, csid=("imagenet_x",))
     with pytest.raises(checks.UserError, match=r"ImageNet-V2: is read by OpenOOD's lists; from folders.*--csid-folder"):

@@ -158,6 +158,9 @@ class Options:
         for name in self.csid:
             if name not in (*names, "all"):
                 raise checks.UserError(checks.unknown("covariate-shifted set", name, (*names, "all")))
+        if "all" in self.csid and not names:
+            told = "expected covariate-shifted sets of your own: --csid-folder NAME=DIR"
+            raise checks.UserError(f"csid: got 'all', but benchmark {benchmark} has none, {told}")
         return names if "all" in self.csid else self.csid
 
 
