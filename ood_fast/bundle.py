@@ -31,6 +31,7 @@ from .detectors import Detector, DetectorSet, load
 from .heads import unwrapped
 from .models.checkpoints import n_classes_of
 from .models.running import refuse_meta
+from .models.weights import refuse_other
 
 FORMAT = "ood_fast bundle 1"
 WEIGHTS, DETECTORS, ABOUT, CARD = "model.safetensors", "detectors.safetensors", "bundle.json", "README.md"
@@ -86,6 +87,8 @@ def save_bundle(
     if missing := [name for name in PREPARED if name not in preparation]:
         raise ValueError(f"preparation: got no {', '.join(missing)}, expected {', '.join(PREPARED)}")
     named = dict(detectors.items()) if isinstance(detectors, DetectorSet) else {type(detectors).__name__: detectors}
+    for name, detector in named.items():
+        refuse_other(model, detector.fitted_on, name)
     names = classes or next((each.class_names for each in named.values() if each.class_names), None)
     about: dict[str, Any] = {"format": FORMAT, "ood_fast": __version__, "torch": torch.__version__}
     about |= {"architecture": architecture, "preparation": dict(preparation)}

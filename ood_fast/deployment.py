@@ -26,6 +26,7 @@ from . import checks
 from .detectors import Detector, DetectorSet, threshold
 from .heads import capture_features, given_head, last_linear, refuse_script, unwrapped
 from .models.running import check_head, check_output, check_width, logits_of, refuse_meta
+from .models.weights import refuse_other
 from .ops.registration import is_compiled
 
 
@@ -47,13 +48,15 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
 
     Raises:
         RuntimeError: the detector is not fitted or has no threshold.
-        ValueError: it needs the model, is on another device, or the head cannot be told.
+        ValueError: it needs the model, is on another device, or was fitted on a model with other weights; the head
+            cannot be told.
     """
     refuse_meta(model)
     checks.instance("detector", detector, (Detector, DetectorSet), "a Detector or a DetectorSet")
     refuse_script(model, "score with the detector itself")
     for single in _detectors(detector):
         _check(single)
+        refuse_other(model, single.fitted_on, single.label)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
     path = None
     if any(single.needs_features for single in _detectors(detector)):

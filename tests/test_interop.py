@@ -155,7 +155,8 @@ def test_pytorch_ood_without_fit_where_there_is_nothing_to_fit(name, model, adap
     before = kept.detector.head_weight.clone()
     with torch.no_grad():
         model.fc.bias.add_(1)
-    kept(x)
+    with pytest.raises(ValueError, match="its weights are not those"):
+        kept(x)
     assert torch.equal(kept.detector.head_weight, before), "a fitted one stays as it is"
     from pytorch_ood.api import RequiresFittingException
 

@@ -139,7 +139,10 @@ def fitted_on(
     recall(options, notes)
     n_classes = next((d.widths()[1] for d in detectors.detectors if d.needs_head), None)
     model, there = load_model(options, n_classes, device), notes.get("fingerprint")
-    if there is not None and not options.other_model and fingerprint_of(model, options.head) != there:
+    if options.other_model:
+        for detector in detectors.detectors:
+            detector.fitted_on = None
+    elif there is not None and fingerprint_of(model, options.head) != there:
         raise UserError(
             f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
             "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"

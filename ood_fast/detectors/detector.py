@@ -18,6 +18,7 @@ from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
 from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
+from ..models.weights import Weights, refuse_other
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
@@ -31,6 +32,8 @@ class Detector(Contract):
     threshold: Tensor | None  # scores below are OOD, see `predict`; set by `calibrate`
     calibration: Calibration | None  # what `calibrate` set it from
     class_names: tuple[str, ...] | None  # of the classes, kept in files
+    # The weights of the model that it was fitted on, by `fit`: other ones are refused. None: any model will do.
+    fitted_on: Weights | None = None
     gathered: dict[str, streaming.Gathered] | None  # of a fit that has begun, see `Fit`
 
     def __init__(self) -> None:
@@ -118,13 +121,15 @@ class Detector(Contract):
         """Scores (n,) of one input batch, or (N,) of all batches of a loader, in their order, on the model's device.
 
         Args:
-            model: as in `fit`; runs once over the inputs.
+            model: that of `fit`, in any dtype, compiled or wrapped; runs once over the inputs. ValueError if it has
+                other weights, unless `fitted_on` is set to None.
             x: one batch of inputs, a tensor or a mapping of the model's keyword arguments; or a loader as in `fit`.
             head: as in `fit`. A detector that reads nothing but logits looks for none.
         """
         refuse_meta(model)
         batches = batches_of(x)
         self.require_fitted()
+        refuse_other(model, self.fitted_on, self.label)
         read_from = given_head(model, head) if self.needs_features else None
         passed: Any = run_model(model, batches, read_from, self.readings())
         with closing(passed) as done:  # also when scoring raises, modes are restored
@@ -286,9 +291,8 @@ class Detector(Contract):
         calibration = self.calibration
         if self.threshold is None or (calibration and calibration.threshold != float(self.threshold)):
             calibration = None  # the threshold was set by other means since
-        return store.Saved(
-            method, self.settings(), None if calibration is None else calibration._asdict(), dict(self.state_dict())
-        )
+        calibrated = None if calibration is None else calibration._asdict()
+        return store.Saved(method, self.settings(), calibrated, dict(self.state_dict()), self.fitted_on)
 
     # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

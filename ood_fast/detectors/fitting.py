@@ -16,6 +16,7 @@ from .. import checks
 from ..heads import given_head, inference_head
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, refuse_meta, run_model
+from ..models.weights import identity_of
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
 
@@ -196,6 +197,8 @@ class Fit:
             for detector in self.given:
                 if detector.needs_fit and not detector.learners():  # of several models
                     detector.fit(model, loader, head, group)
+                else:  # also one that keeps nothing: its threshold holds for this model
+                    detector.fitted_on = identity_of(model)
         finally:
             self._end()
 
@@ -270,6 +273,7 @@ class Fit:
             streaming.gather(self.parts, group)
         try:
             for detector in self.detectors:
+                detector.fitted_on = None
                 self._finish(detector, head)
         finally:
             self._end()

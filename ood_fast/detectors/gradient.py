@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of, refuse_meta
+from ..models.weights import refuse_other
 from .detector import Detector
 from .logit import confidence
 from .numbers import at_least_float32, refuse_one_logit, refuse_rows
@@ -72,6 +73,7 @@ class ODIN(Detector):
         Works inside `torch.no_grad` and `torch.inference_mode`.
         """
         refuse_meta(model)
+        refuse_other(model, self.fitted_on, self.label)
         if not isinstance(x, (Tensor, Mapping)):
             scores: list[Tensor] = []
             for batch in batches_of(x):

@@ -20,6 +20,7 @@ from .. import checks
 from ..capturing import capture_features
 from ..heads import unwrapped
 from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model
+from ..models.weights import identity_of, refuse_other
 from .detector import Detector
 from .fitting import Head
 from .logit import confidence
@@ -118,6 +119,7 @@ class SeveralPasses(Detector):
         """Scores of a batch of inputs or of a loader; arguments as in `Detector.score`."""
         self.require_fitted()
         self.prepare(model)
+        refuse_other(model, self.fitted_on, self.label)
         scores: list[Tensor] = []
         for batch in batches_of(x):
             with checks.behind(sum(map(len, scores))):
@@ -413,7 +415,7 @@ class Ensemble(SeveralPasses):
         members = self._anew(len(models))
         for member, one in zip(members, models, strict=False):  # none for a function of logits
             member.fit(one, loader, head, group)
-        self.members, self.size = nn.ModuleList(members), len(models)
+        self.members, self.size, self.fitted_on = nn.ModuleList(members), len(models), identity_of(models)
         return self
 
     def fit_features(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..heads import given_head
 from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model
+from ..models.weights import refuse_other
 from ..statistics import row_statistics
 from . import registry, store, threshold
 from .detector import Detector, check_read, save_named
@@ -187,6 +188,7 @@ class DetectorSet(nn.Module):
         check_loader(loader)
         for detector in self.detectors:
             detector.require_fitted()
+            refuse_other(model, detector.fitted_on, detector.label)
         layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
         for batch in run_model(model, loader, layer, readings_of(self.detectors)):
@@ -313,6 +315,7 @@ def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
         detector = cls(**record.settings)
         detector.load_state_dict(record.buffers, assign=True)
         detector.calibration = None if record.calibration is None else Calibration(**record.calibration)
+        detector.fitted_on = record.fitted_on
     except Exception as error:  # whatever the class thinks of what the file says
         raise ValueError(f"{path}: the {method} of this ood_fast cannot be made from the file: {error}") from error
     if not detector.fitted:

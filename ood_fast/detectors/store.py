@@ -9,7 +9,8 @@ it, under the names "KNN/bank", "NCI/mean". Its metadata, all text:
     ood_fast, torch           the versions that wrote it
     kind                      "detector" or "set"
     detectors                 JSON: name -> {method, settings, calibration,
-                              tensors: {buffer: {key, dtype, shape, crc32}}}
+                              tensors: {buffer: {key, dtype, shape, crc32}}, model}
+    models                    JSON: the weights they were fitted on, see `models.weights`; entries give the place
     class_names               JSON: a list, or null
     notes                     JSON: what the caller wants to remember, such as how images are prepared
     crc32                     of all of the above
@@ -34,6 +35,7 @@ from torch import Tensor
 from .. import checks
 from ..files import replacing
 from ..intact import checksum_of as _checksum_of_text
+from ..models.weights import Weights
 
 FORMAT, FORMAT_VERSION = "ood_fast detectors", 1
 
@@ -45,6 +47,7 @@ class Saved(NamedTuple):
     settings: dict[str, Any]
     calibration: dict[str, Any] | None
     buffers: dict[str, Tensor]
+    fitted_on: Weights | None = None
 
 
 class Content(NamedTuple):
@@ -68,7 +71,10 @@ def write(path: str | os.PathLike, content: Content) -> None:
         raise OSError(f"{path}: expected the path of a file in a folder that exists")
     checks.utf8_path("path", path)
     stored: dict[tuple, tuple[str, Tensor]] = {}
+    models = list({record.fitted_on: None for record in content.detectors.values() if record.fitted_on})
     entries = {name: _entry(name, record, stored) for name, record in content.detectors.items()}
+    for name, record in content.detectors.items():
+        entries[name]["model"] = models.index(record.fitted_on) if record.fitted_on else None
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -76,6 +82,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
         "torch": torch.__version__,
         "kind": content.kind,
         "detectors": json.dumps(entries),
+        "models": json.dumps(models),
         "class_names": json.dumps(content.class_names),
         "notes": json.dumps(content.notes),
     }
@@ -101,13 +108,16 @@ def read_file(path: str | os.PathLike) -> Content:
         found = json.loads(metadata.get("notes", "{}"))
         stated = {each["key"]: each for entry in entries.values() for each in entry["tensors"].values()}
         _check_tensors(stated, tensors)
-        records = {name: _record(entry, tensors) for name, entry in entries.items()}
+        models = [
+            Weights(int(crc), tuple(map(float, waves))) for crc, waves in json.loads(metadata.get("models", "[]"))
+        ]
+        records = {name: _record(entry, tensors, models) for name, entry in entries.items()}
         if metadata["kind"] != "set" and (metadata["kind"] != "detector" or len(records) != 1):
             raise ValueError(f"its kind is {metadata['kind']!r}, of {len(records)} detectors")
         if class_names is not None and not all(isinstance(name, str) for name in class_names):
             raise ValueError(f"its class names are {class_names!r}")
         return Content(metadata["kind"], records, class_names, dict(found))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else f"its metadata are not as they are written ({error!r})"
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
 
@@ -244,7 +254,7 @@ def _check_tensors(stated: Mapping[str, Mapping[str, Any]], tensors: Mapping[str
             raise ValueError(f"the tensor {key} does not match its checksum")
 
 
-def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], models: list[Weights]) -> Saved:
     method, calibration = entry["method"], entry["calibration"]
     if not isinstance(method, str):
         raise ValueError(f"the name of a method is {method!r}")
@@ -252,4 +262,5 @@ def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
     buffers = {buffer: tensors[each["key"]] for buffer, each in entry["tensors"].items()}
     if calibration is not None:
         calibration = {key: _decoded(value) for key, value in calibration.items()}
-    return Saved(method, settings, calibration, buffers)
+    place = entry.get("model")
+    return Saved(method, settings, calibration, buffers, None if place is None else models[place])

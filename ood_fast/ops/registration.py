@@ -47,6 +47,15 @@ def uncompiled(module: torch.nn.Module) -> Callable:
     return getattr(module, "_call_impl", module) if is_compiled(module) else module
 
 
+def version_of(tensor: Tensor) -> object:
+    """Equal as long as nobody changed the tensor in place. Without the private name, and for tensors of inference mode,
+    where nothing is counted: never equal."""
+    try:
+        return tensor._version  # noqa: SLF001
+    except (AttributeError, RuntimeError):
+        return object()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators and calls
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""A detector knows the weights of the model that it was fitted on, in any form, and refuses others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from detector_cases import M, Net
+from torch import nn
+
+import ood_fast
+from ood_fast import detectors
+from ood_fast.detectors import MSP, NCI, DetectorSet, load
+from ood_fast.models import weights
+from ood_fast.ops import registration
+
+X = torch.randn(40, 6)
+OTHER = "its weights are not those of the model that .* was fitted on"
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net().eval()
+
+
+@pytest.fixture
+def detector(net: Net) -> NCI:
+    return NCI().fit(net, [X])
+
+
+def another_head(net: Net) -> nn.Module:
+    other = copy.deepcopy(net)
+    other.fc = nn.Linear(M, net.fc.out_features)
+    return other.eval()
+
+
+def another_backbone(net: Net) -> nn.Module:
+    other = copy.deepcopy(net)
+    other.backbone[0].reset_parameters()
+    return other
+
+
+def trained_on(net: Net) -> nn.Module:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    nn.functional.cross_entropy(net(X), torch.arange(40) % net.fc.out_features).backward()
+    optimizer.step()
+    return net
+
+
+OTHERS = {"new": lambda net: Net().eval(), "head": another_head, "backbone": another_backbone, "trained": trained_on}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=list(OTHERS))
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+def test_other_weights_are_refused(net, detector, change, kept, tmp_path):
+    threshold = detector.calibrate(detector.score(net, X)).threshold
+    if kept:
+        detector.save(tmp_path / "nci.safetensors")
+        detector = load(tmp_path / "nci.safetensors")
+    want, other = detector.score(net, X), change(net)
+    with pytest.raises(ValueError, match=OTHER):
+        detector.score(other, X)
+    with pytest.raises(ValueError, match=OTHER):
+        ood_fast.deploy(other, detector)
+    with pytest.raises(ValueError, match=OTHER):
+        ood_fast.save_bundle(tmp_path / "b", other, detector, {"size": 1, "resize": 1, "mean": (0.5,), "std": (1.0,)})
+    detector.fitted_on = None  # told
+    assert not torch.equal(detector.score(other, X), want)
+    assert detector.threshold == threshold
+
+
+def test_of_a_set_those_too_that_keep_nothing_of_the_data(net, tmp_path):
+    both = DetectorSet(["MSP", "NCI"]).fit(net, [X])
+    both.save(tmp_path / "set.safetensors")
+    both = load(tmp_path / "set.safetensors")
+    assert list(both.score(net, X)) == ["MSP", "NCI"]
+    for case in (both, both["MSP"], MSP().fit(net, [X])):
+        with pytest.raises(ValueError, match=OTHER):
+            case.score(Net(), X)
+
+
+def test_other_forms_of_the_model_are_taken(net, detector):
+    copied = Net().eval()
+    copied.load_state_dict(net.state_dict())
+    forms = [
+        net.train(),
+        copied,
+        nn.DataParallel(net),
+        torch.compile(net, backend="eager"),
+        copy.deepcopy(net).double(),
+    ]
+    forms += [copy.deepcopy(net).half(), copy.deepcopy(net).bfloat16(), copy.deepcopy(net).requires_grad_(False)]
+    for form in forms:
+        inner = form.module if isinstance(form, nn.DataParallel) else form
+        x = X.to(next(inner.parameters()).dtype)
+        assert detector.score(form, x).shape == (40,)
+
+
+@pytest.mark.parametrize("shift", [0, 1e-9])  # float16 rounds weights of 1e-9 to 0
+@pytest.mark.parametrize("seed", range(3))
+def test_the_numbers_hold_in_other_dtypes_and_memory_formats(seed, shift):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.Conv2d(40, 40, 3), nn.Flatten(), nn.Linear(40, 7))
+    nn.init.normal_(model[1].bias, std=shift)
+    want = weights.identity_of(model)
+    for form in (model.half(), model.float().to(memory_format=torch.channels_last), model.bfloat16()):
+        found = weights.identity_of(form)
+        assert found.shapes == want.shapes
+        assert max(abs(a - b) for a, b in zip(found.waves, want.waves, strict=True)) < weights.TOLERANCE / 4
+
+
+def test_they_are_read_once_and_again_after_a_change(net, monkeypatch):
+    read = []
+    monkeypatch.setattr(weights, "_read", lambda parameters: read.append(parameters))
+    for _ in range(3):
+        weights.identity_of(net)
+    assert len(read) == 1
+    with torch.no_grad():
+        net.fc.weight[0, 0] += 1
+    weights.identity_of(net)
+    net.fc = nn.Linear(M, 5)
+    weights.identity_of(net)
+    assert len(read) == 3
+    monkeypatch.setattr(registration, "version_of", lambda tensor: object())  # a torch without the private name
+    monkeypatch.setattr(weights, "version_of", registration.version_of)
+    weights.identity_of(net)
+    weights.identity_of(net)
+    assert len(read) == 5
+
+
+def test_weights_that_a_process_does_not_hold_tell_nothing():
+    class Sharded(nn.Parameter):
+        pass
+
+    net = Net().eval()
+    detector = MSP().fit(net, [X])
+    other = Net().eval()
+    other.fc.weight = Sharded(other.fc.weight.detach())
+    assert weights.identity_of(other) is None
+    assert detector.score(other, X).shape == (40,)
+    assert MSP().fit(other, [X]).fitted_on is None
+
+
+def test_a_fit_on_features_forgets_the_model(net, detector):
+    assert detector.fitted_on is not None
+    assert detector.fit_features(torch.randn(30, M), head=net.fc).fitted_on is None
+
+
+def test_parameters_of_inference_mode(net):
+    with torch.inference_mode():
+        other = copy.deepcopy(net)
+        assert NCI().fit(net, [X]).score(other, X).shape == (40,)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("name", ["ODIN", "MCDropout", "TestTimeAugmentation", "LayerMahalanobis", "Ensemble"])
+def test_those_too_that_run_the_model_themselves(net, name, kept, tmp_path):
+    model, other = ([net, Net().eval()], [net, Net().eval()]) if name == "Ensemble" else (net, Net().eval())
+    settings = {"TestTimeAugmentation": {"views": torch.neg}, "LayerMahalanobis": {"layers": ("backbone",)}}
+    detector = detectors.create(name, **settings.get(name, {})).fit(model, [(X, torch.arange(40) % 5)])
+    if kept and name != "TestTimeAugmentation":  # with a function of one's own no file can be written
+        detector.save(tmp_path / "one.safetensors")
+        detector = load(tmp_path / "one.safetensors")
+    assert detector.score(model, X).shape == (40,)
+    with pytest.raises(ValueError, match=OTHER):
+        detector.score(other, X)
