@@ -30,16 +30,9 @@ __all__ += ["l2_normalize", "linear_elogitnorm", "load_bundle", "logitnorm", "nc
 _MODULES = ["bundle", "data", "dense", "deployment", "detectors", "diagnostics", "distributed", "evaluate", "features"]
 _MODULES += ["functional", "heads", "interop", "losses", "metrics", "models", "monitor", "onnx_export", "ops"]
 _MODULES += ["recipes", "reference", "serving", "statistics", "train"]
-_HOMES = {  # the others: functional
-    "ELogitNormLoss": "losses",
-    "L2NormLinear": "heads",
-    "LogitNormLoss": "losses",
-    "Monitor": "monitor",
-    "deploy": "deployment",
-    "load_bundle": "bundle",
-    "register": "registry",
-    "save_bundle": "bundle",
-}
+# where they are defined, but for those of `functional`
+_HOMES = {"ELogitNormLoss": "losses", "LogitNormLoss": "losses", "L2NormLinear": "heads", "Monitor": "monitor"}
+_HOMES |= {"deploy": "deployment", "load_bundle": "bundle", "save_bundle": "bundle", "register": "registry"}
 
 
 def __getattr__(name: str) -> object:

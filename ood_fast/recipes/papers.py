@@ -122,25 +122,23 @@ _STEPS = {  # appendix A.1: the rate falls to a tenth when these epochs are comp
     350: (150, 250),
 }
 _A1 = f"{HAAS}, appendix A.1; momentum 0.9 and weight decay 5e-4 are not told there"
-_HAAS_RESNET = TrainingRecipe(
-    benchmark="cifar10",
-    model="resnet18",
-    small_images=True,
-    spectral_norm=True,
-    activation="leaky_relu",
-    head="l2norm",
-    nesterov=False,
-    batch_size=1024,
-    schedule="steps",
-    epochs=60,
-    milestones=_STEPS[60],
-)
 
 
 def _steps(epochs: int) -> dict[str, Any]:
     return {"epochs": epochs, "milestones": _STEPS[epochs]}
 
 
+_SMALL: dict[str, Any] = {"benchmark": "cifar10", "small_images": True}
+_HAAS: dict[str, Any] = {"model": "resnet18", "spectral_norm": True, "activation": "leaky_relu", "head": "l2norm"}
+_HAAS |= {"nesterov": False, "batch_size": 1024, "schedule": "steps"}
+_HAAS_RESNET = TrainingRecipe(**_SMALL, **_HAAS, **_steps(60))
+_PLUS: dict[str, Any] = {"head": "linear", "loss": "logitnorm", "nesterov": True, "batch_size": 128}
+_PLUS |= {"epochs": 200, "milestones": (80, 140)}
+_CCT: dict[str, Any] = {"model": "cct_7_3x1", "optimizer": "adamw", "epochs": 300, "batch_size": 128}
+_CCT |= {"learning_rate": 5.5e-4, "final_learning_rate": 1e-5, "weight_decay": 0.06, "warmup_epochs": 10}
+_CCT |= {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0}
+_CONVNEXT: dict[str, Any] = {"model": "convnext_tiny", "optimizer": "adamw", "epochs": 100}
+_CONVNEXT |= {"learning_rate": 1e-3, "weight_decay": 0.05, "warmup_epochs": 5}
 _RESNET50 = {"model": "resnet50", "batch_size": 768}  # the batch of CIFAR-10; 512 for Tiny ImageNet
 _VGG16 = {"model": "vgg16", "spectral_norm": False, "activation": "relu"}
 _LARGE = {"small_images": False, "batch_size": 256}
@@ -173,7 +171,11 @@ _FINE_TUNED = {
     "elogitnorm": f"{ELOGITNORM}, ImageNet-1K: 30 epochs from torchvision's IMAGENET1K_V1, 128 images on each of 2",
     "logitnorm": f"{OPENOOD}, ImageNet-1K, with which {ELOGITNORM} compares: the same settings",
     "ce": "the same with cross-entropy, for comparison; the papers' row is torchvision's weights as they are",
+    "ish": f"Xu et al., ICLR 2024, arXiv 2310.00227, as {OPENOOD} trains it, 128 images on each of 4",
 }
+_IMAGENET: dict[str, Any] = {"benchmark": "imagenet", "model": "resnet50", "pretrained": True}
+_DING: dict[str, Any] = {"epochs": 30, "learning_rate": 1e-3, "n_processes": 2}
+_ISH: dict[str, Any] = {"epochs": 10, "learning_rate": 3e-3, "n_processes": 4}
 
 
 def _all_recipes() -> Iterable[TrainingRecipe]:
@@ -191,83 +193,26 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)
 
     for method, source in _FINE_TUNED.items():
-        yield TrainingRecipe(
-            name=f"imagenet-finetune-{method}",
-            source=source,
-            benchmark="imagenet",
-            model="resnet50",
-            pretrained=True,
-            epochs=30,
-            learning_rate=1e-3,
-            n_processes=2,
-            **METHODS[method],
-        )
-
-    yield TrainingRecipe(
-        name="imagenet-finetune-ish",
-        source=f"Xu et al., ICLR 2024, arXiv 2310.00227, as {OPENOOD} trains it, 128 images on each of 4",
-        benchmark="imagenet",
-        model="resnet50",
-        pretrained=True,
-        epochs=10,
-        learning_rate=3e-3,
-        n_processes=4,
-        **METHODS["ish"],
-    )
+        settings = {**_IMAGENET, **(_ISH if method == "ish" else _DING), **METHODS[method]}
+        yield TrainingRecipe(name=f"imagenet-finetune-{method}", source=source, **settings)
 
     for name, settings, with_l2, without in _HAAS_RUNS:
         benchmark, _, rest = name.partition("-")
         for kind, head, where in (("l2norm", "l2norm", with_l2), ("nol2", "linear", without)):
             if where is not None:
-                named: dict[str, Any] = {
+                told: dict[str, Any] = {
                     "name": f"{benchmark}-{kind}-{rest}",
                     "source": f"{_A1}; {where}",
-                    "head": head,
+                    "benchmark": benchmark,
                 }
-                yield replace(_HAAS_RESNET, benchmark=benchmark, **settings, **named)
-    yield replace(
-        _HAAS_RESNET,
-        head="linear",
-        loss="logitnorm",
-        nesterov=True,
-        batch_size=128,
-        epochs=200,
-        milestones=(80, 140),
-        name="cifar10-logitnorm-plus",
-        source=f"{HAAS}, table 1 (LogitNorm+); schedule of Wei et al., ICML 2022",
-    )
+                yield replace(_HAAS_RESNET, head=head, **settings, **told)
+    source = f"{HAAS}, table 1 (LogitNorm+); schedule of Wei et al., ICML 2022"
+    yield replace(_HAAS_RESNET, **_PLUS, name="cifar10-logitnorm-plus", source=source)
     for kind, head in (("l2norm", "l2norm"), ("nol2", "linear")):
-        yield TrainingRecipe(
-            name=f"cifar10-{kind}-cct",
-            source=f"{HAAS}, table 4: CCT-7/3x1 as its authors train it, without RandAugment and mixup's end at 175",
-            benchmark="cifar10",
-            model="cct_7_3x1",
-            small_images=True,
-            head=head,
-            epochs=300,
-            batch_size=128,
-            optimizer="adamw",
-            learning_rate=5.5e-4,
-            final_learning_rate=1e-5,
-            weight_decay=0.06,
-            warmup_epochs=10,
-            label_smoothing=0.1,
-            mixup=0.8,
-            cutmix=1.0,
-        )
-        yield TrainingRecipe(
-            name=f"cifar10-{kind}-convnext",
-            source=f"{HAAS}, table 4; A.1 says AdamW and one cosine; epochs, rate, decay and batch are ours",
-            benchmark="cifar10",
-            model="convnext_tiny",
-            small_images=True,
-            head=head,
-            epochs=100,
-            optimizer="adamw",
-            learning_rate=1e-3,
-            weight_decay=0.05,
-            warmup_epochs=5,
-        )
+        source = f"{HAAS}, table 4: CCT-7/3x1 as its authors train it, without RandAugment and mixup's end at 175"
+        yield TrainingRecipe(name=f"cifar10-{kind}-cct", source=source, head=head, **_SMALL, **_CCT)
+        source = f"{HAAS}, table 4; A.1 says AdamW and one cosine; epochs, rate, decay and batch are ours"
+        yield TrainingRecipe(name=f"cifar10-{kind}-convnext", source=source, head=head, **_SMALL, **_CONVNEXT)
 
     for method, settings in METHODS.items():
         if settings.get("outliers") not in WITH_IMAGES:
