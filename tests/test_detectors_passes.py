@@ -209,6 +209,8 @@ def test_views_that_do_not_fit(net, x, tmp_path):
         TestTimeAugmentation(views=lambda x: x.repeat(2, 1, 1, 1)).score(net, x)
     with pytest.raises(ValueError, match=r"views: got 'turn', expected .*flip"):
         TestTimeAugmentation(views="turn")
+    with pytest.raises(ValueError, match="views: got one, expected two or more, whose variance is taken"):
+        TestTimeAugmentation("variance", views=lambda x: x)
     with pytest.raises(ValueError, match="views: got none"):
         TestTimeAugmentation(views=())
     with pytest.raises(TypeError, match=r"views: got function .* which no file can hold"):
@@ -228,6 +230,11 @@ def test_several_models(x):
     scores = Ensemble("KNN", {"k": 2}).fit(models, batches(x)).score(nn.ModuleList(models), [x[:4], x[4:]])
     expected = sum(KNN(k=2).fit(model, batches(x)).score(model, x) for model in models) / 3
     torch.testing.assert_close(scores, expected)
+    views = Ensemble(TestTimeAugmentation(KNN(k=2))).fit(models, batches(x)).score(models, x)
+    torch.testing.assert_close(
+        views, sum(TestTimeAugmentation(KNN(k=2)).fit(m, batches(x)).score(m, x) for m in models) / 3
+    )
+    assert Ensemble(TestTimeAugmentation("variance")).score(models, x).shape == (9,)
     together = DetectorSet({"a": Ensemble(KNN(k=2)), "b": Ensemble("disagreement"), "MSP": MSP()})
     found = together.fit(ModelEnsemble(models), batches(x)).score(ModelEnsemble(models), x)
     torch.testing.assert_close(found["a"], expected)
@@ -267,6 +274,8 @@ def test_what_is_no_score(cls):
         cls("variance", {"k": 3})
     with pytest.raises(ValueError, match=r"options: got .* beside a KNN"):
         cls(KNN(), {"k": 3})
+    with pytest.raises(ValueError, match="of: got a Deep ensemble, which stands outside"):
+        cls(Ensemble("KNN"))
     with pytest.raises(RuntimeError, match="scores inputs, not features"):
         cls().score_features(torch.randn(3, 4))
     assert cls.__name__ in detectors.known()

@@ -49,6 +49,9 @@ LOOKS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_OF_SEVERAL = ("mutual_information", "variance", "disagreement")
+
+
 class SeveralPasses(Detector):
     """Base class. With p_t the softmax of pass t = 1 … T, p̄ their mean, H the entropy and s_t the score of a detector
 
@@ -86,6 +89,10 @@ class SeveralPasses(Detector):
             raise ValueError(f"options: got {options!r}, but {of} is no detector and has none")
         else:
             self.member, self.of = None, of
+        if isinstance(self.member, Ensemble):
+            raise ValueError(
+                f"of: got a {self.member.label}, which stands outside: Ensemble({type(self).__name__}(...))"
+            )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -302,6 +309,8 @@ class TestTimeAugmentation(SeveralPasses):
         if not self._listed():
             raise ValueError("views: got none, expected one or more")
         self._of_images = bool(named)
+        if len(self._listed()) == 1 and not named and self.of in _OF_SEVERAL:
+            raise ValueError(f"views: got one, expected two or more, whose {self.of} is taken")
 
     def _listed(self) -> tuple[str | View, ...]:
         return self.views if isinstance(self.views, tuple) else (self.views,)
@@ -355,11 +364,7 @@ class Ensemble(SeveralPasses):
     label = "Deep ensemble"
 
     def __init__(
-        self,
-        of: str | Detector = "mean_logits",
-        options: Mapping[str, Any] | None = None,
-        *,
-        size: int | None = None,
+        self, of: str | Detector = "mean_logits", options: Mapping[str, Any] | None = None, *, size: int | None = None
     ) -> None:
         super().__init__(of.changed() if isinstance(of, Detector) else of, options)
         if size is not None:
@@ -399,11 +404,7 @@ class Ensemble(SeveralPasses):
         self.models(model)
 
     def fit(
-        self,
-        model: Any,
-        loader: Iterable,
-        head: str | nn.Linear | None = None,
-        group: dist.ProcessGroup | None = None,
+        self, model: Any, loader: Iterable, head: str | nn.Linear | None = None, group: dist.ProcessGroup | None = None
     ) -> Detector:
         """As `Detector.fit`, each detector on its model; `loader` is read once for each. Returns self."""
         models = self.models(model)
