@@ -150,21 +150,15 @@ def _exported(module: Prepared, images: Tensor) -> bytes:
     import onnx
 
     with _told("PyTorch cannot export this model with its detectors to ONNX"):
-        program = torch.onnx.export(
-            module,
-            (images, module.threshold.clone()),
-            dynamo=True,
-            dynamic_shapes=({0: "batch"}, None),
-            input_names=["images", "threshold"],
-            output_names=list(OUTPUTS),
-            verbose=False,
-        )
+        names: dict[str, Any] = {"input_names": ["images", "threshold"], "output_names": list(OUTPUTS)}
+        names["dynamic_shapes"] = ({0: "batch"}, None)
+        program = torch.onnx.export(module, (images, module.threshold.clone()), dynamo=True, verbose=False, **names)
         assert program is not None  # it is where dynamo=True
         proto = program.model_proto
         initial = onnx.numpy_helper.from_array(module.threshold.numpy(), "threshold")
         proto.graph.initializer.append(initial)
-        threshold, names = module.threshold.tolist(), _names(module.deployed)
-        about = {"format": FORMAT, "ood_fast": __version__, "detectors": names, "threshold": threshold}
+        about = {"format": FORMAT, "ood_fast": __version__, "detectors": _names(module.deployed)}
+        about["threshold"] = module.threshold.tolist()
         for key, value in about.items():
             entry = proto.metadata_props.add()
             entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)

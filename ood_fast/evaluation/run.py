@@ -129,14 +129,9 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     check_names(benchmark.tested)
     given = by_name(chosen)
     run.model.to(how.device)
-    cached = FeatureCache(
-        run.folder / "cache" if loading.cache is None else loading.cache,
-        run.model,
-        run.head,
-        batch_size=loading.batch_size,
-        workers=loading.workers,
-        progress=how.progress,
-    )
+    folder = run.folder / "cache" if loading.cache is None else loading.cache
+    more = {"batch_size": loading.batch_size, "workers": loading.workers, "progress": how.progress}
+    cached = FeatureCache(folder, run.model, run.head, **more)
     _check_fit(run, benchmark, cached.head.out_features)
     prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
     outputs, before = _outputs(cached, benchmark, prepared, how)

@@ -139,34 +139,19 @@ def vit_b_16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Mod
 def small_vit(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """ViT with patches of 4×4."""
     _colour_only(in_channels)
-    return _models().VisionTransformer(
-        image_size=image_size or 32,
-        patch_size=4,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=768,
-        mlp_dim=3072,
-        num_classes=n_classes,
-    )
+    base = {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+    return _models().VisionTransformer(image_size=image_size or 32, patch_size=4, num_classes=n_classes, **base)
 
 
 def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """Swin with patches of 2×2 and windows of 4×4."""
     _colour_only(in_channels)
     swin = _models().swin_transformer
-    version = {}
+    tiny: dict[str, Any] = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+    tiny |= {"patch_size": [2, 2], "window_size": [4, 4], "stochastic_depth_prob": 0.2}
     if name == "swin_v2_t":
-        version = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
-    return swin.SwinTransformer(
-        patch_size=[2, 2],
-        embed_dim=96,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=[4, 4],
-        stochastic_depth_prob=0.2,
-        num_classes=n_classes,
-        **version,
-    )
+        tiny |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer(num_classes=n_classes, **tiny)
 
 
 def small_convnext(model: nn.Module) -> None:
