@@ -52,9 +52,7 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
         )
     head = _search(model)
     if head is None:
-        candidates = ", ".join(
-            f"{path} ({layer.in_features} → {layer.out_features})" for path, layer in linears.items()
-        )
+        candidates = ", ".join(f"{path} ({at.in_features} → {at.out_features})" for path, at in linears.items())
         raise ValueError(
             f"model: cannot tell which layer of {type(model).__name__} makes the logits; pass its name "
             f"(a detector takes it as head=...). Linear layers: {candidates}"

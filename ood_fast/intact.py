@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
+from .checks import UserError
 
 CHECKSUM = "crc32"
 END = b"crc32="  # and 8 hexadecimal digits: what `seal` puts behind the content
@@ -46,7 +46,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise checks.UserError(f"{path}: no JSON ({error})") from error
+        raise UserError(f"{path}: no JSON ({error})") from error
 
 
 # ---- own files
@@ -115,17 +115,15 @@ def read_npz(path: str | os.PathLike, names: Container[str] | None = None) -> di
             for name, info in wanted.items():
                 total += _size(path, name, archive, info)
                 if total > memory():
-                    raise checks.UserError(
-                        f"{path}: {name}: takes {total / 2**30:,.0f} GiB, more than this machine has"
-                    )
+                    raise UserError(f"{path}: {name}: takes {total / 2**30:,.0f} GiB, more than this machine has")
             return {name: _array(archive, info) if name in wanted else None for name, info in members.items()}
-    except checks.UserError:
+    except UserError:
         raise
     except OSError as error:
-        raise checks.UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged file fails in every way: zlib.error, MemoryError, NotImplementedError, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise checks.UserError(f"{path}: is damaged, or not a file of .npz ({reason})") from error
+        raise UserError(f"{path}: is damaged, or not a file of .npz ({reason})") from error
 
 
 def _size(path: str | os.PathLike, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
@@ -137,9 +135,9 @@ def _size(path: str | os.PathLike, name: str, archive: zipfile.ZipFile, info: zi
         promised = math.prod(shape) * dtype.itemsize
         held = info.file_size - member.tell()
     if dtype.hasobject:
-        raise checks.UserError(f"{path}: {name}: holds Python objects, expected numbers or text")
+        raise UserError(f"{path}: {name}: holds Python objects, expected numbers or text")
     if promised != held or min(shape, default=0) < 0:
-        raise checks.UserError(f"{path}: {name}: {shape} of {dtype} takes {promised} bytes, the file holds {held}")
+        raise UserError(f"{path}: {name}: {shape} of {dtype} takes {promised} bytes, the file holds {held}")
     return promised
 
 

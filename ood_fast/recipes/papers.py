@@ -200,12 +200,8 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
         benchmark, _, rest = name.partition("-")
         for kind, head, where in (("l2norm", "l2norm", with_l2), ("nol2", "linear", without)):
             if where is not None:
-                told: dict[str, Any] = {
-                    "name": f"{benchmark}-{kind}-{rest}",
-                    "source": f"{_A1}; {where}",
-                    "benchmark": benchmark,
-                }
-                yield replace(_HAAS_RESNET, head=head, **settings, **told)
+                told: dict[str, Any] = {"name": f"{benchmark}-{kind}-{rest}", "source": f"{_A1}; {where}"}
+                yield replace(_HAAS_RESNET, benchmark=benchmark, head=head, **settings, **told)
     source = f"{HAAS}, table 1 (LogitNorm+); schedule of Wei et al., ICML 2022"
     yield replace(_HAAS_RESNET, **_PLUS, name="cifar10-logitnorm-plus", source=source)
     for kind, head in (("l2norm", "l2norm"), ("nol2", "linear")):
