@@ -60,7 +60,6 @@ class NAC(Detector):
         seed: of the choice.
     """
 
-    grid = {"alpha": (0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)}
     state = ("coverage",)  # (M − 1, Σ m_l), from 0 to 1
     needs_features = True
     needs_head = True
