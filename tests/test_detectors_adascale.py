@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ood_fast
-from ood_fast.detectors import AdaSCALE, DetectorSet, load
+from ood_fast.detectors import AdaSCALE, DetectorSet, load, tune
 
 M, C = 20, 4
 
@@ -106,6 +106,13 @@ def test_one_fit_and_two_more_passes_for_all_parameters(net, x, tmp_path):
     assert {row["detector"] for row in result.rows()} >= {"AdaSCALE"}
     with torch.inference_mode():
         torch.testing.assert_close(alone.score(net, x.clone()), scores["l"])
+
+
+def test_a_search_runs_the_model_no_more_often(net, x):
+    tuned, trials = tune(DetectorSet(["AdaSCALE"]), net, [x], [x[:9]], {"far": [3 * x]})
+    assert net.passes == 3 * 3
+    assert len(trials["AdaSCALE"]) == 36
+    assert tuned["AdaSCALE"].p in AdaSCALE.grid["p"]
 
 
 def test_features_that_are_nowhere_above_zero_are_not_scaled(net, x):
