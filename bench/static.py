@@ -78,8 +78,8 @@ def run(case: Case) -> None:
             losses.elogitnorm_step(logits, weight, labels, losses.Rule(1e-6), aot.meta(n), need_weight=True)
         else:
             divisor = None if losses.counts(labels, "mean") else aot.meta(())
-            ahead = losses.elogitnorm_ahead(logits, weight, labels, 1e-6, 0, divisor)
-            losses.elogitnorm_finish(ahead, logits, weight, aot.meta(()), True)
+            *_, ahead = losses.elogitnorm_ahead(logits, weight, labels, 1e-6, 0, divisor)
+            losses.elogitnorm_finish(ahead, aot.meta(()), logits, weight, True)
     elif case.name == "nci":
         nci.nci_forward(aot.meta(n, m, dtype=dtype), aot.meta(c, m, dtype=dtype), None, aot.meta(m), logits, 1e-3)
     elif case.name == "statistics":

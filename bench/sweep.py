@@ -58,12 +58,19 @@ def chosen(function: str, changes: dict[str, Any]) -> Iterator[None]:
     """Inside, every launcher takes the changed configuration."""
     import aot_compile
 
+    def forget() -> None:  # what was made by another configuration
+        for module in aot_compile.MODULES:
+            for value in vars(module).values():
+                getattr(value, "cache_clear", bool)()
+
     with contextlib.ExitStack() as stack:
+        stack.callback(forget)
         for module in aot_compile.MODULES:
             if hasattr(module, function):
                 stack.enter_context(
                     mock.patch.object(module, function, _replaced(getattr(module, function), **changes))
                 )
+        forget()
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..records import Geometry, Needs
 from .geometry import geometry_of
-from .launch import alignment, gradient_buffer, launch, row_config, target_of, unit_stride
+from .launch import alignment, gradient_buffer, laid_out, launch, row_config, target_of
 from .rows import boundary_terms, finite_or_nan, mean_distance, scan_maximum
 from .segments import Segments
 from .tempered import temperature_sums
@@ -32,6 +32,7 @@ def boundary_distance_forward_kernel(
     average_offset,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    LOOPED: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
 ):
     """D of one sample and dD / d(sum_j g_j R_j) = 1 / (K + average_offset)."""
@@ -44,13 +45,13 @@ def boundary_distance_forward_kernel(
         row_maximum = tl.load(logits_row + predicted).to(tl.float32)
         table_row = tl.load(table_row_pointer + row)
     else:
-        row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK)
+        row_maximum, predicted = scan_maximum(logits_row, n_classes, BLOCK, LOOPED)
         table_row = predicted.to(tl.int64)
         tl.store(predicted_pointer + row, table_row)
         tl.store(table_row_pointer + row, table_row)
     row_maximum = finite_or_nan(row_maximum)
     total, n_boundaries, _, _ = temperature_sums(
-        logits_row, table_pointer + table_row * n_classes, row_maximum, n_classes, BLOCK, True
+        logits_row, table_pointer + table_row * n_classes, row_maximum, n_classes, BLOCK, True, LOOPED
     )
     distance, share = mean_distance(total, n_boundaries, average_offset, row_maximum == row_maximum)
     tl.store(distance_pointer + row, distance)
@@ -70,6 +71,7 @@ def boundary_distance_backward_kernel(
     n_classes,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    LOOPED: tl.constexpr,
 ):
     """dD/df_j = -slope R_j, and slope sum_j R_j at p. The logits are read only to tell which classes are live."""
     row = tl.program_id(0).to(tl.int64)
@@ -81,8 +83,8 @@ def boundary_distance_backward_kernel(
     predicted = tl.load(predicted_pointer + row)
     # NaN for a row that is not valid
     scale = tl.load(sample_grad_pointer + row).to(tl.float32) * tl.load(slope_pointer + row)
-    inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True)[2]
-    for start in range(0, n_classes, BLOCK):
+    inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True, LOOPED)[2]
+    for start in range(0, n_classes if LOOPED else BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
         inverse_distance = boundary_terms(table_row, columns, n_classes, logit != float("-inf"))[0]
@@ -98,15 +100,16 @@ def boundary_distance_forward(
 
     Returns distance, predicted, slope (notation: the package's docstring) and the geometry.
     """
-    geometry, predicted, prediction_known, _ = geometry_of(logits, head_weight)
-    logits = unit_stride(logits)
-    n_samples, n_classes = logits.shape
+    layout, logits, weight = laid_out(logits, head_weight)
+    geometry, predicted, _ = geometry_of(layout, logits, weight)
+    n_samples, n_classes = layout.shape
     distance, slope = (torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(2))
     config = row_config(n_classes, target_of(logits))
     launch(
         boundary_distance_forward_kernel, (n_samples,), logits, logits.stride(0), geometry.table, geometry.table_row,
         predicted, distance, slope, n_classes, float(average_offset), BLOCK=config.block,
-        ALIGN=alignment(n_classes, logits.stride(0)), PREDICTION_KNOWN=prediction_known, num_warps=config.num_warps,
+        ALIGN=alignment(n_classes, logits.stride(0)), LOOPED=config.looped, PREDICTION_KNOWN=layout.by_row,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return distance, predicted, slope, geometry
 
@@ -122,18 +125,18 @@ def boundary_distance_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
+    layout, rows, weight = laid_out(logits, head_weight)
     if needs.logits:
-        rows = unit_stride(logits)
         n_samples, n_classes = rows.shape
         grad_logits = gradient_buffer(logits, (n_samples, n_classes))
         config = row_config(n_classes, target_of(logits))
         launch(
             boundary_distance_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0),
             geometry.table, geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
-            ALIGN=alignment(n_classes, rows.stride(0)), num_warps=config.num_warps,
+            ALIGN=alignment(n_classes, rows.stride(0)), LOOPED=config.looped, num_warps=config.num_warps,
         )  # fmt: skip
         grad_logits = grad_logits.to(logits.dtype)
     if needs.weight:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), slope, unit_stride(logits))
-        grad_weight = weight_gradient(segments, head_weight, predicted, geometry)
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), slope, rows)
+        grad_weight = weight_gradient(layout, segments, weight, predicted, geometry)
     return grad_logits, grad_weight

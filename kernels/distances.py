@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..records import Geometry
 from .launch import (
+    Layout,
+    StepLaunch,
     TileConfig,
     cdiv,
     launch,
-    target_of,
     tile_config,
-    unit_stride,
 )
 from .rows import add_product
 
@@ -202,12 +202,12 @@ def _bound(norms):
 @triton.jit(do_not_specialize=["n_rows"])
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
-    weight_stride,
     origin_pointer,  # (m,) fp32: the origin, written; None: the rows are multiplied as they are
     norm_pointer,  # (c,) fp32 |w_j|, read where there is no origin
     row_class_pointer,  # (k,) int64: the class of each table row, -1 for none; None: row r is class r
     table_pointer,  # (k, c) fp32: written
     flag_pointer,  # (row tiles, class tiles) fp32, or None: whether a tile has a pair that is alone, written
+    weight_stride,
     n_rows,
     n_classes,
     n_features,
@@ -316,14 +316,6 @@ class Kept(NamedTuple):
     """() int64, for n < c"""
 
 
-def kept_sizes(n_samples: int, head_weight: Tensor) -> tuple[int, int]:
-    """Numbers of fp32 that the origin and the flags take."""
-    n_classes, n_features = head_weight.shape
-    by_row = n_samples < n_classes
-    n_tiles = math.prod(_tiles(target_of(head_weight), head_weight.dtype, min(n_samples, n_classes), n_classes, by_row))
-    return n_features if has_origin(head_weight) else 0, n_tiles
-
-
 @functools.cache
 def product_of(target: str, dtype: torch.dtype, columns: int = 64) -> tuple[TileConfig, dict[str, Any]]:
     """How rows of W are multiplied: the tile, and what it is to a kernel. bf16 rows are multiplied as they are, which
@@ -341,54 +333,50 @@ def product_of(target: str, dtype: torch.dtype, columns: int = 64) -> tuple[Tile
     return tile, constants
 
 
-def has_origin(head_weight: Tensor) -> bool:
-    """Whether rows are multiplied less an origin."""
-    return head_weight.dtype != torch.bfloat16
+def _tile(layout: Layout) -> tuple[TileConfig, dict[str, Any], tuple[int, int]]:
+    """`product_of` the table, and the grid of its tiles."""
+    tile, constants = product_of(layout.target, layout.weight_dtype, 128 if layout.by_row else 64)
+    return tile, constants, (cdiv(layout.n_classes, tile.columns), cdiv(layout.n_rows, tile.rows))
 
 
-@functools.cache
-def _tiles(target: str, dtype: torch.dtype, n_rows: int, n_classes: int, by_row: bool) -> tuple[int, int]:
-    """How many tiles the table has, along the rows and along the classes."""
-    tile, _ = product_of(target, dtype, 128 if by_row else 64)
-    return cdiv(n_rows, tile.rows), cdiv(n_classes, tile.columns)
+def kept_sizes(layout: Layout) -> tuple[int, int]:
+    """Numbers of fp32 that the origin and the flags take."""
+    return layout.weight_shape[1] if layout.weight_dtype != torch.bfloat16 else 0, math.prod(_tile(layout)[2])
 
 
-def kept_of(geometry: Geometry, head_weight: Tensor) -> Kept:
+def kept_of(layout: Layout, geometry: Geometry, weight: Tensor) -> Kept:
     """What `distance_table` left when it made this table."""
     _, table, row_class = geometry
-    (n_rows, n_classes), n_features = table.shape, head_weight.shape[1]
-    by_row = n_rows < n_classes
-    tile, _ = product_of(target_of(head_weight), head_weight.dtype, 128 if by_row else 64)
-    grid = cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)
+    n_features = weight.shape[1]
+    tile, _, grid = _tile(layout)
     origin, flags = None, torch.empty(grid[::-1], dtype=torch.float32, device=table.device)
-    launch(flag_kernel, grid, table, flags, n_rows, n_classes, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=8)
-    if has_origin(head_weight):
+    launch(flag_kernel, grid, table, flags, *table.shape, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=8)
+    if weight.dtype != torch.bfloat16:
         origin = torch.empty(n_features, dtype=torch.float32, device=table.device)
         launch(
-            origin_kernel, (cdiv(n_features, ORIGIN_BLOCK),), head_weight, head_weight.stride(0), origin, n_classes,
+            origin_kernel, (cdiv(n_features, ORIGIN_BLOCK),), weight, weight.stride(0), origin, weight.shape[0],
             n_features, ORIGIN_BLOCK=ORIGIN_BLOCK, num_warps=4,
         )  # fmt: skip
-    return Kept(origin, flags, (row_class >= 0).sum() if by_row else None)
+    return Kept(origin, flags, (row_class >= 0).sum() if layout.by_row else None)
 
 
-def distance_table(head_weight: Tensor, row_class: Tensor | None, kept: Kept = Kept()) -> Tensor:  # noqa: B008
+def distance_table(layout: Layout, weight: Tensor, row_class: Tensor | None, kept: Kept = Kept()) -> Tensor:  # noqa: B008
     """R (k, c) fp32 between the classes in `row_class` (None: all) and all classes; 0 in rows of class -1.
 
     `kept`: where origin and flags are left.
     """
-    head_weight = unit_stride(head_weight)
-    n_classes, n_features = head_weight.shape
-    n_rows = n_classes if row_class is None else row_class.shape[0]
-    table = torch.empty(n_rows, n_classes, dtype=torch.float32, device=head_weight.device)
-    tile, constants = product_of(target_of(head_weight), head_weight.dtype, 64 if row_class is None else 128)
+    new = {"dtype": torch.float32, "device": weight.device}
+    table = torch.empty(layout.n_rows, layout.n_classes, **new)
     norms, origin = None, kept.origin
-    if not has_origin(head_weight):
-        norms = torch.linalg.vector_norm(head_weight, dim=1, dtype=torch.float32)
+    if weight.dtype == torch.bfloat16:
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     elif origin is None:
-        origin = torch.empty(n_features, dtype=torch.float32, device=head_weight.device)
-    launch(
-        distance_gram_kernel, (cdiv(n_classes, tile.columns), cdiv(n_rows, tile.rows)), head_weight,
-        head_weight.stride(0), origin, norms, row_class, table, kept.flags, n_rows, n_classes, n_features,
-        ORIGIN_BLOCK=ORIGIN_BLOCK, **constants,
-    )  # fmt: skip
+        origin = torch.empty(weight.shape[1], **new)
+    layout.launch(_gram)(weight, origin, norms, row_class, table, kept.flags)
     return table
+
+
+def _gram(layout: Layout) -> StepLaunch:
+    _, constants, grid = _tile(layout)
+    numbers = layout.weight_stride, layout.n_rows, *layout.weight_shape
+    return StepLaunch(distance_gram_kernel, grid, *numbers, **constants, ORIGIN_BLOCK=ORIGIN_BLOCK)

@@ -32,10 +32,8 @@ def _temperature_sums(gap, slopes, BOUNDARY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def fused_row_kernel(
-    sample_grad_pointer,  # (n,) or expanded, or () what the losses are divided by; None: no gradient, or COUNT
-    sample_grad_stride,
     logits_pointer,  # (n, c)
-    logits_stride,
+    sample_grad_pointer,  # (n,) or expanded, or () what the losses are divided by; None: no gradient, or COUNT
     target_pointer,  # (n,) int64
     class_weight_pointer,  # (c,) or None
     table_pointer,  # (k, c) R; None for LogitNorm
@@ -43,19 +41,21 @@ def fused_row_kernel(
     predicted_pointer,  # (n,) int64: read or written likewise
     loss_pointer,  # (n,) this and what follows is written; None in the backward pass
     distance_pointer,  # (n,), None for LogitNorm
-    temperature_pointer,  # (n,): read in the backward pass
+    temperature_pointer,  # (n,): read in the backward pass; this and the next two None where there will be none
     log_partition_pointer,  # (n,), None in the backward pass
     slope_pointer,  # (n,): read in the backward pass
     pull_pointer,  # (n,) or None: sample_grad slope boost, written
     grad_logits_pointer,  # (n, c) contiguous: written, None without sample_grad
-    n_samples,
-    n_classes,
-    ignore_index,
     label_smoothing,
     eps,
     average_offset,
     tau,
     boost,
+    sample_grad_stride,
+    ignore_index,
+    logits_stride,
+    n_samples,
+    n_classes,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     BOUNDARY: tl.constexpr,
@@ -173,9 +173,10 @@ def fused_row_kernel(
         if IS_DIVISOR:
             loss *= sample_grad
         tl.store(loss_pointer + row, loss)
-        tl.store(temperature_pointer + row, temperature)
-        tl.store(log_partition_pointer + row, log_partition)
-        tl.store(slope_pointer + row, slope * tl.where(slope == 0, 0.0, inverse_temperature))  # T may be NaN there
+        if temperature_pointer is not None:
+            tl.store(temperature_pointer + row, temperature)
+            tl.store(log_partition_pointer + row, log_partition)
+            tl.store(slope_pointer + row, slope * tl.where(slope == 0, 0.0, inverse_temperature))  # T may be NaN there
         if BOUNDARY:
             tl.store(distance_pointer + row, distance)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -11,15 +9,15 @@ from torch import Tensor
 
 from ..records import Geometry
 from .distances import Kept, distance_table
-from .launch import SCAN_SAMPLES, alignment, launch, next_power_of_2, scan_config, target_of, unit_stride
+from .launch import SCAN_SAMPLES, Layout, StepLaunch, alignment, next_power_of_2, scan_config
 from .rows import scan_maximum
 
 
 @triton.jit
 def predict_kernel(
     logits_pointer,  # (n, c)
-    logits_stride,
     predicted_pointer,  # (n,) int64: written
+    logits_stride,
     n_classes,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -69,55 +67,52 @@ def distinct_kernel(
     tl.store(n_distinct_pointer, n_distinct.to(tl.int64))
 
 
-class Located(NamedTuple):
-    """What is known before the row kernels run."""
-
-    geometry: Geometry
-    predicted: Tensor
-    is_known: bool
-    """whether `predicted` is, and `table_row`; otherwise the row kernels find and write both, which are the same"""
-    kept: Kept
-
-
-def geometry_of(logits: Tensor, head_weight: Tensor, kept: Kept | None = None) -> Located:
-    """The table R for a batch, and the predictions where it needs them: for n < c.
+def geometry_of(
+    layout: Layout, logits: Tensor, weight: Tensor, kept: Kept | None = None
+) -> tuple[Geometry, Tensor, Kept]:
+    """(the table R for a batch, the predictions, what is kept). For n < c the table needs the predictions; otherwise
+    the row kernels find and write them, and `table_row`, which is the same.
 
     `kept`: where to leave the origin and the flags; then outputs may be one tensor, or parts of one: for n >= c
     `predicted` is `table_row`, and stands for the row_class that nothing reads then, too.
     """
-    n_samples, n_classes = logits.shape
-    aliased, kept = kept is not None, kept or Kept()
+    n_samples, aliased = layout.n_samples, kept is not None
     new = {"dtype": torch.int64, "device": logits.device}
-    if n_samples >= n_classes:
-        predicted = torch.empty(n_samples, **new)
-        table = distance_table(head_weight, None, kept)
-        if aliased:
-            return Located(Geometry(predicted, table, predicted), predicted, False, kept)
-        row_class = torch.arange(n_classes, device=logits.device)
-        return Located(Geometry(torch.empty_like(predicted), table, row_class), predicted, False, kept)
+    if not layout.by_row:
+        predicted = table_row = row_class = torch.empty(n_samples, **new)
+        if not aliased:
+            table_row, row_class = torch.empty_like(predicted), torch.arange(layout.n_classes, device=logits.device)
+        kept = kept or Kept()
+        return Geometry(table_row, distance_table(layout, weight, None, kept), row_class), predicted, kept
+    sizes = (n_samples,) * 3 + (1,)
     if aliased:
-        room = torch.empty(3 * n_samples + 1, **new)
-        predicted, *places, n_distinct = room.split_with_sizes((n_samples,) * 3 + (1,))
+        if n_samples <= SCAN_SAMPLES:  # each part on 16 bytes
+            sizes = (n_samples + n_samples % 2,) * 3 + (1,)
+        predicted, table_row, row_class, n_distinct = torch.empty(sum(sizes), **new).split_with_sizes(sizes)
     else:
-        predicted, *places, n_distinct = (torch.empty(size, **new) for size in (n_samples,) * 3 + (1,))
-    logits = unit_stride(logits)
-    config = scan_config(n_classes, target_of(logits))
-    launch(
-        predict_kernel, (n_samples,), logits, logits.stride(0), predicted, n_classes, BLOCK=config.block,
-        ALIGN=alignment(n_classes, logits.stride(0)), num_warps=config.num_warps,
-    )  # fmt: skip
+        predicted, table_row, row_class, n_distinct = (torch.empty(size, **new) for size in sizes)
+    layout.launch(_predict)(logits, predicted)
     if n_samples <= SCAN_SAMPLES:
-        block = max(next_power_of_2(n_samples), 32)
-        launch(
-            distinct_kernel, (1,), predicted, *places, n_distinct, n_samples, PLACES=block, CHUNK=32,
-            num_warps=max(block // 64, 1),
-        )  # fmt: skip
+        layout.launch(_distinct_in_one)(predicted, table_row, row_class, n_distinct)
     else:
-        places = _distinct(predicted)
-        n_distinct = (places[1] >= 0).sum()
-    table_row, row_class = places
-    table = distance_table(head_weight, row_class, kept)
-    return Located(Geometry(table_row, table, row_class), predicted, True, kept._replace(n_distinct=n_distinct))
+        table_row, row_class = _distinct(predicted)
+        n_distinct = (row_class >= 0).sum()
+    kept = (kept or Kept())._replace(n_distinct=n_distinct)
+    return Geometry(table_row, distance_table(layout, weight, row_class, kept), row_class), predicted, kept
+
+
+def _predict(layout: Layout) -> StepLaunch:
+    (n_samples, n_classes), stride = layout.shape, layout.stride
+    config = scan_config(n_classes, layout.target)
+    return StepLaunch(
+        predict_kernel, (n_samples,), stride, n_classes, BLOCK=config.block, ALIGN=alignment(n_classes, stride),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _distinct_in_one(layout: Layout) -> StepLaunch:
+    block = max(next_power_of_2(layout.n_samples), 32)
+    return StepLaunch(distinct_kernel, (1,), layout.n_samples, PLACES=block, CHUNK=32, num_warps=max(block // 64, 1))
 
 
 def _distinct(predicted: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +31,21 @@ NO_COMPILER = (
 
 
 # Compiled kernels by what their code depends on. Triton's own way to the same takes 10 to 17 us a launch, this one 5.
+# Not on ROCm: there Triton also looks at how large the memory behind each pointer is.
 _handles: dict[tuple, Any] = {}
+_HAS_HANDLES = torch.version.hip is None
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 2, **constants: Any
-) -> None:
+) -> Any:
     """Run `kernel` on `grid`, on the device of its tensors, and count it. `constants` come in the kernel's order.
 
+    Returns the compiled kernel where it may be launched again with arguments of the same classes, otherwise None.
     `enable_fp_fusion` is set because Triton 3.9 warns where it is not and 3.10 changes the default: with it, a
     product and the sum that follows round once, in every version.
     """
-    launches[kernel.fn.__name__] += 1
-    key = [kernel, num_warps, num_stages, *constants.values()]
+    key = [kernel.fn, num_warps, num_stages, *constants.values()]
     append, device = key.append, None
     for argument in arguments:
         kind = type(argument)
@@ -57,13 +60,14 @@ def launch(
             append(kind)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device is
-            launches[kernel.fn.__name__] -= 1
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    launches[kernel.fn.__name__] += 1
     append(device.index)
     key = tuple(key)
     handle = _handles.get(key)
     if handle is not None:
-        return handle[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*arguments, *constants.values())
+        handle[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+        return handle
     try:
         handle = kernel[grid](
             *arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True
@@ -72,8 +76,94 @@ def launch(
         if "C compiler" in str(error):  # Triton compiles a launcher in C for each kernel that it meets
             raise RuntimeError(NO_COMPILER) from error
         raise
-    if hasattr(handle, "launch_metadata"):  # compiled, not interpreted
-        _handles[key] = handle
+    if not _HAS_HANDLES or not hasattr(handle, "launch_metadata"):  # interpreted, or of another Triton
+        return None
+    _handles[key] = handle
+    return handle
+
+
+class StepLaunch:
+    """A launch but for its tensors and floats, for the kernels of a training step: in a small one the host is what
+    takes time. They have their pointers first, then floats, then whole numbers.
+
+    It is made once (`Layout.launch`), so that in later steps no block, grid or number is worked out, or looked at,
+    again: what Triton compiled follows from these and from the dtypes of the tensors, as long as all lie on 16 bytes.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: int, **options: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        constants = (value for name, value in options.items() if name not in ("num_warps", "num_stages"))
+        self._rest, self._name, self._runs = (*numbers, *constants), kernel.fn.__name__, {}
+
+    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+        """Launch it on the device of the first tensor."""
+        addresses, key = 0, [tensors[0].device.index]
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            else:
+                key.append(tensor.dtype)
+                addresses |= tensor.data_ptr()
+        key = tuple(key)
+        run = None if addresses & 15 else self._runs.get(key)
+        if run is not None and (key[0] is None or key[0] == torch.cuda.current_device()):
+            launches[self._name] += 1
+            run(*tensors, *floats, *self._rest)
+            return
+        handle = launch(self.kernel, self.grid, *tensors, *floats, *self.numbers, **self.options)
+        if handle is not None and not addresses & 15:
+            self._runs[key] = handle[(*self.grid, 1, 1)[:3]]
+
+
+# For functions that make a `StepLaunch`: of the last so many sizes.
+prepared = functools.lru_cache(maxsize=1024)
+
+
+class Layout:
+    """Sizes, strides and target of (n, c) logits and their (c, m) head, from which all launches of a step follow. Equal
+    ones are one object (`layout_of`), which keeps these."""
+
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, int],
+        stride: int,
+        weight_dtype: torch.dtype | None = None,
+        weight_shape: tuple[int, int] = (0, 0),
+        weight_stride: int = 0,
+    ) -> None:
+        self.target, self.shape, self.stride = target, shape, stride
+        self.weight_dtype, self.weight_shape, self.weight_stride = weight_dtype, weight_shape, weight_stride
+        self.n_samples, self.n_classes = shape
+        self.by_row = self.n_samples < self.n_classes  # whether the table has a row for each distinct prediction
+        self.n_rows = min(shape)
+        self.boost = boost_of(*shape)
+        self._launches: dict[tuple, Any] = {}
+
+    def launch(self, make: Callable, *flags: Any) -> Any:
+        """make(self, *flags), made once."""
+        key = (make, *flags)
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = make(self, *flags)
+        return found
+
+
+layout_of = prepared(Layout)
+
+
+def laid_out(logits: Tensor, head_weight: Tensor) -> tuple[Layout, Tensor, Tensor]:
+    """(their layout, both with unit strides)."""
+    rows, weight = unit_stride(logits), unit_stride(head_weight)
+    target = target_of(rows)
+    layout = layout_of(target, rows.shape, rows.stride(0), weight.dtype, weight.shape, weight.stride(0))
+    return layout, rows, weight
+
+
+def boost_of(n_samples: int, n_classes: int) -> float:
+    """A slope is divided by the number of classes, its gradient by that of the samples: without the product of both, a
+    power of two, the squares of distances of 1e-15 would take it out of the range."""
+    return float(next_power_of_2(n_samples * n_classes))
 
 
 @functools.cache

@@ -14,22 +14,27 @@ from .geometry import geometry_of
 from .launch import (
     ROW_IN_REGISTERS,
     SCAN_SAMPLES,
+    Layout,
+    StepLaunch,
     alignment,
+    cdiv,
     gradient_buffer,
     has_exp2,
+    laid_out,
     launch,
+    layout_of,
     loop_config,
     next_power_of_2,
     row_config,
     target_of,
     unit_stride,
 )
-from .segments import Segments, Upstream, boost_of, scale_
+from .segments import Segments, Upstream, scale_
 from .tempered import tempered_backward_kernel, tempered_forward_kernel
 from .weight_gradient import weight_gradient
 
-# In place of what losses are divided by: how many targets are not ignored, found by the kernel.
-COUNTED = 1
+# What losses are divided by: a tensor that is given, or how many targets are not ignored, found by the kernel.
+DIVIDED, COUNTED = 1, 2
 
 
 class Rule(NamedTuple):
@@ -51,46 +56,48 @@ class RowOutputs(NamedTuple):
 
     loss: Tensor
     distance: Tensor | None
-    pull: Tensor | None = None
 
 
 def _fused(
-    logits: Tensor,
+    layout: Layout,
+    rows: Tensor,
     labels: Labels,
     geometry: Geometry | None,
-    prediction_known: bool,
     outputs: RowOutputs | None,
     tempered: Tempered,
     rule: Rule,
-    sample_grad: Tensor | int | None,
+    sample_grad: Tensor | None,
 ) -> Tensor | None:
     """Launch `fused_row_kernel`: writes `outputs` and `tempered`, which without outputs it reads. Returns the gradient
-    of the logits unless `sample_grad` is None: (n,), or what the losses are divided by, () or COUNTED."""
+    of the logits unless `sample_grad` (n,) is None."""
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
-    loss, distance, pull = outputs or (None, None, None)
-    rows, target = unit_stride(logits), unit_stride(target)
-    n_samples, n_classes = rows.shape
-    grad_logits = None if sample_grad is None else gradient_buffer(logits, (n_samples, n_classes))
-    where = target_of(rows)
-    config = row_config(n_classes, where)
-    count, stride = 0, 0
-    if isinstance(sample_grad, int):
-        sample_grad, count = None, max(next_power_of_2(n_samples), 32)
-    elif sample_grad is not None and sample_grad.dim() == 1:
-        stride = sample_grad.stride(0)
-    launch(
-        fused_row_kernel, (n_samples,), sample_grad, stride, rows, rows.stride(0), target,
-        None if class_weight is None else class_weight.contiguous(), table,
-        None if table_row is tempered.predicted else table_row, tempered.predicted, loss, distance,
-        tempered.temperature, None if loss is None else tempered.log_partition, tempered.slope, pull, grad_logits,
-        n_samples, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
-        float(rule.average_offset), float(rule.tau), boost_of(n_samples, n_classes), BLOCK=config.block,
-        ALIGN=alignment(n_classes, rows.stride(0)), BOUNDARY=table is not None, PREDICTION_KNOWN=prediction_known,
-        SMOOTHED=label_smoothing > 0, IS_DIVISOR=count > 0 or (sample_grad is not None and sample_grad.dim() == 0),
-        COUNT=count, HARDWARE=has_exp2(where), num_warps=config.num_warps,
+    predicted, temperature, log_partition, slope = tempered
+    loss, distance = outputs or (None, None)
+    grad_logits = None if sample_grad is None else gradient_buffer(rows, layout.shape)
+    stride = 0 if sample_grad is None else sample_grad.stride(0)
+    is_known = outputs is None or (table is not None and layout.by_row)
+    layout.launch(_row_kernel, table is not None, is_known, label_smoothing > 0, 0, stride, ignore_index)(
+        rows, sample_grad, unit_stride(target), None if class_weight is None else class_weight.contiguous(), table,
+        None if table_row is predicted else table_row, predicted, loss, distance, temperature,
+        None if loss is None else log_partition, slope, None, grad_logits,
+        floats=(float(label_smoothing), float(rule.eps), float(rule.average_offset), float(rule.tau), layout.boost),
     )  # fmt: skip
-    return None if grad_logits is None else grad_logits.to(logits.dtype)
+    return grad_logits if grad_logits is None or grad_logits.dtype == rows.dtype else grad_logits.to(rows.dtype)
+
+
+def _row_kernel(
+    layout: Layout, boundary: bool, is_known: bool, smoothed: bool, divides: int, *numbers: int
+) -> StepLaunch:
+    """`numbers`: the stride of sample_grad, ignore_index."""
+    (n_samples, n_classes), stride = layout.shape, layout.stride
+    config = row_config(n_classes, layout.target)
+    return StepLaunch(
+        fused_row_kernel, (n_samples,), *numbers, stride, n_samples, n_classes, BLOCK=config.block,
+        ALIGN=alignment(n_classes, stride), BOUNDARY=boundary, PREDICTION_KNOWN=is_known, SMOOTHED=smoothed,
+        IS_DIVISOR=divides > 0, COUNT=max(next_power_of_2(n_samples), 32) if divides == COUNTED else 0,
+        HARDWARE=has_exp2(layout.target), num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def loop_constants(logits: Tensor, labels: Labels, geometry: Geometry | None = None) -> dict[str, object]:
@@ -112,46 +119,46 @@ def loop_constants(logits: Tensor, labels: Labels, geometry: Geometry | None = N
 
 
 def _forward(
-    logits: Tensor,
+    layout: Layout,
+    rows: Tensor,
     labels: Labels,
     geometry: Geometry | None,
     predicted: Tensor,
-    prediction_known: bool,
     rule: Rule,
     sample_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tempered, Tensor | None]:
     """Loss, distance, what the backward pass needs and, if `sample_grad` is given, the gradient of the logits."""
-    rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
-    n_samples, n_classes = logits.shape
+    n_samples, n_classes = layout.shape
     loss, temperature, log_partition, slope = (
-        torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(4)
+        torch.empty(n_samples, dtype=torch.float32, device=rows.device) for _ in range(4)
     )
     distance = None if geometry is None else torch.empty_like(loss)
     tempered = Tempered(predicted, temperature, log_partition, slope)
-    if is_fused(logits, labels):
+    if is_fused(rows, labels):
         outputs = RowOutputs(loss, distance)
-        grad_logits = _fused(logits, labels, geometry, prediction_known, outputs, tempered, rule, sample_grad)
+        grad_logits = _fused(layout, rows, labels, geometry, outputs, tempered, rule, sample_grad)
         return loss, distance, tempered, grad_logits
+    labels = labels._replace(target=unit_stride(labels.target))
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     launch(
         tempered_forward_kernel, (n_samples,), rows, rows.stride(0), target, target.stride(0),
         None if class_weight is None else class_weight.contiguous(), table, table_row, predicted, loss, distance,
         temperature, log_partition, slope, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
-        float(rule.average_offset), float(rule.tau), PREDICTION_KNOWN=prediction_known,
+        float(rule.average_offset), float(rule.tau), PREDICTION_KNOWN=table is not None and layout.by_row,
         **loop_constants(rows, labels, geometry),
     )  # fmt: skip
-    grad_logits = None if sample_grad is None else _backward(sample_grad, logits, labels, tempered, geometry)
+    grad_logits = None if sample_grad is None else _backward(layout, sample_grad, rows, labels, tempered, geometry)
     return loss, distance, tempered, grad_logits
 
 
 def _backward(
-    sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered, geometry: Geometry | None
+    layout: Layout, sample_grad: Tensor, rows: Tensor, labels: Labels, tempered: Tempered, geometry: Geometry | None
 ) -> Tensor:
     """The gradient of the logits after `_forward`."""
-    if is_fused(logits, labels):
-        return _fused(logits, labels, geometry, True, None, tempered, Rule(), sample_grad)
-    return tempered_gradient(sample_grad, logits, labels, tempered, geometry)
+    if is_fused(rows, labels):
+        return _fused(layout, rows, labels, geometry, None, tempered, Rule(), sample_grad)
+    return tempered_gradient(sample_grad, rows, labels, tempered, geometry)
 
 
 def tempered_gradient(
@@ -191,18 +198,17 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    geometry, *prediction, _ = geometry_of(logits, head_weight)
-    loss, distance, tempered, _ = _forward(logits, labels, geometry, *prediction, Rule(eps, average_offset))
+    layout, rows, weight = laid_out(logits, head_weight)
+    geometry, predicted, _ = geometry_of(layout, rows, weight)
+    loss, distance, tempered, _ = _forward(layout, rows, labels, geometry, predicted, Rule(eps, average_offset))
     return loss, distance, tempered, geometry
 
 
 class Ahead(NamedTuple):
-    """A loss whose upstream gradient is not known yet, and what is made for one of 1."""
+    """What is made for an upstream gradient of 1, before the true one is known."""
 
-    loss: Tensor
-    """(n,), divided: their sum is the loss of the batch"""
-    distance: Tensor
-    tempered: Tempered
+    layout: Layout
+    predicted: Tensor
     geometry: Geometry
     grad_logits: Tensor
     pull: Tensor
@@ -223,41 +229,54 @@ def counts(labels: Labels, reduction: str) -> bool:
 
 def elogitnorm_ahead(
     logits: Tensor, head_weight: Tensor, labels: Labels, eps: float, average_offset: int, divisor: Tensor | None
-) -> Ahead:
-    """`elogitnorm_forward`, and from the same read the gradient of the logits; 0-dim `divisor`, None where it `counts`.
+) -> tuple[Tensor, Tensor, Ahead]:
+    """(loss of the batch, D, what the backward pass finishes): from one read of the logits their gradient, too. 0-dim
+    `divisor`, None where it `counts`.
 
     A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
     of the table.
     """
-    kept, (loss, distance, temperature, log_partition, slope, pull) = _vectors(logits, head_weight, 6)
-    geometry, predicted, is_known, kept = geometry_of(logits, head_weight, kept)
-    tempered = Tempered(predicted, temperature, log_partition, slope)
-    outputs, rule = RowOutputs(loss, distance, pull), Rule(eps, average_offset)
-    sample_grad = COUNTED if divisor is None else divisor
-    grad_logits = _fused(logits, labels, geometry, is_known, outputs, tempered, rule, sample_grad)
-    return Ahead(loss, distance, tempered, geometry, grad_logits, pull, kept)
+    layout, rows, weight = laid_out(logits, head_weight)
+    kept, (loss, distance, pull) = _vectors(layout, 3, rows.device)
+    geometry, predicted, kept = geometry_of(layout, rows, weight, kept)
+    grad_logits = gradient_buffer(rows, layout.shape)
+    target, class_weight, ignore_index, smoothing = labels
+    divides = COUNTED if divisor is None else DIVIDED
+    layout.launch(_row_kernel, True, layout.by_row, smoothing > 0, divides, 0, ignore_index)(
+        rows, divisor, unit_stride(target), None if class_weight is None else class_weight.contiguous(),
+        geometry.table, geometry.table_row if layout.by_row else None, predicted, loss, distance, None, None, None,
+        pull, grad_logits, floats=(float(smoothing), float(eps), float(average_offset), 1.0, layout.boost),
+    )  # fmt: skip
+    if grad_logits.dtype != rows.dtype:
+        grad_logits = grad_logits.to(rows.dtype)
+    return loss.sum(), distance, Ahead(layout, predicted, geometry, grad_logits, pull, kept)
 
 
-def _vectors(logits: Tensor, head_weight: Tensor, count: int) -> tuple[Kept, list[Tensor]]:
+def _vectors(layout: Layout, count: int, device: torch.device) -> tuple[Kept, list[Tensor]]:
     """Room for what is kept, and `count` vectors (n,), in one allocation."""
-    n_samples = logits.shape[0]
-    n_origin, n_flags = kept_sizes(n_samples, head_weight)
-    sizes = [n_samples] * count + [n_origin, n_flags]
-    room = torch.empty(sum(sizes), dtype=torch.float32, device=logits.device)
-    *vectors, origin, flags = room.split_with_sizes(sizes)
-    return Kept(origin if n_origin else None, flags), vectors
+    size, sizes = layout.launch(_room, count)
+    origin, flags, *vectors = torch.empty(size, dtype=torch.float32, device=device).split_with_sizes(sizes)
+    return Kept(origin if sizes[0] else None, flags), vectors[::2]
+
+
+def _room(layout: Layout, count: int) -> tuple[int, tuple[int, ...]]:
+    """(size, sizes of the parts): each begins on 16 bytes, so there is what fills up each vector but the last."""
+    n_samples = layout.n_samples
+    padded = (4 * cdiv(size, 4) for size in kept_sizes(layout))
+    sizes = (*padded, *((n_samples, -n_samples % 4) * count)[: 2 * count - 1])
+    return sum(sizes), sizes
 
 
 def elogitnorm_finish(
-    ahead: Ahead, logits: Tensor, head_weight: Tensor, factor: Tensor, need_weight: bool
+    ahead: Ahead, factor: Tensor, logits: Tensor, head_weight: Tensor, need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients by logits and W of the loss times `factor` (0-dim), which no host needs to know."""
     if not need_weight:
         return scale_(ahead.grad_logits, factor), None
-    segments = Segments(ahead.geometry.table_row, None, ahead.pull, unit_stride(logits))
-    upstream = Upstream(factor, ahead.grad_logits)
-    predicted = ahead.tempered.predicted
-    return ahead.grad_logits, weight_gradient(segments, head_weight, predicted, ahead.geometry, ahead.kept, upstream)
+    layout, predicted, geometry, grad_logits, pull, kept = ahead
+    segments, upstream = Segments(geometry.table_row, None, pull, unit_stride(logits)), Upstream(factor, grad_logits)
+    weight = unit_stride(head_weight)
+    return grad_logits, weight_gradient(layout, segments, weight, predicted, geometry, kept, upstream)
 
 
 class Step(NamedTuple):
@@ -279,12 +298,13 @@ def elogitnorm_step(
     weight_dtype: torch.dtype | None = None,
 ) -> Step:
     """`elogitnorm_forward`, and the gradients for `sample_grad` (n,); that of W in its dtype, or in `weight_dtype`."""
-    geometry, *prediction, kept = geometry_of(logits, head_weight, _vectors(logits, head_weight, 0)[0])
-    loss, distance, tempered, grad_logits = _forward(logits, labels, geometry, *prediction, rule, sample_grad)
+    layout, rows, weight = laid_out(logits, head_weight)
+    geometry, predicted, kept = geometry_of(layout, rows, weight, _vectors(layout, 0, rows.device)[0])
+    loss, distance, tempered, grad_logits = _forward(layout, rows, labels, geometry, predicted, rule, sample_grad)
     grad_weight = None
     if need_weight and sample_grad is not None:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, unit_stride(logits))
-        grad_weight = weight_gradient(segments, head_weight, tempered.predicted, geometry, kept, dtype=weight_dtype)
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, rows)
+        grad_weight = weight_gradient(layout, segments, weight, predicted, geometry, kept, dtype=weight_dtype)
     return Step(loss, distance, grad_logits, grad_weight)
 
 
@@ -299,11 +319,12 @@ def elogitnorm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
+    layout, rows, weight = laid_out(logits, head_weight)
     if needs.logits:
-        grad_logits = _backward(sample_grad, logits, labels, tempered, geometry)
+        grad_logits = _backward(layout, sample_grad, rows, labels, tempered, geometry)
     if needs.weight:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, unit_stride(logits))
-        grad_weight = weight_gradient(segments, head_weight, tempered.predicted, geometry)
+        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, rows)
+        grad_weight = weight_gradient(layout, segments, weight, tempered.predicted, geometry)
     return grad_logits, grad_weight
 
 
@@ -312,11 +333,17 @@ def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bo
 
     `with_slope` as in `elogitnorm_forward`.
     """
-    predicted = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    loss, _, tempered, _ = _forward(logits, labels, None, predicted, False, Rule(tau=tau))
+    rows = unit_stride(logits)
+    predicted = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    loss, _, tempered, _ = _forward(_of_logits(rows), rows, labels, None, predicted, Rule(tau=tau))
     return loss, tempered
+
+
+def _of_logits(rows: Tensor) -> Layout:
+    return layout_of(target_of(rows), rows.shape, rows.stride(0))
 
 
 def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """Gradient of sum_i sample_grad_i loss_i by the logits."""
-    return _backward(sample_grad, logits, labels, tempered, None)
+    rows = unit_stride(logits)
+    return _backward(_of_logits(rows), sample_grad, rows, labels, tempered, None)

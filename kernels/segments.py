@@ -15,10 +15,13 @@ from .launch import (
     PIECE,
     SCALE_BLOCK,
     SCAN_SAMPLES,
+    Layout,
+    StepLaunch,
     alignment,
     cdiv,
     launch,
     next_power_of_2,
+    prepared,
     segment_config,
     target_of,
 )
@@ -131,22 +134,22 @@ def segment_piece_kernel(
 @triton.jit(do_not_specialize=["n_segments", "n_samples"])
 def segment_sum_kernel(
     segment_pointer,  # (n,) int64, read where SCAN
-    offsets_pointer,  # (k + 1,) int64; this and the next None where SCAN
+    offsets_pointer,  # (k + 1,) int64; this and the next three None where SCAN
     order_pointer,  # (n,) int64
-    piece_start_pointer,  # (k,) int64; None unless HAS_PIECES
+    piece_start_pointer,  # (k,) int64
+    partial_pointer,  # (pieces, columns) fp32
     sample_grad_pointer,  # (n,), or None: it is in the factor, and so is the boost
     factor_pointer,  # (n,)
-    boost,
     values_pointer,  # (n, columns)
-    values_stride,
     predicted_pointer,  # (n,) int64; None unless GAPS
     center_pointer,  # (columns,); None if GAPS
-    partial_pointer,  # (pieces, columns) fp32; None unless HAS_PIECES
     table_pointer,  # (k, columns) R; None unless GAPS
     summed_pointer,  # (k, columns or more): written, 0 for an empty segment and behind the columns
-    summed_stride,
     gradient_pointer,  # (n, columns) or None: multiplied by `upstream`, as S is
     upstream_pointer,  # () or None: 1
+    boost,
+    values_stride,
+    summed_stride,
     n_segments,
     n_samples,
     n_columns,
@@ -155,7 +158,6 @@ def segment_sum_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     GAPS: tl.constexpr,
-    HAS_PIECES: tl.constexpr,
     SCAN: tl.constexpr,
     SCALE: tl.constexpr,
 ):
@@ -189,13 +191,13 @@ def segment_sum_kernel(
     count = end - begin
     center = 0.0 if GAPS else tl.load(center_pointer + columns, mask=inside, other=0.0).to(tl.float32)
     last = end
-    if HAS_PIECES:
+    if not SCAN:
         last = tl.where(count > PIECE, begin, end)
     total = _sum_samples(
         begin, last, order_pointer, mine, sample_grad_pointer, factor_pointer, boost, values_pointer, values_stride,
         predicted_pointer, center, columns, n_columns, SAMPLES, BLOCK, GAPS, SCAN,
     )  # fmt: skip
-    if HAS_PIECES:
+    if not SCAN:
         piece = tl.load(piece_start_pointer + segment)
         for index in range(piece, piece + tl.where(count > PIECE, (count + PIECE - 1) // PIECE, 0)):
             total += tl.load(partial_pointer + tl.cast(index, tl.int64) * n_columns + columns, mask=inside, other=0.0)
@@ -234,26 +236,37 @@ class Segments(NamedTuple):
     """(n, columns)"""
 
 
-def boost_of(n_samples: int, n_classes: int) -> float:
-    """A slope is divided by the number of classes, its gradient by that of the samples: without the product of both, a
-    power of two, the squares of distances of 1e-15 would take it out of the range."""
-    return float(next_power_of_2(n_samples * n_classes))
-
-
-def gap_sum(segments: Segments, predicted: Tensor, table: Tensor, upstream: Upstream | None = None) -> Tensor:
+def gap_sum(
+    layout: Layout, segments: Segments, predicted: Tensor, table: Tensor, upstream: Upstream | None = None
+) -> Tensor:
     """S_rj = R_rj^3 sum over the samples i of table row r, in the order of the batch, of
     sample_grad_i factor_i (f_ij - f_ip); masked classes count 0. Without sample_grad the factor is boosted.
 
     `values` are logits. (k, c or more): rows of whole 128-bit loads, 0 behind the classes. The last R is left out of
     pairs that are alone (`distances.is_alone`).
     """
-    n_rows, n_classes = table.shape
-    summed = torch.empty(n_rows, 16 * cdiv(n_classes, 16), dtype=torch.float32, device=table.device)
-    if upstream is not None and _truncates(upstream.grad_logits):
-        upstream.grad_logits.mul_(upstream.factor)
-        upstream = upstream._replace(grad_logits=None)
-    _sum(segments, summed, (predicted, table, *(upstream or (None, None))), None)
+    segment, sample_grad, factor, values = segments
+    summed = torch.empty(layout.n_rows, _width(layout), dtype=torch.float32, device=table.device)
+    by, gradient = upstream or (None, None)
+    if gradient is not None and _truncates(gradient):
+        gradient.mul_(by)
+        gradient = None
+    cut = (None,) * 4
+    if layout.n_samples > SCAN_SAMPLES:
+        cut = _cut(segments, layout.n_rows, predicted, None, layout.boost)
+    layout.launch(_gap_sums, gradient is not None)(
+        segment, *cut, sample_grad, factor, values, predicted, None, table, summed, gradient, by,
+        floats=(layout.boost,),
+    )  # fmt: skip
     return summed
+
+
+def _width(layout: Layout) -> int:
+    return 16 * cdiv(layout.n_classes, 16)
+
+
+def _gap_sums(layout: Layout, scales: bool) -> StepLaunch:
+    return _sums(layout.shape, layout.stride, (layout.n_rows, _width(layout)), True, scales)
 
 
 def _truncates(tensor: Tensor) -> bool:
@@ -264,9 +277,13 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """values (contiguous) times factor (0-dim), in place, and without a pass over them where the factor is 1."""
     if _truncates(values):
         return values.mul_(factor)
-    size = values.numel()
-    launch(scale_kernel, (cdiv(size, SCALE_BLOCK),), values, factor, size, BLOCK=SCALE_BLOCK, num_warps=4)
+    _scale(values.numel())(values, factor)
     return values
+
+
+@prepared
+def _scale(size: int) -> StepLaunch:
+    return StepLaunch(scale_kernel, (cdiv(size, SCALE_BLOCK),), size, BLOCK=SCALE_BLOCK, num_warps=4)
 
 
 def segment_sum(segments: Segments, output: Tensor, center: Tensor) -> Tensor:
@@ -276,47 +293,52 @@ def segment_sum(segments: Segments, output: Tensor, center: Tensor) -> Tensor:
     Writes all of `output`, (n_segments, columns), and returns it. Deterministic, without atomics; the host reads
     nothing back.
     """
-    _sum(segments, output, (None,) * 4, center)
+    segment, sample_grad, factor, values = segments
+    cut = (None,) * 4
+    if values.shape[0] > SCAN_SAMPLES:
+        cut = _cut(segments, output.shape[0], None, center, 1.0)
+    sums = _sums(values.shape, values.stride(0), output.shape, False, False)
+    sums(segment, *cut, sample_grad, factor, values, None, center, None, output, None, None, floats=(1.0,))
     return output
 
 
-def _sum(segments: Segments, output: Tensor, of_gaps: tuple, center: Tensor | None) -> None:
+def _cut(
+    segments: Segments, n_segments: int, predicted: Tensor | None, center: Tensor | None, boost: float
+) -> tuple[Tensor, ...]:
+    """(offsets, order, first piece of each segment, sums of the pieces) of `segment_sum_kernel`."""
     segment, sample_grad, factor, values = segments
-    predicted, table, upstream, gradient = of_gaps
-    (n_samples, n_columns), (n_segments, width) = values.shape, output.shape
-    gaps = center is None
-    boost = boost_of(n_samples, n_columns) if gaps else 1.0
+    n_samples, n_columns = values.shape
+    ordered, order = torch.sort(segment, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))
+    # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the segments
+    # are.
+    n_pieces = cdiv(2 * n_samples, PIECE)
+    counts = offsets.diff()
+    pieces = torch.where(counts > PIECE, (counts + (PIECE - 1)) // PIECE, 0)
+    piece_end = pieces.cumsum(0)
+    piece_start = piece_end - pieces
+    piece_segment = torch.searchsorted(piece_end, torch.arange(n_pieces, device=segment.device), right=True)
+    partial = torch.empty(n_pieces, n_columns, dtype=torch.float32, device=values.device)
     config = segment_config(n_columns, n_samples, n_segments)
-    scan = next_power_of_2(n_samples) if n_samples <= SCAN_SAMPLES else 0
-    order = offsets = None
-    if not scan:
-        ordered, order = torch.sort(segment, stable=True)
-        offsets = torch.searchsorted(ordered, torch.arange(n_segments + 1, device=segment.device))
-    align = alignment(n_columns, values.stride(0))
-    column_blocks = cdiv(n_columns, config.columns)
-    piece_start = partial = None
-    if n_samples > PIECE and not scan:
-        # Only segments of more than PIECE samples are cut, so there are at most 2 n / PIECE pieces, whatever the
-        # segments are.
-        n_pieces = cdiv(2 * n_samples, PIECE)
-        counts = offsets.diff()
-        pieces = torch.where(counts > PIECE, (counts + (PIECE - 1)) // PIECE, 0)
-        piece_end = pieces.cumsum(0)
-        piece_start = piece_end - pieces
-        piece_segment = torch.searchsorted(piece_end, torch.arange(n_pieces, device=segment.device), right=True)
-        partial = torch.empty(n_pieces, n_columns, dtype=torch.float32, device=values.device)
-        launch(
-            segment_piece_kernel, (n_pieces * column_blocks,), offsets, order, piece_segment, piece_start,
-            sample_grad, factor, boost, values, values.stride(0), predicted, center, partial, n_segments, n_columns,
-            PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns, ALIGN=align, GAPS=gaps,
-            num_warps=config.num_warps,
-        )  # fmt: skip
-    programs = n_segments * cdiv(width, config.columns)
-    if gradient is not None:
-        programs += cdiv(gradient.numel(), SCALE_BLOCK)
     launch(
-        segment_sum_kernel, (programs,), segment, offsets, order, piece_start, sample_grad, factor, boost, values,
-        values.stride(0), predicted, center, partial, table, output, width, gradient, upstream, n_segments, n_samples,
-        n_columns, PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns, ALIGN=align, GAPS=gaps,
-        HAS_PIECES=partial is not None, SCAN=scan, SCALE=SCALE_BLOCK, num_warps=config.num_warps,
+        segment_piece_kernel, (n_pieces * cdiv(n_columns, config.columns),), offsets, order, piece_segment, piece_start,
+        sample_grad, factor, boost, values, values.stride(0), predicted, center, partial, n_segments, n_columns,
+        PIECE=PIECE, SAMPLES=config.samples, BLOCK=config.columns, ALIGN=alignment(n_columns, values.stride(0)),
+        GAPS=center is None, num_warps=config.num_warps,
+    )  # fmt: skip
+    return offsets, order, piece_start, partial
+
+
+@prepared
+def _sums(shape: tuple[int, int], stride: int, output: tuple[int, int], gaps: bool, scales: bool) -> StepLaunch:
+    (n_samples, n_columns), (n_segments, width) = shape, output
+    config = segment_config(n_columns, n_samples, n_segments)
+    programs = n_segments * cdiv(width, config.columns)
+    if scales:
+        programs += cdiv(n_samples * n_columns, SCALE_BLOCK)
+    return StepLaunch(
+        segment_sum_kernel, (programs,), stride, width, n_segments, n_samples, n_columns, PIECE=PIECE,
+        SAMPLES=config.samples, BLOCK=config.columns, ALIGN=alignment(n_columns, stride), GAPS=gaps,
+        SCAN=next_power_of_2(n_samples) if n_samples <= SCAN_SAMPLES else 0, SCALE=SCALE_BLOCK,
+        num_warps=config.num_warps,
     )  # fmt: skip

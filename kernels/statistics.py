@@ -26,6 +26,7 @@ from .launch import (
     has_exp2,
     lanes_of,
     launch,
+    layout_of,
     row_config,
     scan_config,
     target_of,
@@ -398,4 +399,7 @@ def row_statistics(names: list[str], inputs: Inputs, gamma: float) -> list[Tenso
 
 def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c), 0 on the diagonal and where rows coincide."""
-    return rows_of_distance_table(head_weight, None)
+    weight = unit_stride(head_weight)
+    n_classes = weight.shape[0]
+    layout = layout_of(target_of(weight), (n_classes, n_classes), 0, weight.dtype, weight.shape, weight.stride(0))
+    return rows_of_distance_table(layout, weight, None)

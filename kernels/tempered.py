@@ -46,13 +46,22 @@ def norm_temperature(squared_norm, tau):
 
 
 @triton.jit
-def temperature_sums(logits_row, table_row, row_maximum, n_classes, BLOCK: tl.constexpr, BOUNDARY: tl.constexpr):
-    """(sum g R, or sum f^2 unless BOUNDARY; K; sum R; the number of live classes) of a row."""
+def temperature_sums(
+    logits_row,
+    table_row,
+    row_maximum,
+    n_classes,
+    BLOCK: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+    LOOPED: tl.constexpr = True,
+):
+    """(sum g R, or sum f^2 unless BOUNDARY; K; sum R; the number of live classes) of a row; LOOPED as in
+    `scan_maximum`."""
     totals = tl.zeros([BLOCK], tl.float32)
     counts = tl.zeros([BLOCK], tl.int32)
     inverse_distances = tl.zeros([BLOCK], tl.float32)
     live_counts = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n_classes, BLOCK):
+    for start in range(0, n_classes if LOOPED else BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
         live, gap = live_gap(logit, row_maximum)

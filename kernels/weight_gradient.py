@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..records import Geometry
 from .distances import Kept, is_alone, kept_of, load_rows, product_of
-from .launch import cdiv, class_splits, gradient_buffer, launch, target_of, unit_stride
+from .launch import Layout, StepLaunch, cdiv, class_splits, gradient_buffer
 from .rows import add_split_product
 from .segments import Segments, Upstream, gap_sum
 
@@ -57,13 +57,13 @@ def _rows(weight_pointer, weight_stride, classes, mask, features, n_features):
 @triton.jit
 def weight_gradient_table_kernel(
     summed_pointer,  # (c, c) S, its rows padded by zeros
-    summed_stride,
     table_pointer,  # (c, c) R
     flag_pointer,  # (row tiles, class tiles) of the table
     weight_pointer,  # (c, m)
-    weight_stride,
     origin_pointer,  # (m,) fp32, or None
     grad_weight_pointer,  # (c, m) contiguous: written
+    summed_stride,
+    weight_stride,
     n_classes,
     n_features,
     ROWS: tl.constexpr,
@@ -72,8 +72,13 @@ def weight_gradient_table_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     FLAG_COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """n >= c: a tile of dW = rowsum(M) W - M W, M = S + S^T formed as it is loaded. One product instead of two."""
+    """n >= c: a tile of dW = rowsum(M) W - M W, M = S + S^T formed as it is loaded. One product instead of two.
+
+    Rows of S^T lie across the warps, so that sums of M in each turn cost barriers; entry by entry until the end they
+    cost registers, which are not there for two parts of bf16.
+    """
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     class_mask = classes < n_classes
@@ -95,7 +100,9 @@ def weight_gradient_table_kernel(
             near = tl.load(table_pointer + place * n_classes + classes, mask=class_mask, other=0.0)
             gradient += _pull(force, near, difference)
     else:
+        EACH_TURN: tl.constexpr = weight_pointer.dtype.element_ty == tl.bfloat16
         row_sums = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, INNER], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_classes, INNER):
             others = start + tl.arange(0, INNER)
@@ -110,14 +117,18 @@ def weight_gradient_table_kernel(
                 mask=other_mask[None, :] & (classes < summed_stride)[:, None],
                 other=0.0,
             )
-            row_sums += tl.sum(pairs, axis=1)
+            if EACH_TURN:
+                row_sums += tl.sum(pairs, axis=1)
+            else:
+                sums += pairs
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, others, other_mask, features, n_features, UPCAST
             )
-            products = add_split_product(products, pairs, weight, PRECISION)
+            products = add_split_product(products, pairs, weight, PRECISION, APART)
         weight = load_rows(
             weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
         )
+        row_sums += tl.sum(sums, axis=1)
         gradient = row_sums[:, None] * weight.to(tl.float32) - products
     tl.store(
         grad_weight_pointer + (class_offset * n_features)[:, None] + features[None, :],
@@ -129,15 +140,15 @@ def weight_gradient_table_kernel(
 @triton.jit(do_not_specialize=["n_rows", "split_classes"])
 def weight_gradient_own_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
-    summed_stride,
     table_pointer,  # (k, c) R
     flag_pointer,  # (row tiles, class tiles) of the table
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
-    weight_stride,
     origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32: written
+    summed_stride,
+    weight_stride,
     n_rows,
     n_classes,
     n_features,
@@ -186,7 +197,7 @@ def weight_gradient_own_kernel(
                 weight = load_rows(
                     weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
                 )
-                products = add_split_product(products, summed, weight, PRECISION)
+                products = add_split_product(products, summed, weight, PRECISION, False)
             row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
@@ -202,16 +213,16 @@ def weight_gradient_own_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_splits", "n_halvings"])
 def weight_gradient_all_kernel(
     summed_pointer,  # (k, c) S, its rows padded by zeros
-    summed_stride,
     table_pointer,  # (k, c) R
     flag_pointer,  # (row tiles, class tiles) of the table
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
-    weight_stride,
     origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32
     grad_weight_pointer,  # (c, m) contiguous: written
+    summed_stride,
+    weight_stride,
     n_rows,
     n_classes,
     n_features,
@@ -223,6 +234,7 @@ def weight_gradient_all_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     FLAG_COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for
     the classes that were predicted. dW is written once, and rounded once."""
@@ -257,7 +269,7 @@ def weight_gradient_all_kernel(
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
             )
-            products = add_split_product(products, summed, weight, PRECISION)
+            products = add_split_product(products, summed, weight, PRECISION, APART)
         weight = load_rows(
             weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
         )
@@ -285,8 +297,9 @@ def weight_gradient_all_kernel(
 
 
 def weight_gradient(
+    layout: Layout,
     segments: Segments,
-    head_weight: Tensor,
+    weight: Tensor,
     predicted: Tensor,
     geometry: Geometry,
     kept: Kept | None = None,
@@ -295,40 +308,58 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
     dtype, or in `dtype`. `segments`: the table rows, sample_grad, slope and logits."""
-    dtype = dtype or head_weight.dtype
+    dtype = dtype or weight.dtype
     _, table, row_class = geometry
-    weight = unit_stride(head_weight)
-    n_classes, n_features = weight.shape
-    n_rows = table.shape[0]
-    summed = gap_sum(segments, predicted, table, upstream)
-    origin, flags, n_distinct = kept or kept_of(geometry, weight)
-    target = target_of(weight)
-    narrow, _ = product_of(target, weight.dtype)  # the tiles of the table, and of its flags, for n >= c
-    tile, shape = product_of(target, weight.dtype, 128)
-    grad_weight = gradient_buffer(head_weight, (n_classes, n_features), dtype)
-    if n_rows == n_classes:
-        launch(
-            weight_gradient_table_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
-            summed.stride(0), table, flags, weight, weight.stride(0), origin, grad_weight, n_classes, n_features,
-            FLAG_COLUMNS=narrow.columns, **shape,
-        )  # fmt: skip
-        return grad_weight.to(dtype)
+    summed = gap_sum(layout, segments, predicted, table, upstream)
+    origin, flags, n_distinct = kept or kept_of(layout, geometry, weight)
+    grad_weight = gradient_buffer(weight, weight.shape, dtype)
+    if layout.by_row:
+        n_splits, of_own, of_all = layout.launch(_of_rows, summed.stride(0))
+        own = torch.empty(n_splits, layout.n_rows, weight.shape[1], dtype=torch.float32, device=weight.device)
+        of_own(summed, table, flags, row_class, n_distinct, weight, origin, own)
+        of_all(summed, table, flags, row_class, n_distinct, weight, origin, own, grad_weight)
+    else:
+        layout.launch(_of_table, summed.stride(0))(summed, table, flags, weight, origin, grad_weight)
+    return grad_weight if grad_weight.dtype == dtype else grad_weight.to(dtype)
 
+
+def _of_table(layout: Layout, summed_stride: int) -> StepLaunch:
+    """n >= c."""
+    narrow, _ = product_of(layout.target, layout.weight_dtype)  # the tiles of the table, and of its flags
+    tile, constants = product_of(layout.target, layout.weight_dtype, 128)
+    (n_classes, n_features), stride = layout.weight_shape, layout.weight_stride
+    return StepLaunch(
+        weight_gradient_table_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed_stride,
+        stride, n_classes, n_features, **constants, FLAG_COLUMNS=narrow.columns, APART=_apart(layout),
+    )  # fmt: skip
+
+
+def _of_rows(layout: Layout, summed_stride: int) -> tuple[int, StepLaunch, StepLaunch]:
+    """n < c: the number of splits, and both kernels."""
+    (n_classes, n_features), n_rows = layout.weight_shape, layout.n_rows
+    tile, constants = product_of(layout.target, layout.weight_dtype, 128)
     row_tiles, feature_tiles = cdiv(n_rows, tile.rows), cdiv(n_features, tile.columns)
-    split_classes = tile.inner * cdiv(
-        n_classes, tile.inner * class_splits(row_tiles * feature_tiles, n_classes, tile.inner)
-    )
+    splits = class_splits(row_tiles * feature_tiles, n_classes, tile.inner)
+    split_classes = tile.inner * cdiv(n_classes, tile.inner * splits)
     n_splits = cdiv(n_classes, split_classes)
-    own = torch.empty(n_splits, n_rows, n_features, dtype=torch.float32, device=weight.device)
-    launch(
-        weight_gradient_own_kernel, (row_tiles, feature_tiles, n_splits), summed, summed.stride(0), table, flags,
-        row_class, n_distinct, weight, weight.stride(0), origin, own, n_rows, n_classes, n_features, split_classes,
-        FLAG_COLUMNS=tile.columns, **shape,
-    )  # fmt: skip
-    launch(
-        weight_gradient_all_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed,
-        summed.stride(0), table, flags, row_class, n_distinct, weight, weight.stride(0), origin, own,
-        grad_weight, n_rows, n_classes, n_features,
-        n_splits, n_rows.bit_length(), FLAG_COLUMNS=tile.columns, **shape,
-    )  # fmt: skip
-    return grad_weight.to(dtype)
+    numbers = summed_stride, layout.weight_stride, n_rows, n_classes, n_features
+    constants = {**constants, "FLAG_COLUMNS": tile.columns}
+    own_grid, all_grid = (row_tiles, feature_tiles, n_splits), (cdiv(n_classes, tile.rows), feature_tiles)
+    return (
+        n_splits,
+        StepLaunch(weight_gradient_own_kernel, own_grid, *numbers, split_classes, **constants),
+        StepLaunch(
+            weight_gradient_all_kernel,
+            all_grid,
+            *numbers,
+            n_splits,
+            n_rows.bit_length(),
+            **constants,
+            APART=_apart(layout),
+        ),
+    )
+
+
+def _apart(layout: Layout) -> bool:
+    """How S is split: on gfx942 the other way takes fewer registers."""
+    return layout.target != "hip"

@@ -126,9 +126,9 @@ def run_elogitnorm(
     labels = Labels(target, class_weight, -100, smoothing)
     if losses.steps_ahead(logits, head_weight, labels):
         divisor = None if losses.counts(labels, "mean") else meta(())
-        ahead = losses.elogitnorm_ahead(logits, head_weight, labels, 1e-6, 0, divisor)
+        *_, ahead = losses.elogitnorm_ahead(logits, head_weight, labels, 1e-6, 0, divisor)
         for need_weight in (False, True):
-            losses.elogitnorm_finish(ahead, logits, head_weight, meta(()), need_weight)
+            losses.elogitnorm_finish(ahead, meta(()), logits, head_weight, need_weight)
     losses.elogitnorm_step(logits, head_weight, labels, losses.Rule(1e-6), meta(n), need_weight=True)
     _, _, tempered, geometry = losses.elogitnorm_forward(logits, head_weight, labels, 1e-6, 0)
     needs = Needs(logits=True, weight=True)

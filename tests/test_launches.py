@@ -111,28 +111,39 @@ def test_without_a_c_compiler_the_cure_is_said() -> None:
         launch.launch(Kernel(), (1,), torch.zeros(1), num_warps=1)
 
 
+class _Compiled:
+    """What Triton gives back for a kernel that it has compiled, and notes what it is launched with."""
+
+    launch_metadata = None
+
+    def __init__(self) -> None:
+        self.launched: list[tuple] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        assert len(grid) == 3
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class _Kernel:
+    """A jitted function that notes what it is compiled for."""
+
+    def __init__(self, handle: object) -> None:
+        self.handle, self.compiled = handle, []
+        self.fn = lambda: None  # a function of its own: handles are kept by it
+        self.fn.__name__ = "kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        def run(*arguments: Any, **options: Any) -> object:
+            self.compiled.append(arguments)
+            return self.handle
+
+        return run
+
+
 def test_a_kernel_is_launched_by_its_handle_only_where_it_is_the_same() -> None:
     """Compiled once for each class of its arguments that Triton tells apart; grids have three axes then."""
-    compiled, handled = [], []
-
-    class Handle:
-        launch_metadata = None
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            assert len(grid) == 3
-            return lambda *arguments: handled.append((grid, arguments))
-
-    class Kernel:
-        fn = test_nothing_waits_for_the_device
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            def run(*arguments: Any, **options: Any) -> Handle:
-                compiled.append(arguments)
-                return Handle()
-
-            return run
-
-    kernel, tensor = Kernel(), torch.zeros(32)
+    kernel, tensor = _Kernel(_Compiled()), torch.zeros(32)
+    compiled, handled = kernel.compiled, kernel.handle.launched
     different = [(tensor, size) for size in (1, 2, 16, 2**35, 2**35 + 1)]
     different += [(tensor[1:], 2), (tensor.half(), 2), (None, tensor, 2), (tensor, 2.0), (tensor, None)]
     for repeat in range(2):
@@ -142,6 +153,42 @@ def test_a_kernel_is_launched_by_its_handle_only_where_it_is_the_same() -> None:
         assert len(handled) == repeat * len(different)
     launch.launch(kernel, (3, 2), tensor, 6, BLOCK=32, num_warps=1)
     assert handled[-1] == ((3, 2, 1), (tensor, 6, 32))
+
+
+def test_a_prepared_launch_looks_at_its_tensors() -> None:
+    """Other dtypes, a tensor less and a misaligned one go the ordinary way, which compiles for them."""
+    kernel, tensor = _Kernel(_Compiled()), torch.zeros(32)
+    step = launch.StepLaunch(kernel, (3, 2), 6, BLOCK=32, num_warps=1)
+    different = (tensor, tensor), (tensor, None), (tensor.half(), tensor), (tensor, tensor[1:])
+    for repeat in range(3):
+        for tensors in different:
+            step(*tensors, floats=(0.5,))
+            if repeat:
+                assert kernel.handle.launched[-1] == ((3, 2, 1), (*tensors, 0.5, 6, 32))
+    assert len(kernel.compiled) == len(different)
+    assert len(kernel.handle.launched) == 2 * len(different)
+    assert (None, torch.float32, torch.float32) in step._runs  # by the handle alone
+    assert len(step._runs) == len(different) - 1  # but where a tensor is misaligned
+
+
+@pytest.mark.parametrize("handle", [None, object()])
+def test_a_triton_of_other_handles_is_asked_each_time(handle: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, tensor = _Kernel(handle), torch.zeros(32)
+    step = launch.StepLaunch(kernel, (3,), 6, BLOCK=32, num_warps=1)
+    for _ in range(3):
+        step(tensor)
+    assert kernel.compiled == [(tensor, 6)] * 3
+
+
+def test_no_handle_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Triton compiles for memory of less than 2 GiB, too, which nothing here looks at."""
+    monkeypatch.setattr(launch, "_HAS_HANDLES", False)
+    kernel, tensor = _Kernel(_Compiled()), torch.zeros(32)
+    step = launch.StepLaunch(kernel, (3,), 6, BLOCK=32, num_warps=1)
+    step(tensor)
+    step(tensor)
+    assert len(kernel.compiled) == 2
+    assert kernel.handle.launched == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -17,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, eager
 
 BACKENDS = ("auto", "eager", "triton")
 _chosen = os.environ.get("OOD_FAST_BACKEND", "auto") or "auto"
@@ -73,12 +74,12 @@ def backend_name(device: torch.device | str, dtype: torch.dtype = torch.float32)
 
 
 def backend_of(*tensors: Tensor | None) -> ModuleType:
-    """The module whose functions serve these tensors, of which the first is given: `eager` or `kernels`."""
-    from .. import eager
+    """The module whose functions serve these tensors, of which one is given: `eager` or `kernels`."""
+    given = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
+    name = backend_name(given.device, eager.compute_dtype(*tensors))
+    return eager if name == "eager" else _kernels()
 
-    given = [t for t in tensors if t is not None]
-    if backend_name(given[0].device, eager.compute_dtype(*given)) == "eager":
-        return eager
-    from .. import kernels
 
-    return kernels
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("ood_fast.kernels")

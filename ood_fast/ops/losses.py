@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,8 @@ def _elogitnorm_backward(
 
 class _ELogitNorm(Differentiable):
     """Where the kernels can, one pass over the logits makes the loss and the gradients for an upstream gradient of 1;
-    the first backward pass scales and hands them out, a further one computes them."""
+    the first backward pass scales and hands them out. A further one begins with a forward pass: nothing else is kept.
+    """
 
     operator = _elogitnorm
     n_visible = 2
@@ -165,40 +167,37 @@ class _ELogitNorm(Differentiable):
         labels = Labels(target, class_weight, ignore_index, label_smoothing)
         backend = backend_of(logits, head_weight)
         ahead = reduction != "none" and ctx.needs_input_grad[0] and backend is not eager
-        ctx.ahead = None
+        ctx.finish = None
         if not ahead or not backend.steps_ahead(logits, head_weight, labels):
             return super().forward(ctx, *inputs)
         _check_indices(backend, labels, logits.shape[1])
         divisor = None if backend.counts(labels, reduction) else normalizer(labels, reduction, torch.float32)
-        made = ctx.ahead = backend.elogitnorm_ahead(logits, head_weight, labels, *rule, divisor)
-        ctx.save_for_backward(*inputs[:4], divisor, *made.tempered, *made.geometry)
-        ctx.keywords = inputs[4:7]
+        loss, distance, made = backend.elogitnorm_ahead(logits, head_weight, labels, *rule, divisor)
+        ctx.finish = functools.partial(backend.elogitnorm_finish, made)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.keywords = inputs[4:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(made.distance)
-        return made.loss.sum(), made.distance
+        ctx.mark_non_differentiable(distance)
+        return loss, distance
 
     @staticmethod
     def save(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs[:4], *output[2:])
-        ctx.keywords = inputs[4:7]
+        ctx.keywords = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
         logits, head_weight, target, class_weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        ahead, ctx.ahead = getattr(ctx, "ahead", None), None
-        run = _elogitnorm_backward
-        if ahead is not None and not is_traced(grad_loss):
-
-            def finish(grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-                backend = backend_of(logits, head_weight)
-                return backend.elogitnorm_finish(ahead, logits, head_weight, grad_loss, needed[1])
-
-            run = Operator("elogitnorm_backward", finish)
-        elif saved[0] is None:
-            saved[0] = normalizer(Labels(target, class_weight, ctx.keywords[0], 0.0), ctx.keywords[1], torch.float32)
-        args = (grad_loss, logits, head_weight, target, class_weight, saved, *ctx.keywords, *needed)
-        return *first_derivative(run, args, needed, (logits, head_weight)), *[None] * 8
+        finish, ctx.finish = getattr(ctx, "finish", None), None
+        if finish and not (grad_loss is None or torch.is_grad_enabled() or is_traced(grad_loss)):
+            return *finish(grad_loss, logits, head_weight, needed[1]), *[None] * 8
+        inputs = logits, head_weight, target, class_weight
+        if not saved and grad_loss is not None:
+            with torch.no_grad():
+                saved = call(_elogitnorm, *inputs, *ctx.keywords)[2:]
+        args = (grad_loss, *inputs, [*saved], *ctx.keywords[:3], *needed)
+        return *first_derivative(_elogitnorm_backward, args, needed, (logits, head_weight)), *[None] * 8
 
 
 def elogitnorm(

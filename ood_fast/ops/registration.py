@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Private names of torch
@@ -32,6 +33,7 @@ ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 BAG_WEIGHTS_GRADIENT = _private_operator("aten", "_embedding_bag_per_sample_weights_backward")
 
 
+FORWARD_LEVEL = "_current_level"  # of forward-mode derivatives, -1 outside of all; without it tensors are asked
 COMPILED_CALL = "_compiled_call_impl"  # where `module.compile()` puts what it made
 
 
@@ -144,7 +146,9 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 def has_tangents(*tensors: Tensor | None) -> bool:
     """Whether a forward-mode derivative is under way."""
-    unpack = torch.autograd.forward_ad.unpack_dual
+    if getattr(forward_ad, FORWARD_LEVEL, 0) < 0:
+        return False
+    unpack = forward_ad.unpack_dual
     return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
