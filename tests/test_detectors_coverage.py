@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ood_fast
-from ood_fast.detectors import NAC, DetectorSet, load
+from ood_fast.detectors import NAC, DetectorSet, load, tune
 
 C = 4
 
@@ -140,6 +140,13 @@ def test_a_sample_of_the_training_data_is_counted(net, x):
     assert (detector.coverage.sum(0) <= 20).all()
     counts = NAC(samples=20, full=1e6).fit(net, [x]).coverage * 1e6
     torch.testing.assert_close(counts.sum(0), torch.full((6,), 20.0).double())
+
+
+def test_its_alpha_is_searched(net, x):
+    assert 1.0 in NAC.grid["alpha"]
+    _, trials = tune(DetectorSet(["NAC"]), net, [x], [x[:9]], {"far": [3 * x]})
+    assert len(trials["NAC"]) == 8
+    assert net.passes == 3
 
 
 def test_tokens(x):
