@@ -275,7 +275,7 @@ def _named(path: Path, part: Path | None = None) -> Iterator[None]:
         ours = error.filename is None or (part is not None and str(error.filename).startswith(str(part)))
         if error.errno is None or isinstance(error, BusyError) or not (ours or error.filename == str(path)):
             raise  # it is told in words, or about another file
-        named = type(error)(f"cannot write {path}: {error.strerror}")
+        named = type(error)(f"cannot write {path}: {error.strerror or os.strerror(error.errno)}")
         named.errno = error.errno
         raise named from error
 

@@ -54,7 +54,7 @@ class ScoreTable:
             self.alone.close()
             raise UserError(f"--out: another ood-fast score is at work on {out}") from error
         except OSError as error:
-            raise RunError(f"cannot write {part}: {error.strerror}") from error
+            raise RunError(f"cannot write {part}: {error.strerror or error}") from error
         try:
             if part.exists() and not overwrite:
                 self.start = self._resumed(part)
@@ -65,7 +65,7 @@ class ScoreTable:
         except OSError as error:
             if not part.stat().st_size:
                 part.unlink()
-            raise RunError(f"cannot write {part}: {error.strerror}") from error
+            raise RunError(f"cannot write {part}: {error.strerror or error}") from error
         self.has_rows = self.start > 0
 
     def __enter__(self) -> ScoreTable:
@@ -136,7 +136,7 @@ class ScoreTable:
             self.file.flush()
             self.has_rows |= bool(lines)
         except OSError as error:
-            raise RunError(f"cannot write {self._part(self.process.rank)}: {error.strerror}") from error
+            raise RunError(f"cannot write {self._part(self.process.rank)}: {error.strerror or error}") from error
 
     def finish(self) -> tuple[int, dict[str, int], int] | None:
         """Close the parts, and make the table of them in the first process.

@@ -48,7 +48,7 @@ def find(name: str | Path) -> TrainingRecipe:
         require("name", "''", settings["name"] != "", "a name that a folder can have")
         return from_dict(settings)
     except OSError as error:
-        raise bad_setting(f"recipe {path}: {error.strerror}") from error
+        raise bad_setting(f"recipe {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_setting(f"recipe {path}: no JSON ({error})") from error
     except ValueError as error:

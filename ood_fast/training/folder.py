@@ -156,7 +156,7 @@ def file_key(path: str | os.PathLike) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise checks.UserError(f"init: {path}: {error.strerror}") from error
+        raise checks.UserError(f"init: {path}: {error.strerror or error}") from error
 
 
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
     try:
         info = intact.read_json(file)
     except OSError as error:
-        raise checks.UserError(f"{path}: no run ({RUN}: {error.strerror})") from error
+        raise checks.UserError(f"{path}: no run ({RUN}: {error.strerror or error})") from error
     if not isinstance(info, dict) or not isinstance(info.get("recipe"), dict):
         raise checks.UserError(f"{file}: says nothing of a recipe, expected what `ood-fast train` writes")
     for name, kind in (("benchmark", str), ("n_classes", int), ("image_shape", list)):
