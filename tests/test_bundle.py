@@ -27,6 +27,10 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def detectors(model) -> DetectorSet:
+    return fitted(model)
+
+
+def fitted(model: nn.Module) -> DetectorSet:
     x = torch.randn(30, 3, 16, 16)
     made = DetectorSet(["MSP", "NCI"]).fit(model, [(x, torch.arange(30) % 3)])
     for name, scores in made.score(model, x).items():
@@ -77,7 +81,7 @@ def test_what_was_there_is_replaced_and_the_rest_stays(model, detectors, tmp_pat
     ood_fast.save_bundle(tmp_path, model, detectors, PREPARED)
     with torch.no_grad():
         model[0].bias.add_(1)
-    ood_fast.save_bundle(tmp_path, nn.DataParallel(model), detectors, PREPARED)
+    ood_fast.save_bundle(tmp_path, nn.DataParallel(model), fitted(model), PREPARED)
     loaded = ood_fast.load_bundle(tmp_path, without_norms(3, 3, None))
     assert torch.equal(loaded.model[0].bias, model[0].bias)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*NAMES, "notes.txt"])
@@ -93,14 +97,15 @@ def test_an_interrupted_save_leaves_the_old_one(model, detectors, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(files, "write_text", full)
         with pytest.raises(OSError, match="full"):
-            ood_fast.save_bundle(tmp_path, without_norms(3, 3, None), detectors, PREPARED)
+            ood_fast.save_bundle(tmp_path, model, fitted(model), PREPARED)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_damage_and_mixtures_are_refused(model, detectors, tmp_path):
     whole, other = tmp_path / "whole", tmp_path / "other"
     ood_fast.save_bundle(whole, model, detectors, PREPARED)
-    ood_fast.save_bundle(other, without_norms(3, 3, None), detectors["MSP"], PREPARED)
+    another = without_norms(3, 3, None)
+    ood_fast.save_bundle(other, another, fitted(another)["MSP"], PREPARED)
     for name in NAMES[:2]:
         shutil.copytree(whole, mixed := tmp_path / f"mixed {name}")
         shutil.copy(other / name, mixed / name)
