@@ -63,7 +63,7 @@ def per_pixel(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(detector: Detector, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
-    """The scores (n, h, w) of every pixel, higher = more in-distribution.
+    """The scores (n, h, w) of every pixel by one detector, higher = more in-distribution.
 
     Args:
         detector: fitted; none that passes inputs through the model.
@@ -73,12 +73,14 @@ def score(detector: Detector, features: Tensor | None, logits: Tensor | None = N
         ValueError: features and logits of other sizes (interpolate one of them first); NaN in them, with the row, which
             counts the pixels of all images in their order. RuntimeError: it is not fitted.
     """
+    checks.instance("detector", detector, Detector, "a Detector; score_set takes a DetectorSet")
     return _scored(lambda *rows: {"": detector.score_features(*rows)}, features, logits)[""]
 
 
 @torch.no_grad()
 def score_set(detectors: DetectorSet, features: Tensor | None, logits: Tensor | None = None) -> dict[str, Tensor]:
     """As `score`, of several detectors, which share a read of the maps: {name: (n, h, w)}."""
+    checks.instance("detectors", detectors, DetectorSet, "a DetectorSet; score takes a Detector")
     return _scored(detectors.score_features, features, logits)
 
 
@@ -110,7 +112,7 @@ def partial_fit(
     """
     first = _check_maps({"features": features, "logits": logits})
     size = first.shape[:1] + first.shape[2:]
-    if target is not None and (target.shape != size or target.is_floating_point()):
+    if target is not None and (target.shape != size or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(f"target: got {target.dtype} of shape {tuple(target.shape)}, expected {tuple(size)} of int")
     for start, of_features, of_logits in _chunks(features, logits):
         classes = None

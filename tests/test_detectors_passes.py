@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import threading
@@ -258,7 +259,12 @@ def test_what_is_no_ensemble(x, net):
     with pytest.raises(RuntimeError, match=r"call fit\(models, loader\)"):
         Ensemble("KNN").partial_fit(torch.randn(9, 6))
     with pytest.raises(ValueError, match="k: got 50"):
-        Ensemble("KNN").fit([net, net], batches(x))
+        Ensemble("KNN").fit([net, copy.deepcopy(net)], batches(x))
+    with pytest.raises(ValueError, match="model: got one model several times"):
+        Ensemble("mutual_information").fit([net, nn.DataParallel(net)], batches(x))
+    for models in ([], [nn.Linear(6, 3), nn.Linear(6, 2)]):
+        with pytest.raises(ValueError, match=r"model: got logits of shapes .*, expected models of the same classes"):
+            ModelEnsemble(models)(torch.randn(3, 6))
 
 
 # ---- all of them

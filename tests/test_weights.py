@@ -70,6 +70,50 @@ def test_other_weights_are_refused(net, detector, change, kept, tmp_path):
     assert detector.threshold == threshold
 
 
+def swapped(net: nn.Module) -> None:
+    for parameter in net.parameters():  # as moving averages are put in place: no version counts it
+        parameter.data.copy_(torch.randn_like(parameter))
+
+
+def replaced(net: nn.Module) -> None:
+    net.fc.weight.data = torch.randn_like(net.fc.weight)
+
+
+@pytest.mark.parametrize("change", [swapped, replaced])
+def test_changes_that_no_version_counts(net, detector, change):
+    detector.score(net, X)
+    change(net)
+    with pytest.raises(ValueError, match=OTHER):
+        detector.score(net, X)
+
+
+def test_statistics_of_norms_are_weights():
+    net = nn.Sequential(nn.Linear(6, M), nn.BatchNorm1d(M), nn.ReLU(), nn.Linear(M, 5)).eval()
+    detector = NCI().fit(net, [X])
+    assert detector.score(copy.deepcopy(net).half(), X.half()).shape == (40,)
+    net[1].running_mean.add_(1)  # as passes in training mode do
+    with pytest.raises(ValueError, match=OTHER):
+        detector.score(net, X)
+
+
+def test_what_is_loaded_or_fitted_says_nothing_of_the_fit_before(net, detector):
+    other = Net().eval()
+    detector.load_state_dict(NCI().fit(other, [X]).state_dict())
+    assert detector.fitted_on is None
+    for one in (detector, MSP().fit(net, [X]), detectors.MCDropout("NCI"), detectors.Ensemble("NCI")):
+        one.threshold = torch.tensor(0.5)
+        models = [other, net] if isinstance(one, detectors.Ensemble) else other
+        if isinstance(one, detectors.MCDropout):
+            other.backbone.append(nn.Dropout(0.1))
+        one.fit(models, [X])
+        assert one.threshold is None
+        with pytest.raises(RuntimeError, match="a new fit drops that of the one before"):
+            one.is_ood(torch.zeros(3))
+    kept = MSP().fit(other, [X])
+    kept.threshold = torch.tensor(0.5)
+    assert kept.fit(other, [X]).threshold == 0.5  # the same model, of which it keeps nothing
+
+
 def test_of_a_set_those_too_that_keep_nothing_of_the_data(net, tmp_path):
     both = DetectorSet(["MSP", "NCI"]).fit(net, [X])
     both.save(tmp_path / "set.safetensors")

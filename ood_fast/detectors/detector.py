@@ -114,6 +114,10 @@ class Detector(Contract):
         """Fill the buffers from what was gathered, by the class's `_finish`."""
         self._finish(**gathered)
 
+    def forget(self) -> None:
+        """Drop model, threshold and calibration of the fit before: they say nothing of another one."""
+        self.fitted_on = self.threshold = self.calibration = None
+
     # ---- scoring
 
     @torch.no_grad()
@@ -210,7 +214,8 @@ class Detector(Contract):
         """Whether each score, (n,), is not at or above `threshold`: below it, or NaN. All, if that is no number."""
         if self.threshold is None:
             raise RuntimeError(
-                f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold"
+                f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold; a "
+                "new fit drops that of the one before"
             )
         if self.threshold.numel() != 1:  # it would be taken for one a score
             raise ValueError(f"threshold: got shape {tuple(self.threshold.shape)}, expected one number")
@@ -296,6 +301,7 @@ class Detector(Contract):
 
     # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.fitted_on = None  # a state_dict does not say
         names = [name for name in self.buffer_names() if prefix + name in state_dict]
         for name in names:
             setattr(self, name, torch.empty_like(state_dict[prefix + name]))

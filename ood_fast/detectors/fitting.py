@@ -198,7 +198,10 @@ class Fit:
                 if detector.needs_fit and not detector.learners():  # of several models
                     detector.fit(model, loader, head, group)
                 else:  # also one that keeps nothing: its threshold holds for this model
-                    detector.fitted_on = identity_of(model)
+                    weights = identity_of(model)
+                    if detector.fitted_on not in (None, weights):  # of one that keeps nothing, too
+                        detector.forget()
+                    detector.fitted_on = weights
         finally:
             self._end()
 
@@ -272,8 +275,9 @@ class Fit:
         if group is not None:
             streaming.gather(self.parts, group)
         try:
+            for detector in {*self.detectors, *(given for given in self.given if given.needs_fit)}:
+                detector.forget()
             for detector in self.detectors:
-                detector.fitted_on = None
                 self._finish(detector, head)
         finally:
             self._end()

@@ -341,7 +341,16 @@ class ModelEnsemble(nn.ModuleList):
 
     def forward(self, *args: Any, **keywords: Any) -> Tensor:
         """The mean logits (n, c)."""
-        return torch.stack([logits_of(model(*args, **keywords)) for model in self]).mean(dim=0)
+        logits = [logits_of(model(*args, **keywords)) for model in self]
+        return _stacked(logits).mean(dim=0)
+
+
+def _stacked(found: list[Tensor]) -> Tensor:
+    """What each model gave, one after the other; ValueError for none, or models of other classes."""
+    if len({one.shape for one in found}) != 1:
+        shapes = ", ".join(str(tuple(one.shape)) for one in found) or "none"
+        raise ValueError(f"model: got logits of shapes {shapes}, expected models of the same classes")
+    return torch.stack([one.to(found[0].device) for one in found])
 
 
 @register
@@ -413,6 +422,9 @@ class Ensemble(SeveralPasses):
                 f"loader: got a {type(loader).__name__}, which can be read once, expected a DataLoader or a list of "
                 f"batches: each of the {len(models)} models runs over it"
             )
+        if len({id(unwrapped(one)) for one in models}) < len(models):
+            raise ValueError(f"model: got one model several times, expected {len(models)} that were trained apart")
+        self.forget()
         members = self._anew(len(models))
         for member, one in zip(members, models, strict=False):  # none for a function of logits
             member.fit(one, loader, head, group)
@@ -440,4 +452,4 @@ class Ensemble(SeveralPasses):
         models = self.models(model)
         members: Sequence[Any] = list(self.members) if self.needs_fit else [self.member] * len(models)
         found = [look(member, one, x, head) for member, one in zip(members, models, strict=True)]
-        return iter([one.to(found[0].device) for one in found])
+        return iter(_stacked(found))

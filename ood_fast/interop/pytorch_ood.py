@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import checks, detectors
 from ..heads import find_head, given_head, inference_head
 from ..models.running import run_model
+from ..models.weights import refuse_other
 
 try:
     from pytorch_ood import api
@@ -94,6 +95,8 @@ class PytorchOOD(api.FeaturesDetector):
     def predict_features(self, x: Tensor) -> Tensor:
         """Outlier scores (n,) of features (n, m)."""
         self._require_fitted()
+        if self.model is not None:  # whose encoder has made them
+            refuse_other(self.model, self.detector.fitted_on, self.detector.label)
         return -self.detector.score_features(x, self._logits(x))
 
     def get_hyperparameters(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which weights a model has, told by a few numbers: so that a detector knows the model that it was fitted on.
 
-Of every floating-point parameter w, k elements (all, or 256 evenly spread) are projected onto fixed waves, j = 1…4:
-√2 Σ_i w_i cos(i √j) / max(‖w‖, 1e-3 √k). These numbers, about 1 in size, are others for other weights, and nearly the
-same in another dtype, on another device, wrapped, compiled or replicated. `models.weight_fingerprint` is exact.
+Of every floating-point parameter w, and of the running means and variances of norms, k elements (all, or 256 evenly
+spread) are projected onto fixed waves, j = 1…4: √2 Σ_i w_i cos(i √j) / max(‖w‖, 1e-3 √k). These numbers, about 1 in
+size, are others for other weights, and nearly the same in another dtype, on another device, wrapped, compiled or
+replicated. `models.weight_fingerprint` is exact.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..ops.registration import version_of
 N_ELEMENTS, N_WAVES = 256, 4
 # bfloat16 moves a number by 0.003, 8 bits by 0.02; all four of other weights are within 0.05 with a chance of 1e-6.
 TOLERANCE = 0.05
+N_LOOKED_AT = 16  # parameters of which a few elements are looked at in every call: `.data` counts no changes
 TINY = 1e-3  # a parameter of smaller elements counts for less: float16 rounds them away
 
 
@@ -32,8 +34,14 @@ class Weights(NamedTuple):
     waves: tuple[float, ...]  # N_WAVES numbers a parameter
 
 
-# model -> its parameters with their versions as they were read, and what was read
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list, Weights | None]] = weakref.WeakKeyDictionary()
+class _Seen(NamedTuple):
+    refs: list[weakref.ref]  # to the parameters as they were read
+    versions: list[tuple]
+    elements: Tensor  # some of them
+    found: Weights
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
 
 def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
@@ -42,6 +50,7 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
 
     They are read once, and again when a parameter was replaced or changed in place.
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     if isinstance(model, nn.ModuleList) or not isinstance(model, nn.Module):
         each = [identity_of(one) for one in model]
         known = [weights for weights in each if weights is not None]
@@ -49,36 +58,46 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
             return None
         shapes = zlib.crc32(str([weights.shapes for weights in known]).encode())
         return Weights(shapes, tuple(wave for weights in known for wave in weights.waves))
-    model = unwrapped(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    versions, found = _seen.get(model, ([], None))
-    if len(versions) != len(parameters) or not all(
-        kept() is parameter and version == version_of(parameter)
-        for (kept, version), parameter in zip(versions, parameters, strict=True)
+    normed = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    tensors = [tensor for tensor in (*model.parameters(), *normed) if tensor.is_floating_point()]
+    whole = all(type(each) in (Tensor, nn.Parameter) and not each.is_meta and each.numel() for each in tensors)
+    if not whole or not tensors:
+        return None
+    versions, elements = [(version_of(each), each.data_ptr()) for each in tensors], _looked_at(tensors)
+    seen = _seen.get(model)
+    if (
+        seen is None
+        or seen.versions != versions
+        or not all(kept() is each for kept, each in zip(seen.refs, tensors, strict=True))
+        or not torch.equal(seen.elements, elements)
     ):
-        versions, found = [(weakref.ref(each), version_of(each)) for each in parameters], _read(parameters)
-        _seen[model] = versions, found
-    return found
+        _seen[model] = seen = _Seen([weakref.ref(each) for each in tensors], versions, elements, _read(tensors))
+    return seen.found
 
 
 def refuse_other(model: nn.Module | Sequence[nn.Module], fitted_on: Weights | None, what: str) -> None:
     """ValueError if the model has other weights than those of the model that `what` was fitted on."""
     if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None or here is fitted_on:
         return
-    if here.shapes == fitted_on.shapes and all(
+    if (here.shapes, len(here.waves)) == (fitted_on.shapes, len(fitted_on.waves)) and all(
         abs(a - b) <= TOLERANCE for a, b in zip(here.waves, fitted_on.waves, strict=True)
     ):
         return
     raise ValueError(
         f"model: its weights are not those of the model that {what} was fitted on, for which alone scores and "
-        "threshold hold; pass that model, fit anew, or set the detector's fitted_on = None"
+        "threshold hold; pass that model, fit anew, or, if it is the same in another form (fused, quantized, "
+        "reparametrized), set the detector's fitted_on = None"
     )
 
 
-def _read(parameters: list[nn.Parameter]) -> Weights | None:
-    whole = (Tensor, nn.Parameter)
-    if any(type(each) not in whole or each.is_meta or not each.numel() for each in parameters) or not parameters:
-        return None
+@torch.no_grad()
+def _looked_at(parameters: list[Tensor]) -> Tensor:
+    few = [*parameters[:: -(-len(parameters) // N_LOOKED_AT)], parameters[-1]]
+    parts = [each[(0,) * (each.dim() - 1)].flatten()[:4].float() for each in few]
+    return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
+
+
+def _read(parameters: list[Tensor]) -> Weights:
     with torch.no_grad():
         parts = [_spread(parameter).float() for parameter in parameters]
         values = torch.cat([part.to(parts[0].device) for part in parts]).cpu().double()
