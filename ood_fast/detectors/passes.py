@@ -341,15 +341,13 @@ class ModelEnsemble(nn.ModuleList):
 
     def forward(self, *args: Any, **keywords: Any) -> Tensor:
         """The mean logits (n, c)."""
-        logits = [logits_of(model(*args, **keywords)) for model in self]
-        return _stacked(logits).mean(dim=0)
+        return _stacked([logits_of(model(*args, **keywords)) for model in self]).mean(dim=0)
 
 
 def _stacked(found: list[Tensor]) -> Tensor:
     """What each model gave, one after the other; ValueError for none, or models of other classes."""
-    if len({one.shape for one in found}) != 1:
-        shapes = ", ".join(str(tuple(one.shape)) for one in found) or "none"
-        raise ValueError(f"model: got logits of shapes {shapes}, expected models of the same classes")
+    if len(shapes := {tuple(one.shape) for one in found}) != 1:
+        raise ValueError(f"model: got logits of shapes {sorted(shapes)}, expected models of the same classes")
     return torch.stack([one.to(found[0].device) for one in found])
 
 
@@ -441,11 +439,7 @@ class Ensemble(SeveralPasses):
         """RuntimeError: features are those of one model."""
         raise RuntimeError(f"{self.label} is fitted on several models: call fit(models, loader)")
 
-    def partial_fit(
-        self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
-    ) -> Detector:
-        """As `fit_features`."""
-        return self.fit_features(features, logits, targets)
+    partial_fit = fit_features
 
     def looks(self, model: Any, x: Any, head: str | nn.Linear | None) -> Iterator[Tensor]:
         """One pass of each model."""
