@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector, DetectorSet
+from .detectors.fitting import check_batch
+from .detectors.numbers import check_targets
 from .functional import as_places, as_rows
 from .heads import is_pointwise
 from .metrics import Binned, binned
@@ -114,17 +116,28 @@ def partial_fit(
     size = first.shape[:1] + first.shape[2:]
     if target is not None and (target.shape != size or target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(f"target: got {target.dtype} of shape {tuple(target.shape)}, expected {tuple(size)} of int")
-    for start, of_features, of_logits in _chunks(features, logits):
-        classes = None
-        if target is not None:
-            n_rows = len(of_logits if of_features is None else of_features)
-            classes = target.flatten()[start : start + n_rows].long()
-            kept = (classes >= 0) & (classes != ignore_index)
-            of_features, of_logits, classes = (
-                part if part is None else part[kept] for part in (of_features, of_logits, classes)
-            )
-        if classes is None or len(classes):
-            detector.partial_fit(of_features, of_logits, classes)
+    for rows in _training_rows(features, logits, target, ignore_index):  # what is refused leaves nothing in any sum
+        check_batch(*rows)
+        if rows[2] is not None:
+            check_targets(rows[2], None if logits is None else logits.shape[1])
+    for rows in _training_rows(features, logits, target, ignore_index):
+        detector.partial_fit(*rows)
+
+
+def _training_rows(
+    features: Tensor | None, logits: Tensor | None, target: Tensor | None, ignore_index: int
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Features, logits and classes of the pixels that count, as many at a time as `VALUES` allows."""
+    for start, *rows in _chunks(features, logits):
+        if target is None:
+            yield rows[0], rows[1], None
+            continue
+        n_rows = len(rows[1] if rows[0] is None else rows[0])
+        classes = target.flatten()[start : start + n_rows].long()
+        kept = (classes >= 0) & (classes != ignore_index)
+        if kept.any():
+            of_features, of_logits = (part if part is None else part[kept] for part in rows)
+            yield of_features, of_logits, classes[kept]
 
 
 class PixelMetrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_what_is_refused(layer):
     for call, kind, said in refusals(layer):
         with pytest.raises(kind, match=re.escape(said)):
             call()
+
+
+def test_a_batch_that_is_refused_leaves_nothing(layer):
+    z, logits = maps(layer)
+    y = logits.argmax(dim=1)
+    wrong, bad = y.clone(), z.clone()
+    wrong[-1, 0, 0], bad[-1, 0, 0, 0] = logits.shape[1], math.nan
+    once, again = DetectorSet(["Mahalanobis"]), DetectorSet(["Mahalanobis"])
+    for features, target in ((z, wrong), (bad, y), (z, y.bool())):
+        with pytest.raises((ValueError, TypeError), match=r"target|features: got NaN"):
+            dense.partial_fit(again, features, logits, target)
+    for one in (once, again):
+        dense.partial_fit(one, z, logits, y)
+        one.finalize(dense.head_of(layer))
+    scores = [dense.score_set(one, z, logits)["Mahalanobis"] for one in (once, again)]
+    assert torch.equal(*scores)
+    with pytest.raises(TypeError, match="detector: got DetectorSet, expected a Detector; score_set"):
+        dense.score(once, z, logits)
 
 
 # ---- metrics over pixels

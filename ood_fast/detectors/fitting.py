@@ -248,7 +248,7 @@ class Fit:
                         f"{detector.label}: {name}: got None, expected {_EXPECTED[name]}, which it is fitted on"
                         + "; a batch that is a mapping has them as labels, targets or y" * (name == "targets")
                     )
-        extent = _check_batch(features, logits, targets)
+        extent = check_batch(features, logits, targets)
         if logits is not None and any(detector.needs_logits or detector.needs_head for detector in self.detectors):
             refuse_one_logit(logits)
         for part in self.parts:
@@ -337,7 +337,7 @@ class Fit:
         return weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def _check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> Tensor | None:
+def check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> Tensor | None:
     """The extent of the features; ValueError or TypeError for a batch whose numbers, dtypes or lengths no fit takes."""
     extent = None
     if features is not None:
