@@ -83,6 +83,31 @@ def test_bad_input(model):
         ood_fast.evaluate(model, torch.zeros(3, 6), {"x": loader(20)})
 
 
+@pytest.mark.parametrize("where", ["test", "fit", "csid"])
+def test_targets_that_are_no_classes_of_the_model_are_refused(where):
+    model = torch.nn.Linear(cases.C, cases.C).eval()
+    torch.nn.init.eye_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    y = torch.arange(40) % cases.C
+    x = torch.nn.functional.one_hot(y, cases.C).float()
+
+    def evaluated(y: torch.Tensor, far: torch.Tensor = x) -> None:
+        given = {name: [(x, y if name == where else x.argmax(1))] for name in ("test", "fit", "csid")}
+        ood = {"csid": given["csid"], "far": [(far, y)]}
+        ood_fast.evaluate(model, given["test"], ood, fit=given["fit"], detectors=["MSP", "NCI"])
+
+    evaluated(y if where == "fit" else y.int())
+    for wrong in (x, x.long(), y.float(), y > 1):
+        with pytest.raises(ValueError, match=f"{where}: targets: got torch.* expected class indices"):
+            evaluated(wrong)
+    with pytest.raises(
+        ValueError, match=f"{where}: the targets are not in the order .* 0.0 % .* 100.0 % .*0 -> {cases.C - 1}"
+    ):
+        evaluated((y + 1) % cases.C)
+    with pytest.raises(ValueError, match="far: got a loader without an input"):
+        evaluated(y, x[:0])
+
+
 def test_full_spectrum_takes_shifted_images_as_in_distribution(model):
     parts = {"near": loader(30, 0.5), "csid/dim": loader(24, 0.2), "csid_blur": loader(36, 0.4), "far": loader(20, 3.0)}
     found = ood_fast.evaluate(model, loader(40), parts, detectors=["MSP", "Energy"], bootstrap=10)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..detectors import Detector, DetectorSet, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
+from .agreement import confusion, other_order
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
 from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet
@@ -65,7 +66,8 @@ def evaluate_loaders(
         bootstrap: draws for intervals.
 
     Raises:
-        ValueError: no OOD loader, one without a batch; a detector that needs `fit`, or does not fit its data.
+        ValueError: no OOD loader, one without a batch; a detector that needs `fit`, or does not fit its data; targets
+            that are no class indices, or in another order than the model's classes.
 
     With covariate-shifted sets the evaluation is also a full-spectrum one, as OpenOOD's `fsood`: the metrics
     `fsood_auroc`, ... take the ID test images and all shifted ones together as in-distribution, `fsood_accuracy` is
@@ -110,6 +112,18 @@ def _group(name: str) -> str:
     return found[1] if found else "far"
 
 
+def _check_classes(name: str, logits: Tensor, targets: list[Tensor]) -> None:
+    """ValueError for targets that are no class indices of the logits, or those of another order."""
+    for some in targets:
+        if some.dim() != 1 or some.is_floating_point() or some.is_complex() or some.dtype == torch.bool:
+            got = f"{some.dtype} of shape {tuple(some.shape)}"
+            raise ValueError(f"{name}: targets: got {got}, expected class indices (n,)")
+    counts = confusion(logits, torch.cat(targets).long())
+    cure = "give targets in the order of the logits"
+    if wrong := other_order(counts, [str(k) for k in range(logits.shape[1])], cure, "target"):
+        raise ValueError(f"{name}: {wrong}")
+
+
 def _outputs(
     model: nn.Module,
     head: nn.Linear,
@@ -130,8 +144,10 @@ def _outputs(
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
             scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())
-    if not logits:
-        raise ValueError(f"{name}: got a loader without a batch, expected inputs")
+    if not any(map(len, logits)):
+        raise ValueError(f"{name}: got a loader without {'an input' if logits else 'a batch'}, expected inputs")
+    if name in (TEST, FIT) or _group(name) == CSID:
+        _check_classes(name, torch.cat(logits), targets)
     joined = {key: torch.cat(parts) for key, parts in scores.items()}
     group = "id" if name in (TEST, FIT) else "ood"
     return Outputs(name, name, group, torch.cat(features), torch.cat(logits), torch.cat(targets), joined)
