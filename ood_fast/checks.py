@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .registry import KINDS
+
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
 SHORT_LIST = 10  # names
@@ -57,12 +59,14 @@ def behind(n_rows: int) -> Iterator[None]:
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is not among the known ones: suggests the nearest, and lists them.
 
-    The suggestion stands behind a short list, and before one in which it would be overlooked.
+    The suggestion stands behind a short list, and before one in which it would be overlooked. Of what users may add by
+    a name, the message also says how.
     """
     names = sorted(known)
     by_lower = {known_name.lower(): known_name for known_name in reversed(names)}
     nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}"
+    own = "; one of your own needs --plugin MODULE" * (what in KINDS)
+    message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}{own}"
     if not nearest:
         return f"{message}; {listed}"
     hint = f"did you mean {by_lower[nearest[0]]!r}?"

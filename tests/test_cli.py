@@ -174,7 +174,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert result.stdout == ""
     assert result.stderr == (
         "ood-fast: error: unknown loss 'elogitnrm'; did you mean 'elogitnorm'? "
-        f"known: {', '.join(sorted(recipes.METHODS))}\n"
+        f"known: {', '.join(sorted(recipes.METHODS))}; one of your own needs --plugin MODULE\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -420,10 +420,12 @@ def test_labels_are_names_too(name):
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(checks.UserError, match=r"unknown detector 'enrgy'; did you mean 'Energy'\? known: .*MSP"):
         detectors.create("enrgy")
-    with pytest.raises(checks.UserError, match=r"unknown detector 'xyz'; known: .*MSP.*WeiPer$"):
+    with pytest.raises(checks.UserError, match=r"'xyz'; known: .*MSP.*WeiPer; one of your own needs --plugin MODULE$"):
         detectors.create("xyz")
     short = checks.unknown("loss", "loss03", [f"loss{i}" for i in range(checks.SHORT_LIST)])
-    assert short.endswith("loss9; did you mean 'loss3'?"), "behind a list that is read at a glance"
+    assert short.endswith("loss9; one of your own needs --plugin MODULE; did you mean 'loss3'?"), (
+        "behind a list that is read at a glance"
+    )
 
 
 def test_an_own_detector_is_registered_by_one_decorator(monkeypatch, features):

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ood_fast
 from ood_fast import cli, registry
+from ood_fast.commands import code
+from ood_fast.training.objective import Objective
 
 PAGE = Path(__file__).parents[1] / "docs/extending.md"
 
@@ -85,3 +88,68 @@ def test_names_that_are_taken_are_refused(own_names):
 def test_a_name_of_ones_own(own_names):
     function = ood_fast.register("metric", "gap")(lambda one, other: 0.0)
     assert registry.added("metric")["gap"] is function
+
+
+# ---- what is wrong with a plugin is told
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, own_names):
+    """A folder of packages with `namesake.py`, which registers nothing, and another current folder."""
+    for folder in ("packages", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "packages/namesake.py").write_text("open('RAN', 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path
+    sys.modules.pop("namesake", None)
+
+
+@pytest.mark.parametrize("own", ["namesake.py", "namesake/detectors.py"])
+@pytest.mark.parametrize("name", ["namesake", "namesake.detectors"])
+def test_a_plugin_beside_a_package_of_its_name_is_refused(own, name, elsewhere):
+    Path(own).parent.mkdir(exist_ok=True)
+    Path(own).touch()
+    with pytest.raises(ood_fast.checks.UserError) as refused:
+        code.import_plugins([name])
+    for told in ("--plugin: 'namesake' is ", str(elsewhere / "packages/namesake.py"), own.partition("/")[0], "rename"):
+        assert told in str(refused.value)
+    assert not Path("RAN").exists()
+
+
+def test_a_plugin_that_registers_nothing_is_told(elsewhere):
+    Path("namesake").mkdir()  # of data: no module
+    with pytest.warns(UserWarning, match=r"--plugin: namesake, .*packages/namesake\.py, registers nothing"):
+        code.import_plugins(["namesake"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lambda model, recipe: None, "got NoneType of .*, expected a criterion"),
+        (lambda model, recipe: lambda f, y: None, "got NoneType and Tensor for the logits, expected a scalar tensor"),
+        (lambda model, recipe: lambda f, y: f.sum(dim=1), r"got a tensor of shape \(\d+,\) with a gradient"),
+        (lambda model, recipe: lambda f, y: f.sum().detach(), r"got a tensor of shape \(\) without a gradient"),
+        (lambda model, recipe: LossAlone(), "got a tensor of shape .* and NoneType for the logits"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(given, expected, tmp_path, own_names):
+    ood_fast.register("loss", "odd")(given)
+    recipe = ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=odd", "epochs=1"])
+    with pytest.raises(ood_fast.checks.UserError, match="loss 'odd': " + expected):
+        ood_fast.train.Run(recipe, ood_fast.data.open_benchmark("digits"), tmp_path / "run").train()
+
+
+class LossAlone(Objective):
+    """Without the logits."""
+
+    def step(self, network, batch):
+        return network(batch.x).sum()
+
+
+def test_a_metric_that_fails_is_named(own_names):
+    ood_fast.register("metric", "odd")(lambda id_scores, ood_scores: 1 / 0)
+    model = torch.nn.Linear(4, 3)
+    loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    with pytest.raises(ood_fast.checks.UserError, match="metric 'odd': ZeroDivisionError: division by zero; expected"):
+        ood_fast.evaluate(model, loader, {"far": loader}, detectors=["MSP"])

@@ -8,10 +8,11 @@ same code and found without looking into the current folder. No file beside the 
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from ..checks import UserError
 from ..files import write_text
+from ..registry import KINDS, added
 
 MOST_REMEMBERED = 500
 _appended: set[str] = set()  # current folders that are on the path because a command line asked
@@ -29,6 +31,9 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     """A module that the command line names, from where packages are or, at last, the current folder.
 
     Last, and only then: a `PIL.py` that lies beside the data must not run in the place of the package.
+
+    Raises:
+        UserError: it cannot be imported, or has the name of another that lies in the current folder; neither runs then.
     """
     here = os.getcwd()
     for before in _appended - {here}:  # of a command in another folder
@@ -37,6 +42,7 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     if here not in sys.path:
         sys.path.append(here)
         _appended.add(here)
+    _refuse_namesake(name, Path(here), option)
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -46,10 +52,32 @@ def import_asked_for(name: str, option: str) -> ModuleType:
 
 
 def import_plugins(modules: list[str]) -> None:
-    """Import the user's modules, whose detectors and models register themselves."""
+    """Import the user's modules, whose detectors and models register themselves; a warning where nothing does."""
     for name in modules:
-        import_asked_for(name, "--plugin")
+        is_new, before = name not in sys.modules, _registered()
+        module = import_asked_for(name, "--plugin")
+        if is_new and _registered() == before:
+            where = getattr(module, "__file__", None) or ", ".join(module.__path__)
+            warnings.warn(f"--plugin: {name}, {where}, registers nothing with @ood_fast.register", stacklevel=2)
         remember(name)
+
+
+def _registered() -> list[dict[str, Any]]:
+    return [dict(added(kind)) for kind in KINDS]
+
+
+def _refuse_namesake(name: str, here: Path, option: str) -> None:
+    """UserError where `name` is found elsewhere, and the current folder has a module of that name too."""
+    top = name.partition(".")[0]
+    own = [path for path in (here / f"{top}.py", here / top) if path.is_file() or any(path.glob("*.py"))]
+    spec = None
+    with suppress(ImportError, ValueError):  # the import tells
+        spec = importlib.util.find_spec(top)
+    found = [] if spec is None else [*(spec.submodule_search_locations or ()), str(spec.origin)]
+    if own and found and not {*map(os.path.realpath, own)} & {*map(os.path.realpath, found)}:
+        raise UserError(
+            f"{option}: {top!r} is {found[0]}, not {own[0]}: packages come before the current folder; rename yours"
+        )
 
 
 def remember(name: str) -> None:

@@ -24,6 +24,7 @@ from .code import import_known, import_plugins
 from .common import context_of, detector_set, device, given, processes, read_head_file, say, searched
 from .model import PREPARATION, allow, is_callable, named
 from .progress import Bar
+from .quality import not_to_use
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -91,7 +92,7 @@ def _print_choices(results: Results) -> None:
         for name, tried in run.trials.items():
             best = max(tried, key=lambda trial: trial["auroc"])
             found = ", ".join(f"{key}={value}" for key, value in best.items() if key != "auroc")
-            text = f"{name}: {found} ({100 * best['auroc']:.2f}, best of {len(tried)})"
+            text = f"{name}: {found} ({100 * best['auroc']:.2f}, best of {len(tried)}){not_to_use(best['auroc'])}"
             told.setdefault(run.trained.name, []).append(text)
     for name, texts in told.items():
         print(f"Chosen for {name} (AUROC on validation data): {'; '.join(texts)}")

@@ -155,7 +155,7 @@ def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
 
     for name in names:
         if name not in detectors:
-            raise UserError(f"--detectors: {unknown('detector', name, detectors)}")
+            raise UserError(f"--detectors: {unknown('detector of the file', name, detectors)}")
     chosen = detectors.only(names or detectors)
     for name, detector in chosen.items():
         others = ",".join(other for other in chosen if other != name)

@@ -52,7 +52,9 @@ def _choice(told: str, *choices: str) -> dict[str, Any]:
 
 
 DEFAULT = "(default: %(default)s)"
-MODEL_HELP = "resnet18_32x32, one of torchvision's classifiers, timm:NAME, hf:FOLDER, or MODULE:CALLABLE"
+MODEL_HELP = (
+    "one of torchvision's classifiers, resnet18_32x32, timm:NAME, hf:FOLDER, MODULE:CALLABLE, or NAME of --plugin"
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     # models and their weights
     "model": _value("NAME", MODEL_HELP),
@@ -108,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile": _flag("torch.compile the model"),
     "channels-last": _flag("memory format of images and weights"),
     "sync-bn": _flag("batch statistics over all processes (GPUs)"),
-    "plugin": _many("MODULE", "import own detectors, models from it"),
+    "plugin": _many("MODULE", "own detectors, losses, models, benchmarks, metrics; may be repeated"),
     "quiet": _flag("print nothing but errors"),
     # what is kept
     "overwrite": _flag(),

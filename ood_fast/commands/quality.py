@@ -41,8 +41,13 @@ def told(
                 f"{100 * float((~(given[name] >= detector.threshold.cpu())).float().mean()):.1f} % of {kind}"
                 for kind, given in {"validation": scores, **others}.items()
             )
-        lines.append(line + f"; do not use, an AUROC is below {100 * LEAST:.0f}" * (min(aurocs.values()) < LEAST))
+        lines.append(line + not_to_use(min(aurocs.values())))
     return lines
+
+
+def not_to_use(auroc_: float) -> str:
+    """What is to be said behind the least AUROC of a detector."""
+    return f"; do not use, an AUROC is below {100 * LEAST:.0f}" * (auroc_ < LEAST)
 
 
 def _scores(

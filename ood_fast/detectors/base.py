@@ -18,7 +18,7 @@ Parameters are keywords of `__init__`, kept as attributes of the same name. With
 fit. Many detectors share one pass over the data in a `DetectorSet`. A whole one, which the command line knows by its
 name with `--plugin MODULE`:
 
-    @ood_fast.detectors.register
+    @ood_fast.register("detector")
     class Nearness(ood_fast.detectors.Detector):
         "Minus the distance to the mean of the training features, to the power p."
 

@@ -287,7 +287,7 @@ class Detector(Contract):
         method = type(self).__name__
         if registry.registered(method) is not type(self):
             raise ValueError(
-                f"{method}: is not registered, so that no file of it could be read; put @ood_fast.detectors.register "
+                f'{method}: is not registered, so that no file of it could be read; put @ood_fast.register("detector") '
                 "before the class"
             )
         self.require_fitted()

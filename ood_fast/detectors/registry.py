@@ -1,6 +1,6 @@
 """Detectors by name, for the command line, for `compare` and for files.
 
-@ood_fast.detectors.register
+@ood_fast.register("detector")
 class MyScore(ood_fast.detectors.Detector): ...
 
 ood_fast.detectors.create("MyScore")

@@ -285,7 +285,7 @@ def _reads(
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detector | DetectorSet:
     """Read what `save` wrote: a detector or a set of them, fitted, with its threshold, on `device`.
 
-    A detector class of your own has to be registered first, see `ood_fast.detectors.register`.
+    A detector class of your own has to be registered first, see `ood_fast.register`.
 
     Raises:
         OSError: the file is not there, or cannot be read.
@@ -308,8 +308,8 @@ def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
     cls = registry.registered(method)
     if cls is None:
         raise ValueError(
-            f"{path}: {checks.unknown('detector', method, registry.known())}; a class of your own has to be imported, "
-            "with @ood_fast.detectors.register before it, before its file is read"
+            f"{path}: {checks.unknown('detector', method, registry.known())}, or in Python the import of its class "
+            'with @ood_fast.register("detector") before it, before its file is read'
         )
     try:
         detector = cls(**record.settings)

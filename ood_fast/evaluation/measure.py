@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -310,7 +310,7 @@ def _detect(result: RunResult, detector: str, inside: list[str], prefix: str, dr
     found = {name: metrics.detection(of_id, scores[name]) for name in groups}
     for metric, function in added("metric").items():
         for name in groups:
-            found[name][metric] = float(function(torch.as_tensor(of_id), torch.as_tensor(scores[name])))
+            found[name][metric] = _own(metric, function, of_id, scores[name])
     drawn: dict[str, dict[str, Tensor]] = {}
     if draws is not None:
         below = draws.below(scores[ID], ID, *((scores[name], name) for name in inside[1:]))
@@ -326,3 +326,14 @@ def _detect(result: RunResult, detector: str, inside: list[str], prefix: str, dr
             of_draws = torch.stack([drawn[name][metric] for name in members]).mean(dim=0) if known else None
             mean = fmean(found[name][metric] for name in members)
             result.add(prefix + metric, mean, of_draws, detector=detector, ood_set=mean_name, group=group)
+
+
+def _own(metric: str, function: Callable[[Tensor, Tensor], float], of_id: np.ndarray, of_ood: np.ndarray) -> float:
+    """A metric of the user's; UserError that names it where it fails."""
+    try:
+        return float(function(torch.as_tensor(of_id), torch.as_tensor(of_ood)))
+    except Exception as error:  # whatever it raises
+        raise checks.UserError(
+            f"metric {metric!r}: {type(error).__name__}: {error}; expected a number of scores (n,) of the "
+            f"in-distribution, here {len(of_id)}, and (k,) of an OOD set, here {len(of_ood)}, float64"
+        ) from error

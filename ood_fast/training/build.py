@@ -51,7 +51,13 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`. One of your own may be an
     `Objective` instead, as "supcon", "cider" and "palm" are."""
     if own := added("loss").get(recipe.loss):
-        return own(model, recipe)
+        criterion = own(model, recipe)
+        if not callable(criterion):
+            raise checks.UserError(
+                f"loss {recipe.loss!r}: got {type(criterion).__name__} of {own.__name__}(model, recipe), expected a "
+                "criterion (logits, y) -> scalar tensor, or an Objective"
+            )
+        return criterion
     smoothing: dict[str, Any] = {"label_smoothing": recipe.label_smoothing}
     if recipe.loss == "logitnorm":
         return LogitNormLoss(recipe.tau, **smoothing)

@@ -30,7 +30,7 @@ from ..eager.precision import has_float64
 from .build import model_of, objective_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
-from .objective import StepBatch, n_correct
+from .objective import StepBatch, n_correct, of_step
 from .options import DivergedError, Interrupted, RunOptions, Watcher, status_of
 from .order import Batches
 from .randomness import convolutions_timed, random_state, random_state_kept, set_random_state
@@ -236,11 +236,10 @@ class Run:
     # ---- an epoch
 
     def _begin_epoch(self) -> None:
-        self.step = 0
         dtype = torch.float64 if has_float64(self.device) else torch.float32
         self._sums = torch.zeros(2, dtype=dtype, device=self.device)  # of the losses of steps, of correct images
         self._first_bad = torch.tensor(NEVER, device=self.device)
-        self._seconds, self._since = 0.0, time.perf_counter()
+        self.step, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def _train_epoch(self) -> None:
         for images, batches in self.sets:
@@ -268,7 +267,8 @@ class Run:
         self.optimizer.zero_grad()
         with self._autocast():
             done = (self.epoch + self.step / self.steps_an_epoch) / self.recipe.epochs
-            loss, logits = self.objective.step(self.network, StepBatch(x, target, *(beside or [None]), done=done))
+            batch = StepBatch(x, target, *(beside or [None]), done=done)
+            loss, logits = of_step(self.recipe.loss, self.objective.step(self.network, batch))
         self.scaler.scale(loss).backward()
         self.objective.average_gradients(self.n_processes)
         self.scaler.step(self.optimizer)

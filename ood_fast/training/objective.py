@@ -94,6 +94,20 @@ class Plain(Objective):
         return self._criterion[0](logits, batch.target), logits
 
 
+def of_step(name: str, result: Any) -> tuple[Tensor, Tensor]:
+    """What `Objective.step` gave, (loss, logits); UserError that names the loss where it is something else."""
+    loss, logits = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    got = type(loss).__name__
+    if isinstance(loss, Tensor):
+        if not loss.dim() and loss.requires_grad and isinstance(logits, Tensor):
+            return loss, logits
+        got = f"a tensor of shape {tuple(loss.shape)} with{'' if loss.requires_grad else 'out'} a gradient"
+    raise checks.UserError(
+        f"loss {name!r}: got {got} and {type(logits).__name__} for the logits, expected a scalar tensor with a "
+        "gradient, of `Objective.step` also the logits (n, c)"
+    )
+
+
 class WithFeatures(nn.Module):
     """x -> (logits (n, c), z (n, m)), z what enters the head."""
 
