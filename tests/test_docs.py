@@ -45,7 +45,7 @@ def names_of_a_reader() -> dict[str, Any]:
     given = {"ood_fast": ood_fast, "torch": torch, "nn": nn, "model": model, "x": x, "y": y, "z": z, "m": 16, "c": 4}
     given |= {"W": model.fc.weight, "b": model.fc.bias, "logits": model(x), "mean": z.detach().mean(0)}
     given |= {"outliers": torch.rand(8, 3, 3, 3), "epoch": 40}
-    given |= {"train_loader": loader(120), "val_loader": loader(60)}
+    given |= {"train_loader": loader(120), "val_loader": loader(60), "test_loader": loader(60)}
     given |= {"model_a": Net(), "model_b": Net(), "dropout_model": nn.Sequential(Net().body, nn.Dropout(), model.fc)}
     return given | {"ood_loader": loader(40, 1.0), "near_loader": loader(40, 0.5), "far_loader": loader(40, 2.0)}
 

@@ -38,7 +38,7 @@ def test_one_decorator_for_all(mine, capsys):
         "--set",
         "model=two_layers",
         "--set",
-        "benchmark=squares",
+        "benchmark=ramps",
         "--set",
         "batch_size=16",
         "--set",
@@ -50,7 +50,7 @@ def test_one_decorator_for_all(mine, capsys):
     chosen = ["--detectors", "MSP,Nearness", "--no-tune", "--bootstrap", "20", "--workers", "0", "--device", "cpu"]
     assert cli.main(["evaluate", "run", "--plugin", "mine", *chosen]) == 0, capsys.readouterr().err
     assert "separation" in capsys.readouterr().out
-    results = json.loads(Path("run/eval/squares/results.json").read_text(encoding="utf-8"))
+    results = json.loads(Path("run/eval/ramps/results.json").read_text(encoding="utf-8"))
     measured = {(m["detector"], m["metric"]) for run in results["runs"] for m in run["measurements"]}
     assert {("Nearness", "separation"), ("Nearness", "auroc")} <= measured
 

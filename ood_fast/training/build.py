@@ -54,7 +54,7 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
         criterion = own(model, recipe)
         if not callable(criterion):
             raise checks.UserError(
-                f"loss {recipe.loss!r}: got {type(criterion).__name__} of {own.__name__}(model, recipe), expected a "
+                f"loss {recipe.loss!r}: got {type(criterion).__name__} of (model, recipe), expected a "
                 "criterion (logits, y) -> scalar tensor, or an Objective"
             )
         return criterion
