@@ -48,7 +48,20 @@ def trained_on(net: Net) -> nn.Module:
     return net
 
 
-OTHERS = {"new": lambda net: Net().eval(), "head": another_head, "backbone": another_backbone, "trained": trained_on}
+def longer_weights(net: Net) -> nn.Module:
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.backbone[0].weight.mul_(1.1)
+    return other
+
+
+OTHERS = {
+    "longer": longer_weights,
+    "new": lambda net: Net().eval(),
+    "head": another_head,
+    "backbone": another_backbone,
+    "trained": trained_on,
+}
 
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=list(OTHERS))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..detectors import DetectorSet
 from ..heads import given_head
 from ..models import HF, TIMM, checkpoints, own_preparation, weight_fingerprint
 from ..models.preparation import IMAGENET
+from ..training.folder import RUN, load_run, read_info
 from . import code
 from .common import listed, read_detectors, say
 
@@ -34,6 +36,11 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
         raise UserError("--model: got none, expected the model whose features the detectors read; or pass --features")
     if options.checkpoint is not None and options.pretrained:
         raise UserError("--checkpoint, --pretrained: expected one of them")
+    place = Path(options.model).expanduser()
+    if (place / RUN).is_file():
+        return _of_run(options).to(torch.device(device))
+    if runs := sorted(run.parent.name for run in place.glob(f"*/{RUN}")):
+        raise UserError(f"--model {options.model}: holds the runs {', '.join(runs)}, expected one: {place / runs[0]}")
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
     if is_callable(options.model):
         model = named(options.model)
@@ -54,10 +61,33 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
         n_classes = options.n_classes or of_checkpoint or n_classes
         if n_classes is None:
             raise UserError("--n-classes: give the number of classes, it follows from nothing else here")
-        model = models.create(options.model, n_classes)
+        grey = options.mean is not None and "," not in options.mean
+        given = {"in_channels": 1 if grey else 3, "image_size": options.size or IMAGENET["size"]}
+        model = models.create(options.model, n_classes, **(given if options.model in registry.added("model") else {}))
     if options.checkpoint is not None:
         models.load_checkpoint(model, options.checkpoint)
+        if ((folder := Path(options.checkpoint).expanduser().parent) / RUN).is_file():
+            _prepare_as(model, read_info(folder))
     return model.to(torch.device(device)).eval()
+
+
+def _of_run(options: argparse.Namespace) -> nn.Module:
+    """The model of the run that `--model` names, at its best epoch, with the preparation that it was trained with."""
+    for name in ("checkpoint", "pretrained", "n_classes"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: {options.model} is a run, which says it; leave it out")
+    info = read_info(options.model)
+    allow(info["recipe"]["model"], None, str(Path(options.model) / RUN))
+    model, _, _ = load_run(options.model)
+    _prepare_as(model, info)
+    if not info.get("prepared") and None in (options.size, options.mean, options.std):
+        raise UserError(f"--model {options.model}: does not say how images were prepared; pass --size, --mean, --std")
+    return model
+
+
+def _prepare_as(model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Let a model say what its run says of images, see `own_preparation`."""
+    model.__dict__["preparation"] = info.get("prepared")
 
 
 def is_callable(name: str) -> bool:

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from ..models.layers import LayerReading
 from ..models.running import Batch
 from ..statistics import row_statistics
+from .own import check_class, is_own
 from .streaming import Gathered
 
 
@@ -80,6 +81,8 @@ class Contract(nn.Module):
 
     def __new__(cls, *args: Any, **keywords: Any) -> Contract:
         """Remembers which parameters it is given. TypeError for text where a parameter is True or False."""
+        if is_own(cls):
+            check_class(cls, Contract)
         made = super().__new__(cls)
         given = {**dict(zip(cls.parameters_of(), args, strict=False)), **keywords}
         for name in cls.switches().intersection(given):
@@ -171,6 +174,8 @@ class Contract(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The parameters of this detector, by the keywords of its class."""
+        if missing := [name for name in self.parameters_of() if not hasattr(self, name)]:
+            raise TypeError(f"{self.label}: keeps no attribute {missing[0]}, as its parameter of that name is kept")
         return {name: getattr(self, name) for name in self.parameters_of()}
 
     def extra_repr(self) -> str:

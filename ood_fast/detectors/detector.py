@@ -23,6 +23,7 @@ from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
 from .numbers import check_features, refuse_one_logit, refuse_rows
+from .own import check_shape, in_dtype_of_state, is_own
 from .threshold import Calibration
 
 
@@ -159,7 +160,12 @@ class Detector(Contract):
         self.require_fitted()
         check_read(features, logits, self.needs_features, self.needs_logits)
         self.check_widths(features, logits)
-        scores = self._score(features, logits)
+        if not is_own(type(self)):
+            scores = self._score(features, logits)
+        else:
+            features, logits = in_dtype_of_state(self, features), in_dtype_of_state(self, logits)
+            scores = self._score(features, logits)
+            check_shape(self, scores, features if logits is None else logits)
         self.check_scores(scores, features, logits)
         return scores
 
@@ -197,12 +203,10 @@ class Detector(Contract):
         if self.needs_logits:
             refuse_rows("logits", logits, scores)
         rows = scores.isnan().nonzero()
-        raise checks.RowError(
-            f"{'features' if self.needs_features else 'logits'}: {checks.ROW}, of {len(rows)} such, is further from "
-            f"what this {self.label} was fitted on than its numbers reach: its score is NaN; fit on features of a like "
-            "size",
-            int(rows[0]),
-        )
+        far = f", is further from what this {self.label} was fitted on than its numbers reach: its score is NaN"
+        told = f"{far}; fit on features of a like size" if self.needs_fit else f", scores NaN by this {self.label}"
+        name = "features" if self.needs_features else "logits"
+        raise checks.RowError(f"{name}: {checks.ROW}, of {len(rows)} such{told}", int(rows[0]))
 
     # ---- thresholds
 

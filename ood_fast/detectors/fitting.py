@@ -19,6 +19,7 @@ from ..models.running import Batch, check_loader, refuse_meta, run_model
 from ..models.weights import identity_of
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
+from .own import check_finished, is_own
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -297,6 +298,8 @@ class Fit:
             detector.head_weight, detector.head_bias = head
         try:
             detector.finish(gathered)
+            if is_own(type(detector)):
+                check_finished(detector)
         except ValueError as error:  # k or dim does not fit the data
             if self.failures is None:
                 if isinstance(error, DoesNotFit):

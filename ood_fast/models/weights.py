@@ -1,8 +1,8 @@
 """Which weights a model has, told by a few numbers: so that a detector knows the model that it was fitted on.
 
 Of every floating-point parameter w, and of the running means and variances of norms, k elements (all, or 256 evenly
-spread) are projected onto fixed waves, j = 1…4: √2 Σ_i w_i cos(i √j) / max(‖w‖, 1e-3 √k). These numbers, about 1 in
-size, are others for other weights, and nearly the same in another dtype, on another device, wrapped, compiled or
+spread) have a length l = max(‖w‖, 1e-3 √k) and are projected onto fixed waves, j = 1…4: √2 Σ_i w_i cos(i √j) / l. These
+and log₂ l are others for other weights, and nearly the same in another dtype, on another device, wrapped, compiled or
 replicated. `models.weight_fingerprint` is exact.
 """
 
@@ -31,7 +31,7 @@ class Weights(NamedTuple):
     """What is kept of the weights of a model."""
 
     shapes: int  # CRC-32 of the shapes of all parameters
-    waves: tuple[float, ...]  # N_WAVES numbers a parameter
+    waves: tuple[float, ...]  # 1 + N_WAVES numbers a parameter
 
 
 class _Seen(NamedTuple):
@@ -105,7 +105,7 @@ def _read(parameters: list[Tensor]) -> Weights:
     for part in values.split([len(part) for part in parts]):
         size = max(float(torch.linalg.vector_norm(part)), TINY * math.sqrt(len(part)))
         at = torch.arange(1, 1 + len(part), dtype=torch.float64)[:, None] * torch.arange(1, 1 + N_WAVES).sqrt().double()
-        waves += (math.sqrt(2) * (part[:, None] * at.cos()).sum(0) / size).tolist()
+        waves += [math.log2(size), *(math.sqrt(2) * (part[:, None] * at.cos()).sum(0) / size).tolist()]
     shapes = zlib.crc32(str([tuple(parameter.shape) for parameter in parameters]).encode())
     return Weights(shapes, tuple(round(wave, 4) for wave in waves))
 

@@ -60,6 +60,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "n_classes": benchmark.n_classes,
         "class_names": list(benchmark.class_names),
         "image_shape": list(benchmark.image_shape),
+        "prepared": benchmark.prepared,
         "training_images": len(benchmark.train),
         "validation_images": len(benchmark.validation),
         "outlier_images": None if benchmark.outliers is None else len(benchmark.outliers),
