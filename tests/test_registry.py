@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import re
@@ -105,22 +106,27 @@ def elsewhere(tmp_path, monkeypatch, own_names):
     sys.modules.pop("namesake", None)
 
 
+def plug(name):
+    code.import_plugins(argparse.Namespace(plugin=[name], quiet=False))
+
+
 @pytest.mark.parametrize("own", ["namesake.py", "namesake/detectors.py"])
 @pytest.mark.parametrize("name", ["namesake", "namesake.detectors"])
 def test_a_plugin_beside_a_package_of_its_name_is_refused(own, name, elsewhere):
     Path(own).parent.mkdir(exist_ok=True)
     Path(own).touch()
     with pytest.raises(ood_fast.checks.UserError) as refused:
-        code.import_plugins([name])
+        plug(name)
     for told in ("--plugin: 'namesake' is ", str(elsewhere / "packages/namesake.py"), own.partition("/")[0], "rename"):
         assert told in str(refused.value)
     assert not Path("RAN").exists()
 
 
-def test_a_plugin_that_registers_nothing_is_told(elsewhere):
+def test_a_plugin_that_registers_nothing_is_told(elsewhere, capsys):
     Path("namesake").mkdir()  # of data: no module
-    with pytest.warns(UserWarning, match=r"--plugin: namesake, .*packages/namesake\.py, registers nothing"):
-        code.import_plugins(["namesake"])
+    plug("namesake")
+    told = f"--plugin namesake, {elsewhere / 'packages/namesake.py'}, registers nothing"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

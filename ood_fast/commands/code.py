@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import sys
-import warnings
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from ..checks import UserError
 from ..files import write_text
 from ..registry import KINDS, added
+from .common import say
 
 MOST_REMEMBERED = 500
 _appended: set[str] = set()  # current folders that are on the path because a command line asked
@@ -51,14 +51,14 @@ def import_asked_for(name: str, option: str) -> ModuleType:
         ) from error
 
 
-def import_plugins(modules: list[str]) -> None:
-    """Import the user's modules, whose detectors and models register themselves; a warning where nothing does."""
-    for name in modules:
+def import_plugins(options: Any) -> None:
+    """Import the user's modules, whose detectors and models register themselves; a word where nothing does."""
+    for name in options.plugin:
         is_new, before = name not in sys.modules, _registered()
         module = import_asked_for(name, "--plugin")
         if is_new and _registered() == before:
             where = getattr(module, "__file__", None) or ", ".join(module.__path__)
-            warnings.warn(f"--plugin: {name}, {where}, registers nothing with @ood_fast.register", stacklevel=2)
+            say(options, f"ood-fast: warning: --plugin {name}, {where}, registers nothing with @ood_fast.register")
         remember(name)
 
 

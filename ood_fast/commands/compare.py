@@ -34,7 +34,7 @@ SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     require_package("rich", "rich")
-    import_plugins(options.plugin)
+    import_plugins(options)
 
     first = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
     options.benchmark = options.benchmark or first.get("benchmark")

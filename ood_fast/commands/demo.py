@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     if options.port > 65535:
         raise UserError(f"--port: got {options.port}, expected at most 65535")
-    import_plugins(options.plugin)
+    import_plugins(options)
     service = service_of(options)
     with serving.server(service, options.host, options.port) as listening:
         if not options.quiet:

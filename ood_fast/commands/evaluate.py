@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
 
     _check(options)
-    import_plugins(options.plugin)
+    import_plugins(options)
     chosen = _chosen(options)
     grids = searched(options.set, chosen)
     request = _request(options, chosen, grids)

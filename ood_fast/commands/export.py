@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     onnx_export.require_onnx()
     out = _checked_out(options)
-    import_plugins(options.plugin)
+    import_plugins(options)
     model, detectors, prepared = fitted(options)
     try:
         each = [detector for _, detector in detectors.items()]

@@ -32,7 +32,7 @@ OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     _check(options)
-    import_plugins(options.plugin)
+    import_plugins(options)
     detectors = detector_set(options.detectors, options.set, bool(options.features))
     out = _checked_out(options.out)
     where = device(options.device)

@@ -16,7 +16,7 @@ from .progress import Bar
 def run(options: argparse.Namespace, command: str) -> None:
     """The command."""
 
-    import_plugins(options.plugin)
+    import_plugins(options)
     context = context_of(command)
     records = runs.open_records(options.runs)
     default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()

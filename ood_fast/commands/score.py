@@ -26,7 +26,7 @@ from .table import SUFFIXES, ScoreTable, require_pyarrow
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
     out, page = _check(options)
-    import_plugins(options.plugin)
+    import_plugins(options)
     where = device(options.device)
     detectors, notes = _load(options, where)
     with processes(where, options) as process:

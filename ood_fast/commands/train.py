@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         width = max(map(len, RECIPES))
         print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
         return
-    import_plugins(options.plugin)
+    import_plugins(options)
     original = find(options.recipe)
     settings = [*options.set, *([f"model={options.model}"] if options.model else [])]
     settings += ["pretrained=True"] * options.pretrained
