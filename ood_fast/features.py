@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .heads import other_logits
 from .intact import check_zip, memory, read_npz
 
-CHECKED_ROWS = 64  # of each file, or part of one
-BFLOAT16 = 2.0**-8  # what logits may have been rounded to, on a GPU or under autocast
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")
 _NAMES = ("features", "logits", "targets", "paths", "W", "b")
 
@@ -82,17 +81,11 @@ class Stored:
 
     def checked(self, weight: Tensor, bias: Tensor | None) -> Stored:
         """The same; UserError where the head does not make the logits of the first rows, to the digits of bfloat16."""
-        z, given = self.features[:CHECKED_ROWS].float(), self.logits[:CHECKED_ROWS].float()
-        if weight.shape != (given.shape[1], z.shape[1]):
-            return self  # what reads both says so
-        weight, bias = weight.float(), weight.new_zeros(len(weight)).float() if bias is None else bias.float()
-        expected, spread = (torch.addmm(b, x, w.t()) for x, w, b in ((z, weight, bias), (z**2, weight**2, bias**2)))
-        difference = (expected - given).abs().masked_fill(given.isinf(), 0.0)
-        if (difference > BFLOAT16 * (8 * spread.sqrt() + 2 * expected.abs())).any():
+        if (difference := other_logits(self.features, self.logits, weight, bias)) is not None:
             raise checks.UserError(
-                f"{self.file}: the logits are not F.linear(features, W, b), they differ by up to "
-                f"{difference.nan_to_num().amax():.3g}: rows in another order, or of another model or head; store "
-                "features, logits, W and b of one pass, or leave out the logits, which are then made of the others"
+                f"{self.file}: the logits are not F.linear(features, W, b), they differ by up to {difference:.3g}: "
+                "rows in another order, or of another model or head; store features, logits, W and b of one pass, or "
+                "leave out the logits, which are then made of the others"
             )
         return self
 

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from detector_cases import NAMES, C, M, Net, make
+from torch import nn
 
 from ood_fast import deploy, detectors
 from ood_fast.detectors import (
@@ -221,3 +222,18 @@ def test_a_search_lowers_its_smallest_candidate_and_says_so():
     with pytest.raises(ValueError, match="ViM: dim: got 11, expected less than 4"):
         winners.fit_features(*data(N, 4))  # what a search has chosen is no default
     assert KLMatching().given == frozenset()
+
+
+@pytest.mark.parametrize("wrong", ["order", "softmax", "bias", None])
+def test_logits_that_the_head_does_not_make_are_told(wrong, recwarn):
+    torch.manual_seed(0)
+    z, head = torch.randn(200, M).relu(), nn.Linear(M, C).requires_grad_(False)
+    logits = head(z)
+    given = {"order": logits.flip(0), "softmax": logits.softmax(1), "bias": logits + 1, None: logits.bfloat16().float()}
+    detectors.NCI().fit_features(z, given[wrong], None, head)
+    told = [
+        str(each.message)
+        for each in recwarn
+        if "NCI: logits: they are not F.linear(features, W, b)" in str(each.message)
+    ]
+    assert len(told) == (wrong is not None)

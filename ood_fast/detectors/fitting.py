@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
-from ..heads import given_head, inference_head
+from ..heads import given_head, inference_head, other_logits
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, refuse_meta, run_model
 from ..models.weights import identity_of
@@ -221,8 +221,21 @@ class Fit:
                 with checks.behind(start):
                     self.take(*(None if given is None else given[rows] for given in (features, logits, targets)))
             self.finish(head)
+            self._look_at_logits(features, logits)
         finally:
             self._end()
+
+    def _look_at_logits(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """Warn where the head does not make the logits that came with it: those who score by both mix two models."""
+        reading = next((detector for detector in self.detectors if detector.needs_head), None)
+        if reading is None or reading.head_weight is None or features is None or logits is None:
+            return
+        if (difference := other_logits(features, logits, reading.head_weight, reading.head_bias)) is not None:
+            tell(
+                reading,
+                f"logits: they are not F.linear(features, W, b) of the head, they differ by up to {difference:.3g}: "
+                "rows in another order, or of another model or head; detectors that read both mix the two",
+            )
 
     def see(self, model: nn.Module, batch: Batch, head: nn.Linear | None) -> None:
         """Take in one batch that `run_model` gave."""
