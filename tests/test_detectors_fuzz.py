@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from ood_fast.detectors import Detector, DetectorSet
 
 TRIALS = 12
 # float32 keeps what float64 does not: fDBD's denominator counts as the machine epsilon, KL matching's d_kj as `tiny`.
-OF_DTYPE = ("FDBD", "KLMatching")
+# OpenMax's Weibull is of a distance less the least one of the tail: at 1e15 float32 has no digits of the difference.
+OF_DTYPE = ("FDBD", "KLMatching", "OpenMax")
 KINDS = ("normal", "relu", "constant", "duplicated", "zeros", "rank 1")
 SCALES = (1.0, 1.0, 1e-30, 1e-20, 1e-10, 1e5, 1e15, 1e18, 1e25)
 pytestmark = pytest.mark.filterwarnings("ignore:.*class [0-9]")
@@ -67,7 +69,7 @@ def assert_near(scores: torch.Tensor, expected: torch.Tensor, why: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_hold_however_they_are_come_by(name):
     for seed in range(TRIALS):
-        data = Data(1000 * NAMES.index(name) + seed)
+        data = Data(1000 * zlib.crc32(name.encode()) + seed)  # the same ones as long as it has its name
         try:
             detector = data.make(name).fit_features(data.z, data.f, data.y, (data.W, data.b))
             scores = detector.score_features(data.q, data.fq)

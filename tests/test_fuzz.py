@@ -345,6 +345,23 @@ def raises(draw):
     assert isinstance(raised.value, error) or kind == "complex", f"{broken} {kind}: {text}"
 
 
+@about("binned", "Binned")
+def binned_metrics(draw: Callable) -> None:
+    """Between the bounds lie value and exact number, whatever the scores in the bins; no bin is too many."""
+    n_bins = draw(st.integers(1, 6))
+    bins = [torch.tensor(draw(st.lists(st.integers(0, n_bins - 1), min_size=1, max_size=9))) for _ in range(2)]
+    counts = [torch.bincount(part, minlength=n_bins) for part in bins]
+    found = metrics.binned(*counts)["auroc"]
+    inside = torch.rand(
+        sum(map(len, bins)),
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1))),
+    )
+    scores = [part + some for part, some in zip(bins, inside.split([len(part) for part in bins]), strict=True)]
+    assert found.low - 1e-12 <= metrics.auroc(*scores) <= found.high + 1e-12
+    assert found.low - 1e-12 <= found.value <= found.high + 1e-12
+
+
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     ours = EXAMPLES == 500

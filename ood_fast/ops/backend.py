@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import os
 import warnings
@@ -77,9 +76,8 @@ def backend_of(*tensors: Tensor | None) -> ModuleType:
     """The module whose functions serve these tensors, of which one is given: `eager` or `kernels`."""
     given = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
     name = backend_name(given.device, eager.compute_dtype(*tensors))
-    return eager if name == "eager" else _kernels()
+    if name == "eager":
+        return eager
+    from .. import kernels
 
-
-@functools.cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("ood_fast.kernels")
+    return kernels
