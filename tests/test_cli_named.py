@@ -75,7 +75,7 @@ def own_benchmark(names: list[str], size: int = 8) -> None:
 
 
 def checkpoint(model: str) -> None:
-    sys.path.insert(0, ".")
+    sys.path.insert(0, str(Path.cwd()))  # a finder of "." would stay with the folder of an earlier test
     import namedmodel
 
     torch.save(getattr(namedmodel, model)().state_dict(), "w.pth")

@@ -297,7 +297,7 @@ def on_folders(root: Path, *more: str) -> list[str]:
 def test_the_page_on_folders_of_ones_own(tmp_path, monkeypatch):
     """Its commands as they stand, with one epoch, smaller images and fewer draws."""
     write_folders(tmp_path / "photos")
-    (block,) = re.findall(r"^```bash\n(.*?)^```", OWN_DATA.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    block, later = re.findall(r"^```bash\n(.*?)^```", OWN_DATA.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert [command[:2] for command in commands if command] == [
         ["ood-fast", "train"],
@@ -318,6 +318,11 @@ def test_the_page_on_folders_of_ones_own(tmp_path, monkeypatch):
         for part in ("bird", "texture", "NCI"):
             assert part in results
     assert (tmp_path / "photos.html").is_file()
+    later = later.replace("\\\n", "").replace("photos/val", "photos/test").replace("new-photos/", "photos/test")
+    for line in later.splitlines():  # with the net just trained; KNN has fewer images than its k
+        _, name, *rest = shlex.split(line.replace("NCI,KNN", "NCI"))
+        assert cli.main([name, *rest, "--workers=0", "--any-accuracy"][: -1 if name == "score" else None]) == 0
+    assert (tmp_path / "scores.csv").is_file()
 
 
 def test_one_class_is_refused(tmp_path, capsys):
