@@ -80,15 +80,22 @@ def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def real(
-    argument: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, infinite: bool = False
+    argument: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    infinite: bool = False,
 ) -> None:
-    """TypeError unless `value` is a number, ValueError unless low <= value <= high (low < value with `open_low`), and
-    finite without `infinite`."""
+    """TypeError unless `value` is a number, ValueError unless low <= value <= high (not low itself with `open_low`, not
+    high with `open_high`), and finite without `infinite`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: got {_describe(value)}, expected a number")
-    if not low <= value <= high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{argument}: got {value}, expected a number in {bracket}{low}, {high}]")
+    if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{argument}: got {value}, expected a number in {left}{low}, {high}{right}")
     if value in (math.inf, -math.inf) and not infinite:
         raise ValueError(f"{argument}: got {value}, expected a finite number")
 

@@ -149,7 +149,9 @@ def _images(parser: Any, remembered: bool = False) -> None:
 
 def _model(group: Any, remembered: bool) -> None:
     """What says which model it is, and how its images are prepared."""
-    share(group, "model", "checkpoint", "pretrained", "head", "n-classes")
+    share(
+        group, "model", "checkpoint", "pretrained", "head", "n-classes", model=f"{MODEL_HELP}, or the folder of a run"
+    )
     _preparation(group, "as fitted" if remembered else "the model's own", "as fitted" if remembered else "exif")
 
 

@@ -22,7 +22,6 @@ from ..heads import unwrapped
 from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model
 from ..models.weights import identity_of, refuse_other
 from .detector import Detector
-from .fitting import Head
 from .logit import confidence
 from .numbers import at_least_float32, refuse_one_logit, refuse_rows
 from .registry import known, register, registered
@@ -429,13 +428,7 @@ class Ensemble(SeveralPasses):
         self.members, self.size, self.fitted_on = nn.ModuleList(members), len(models), identity_of(models)
         return self
 
-    def fit_features(
-        self,
-        features: Tensor | None,
-        logits: Tensor | None = None,
-        targets: Tensor | None = None,
-        head: Head | None = None,
-    ) -> Detector:
+    def fit_features(self, *_given: Any, **_keywords: Any) -> Detector:
         """RuntimeError: features are those of one model."""
         raise RuntimeError(f"{self.label} is fitted on several models: call fit(models, loader)")
 

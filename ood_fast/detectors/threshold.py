@@ -48,7 +48,7 @@ def conformal_threshold(scores: Tensor, alpha: float = 0.05) -> Tensor:
     Outliers with Conformal p-Values", Annals of Statistics 2023, arXiv:2104.08279.
     """
     _check_scores("scores", scores)
-    _check_alpha(alpha)
+    checks.real("alpha", alpha, 0.0, 1.0, open_low=True, open_high=True)
     k = math.floor(alpha * (len(scores) + 1) + 1e-9)  # 0.29 · 100 is 29, not 28.999999999999996
     if k == 0:
         raise ValueError(
@@ -110,9 +110,3 @@ def _check_scores(argument: str, scores: Tensor) -> None:
         raise ValueError(f"{argument}: got none, expected the scores of in-distribution data")
     if scores.isnan().any():
         raise ValueError(f"{argument}: got NaN, expected the scores of in-distribution data")
-
-
-def _check_alpha(alpha: float) -> None:
-    checks.real("alpha", alpha, 0.0, 1.0, open_low=True)
-    if alpha == 1:
-        raise ValueError("alpha: got 1, expected a number in (0, 1)")

@@ -153,10 +153,8 @@ class CIDERLoss(SupConLoss):
         width: int | None = None,
     ) -> None:
         super().__init__(head, criterion, projection, temperature, base_temperature)
-        checks.real("momentum", momentum, 0.0, 1.0)
+        checks.real("momentum", momentum, 0.0, 1.0, open_high=True)
         checks.real("compactness", compactness, 0.0)
-        if momentum == 1:
-            raise ValueError("momentum: got 1, expected a number in [0, 1)")
         if isinstance(projection, int):
             width = projection
         if width is None:

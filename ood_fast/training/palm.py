@@ -60,10 +60,8 @@ class PALMLoss(SupConLoss):
         super().__init__(head, criterion, projection, temperature)
         checks.positive_int("prototypes", prototypes)
         checks.positive_int("nearest", nearest)
-        checks.real("momentum", momentum, 0.0, 1.0)
+        checks.real("momentum", momentum, 0.0, 1.0, open_high=True)
         checks.real("pull", pull, 0.0)
-        if momentum == 1:
-            raise ValueError("momentum: got 1, expected a number in [0, 1)")
         self.nearest, self.momentum, self.pull = min(nearest, prototypes), momentum, pull
         weight: Tensor = self._head[0].weight  # type: ignore[assignment]  # checked by SupConLoss
         with torch.no_grad():
