@@ -189,6 +189,27 @@ def test_parameters_are_chosen_on_validation_images_alone(tmp_path):
         assert trial["auroc"] == pytest.approx(expected, abs=1e-9)
 
 
+def test_what_runs_the_model_and_is_fitted_is_searched_as_tune_does(tmp_path):
+    """AdaSCALE's p, and NAC's alpha at a layer: fitted once for all candidates, the second time read from the disk."""
+    chosen = {"AdaSCALE": detectors.AdaSCALE("l"), "NAC": detectors.NAC(("1",)), "Block": detectors.BlockNorm(("1",))}
+    benchmark, first = make_benchmark(), evaluate(tmp_path, chosen)
+    train, *of_validation = (
+        [torch.utils.data.default_collate([part[row] for row in range(len(part))])[:2]]
+        for part in (benchmark.fit, benchmark.validation, benchmark.validation_ood)
+    )
+    far = {"validation_ood": of_validation[1]}
+    tuned, trials = detectors.tune(DetectorSet(chosen), trained(tmp_path).model, train, of_validation[0], far)
+    assert {name: len(tried) for name, tried in trials.items()} == {"AdaSCALE": 36, "NAC": 8, "Block": 0}
+    for name in ("AdaSCALE", "NAC"):
+        found = [trial["auroc"] for trial in first.trials[name]]
+        assert found == pytest.approx([trial.auroc for trial in trials[name]], abs=1e-6)
+    assert first.settings["AdaSCALE"]["p"] == list(tuned["AdaSCALE"].p)
+    assert first.settings["NAC"]["alpha"] == tuned["NAC"].alpha
+    run = trained(tmp_path)
+    run.model.forward = no_pass
+    assert numbers(evaluate(tmp_path, chosen, run=run)) == numbers(first)
+
+
 def test_nothing_of_the_test_images_is_seen_before_parameters_are_chosen(tmp_path, monkeypatch):
     seen = []
     outputs, choose = evaluation.FeatureCache.outputs, ood_fast.detectors.search.Search.choose

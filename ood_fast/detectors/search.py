@@ -99,6 +99,10 @@ class Search(DetectorSet):
         kept = {name: detector for name, detector in self.items() if name not in reasons}
         self.names, self.detectors = tuple(kept), nn.ModuleList(kept.values())
 
+    def put(self, fitted: Mapping[str, Detector]) -> None:
+        """Take these, fitted elsewhere, in the place of the candidates of their names."""
+        self.detectors = nn.ModuleList(fitted.get(name, detector) for name, detector in self.items())
+
     def _settings(self, name: str, candidate: str) -> dict[str, Any]:
         """The parameters that are searched, as this candidate of detector `name` has them."""
         return {parameter: getattr(self[candidate], parameter) for parameter in self.grids[name]}

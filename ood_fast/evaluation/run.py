@@ -167,33 +167,58 @@ def _outputs(
 ) -> tuple[dict[str, Outputs], Chosen]:
     """What the model makes of all data sets. The detectors that need the model are tuned before the test images are
     seen."""
-    seeing = {name: detector for name, detector in prepared.items() if detector.needs_model and not detector.needs_fit}
-    reading = {name: d for name, d in prepared.items() if d.needs_model and d.needs_fit}  # layers of the model
-    search = Search(DetectorSet(seeing), how.grids_of(seeing)) if seeing else None
-    parts = parts_of(prepared, how)
-    candidates = list(search.detectors) if search is not None and VALIDATION_OOD in parts else []
+    seeing = {name: detector for name, detector in prepared.items() if detector.needs_model}
+    grids, parts = how.grids_of(seeing), parts_of(prepared, how)
+    tuned = {name: detector for name, detector in seeing.items() if grids.get(name, detector.grid)}
+    plain = {name: detector for name, detector in seeing.items() if name not in tuned}
+    failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
+    winners = _fitted(cached, benchmark, plain, parts, failures)
+    trials, notes, candidates = (
+        {},
+        [Note.left_out(n, failures[d]) for n, d in plain.items() if d in (failures or ())],
+        [],
+    )
+    search = Search(DetectorSet(tuned), grids, bool(how.leave_out)) if tuned else None
+    if search is not None:
+        search.put(_fitted(cached, benchmark, dict(search.items()), parts, search.failures))
+        try:
+            search.leave_out()
+        except ValueError as error:
+            raise checks.UserError(str(error)) from error
+        candidates = [search[name] for names in search.tuned.values() if len(names) > 1 for name in names]
     outputs = {
         part: cached.outputs(part, getattr(benchmark, part), [] if part == FIT else candidates)
         for part in (FIT, VALIDATION, VALIDATION_OOD)
         if part in parts
     }
-    before = UNCHOSEN
-    if search is not None:
+    if search is not None and search.names:
         kept = {part: kept_scores(search, outputs[part]) for part in (VALIDATION, VALIDATION_OOD) if part in parts}
-        outside = {VALIDATION_OOD: kept.get(VALIDATION_OOD, {})}
-        chosen_set, trials = search.choose(kept.get(VALIDATION, {}), outside)
-        before = Chosen(dict(chosen_set.items()), trials)
-    if reading:
-        failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
-        later = {n: d for n, d in reading.items() if d.fits_on == "validation" and VALIDATION in parts}
-        fitted = cached.fitted({n: d for n, d in reading.items() if n not in later}, benchmark.fit, failures)
-        fitted |= cached.fitted(later, benchmark.validation, failures) if later else {}
-        notes = [Note.left_out(n, failures[d]) for n, d in reading.items() if failures and d in failures]
-        before = Chosen({**before.winners, **fitted}, before.trials, tuple(notes))
+        chosen, trials = search.choose(kept.get(VALIDATION, {}), {VALIDATION_OOD: kept.get(VALIDATION_OOD, {})})
+        winners |= dict(chosen.items())
+    if search is not None:
+        notes += search.left_out
+    before = Chosen(winners, trials, tuple(notes))
     tested = {TEST: benchmark.test, **benchmark.tested}
     return outputs | {
         name: cached.outputs(name, part, list(before.winners.values())) for name, part in tested.items()
     }, before
+
+
+def _fitted(
+    cached: FeatureCache,
+    benchmark: ImageBenchmark,
+    named: Mapping[str, Detector],
+    parts: Iterable[str],
+    failures: dict[Detector, ValueError] | None,
+) -> dict[str, Detector]:
+    """These detectors, fitted where they are to be, without those of `failures`."""
+    found = {name: detector for name, detector in named.items() if not detector.needs_fit}
+    later = {n for n, d in named.items() if d.fits_on == "validation" and VALIDATION in parts}
+    for part in (FIT, VALIDATION):
+        of_part = {n: d for n, d in named.items() if n not in found and (n in later) == (part == VALIDATION)}
+        if of_part:
+            found |= cached.fitted(of_part, getattr(benchmark, part), failures)
+    return {name: found[name] for name in named if name in found}
 
 
 def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
