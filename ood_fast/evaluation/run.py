@@ -23,7 +23,7 @@ from ..detectors.search import Search
 from ..heads import inference_head
 from . import agreement
 from .cache import FeatureCache, Outputs, rank
-from .measure import UNCHOSEN, Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
+from .measure import Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable
 from .results import FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained, same_training
