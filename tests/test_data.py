@@ -763,6 +763,9 @@ def test_openood_images_that_are_missing(tmp_path):
     assert svhn.startswith(
         f"SVHN: missing in {tmp_path / 'images_classic'}: svhn/test/3.png; get it from https://github"
     )
+    (tmp_path / "benchmark_imglist/cifar10/val_tin.txt").unlink()
+    with pytest.raises(checks.UserError, match=r"val_tin\.txt; get it .*; parameters are chosen on it, --no-tune does"):
+        open_benchmark("cifar10", tmp_path, ood=()).check()
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,12 @@ class ImageBenchmark:
     def check(self, parts: Iterable[str] | None = None) -> None:
         """Read every set, or those `parts` and the OOD sets; one `UserError` with all that is missing."""
         problems = []
-        for opened in [*(self._parts[name] for name in parts or self._parts), *self._tested.values()]:
+        for name, opened in [*((name, self._parts[name]) for name in parts or self._parts), *self._tested.items()]:
             try:
                 opened()
             except checks.UserError as error:
-                problems.append(str(error))
+                cure = "; parameters are chosen on it, --no-tune does without" * (name == "validation_ood")
+                problems.append(f"{error}{cure}")
         if problems:
             raise checks.UserError("\n".join(dict.fromkeys(problems)))
 
