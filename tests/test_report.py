@@ -402,8 +402,8 @@ def test_several_benchmarks_of_one_run(runs):
     text = (runs / "ce/report.html").read_text()
     page = Page(text)
     assert {"cifar10-scores-MSP-ce.csv", "mine-scores-MSP-ce.csv"} < set(page.files)
-    assert 'id="detection-on-cifar10"' in text
-    assert 'id="detection-on-mine"' in text
+    assert 'id="ood-detection-on-cifar10"' in text
+    assert 'id="ood-detection-on-mine"' in text
 
 
 def test_features_that_are_gone_leave_the_rest(runs, capsys):

@@ -40,7 +40,7 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
     for benchmark in benchmarks:
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         prefix = f"{benchmark}-" if len(benchmarks) > 1 else ""
-        first[f"Detection on {benchmark}"] = _evaluation(found, prefix)
+        first[f"OOD detection on {benchmark}"] = _evaluation(found, prefix)
         diagnosed = [(records.index(r), r, e, e.diagnosis) for r, e in found if e.diagnosis is not None]
         if diagnosed:
             sections |= _diagnoses(benchmark, diagnosed, prefix)
@@ -49,9 +49,10 @@ def page(records: Sequence[Record], context: Mapping[str, Any]) -> str:
         sections[f"Scores on {benchmark}"] = _scores(found, prefix)
     sections["How it was run"] = _how(records, benchmarks, context)
     links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in [*first, *sections])
-    body = f"<h1>{html.escape(names)}</h1>\n"
+    body = f"<h1>{html.escape(' and '.join(first) or names)}</h1>\n"
     for title, content in first.items():
-        body += f'<section class=part id="{_anchor(title)}"><h2>{html.escape(title)}</h2>{content}</section>\n'
+        head = f"<h2>{html.escape(title)}</h2>" if len(first) > 1 else ""
+        body += f'<section class=part id="{_anchor(title)}">{head}{content}</section>\n'
     body += f"""<p class=lead>{html.escape(_lead(records, benchmarks))}</p>
 <pre>{html.escape(context["command"])}</pre>
 <nav>{links}</nav>

@@ -239,13 +239,19 @@ def _missing(record: Record) -> list[str]:
 
 
 def missing(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What the report cannot show, with the names of the runs; RUN stands for each where several have the same note."""
+    """What the report cannot show, with the names of the runs, which are counted where it is missing in more than two
+    and in all; RUN stands for each where several have the same note."""
     found: dict[str, list[tuple[str, str]]] = {}
     for record in records:
         path = re.escape(shlex.quote(str(record.path)))
         for note in record.missing:
             found.setdefault(re.sub(rf"(?<!\S){path}(?!\S)", "RUN", note), []).append((record.name, note))
-    return {common if len(told) > 1 else told[0][1]: [name for name, _ in told] for common, told in found.items()}
+    told = {}
+    for common, notes in found.items():
+        names = [name for name, _ in notes]
+        everywhere = len(names) == len(records) > 2
+        told[common if len(notes) > 1 else notes[0][1]] = [f"all {len(names)} runs"] if everywhere else names
+    return told
 
 
 def _evaluate_command(record: Record) -> str:

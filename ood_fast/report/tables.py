@@ -167,8 +167,8 @@ def as_markdown(table: Table) -> str:
 
 
 def as_page(tables: Iterable[Table]) -> str:
-    """Tables beside each other, as far as a page has room."""
-    return f"<div class=tables>{''.join(map(as_html, tables))}</div>"
+    """Tables beside each other, as far as a page has room; those that are folded after the others."""
+    return f"<div class=tables>{''.join(map(as_html, sorted(tables, key=lambda table: table.folded)))}</div>"
 
 
 def as_html(table: Table) -> str:
