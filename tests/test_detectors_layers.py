@@ -82,6 +82,37 @@ def test_mahalanobis_over_layers(model, x, y):
     torch.testing.assert_close(one.score(model, x), 2 * Mahalanobis().fit_features(z, None, y).score_features(z))
 
 
+def test_mahalanobis_of_moved_inputs(model, x, y):
+    """Lee et al.'s loop: each layer by the gradient of its own score, none of it left in the model."""
+    model.train()
+    detector = LayerMahalanobis(eps=0.05, std=(0.5, 1.0, 2.0)).fit(model, batches(x, y))
+    expected, test = 0, 2 * x[:20]
+    model.eval()
+    for number, (member, scale) in enumerate(zip(detector.members, detector.scales, strict=True)):
+
+        def own(inputs, number=number, member=member):
+            z = model.maps(inputs)[number].mean((2, 3))
+            root, means = member.root, member.class_means
+            return torch.stack([-((z - member.mean) @ root - mean).square().sum(1) for mean in means]).amax(0)
+
+        moving = test.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(own(moving).sum(), moving)
+        moved = test + 0.05 * gradient.sign() / torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
+        expected = expected + scale * own(moved).detach()
+    model.train()
+    before = model.passes
+    found = DetectorSet([detector, "Gram"]).fit(model, batches(x, y)).score(model, test)["LayerMahalanobis"]
+    assert model.passes - before == 3 + 1 + 2 * 2  # to fit; to score; two more for each layer
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found > LayerMahalanobis().fit(model, batches(x, y)).score(model, test)).all()
+    assert model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(detector.score(model, test.clone()), found)
+    with pytest.raises(ValueError, match=r"x: got shape \(20, 3, 8, 8\), expected \(n, 2, ...\), a channel for each"):
+        LayerMahalanobis(eps=0.1, std=(1.0, 1.0)).fit(model, batches(x, y)).score(model, test)
+
+
 def test_mahalanobis_plus_plus(y):
     z = torch.randn(N, 5, dtype=torch.float64) + 1
     unit = z / z.norm(dim=1, keepdim=True)

@@ -17,7 +17,7 @@ from ..models.running import Batch, evaluating, run_model
 from . import streaming
 from .activation import MAX_EXPONENT
 from .detector import Detector
-from .gradient import input_gradient
+from .gradient import check_movable, input_gradient
 from .layers import Passed
 from .numbers import at_least_float32, exact_linear, refuse_rows
 from .registry import register
@@ -105,9 +105,7 @@ class AdaSCALE(Detector):
         if self._key in batch.read:
             return
         x, z = batch.inputs, batch.features
-        checks.instance("x", x, Tensor, f"a tensor, one batch of inputs; {self.label} moves them along their gradient")
-        if not x.is_floating_point():
-            raise TypeError(f"x: got dtype {x.dtype}, expected floating point: {self.label} moves inputs")
+        check_movable(x, self.label)
         assert z is not None
         with evaluating(model):
             gradient = input_gradient(model, x, lambda f: f.amax(dim=1).sum(), self.label).flatten(1)

@@ -28,6 +28,27 @@ def input_gradient(model: nn.Module, x: Tensor, of_logits: Callable[[Tensor], Te
     return gradient
 
 
+def check_movable(x: Any, label: str, std: Sequence[float] | None = None) -> None:
+    """TypeError for what is no batch of inputs in floating point; ValueError where `std` does not fit its channels."""
+    checks.instance("x", x, Tensor, f"a tensor, one batch of inputs; {label} moves them along their gradient")
+    if not x.is_floating_point():
+        raise TypeError(f"x: got dtype {x.dtype}, expected floating point: {label} moves inputs by their gradient")
+    if std is not None and (x.dim() < 2 or x.shape[1] != len(std)):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (n, {len(std)}, ...), a channel for each std")
+
+
+def check_std(std: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The setting `std` of `by_std`."""
+    for value in std or ():
+        checks.real("std", value, 0.0, open_low=True)
+    return None if std is None else tuple(std)
+
+
+def by_std(step: Tensor, std: tuple[float, ...] | None) -> Tensor:
+    """step / std, of inputs (n, channels, ...) that were divided by `std`, one number a channel; None: by 1."""
+    return step if std is None else step / step.new_tensor(std).view(1, -1, *[1] * (step.dim() - 2))
+
+
 @register
 class ODIN(Detector):
     """Maximum softmax probability at temperature T of an input moved to where the prediction is more certain:
@@ -62,10 +83,7 @@ class ODIN(Detector):
         checks.real("temperature", temperature, 0.0, open_low=True)
         checks.real("eps", eps, 0.0)
         checks.one_of("sign_of_zero", sign_of_zero, (0, 1))
-        for value in () if std is None else std:
-            checks.real("std", value, 0.0, open_low=True)
-        self.temperature, self.eps, self.sign_of_zero = temperature, eps, sign_of_zero
-        self.std = None if std is None else tuple(std)
+        self.temperature, self.eps, self.sign_of_zero, self.std = temperature, eps, sign_of_zero, check_std(std)
 
     def score(self, model: nn.Module, x: Any, head: str | nn.Linear | None = None) -> Tensor:
         """Scores of a batch of inputs x (n, ...), floating point, or of a loader of them; `head` is not needed.
@@ -80,13 +98,7 @@ class ODIN(Detector):
                 with checks.behind(sum(map(len, scores))):
                     scores.append(self.score(model, inputs_and_targets(batch)[0]))
             return joined(scores)
-        checks.instance("x", x, Tensor, "a tensor, one batch of inputs; ODIN moves them along their gradient")
-        if not x.is_floating_point():
-            raise TypeError(f"x: got dtype {x.dtype}, expected floating point: ODIN moves inputs by their gradient")
-        if self.std is not None and (x.dim() < 2 or x.shape[1] != len(self.std)):
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected (n, {len(self.std)}, ...), a channel for each std"
-            )
+        check_movable(x, self.label, self.std)
         parameter = next(model.parameters(), None)
         x = x.detach() if parameter is None else x.detach().to(parameter.device)
         with torch.inference_mode(False), evaluating(model):
@@ -109,9 +121,7 @@ class ODIN(Detector):
         sign = gradient.sign()
         if self.sign_of_zero:
             sign = sign.masked_fill(sign == 0, 1.0)
-        if self.std is not None:
-            sign = sign / sign.new_tensor(self.std).view(1, -1, *[1] * (sign.dim() - 2))
-        return self._masked(sign, gradient)
+        return self._masked(by_std(sign, self.std), gradient)
 
     def _masked(self, step: Tensor, gradient: Tensor) -> Tensor:
         """The step of the numbers of x that are moved, 0 of the others."""

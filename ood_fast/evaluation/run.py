@@ -17,7 +17,7 @@ import torch
 from .. import checks
 from ..data import ImageBenchmark
 from ..data.benchmarks import SPECS
-from ..detectors import ODIN, Detector, DetectorSet
+from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search
 from ..heads import inference_head
@@ -222,10 +222,10 @@ def _fitted(
 
 
 def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
-    """ODIN steps by the deviation that the images were divided by, as in OpenOOD; banks are kept in float32, which the
-    features came in."""
+    """What moves images steps by the deviation that they were divided by, as in OpenOOD; banks are kept in float32,
+    which the features came in."""
     settings = detector.settings()
-    if isinstance(detector, ODIN) and detector.std is None:
+    if settings.get("std", ...) is None and settings["eps"]:
         steps = getattr(benchmark.test.transform, "transforms", ())
         std = next((step.std for step in steps if hasattr(step, "std")), None)
         return detector if std is None else detector.changed(std=tuple(map(float, std)))

@@ -64,11 +64,8 @@ def maps(layer: str, output: Any) -> Tensor:
     output = numbers_of(layer, output)
     channels_last = output.dim() == 3 or (output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3])
     output = output.movedim(-1, 1) if channels_last else output
-    return (
-        output.detach()
-        .to(torch.promote_types(output.dtype, torch.float32))
-        .reshape(*output.shape[:2], math.prod(output.shape[2:]))
-    )
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
 
 
 def watched(model: nn.Module, readings: Iterable[LayerReading]) -> dict[Key, tuple[nn.Module, Callable]]:
