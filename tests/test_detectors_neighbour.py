@@ -314,7 +314,7 @@ def test_more_neighbours_than_rows_names_the_cure(train):
     with pytest.raises(ValueError, match=r"KNN: k: got 20, expected at most 10, .* take a smaller k, such as 1, or"):
         detectors.KNN(k=20, budget=10).fit_features(train)
     with pytest.raises(ValueError, match=r"k: got 100, expected at most \d, .* or a larger fraction than 0\.01"):
-        detectors.NNGuide().fit_features(train, torch.randn(N, C))
+        detectors.NNGuide(k=100).fit_features(train, torch.randn(N, C))
     with pytest.raises(ValueError, match=r"NNGuide: k: .* at most 0, .* take a larger fraction than 1e-08"):
         detectors.NNGuide(fraction=1e-8).fit_features(train, torch.randn(N, C))
 

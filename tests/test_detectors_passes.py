@@ -259,7 +259,7 @@ def test_what_is_no_ensemble(x, net):
     with pytest.raises(RuntimeError, match=r"call fit\(models, loader\)"):
         Ensemble("KNN").partial_fit(torch.randn(9, 6))
     with pytest.raises(ValueError, match="k: got 50"):
-        Ensemble("KNN").fit([net, copy.deepcopy(net)], batches(x))
+        Ensemble("KNN", {"k": 50}).fit([net, copy.deepcopy(net)], batches(x))
     with pytest.raises(ValueError, match="model: got one model several times"):
         Ensemble("mutual_information").fit([net, nn.DataParallel(net)], batches(x))
     for models in ([], [nn.Linear(6, 3), nn.Linear(6, 2)]):

@@ -268,7 +268,7 @@ def test_gmm_in_parts_and_of_too_many_numbers(data, monkeypatch):
     with pytest.raises(
         ValueError, match="GMM: covariance: got 'class', which of all classes takes more than 719 numbers"
     ):
-        data.fit(GMM())
+        data.fit(GMM("class"))
     tied = true_gmm(data, "tied", 1e-6)
     with pytest.warns(UserWarning, match="GMM: covariance: one a class, .* takes one for all"):
         together = data.fit(DetectorSet(["GMM", "MSP"]))
@@ -362,9 +362,9 @@ def test_weiper(settings, data):
 def test_weiper_takes_as_many_heads_as_fit(data, monkeypatch):
     monkeypatch.setattr("ood_fast.detectors.perturbed.HEAD_VALUES", 7 * C * M + 1)
     with pytest.raises(ValueError, match=r"WeiPer: repeats: got 100, expected at most 7: heads of .*; take 7"):
-        data.fit(WeiPer())
+        data.fit(WeiPer(repeats=100))
     with pytest.warns(UserWarning, match="WeiPer: repeats: the default of 100 does not fit, .*: takes 7"):
-        fitted = data.fit(DetectorSet(["WeiPer"]))["WeiPer"]
+        fitted = data.fit(WeiPer())
     z = torch.from_numpy(data.z)
     assert torch.equal(fitted.score_features(z), data.fit(WeiPer(repeats=7)).score_features(z))
 

@@ -15,10 +15,12 @@ from ood_fast.detectors import (
     NECO,
     RMDS,
     SHE,
+    CombOOD,
     DetectorSet,
     KLMatching,
     Mahalanobis,
     NNGuide,
+    Residual,
     ViM,
     conformal_threshold,
     load,
@@ -151,9 +153,9 @@ def test_no_features_are_refused(name):
 
 @pytest.mark.parametrize(
     ("detector", "most"),
-    [(KNN, N), (NNGuide, N), (ViM, M - 1), (NECO, M - 1)],
+    [(KNN, N), (NNGuide, N), (CombOOD, N), (ViM, M - 1), (Residual, M - 1), (NECO, M - 1)],
 )
-def test_in_a_set_a_default_takes_the_largest_that_fits(detector, most):
+def test_a_default_takes_the_largest_that_fits(detector, most):
     name, parameter = detector.__name__, "k" if "k" in detector().settings() else "dim"
     default = getattr(detector(), parameter)
     given = data()
@@ -169,9 +171,11 @@ def test_in_a_set_a_default_takes_the_largest_that_fits(detector, most):
     torch.testing.assert_close(together.score_features(z, f)[name], fixed.score_features(z, f))
     with pytest.raises(ValueError, match=rf"{name}: {parameter}: got {default}, "):
         DetectorSet([detector(**{parameter: default})]).fit_features(*given)
-    with pytest.raises(ValueError, match=rf"{name}: {parameter}: got {default}, "):
-        detector().fit_features(*given)
-    big = data(400, 300)
+    with pytest.warns(UserWarning, match=rf"takes {most}, the largest") as told:
+        alone = detector().fit_features(*given)
+    assert len(told) == 1
+    torch.testing.assert_close(alone.score_features(z, f), fixed.score_features(z, f))
+    big = data(1000, 600)
     together.fit_features(*big)
     assert getattr(together[name], parameter) == default, "a larger fit has its default"
 

@@ -72,7 +72,6 @@ class Contract(nn.Module):
     head_bias: Tensor | None
     given: frozenset[str]  # parameters that whoever made it named; the others are at their defaults
     lowered: dict[str, int]  # defaults that the data of the last fit were too few for, see `fitting.at_most`
-    among_others: bool  # fitted in a set, which lowers such defaults; by itself a detector refuses them
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -88,7 +87,7 @@ class Contract(nn.Module):
         for name in cls.switches().intersection(given):
             if isinstance(given[name], str):  # "no" would count as yes
                 raise TypeError(f"{name}: got {given[name]!r}, expected True or False")
-        vars(made).update(given=frozenset(given), lowered={}, among_others=False)
+        vars(made).update(given=frozenset(given), lowered={})
         return made
 
     def __init__(self) -> None:

@@ -261,7 +261,7 @@ class Detector(Contract):
             # Of the class's own candidates the smallest stands for a default: it may be lowered to what fits.
             lowest = {name for name in chosen if grid is self.grid and chosen[name] == grid[name][0]}
             variant.given = (self.given | set(chosen)) - lowest
-            variant.gathered, variant.among_others = self.gathered, self.among_others
+            variant.gathered = self.gathered
             yield variant
 
     # ---- files

@@ -61,11 +61,11 @@ class Limit(NamedTuple):
 
 
 def at_most(detector: Detector, parameter: str, *limits: Limit) -> None:
-    """Hold a parameter to what the data allow: in a set a default is lowered to it, with a warning, and is back for the
-    next fit; of one that was given, DoesNotFit."""
+    """Hold a parameter to what the data allow: a default is lowered to it, with a warning, and is back for the next
+    fit; of one that was given, DoesNotFit."""
     value = detector.lowered.pop(parameter, getattr(detector, parameter))
     setattr(detector, parameter, value)
-    is_default = detector.among_others and parameter not in detector.given
+    is_default = parameter not in detector.given
     broken = [limit for limit in limits if value > limit.most]
     if not broken:
         return
@@ -140,7 +140,6 @@ class Fit:
     Args:
         anew: drop what a fit that was begun has gathered.
         failures: where the `ValueError` of a detector that does not fit the data goes, in place of being raised.
-        together: whether they are a set, see `at_most`.
     """
 
     def __init__(
@@ -149,14 +148,11 @@ class Fit:
         *,
         anew: bool = False,
         failures: dict[Detector, ValueError] | None = None,
-        together: bool = False,
     ) -> None:
         self.given = list(detectors)
         self.of = {learner: given for given in self.given if given.needs_fit for learner in given.learners()}
         self.detectors: list[Detector] = list(self.of)
         self.failures, self.anew = failures, anew
-        for detector in self.detectors:
-            detector.among_others = together
 
     @functools.cached_property
     def parts(self) -> list[streaming.Gathered]:

@@ -78,7 +78,7 @@ class GMM(Detector):
 
     Args:
         covariance: "class" or "tied", Σ for all. c matrices of m² numbers that would take more than 2²⁶ are not
-            gathered: in a set "class" is then lowered to "tied", with a warning, and refused if it was given.
+            gathered: "class" is then lowered to "tied", with a warning, and refused if it was given.
         ridge: ρ > 0.
     """
 
@@ -123,7 +123,7 @@ class GMM(Detector):
         if not of_classes.dropped:
             return True
         text = f"of all classes takes more than {of_classes.most} numbers"
-        if not self.among_others or "covariance" in self.given:
+        if "covariance" in self.given:
             raise DoesNotFit(f"covariance: got 'class', which {text}; take covariance=\"tied\"", "covariance")
         tell(self, f"covariance: one a class, which {text}: takes one for all; give covariance to choose")
         return False

@@ -253,8 +253,8 @@ class NNGuide(Detector):
 
     Args:
         k: number of neighbours; 1 <= k <= number of features kept.
-        fraction: each training feature is kept with this chance, 0 < fraction <= 1. In a set where
-            neither k nor fraction is given, at least k of them.
+        fraction: each training feature is kept with this chance, 0 < fraction <= 1. Where neither k nor fraction is
+            given, at least k of them.
         budget: keep at most so many of them; None: no limit.
         dtype: what they are kept in, such as torch.float16, which halves the memory; None: as they come, float32 at
             least.
@@ -282,7 +282,7 @@ class NNGuide(Detector):
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
-        least = 0 if not self.among_others or {"k", "fraction"} & self.given else self.lowered.get("k", self.k)
+        least = 0 if {"k", "fraction"} & self.given else self.lowered.get("k", self.k)
         kept = {"budget": self.budget, "fraction": self.fraction, "least": least}
         return {"bank": streaming.Bank("energy", **kept, dtype=self.dtype, seed=self.seed)}
 

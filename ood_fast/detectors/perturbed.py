@@ -37,7 +37,7 @@ class WeiPer(Detector):
     arXiv:2405.17164. Defaults as in the authors' postprocessor for OpenOOD, which chooses all but r on validation data.
 
     Args:
-        repeats: r heads. Heads of more than 2²⁶ numbers are refused, and in a set fewer are taken, with a warning.
+        repeats: r heads. Heads of more than 2²⁶ numbers are refused; of the default fewer are taken, with a warning.
         delta: δ > 0.
         kld_weight, msp_weight: λ₁ and λ₂, >= 0.
         bins: 2 or more.

@@ -31,7 +31,7 @@ class DetectorSet(nn.Module):
         scores = detectors.score(model, x)  # {"MSP": (n,), "NCI": (n,), "KNN": (n,)}
 
     A default that the data are too few for (ViM's dim, NECO's, k) is lowered to the largest that fits, with a warning;
-    one that was given is refused, as is either by a detector that is fitted by itself.
+    one that was given is refused.
 
     Args:
         detectors: detectors or their names, which are then called by their class; or a mapping from names of your own.
@@ -103,9 +103,9 @@ class DetectorSet(nn.Module):
             model, loader, head, group: as in `Detector.fit`.
         """
         on_train, on_validation = self._by_data(validation is not None)
-        Fit(on_train, anew=True, failures=self.failures, together=True).run(model, loader, head, group)
+        Fit(on_train, anew=True, failures=self.failures).run(model, loader, head, group)
         if validation is not None:
-            Fit(on_validation, anew=True, failures=self.failures, together=True).run(model, validation, head, group)
+            Fit(on_validation, anew=True, failures=self.failures).run(model, validation, head, group)
         return self.share()
 
     def fit_features(
@@ -124,9 +124,9 @@ class DetectorSet(nn.Module):
             features, logits, targets, head: as in `Detector.fit_features`.
         """
         on_train, on_validation = self._by_data(validation is not None)
-        Fit(on_train, anew=True, failures=self.failures, together=True).run_stored(features, logits, targets, head)
+        Fit(on_train, anew=True, failures=self.failures).run_stored(features, logits, targets, head)
         if validation is not None:
-            Fit(on_validation, anew=True, failures=self.failures, together=True).run_stored(*validation, head)
+            Fit(on_validation, anew=True, failures=self.failures).run_stored(*validation, head)
         return self.share()
 
     def _by_data(self, has_validation: bool) -> tuple[list[Detector], list[Detector]]:
@@ -138,12 +138,12 @@ class DetectorSet(nn.Module):
         self, features: Tensor | None, logits: Tensor | None = None, targets: Tensor | None = None
     ) -> DetectorSet:
         """As `Detector.partial_fit`, for all of them."""
-        Fit(self.detectors, together=True).take(features, logits, targets)
+        Fit(self.detectors).take(features, logits, targets)
         return self
 
     def finalize(self, head: Head | None = None, group: dist.ProcessGroup | None = None) -> DetectorSet:
         """As `Detector.finalize`, for all of them."""
-        Fit(self.detectors, failures=self.failures, together=True).finish(head, group)
+        Fit(self.detectors, failures=self.failures).finish(head, group)
         return self.share()
 
     def share(self) -> DetectorSet:

@@ -86,7 +86,7 @@ class ResidualDetector(Detector):
         moment = scatter.covariance().addr(scatter.mean - origin, scatter.mean - origin)
         directions, values = principal_directions(moment)
         limits = [by_width(len(values))]
-        if self.among_others and "dim" not in self.given:
+        if "dim" not in self.given:
             limits.append(self._by_residual(values))
         at_most(self, "dim", *limits)
         principal = leading(directions, self.dim)
@@ -171,7 +171,7 @@ class Residual(ResidualDetector):
     """Minus the length of the residual alone, the second term of `ViM`: −‖r‖₂. Fitted on features and head.
 
     OpenOOD fits it on validation data, the paper on training data. OpenOOD's dim of a net with 512 features leaves
-    nothing; here that is refused, or in a set lowered.
+    nothing; here the default is lowered.
 
     Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, arXiv:2203.10807.
 
