@@ -249,8 +249,7 @@ def loss_of(recipe: TrainingRecipe | None) -> str:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One CPU thread: the number of threads decides the order of sums, so it would decide the last digits. And small
-    models have nothing from a second one.
-    """
+    models have nothing from a second one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -70,8 +70,7 @@ def aupr(id_scores: Any, ood_scores: Any, positive: str = "ood") -> float:
 
 def detection(id_scores: Any, ood_scores: Any) -> dict[str, float]:
     """All five from one sort: AUROC, AUPR and FPR95 as OpenOOD's `compute_all_metrics` gives them, ties included, and
-    FPR95 in the other convention: {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out"}.
-    """
+    FPR95 in the other convention: {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out"}."""
     id_counts, ood_counts = _counts(id_scores, ood_scores, "ood")
     result = _detection(id_counts, ood_counts)
     corners = _corners(id_counts, ood_counts)

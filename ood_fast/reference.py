@@ -78,8 +78,7 @@ def linear_elogitnorm(
     z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, *, logits_dtype: torch.dtype | None = None, **keywords: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`elogitnorm` of the logits z Wᵀ + b; with `logits_dtype`, of these rounded to it, gradients passing as through
-    no rounding: what the fast function of this name does where z and W are of half precision and on a GPU.
-    """
+    no rounding: what the fast function of this name does where z and W are of half precision and on a GPU."""
     logits = F.linear(z, W, b)
     if logits_dtype is not None:
         logits = logits + (logits.detach().to(logits_dtype).to(logits.dtype) - logits.detach())

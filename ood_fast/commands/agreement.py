@@ -108,7 +108,6 @@ def own_labels(model: nn.Module) -> list[str] | None:
 
 def _sampled(model: nn.Module, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     """Logits and labels of at most `SAMPLED` images from all over the data that can be read."""
-
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images, labels = [], []
     for index in range(0, len(dataset), max(1, -(-len(dataset) // SAMPLED))):

@@ -52,7 +52,6 @@ class Benchmarks:
         self, seed: int | None, prepared: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None
     ) -> ImageBenchmark:
         """One for each seed, preparation and order of classes."""
-
         options = self.options
         seed = (seed or 0) if self.name == "digits" or options.seed is None else options.seed
         classes = class_names(options.classes) if options.classes is not None else classes
@@ -92,7 +91,6 @@ class Benchmarks:
         return self.open(run.seed, prepared, classes)
 
     def _prepared(self, run: Trained, plain: ImageBenchmark) -> dict[str, Any] | None:
-
         assert run.model is not None
         options = self.options
         given = [getattr(options, name) for name in ("size", "resize", "mean", "std", "interpolation")]
@@ -137,6 +135,5 @@ def named_path(option: str, text: str, expected: str) -> tuple[str, str]:
 
 def run_info(path: str) -> dict[str, Any]:
     """run.json of a run; nothing if it has none."""
-
     folder = Path(path).expanduser()
     return read_info(folder) if (folder / RUN).is_file() else {}

@@ -39,7 +39,6 @@ def warn(text: str) -> None:
 
 def device(name: str) -> str:
     """The device of `--device` as torch names it; UserError if it cannot be used."""
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -55,7 +54,6 @@ def device(name: str) -> str:
 
 def _why_not(device: str) -> str:
     """In a few words; what torch says names drivers and every kind of device it knows."""
-
     if device.partition(":")[0] == "cuda":
         n_devices = torch.cuda.device_count()
         return f"PyTorch finds {n_devices} such devices" if n_devices else "PyTorch finds no such GPU"
@@ -74,7 +72,6 @@ def require_package(package: str, module: str, what: str = "compare") -> None:
 
 def versions() -> dict[str, str]:
     """What results say of the software."""
-
     found = {"ood_fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -115,7 +112,6 @@ def whole_path(path: str | None) -> str | None:
 
 def detector_set(names: str, settings: list[str], on_features: bool) -> DetectorSet:
     """The `DetectorSet` of "A,B" (or "all" that can be used) and "A.k=3"; for stored features or for images."""
-
     chosen: dict[str, Any] = {}
     usable = [name for name in known() if not (on_features and find(name).needs_model)]
     for name in (n for n in in_all() if n in usable) if names == "all" else listed(names):
@@ -148,7 +144,6 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
 
 def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tuple]]:
     """The grids of the detectors that `--set` speaks of, without what it sets."""
-
     grids: dict[str, dict[str, tuple]] = {}
     for text in settings:
         name, _, parameter = text.partition("=")[0].strip().partition(".")
@@ -159,7 +154,6 @@ def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tu
 
 def read_head_file(path: str) -> tuple[Any, Any]:
     """(W, b) of `--head-file`."""
-
     file = features.files(path)[0]
     if (head := features.load_head(file)) is None:
         raise UserError(f"--head-file {file}: holds no W, expected .npz or .pt with W (c, m) and b (c,)")
@@ -168,7 +162,6 @@ def read_head_file(path: str) -> tuple[Any, Any]:
 
 def read_detectors(path: str, where: str) -> tuple[DetectorSet, dict[str, Any]]:
     """The detectors of a file on the device `where`, and what it says of their fit."""
-
     try:
         loaded, notes = load(path, where), store.notes(path)
     except (OSError, ValueError) as error:

@@ -70,7 +70,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _page(folder: Path, context: Mapping[str, Any]) -> Path:
     """The report about the first seed of each loss, beside the results."""
-
     records = first_of_each(open_records([folder]))
     diagnose_runs(records)
     gallery.add(records)
@@ -82,7 +81,6 @@ def _trained(
     options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
-
     folder, benchmarks, chosen = given
     changes = [text for text in options.set if "." not in text.partition("=")[0]]
     if options.init and not Path(options.init).expanduser().is_file():
@@ -116,7 +114,6 @@ def _taken(
     options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What measures runs that are trained."""
-
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
     of_training = ("recipe", "init", "checkpoint", "epochs", "overwrite", "losses", "seeds")
     for name in (*of_training, *(["set"] if settings else [])):
@@ -136,7 +133,6 @@ def _taken(
 
 def _info(path: str) -> dict[str, Any]:
     """run.json of the first run that a path means; nothing if it has none."""
-
     first = paths_of(path)[0]
     if not Path(first).expanduser().exists() and not path.startswith("pretrained:"):
         raise UserError(f"{path}: no such file or folder")
@@ -145,7 +141,6 @@ def _info(path: str) -> dict[str, Any]:
 
 def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict[str, tuple]]]:
     """The detectors with what was set of them, and what is searched of each."""
-
     names = [find(name).__name__ for name in listed(options.detectors)] if options.detectors != "all" else []
     if len(set(names)) < len(names):
         raise UserError(f"detectors: got {', '.join(names)}, expected each only once")

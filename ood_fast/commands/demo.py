@@ -56,7 +56,6 @@ document.addEventListener("paste", event => score(event.clipboardData.files[0]))
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command, until it is interrupted."""
-
     if options.port > 65535:
         raise UserError(f"--port: got {options.port}, expected at most 65535")
     import_plugins(options)
@@ -72,7 +71,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def service_of(options: argparse.Namespace) -> Service:
     """What the options of the command serve."""
-
     folder = Path(options.file).expanduser()
     model, detectors, prepared = _of_bundle(folder, options) if folder.is_dir() else fitted(options)
     resize = prepared["resize"] if isinstance(prepared["resize"], int) else tuple(prepared["resize"])
@@ -92,7 +90,6 @@ def service_of(options: argparse.Namespace) -> Service:
 
 def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
     """The model and detectors of `save_bundle`, and how its images are prepared."""
-
     model = named(options.model) if options.model and is_callable(options.model) else options.model
     try:
         bundle = load_bundle(folder, model)
@@ -106,7 +103,6 @@ def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, De
 
 
 def _page(name: str, prepared: dict[str, Any]) -> str:
-
     body = f"""<h1>{html.escape(name)}</h1>
 <p class=lead>Drop an image anywhere on this page, paste one, or choose: <input type=file accept="image/*"></p>
 <p><img alt="" width=224></p><h2 id=verdict></h2>

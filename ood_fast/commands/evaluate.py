@@ -29,7 +29,6 @@ from .quality import not_to_use
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-
     _check(options)
     import_plugins(options)
     chosen = _chosen(options)
@@ -70,7 +69,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _chosen(options: argparse.Namespace) -> DetectorSet:
     """The detectors. By default without those that pass images through the model several times; a line says so."""
-
     names, told = options.detectors, ""
     if names is None:
         asked = {find(text.partition(".")[0].strip()).__name__ for text in options.set}
@@ -100,7 +98,6 @@ def _print_choices(results: Results) -> None:
 
 def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results | None]]:
     """The folder for the results, and what gives them."""
-
     paths = [path for given in options.runs for path in evaluation.paths_of(given)]
     benchmarks = Benchmarks(options, paths[0])
     first = benchmarks.open(run_info(paths[0]).get("seed"))
@@ -115,7 +112,6 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
 
 def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results]]:
     """The same of stored features."""
-
     ood = {}
     for text in options.ood_features:
         title, path = named_path("--ood-features", text, "[near/]NAME=PATH")
@@ -176,7 +172,6 @@ DECIDING += ("skip_bad", *PREPARATION)
 
 
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
-
     if options.out is not None:
         return options.out
     if len(options.runs) > 1:
@@ -186,7 +181,6 @@ def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> st
 
 
 def _opened(options: argparse.Namespace, paths: list[str], benchmark: ImageBenchmark) -> Iterator[Trained]:
-
     shape = benchmark.image_shape
     if options.size:
         shape = (shape[0], options.size, options.size)

@@ -20,7 +20,6 @@ from .parsers import N_EXPORTED
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-
     onnx_export.require_onnx()
     out = _checked_out(options)
     import_plugins(options)
@@ -48,7 +47,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def _checked_out(options: argparse.Namespace) -> Path:
-
     out = Path(options.out).expanduser()
     if out.suffix != ".onnx":
         raise UserError(f"--out: got {out}, expected a name ending in .onnx")
@@ -61,7 +59,6 @@ def _checked_out(options: argparse.Namespace) -> Path:
 
 def _rows(options: argparse.Namespace, prepared: dict[str, Any]) -> Tensor:
     """Images in [0, 1], (n, channels, size, size), as they are before the normalisation."""
-
     n_channels = len(prepared["mean"])
     if options.data is None:
         shape = (N_EXPORTED, n_channels, prepared["size"], prepared["size"])

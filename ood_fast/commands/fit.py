@@ -78,7 +78,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _checked_out(name: str) -> Path:
     """The file to write, before an hour of work: its folder can be written, and its ending does not lie."""
-
     out = Path(name).expanduser()
     checks.writable_folder("--out", out.parent)
     if out.is_dir() or not out.name:
@@ -124,7 +123,6 @@ class _ImageData:
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-
         source = images.read_images(path, with_classes=True, classes=self.class_order)
         if source.classes is None:
             self._without_classes(detectors, path)
@@ -169,7 +167,6 @@ class _ImageData:
 
     def quality(self, detectors: DetectorSet, path: str) -> list[str]:
         """Lines that say whether the detectors work."""
-
         try:
             source = images.read_images(path, with_classes=self.class_order is not None, classes=self.class_order)
         except UserError:  # folders of other names
@@ -190,14 +187,12 @@ class _FeatureData:
         self.head, self.options, self.notes = head, options, {}
 
     def _batches(self, path: str, process: Process, bar: Bar) -> Iterable:
-
         for index, stored in enumerate(features.batches(path)):
             if index % process.size == process.rank:
                 yield stored.with_logits(self.head)
                 bar.advance(len(stored))
 
     def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
-
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         counts = None
         with Bar(f"{what} {path}", None, self.options.quiet) as bar:
@@ -245,7 +240,6 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
 
 
 def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
-
     try:
         return given_head(model, head).out_features
     except ValueError:
@@ -253,7 +247,6 @@ def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
 
 
 def _open_features(options: argparse.Namespace) -> _FeatureData:
-
     if options.head_file:
         return _FeatureData(read_head_file(options.head_file), options)
     return _FeatureData(features.load_head(features.files(options.features)[0]), options)
@@ -265,7 +258,6 @@ def _open_features(options: argparse.Namespace) -> _FeatureData:
 def _fit(
     detectors: DetectorSet, data: _ImageData | _FeatureData, options: argparse.Namespace, process: Process
 ) -> DetectorSet:
-
     fitting = Search(detectors) if options.tune else detectors
     on_validation = [name for name, d in fitting.items() if options.validation and d.fits_on == "validation"]
     on_train = [name for name in fitting if name not in on_validation]
@@ -297,7 +289,6 @@ def _fit(
 
 def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
     """The message; with the flag for a parameter that the data are too few for."""
-
     if isinstance(error, DoesNotFit):
         for name, detector in detectors.items():
             searched = tuned and error.parameter in detector.grid  # --set does not reach it
@@ -309,7 +300,6 @@ def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
 
 def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:
     """The scores of all batches, and of all processes, in the order of the ranks."""
-
     with closing(batches):
         parts = [{name: scores.cpu() for name, scores in batch.items()} for batch in batches]
     if process.group is not None:

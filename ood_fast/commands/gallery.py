@@ -18,7 +18,6 @@ SHOWN = 500  # rows
 
 def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     """Write the page of a table of `score`; with the images of `source`. OSError if it cannot be written."""
-
     columns, rows = _read(table)
     rows.sort(key=lambda row: row[2])
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])

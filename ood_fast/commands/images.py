@@ -23,7 +23,6 @@ from .common import say
 
 def dataset_of(source: Files, prepared: dict[str, Any]) -> ImageDataset:
     """The images of `source`, prepared as `preparation_of` says."""
-
     source.upright = prepared.get("orientation", "exif") == "exif"
     source.truncated = prepared.get("truncated") == "allow"
     names = ("resize", "size", "mean", "std", "interpolation")
@@ -54,14 +53,12 @@ class Images:
     @contextmanager
     def named(self) -> Iterator[None]:
         """What is wrong with a row of the last batch names the image."""
-
         try:
             yield
         except RowError as error:
             raise ValueError(f"image {self.paths[error.in_batch]}: {error.text.replace(ROW, 'this one')}") from error
 
     def __iter__(self) -> Iterator[tuple]:
-
         rows = torch.utils.data.Subset(self.dataset, self.rows)
         has_classes = self.dataset.source.classes is not None
         first = self.rows.start
@@ -107,7 +104,6 @@ def read_images(data: str | Sequence[str], with_classes: bool = False, classes: 
 
 def _add(path: str, names: list[str], left_out: list[str]) -> None:
     """The images of one file, folder or pattern. A file that is named is taken whatever it is called."""
-
     if os.path.isdir(path):
         found = folders.read_flat_folder(Path(path), path, "expected images")
         names += [found.path(index) for index in range(len(found))]

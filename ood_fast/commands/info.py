@@ -14,7 +14,6 @@ from .common import machine, versions
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-
     devices = ["cpu"]
     devices += [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -35,7 +34,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def _backend(device: str) -> str:
-
     try:
         return f"{device}: {ops.backend_name(device)}"
     except RuntimeError as error:  # the backend that was asked for does not run there

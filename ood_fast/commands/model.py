@@ -92,13 +92,11 @@ def _prepare_as(model: nn.Module, info: Mapping[str, Any]) -> None:
 
 def is_callable(name: str) -> bool:
     """Whether it is MODULE:CALLABLE, code of the user."""
-
     return ":" in name and not name.startswith((TIMM, HF))
 
 
 def named(path: str) -> nn.Module:
     """What MODULE:CALLABLE gives, which the command line names."""
-
     module, _, name = path.partition(":")
     try:
         found = getattr(code.import_asked_for(module, f"--model {path}"), name)
@@ -147,7 +145,6 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
 
 def fingerprint_of(model: nn.Module, head: str | None) -> str:
     """Of the weights and the place of the head, see `models.weight_fingerprint`."""
-
     return weight_fingerprint(model, given_head(model, head))
 
 
@@ -182,7 +179,6 @@ def fitted_on(
 
 def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
     """Those of `--detectors`, or all, each of which can be deployed."""
-
     for name in names:
         if name not in detectors:
             raise UserError(f"--detectors: {unknown('detector of the file', name, detectors)}")
@@ -202,7 +198,6 @@ def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
 
 def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `PREPARATION` names: as given, else as `kept` with the detectors, else the model's own."""
-
     kept = kept or {}
     # older files do not say the orientation: it was not read
     own = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}

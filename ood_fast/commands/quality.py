@@ -23,7 +23,6 @@ def told(
     detectors: DetectorSet, model: nn.Module, source: Files, prepared: dict[str, Any], options: argparse.Namespace
 ) -> list[str]:
     """A line on the accuracy, where there are classes, and one for each detector: AUROC, flagged share, verdict."""
-
     rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(int))
     plain = dataset_of(source.take(rows), prepared)
     shape = (len(prepared["mean"]), prepared["size"], prepared["size"])
@@ -54,7 +53,6 @@ def _scores(
     detectors: DetectorSet, model: nn.Module, dataset: ImageDataset, options: argparse.Namespace
 ) -> tuple[dict[str, Tensor], float | None]:
     """The scores of the images that can be read, and the accuracy, None without classes."""
-
     loader = tolerant(dataset, options.batch_size, options.workers)
     scores: list[dict[str, Tensor]] = []
     right: list[Tensor] = []

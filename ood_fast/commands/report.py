@@ -15,7 +15,6 @@ from .progress import Bar
 
 def run(options: argparse.Namespace, command: str) -> None:
     """The command."""
-
     import_plugins(options)
     context = context_of(command)
     records = runs.open_records(options.runs)

@@ -59,7 +59,6 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """The table and the page to write, before anything is done."""
-
     if bool(options.data) == bool(options.features):
         raise UserError("--data, --features: expected one of them, images or stored features")
     out = Path(options.out).expanduser()
@@ -90,7 +89,6 @@ def _load(options: argparse.Namespace, where: str) -> tuple[DetectorSet, dict[st
 @contextmanager
 def _told(notes: dict[str, Any]) -> Iterator[None]:
     """What model and detectors say of the data, as an error of this command."""
-
     try:
         yield
     except UserError:
@@ -103,7 +101,6 @@ def _told(notes: dict[str, Any]) -> Iterator[None]:
 
 def _name_classes(detectors: DetectorSet, file: str) -> None:
     """Call the classes as `--classes` does."""
-
     names = tuple(class_names(file))
     for detector in detectors.detectors:
         c = len(detector.class_names or ()) or (len(detector.head_weight) if detector.needs_head else len(names))
@@ -114,7 +111,6 @@ def _name_classes(detectors: DetectorSet, file: str) -> None:
 
 def _identity(options: argparse.Namespace, source: Any) -> str:
     """A key of all that decides the rows: an interrupted run with another one is not continued."""
-
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
     names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
     chosen = given(options, *names)

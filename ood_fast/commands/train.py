@@ -31,7 +31,6 @@ from .progress import Bar
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-
     if options.recipe == "list":
         width = max(map(len, RECIPES))
         print("\n".join(f"{name:<{width}}  {recipe.source}" for name, recipe in RECIPES.items()))
@@ -110,7 +109,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: argparse.Namespace) -> None:
     """UserError where the weights that training starts from, head included, have the classes in another order."""
-
     if options.resume or not (recipe.pretrained or recipe.init):
         return
     if recipe.pretrained is True and models.n_published(recipe.model) != benchmark.n_classes:
@@ -124,7 +122,6 @@ def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: arg
 
 def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) -> None:
     """What training reads is fetched by one process, while the others wait; its error reaches all of them."""
-
     error = [None]
     if process.rank == 0:
         try:

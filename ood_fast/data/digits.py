@@ -34,8 +34,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's "L"
 
 def drawn(seed: int) -> tuple[dict[str, ImageDataset], dict[str, ImageDataset]]:
     """Splits and OOD sets for `seed`: its classes, its stratified train / validation / test split (60 / 15 / 25 %), its
-    crops and noise.
-    """
+    crops and noise."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -103,8 +102,7 @@ def _moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _photograph_crops(n_crops: int, rng: np.random.Generator) -> np.ndarray:
     """Grey crops (n_crops, 8, 8) in [0, 1], from both photographs alike, each square somewhere and of one of
-    `CROP_SIDES`.
-    """
+    `CROP_SIDES`."""
     from sklearn.datasets import load_sample_images
 
     photographs = [image @ LUMA / 255.0 for image in load_sample_images().images]

@@ -288,8 +288,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def fingerprint(self) -> str:
         """A key for what was computed from these images: their content or, of single files, name, size and time of
-        change; the labels; the transform.
-        """
+        change; the labels; the transform."""
         digest = hashlib.sha256(f"{self.transform!r} {self.augment_seed} {int(self._epoch)}".encode())
         digest.update(self.source.labels.tobytes())
         self.source.update(digest)
@@ -329,8 +328,7 @@ def preparation(
 @functools.lru_cache
 def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, flip: bool = True) -> Callable:
     """The same with random crops and flips. `kind`: "pad_crop" pads by 4 and cuts `crop`×`crop`; "resized_crop" cuts
-    8 to 100 % of the area and scales it.
-    """
+    8 to 100 % of the area and scales it."""
     transforms = torchvision().transforms
     if kind == "pad_crop":
         steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.RandomCrop(crop, padding=4)]

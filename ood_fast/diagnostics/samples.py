@@ -52,8 +52,7 @@ class Samples:
 
     def nearest_mean_agreement(self) -> float:
         """NC4: the share of samples whose predicted class is that of the nearest class mean, argmax f = argmin_c
-        ‖z − μ_c‖; 1 in complete collapse. Papyan, Han and Donoho, PNAS 2020 (their NC4 is 1 minus this).
-        """
+        ‖z − μ_c‖; 1 in complete collapse. Papyan, Han and Donoho, PNAS 2020 (their NC4 is 1 minus this)."""
         return (self.nearest == self.predicted).double().mean().item()
 
 
@@ -94,8 +93,7 @@ def _of_chunk(
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's r of x and y, (n,): 1 where D(z) grows with ‖z‖ along a line (Ding et al., fig. 2); NaN where either
-    does not vary.
-    """
+    does not vary."""
     x, y = (double(values) - double(values).mean() for values in (x, y))
     size = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
     return ((x @ y) / size).clamp(-1, 1).item() if size > 0 else math.nan

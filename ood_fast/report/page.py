@@ -263,8 +263,7 @@ def _facts(told: Mapping[str, Any], when: str | None) -> str:
 
 def check_file(path: str | os.PathLike) -> Path:
     """The file for the report: `path`, or report.html in it if it is a folder. UserError if it cannot be written, or is
-    something else than an earlier report.
-    """
+    something else than an earlier report."""
     if not str(path).strip():
         raise checks.UserError("--out: got '', expected a file")
     file = Path(path).expanduser()

@@ -268,8 +268,7 @@ def _evaluate_command(record: Record) -> str:
 
 def diagnose_runs(records: Sequence[Record], progress: Progress = no_progress) -> None:
     """The `Diagnosis` of each run on each benchmark that it was evaluated on, from the features in the cache of the
-    evaluation. What was found is kept there too: the next report reads it. Where it cannot be, `missing` says why.
-    """
+    evaluation. What was found is kept there too: the next report reads it. Where it cannot be, `missing` says why."""
     for record in records:
         for benchmark, evaluated in record.evaluated.items():
             try:
