@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata, util
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from .. import __version__, checks, features, ops
 from ..checks import UserError
 from ..detectors import Detector, DetectorSet, find, in_all, known, load, store
+from ..processes import Processes
 from ..values import KINDS
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
@@ -193,31 +193,11 @@ def literal(text: str) -> Any:
         return text
 
 
-@dataclass(frozen=True)
-class Process:
-    """This process among those that `torchrun` started; alone without it."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def group(self) -> Any:
-        """The default process group; None alone. Asked for each time: a group that nobody holds ends its threads."""
-        if self.size == 1:
-            return None
-
-        return dist.group.WORLD
-
-    def share(self, n: int) -> range:
-        """The samples of this process: a contiguous part, none twice, none left out."""
-        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
-
-
 @contextmanager
-def processes(device: str, options: Any) -> Iterator[Process]:
+def processes(device: str, options: Any) -> Iterator[Processes]:
     """Join the processes that `torchrun` started, if it did; all but the first are quiet."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield Process()
+        yield Processes()
         return
 
     if device.startswith("cuda"):
@@ -225,7 +205,7 @@ def processes(device: str, options: Any) -> Iterator[Process]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         options.quiet |= dist.get_rank() > 0
-        yield Process(dist.get_rank(), dist.get_world_size())
+        yield Processes.joined()
     finally:
         dist.destroy_process_group()
         # DistributedDataParallel keeps the group and so gloo's threads. One that still drops the tensors of the last

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks, features
@@ -19,10 +18,11 @@ from ..detectors.fitting import DoesNotFit
 from ..detectors.search import Search
 from ..evaluation.agreement import confusion, refuse_disagreement, told_accuracy
 from ..heads import given_head
+from ..processes import Processes
 from . import RunError, images, quality
 from .agreement import Agreement, class_order
 from .code import import_plugins
-from .common import Process, detector_set, device, processes, read_head_file, say, warn
+from .common import detector_set, device, processes, read_head_file, say, warn
 from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
 from .progress import Bar
 
@@ -117,12 +117,12 @@ class _ImageData:
             "fingerprint": fingerprint_of(model, options.head),
         }
 
-    def _batches(self, source: Any, process: Process, bar: Bar) -> images.Images:
+    def _batches(self, source: Any, process: Processes, bar: Bar) -> images.Images:
         rows = process.share(len(source))
         bar.total = len(rows)
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
-    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+    def fit(self, detectors: DetectorSet, path: str, process: Processes) -> None:
         source = images.read_images(path, with_classes=True, classes=self.class_order)
         if source.classes is None:
             self._without_classes(detectors, path)
@@ -158,7 +158,7 @@ class _ImageData:
         if path == self.options.data:
             say(self.options, f"no class folders in {path}: fitting without classes, predictions will be numbers")
 
-    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
+    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             batches = self._batches(images.read_images(path), process, bar)
             with batches.named():
@@ -186,13 +186,13 @@ class _FeatureData:
     def __init__(self, head: tuple | None, options: argparse.Namespace) -> None:
         self.head, self.options, self.notes = head, options, {}
 
-    def _batches(self, path: str, process: Process, bar: Bar) -> Iterable:
+    def _batches(self, path: str, process: Processes, bar: Bar) -> Iterable:
         for index, stored in enumerate(features.batches(path)):
             if index % process.size == process.rank:
                 yield stored.with_logits(self.head)
                 bar.advance(len(stored))
 
-    def fit(self, detectors: DetectorSet, path: str, process: Process) -> None:
+    def fit(self, detectors: DetectorSet, path: str, process: Processes) -> None:
         what = "fitting on" if _reads_data(detectors) else "nothing has to be fitted, checked"
         counts = None
         with Bar(f"{what} {path}", None, self.options.quiet) as bar:
@@ -209,7 +209,7 @@ class _FeatureData:
         if counts is not None and process.size == 1:  # else these are the rows of one process
             say(self.options, f"accuracy on {path}: {told_accuracy(counts)}")
 
-    def scores(self, detectors: DetectorSet, path: str, process: Process) -> Iterator[dict[str, Tensor]]:
+    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Iterator[dict[str, Tensor]]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
                 with stored.named():
@@ -256,7 +256,7 @@ def _open_features(options: argparse.Namespace) -> _FeatureData:
 
 
 def _fit(
-    detectors: DetectorSet, data: _ImageData | _FeatureData, options: argparse.Namespace, process: Process
+    detectors: DetectorSet, data: _ImageData | _FeatureData, options: argparse.Namespace, process: Processes
 ) -> DetectorSet:
     fitting = Search(detectors) if options.tune else detectors
     on_validation = [name for name, d in fitting.items() if options.validation and d.fits_on == "validation"]
@@ -298,14 +298,11 @@ def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
     return str(error)
 
 
-def _joined(batches: Iterator[dict[str, Tensor]], process: Process) -> dict[str, Tensor]:
+def _joined(batches: Iterator[dict[str, Tensor]], process: Processes) -> dict[str, Tensor]:
     """The scores of all batches, and of all processes, in the order of the ranks."""
     with closing(batches):
         parts = [{name: scores.cpu() for name, scores in batch.items()} for batch in batches]
-    if process.group is not None:
-        everyone: list = [None] * process.size
-        dist.all_gather_object(everyone, parts, process.group)
-        parts = [part for of_rank in everyone for part in of_rank]
+    parts = [part for of_rank in process.everyone(parts) for part in of_rank]
     if not parts:
         raise UserError("--validation, --ood-validation: got no samples")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -15,15 +15,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import spreadsheet
 from ..checks import UserError
 from ..detectors import DetectorSet
 from ..files import BusyError, locked, replacing
+from ..processes import Processes
 from . import RunError
-from .common import Process
 
 SUFFIXES = (".csv", ".parquet")
 GROUP_ROWS = 65536  # rows of one group of a Parquet file
@@ -36,7 +35,7 @@ class ScoreTable:
         start: the first position that is not in the table yet.
     """
 
-    def __init__(self, out: Path, detectors: DetectorSet, identity: str, process: Process, overwrite: bool) -> None:
+    def __init__(self, out: Path, detectors: DetectorSet, identity: str, process: Processes, overwrite: bool) -> None:
         self.out, self.detectors, self.process = out, detectors, process
         self.header = json.dumps({"identity": identity, "processes": process.size})
         self.class_names = next((d.class_names for d in detectors.detectors if d.class_names), None)
@@ -145,15 +144,11 @@ class ScoreTable:
         """
         self._append(())  # a batch of bad images only comes without rows
         self.file.close()
-        self._meet()
+        self.process.everyone(None)  # all parts are there
         try:
             return self._merged() if self.process.rank == 0 else None
         finally:
-            self._meet()  # no other score takes a part, which each process holds, before it is merged
-
-    def _meet(self) -> None:
-        if self.process.group is not None:
-            dist.barrier(self.process.group)
+            self.process.everyone(None)  # no other score takes a part, which each process holds, before it is merged
 
     def _merged(self) -> tuple[int, dict[str, int], int]:
         self.n_bad, self.n_rows = 0, 0

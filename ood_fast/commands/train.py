@@ -12,19 +12,18 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from .. import checks, models
 from ..checks import UserError
 from ..data import ImageBenchmark, open_benchmark
 from ..data.folders import class_names
+from ..processes import Processes
 from ..recipes import RECIPES, TrainingRecipe, as_dict, find, override
 from ..train import DivergedError, Interrupted, Run
 from ..training import model_of
 from . import RunError
 from .agreement import check_sample
 from .code import import_plugins
-from .common import Process, data_of, device, given, machine, processes, versions, whole_path
+from .common import data_of, device, given, machine, processes, versions, whole_path
 from .model import allow
 from .progress import Bar
 
@@ -120,18 +119,16 @@ def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: arg
     check_sample(model, benchmark.fit, benchmark.class_names, options.data_root or benchmark.name)
 
 
-def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Process) -> None:
+def _download(benchmark: ImageBenchmark, diagnostics: bool, process: Processes) -> None:
     """What training reads is fetched by one process, while the others wait; its error reaches all of them."""
-    error = [None]
+    error = None
     if process.rank == 0:
         try:
             _ = benchmark.train, benchmark.validation, diagnostics and benchmark.validation_ood
         except checks.UserError as missing:
-            error = [str(missing)]
-    if process.size > 1:
-        dist.broadcast_object_list(error, 0)
-    if error[0] is not None:
-        raise UserError(error[0])
+            error = str(missing)
+    if (error := process.first(error)) is not None:
+        raise UserError(error)
 
 
 def _context(options: argparse.Namespace, command: str) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks, intact
@@ -39,6 +38,7 @@ from ..files import replacing, settle, staged
 from ..heads import given_head, inference_head
 from ..models.checkpoints import update_with_weights
 from ..models.running import run_model
+from ..processes import Processes
 
 META, HEAD = "meta.json", "head.npz"
 CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
@@ -192,8 +192,9 @@ class FeatureCache:
             UserError: an image cannot be read; the disk has no room.
             OSError: it cannot be written. RuntimeError: another process failed.
         """
+        processes = Processes.joined()
         with ExitStack() as stack:
-            plan = _everyone(self._plan(name, dataset, detectors, stack) if rank() == 0 else None)[0]
+            plan = processes.first(self._plan(name, dataset, detectors, stack) if processes.rank == 0 else None)
             if isinstance(plan, str):
                 raise checks.UserError(plan)
             if plan.missing:
@@ -202,12 +203,12 @@ class FeatureCache:
                     self._run(plan, dataset, detectors)
                 except BaseException as raised:
                     error = raised
-                failures = [text for text in _everyone(None if error is None else f"{error}") if text is not None]
+                failures = [text for text in processes.everyone(error and f"{error}") if text is not None]
                 if failures:
                     raise error or RuntimeError(f"another process failed: {failures[0]}")
-                if rank() == 0:
+                if processes.rank == 0:
                     self._complete(plan)
-        _everyone(None)
+        processes.everyone(None)
         return _opened(plan.folder)
 
     def fitted(
@@ -222,27 +223,22 @@ class FeatureCache:
         for name, file in files.items():
             with suppress(OSError, ValueError):  # not there yet, or damaged
                 kept[name] = load(file)
-        kept = {name: kept[name] for name in _everyone(list(kept))[0]}
+        processes = Processes.joined()
+        kept = {name: kept[name] for name in processes.first(list(kept))}
         missing = DetectorSet(rest) if (rest := {n: d for n, d in detectors.items() if n not in kept}) else None
         if missing is not None:
             missing.failures = failures
-            rows = self._rows(dataset)
+            rows = processes.share(len(dataset))
             with self.progress("fitting on layers", len(rows)) as bar:
                 loader = counted(self._loader(dataset, rows), bar)
-                group = dist.group.WORLD if dist.is_initialized() else None
-                missing.fit(self.model, loader, self.head, group)
+                missing.fit(self.model, loader, self.head, processes.group)
             kept |= {name: detector for name, detector in missing.items() if detector not in (failures or {})}
-            if rank() == 0:
+            if processes.rank == 0:
                 for name in set(kept) & set(missing):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     kept[name].save(files[name])
         device = next(self.model.parameters()).device
         return {name: kept[name].to(device) for name in detectors if name in kept}
-
-    def _rows(self, dataset: Any) -> range:
-        """The share of this process."""
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        return range(rank() * len(dataset) // size, (rank() + 1) * len(dataset) // size)
 
     def _loader(self, dataset: Any, rows: range) -> Iterable:
         return batched(
@@ -299,7 +295,7 @@ class FeatureCache:
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
-        rows = self._rows(dataset)
+        rows = Processes.joined().share(len(dataset))
         loader = self._loader(dataset, rows)
         wanted = [d for d in detectors if score_key(d) in plan.missing]
         done = rows.start
@@ -398,17 +394,3 @@ def _image_of(name: str, dataset: Any, first: int, row: int) -> str:
 
 def _mapped(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": pages are shared until somebody writes, in memory only
-
-
-def rank() -> int:
-    """Which process of torch.distributed this is; 0 without."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _everyone(value: Any) -> list[Any]:
-    """What each process gives, in the order of the ranks; all wait for each other."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

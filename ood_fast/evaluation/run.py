@@ -21,8 +21,9 @@ from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search
 from ..heads import inference_head
+from ..processes import Processes
 from . import agreement
-from .cache import FeatureCache, Outputs, rank
+from .cache import FeatureCache, Outputs
 from .measure import Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable
 from .results import FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
@@ -136,7 +137,7 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
     outputs, before = _outputs(cached, benchmark, prepared, how)
     run.model.to("cpu")  # the next one may need the room
-    if rank() > 0:
+    if Processes.joined().rank > 0:
         return None
 
     tested = {ID: benchmark.test, **benchmark.tested}

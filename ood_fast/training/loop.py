@@ -27,6 +27,7 @@ from .. import checks, models, recipes
 from ..data.images import mixed
 from ..data.loading import batched
 from ..eager.precision import has_float64
+from ..processes import Processes
 from .build import model_of, objective_of, optimizer_of
 from .folder import BEST, COMPLETE, DIAGNOSTICS, EPOCHS, FINAL, LAST, LOG, RunFolder, describe
 from .mixing import Mixing
@@ -88,9 +89,8 @@ class Run:
             self.diagnose = epoch_diagnostics
             _ = benchmark.fit, benchmark.validation_ood  # now: not after an epoch is it told that they are missing
         self.watcher = self.options.watcher or Watcher()
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.n_processes = dist.get_world_size() if distributed else 1
+        self.processes = Processes.joined()
+        self.rank, self.n_processes = self.processes.rank, self.processes.size
         self.batches = Batches(len(benchmark.train), recipe.batch_size, seed, self.rank, self.n_processes)
         self._loading = torch.zeros((), dtype=torch.bool, device="cpu").share_memory_()  # read by workers
         self.epoch = self.step = 0
@@ -177,9 +177,7 @@ class Run:
                 answer[0] = self.folder.claim(describe(self, "new"), self.options.resume)
             except checks.UserError as error:
                 answer[1] = str(error)
-        if self.n_processes > 1:
-            dist.broadcast_object_list(answer, 0)
-        state, refusal = answer
+        state, refusal = self.processes.first(answer)
         if refusal is not None:
             raise checks.UserError(refusal)
         return state
@@ -285,7 +283,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
     def _end_epoch(self) -> None:
-        loss, correct = self._summed(self._sums).tolist()  # waits for the GPU: the time of the training is known now
+        loss, correct = self.processes.reduced(self._sums).tolist()  # waits for the GPU: the time is that of training
         seconds = self._seconds + time.perf_counter() - self._since
         n_images = self.steps_an_epoch * self.images_a_step
         self._share_buffers()
@@ -324,7 +322,7 @@ class Run:
     def _accuracy(self, dataset: Dataset) -> float:
         """Of the model in evaluation mode; each process looks at its share. Signals are heard after each batch: where
         one stops the run, the epoch's steps are saved, and it goes on from here."""
-        rows = range(self.rank * len(dataset) // self.n_processes, (self.rank + 1) * len(dataset) // self.n_processes)
+        rows = self.processes.share(len(dataset))
         batch_size, done = self.recipe.batch_size, 0
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
@@ -336,7 +334,7 @@ class Run:
         most = math.ceil(math.ceil(len(dataset) / self.n_processes) / batch_size)
         for _ in range(most - done):  # a share may be an image, and so a batch, smaller; all listen as often
             self._attend()
-        return self._summed(correct).item() / len(dataset) if len(dataset) else math.nan
+        return self.processes.reduced(correct).item() / len(dataset) if len(dataset) else math.nan
 
     def _diagnose(self) -> None:
         if not self.diagnose:
@@ -358,12 +356,6 @@ class Run:
         device = self.device
         return torch.get_device_module(device).current_device() if device.index is None else device.index
 
-    def _summed(self, tensor: Tensor) -> Tensor:
-        if self.n_processes > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor)
-        return tensor
-
     def _share_buffers(self) -> None:
         """Each process saw its own batches: the running means of rank 0 are the model's, as in the forward pass."""
         if self.n_processes > 1:
@@ -372,22 +364,14 @@ class Run:
 
     def _check_finite(self) -> None:
         """DivergedError in every process if the loss of any was not finite; called at the same steps in each."""
-        first = self._first_bad
-        if self.n_processes > 1:
-            first = first.clone()
-            dist.all_reduce(first, dist.ReduceOp.MIN)
-        if (step := first.item()) < NEVER:
+        if (step := self.processes.reduced(self._first_bad, "MIN").item()) < NEVER:
             raise DivergedError(f"the training loss became NaN or infinite in epoch {self.epoch + 1} at step {step}")
 
     def _attend(self) -> None:
         """Save if it is time; save and stop if a signal has come to any of the processes."""
         due = self.options.save_minutes is not None and time.monotonic() - self._saved > 60 * self.options.save_minutes
         wishes = [self._signals.received, int(due and self.rank == 0)]
-        if self.n_processes > 1:  # small and on the host, where no GPU waits for it
-            tensor = torch.tensor(wishes)
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-            wishes = tensor.tolist()
-        signum, save = wishes
+        signum, save = self.processes.reduced(torch.tensor(wishes), "MAX").tolist()  # on the host: no GPU waits for it
         if not (signum or save):
             return
         self._check_finite()
@@ -402,10 +386,7 @@ class Run:
         now = time.perf_counter()
         own: dict[str, Any] = {"random": random_state(self.device), "sums": self._sums.cpu()}
         own["objective"] = {name: value.cpu() for name, value in self.objective.state_dict().items()}
-        of_ranks = [own]
-        if self.n_processes > 1:
-            of_ranks = [{} for _ in range(self.n_processes)]
-            dist.all_gather_object(of_ranks, own)
+        of_ranks = self.processes.everyone(own)
         if self.rank == 0:
             state = {
                 "model": self.model.state_dict(),
