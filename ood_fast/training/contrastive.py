@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import full_precision
 from ..functional import l2_normalize
-from .objective import Criterion, Objective, StepBatch, WithFeatures
-from .outliers import checked_features, checked_head
+from .objective import Criterion, StepBatch, WithHead
+from .outliers import checked_features
 
 
-class SupConLoss(Objective):
+class SupConLoss(WithHead):
     """Supervised contrastive loss, which SSD+ and KNN+ train with.
 
         loss = contrast(u, y) + criterion(W sg(z) + b, y)             u = P(z)/‖P(z)‖,  sg: without gradient
@@ -47,6 +47,7 @@ class SupConLoss(Objective):
     """
 
     companion = "views"
+    shown = ("temperature", "base_temperature")
 
     def __init__(
         self,
@@ -56,17 +57,14 @@ class SupConLoss(Objective):
         temperature: float = 0.1,
         base_temperature: float | None = None,
     ) -> None:
-        super().__init__()
-        self.n_classes, n_features = checked_head(head)
+        super().__init__(head, criterion)
         checks.real("temperature", temperature, 0.0, open_low=True)
         if base_temperature is not None:
             checks.real("base_temperature", base_temperature, 0.0, open_low=True)
         if not isinstance(projection, nn.Module):
             checks.positive_int("projection", projection, " or a module")
-            hidden = nn.Linear(n_features, n_features)
-            projection = nn.Sequential(hidden, nn.ReLU(), nn.Linear(n_features, projection))
-        self._head = (head,)
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+            hidden = nn.Linear(self.n_features, self.n_features)
+            projection = nn.Sequential(hidden, nn.ReLU(), nn.Linear(self.n_features, projection))
         self.projection = projection.to(next(head.parameters()).device)
         self.temperature, self.base_temperature = temperature, base_temperature
 
@@ -97,18 +95,10 @@ class SupConLoss(Objective):
         """T / base_temperature, or 1."""
         return 1.0 if self.base_temperature is None else self.temperature / self.base_temperature
 
-    def around(self, model: nn.Module) -> nn.Module:
-        """The model with its features."""
-        return WithFeatures(model, self._head[0])
-
     def step(self, network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """As `forward`, of the images and of their other views, which go through the network together."""
         logits, z, target = both_views(network, batch)
         return self(z, target), logits[: len(batch.x)]
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"temperature={self.temperature}, base_temperature={self.base_temperature}"
 
 
 def both_views(network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,6 +129,7 @@ class CIDERLoss(SupConLoss):
     arXiv:2203.04450.
     """
 
+    shown = (*SupConLoss.shown, "momentum", "compactness")
     prototypes: Tensor
 
     def __init__(
@@ -182,7 +173,3 @@ class CIDERLoss(SupConLoss):
             moved = self.momentum * prototypes[y[rows]] + (1 - self.momentum) * unit[rows]
             prototypes = prototypes.index_copy(0, y[rows], l2_normalize(moved)[0])
         return prototypes
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"{super().extra_repr()}, momentum={self.momentum}, compactness={self.compactness}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..recipes import TrainingRecipe
-from .objective import Criterion, Objective, StepBatch
+from .objective import Around, Criterion, StepBatch
 from .outliers import OutlierExposureLoss, outliers_of
 
 
@@ -73,7 +73,7 @@ def _rectangle(random: np.random.Generator, shape: tuple[int, int], area: float)
     return slices[0], slices[1]
 
 
-class RegMixupLoss(Objective):
+class RegMixupLoss(Around):
     """RegMixup: mixed images beside the images, not in their place.
 
         loss = (criterion(f(x), y) + criterion(f(x̃), ỹ)) / 2      x̃ = λ x_i + (1 − λ) x_j      λ ~ Beta(alpha, alpha)
@@ -87,11 +87,12 @@ class RegMixupLoss(Objective):
     NeurIPS 2022, arXiv:2206.14502.
     """
 
+    shown = ("alpha", "average")
+
     def __init__(self, criterion: Criterion | None = None, alpha: float = 20.0, average: str = "mean") -> None:
-        super().__init__()
+        super().__init__(criterion)
         checks.real("alpha", alpha, 0.0, open_low=True)
         checks.one_of("average", average, ("mean", "sum"))
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.alpha, self.average = alpha, average
 
     def forward(self, logits: Tensor, mixed_logits: Tensor, y: Tensor, mixed_y: Tensor) -> Tensor:
@@ -108,10 +109,6 @@ class RegMixupLoss(Objective):
         logits, mixed_logits = network(torch.cat([batch.x, mixed])).chunk(2)
         ours = _probabilities(batch.target, logits)
         return self(logits, mixed_logits, batch.target, torch.lerp(ours[other], ours, share)), logits
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"alpha={self.alpha}, average={self.average!r}"
 
 
 class MixOELoss(OutlierExposureLoss):
@@ -131,6 +128,8 @@ class MixOELoss(OutlierExposureLoss):
     Zhang et al., "Mixture Outlier Exposure: Towards Out-of-Distribution Detection in Fine-grained Environments", WACV
     2023, arXiv:2106.03917.
     """
+
+    shown = ("weight", "kind", "alpha", "beta")
 
     def __init__(
         self,
@@ -162,10 +161,6 @@ class MixOELoss(OutlierExposureLoss):
         mixed, share = _in_one(self.kind, batch.x, outliers, share, random)
         logits, mixed_logits = network(torch.cat([batch.x, mixed])).chunk(2)
         return self(logits, mixed_logits, batch.target, share), logits
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"{super().extra_repr()}, kind={self.kind!r}, alpha={self.alpha}, beta={self.beta}"
 
 
 def _probabilities(y: Tensor, logits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,37 @@ class Objective(nn.Module):
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= n_processes
+
+
+class Around(Objective):
+    """Base class of what stands around a criterion, None: cross-entropy; `repr` shows its attributes `shown`."""
+
+    shown: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, criterion: Criterion | None) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+
+    def extra_repr(self) -> str:
+        """As `nn.Module` has it."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+
+
+class WithHead(Around):
+    """Base class of what is computed from the features that enter `head`, which is not a part of it."""
+
+    def __init__(self, head: nn.Module, criterion: Criterion | None) -> None:
+        super().__init__(criterion)
+        weight = getattr(head, "weight", None)
+        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise TypeError(f"head: got {type(head).__name__}, expected the linear layer that makes the logits")
+        checks.several_classes("head", weight.shape[0])
+        self.n_classes, self.n_features = weight.shape
+        self._head = (head,)  # in a tuple: not a submodule
+
+    def around(self, model: nn.Module) -> nn.Module:
+        """The model with its features."""
+        return WithFeatures(model, self._head[0])
 
 
 class Plain(Objective):

@@ -15,12 +15,12 @@ from torch.distributions import Chi2
 
 from .. import checks
 from ..eager.precision import compute_dtype, full_precision
-from .objective import Criterion, Objective, StepBatch, WithFeatures
+from .objective import Around, Criterion, StepBatch, WithHead
 
 RIDGE = 1e-4  # on the diagonal of the covariance, as in the authors' code
 
 
-class VirtualOutliersLoss(Objective):
+class VirtualOutliersLoss(WithHead):
     """What VOS and NPOS share: queues of the newest features of each class, and a term that tells samples from outliers
     drawn from them.
 
@@ -39,18 +39,15 @@ class VirtualOutliersLoss(Objective):
     def __init__(
         self, head: nn.Module, criterion: Criterion | None, weight: float, queue: int, average: str, start: float
     ) -> None:
-        super().__init__()
-        n_classes, n_features = checked_head(head)
+        super().__init__(head, criterion)
         checks.positive_int("queue", queue)
         checks.one_of("average", average, ("samples", "sets"))
         checks.real("weight", weight, 0.0)
         checks.real("start", start, 0.0, 1.0)
-        self._head = (head,)
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.weight, self.queue, self.average, self.start = weight, queue, average, start
         where: dict[str, Any] = {"device": next(head.parameters()).device}
-        self.register_buffer("samples", torch.zeros(n_classes, queue, n_features, **where))
-        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.int64, **where))
+        self.register_buffer("samples", torch.zeros(self.n_classes, queue, self.n_features, **where))
+        self.register_buffer("seen", torch.zeros(self.n_classes, dtype=torch.int64, **where))
         self._is_full = False  # remembered: to ask the buffer waits for a GPU
 
     def forward(self, logits: Tensor, z: Tensor, y: Tensor, *, active: bool = True) -> Tensor:
@@ -94,10 +91,6 @@ class VirtualOutliersLoss(Objective):
         y, number, z = y[good], number[good], z[good]
         self.samples[y, (self.seen[y] + number) % self.queue] = z.to(self.samples.dtype)
         self.seen += count
-
-    def around(self, model: nn.Module) -> nn.Module:
-        """The model with its features."""
-        return WithFeatures(model, self._head[0])
 
     def step(self, network: nn.Module, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """As `forward`, L from `start` on."""
@@ -146,6 +139,8 @@ class VOSLoss(VirtualOutliersLoss):
 
     Du et al., "VOS: Learning What You Don't Know by Virtual Outlier Synthesis", ICLR 2022, arXiv:2202.01197.
     """
+
+    shown = ("weight", "queue", "candidates", "select", "average", "start")
 
     def __init__(
         self,
@@ -204,13 +199,8 @@ class VOSLoss(VirtualOutliersLoss):
         directions = torch.randn(n_classes, self.select, n_features, dtype=like.dtype, device=like.device)
         return lengths[..., None] * F.normalize(directions, dim=-1)
 
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        names = ("weight", "queue", "candidates", "select", "average", "start")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-
-class OutlierExposureLoss(Objective):
+class OutlierExposureLoss(Around):
     """Outlier exposure: of outliers, the model shall say that it cannot tell.
 
         loss = criterion(f, y) + weight · criterion(f', 1/c)
@@ -226,11 +216,11 @@ class OutlierExposureLoss(Objective):
     """
 
     companion = "outliers"
+    shown = ("weight",)
 
     def __init__(self, criterion: Criterion | None = None, weight: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(criterion)
         checks.real("weight", weight, 0.0)
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.weight = weight
 
     def forward(self, logits: Tensor, outlier_logits: Tensor, y: Tensor) -> Tensor:
@@ -243,10 +233,6 @@ class OutlierExposureLoss(Objective):
         """As `forward`; images and outliers go through the network together, as in the authors' code."""
         logits, outlier_logits = network(torch.cat([batch.x, outliers_of(batch)])).tensor_split([len(batch.x)])
         return self(logits, outlier_logits, batch.target), logits
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"weight={self.weight}"
 
 
 class EnergyBoundedLoss(OutlierExposureLoss):
@@ -261,6 +247,8 @@ class EnergyBoundedLoss(OutlierExposureLoss):
 
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, arXiv:2010.03759.
     """
+
+    shown = ("weight", "inside", "outside")
 
     def __init__(
         self, criterion: Criterion | None = None, weight: float = 0.1, inside: float = -23.0, outside: float = -5.0
@@ -279,21 +267,8 @@ class EnergyBoundedLoss(OutlierExposureLoss):
         below = F.relu(self.outside + outlier_logits.float().logsumexp(dim=1))
         return self.criterion(logits, y) + self.weight * (above.square().mean() + below.square().mean())
 
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        return f"{super().extra_repr()}, inside={self.inside}, outside={self.outside}"
-
 
 # ---- checks
-
-
-def checked_head(head: object) -> tuple[int, int]:
-    """(c, m) of the layer that makes the logits."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise TypeError(f"head: got {type(head).__name__}, expected the linear layer that makes the logits")
-    checks.several_classes("head", weight.shape[0])
-    return weight.shape[0], weight.shape[1]
 
 
 def checked_features(logits: Tensor, z: Tensor, y: Tensor, weight: Any) -> None:

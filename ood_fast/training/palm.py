@@ -40,6 +40,7 @@ class PALMLoss(SupConLoss):
     Lu et al., "Learning with Mixture of Prototypes for Out-of-Distribution Detection", ICLR 2024, arXiv:2402.02653.
     """
 
+    shown = ("temperature", "nearest", "momentum", "pull")
     epsilon: ClassVar[float] = 0.05  # of Sinkhorn's weights
     rounds: ClassVar[int] = 3
     pull_temperature: ClassVar[float] = 0.5
@@ -103,8 +104,3 @@ class PALMLoss(SupConLoss):
         similar = prototypes @ prototypes.T / self.pull_temperature
         apart = similar.masked_fill(~other, -torch.inf).logsumexp(dim=1)
         return -((same * similar).sum(dim=1) - apart).mean()
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        names = ("nearest", "momentum", "pull")
-        return f"temperature={self.temperature}, " + ", ".join(f"{name}={getattr(self, name)}" for name in names)

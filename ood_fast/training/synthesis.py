@@ -13,7 +13,7 @@ from ..eager.precision import full_precision
 from ..functional import l2_normalize
 from .contrastive import SupConLoss, both_views
 from .objective import Criterion, StepBatch
-from .outliers import VirtualOutliersLoss, checked_head
+from .outliers import VirtualOutliersLoss
 
 VALUES = 1 << 26  # similarities that are worked on at a time: the classes come in parts
 
@@ -79,6 +79,8 @@ class NPOSLoss(VirtualOutliersLoss):
     Tao et al., "Non-parametric Outlier Synthesis", ICLR 2023, arXiv:2303.02966.
     """
 
+    shown = ("weight", "queue", "synthesis", "average", "start", "criterion_weight")
+
     def __init__(
         self,
         head: nn.Module,
@@ -102,9 +104,8 @@ class NPOSLoss(VirtualOutliersLoss):
             if most is not None and value > most:
                 raise ValueError(f"{name}: got {value}, expected at most {most}")
         checks.real("deviation", self.synthesis.deviation, 0.0, open_low=True)
-        _, n_features = checked_head(head)
         where: dict[str, Any] = {"device": self.samples.device}
-        self.told_by = nn.Sequential(nn.Linear(n_features, 128, **where), nn.ReLU(), nn.Linear(128, 1, **where))
+        self.told_by = nn.Sequential(nn.Linear(self.n_features, 128, **where), nn.ReLU(), nn.Linear(128, 1, **where))
         if isinstance(self.criterion, SupConLoss):
             self.companion = self.criterion.companion
 
@@ -152,11 +153,6 @@ class NPOSLoss(VirtualOutliersLoss):
             return super().step(network, batch)
         logits, z, target = both_views(network, batch)
         return self(logits, z, target, active=batch.done >= self.start), logits[: len(batch.x)]
-
-    def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
-        names = ("weight", "queue", "synthesis", "average", "start", "criterion_weight")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _rows(samples: Tensor, rows: Tensor) -> Tensor:
