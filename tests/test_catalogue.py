@@ -19,6 +19,7 @@ def test_the_page_has_the_table_of_this_code():
 def test_every_detector_has_its_paper_and_its_cost():
     built_in = [name for name in detectors.known() if detectors.find(name).__module__.startswith("ood_fast.")]
     assert set(catalogue.ABOUT) == set(built_in)
+    assert f"{len(built_in)} post-hoc detectors" in (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
     for line in catalogue.table().splitlines()[2:]:
         _, name, paper, fitted_on, keeps, cost, *_ = (cell.strip() for cell in line.split("|"))
         assert paper, name

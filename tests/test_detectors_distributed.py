@@ -19,9 +19,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 N, C = 300, 4
 SETTINGS = {**sizes(k=5, dim=3, fraction=0.3), "KNN of a sample": {"k": 5, "budget": 40}}
-# RankFeat reads maps, which this model has none of.
 NAMES = [name for name in detectors.known() if detectors.create(name, **SETTINGS.get(name, {})).needs_fit]
-NAMES.remove("RankFeat")
 LAYERED = [name for name in NAMES if detectors.find(name).needs_model]  # fitted by `fit` alone
 NAMES += ["KNN of a sample"]
 SPLITS = {"uneven": 221, "nothing in the second": N, "nothing in the first": 0}
@@ -30,11 +28,14 @@ SPLITS = {"uneven": 221, "nothing in the second": N, "nothing in the first": 0}
 class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Linear(6, 8)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
         self.fc = nn.Linear(8, C)
 
+    def features(self, x):
+        return self.body(x.view(-1, 3, 2, 1)).mean(dim=(2, 3))
+
     def forward(self, x):
-        return self.fc(torch.relu(self.body(x)))
+        return self.fc(self.features(x))
 
 
 def problem() -> tuple[Classifier, torch.Tensor, torch.Tensor]:
@@ -44,6 +45,8 @@ def problem() -> tuple[Classifier, torch.Tensor, torch.Tensor]:
         torch.manual_seed(1)
         model = Classifier().double().eval()
     x = torch.randn(N, 6, generator=generator, dtype=torch.float64)
+    with torch.no_grad():  # every class is predicted
+        model.fc.bias.copy_(-model.fc.weight @ model.features(x).mean(0))
     y = model(x).argmax(1)
     y[::7] = torch.randint(C, (len(y[::7]),), generator=generator)
     return model, x, y
@@ -75,7 +78,7 @@ def fitted_by_hand(rank: int) -> dict:
     fitted = new_set([name for name in NAMES if name not in LAYERED])
     for first in (False, True):
         rows = torch.arange(rank, N, 2) if not first else torch.arange(N).chunk(2)[rank]
-        z = torch.relu(model.body(x[rows])).detach()
+        z = model.features(x[rows]).detach()
         fitted.partial_fit(z, model.fc(z).detach(), y[rows])
         fitted.finalize(model.fc, group=dist.group.WORLD)
     return buffers(fitted)

@@ -19,6 +19,8 @@ import ood_fast
 from ood_fast.training import objective as objective_module
 from ood_fast.training.contrastive import CIDERLoss
 from ood_fast.training.outliers import VOSLoss
+from ood_fast.training.palm import PALMLoss
+from ood_fast.training.synthesis import NPOSLoss
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch is built without gloo", allow_module_level=True)
@@ -199,6 +201,8 @@ SCENARIOS: dict[str, Callable] = {
     "ddp, frozen body": ddp_frozen_body,
     "ddp, VOS": lambda rank: ddp_with_an_objective(rank, lambda head: VOSLoss(head, queue=1, candidates=4)),
     "ddp, CIDER": lambda rank: ddp_with_an_objective(rank, lambda head: CIDERLoss(head, projection=3)),
+    "ddp, NPOS": lambda rank: ddp_with_an_objective(rank, lambda head: NPOSLoss(head, queue=1)),
+    "ddp, PALM": lambda rank: ddp_with_an_objective(rank, lambda head: PALMLoss(head, projection=3, prototypes=2)),
     "fsdp, head alone": fsdp,
     "fsdp, head alone, criterion knows the layer": lambda rank: fsdp(rank, by_layer),
     "fsdp, head alone, not resharded": lambda rank: fsdp(rank, by_layer, reshard=False),
@@ -214,6 +218,8 @@ OTHERWISE = (
     "ddp, frozen body",
     "ddp, VOS",
     "ddp, CIDER",
+    "ddp, NPOS",
+    "ddp, PALM",
     "fsdp, evaluation",
     "fsdp, errors",
 )  # with tests of their own
@@ -243,7 +249,7 @@ def test_training_equals_one_process_on_the_joined_batch(name, results):
             )
 
 
-@pytest.mark.parametrize(("name", "n_own"), [("ddp, VOS", 3), ("ddp, CIDER", 4)])
+@pytest.mark.parametrize(("name", "n_own"), [("ddp, VOS", 3), ("ddp, CIDER", 4), ("ddp, NPOS", 4), ("ddp, PALM", 4)])
 def test_ddp_with_an_objective(name, n_own, results):
     first, second = of_scenario(results, name)
     trained = 4 + n_own  # of the model and of the objective
