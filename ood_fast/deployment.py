@@ -56,7 +56,7 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
     refuse_script(model, "score with the detector itself")
     for single in _detectors(detector):
         _check(single)
-        refuse_other(model, single.fitted_on, single.label)
+        refuse_other(model, single.fitted_on, single.label, head)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
     path = None
     if any(single.needs_features for single in _detectors(detector)):

@@ -80,7 +80,7 @@ def test_one_sample_a_class_has_no_covariance(kind):
 def test_she_needs_something_right():
     z, f, y, head = data()
     with pytest.raises(ValueError, match="SHE: targets: got no training sample that is classified correctly"):
-        SHE().fit_features(z, f, (y + 1) % C, head)
+        SHE().fit_features(z, f, (y + 1 + torch.arange(N) % 4) % C, head)
 
 
 def test_a_binary_classifier_with_one_logit_has_two_classes():
@@ -241,3 +241,70 @@ def test_logits_that_the_head_does_not_make_are_told(wrong, recwarn):
         if "NCI: logits: they are not F.linear(features, W, b)" in str(each.message)
     ]
     assert len(told) == (wrong is not None)
+
+
+# ---- what a fit belongs to
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_set_by_hand_is_as_if_made_with_it_or_refused(name):
+    """At every parameter that has another value: nothing fitted with the old one meets the new one."""
+    torch.manual_seed(0)
+    z, f, y, head = data()
+    fit = lambda one: one.fit_features(z, f, y, head) if one.needs_fit else one  # noqa: E731
+    for parameter, old in make(name).settings().items():
+        words = ["mean", "features", "s", "tied", "cosine"]
+        kinds = {bool: [not old], int: [3, 4], float: [0.5, 70.0, 2.0], str: words}
+        for value in kinds.get(type(old), [None, torch.float64, 3]):
+            try:
+                other = fit(make(name).changed(**{parameter: value})).score_features(z, f)
+            except (ValueError, TypeError):
+                continue
+            one = fit(make(name))
+            before = one.score_features(z, f)
+            one.calibrate(before)
+            if one.needs_fit and (one.state or not one.needs_head):
+                with pytest.raises(ValueError, match=f"{parameter}: got .* after a fit with"):
+                    setattr(one, parameter, value)
+                assert torch.equal(one.score_features(z, f), before)
+            else:
+                setattr(one, parameter, value)
+                assert one.threshold is None
+                assert parameter in one.given
+                torch.testing.assert_close(one.score_features(z, f), other)
+
+
+def test_a_parameter_set_by_hand_is_checked_and_begins_no_second_fit():
+    one = detectors.GEN()
+    with pytest.raises(ValueError, match="gamma: got -1"):
+        one.gamma = -1
+    assert one.gamma != -1
+    layers = detectors.NAC()
+    layers.layers = ("backbone",)
+    assert layers.needs_model, "what is made of a parameter follows it"
+    started = KNN(k=3).partial_fit(data()[0])
+    with pytest.raises(ValueError, match=r"dtype: got .* after a fit with None"):
+        started.dtype = torch.float16
+    assert started.finalize().k == 3
+    ensemble = detectors.Ensemble("KNN", {"k": 3}).fit([Net(), Net()], [torch.randn(N, 6)])
+    with pytest.raises(ValueError, match="size: got 3 after a fit with 2"):
+        ensemble.size = 3
+
+
+@pytest.mark.parametrize("by", ["features", "model", "set"])
+def test_targets_in_another_order_than_the_logits_are_refused(by):
+    torch.manual_seed(1)
+    z, head = torch.randn(200, M), nn.Linear(M, C, bias=False)
+    y = head(z).argmax(1)
+    y[::5] = 0
+    fits = {
+        "features": lambda y: Mahalanobis().fit_features(z, head(z).detach(), y, head),
+        "model": lambda y: Mahalanobis().fit(nn.Sequential(head), [(z, y)]),
+        "set": lambda y: DetectorSet(["KNN", "SHE"]).fit(
+            nn.Sequential(head), zip(z.split(50), y.split(50), strict=True)
+        ),
+    }
+    fits[by](y)
+    with pytest.raises(ValueError, match=r"targets are not in the order of the model's classes.*0 -> 1.*number the"):
+        fits[by]((y - 1) % C)
+    KNN(k=3).fit(nn.Sequential(head), [(z, (y - 1) % C)])  # reads no targets

@@ -158,3 +158,18 @@ def test_shifted_images_without_classes_or_without_ood(model):
         row["metric"].startswith("fsood")
         for row in ood_fast.evaluate(model, loader(40), {"x": loader(20, 2.0)}, detectors=["MSP"]).rows()
     )
+
+
+@pytest.mark.parametrize("name", ["KNN", "NCI", "LayerMahalanobis", "MCDropout"])
+def test_detectors_of_the_user_stay_as_they_are(model, name):
+    options = {"KNN": {"k": 3}, "LayerMahalanobis": {"layers": ("backbone",)}, "MCDropout": {"of": "NCI"}}
+    fitted = detectors.create(name, **options.get(name, {})).fit(model, loader(50))
+    x = next(iter(loader(20)))[0]
+    before = fitted.score(model, x)
+    fitted.calibrate(before)
+    found = ood_fast.evaluate(model, loader(40), {"far": loader(20, 3.0)}, fit=loader(60), detectors={"mine": fitted})
+    assert torch.equal(fitted.score(model, x), before)
+    assert fitted.threshold is not None
+    again = detectors.create(name, **options.get(name, {})).fit(model, loader(60))
+    inside, outside = (again.score(model, part) for part in (loader(40), loader(20, 3.0)))
+    assert found.runs[0].value("auroc", "mine", "far") == pytest.approx(metrics.auroc(inside, outside), abs=1e-6)

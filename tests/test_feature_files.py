@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ood_fast import checks, detectors, features, intact
+from ood_fast import checks, detectors, evaluation, features, intact
 
 ROWS = [[float(10 * i + j) for j in range(8)] for i in range(4)]
 
@@ -210,3 +210,18 @@ def test_logits_that_the_head_does_not_make_are_refused(tmp_path):
         for of in (None, tuple(head)):
             with pytest.raises(checks.UserError, match=r"x\.pt: the logits are not F\.linear.*another order"):
                 stored.with_logits(of)
+
+
+@pytest.mark.parametrize("part", ["train", "test", "csid"])
+def test_targets_in_another_order_are_refused_by_an_evaluation(tmp_path, part):
+    torch.manual_seed(0)
+    W = torch.randn(4, 6)
+    for name in ("train", "test", "csid", "far"):
+        z = torch.randn(60, 6)
+        y = (z @ W.T).argmax(1)
+        y[::6] = 0
+        held = {"features": z, "logits": z @ W.T, "targets": (y + (name == part)) % 4, "W": W}
+        np.savez(tmp_path / f"{name}.npz", **{key: value.numpy() for key, value in held.items()})
+    ood = {"far": ("far", tmp_path / "far.npz"), "c": ("csid", tmp_path / "csid.npz")}
+    with pytest.raises(checks.UserError, match=f"{part}.npz: the targets are not in the order of the model's classes"):
+        evaluation.evaluate_features(tmp_path / "train.npz", tmp_path / "test.npz", ood, ["MSP"], bootstrap=0)

@@ -199,9 +199,39 @@ def test_weights_that_a_process_does_not_hold_tell_nothing():
     assert MSP().fit(other, [X]).fitted_on is None
 
 
-def test_a_fit_on_features_forgets_the_model(net, detector):
-    assert detector.fitted_on is not None
-    assert detector.fit_features(torch.randn(30, M), head=net.fc).fitted_on is None
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("name", ["NCI", "KNN", "KLMatching"])
+def test_a_fit_on_features_knows_the_head_that_came_with_them(net, name, kept, tmp_path):
+    z = net.backbone(X).detach()
+    options = {"k": 3} if name == "KNN" else {}
+    detector = detectors.create(name, **options).fit(net, [X]).fit_features(z, net.fc(z).detach(), None, net.fc)
+    if kept:
+        detector.save(tmp_path / "one.safetensors")
+        detector = load(tmp_path / "one.safetensors")
+    detector.threshold = torch.tensor(0.0)
+    expected = detector.score_features(z, net.fc(z).detach())
+    torch.testing.assert_close(detector.score(net, X), expected)
+    net.to(torch.bfloat16)
+    assert detector.score(nn.Sequential(net), X.bfloat16()).shape == (40,)
+    net.float().fc.weight.data += 0.0
+    for score in (detector.score, lambda model, _: ood_fast.deploy(model, detector), DetectorSet([detector]).score):
+        with pytest.raises(ValueError, match=r"its head is not the one that .* was fitted on"):
+            score(another_head(net), X)
+    pair = net.fc.weight.detach(), net.fc.bias.detach()
+    assert detector.changed().fit_features(z, net.fc(z).detach(), None, pair).score(net, X).shape == (40,)
+    if name != "NCI":  # nothing came that could be compared
+        free = detector.changed().fit_features(z, net.fc(z).detach())
+        assert free.fitted_on is None
+        assert free.score(another_head(net), X).shape == (40,)
+
+
+def test_the_head_is_that_of_evaluation(net):
+    net.fc = ood_fast.L2NormLinear(M, 5, bias=False, tau=0.5, scale_at_test=True)
+    z = net.backbone(X).detach()
+    detector = NCI().fit_features(z, None, None, net.fc)
+    assert detector.score(net, X).shape == (40,)
+    with pytest.raises(ValueError, match="its head is not the one"):
+        NCI().fit_features(z, None, None, (net.fc.weight.detach(), None)).score(net, X)
 
 
 def test_parameters_of_inference_mode(net):

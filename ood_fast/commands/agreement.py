@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..agreement import LISTED, confusion, other_order
 from ..checks import UserError
 from ..data import folders
 from ..data.images import ImageDataset
 from ..detectors import Detector
+from ..detectors.fitting import Confusion
 from ..detectors.streaming import Gathered
-from ..evaluation.agreement import LISTED, confusion, other_order
 from ..models.running import logits_of
 from .common import say
 
 SAMPLED = 256  # images that decide between two orders of the classes
 BATCH = 32
-
-
-@dataclass
-class Confusion(Gathered):
-    """How often class j was predicted for images of class i, (c + 1, c) int64."""
-
-    reads = ("logits", "targets")
-
-    def update(self, features: Tensor | None, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch."""
-        counted = confusion(logits, targets)
-        self.like = logits[:0]
-        self.counts = counted if self.rows == 0 else self.counts + counted
-
-    def merge(self, other: Confusion) -> None:
-        """Add the counts of another process."""
-        self.counts = self.counts + other.counts
 
 
 class Agreement(Detector):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import checks, features
+from ..agreement import ORDER, confusion, refuse_disagreement, told_accuracy
 from ..checks import UserError
 from ..detectors import ODIN, Detector, DetectorSet
 from ..detectors.fitting import DoesNotFit
 from ..detectors.search import Search
-from ..evaluation.agreement import confusion, refuse_disagreement, told_accuracy
 from ..heads import given_head
 from ..processes import Processes
 from . import RunError, images, quality
@@ -174,7 +174,6 @@ class _ImageData:
         return quality.told(detectors, self.model, source, self.prepared, self.options)
 
 
-ORDER = "number the targets as the logits are"
 CAUSES = "targets of other rows or of other classes, logits or a head of another model"
 
 

@@ -102,7 +102,7 @@ class NAC(Detector):
     def prepare(self, model: nn.Module) -> None:
         """Choose the layers, or look whether the model has those that were named."""
         if self._each:
-            self.layers = stages(model)
+            vars(self)["layers"] = stages(model)  # of a new fit; by hand a fitted one takes none
         for name in self.layers or ():
             layer_of(model, name)
 

@@ -33,13 +33,31 @@ class Detector(Contract):
     threshold: Tensor | None  # scores below are OOD, see `predict`; set by `calibrate`
     calibration: Calibration | None  # what `calibrate` set it from
     class_names: tuple[str, ...] | None  # of the classes, kept in files
-    # The weights of the model that it was fitted on, by `fit`: other ones are refused. None: any model will do.
+    # The weights of the model that it was fitted on, by `fit`, or of the head that came with features: other ones are
+    # refused. None: any model will do.
     fitted_on: Weights | None = None
     gathered: dict[str, streaming.Gathered] | None  # of a fit that has begun, see `Fit`
 
     def __init__(self) -> None:
         super().__init__()
         self.calibration = self.class_names = self.gathered = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A parameter that is set by hand is as if the detector had been made with it: it is checked, and threshold and
+        calibration are dropped. ValueError once anything is fitted with the old one."""
+        if name not in vars(self) or name not in self.parameters_of():  # the first time, in `__init__`
+            super().__setattr__(name, value)
+            return
+        keeps = self.needs_fit and self.fitted and (bool(self.state) or not self.needs_head)
+        if keeps or self.gathered is not None:
+            raise ValueError(
+                f"{self.label}: {name}: got {value!r} after a fit with {getattr(self, name)!r}, to which what it keeps "
+                f"belongs; make another one, changed({name}={value!r}), and fit that"
+            )
+        head = {kept: buffer for kept, buffer in self._buffers.items() if kept.startswith("head_")}
+        mine = {"given": self.given | {name}, "training": self.training, "class_names": self.class_names}
+        vars(self).update({**vars(self.changed(**{name: value})), **mine})
+        self._buffers.update(head)
 
     @property
     def needs_fit(self) -> bool:
@@ -134,7 +152,7 @@ class Detector(Contract):
         refuse_meta(model)
         batches = batches_of(x)
         self.require_fitted()
-        refuse_other(model, self.fitted_on, self.label)
+        refuse_other(model, self.fitted_on, self.label, head)
         read_from = given_head(model, head) if self.needs_features else None
         passed: Any = run_model(model, batches, read_from, self.readings())
         with closing(passed) as done:  # also when scoring raises, modes are restored

@@ -6,17 +6,18 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import checks
+from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, refuse_meta, run_model
-from ..models.weights import identity_of
+from ..models.weights import identity_of, identity_of_head
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
 from .own import check_finished, is_own
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .detector import Detector
 
 FIT_CHUNK = 65536  # rows of stored features that are taken in at a time: bounds the float64 copy that the sums make
+MOST_COUNTED = 4096  # classes whose confusion matrix is counted: 134 MB
 Head = nn.Linear | tuple[Tensor, Tensor | None]
 
 _EXPECTED = {
@@ -64,7 +66,7 @@ def at_most(detector: Detector, parameter: str, *limits: Limit) -> None:
     """Hold a parameter to what the data allow: a default is lowered to it, with a warning, and is back for the next
     fit; of one that was given, DoesNotFit."""
     value = detector.lowered.pop(parameter, getattr(detector, parameter))
-    setattr(detector, parameter, value)
+    vars(detector)[parameter] = value  # by hand it could not be set during a fit
     is_default = parameter not in detector.given
     broken = [limit for limit in limits if value > limit.most]
     if not broken:
@@ -72,8 +74,7 @@ def at_most(detector: Detector, parameter: str, *limits: Limit) -> None:
     limit = min(broken, key=lambda limit: limit.most) if is_default else broken[0]
     if not is_default or limit.most < 1:
         raise DoesNotFit(f"{parameter}: got {value}, {limit.why}; {limit.cure}", parameter, limit.advice)
-    detector.lowered[parameter] = value
-    setattr(detector, parameter, limit.most)
+    detector.lowered[parameter], vars(detector)[parameter] = value, limit.most
     tell(detector, f"{parameter}: the default of {value} does not fit, {limit.why}: takes {limit.most}, the largest "
          f"that does; give {parameter} to choose")  # fmt: skip
 
@@ -90,6 +91,24 @@ def tell_missing(detector: Detector, classes: list[int], text: str) -> None:
 def tell(detector: Detector, text: str) -> None:
     """Warn of what a fit makes of the data."""
     warnings.warn(f"{detector.label}: {text}", stacklevel=2)
+
+
+@dataclass
+class Confusion(streaming.Gathered):
+    """How often class j was predicted for samples of class i, (c + 1, c) int64."""
+
+    reads = ("logits", "targets")
+    counts: ClassVar[Any] = None
+
+    def update(self, features: Tensor | None, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch."""
+        self.like = logits[:0]
+        if logits.shape[1] <= MOST_COUNTED:
+            self.counts = agreement.confusion(logits, targets) + (0 if self.counts is None else self.counts)
+
+    def merge(self, other: Confusion) -> None:
+        """Add the counts of another process."""
+        self.counts = self.counts + other.counts
 
 
 class Note(str):
@@ -153,6 +172,7 @@ class Fit:
         self.of = {learner: given for given in self.given if given.needs_fit for learner in given.learners()}
         self.detectors: list[Detector] = list(self.of)
         self.failures, self.anew = failures, anew
+        self.order: Confusion | None = None
 
     @functools.cached_property
     def parts(self) -> list[streaming.Gathered]:
@@ -164,6 +184,12 @@ class Fit:
                 detector.gathered = {name: pool.setdefault(part.key(), part) for name, part in gathered}
         parts = [part for detector in self.detectors for part in (detector.gathered or {}).values()]
         return list({id(part): part for part in parts}.values())
+
+    def _count(self) -> None:
+        """Count whether targets are in the order of the logits, where they are read and no detector counts it."""
+        if any("targets" in part.reads for part in self.parts) and not any(type(p) is Confusion for p in self.parts):
+            self.order = Confusion()
+            self.parts.append(self.order)
 
     def prepare(self, model: nn.Module) -> list[LayerReading]:
         """Let them choose their layers; what is to be read of these while `model` runs."""
@@ -178,6 +204,7 @@ class Fit:
         refuse_meta(model)
         check_loader(loader)
         readings = self.prepare(model)
+        self._count()
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
@@ -210,6 +237,8 @@ class Fit:
             check_features(features)
         if logits is not None:
             checks.logits(logits)
+        if logits is not None:
+            self._count()
         n_rows = next((len(given) for given in (features, logits, targets) if given is not None), 0)
         try:
             for start in range(0, n_rows if self.detectors else 0, FIT_CHUNK):
@@ -285,10 +314,14 @@ class Fit:
         if group is not None:
             streaming.gather(self.parts, group)
         try:
+            if self.order is not None and self.order.counts is not None:
+                agreement.refuse_order(self.order.counts, "targets", self.detectors[0].class_names)
             for detector in {*self.detectors, *(given for given in self.given if given.needs_fit)}:
                 detector.forget()
+            known = None if head is None else identity_of_head(*head)
             for detector in self.detectors:
                 self._finish(detector, head)
+                detector.fitted_on = known
         finally:
             self._end()
 

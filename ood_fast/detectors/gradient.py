@@ -91,7 +91,7 @@ class ODIN(Detector):
         Works inside `torch.no_grad` and `torch.inference_mode`.
         """
         refuse_meta(model)
-        refuse_other(model, self.fitted_on, self.label)
+        refuse_other(model, self.fitted_on, self.label, head)
         if not isinstance(x, (Tensor, Mapping)):
             scores: list[Tensor] = []
             for batch in batches_of(x):

@@ -157,7 +157,7 @@ class LayerDetector(Detector):
         """Choose the layers, or look whether the model has those that were named."""
         if self.layers is None or "layers" not in self.given:
             found = stages(model)
-            self.layers = found[-1:] if self.only_last else found
+            vars(self)["layers"] = found[-1:] if self.only_last else found  # by hand a fitted one takes none
         for name in self.layers:
             layer_of(model, name)
         self.make_members()

@@ -125,7 +125,7 @@ class SeveralPasses(Detector):
         """Scores of a batch of inputs or of a loader; arguments as in `Detector.score`."""
         self.require_fitted()
         self.prepare(model)
-        refuse_other(model, self.fitted_on, self.label)
+        refuse_other(model, self.fitted_on, self.label, head)
         scores: list[Tensor] = []
         for batch in batches_of(x):
             with checks.behind(sum(map(len, scores))):
@@ -425,7 +425,8 @@ class Ensemble(SeveralPasses):
         members = self._anew(len(models))
         for member, one in zip(members, models, strict=False):  # none for a function of logits
             member.fit(one, loader, head, group)
-        self.members, self.size, self.fitted_on = nn.ModuleList(members), len(models), identity_of(models)
+        self.members, self.fitted_on = nn.ModuleList(members), identity_of(models)
+        vars(self)["size"] = len(models)  # by hand a fitted one takes none
         return self
 
     def fit_features(self, *_given: Any, **_keywords: Any) -> Detector:

@@ -188,7 +188,7 @@ class DetectorSet(nn.Module):
         check_loader(loader)
         for detector in self.detectors:
             detector.require_fitted()
-            refuse_other(model, detector.fitted_on, detector.label)
+            refuse_other(model, detector.fitted_on, detector.label, head)
         layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
         for batch in run_model(model, loader, layer, readings_of(self.detectors)):

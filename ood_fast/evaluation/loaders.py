@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..agreement import confusion, refuse_order
 from ..detectors import Detector, DetectorSet, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, run_model
-from .agreement import confusion, other_order
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
 from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet
@@ -61,8 +61,8 @@ def evaluate_loaders(
         ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD; called csid, csid/NAME or
             csid_NAME as a covariate-shifted in-distribution set, see below; else as far.
         fit: training batches, for the detectors that are fitted on data.
-        detectors: names, or name -> detector, used as it is; default: all but those that run the model several times,
-            without `fit` those that need no data.
+        detectors: names, or name -> detector, whose parameters are taken and which is left as it is; default: all but
+            those that run the model several times, without `fit` those that need no data.
         bootstrap: draws for intervals.
 
     Raises:
@@ -82,7 +82,9 @@ def evaluate_loaders(
         every = {name: create(name) for name in known() if not find(name).needs_model}
         given = {name: d for name, d in every.items() if fit is not None or not d.gathers()}
     else:
-        given = dict(DetectorSet(detectors if isinstance(detectors, Mapping) else list(detectors)).items())
+        listed = DetectorSet(detectors if isinstance(detectors, Mapping) else list(detectors))
+        # Those that are fitted here are others: the user's stay as they are.
+        given = {name: d.changed() if d.needs_fit else d for name, d in listed.items()}
         if fit is None and (wanting := [name for name, d in given.items() if d.gathers()]):
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
     layer = given_head(model, head)
@@ -118,10 +120,7 @@ def _check_classes(name: str, logits: Tensor, targets: list[Tensor]) -> None:
         if some.dim() != 1 or some.is_floating_point() or some.is_complex() or some.dtype == torch.bool:
             got = f"{some.dtype} of shape {tuple(some.shape)}"
             raise ValueError(f"{name}: targets: got {got}, expected class indices (n,)")
-    counts = confusion(logits, torch.cat(targets).long())
-    cure = "give targets in the order of the logits"
-    if wrong := other_order(counts, [str(k) for k in range(logits.shape[1])], cure, "target"):
-        raise ValueError(f"{name}: {wrong}")
+    refuse_order(confusion(logits, torch.cat(targets).long()), name)
 
 
 def _outputs(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import agreement, checks
 from ..data import ImageBenchmark
 from ..data.benchmarks import SPECS
 from ..detectors import Detector, DetectorSet
@@ -22,7 +22,6 @@ from ..detectors.fitting import Note
 from ..detectors.search import Search
 from ..heads import inference_head
 from ..processes import Processes
-from . import agreement
 from .cache import FeatureCache, Outputs
 from .measure import Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, features
+from .. import agreement, checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, moved, refuse_nan
 from .measure import Named, by_name, check_names, measure, separate
@@ -37,14 +37,18 @@ class StoredOutputs:
     def __init__(self, name: str, path: str | os.PathLike, head: Head | None, group: str) -> None:
         self.name, self.title, self.group, self.head = name, str(path), group, head
         self.file = Path(path).expanduser()
-        rows, held = 0, set()
+        rows, held, counts = 0, set(), None
         self.n_features = self.n_classes = None
         for stored in self._stored():
             shape = (stored.features.shape[1], None if stored.logits is None else stored.logits.shape[1])
             held.add((*shape, stored.targets is not None))
-            if group in (ID, CSID):
-                self._check_targets(stored, rows)
+            if group in (ID, CSID) and stored.targets is not None and stored.logits is not None:
+                self._check_targets(stored.targets, stored.logits.shape[1], rows)
+                counted = agreement.confusion(stored.logits, stored.targets)
+                counts = counted if counts is None or counts.shape != counted.shape else counts + counted
             rows += len(stored)
+        if counts is not None:
+            agreement.refuse_order(counts, str(self.file))
         if len(held) != 1:
             reason = "holds no sample" if not held else "features, logits or targets are not alike in all of it"
             raise checks.UserError(f"{self.file}: {reason}")
@@ -54,14 +58,11 @@ class StoredOutputs:
     def __len__(self) -> int:
         return self.rows
 
-    def _check_targets(self, stored: features.Stored, first: int) -> None:
-        if stored.targets is None or stored.logits is None:
-            return
-        n_classes = stored.logits.shape[1]
-        if (outside := (stored.targets < 0) | (stored.targets >= n_classes)).any():
+    def _check_targets(self, targets: Tensor, n_classes: int, first: int) -> None:
+        if (outside := (targets < 0) | (targets >= n_classes)).any():
             row = int(outside.int().argmax())
             raise checks.UserError(
-                f"{self.file}: row {first + row}: got target {int(stored.targets[row])}, expected a class index in "
+                f"{self.file}: row {first + row}: got target {int(targets[row])}, expected a class index in "
                 f"[0, {n_classes})"
             )
 

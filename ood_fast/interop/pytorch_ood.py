@@ -96,7 +96,7 @@ class PytorchOOD(api.FeaturesDetector):
         """Outlier scores (n,) of features (n, m)."""
         self._require_fitted()
         if self.model is not None:  # whose encoder has made them
-            refuse_other(self.model, self.detector.fitted_on, self.detector.label)
+            refuse_other(self.model, self.detector.fitted_on, self.detector.label, self.head)
         return -self.detector.score_features(x, self._logits(x))
 
     def get_hyperparameters(self) -> dict[str, Any]:

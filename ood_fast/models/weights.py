@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..heads import unwrapped
+from ..heads import given_head, inference_head, unwrapped
 from ..ops.registration import version_of
 
 N_ELEMENTS, N_WAVES = 256, 4
@@ -42,6 +42,7 @@ class _Seen(NamedTuple):
 
 
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+_heads: weakref.WeakKeyDictionary[nn.Module, tuple[Weights, Weights]] = weakref.WeakKeyDictionary()
 
 
 def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
@@ -75,19 +76,48 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
     return seen.found
 
 
-def refuse_other(model: nn.Module | Sequence[nn.Module], fitted_on: Weights | None, what: str) -> None:
-    """ValueError if the model has other weights than those of the model that `what` was fitted on."""
+def identity_of_head(weight: Tensor, bias: Tensor | None) -> Weights:
+    """`Weights` of a head alone, as `heads.inference_head` has it: of what was fitted on features that came with it."""
+    return _read([weight, weight.new_zeros(len(weight)) if bias is None else bias])
+
+
+def refuse_other(
+    model: nn.Module | Sequence[nn.Module],
+    fitted_on: Weights | None,
+    what: str,
+    head: str | nn.Linear | None = None,
+) -> None:
+    """ValueError if the model has other weights than those of the model that `what` was fitted on; if it was fitted on
+    features, another head than came with these."""
     if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None or here is fitted_on:
+        return
+    of_head = len(fitted_on.waves) == 2 * (1 + N_WAVES) != len(here.waves) and isinstance(model, nn.Module)
+    if of_head and (here := _of_head(model, head)) is None:
         return
     if (here.shapes, len(here.waves)) == (fitted_on.shapes, len(fitted_on.waves)) and all(
         abs(a - b) <= TOLERANCE for a, b in zip(here.waves, fitted_on.waves, strict=True)
     ):
         return
     raise ValueError(
-        f"model: its weights are not those of the model that {what} was fitted on, for which alone scores and "
-        "threshold hold; pass that model, fit anew, or, if it is the same in another form (fused, quantized, "
-        "reparametrized), set the detector's fitted_on = None"
+        f"model: its {'head is not the one' if of_head else 'weights are not those of the model'} that {what} was "
+        "fitted on, for which alone scores and threshold hold; pass that model, fit anew, or, if it is the same in "
+        "another form (fused, quantized, reparametrized), set the detector's fitted_on = None"
     )
+
+
+def _of_head(model: nn.Module, head: str | nn.Linear | None) -> Weights | None:
+    """Of its head, once for weights that stay; None where it cannot be told."""
+    try:
+        layer = given_head(model, head)
+    except ValueError:
+        return None
+    if (now := identity_of(layer)) is None:
+        return None
+    before, found = _heads.get(layer, (None, None))
+    if before is not now:
+        found = identity_of_head(*inference_head(layer))
+        _heads[layer] = now, found
+    return found
 
 
 @torch.no_grad()

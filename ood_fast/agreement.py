@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import UserError
+from .checks import UserError
 
 LEAST_IMAGES = 20  # of fewer, nothing is said
 LISTED = 12  # classes in a message
@@ -21,6 +21,7 @@ def confusion(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.bincount(pairs, minlength=(c + 1) * c).view(c + 1, c).cpu()
 
 
+ORDER = "number the targets as the logits are"
 CURE = "pass the model's order as --classes FILE"
 CAUSES = "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
 
@@ -74,6 +75,13 @@ def refuse_disagreement(
     if wrong and not any_accuracy:
         raise UserError(f"{where}: {wrong}; --any-accuracy goes on")
     return [wrong] if wrong else []
+
+
+def refuse_order(counts: Tensor, where: str, names: Sequence[str] | None = None) -> None:
+    """UserError where targets are in another order than the logits; `names` of the classes, else their numbers."""
+    listed = [str(k) for k in range(counts.shape[1])] if names is None or len(names) != counts.shape[1] else names
+    if wrong := other_order(counts, listed, ORDER, "target"):
+        raise UserError(f"{where}: {wrong}")
 
 
 def told_accuracy(counts: Tensor) -> str:
