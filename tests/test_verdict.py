@@ -10,7 +10,7 @@ from test_compare import hand_made
 from ood_fast import evaluation
 from ood_fast.evaluation import verdict as sentences_of
 from ood_fast.evaluation.verdict import compared, ranking, shows
-from ood_fast.report import evaluations, figures
+from ood_fast.report import charts, evaluations, figures
 from ood_fast.report.runs import Evaluated
 from ood_fast.report.tables import and_list
 
@@ -86,6 +86,10 @@ def test_the_picture_has_a_dot_for_each_method_and_detector_with_its_interval():
     assert chart.series[0].intervals == [None]
     root = ElementTree.fromstring(chart.as_svg())
     assert len(root.findall("circle")) == 3
+    drawn = ElementTree.fromstring(charts.as_file([chart, chart]))
+    svg = "{http://www.w3.org/2000/svg}"
+    assert len(drawn.findall(f".//{svg}g//{svg}circle")) == 6
+    assert {"ce", "elogitnorm", "l2norm"} < {text.text for text in drawn.findall(f"{svg}text")}, "the legend"
     header, *rows = chart.as_csv().splitlines()
     assert header == "series,row,AUROC (%),low,high"
     assert rows[:2] == ["ce,MSP,60", "elogitnorm,MSP,80,77.51586,82.48414"]

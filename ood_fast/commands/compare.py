@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import evaluation
+from .. import evaluation, files
 from ..checks import UserError
 from ..compare import Comparison, free_folder, open_runs, recipes_of, remove_runs
 from ..detectors import DetectorSet, find
 from ..evaluation import Results, RunResult, paths_of
 from ..recipes import DETECTORS, LOSSES
-from ..report import gallery, page
+from ..report import charts, figures, gallery, page
 from ..report.runs import diagnose_runs, first_of_each, open_records
 from ..train import DivergedError, Interrupted, Run
 from . import RunError
@@ -27,6 +27,7 @@ from .progress import Bar
 
 Given = tuple[Path, Benchmarks, DetectorSet]
 
+PICTURE = "verdict.svg"  # the page's first, as a file of its own
 DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
 
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         results = compared()
         context["seconds"] = round(time.perf_counter() - start, 2)
         evaluation.write(folder, results, context)
+        if pictures := figures.dots(results):
+            files.write_text(folder / PICTURE, charts.as_file(pictures))
         shown = _page(folder, context)
     except Interrupted as stop:
         print(f"ood-fast: {stop}; saved. To continue: {command.replace(' --overwrite', '')}", file=sys.stderr)

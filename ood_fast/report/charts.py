@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +32,8 @@ class Frame:
 
 
 PAGE = Frame()
-LETTER, ROW = 6.2, 6  # about how wide text is; how far the dots of a row are apart
+LETTER, ROW = 7.2, 6  # about how wide bold text is; how far the dots of a row are apart
+TITLE = 24  # room for one above a drawing that is a file
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,33 @@ class Chart:
             f"<figure><figcaption>{html.escape(self.title)}{pages.download(file, self.as_csv())}</figcaption>"
             f"{self.as_svg()}{self.legend()}<p class=caption>{html.escape(self.caption)}</p></figure>"
         )
+
+
+def as_file(charts: Sequence[Chart]) -> str:
+    """A drawing that is a file of its own: charts beside each other, the legend and the caption of the last below."""
+    frames = [chart.frame for chart in charts]
+    width, height = sum(frame.width for frame in frames), max((frame.height for frame in frames), default=0) + TITLE
+    parts, x = [], 0
+    for chart, frame in zip(charts, frames, strict=True):
+        title = _text(chart.title, frame.left, TITLE - 8, "start", "head")
+        parts.append(f'<g transform="translate({x} 0)">{title}</g>')
+        parts.append(f'<g transform="translate({x} {TITLE})">{chart.drawn(frame)}</g>')
+        x += frame.width
+    x, colors = PAGE.right, charts[-1].colors() if charts else []
+    for number, series in colors:
+        parts.append(f'<circle class="{_color(number)}" cx="{x}" cy="{height + 8}" r="4"/>')
+        parts.append(_text(series.name, x + 9, height + 12, "start"))
+        x += round(24 + LETTER * len(series.name))
+    lines = textwrap.wrap(charts[-1].caption, int(width / LETTER * 1.2)) if charts else []
+    for row, line in enumerate(lines):
+        parts.append(_text(line, PAGE.right, height + 32 + 14 * row, "start"))
+    style = pages.resource("style.css")
+    light, drawing = style[style.index(":root") : style.index("@media")], style[style.index("/* ---- charts */") :]
+    height += 30 + 14 * len(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'style="max-width: none; background: #fff"><style>{light}{drawing}</style>{"".join(parts)}</svg>\n'
+    )
 
 
 def histogram(
