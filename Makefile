@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test fuzz soak lint types format docs bench compare ci release
+.PHONY: help venv install test coverage fuzz soak lint types format docs bench compare ci release
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
@@ -16,6 +16,12 @@ install:  ## the package with everything for development, into the active enviro
 
 test:  ## all tests, on every backend that this machine has
 	$(PYTHON) -m pytest
+
+coverage:  ## the branches of ood_fast/ that all tests take, in the processes that they start too: half an hour
+	$(PYTHON) -m pip install --quiet 'coverage>=7.10'
+	$(PYTHON) -m coverage run -m pytest
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
 
 fuzz:  ## 20,000 new inputs for every public function, about five minutes
 	OOD_FAST_EXAMPLES=20000 $(PYTHON) -m pytest tests/test_fuzz.py
