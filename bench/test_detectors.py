@@ -368,3 +368,85 @@ def test_behind_a_model(row, measure, benchmark, leave_out):
     ratio = ratio_in_groups(steps["NCI"], steps["MSP"], DEVICE, seconds=0 if benchmark.disabled else 10.0)
     more |= {"ratio": ratio, "ratio_to": "MSP"}
     measure(what, steps[name], row="NCI", error=relative_error([scores], [exact]), **more)
+
+
+# ---- what reads other layers or runs the model again, beside MSP of the same images
+
+
+SEEING = Case("small CNN at 16 pixels", 16, 10, 64)
+SEEING_TRAIN = 64
+LAYERS = ("backbone.2", "backbone.5", "backbone.8")
+BY_SIGNS = "it steps by signs and counts in cells: a digit more is another step"  # of a gradient, a state
+BY_BITS = "which training samples it holds out goes by the bits of what it reads"
+# How it is made, how many passes of the model it takes, a backward one counted as one, and why it is not compared.
+SEES: dict[str, tuple[Callable[[], detectors.Detector], int, str | None]] = {
+    "MSP": (detectors.MSP, 1, None),
+    "LayerMahalanobis": (lambda: detectors.LayerMahalanobis(LAYERS), 1, None),
+    "Gram": (lambda: detectors.Gram(LAYERS), 1, BY_BITS),
+    "BlockNorm": (lambda: detectors.BlockNorm(LAYERS[-1:]), 1, None),
+    "RankFeat": (lambda: detectors.RankFeat(LAYERS[-1:]), 1, None),
+    "NAC of layers": (lambda: detectors.NAC(LAYERS), 3, BY_SIGNS),
+    "AdaSCALE-A": (lambda: detectors.AdaSCALE("a"), 4, BY_SIGNS),
+    "AdaSCALE-L": (lambda: detectors.AdaSCALE("l"), 4, BY_SIGNS),
+    "MCDropout": (detectors.MCDropout, 5, None),
+    "TestTimeAugmentation": (detectors.TestTimeAugmentation, 2, None),
+    "Ensemble": (detectors.Ensemble, 2, None),
+}
+
+
+@functools.lru_cache(maxsize=2)
+def seeing(dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """The steps, each from images to scores, by one net, or by two in the ensemble."""
+    nets = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = models.SmallCNN(SEEING.n_classes, in_channels=3)
+        net.backbone.append(nn.Dropout(0.3))
+        nets.append(net.to(DEVICE, dtype).eval())
+    images = torch.randn(SEEING_TRAIN + SEEING.n_samples, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    train, x = images.to(DEVICE, dtype).split([SEEING_TRAIN, SEEING.n_samples])
+    y = torch.arange(SEEING_TRAIN) % SEEING.n_classes
+    made = {name: make() for name, (make, *_) in SEES.items()}
+    several = made.pop("Ensemble").fit(nets, [(train, y)])
+    detectors.DetectorSet(made).fit(nets[0], [(train, y)])
+    steps = {name: functools.partial(one.score, nets[0], x) for name, one in made.items()}
+    return steps | {"Ensemble": functools.partial(several.score, nets, x)}
+
+
+def prepare_seeing(name: str) -> Callable[[], Tensor]:
+    step = seeing(torch.float32)[name]
+    step()
+    return step
+
+
+@pytest.mark.parametrize("row", [(name, SEEING) for name in SEES], indirect=True, ids=lambda row: row[0])
+@pytest.mark.filterwarnings("ignore:.*no training sample is predicted")
+def test_seeing_the_model(row, measure, benchmark):
+    name = row[0]
+    steps, (_, passes, why_not) = seeing(torch.float32), SEES[name]
+    with FlopCounterMode(display=False) as counter:
+        steps["MSP"]()
+    moved = 4 * (SEEING.n_samples * (3 * 16 * 16 + SEEING.n_classes) + 57_130)  # images, logits, parameters
+    more: dict[str, object] = {"counts": counts.Counts(float(moved), float(passes * counter.get_total_flops()))}
+    if why_not:
+        more["not_compared"] = why_not
+    else:
+        more["error"] = relative_error([steps[name]()], [seeing(torch.float64)[name]()])
+    if name != "MSP":
+        turns = ratio_in_groups(steps[name], steps["MSP"], DEVICE, seconds=0 if benchmark.disabled else 5.0)
+        more |= {"ratio": turns, "ratio_to": "MSP"}
+    measure(WITH_MODEL, steps[name], row=name, prepare=functools.partial(prepare_seeing, name), **more)
+
+
+@pytest.mark.parametrize("row", [("KNN(probes=16)", SUBSET)], indirect=True, ids=lambda row: row[0])
+@torch.no_grad()
+def test_approximate_neighbours(row, measure, leave_out):
+    name, case = row
+    leave_out(LATENCY, case, f"{name}, {OURS}", None if importlib.util.find_spec("faiss") else "faiss is not installed")
+    x = data(case)
+    detector = detectors.KNN(k=50, squared=False, probes=16).fit_features(x.train_features)
+    step = functools.partial(detector.score_features, x.features)
+    needed = counts.operation("KNN", counts.Sizes.of(case.shape, case.dtype, N=len(x.train_features)))
+    more = {"counts": needed, "not_compared": "an approximation, whose recall its fit tells"}
+    cell(measure, name, OURS, step, len(x.features), prepare="faiss takes its memory elsewhere", **more)

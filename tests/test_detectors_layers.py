@@ -152,6 +152,9 @@ def test_rank_feat(model, x):
     pruned = maps - s[:, :1, None] * u[:, :, :1] @ vh[:, :1]
     expected = model.fc(pruned.mean(2)).logsumexp(1)
     torch.testing.assert_close(RankFeat().fit(model, [x]).score(model, x), expected, rtol=1e-4, atol=1e-4)
+    doubled = RankFeat().fit(model.double(), [x.double()]).score(model, x.double())
+    torch.testing.assert_close(doubled, model.fc(pruned.double().mean(2)).logsumexp(1), rtol=1e-6, atol=1e-6)
+    model.float()
     wide = maps[:, :4]  # more positions than channels
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
     expected = (wide - s[:, :1, None] * u[:, :, :1] @ vh[:, :1]).mean(2)

@@ -97,7 +97,8 @@ class Gram(LayerDetector):
 
     g_q: the row sums of F^q (F^q)ᵀ, to the power 1/q with their sign, of the maps F (channels, positions) of layer l,
     for the orders q = 1 … `orders`. As in the authors' code, row sums stand for the matrix, which is not made.
-    low, high: over the training samples predicted as p, but for a random tenth, 1,000 at most, over which E is taken.
+    low, high: over the training samples predicted as p, but for a random tenth, 1,000 at most, over which E is taken:
+    drawn by what is read of them, so that batches of another size, which a model rounds otherwise, draw another one.
     A sample predicted as a class without training samples scores −inf.
 
     Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020, arXiv:1912.12510.

@@ -88,7 +88,9 @@ class RankFeat(LayerDetector):
         rows, (reading,) = layers.parts[0]["rows"], self.readings()
         m = self._n_features()
         pooled = rows.features[:, rows.features.shape[1] // 2 :]
-        if pooled.shape[1] != m or not torch.allclose(self._logits(pooled), rows.logits.float(), rtol=1e-2, atol=1e-2):
+        if pooled.shape[1] != m or not torch.allclose(
+            self._logits(pooled).float(), rows.logits.float(), rtol=1e-2, atol=1e-2
+        ):
             raise ValueError(
                 f"layers: the mean over positions of {reading.layer!r} is not what enters the head ({m} features); "
                 "name the layer whose maps are averaged for it; other nets RankFeat does not take"
@@ -96,7 +98,7 @@ class RankFeat(LayerDetector):
 
     def _logits(self, z: Tensor) -> Tensor:
         weight: Any = self.head_weight
-        return exact_linear(z.to(weight.dtype), weight, self.head_bias).to(torch.float32)
+        return exact_linear(z, weight, self.head_bias)
 
     def _n_features(self) -> int:
         weight: Any = self.head_weight
