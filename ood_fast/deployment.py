@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
 from .heads import capture_features, given_head, last_linear, refuse_script, unwrapped
-from .models.running import check_head, check_output, check_width, logits_of, refuse_meta
+from .models.running import check_head, check_output, check_width, logits_of, refuse_meta, warn_other_range
 from .models.weights import refuse_other
 from .ops.registration import is_compiled
 
@@ -175,6 +175,8 @@ class Deployed(nn.Module):
             check_width(head, logits)
             features = self._seen.take()
         if checking and len(logits):
+            for detector in _detectors(self.detector):
+                warn_other_range(x, detector.input_range, detector.label)
             if self.head is None:
                 check_output(logits, layer, captured)
             else:

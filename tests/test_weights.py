@@ -252,3 +252,46 @@ def test_those_too_that_run_the_model_themselves(net, name, kept, tmp_path):
     assert detector.score(model, X).shape == (40,)
     with pytest.raises(ValueError, match=OTHER):
         detector.score(other, X)
+
+
+# ---- the scale of images, beside the weights what a fit belongs to
+
+IMAGES = torch.rand(40, 3, 8, 8)
+SCALES = {  # how images were prepared at fit and at score, and whether that is told
+    "alike": (lambda x: (x - 0.45) / 0.226, lambda x: (x - 0.45) / 0.226, False),
+    "black": (lambda x: (x - 0.45) / 0.226, lambda x: (0 * x - 0.45) / 0.226, False),
+    "noise": (lambda x: x, torch.randn_like, False),
+    "dark fit": (lambda x: 0.02 * x, lambda x: x, False),
+    "0 to 255 at score": (lambda x: x, lambda x: 255 * x, True),
+    "uint8 at score": (lambda x: x, lambda x: (255 * x).byte(), True),
+    "normalised from 255": (lambda x: (x - 0.45) / 0.226, lambda x: (255 * x - 0.45) / 0.226, True),
+    "twice": (lambda x: (x - 0.45) / 0.226, lambda x: ((x - 0.45) / 0.226 - 0.45) / 0.226, True),
+    "0 to 255 at fit": (lambda x: (255 * x).byte(), lambda x: x, True),
+    "black of 255": (lambda x: (255 * x).round(), lambda x: 0 * x, False),
+    "a cap on the lens": (lambda x: (255 * x).round(), lambda x: x.round(), False),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_images_of_another_scale_than_in_the_fit_are_told(name, tmp_path, recwarn):
+    fitted, scored, told = SCALES[name]
+    net = nn.Sequential(ToFloat(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    detector = detectors.KNN(k=3).fit(net.eval(), [fitted(IMAGES)])
+    detector.calibrate(detector.score(net, fitted(IMAGES)))
+    detector.save(tmp_path / "one.safetensors")
+    detector, x = load(tmp_path / "one.safetensors"), scored(IMAGES)
+    passes = detectors.TestTimeAugmentation("KNN", {"k": 3}, views=torch.fliplr).fit(net, [fitted(IMAGES)])
+    deployed = ood_fast.deploy(net, detector)
+    for score in (lambda: detector.score(net, [x, x]), lambda: DetectorSet([detector]).score(net, x)):
+        score()
+    passes.score(net, x), deployed(x), deployed(x)
+    ood_fast.evaluate(net, [fitted(IMAGES)], {"far": [x]}, detectors=["MSP"])
+    found = [each for each in recwarn if "inputs are numbers up to" in str(each.message)]
+    assert len(found) == (5 if told else 0)
+    assert detector.load_state_dict(detector.state_dict())
+    assert detector.input_range is None
+
+
+class ToFloat(nn.Module):
+    def forward(self, x):
+        return x.float()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
-from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
+from ..models.running import Batch, batches_of, joined, refuse_meta, run_model, warn_other_range
 from ..models.weights import Weights, refuse_other
 from . import registry, store, streaming, threshold
 from .base import Contract
@@ -36,6 +36,7 @@ class Detector(Contract):
     # The weights of the model that it was fitted on, by `fit`, or of the head that came with features: other ones are
     # refused. None: any model will do.
     fitted_on: Weights | None = None
+    input_range: float | None = None  # the largest size of a number of the images that it was fitted on
     gathered: dict[str, streaming.Gathered] | None  # of a fit that has begun, see `Fit`
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Detector(Contract):
 
     def forget(self) -> None:
         """Drop model, threshold and calibration of the fit before: they say nothing of another one."""
-        self.fitted_on = self.threshold = self.calibration = None
+        self.fitted_on = self.input_range = self.threshold = self.calibration = None
 
     # ---- scoring
 
@@ -158,6 +159,8 @@ class Detector(Contract):
         with closing(passed) as done:  # also when scoring raises, modes are restored
             scores, n_rows = [], 0
             for batch in done:
+                if not scores:
+                    warn_other_range(batch.inputs, self.input_range, self.label)
                 with checks.behind(n_rows):
                     scores.append(self.score_batch(model, batch, head))
                 n_rows += len(batch.logits)
@@ -319,11 +322,13 @@ class Detector(Contract):
         if self.threshold is None or (calibration and calibration.threshold != float(self.threshold)):
             calibration = None  # the threshold was set by other means since
         calibrated = None if calibration is None else calibration._asdict()
-        return store.Saved(method, self.settings(), calibrated, dict(self.state_dict()), self.fitted_on)
+        return store.Saved(
+            method, self.settings(), calibrated, dict(self.state_dict()), self.fitted_on, self.input_range
+        )
 
     # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.fitted_on = None  # a state_dict does not say
+        self.fitted_on = self.input_range = None  # a state_dict does not say
         names = [name for name in self.buffer_names() if prefix + name in state_dict]
         for name in names:
             setattr(self, name, torch.empty_like(state_dict[prefix + name]))

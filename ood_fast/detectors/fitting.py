@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
 from ..models.layers import Key, LayerReading
-from ..models.running import Batch, check_loader, refuse_meta, run_model
+from ..models.running import Batch, check_loader, input_range, refuse_meta, run_model
 from ..models.weights import identity_of, identity_of_head
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
@@ -208,12 +208,14 @@ class Fit:
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
+        reach = None
         try:
             if self.parts:
                 # Whatever is raised, the model is set back.
                 with closing(run_model(model, loader, layer, readings)) as batches:
                     n_rows = 0
                     for batch in batches:
+                        reach = input_range(batch.inputs, reach)
                         with checks.behind(n_rows):
                             self.see(model, batch, layer)
                         n_rows += len(batch.logits)
@@ -225,7 +227,7 @@ class Fit:
                     weights = identity_of(model)
                     if detector.fitted_on not in (None, weights):  # of one that keeps nothing, too
                         detector.forget()
-                    detector.fitted_on = weights
+                    detector.fitted_on, detector.input_range = weights, None if reach is None else float(reach)
         finally:
             self._end()
 

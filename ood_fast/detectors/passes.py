@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .. import checks
 from ..capturing import capture_features
 from ..heads import unwrapped
-from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model
+from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model, warn_other_range
 from ..models.weights import identity_of, refuse_other
 from .detector import Detector
 from .logit import confidence
@@ -130,6 +130,8 @@ class SeveralPasses(Detector):
         for batch in batches_of(x):
             with checks.behind(sum(map(len, scores))):
                 inputs = inputs_and_targets(batch, next(iter(self.models(model))))[0]
+                if not scores:
+                    warn_other_range(inputs, self.input_range, self.label)
                 found = torch.stack([*self.looks(model, inputs, head)])
                 scores.append(LOOKS[self.of](found) if self.member is None else found.mean(dim=0))
         return joined(scores)

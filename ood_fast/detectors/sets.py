@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
-from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model
+from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model, warn_other_range
 from ..models.weights import refuse_other
 from ..statistics import row_statistics
 from . import registry, store, threshold
@@ -192,6 +192,9 @@ class DetectorSet(nn.Module):
         layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
         for batch in run_model(model, loader, layer, readings_of(self.detectors)):
+            if not n_rows:
+                known = next((d.input_range for d in self.detectors if d.input_range is not None), None)
+                warn_other_range(batch.inputs, known, "DetectorSet")
             with checks.behind(n_rows):
                 scores = self.score_features(batch.features, batch.logits, skip_models=True)
                 for name, detector in self.items():
@@ -315,7 +318,7 @@ def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
         detector = cls(**record.settings)
         detector.load_state_dict(record.buffers, assign=True)
         detector.calibration = None if record.calibration is None else Calibration(**record.calibration)
-        detector.fitted_on = record.fitted_on
+        detector.fitted_on, detector.input_range = record.fitted_on, record.input_range
     except Exception as error:  # whatever the class thinks of what the file says
         raise ValueError(f"{path}: the {method} of this ood_fast cannot be made from the file: {error}") from error
     if not detector.fitted:

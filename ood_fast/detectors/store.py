@@ -9,7 +9,8 @@ it, under the names "KNN/bank", "NCI/mean". Its metadata, all text:
     ood_fast, torch           the versions that wrote it
     kind                      "detector" or "set"
     detectors                 JSON: name -> {method, settings, calibration,
-                              tensors: {buffer: {key, dtype, shape, crc32}}, model}
+                              tensors: {buffer: {key, dtype, shape, crc32}}, model,
+                              input_range: the largest number of the images of the fit}
     models                    JSON: the weights they were fitted on, see `models.weights`; entries give the place
     class_names               JSON: a list, or null
     notes                     JSON: what the caller wants to remember, such as how images are prepared
@@ -48,6 +49,7 @@ class Saved(NamedTuple):
     calibration: dict[str, Any] | None
     buffers: dict[str, Tensor]
     fitted_on: Weights | None = None
+    input_range: float | None = None
 
 
 class Content(NamedTuple):
@@ -75,6 +77,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
     entries = {name: _entry(name, record, stored) for name, record in content.detectors.items()}
     for name, record in content.detectors.items():
         entries[name]["model"] = models.index(record.fitted_on) if record.fitted_on else None
+        entries[name]["input_range"] = _encoded("input_range", record.input_range)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -262,5 +265,6 @@ def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], models: lis
     buffers = {buffer: tensors[each["key"]] for buffer, each in entry["tensors"].items()}
     if calibration is not None:
         calibration = {key: _decoded(value) for key, value in calibration.items()}
-    place = entry.get("model")
-    return Saved(method, settings, calibration, buffers, None if place is None else models[place])
+    place, reach = entry.get("model"), _decoded(entry.get("input_range"))
+    model = None if place is None else models[place]
+    return Saved(method, settings, calibration, buffers, model, None if reach is None else float(reach))

@@ -14,7 +14,7 @@ from ..agreement import confusion, refuse_order
 from ..detectors import Detector, DetectorSet, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
-from ..models.running import check_loader, run_model
+from ..models.running import check_loader, input_range, run_model, warn_other_range
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
 from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet
@@ -89,14 +89,15 @@ def evaluate_loaders(
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
     layer = given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
-    parts = {}
+    parts: dict[str, Outputs] = {}
+    ranges: dict[str, Tensor | None] = {}
     if fit is not None:
         fitting = Fit([detector for detector in seeing.values() if detector.needs_fit], anew=True)
-        parts[FIT] = _outputs(model, layer, FIT, fit, {}, fitting)
+        parts[FIT] = _outputs(model, layer, FIT, fit, {}, ranges, fitting)
         if fitting.detectors:
             fitting.finish(layer)
-    parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing)}
-    parts |= {name: _outputs(model, layer, name, loader, seeing) for name, loader in ood.items()}
+    parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing, ranges)}
+    parts |= {name: _outputs(model, layer, name, loader, seeing, ranges) for name, loader in ood.items()}
     groups = {ID: "id", **{name: _group(name) for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
@@ -129,6 +130,7 @@ def _outputs(
     name: str,
     loader: Iterable,
     seeing: Mapping[str, Detector],
+    ranges: dict[str, Tensor | None],
     fitting: Fit | None = None,
 ) -> Outputs:
     """What the model makes of a loader, on the CPU: also for `fitting`, and the scores of detectors that need it."""
@@ -136,6 +138,10 @@ def _outputs(
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
     for batch in run_model(model, loader, head, readings):
+        if not features:
+            known = ranges.get(FIT, ranges.get(TEST))
+            warn_other_range(batch.inputs, None if known is None else float(known), name)
+        ranges[name] = input_range(batch.inputs, ranges.get(name))
         if fitting is not None:
             fitting.see(model, batch, head)
         features.append(batch.features.cpu())
