@@ -158,7 +158,7 @@ class LayerDetector(Detector):
         if self.layers is None or "layers" not in self.given:
             found = stages(model)
             vars(self)["layers"] = found[-1:] if self.only_last else found  # by hand a fitted one takes none
-        for name in self.layers:
+        for name in self.layers or ():
             layer_of(model, name)
         self.make_members()
 

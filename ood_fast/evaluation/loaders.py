@@ -138,7 +138,7 @@ def _outputs(
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
     for batch in run_model(model, loader, head, readings):
-        if not features:
+        if name not in ranges:
             known = ranges.get(FIT, ranges.get(TEST))
             warn_other_range(batch.inputs, None if known is None else float(known), name)
         ranges[name] = input_range(batch.inputs, ranges.get(name))

@@ -91,8 +91,8 @@ def refuse_other(
     features, another head than came with these."""
     if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None or here is fitted_on:
         return
-    of_head = len(fitted_on.waves) == 2 * (1 + N_WAVES) != len(here.waves) and isinstance(model, nn.Module)
-    if of_head and (here := _of_head(model, head)) is None:
+    of_head = len(fitted_on.waves) == 2 * (1 + N_WAVES) != len(here.waves)
+    if of_head and isinstance(model, nn.Module) and (here := _of_head(model, head)) is None:
         return
     if (here.shapes, len(here.waves)) == (fitted_on.shapes, len(fitted_on.waves)) and all(
         abs(a - b) <= TOLERANCE for a, b in zip(here.waves, fitted_on.waves, strict=True)
