@@ -1,15 +1,29 @@
-"""Python in a process of its own, which finds this package and these tests wherever it runs."""
+"""Python in a process of its own, which finds this package and these tests wherever it runs.
+
+To import torch takes seconds, most of what such a process does. So there is `forked`: one process, the server, has
+imported what others than this package bring, and those that are asked for are forked from it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
+import runpy
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+from importlib import import_module, util
 from pathlib import Path
 
 HERE = Path(__file__).parent
 COMMAND = ("-m", "ood_fast")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND)
+TIMEOUT = 120.0  # seconds
+IMPORTED = ("torch._dynamo", "torchvision", "sklearn.datasets", "rich.progress", "safetensors.torch")
 
 
 def environment(first: str | Path = HERE.parent, **more: str) -> dict[str, str]:
@@ -19,8 +33,87 @@ def environment(first: str | Path = HERE.parent, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **loopback, **more}
 
 
-def python(*command: str, first: str | Path = HERE.parent, **more: str) -> subprocess.CompletedProcess:
+def python(*command: str, first: str | Path = HERE.parent, **more: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments and variables; TimeoutExpired if it hangs."""
+    variables = environment(first, **more)
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment(first, **more), timeout=120
+        [sys.executable, *command], capture_output=True, text=True, env=variables, timeout=TIMEOUT, check=False
     )
+
+
+def forked(*command: str, processes: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
+    """As `python`, of "-m MODULE ..." or "-c CODE ..."; with 2 `processes` as many, under the agent of torchrun."""
+    if sys.platform != "linux":
+        return python(*(command if processes == 1 else (*TORCHRUN[:-2], *command)), **more)
+    server = _server()
+    with tempfile.TemporaryDirectory() as folder:
+        written = [f"{folder}/out", f"{folder}/error"]
+        request = {"command": command, "variables": environment(**more), "processes": processes, "written": written}
+        server.stdin.write(json.dumps({**request, "folder": os.getcwd()}) + "\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        if late := not select.select([server.stdout], [], [], TIMEOUT)[0]:
+            os.killpg(pid, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        out, error = (Path(file).read_text(encoding="utf-8") for file in written)
+    if late:
+        raise subprocess.TimeoutExpired(command, TIMEOUT, out, error)
+    return subprocess.CompletedProcess(command, code, out, error)
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment())
+    atexit.register(server.communicate)  # it ends with its stdin
+    return server
+
+
+# ---- the server, and what is forked from it
+
+
+def _serve() -> None:
+    """Fork for each request, until there is none. A child returns from here when it has been what was asked for."""
+    for name in IMPORTED:
+        if util.find_spec(name.partition(".")[0]):
+            import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not (pid := os.fork()):
+            return _become(**request)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    return None
+
+
+def _become(command: list[str], variables: dict[str, str], processes: int, written: list[str], folder: str) -> None:
+    os.setpgid(0, 0)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, file in enumerate((os.devnull, *written)):
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.path[0] = folder  # as of -m and -c
+    if processes == 1:
+        return _run(command)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    meeting = {"run_id": str(os.getpid()), "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, processes, max_restarts=0, start_method="fork", **meeting)
+    return elastic_launch(config, _run)(command)
+
+
+def _run(command: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's
+    kind, what, *arguments = command
+    sys.argv = [kind if kind == "-c" else what, *arguments]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    _serve()

@@ -12,7 +12,7 @@ import sys
 import warnings
 
 import pytest
-from processes import COMMAND, environment, python
+from processes import COMMAND, environment, forked, python
 
 import ood_fast
 from ood_fast import cli, detectors, evaluation, models, recipes
@@ -64,7 +64,7 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
 def test_compare_again_gives_the_same_numbers_also_in_another_process(tmp_path):
     arguments = ["compare", *SHORT, "--quiet", "--out"]
     assert cli.main([*arguments, "first"]) == 0
-    again = python(*COMMAND, *arguments, "second")
+    again = forked(*COMMAND, *arguments, "second")
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert again.stdout == ""
@@ -169,7 +169,7 @@ def test_bad_input_is_told_and_nothing_is_written(arguments, messages, tmp_path,
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    result = python(*COMMAND, "compare", "--losses", "elogitnrm")
+    result = forked(*COMMAND, "compare", "--losses", "elogitnrm")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import TORCHRUN, python
+from processes import COMMAND, forked
 from test_data import (
     write_cifar10,
     write_cifar100,
@@ -277,7 +277,7 @@ def test_two_processes_give_what_one_gives(root, seeds, tmp_path):
     arguments = [*on_cifar10(root, "--detectors=MSP,KNN,ReAct,ODIN", "--set=KNN.k=5"), *QUICK, "--quiet"]
     command = ["evaluate", str(seeds / "s0"), *arguments]
     assert cli.main([*command, "--cache=one cache", "--out=one"]) == 0
-    done = python(*TORCHRUN, *command, "--cache=two cache", "--out=two")
+    done = forked(*COMMAND, *command, "--cache=two cache", "--out=two", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     one, two = evaluation.read("one"), evaluation.read("two")
@@ -302,7 +302,7 @@ def test_two_processes_give_what_one_gives(root, seeds, tmp_path):
     (data / "dtd").unlink()
     write_dtd(data)
     next(data.glob("dtd/dtd/images/woven/*_2.jpg")).write_bytes(b"no image")
-    done = python(*TORCHRUN, *command, f"--data-root={data}", "--cache=c", "--out=three")
+    done = forked(*COMMAND, *command, f"--data-root={data}", "--cache=c", "--out=three", processes=2)
     assert done.returncode != 0
     assert "woven_2.jpg: cannot be read" in done.stderr
     assert not Path("three/results.json").exists()

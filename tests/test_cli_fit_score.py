@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import COMMAND, TORCHRUN, python
+from processes import COMMAND, forked
 
 from ood_fast import checks, cli, detectors, features
 
@@ -420,12 +420,12 @@ def test_own_detectors(stored):
     train = write("train.npz", stored)
     own = ["--plugin", "mydetector"]
     fitted = ["fit", "--features", train, "--detectors", "SecondLogit", *own, "--out", "d.safetensors"]
-    assert python(*COMMAND, *fitted).returncode == 0
+    assert forked(*COMMAND, *fitted).returncode == 0
     scored = [*COMMAND, "score", "--detectors", "d.safetensors", "--features", train, "--out", "s.csv"]
-    refused = python(*scored)
+    refused = forked(*scored)
     assert refused.returncode == 2
     assert "SecondLogit" in refused.stderr
-    assert python(*scored, *own).returncode == 0
+    assert forked(*scored, *own).returncode == 0
     expected = -stored["logits"].topk(2, dim=1).values[:, 1]
     torch.testing.assert_close(torch.tensor([float(row["score"]) for row in rows_of("s.csv")]), expected)
 
@@ -443,7 +443,7 @@ def test_torchrun_gives_the_same_file_and_table(stored):
     fitted = ["fit", "--features", "parts", *names, "--validation", "parts", "--out", "two.safetensors"]
     scored = ["score", "--detectors", "two.safetensors", "--features", "parts", "--out", "two.csv"]
     for command in (fitted, scored):
-        done = python(*TORCHRUN, *command)
+        done = forked(*COMMAND, *command, processes=2)
         assert done.returncode == 0, done.stderr
     for one, other in zip(rows_of("one.csv"), rows_of("two.csv"), strict=True):
         assert one["path"] == other["path"]

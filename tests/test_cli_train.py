@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from PIL import Image
-from processes import COMMAND, TORCHRUN, python
+from processes import COMMAND, forked
 from test_data import write_cifar10
 
 import ood_fast
@@ -60,8 +61,8 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
         assert torch.equal(value, second[name]), name
 
 
-def run(*command: str, launcher: tuple[str, ...] = COMMAND, **environment: str) -> subprocess.CompletedProcess:
-    return python(*launcher, *command, "--plugin=training_plugin", **environment)
+def run(*command: str, launcher: tuple[str, ...] = COMMAND, **more: Any) -> subprocess.CompletedProcess:
+    return forked(*launcher, *command, "--plugin=training_plugin", **more)
 
 
 # ---- what it prints and writes
@@ -434,7 +435,7 @@ def test_no_room_for_a_checkpoint(root, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
-torchrun = functools.partial(run, launcher=TORCHRUN)
+torchrun = functools.partial(run, processes=2)
 
 
 @pytest.mark.slow
