@@ -226,7 +226,9 @@ class PixelMetrics:
         ranks = torch.linspace(0, len(values) - 1, half, device=values.device).round().long()
         low, high = values[0].item(), values[-1].item()
         span = high - low
-        even = torch.linspace(low - span, high + span, self.n_bins - 1 - half, dtype=values.dtype, device=values.device)
+        # In float64: thrice the range may be beyond float32.
+        even = torch.linspace(low - span, high + span, self.n_bins - 1 - half, dtype=torch.float64, device="cpu")
+        even = even.to(values.dtype).to(values.device)
         return torch.cat([values[ranks], even[even.isfinite()]]).unique()
 
 

@@ -164,6 +164,18 @@ def test_the_head_is_trained_beside_features_that_it_leaves_alone(kind, head):
     assert head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", [CIDERLoss, PALMLoss])
+def test_prototypes_stay_in_eval_mode_and_are_no_nan_after_an_overflow(kind, head):
+    criterion, z, y = kind(head, projection=D), torch.randn(N, M), torch.arange(N) % C
+    criterion(z, y)
+    before = criterion.prototypes.clone()
+    criterion.eval()(z + 3, y)
+    torch.testing.assert_close(criterion.prototypes, before)
+    criterion.train()(z.masked_fill(torch.arange(N)[:, None] == 4, torch.nan), y)
+    assert criterion.prototypes.isfinite().all()
+    assert criterion(z, y).isfinite()
+
+
 def test_ignored_samples_take_no_part_in_the_contrast(head):
     z, y = torch.randn(N, M), torch.arange(N) % C
     criterion = SupConLoss(head, lambda logits, y: logits.sum() * 0, projection=D)

@@ -204,3 +204,10 @@ def test_many_bins_are_near_and_infinite_scores_count():
     counted.update(torch.full((1, 2, 2), torch.nan), torch.full((1, 2, 2), 255))
     assert torch.equal(counted.counts, before)
     np.testing.assert_array_equal(counted.counts.sum(1), [int((~ood).sum()), int(ood.sum())])
+
+
+def test_scores_as_large_as_float32_has_them():
+    metrics = dense.PixelMetrics()
+    scores = 1e37 * torch.arange(-29.5, 30).view(1, 6, 10)
+    metrics.update(scores, scores < 0)
+    assert metrics.compute()["auroc"].value == 1

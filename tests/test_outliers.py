@@ -228,6 +228,12 @@ def test_queues_hold_the_last_of_each_class(head):
         assert sorted(map(tuple, torch.stack(rows).tolist())) == sorted(map(tuple, queue.tolist()))
 
 
+def test_queues_stay_in_eval_mode(head):
+    criterion, z = VOSLoss(head, queue=4), torch.randn(8, head.in_features)
+    criterion.eval()(head(z), z, torch.zeros(8, dtype=torch.int64))
+    assert not criterion.seen.any()
+
+
 def test_the_term_begins_when_queues_are_full_and_at_the_start(head):
     z, y = sample()
     plain = nn.functional.cross_entropy(head(z), y)

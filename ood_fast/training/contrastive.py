@@ -118,7 +118,7 @@ class CIDERLoss(SupConLoss):
 
     The gradient of D goes through the new samples in μ; in C the μ are constants, as in the authors' code. A μ is zero
     before the first sample of its class (OpenOOD begins with the means of validation images). They are a buffer,
-    (c, d); with several processes each has its own.
+    (c, d), that stays in eval mode; with several processes each has its own.
 
     Args:
         head, criterion, projection, temperature: as in `SupConLoss`; a projection that is a module needs `width`.
@@ -155,7 +155,7 @@ class CIDERLoss(SupConLoss):
 
     def contrast(self, unit: Tensor, y: Tensor) -> Tensor:
         """The contrast of unit vectors (n, d) and classes (n,), which move the prototypes."""
-        prototypes = self._moved(unit, y)
+        prototypes = self._moved(unit, y) if self.training else self.prototypes
         self.prototypes = prototypes.detach()
         near = nn.functional.cross_entropy(unit @ self.prototypes.T / self.temperature, y)
         apart = prototypes @ prototypes.T / self.temperature
@@ -167,9 +167,9 @@ class CIDERLoss(SupConLoss):
         """The prototypes after each sample in its turn: the first of every class together, the second, and so on."""
         of_class = y[:, None] == torch.arange(self.n_classes, device=y.device)
         turn = of_class.cumsum(dim=0).gather(1, y[:, None]).squeeze(1) - 1
-        prototypes = self.prototypes
+        prototypes, good = self.prototypes, unit.detach().isfinite().all(dim=1)  # NaN would stay for good
         for number in range(int(turn.max()) + 1 if len(turn) else 0):
-            rows = (turn == number).nonzero().squeeze(1)
+            rows = ((turn == number) & good).nonzero().squeeze(1)
             moved = self.momentum * prototypes[y[rows]] + (1 - self.momentum) * unit[rows]
             prototypes = prototypes.index_copy(0, y[rows], l2_normalize(moved)[0])
         return prototypes

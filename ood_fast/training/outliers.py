@@ -51,10 +51,12 @@ class VirtualOutliersLoss(WithHead):
         self._is_full = False  # remembered: to ask the buffer waits for a GPU
 
     def forward(self, logits: Tensor, z: Tensor, y: Tensor, *, active: bool = True) -> Tensor:
-        """The loss of logits (n, c), features (n, m) and classes (n,); z enters the queues; `active=False`: no L."""
+        """The loss of logits (n, c), features (n, m) and classes (n,); z enters the queues, but in eval mode;
+        `active=False`: no L."""
         checked_features(logits, z, y, self._head[0].weight)
         loss = self.closed(logits, z, y)
-        self._enqueue(z.detach(), y)
+        if self.training:
+            self._enqueue(z.detach(), y)
         if not active or not self.full:
             return loss
         told = self.told(logits, z, self.virtual_outliers())

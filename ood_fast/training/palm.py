@@ -79,7 +79,9 @@ class PALMLoss(SupConLoss):
         kept = torch.zeros_like(taken).scatter_(1, taken.topk(self.nearest, dim=1).indices, 1.0)
         share = F.normalize(F.normalize(taken * kept, p=1.0, dim=1), p=1.0, dim=0)
         moved = self.momentum * self.prototypes + (1 - self.momentum) * (share.T @ unit)
-        prototypes = l2_normalize(moved)[0]
+        # Those of one overflow, which a gradient scaler skips, would be NaN for good.
+        moves = moved.detach().isfinite().all() & self.training
+        prototypes = l2_normalize(torch.where(moves, moved, self.prototypes))[0]
         self.prototypes = prototypes.detach()
         # the same ones take the sample, though the order may have changed since
         kept = torch.zeros_like(taken).scatter_(1, share.topk(self.nearest, dim=1).indices, 1.0)
