@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ood_fast import detectors
 from ood_fast.detectors import catalogue
 
@@ -25,6 +27,14 @@ def test_every_detector_has_its_paper_and_its_cost():
         assert paper, name
         assert (fitted_on == "–") == (keeps == "–"), name
         assert cost, name
+
+
+@pytest.mark.parametrize("name", catalogue.ABOUT)
+def test_the_forms_of_others_are_ones_that_can_be_made(name):
+    sizes = {"N": 50, "L": 3, "reg": 1e-6, "m": 7, "tr": float, "Σ": 2.0}
+    for form in (catalogue.ABOUT[name].openood, catalogue.ABOUT[name].pytorch_ood):
+        made = form and eval(form.replace("·", "*").replace("1, ..., 1", "1, 1"), {**vars(detectors), **sizes})
+        assert not form or made.settings() != detectors.create(name).settings(), "another than the default"
 
 
 def test_what_is_kept_is_read_off_a_fit():

@@ -122,9 +122,19 @@ def test_mahalanobis_plus_plus(y):
 
 
 @torch.no_grad()
-def test_gram(model, x):
+def test_mahalanobis_beside_pytorch_ood(model, x, y):
+    peer = pytest.importorskip("pytorch_ood.detector").MultiMahalanobis([nn.Identity(), nn.Identity()])
+    rows = [maps.mean((2, 3)) for maps in model.maps(x)]
+    theirs = peer.fit_structured(rows, y).predict_structured(rows)
+    ours = LayerMahalanobis(weights=(1, 1), ridge=1e-6 / N).fit(model, [(x, y)]).score(model, x)
+    torch.testing.assert_close(-ours / (2 * N), theirs, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["predicted", "target"])
+def test_gram(by, model, x, y):
     train, test = x[:130], x[130:] * 2
-    detector = Gram(orders=3).fit(model, [train[:70], train[70:]])
+    detector = Gram(orders=3, by=by).fit(model, batches(train, y[:130], 70))
     predicted = model(test).argmax(1)
     expected = torch.zeros(len(test), dtype=torch.float64)
 
@@ -134,7 +144,7 @@ def test_gram(model, x):
         return torch.stack([g.sign() * g.abs() ** (1 / p) for g, p in zip(grams, (1, 2, 3), strict=True)], 1).flatten(1)
 
     for member, maps, of_test in zip(detector.members, model.maps(train), model.maps(test), strict=True):
-        g, classes = rows(maps), model(train).argmax(1)
+        g, classes = rows(maps), y[:130] if by == "target" else model(train).argmax(1)
         held = detectors.streaming.Bank(budget=1).draw(detector.read(maps.flatten(2))) < 0.1
         assert 0 < held.sum() < 40
         low = torch.stack([g[~held & (classes == k)].amin(0) for k in predicted])

@@ -437,6 +437,10 @@ def test_beside_pytorch_ood(data):
     pairs = [
         (DICE(90), dice.predict_features(z)),
         (LTS(), peer.LTS(None, head).predict_features(z)),
+        (
+            VRA(99, 1, per_feature=True),
+            peer.VRA(nn.Identity(), head).fit_feature_maps(train, y).predict_feature_maps(z),
+        ),
         (MCM(), peer.MCM(None, head.weight).predict_features(z)),
         (GradNorm(), C * scaled.predict(z)),
         (GMM(ridge=1e-3 / data.variance()), peer.GMM(None, reg=1e-3).fit_features(train, y).predict_features(z)),

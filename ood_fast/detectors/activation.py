@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,33 +70,42 @@ class VRA(ReshapedEnergy):
     features pooled.
 
     Xu et al., "VRA: Variational Rectified Activation for Out-of-distribution Detection", NeurIPS 2023,
-    arXiv:2302.11716, set what lies below q_low to 0: below="zero". pytorch-ood has percentiles of its own for each
-    feature.
+    arXiv:2302.11716, set what lies below q_low to 0: below="zero". pytorch-ood's is
+    `VRA(99, 1, per_feature=True)`.
 
     Args:
         high, low: in percent, 0 <= low <= high <= 100.
         below: "clip" as in OpenOOD, or "zero".
+        per_feature: each feature has percentiles of its own: of all rows up to 2²⁵ numbers, beyond of a random sample.
     """
 
     state = ("clip", "floor")
     fits_on = "validation"
     grid = {"high": (85, 90, 95, 99), "low": (1, 5, 10, 15)}
 
-    def __init__(self, high: float = 90.0, low: float = 10.0, *, below: str = "clip") -> None:
+    def __init__(
+        self, high: float = 90.0, low: float = 10.0, *, below: str = "clip", per_feature: bool = False
+    ) -> None:
         super().__init__()
         checks.real("high", high, 0.0, 100.0)
         checks.real("low", low, 0.0, 100.0)
         checks.one_of("below", below, ("clip", "zero"))
         if low > high:
             raise ValueError(f"low: got {low}, expected at most high, {high}")
-        self.high, self.low, self.below = high, low, below
+        checks.one_of("per_feature", per_feature, (True, False))
+        self.high, self.low, self.below, self.per_feature = high, low, below, per_feature
 
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
-        return {"values": streaming.Percentiles()}
+        whole = streaming.Bank(values=streaming.SAMPLE_VALUES) if self.per_feature else streaming.Percentiles()
+        return {"values": whole}
 
-    def _finish(self, values: streaming.Percentiles) -> None:
-        self.clip, self.floor = (values.like.new_tensor(values.percentile(p)) for p in (self.high, self.low))
+    def _finish(self, values: Any) -> None:
+        if self.per_feature:
+            found = np.percentile(values.value().cpu().numpy(), (self.high, self.low), axis=0)
+        else:
+            found = [values.percentile(p) for p in (self.high, self.low)]
+        self.clip, self.floor = (values.like.new_tensor(bound) for bound in found)
 
     def _reshape(self, z: Tensor) -> Tensor:
         clipped = z.clamp(max=self.clip)

@@ -26,6 +26,7 @@ class About(NamedTuple):
     cited: str
     arxiv: str
     pytorch_ood: str = ""  # our keywords for their definition, where the default is another
+    openood: str = ""  # the same
 
 
 ABOUT = {
@@ -39,16 +40,16 @@ ABOUT = {
     "SML": About("c", "Jung, ICCV 2021", "2107.11264"),
     "GradNorm": About("c + m", "Huang, NeurIPS 2021", "2110.00218"),
     "ReAct": About("c·m", "Sun, NeurIPS 2021", "2111.12797"),
-    "ASH": About("c·m", "Djurisic, ICLR 2023", "2209.09858"),
-    "SCALE": About("c·m", "Xu, ICLR 2024", "2310.00227"),
-    "VRA": About("c·m", "Xu, NeurIPS 2023", "2302.11716"),
+    "ASH": About("c·m", "Djurisic, ICLR 2023", "2209.09858", 'ASH("s", 65)'),
+    "SCALE": About("c·m", "Xu, ICLR 2024", "2310.00227", "SCALE(65)"),
+    "VRA": About("c·m", "Xu, NeurIPS 2023", "2302.11716", "VRA(99, 1, per_feature=True)"),
     "DICE": About("c·m", "Sun, ECCV 2022", "2111.09805"),
     "LTS": About("c + m", "Djurisic, MVA 2025", "2409.01175"),
-    "FDBD": About("c + m; c·m without R", "Liu, ICML 2024", "2312.11536"),
+    "FDBD": About("c + m; c·m without R", "Liu, ICML 2024", "2312.11536", 'FDBD("mean")'),
     "BoundaryDistance": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
     "TemperedMSP": About("c; c·m without R", "Ding, CVPR 2026", "2504.11434"),
     "FeatureNorm": About("m", "Haas, TMLR 2024", "2306.04072"),
-    "NCI": About("c + m", "Liu, CVPR 2025", "2311.01479"),
+    "NCI": About("c + m", "Liu, CVPR 2025", "2311.01479", "NCI(0.0)"),
     "DML": About("c·m", "Zhang, CVPR 2023", ""),
     "MCM": About("c·m", "Ming, NeurIPS 2022", "2211.13445"),
     "Mahalanobis": About(
@@ -56,11 +57,13 @@ ABOUT = {
     ),
     "RMDS": About("2m² + c·m", "Ren, 2021", "2106.09022", "RMDS(scatter=True, ridge=1e-6)"),
     "SHE": About("m", "Zhang, ICLR 2023", ""),
-    "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690"),
-    "IODIN": About("2 passes of the model, 1 backward", "Regmi, 2025", "2411.10794"),
+    "ODIN": About("2 passes of the model, 1 backward", "Liang, ICLR 2018", "1706.02690", "", "ODIN(sign_of_zero=1)"),
+    "IODIN": About("2 passes of the model, 1 backward", "Regmi, 2025", "2411.10794", "", "IODIN(sign_of_zero=1)"),
     "AdaSCALE": About("3 passes of the model, 1 backward", "Regmi, 2025", "2503.08023"),
-    "LayerMahalanobis": About("L·(m² + c·m)", "Lee, NeurIPS 2018", "1807.03888"),
-    "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510"),
+    "LayerMahalanobis": About(
+        "L·(m² + c·m)", "Lee, NeurIPS 2018", "1807.03888", "LayerMahalanobis(weights=(1, ..., 1), ridge=1e-6 / N)"
+    ),
+    "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510", 'Gram(orders=L, by="target")', 'Gram(by="target")'),
     "BlockNorm": About("s·m", "Yu, CVPR 2023", "2212.02295"),
     "RankFeat": About("s·m²", "Song, NeurIPS 2022", "2209.08590"),
     "MCDropout": About("T passes of the model", "Gal, ICML 2016", "1506.02142", 'MCDropout("variance", passes=30)'),
@@ -72,7 +75,7 @@ ABOUT = {
     "KNN": About("N·m", "Sun, ICML 2022", "2204.06507", "KNN(squared=False)"),
     "NNGuide": About("N/100·m", "Park, ICCV 2023", "2309.14888", "NNGuide(k=10, fraction=1.0)"),
     "CombOOD": About("N·m + m²", "Rajasekaran, SDM 2024", "2602.07042"),
-    "Relation": About("N·(m + c)", "Kim, NeurIPS 2023", "2301.12321"),
+    "Relation": About("N·(m + c)", "Kim, NeurIPS 2023", "2301.12321", "", "Relation(budget=None)"),
     "WeiPer": About("100c·m", "Granz, NeurIPS 2024", "2405.17164"),
     "ViM": About("m·d", "Wang, CVPR 2022", "2203.10807"),
     "Residual": About("m·d", "Wang, CVPR 2022", "2203.10807"),
@@ -83,7 +86,7 @@ ABOUT = {
 def table() -> str:
     """A Markdown table: method, paper, what fitting needs, what it keeps, cost of a sample, keywords."""
     lines = [
-        "| detector | paper | fitted on | keeps | a sample costs | keywords (first: pytorch-ood's form) |",
+        "| detector | paper | fitted on | keeps | a sample costs | keywords |",
         "|---|---|---|---|---|---|",
     ]
     for name in known():
@@ -126,7 +129,8 @@ def _shape(buffer: torch.Tensor) -> str:
 
 def _keywords(name: str, about: About) -> str:
     keywords = ", ".join(f"`{parameter}`" for parameter in find(name).parameters_of())
-    return "; ".join(text for text in (about.pytorch_ood and f"`{about.pytorch_ood}`", keywords) if text)
+    forms = (("OpenOOD", about.openood), ("pytorch-ood", about.pytorch_ood))
+    return "; ".join([keywords] * bool(keywords) + [f"{whose}: `{form}`" for whose, form in forms if form])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class NAC(Detector):
     the head, o = z, the gradient has a closed form, Wᵀ (softmax(f) − u), and all is one pass. Of `layers` it is taken
     by autograd in a pass of its own, forth and back, o the mean over positions and the gradient the sum over them. The
     authors sum both: their α is ours divided by the number of positions. What the model changes in place is read as
-    changed.
+    changed. pytorch-ood's NACUE sums o · ∂ over positions before the sigmoid, and cuts other cells.
 
     Liu et al., "Neuron Activation Coverage: Rethinking Out-of-distribution Detection and Generalization", ICLR 2024,
     arXiv:2306.02879. Defaults are theirs of CIFAR-10; α differs much between layers and nets (100 to 3000 at the head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +23,21 @@ SHARE = 0.1  # of the samples, drawn by a hash, are held for that and take no pa
 
 @dataclass
 class Bounds(streaming.Gathered):
-    """The smallest and the largest of each feature over the rows predicted as each class; rows held out of that."""
+    """The smallest and the largest of each feature over the rows of each class, `by` its "predicted" one or its
+    "target"; rows held out of that."""
 
-    reads = ("features", "logits")
+    by: str = "predicted"
 
     def __post_init__(self) -> None:
+        self.reads = ("features", "logits", "targets") if self.by == "target" else ("features", "logits")
         self.held = streaming.Bank(budget=HELD)
         self.low = self.high = torch.empty(0)
 
-    def update(self, features: Tensor, logits: Tensor, targets: Tensor | None) -> None:
+    def update(self, features: Tensor, logits: Tensor, targets: Any) -> None:
         """Take in one batch."""
         z = at_least_float32(features)
         self.like = z[:0]
-        c, classes = logits.shape[1], logits.max(dim=1).indices
+        c, classes = logits.shape[1], targets.to(z.device) if self.by == "target" else logits.max(dim=1).indices
         kept = (self.held.draw(z) < SHARE).to(z.device)
         self.held.take(torch.cat([z, classes.unsqueeze(1)], dim=1)[kept], None, None)
         z, classes = z[~kept], classes[~kept].unsqueeze(1).expand(-1, z.shape[1])
@@ -63,8 +66,12 @@ class _GramLayer(Detector):
     mean: Tensor
     state = ("low", "high", "mean")  # (c, d), (c, d) and (): the mean deviation of held samples
 
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
     def gathers(self) -> dict[str, streaming.Gathered]:
-        return {"bounds": Bounds()}
+        return {"bounds": Bounds(self.by)}
 
     def _finish(self, bounds: Bounds) -> None:
         self.low, self.high = bounds.low, bounds.high
@@ -99,24 +106,27 @@ class Gram(LayerDetector):
     for the orders q = 1 … `orders`. As in the authors' code, row sums stand for the matrix, which is not made.
     low, high: over the training samples predicted as p, but for a random tenth, 1,000 at most, over which E is taken:
     drawn by what is read of them, so that batches of another size, which a model rounds otherwise, draw another one.
-    A sample predicted as a class without training samples scores −inf.
+    A sample predicted as a class without training samples scores −inf. OpenOOD and pytorch-ood take the training
+    samples of the class p: by="target"; pytorch-ood as many orders as there are layers.
 
     Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020, arXiv:1912.12510.
 
     Args:
         layers: names; None: each stage. The authors take the output of every convolution, block and activation.
         orders: 1 or more.
+        by: "predicted" or "target", see above.
     """
 
-    def __init__(self, layers: Sequence[str] | None = None, *, orders: int = 10) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, *, orders: int = 10, by: str = "predicted") -> None:
         super().__init__(layers)
         checks.positive_int("orders", orders)
-        self.orders, self.kind = orders, f"gram {orders}"
+        checks.one_of("by", by, ("predicted", "target"))
+        self.orders, self.kind, self.by = orders, f"gram {orders}", by
         self.make_members()
 
     def member(self) -> Detector:
         """The detector of one layer."""
-        return _GramLayer()
+        return _GramLayer(self.by)
 
     def read(self, maps: Tensor) -> Tensor:
         """Row sums of Gram matrices of maps (n, c, s): (n, orders · c)."""
@@ -132,4 +142,5 @@ class Gram(LayerDetector):
         """Tell of classes without bounds."""
         first = self.members[0]
         missing = (first.low[:, 0] > first.high[:, 0]).nonzero().flatten().tolist()
-        tell_missing(self, missing, "no training sample is predicted as {}: an input that is scores -inf")
+        of = "is predicted as" if self.by == "predicted" else "is of"
+        tell_missing(self, missing, f"no training sample {of} {{}}: an input predicted so scores -inf")
