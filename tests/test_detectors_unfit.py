@@ -118,7 +118,20 @@ def test_a_threshold_that_is_no_number_is_not_kept(value, tmp_path):
         deploy(Net(), detector)
 
 
-# ---- one logit, no features
+# ---- one logit, no features, features below 0
+
+
+@pytest.mark.parametrize("name", ["ASH", "SCALE"])
+def test_features_below_0_are_told_where_a_fit_sees_them(name):
+    z, f, y, head = data()
+    with pytest.warns(UserWarning, match=f"{name}: features: got some below 0, expected those after a ReLU") as told:
+        DetectorSet([name, "NCI"]).fit_features(z, f, y, head)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        relu = z.relu()
+        DetectorSet([name, "NCI", "GradNorm"]).fit_features(relu, relu @ head[0].T, y, head)
+        DetectorSet(["NCI", "GradNorm", "LTS"]).fit_features(z, f, y, head)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if make(name).needs_logits or make(name).needs_head])

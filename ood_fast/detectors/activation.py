@@ -184,6 +184,7 @@ class LTS(Detector):
 class PrunedEnergy(ReshapedEnergy):
     """Base class of what looks at the k = m − round(m p / 100) largest features of each sample, at least one."""
 
+    of_positive = True
     grid = {"p": (65, 70, 75, 80, 85, 90, 95)}
 
     def __init__(self, p: float) -> None:

@@ -321,8 +321,12 @@ class Fit:
             for detector in {*self.detectors, *(given for given in self.given if given.needs_fit)}:
                 detector.forget()
             known = None if head is None else identity_of_head(*head)
+            extents = [part.extent for part in self.parts if part.extent is not None]
+            has_negative = any(extent[2] > 0 for extent in extents)
             for detector in self.detectors:
                 self._finish(detector, head)
+                if has_negative and detector.of_positive:
+                    tell(detector, "features: got some below 0, expected those after a ReLU, for which it is made")
                 detector.fitted_on = known
         finally:
             self._end()
@@ -392,7 +396,8 @@ def check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor 
         lengths = torch.linalg.vector_norm(at_least_float32(features), dim=1)
         refuse_rows("features", features, 0 * lengths)  # NaN where a row holds NaN or inf, or is too long
         if len(features):
-            extent = torch.stack([lengths.amax(), at_least_float32(features).abs().amax()])
+            z = at_least_float32(features)
+            extent = torch.stack([lengths.amax(), z.abs().amax(), -z.amin()])
     if logits is not None:
         checks.logits(logits)
         refuse_rows("logits", logits, 0 * logits.amax(dim=1))

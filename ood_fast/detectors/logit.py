@@ -328,9 +328,9 @@ class GradNorm(Detector):
 
         ‖∂/∂W‖₁ = ‖z‖₁ · Σ_j |c P_j − 1|
 
-    No backward pass, and no parameter is touched. Masked classes (−inf) do not count, also in c. c P_j − 1 keeps its
-    digits where P is nearly uniform. pytorch-ood takes the mean over j, which divides all scores by c, and by default
-    the gradients of all layers, which need backward passes.
+    No backward pass, no parameter is touched, and z may have any sign. Masked classes (−inf) do not count, also in c.
+    c P_j − 1 keeps its digits where P is nearly uniform. pytorch-ood takes the mean over j, which divides all scores by
+    c, and by default the gradients of all layers, which need backward passes.
 
     Huang, Geng and Li, "On the Importance of Gradients for Detecting Distributional Shifts in the Wild", NeurIPS 2021,
     arXiv:2110.00218.

@@ -86,9 +86,9 @@ def refuse_one_logit(logits: Tensor) -> None:
 
 
 def refuse_short(extent: Tensor) -> None:
-    """ValueError for features that are not 0 and all so short that their squares are below the dtype; `extent` (2,):
-    the largest length of a row and the largest size of a number."""
-    longest, largest = extent.tolist()
+    """ValueError for features that are not 0 and all so short that their squares are below the dtype; `extent` (3,):
+    the largest length of a row, the largest size of a number and the largest one below 0, its sign turned."""
+    longest, largest, _ = extent.tolist()
     shortest = torch.finfo(extent.dtype).tiny ** 0.5 / torch.finfo(extent.dtype).eps
     if longest < shortest and largest > 0:
         raise ValueError(
