@@ -14,13 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# To import them takes seconds: all processes are forked from one that has.
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+
 
 def spawn(process: Callable, *arguments, size: int, seconds: float) -> None:
     """`process(rank, *arguments)` in `size` processes; the test fails where they have not ended in time."""
     with pytest.MonkeyPatch.context() as environment:
         if sys.platform == "linux":  # this machine alone: a network that is down must not matter
             environment.setenv("GLOO_SOCKET_IFNAME", "lo")
-        context = mp.spawn(process, args=arguments, nprocs=size, join=False)
+        method = "forkserver" if sys.platform == "linux" else "spawn"
+        mp.set_forkserver_preload(PRELOADED)
+        context = mp.start_processes(process, args=arguments, nprocs=size, join=False, start_method=method)
         deadline = time.monotonic() + seconds
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
