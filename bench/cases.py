@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ood_fast.ops import backend_name
 
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -36,10 +37,10 @@ class Case:
 
     def on(self, device: torch.device | str) -> Case:
         """This case as `device` runs it: a CPU step is a batch of the papers' recipes, a GPU step fills the GPU."""
-        return dataclasses.replace(self, n_samples=self.gpu_samples) if torch.device(device).type == "cuda" else self
+        return replace(self, n_samples=self.gpu_samples) if torch.device(device).type == "cuda" else self
 
     def of_dtype(self, dtype: torch.dtype) -> Case:
-        return dataclasses.replace(self, dtype=dtype)
+        return replace(self, dtype=dtype)
 
 
 # Batch 128 on the 512 features of a ResNet-18, as in the papers' CIFAR recipes; 256 on the 2048 of a ResNet-50 and the
@@ -122,7 +123,10 @@ class Inputs:
         return self._leaves(**{name: None if t is None else change(name, t.detach()) for name, t in vars(self).items()})
 
     def double(self) -> Inputs:
-        """The same values in float64: what the truth is computed from."""
+        """The same values in float64: what the truth is computed from. The kernels without logits have them rounded:
+        which of two near ones is the largest decides more than all other digits, so these come with them."""
+        if self.logits is None and backend_name(self.z.device) == "triton":
+            return replace(self, logits=F.linear(self.z, self.W, self.b)).double()
         return self._map(lambda name, t: t.double() if t.is_floating_point() else t.clone())
 
     def copy(self) -> Inputs:

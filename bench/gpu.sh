@@ -94,28 +94,29 @@ if has nvidia-smi; then
 fi
 step versions 60 "$python" -c 'import json; from bench.measure import environment; print(json.dumps(environment()))'
 step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e . ${dry:+--dry-run}
+# A Python that nothing may be installed into finds the package here, but not this part of it.
+"$python" -c 'import ood_fast.kernels' 2>> "$out/install.log" || ln -sfn ../kernels ood_fast/kernels
 
 files=(tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py tests/test_linear_elogitnorm.py
   tests/test_losses.py tests/test_ops.py tests/test_training_loops.py tests/test_launches.py tests/test_fused_row.py)
 parallel=()
-if "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8 --dist load); fi
+if "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 16 --dist load); fi
 
 if run 1; then
   # ---- is it right
 
-  # Hundreds of kernels compile cold: all at once, into the cache that the steps below find.
-  step precompile 120 "$python" tests/aot_compile.py --processes 16 --targets here $dry
+  # Hundreds of kernels compile cold, so both go side by side, and the steps below find them in Triton's cache.
+  step small_step 150 "$python" -m bench.gpu_smoke $dry
   # The files of the loss and NCI: `backend` in tests/conftest.py runs each of their tests on the GPU too, odd shapes
   # included.
-  step tests 150 "$python" -m pytest "${files[@]}" -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}" \
-    "${collect[@]}"
-  step small_step 60 "$python" -m bench.gpu_smoke $dry
+  step tests 180 "$python" -m pytest "${files[@]}" -m gpu -q --maxfail=10 --continue-on-collection-errors \
+    -p no:cacheprovider "${parallel[@]}" "${collect[@]}"
 
   # ---- does it touch memory that is not its own or that nobody wrote, and do its threads race
 
   if has compute-sanitizer; then
     for tool in memcheck initcheck racecheck; do # blind behind PyTorch's allocator, which hands out what it has freed
-      step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         "$python" -m bench.gpu_smoke --once $dry
     done
   else
@@ -134,8 +135,8 @@ fi
 if run 2; then
   step sweep 300 "$python" -m bench.sweep --out "$out/sweep.json" $dry
   step host 60 "$python" -m bench.host $dry
-  step other_tests 120 "$python" -m pytest tests -m gpu -q --maxfail=10 -p no:cacheprovider "${parallel[@]}" \
-    "${files[@]/#/--ignore=}" "${collect[@]}"
+  step other_tests 120 "$python" -m pytest tests -m gpu -q --maxfail=10 --continue-on-collection-errors \
+    -p no:cacheprovider "${parallel[@]}" "${files[@]/#/--ignore=}" "${collect[@]}"
 fi
 
 if run 3; then

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,8 @@ def milliseconds(step: Callable[[], Any]) -> float:
     return sorted(began.elapsed_time(ended) for began, ended in events)[ROUNDS // 2]
 
 
-def sweep(cases: tuple, device: str, measure: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
+def sweep(cases: tuple, device: str, measure: Callable[[Callable[[], Any]], float]) -> Iterator[dict[str, Any]]:
     """A line for each case and choice; what cannot be launched says why."""
-    lines = []
     for shape, dtype in cases:
         step = host.steps(shape, device, dtype)["elogitnorm"]
         default = measure(step)
@@ -103,8 +101,7 @@ def sweep(cases: tuple, device: str, measure: Callable[[Callable[[], Any]], floa
             except Exception as error:  # too many registers, too much shared memory: itself a result
                 line["error"] = f"{type(error).__name__}: {error}"[:200]
                 print(f"  {name:48} {line['error']}", flush=True)
-            lines.append(line)
-    return lines
+            yield line
 
 
 def main() -> None:
@@ -113,16 +110,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, nothing is compiled or launched")
     arguments = parser.parse_args()
-    if arguments.dry:
-        with host.no_gpu(), host.no_launch():
-            lines = sweep(DRY_CASES, "cpu", lambda step: float(bool(step()) or 0.0))
-    elif torch.cuda.is_available():
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-        lines = sweep(CASES, "cuda", milliseconds)
-    else:
+    if not (arguments.dry or torch.cuda.is_available()):
         raise SystemExit("no GPU found: --dry goes through every choice without one")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(lines, indent=1) + "\n")
+    lines = []
+    with contextlib.ExitStack() as stack:
+        if arguments.dry:
+            stack.enter_context(host.no_gpu())
+            stack.enter_context(host.no_launch())
+            found = sweep(DRY_CASES, "cpu", lambda step: float(bool(step()) or 0.0))
+        else:
+            found = sweep(CASES, "cuda", milliseconds)
+        for line in found:
+            lines.append(line)
+            if arguments.out:  # what there is, should the next choice not end
+                arguments.out.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":

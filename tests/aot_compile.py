@@ -6,7 +6,7 @@ kernels are compiled or interpreted. Nothing is listed by hand: the launchers th
 data (device "meta"), and what they would launch is compiled, with the specialisation that Triton would choose:
 pointers that are multiples of 16 bytes, integers that are 1 or multiples of 16.
 
-    python tests/aot_compile.py [--processes 2] [--targets sm_90 ...|here] [--table]
+    python tests/aot_compile.py [--processes 2] [--targets sm_90 ...] [--table]
 """
 
 from __future__ import annotations
@@ -324,16 +324,9 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--targets", nargs="+", default=[*TARGETS], help="or: here, for the GPU of this machine")
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS])
     parser.add_argument("--table", action="store_true", help="print a Markdown table instead of JSON")
-    parser.add_argument("--dry", action="store_true", help="only say how many kernels there are to compile")
     arguments = parser.parse_args()
-    if arguments.dry:
-        print(f"{len(jobs(SASS_TARGET))} kernels")
-        return
-    if arguments.targets == ["here"]:
-        major, minor = torch.cuda.get_device_capability()
-        arguments.targets = ["gfx942" if torch.version.hip else f"sm_{major}{minor}"]
     work = [job for target in arguments.targets for job in jobs(target)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         records = list(pool.map(compile_job, work, chunksize=4))

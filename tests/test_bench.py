@@ -286,6 +286,17 @@ def test_smoke_agrees_on_a_cpu(monkeypatch, capsys):
     assert re.match(r"(\d+) of \1 agree", capsys.readouterr().out)
 
 
+@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+def test_truth_has_the_logits_that_kernels_round():
+    """Rounding changes one prediction of eight, which a truth without it would count as an error of an eighth."""
+    case, row = cases.Case("near", 8, 1000, 16, dtype=torch.bfloat16), baselines.ROWS["linear_elogitnorm, detached"]
+    with ops.use_backend("triton"):
+        x = cases.Inputs.of(case, conftest.DEVICE, with_logits=False)
+        exact = x.double()
+        assert conftest.relative_error(row.step(x), row.true_step(exact)) <= conftest.TOLERANCE[torch.bfloat16]
+    assert not torch.equal(exact.logits.argmax(1), (exact.z @ exact.W.T + exact.b).argmax(1))
+
+
 # ---- scaling
 
 
@@ -583,7 +594,7 @@ def test_gpu_script_dry_run_takes_every_step(tmp_path):
     assert "FAILED" not in run.stdout
     assert "LEFT OUT" not in run.stdout
     steps = re.findall(r"^(\w+): ok", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
-    wanted = ["install", "tests", "small_step", "racecheck", "kernel_times", "predicted", "sweep", "host", "targets"]
+    wanted = ["install", "small_step", "tests", "racecheck", "kernel_times", "predicted", "sweep", "host", "targets"]
     wanted += ["imagenet", "linear", "scores", "loss", "counters", "report"]
     assert [step for step in steps if step in wanted] == wanted
     for target in re.findall(r"-m pytest (bench/\S+)", run.stdout):
