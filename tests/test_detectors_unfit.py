@@ -241,12 +241,12 @@ def test_a_search_lowers_its_smallest_candidate_and_says_so():
     assert KLMatching().given == frozenset()
 
 
-@pytest.mark.parametrize("wrong", ["order", "softmax", "bias", None])
+@pytest.mark.parametrize("wrong", ["order", "bias", None])
 def test_logits_that_the_head_does_not_make_are_told(wrong, recwarn):
     torch.manual_seed(0)
     z, head = torch.randn(200, M).relu(), nn.Linear(M, C).requires_grad_(False)
     logits = head(z)
-    given = {"order": logits.flip(0), "softmax": logits.softmax(1), "bias": logits + 1, None: logits.bfloat16().float()}
+    given = {"order": logits.flip(0), "bias": logits + 1, None: logits.bfloat16().float()}
     detectors.NCI().fit_features(z, given[wrong], None, head)
     told = [
         str(each.message)
@@ -321,3 +321,21 @@ def test_targets_in_another_order_than_the_logits_are_refused(by):
     with pytest.raises(ValueError, match=r"targets are not in the order of the model's classes.*0 -> 1.*number the"):
         fits[by]((y - 1) % C)
     KNN(k=3).fit(nn.Sequential(head), [(z, (y - 1) % C)])  # reads no targets
+
+
+@pytest.mark.parametrize("change", [lambda f: f.softmax(1), lambda f: f.log_softmax(1), lambda f: f.softmax(1).half()])
+def test_probabilities_in_place_of_logits_are_refused(change):
+    z, f, y, head = data(200)
+    given = change(f)
+    calls = [
+        lambda: detectors.MSP().score_features(None, given),
+        lambda: detectors.Energy().score_features(None, given),
+        lambda: DetectorSet(["MSP", "GEN"]).score_features(None, given),
+        lambda: KLMatching().fit_features(None, given),
+        lambda: Mahalanobis().fit_features(z, given, y),
+        lambda: detectors.FDBD().fit_features(z, f, y, head).score_features(z, given),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"logits: got .* of probabilities|logits: got .* are probabilities"):
+            call()
+    detectors.MSP().score_features(None, torch.tensor([[0.3, 0.7]]))  # one row may sum to 1 by chance

@@ -112,7 +112,9 @@ def test_statistics_of_norms_are_weights():
 def test_what_is_loaded_or_fitted_says_nothing_of_the_fit_before(net, detector):
     other = Net().eval()
     detector.load_state_dict(NCI().fit(other, [X]).state_dict())
-    assert detector.fitted_on is None
+    assert detector.score(other, X).shape == (40,)
+    with pytest.raises(ValueError, match="its head is not the one"):  # all that a state_dict says
+        detector.score(net, X)
     for one in (detector, MSP().fit(net, [X]), detectors.MCDropout("NCI"), detectors.Ensemble("NCI")):
         one.threshold = torch.tensor(0.5)
         models = [other, net] if isinstance(one, detectors.Ensemble) else other

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
-from ..models.running import Batch, batches_of, joined, refuse_meta, run_model, warn_other_range
-from ..models.weights import Weights, refuse_other
+from ..models.running import Batch, batches_of, joined, refuse_meta, refuse_probabilities, run_model, warn_other_range
+from ..models.weights import Weights, identity_of_head, refuse_other
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
@@ -328,7 +328,7 @@ class Detector(Contract):
 
     # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.fitted_on = self.input_range = None  # a state_dict does not say
+        self.fitted_on = self.input_range = None  # a state_dict says nothing of the model but its head
         names = [name for name in self.buffer_names() if prefix + name in state_dict]
         for name in names:
             setattr(self, name, torch.empty_like(state_dict[prefix + name]))
@@ -338,6 +338,8 @@ class Detector(Contract):
             for name in set(self.optional_state).difference(names):
                 setattr(self, name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if "head_weight" in names and not self.head_weight.is_meta:
+            self.fitted_on = identity_of_head(self.head_weight, self.head_bias)
 
 
 def save_named(
@@ -372,6 +374,7 @@ def check_read(features: object, logits: object, needs_features: bool, needs_log
     if needs_logits:
         checks.logits(logits)
         refuse_one_logit(logits)
+        refuse_probabilities(logits)
     if needs_features and needs_logits and features.shape[0] != logits.shape[0]:
         raise ValueError(
             f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"

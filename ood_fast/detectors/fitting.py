@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
 from ..models.layers import Key, LayerReading
-from ..models.running import Batch, check_loader, input_range, refuse_meta, run_model
+from ..models.running import Batch, check_loader, input_range, refuse_meta, refuse_probabilities, run_model
 from ..models.weights import identity_of, identity_of_head
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
@@ -400,6 +400,7 @@ def check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor 
             extent = torch.stack([lengths.amax(), z.abs().amax(), -z.amin()])
     if logits is not None:
         checks.logits(logits)
+        refuse_probabilities(logits)
         refuse_rows("logits", logits, 0 * logits.amax(dim=1))
     if targets is not None:
         checks.instance("targets", targets, Tensor, _EXPECTED["targets"])

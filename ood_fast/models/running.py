@@ -26,6 +26,7 @@ from ..ops.registration import uncompiled
 from .layers import Key, LayerReading, watched
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
+CHECKED = 8, 64  # rows of logits by themselves: the fewest that tell, one sums to 1 by chance, and the most looked at
 _IMAGES = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data")
 
 
@@ -401,6 +402,19 @@ def check_output(logits: Tensor, beside: nn.Linear | None = None, captured: Capt
         )
     if what:
         raise ValueError(f"model: got {what}, expected logits: {cure}")
+
+
+def refuse_probabilities(logits: Tensor) -> None:
+    """ValueError for logits (n, c) that came without a model, of which enough rows are probabilities or logarithms of
+    these."""
+    if len(logits) < CHECKED[0] or logits.shape[1] < 2 or logits.is_meta or torch.compiler.is_compiling():
+        return
+    rows = logits.detach()[: CHECKED[1]].float()
+    low, high = torch.stack(rows.aminmax()).tolist()
+    if not (high <= 0 or 0 <= low <= high <= 1):
+        return
+    if what := _no_logits(rows, None, 16 * torch.finfo(logits.dtype).eps, True)[0]:
+        raise ValueError(f"logits: got {what}, expected what the last layer makes, before a softmax")
 
 
 def _no_logits(rows: Tensor, expected: Tensor | None, rounding: float, unknown: bool) -> tuple[str, str]:
