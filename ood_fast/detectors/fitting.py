@@ -220,6 +220,11 @@ class Fit:
                             self.see(model, batch, layer)
                         n_rows += len(batch.logits)
             self.finish(layer, group)
+            reached = [] if reach is None else [float(reach)]
+            if group is not None:
+                everyone: list = [None] * dist.get_world_size(group)
+                dist.all_gather_object(everyone, reached, group)
+                reached = [each for of_rank in everyone for each in of_rank]
             for detector in self.given:
                 if detector.needs_fit and not detector.learners():  # of several models
                     detector.fit(model, loader, head, group)
@@ -227,7 +232,7 @@ class Fit:
                     weights = identity_of(model)
                     if detector.fitted_on not in (None, weights):  # of one that keeps nothing, too
                         detector.forget()
-                    detector.fitted_on, detector.input_range = weights, None if reach is None else float(reach)
+                    detector.fitted_on, detector.input_range = weights, max(reached, default=None)
         finally:
             self._end()
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
 from ..capturing import CapturedFeatures, capture_features
+from ..eager.precision import is_exporting
 from ..heads import inference_head, last_linear, may_run_compiled, modules_around, unwrapped
 from ..ops.registration import uncompiled
 from .layers import Key, LayerReading, watched
@@ -407,7 +408,9 @@ def check_output(logits: Tensor, beside: nn.Linear | None = None, captured: Capt
 def refuse_probabilities(logits: Tensor) -> None:
     """ValueError for logits (n, c) that came without a model, of which enough rows are probabilities or logarithms of
     these."""
-    if len(logits) < CHECKED[0] or logits.shape[1] < 2 or logits.is_meta or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_exporting() or logits.is_meta:
+        return
+    if len(logits) < CHECKED[0] or logits.shape[1] < 2:
         return
     rows = logits.detach()[: CHECKED[1]].float()
     low, high = torch.stack(rows.aminmax()).tolist()
