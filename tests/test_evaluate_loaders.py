@@ -173,3 +173,20 @@ def test_detectors_of_the_user_stay_as_they_are(model, name):
     again = detectors.create(name, **options.get(name, {})).fit(model, loader(60))
     inside, outside = (again.score(model, part) for part in (loader(40), loader(20, 3.0)))
     assert found.runs[0].value("auroc", "mine", "far") == pytest.approx(metrics.auroc(inside, outside), abs=1e-6)
+
+
+def test_an_ensemble_of_several_models():
+    nets = [cases.Net().eval() for _ in range(2)]
+    train, test, far = loader(60), loader(40), loader(20, 3.0, classes=False)
+    both = detectors.ModelEnsemble(nets)
+    chosen = {"NCI of each": detectors.Ensemble("NCI"), "MSP": detectors.MSP()}
+    found = ood_fast.evaluate(both, test, {"far": far}, fit=train, detectors=chosen)
+    ensemble = detectors.Ensemble("NCI").fit(nets, train)
+    expected = metrics.auroc(*(ensemble.score(nets, part) for part in (test, far)))
+    assert found.runs[0].value("auroc", "NCI of each", "far") == pytest.approx(expected, abs=1e-6)
+    logits = torch.cat([(nets[0](x) + nets[1](x)) / 2 for x, _ in test])
+    right = (logits.argmax(1) == torch.arange(40) % cases.C).double().mean().item()
+    assert found.runs[0].value("accuracy") == pytest.approx(right)
+    assert "NCI of each" in str(found)
+    with pytest.raises(ValueError, match="cannot tell which layer of ModelEnsemble makes the logits"):
+        ood_fast.evaluate(both, test, {"far": far}, fit=train, detectors=["NCI"])

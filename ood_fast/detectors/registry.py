@@ -53,5 +53,11 @@ def registered(name: str) -> type[Detector] | None:
     return named.get(key) or next(labels, None)
 
 
+def label_of(name: str) -> str:
+    """How tables call the detector of that name: by the label of its class, one of a name of your own by that."""
+    cls = registered(name)
+    return name if cls is None else cls.label
+
+
 def _key(name: str) -> str:
     return "".join(name.lower().split())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..agreement import confusion, refuse_order
-from ..detectors import Detector, DetectorSet, create, find, known
+from ..detectors import Detector, DetectorSet, ModelEnsemble, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, input_range, run_model, warn_other_range
@@ -56,7 +56,8 @@ def evaluate_loaders(
     """AUROC, FPR95 and AUPR of detectors, accuracy and calibration; the model runs once over each loader.
 
     Args:
-        model: a classifier that ends in one linear layer, `head`.
+        model: a classifier that ends in one linear layer, `head`. With an `Ensemble` a `ModelEnsemble`, of which the
+            other detectors read the mean logits.
         id_loader: test batches x, (x, y, ...) or mappings. Without y there is no accuracy.
         ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD; called csid, csid/NAME or
             csid_NAME as a covariate-shifted in-distribution set, see below; else as far.
@@ -87,7 +88,8 @@ def evaluate_loaders(
         given = {name: d.changed() if d.needs_fit else d for name, d in listed.items()}
         if fit is None and (wanting := [name for name, d in given.items() if d.gathers()]):
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
-    layer = given_head(model, head)
+    several = isinstance(model, ModelEnsemble) and head is None and not any(map(_reads_features, given.values()))
+    layer = None if several else given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
     parts: dict[str, Outputs] = {}
     ranges: dict[str, Tensor | None] = {}
@@ -96,17 +98,28 @@ def evaluate_loaders(
         parts[FIT] = _outputs(model, layer, FIT, fit, {}, ranges, fitting)
         if fitting.detectors:
             fitting.finish(layer)
+        for detector in fitting.given:
+            if not detector.learners():  # of several models
+                detector.fit(model, fit)
     parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing, ranges)}
     parts |= {name: _outputs(model, layer, name, loader, seeing, ranges) for name, loader in ood.items()}
     groups = {ID: "id", **{name: _group(name) for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
     result = RunResult(Trained(title, model, title, Path(), ""), "", sets, outputs=parts)
-    weight, bias = inference_head(layer)
-    result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
+    if layer is not None:
+        weight, bias = inference_head(layer)
+        result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
     how = Measuring(tune=False, leave_out=detectors is None, bootstrap=bootstrap)
     measure(result, given, [], how, Chosen(seeing))
     return Evaluation(title, [result], bootstrap, tuned=False)
+
+
+def _reads_features(detector: Detector) -> bool:
+    """Whether it needs the head, or what enters it."""
+    members = detector.learners()
+    reads = {name for one in members for part in one.gathers().values() for name in part.reads}
+    return "features" in reads or any(one.needs_features or one.needs_head for one in members)
 
 
 def _group(name: str) -> str:
@@ -126,7 +139,7 @@ def _check_classes(name: str, logits: Tensor, targets: list[Tensor]) -> None:
 
 def _outputs(
     model: nn.Module,
-    head: nn.Linear,
+    head: nn.Linear | None,
     name: str,
     loader: Iterable,
     seeing: Mapping[str, Detector],
@@ -144,8 +157,8 @@ def _outputs(
         ranges[name] = input_range(batch.inputs, ranges.get(name))
         if fitting is not None:
             fitting.see(model, batch, head)
-        features.append(batch.features.cpu())
         logits.append(batch.logits.cpu())
+        features.append(logits[-1][:, :0] if batch.features is None else batch.features.cpu())
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
             scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())

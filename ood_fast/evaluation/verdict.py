@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from ..detectors import find
+from ..detectors.registry import label_of
 from ..report.tables import Cell, Section, Table, and_list
 from .results import FULL_SPECTRUM, GROUPS, TITLES, Results
 
@@ -67,7 +67,7 @@ def verdict(results: Results) -> list[str]:
     best, n_runs = ranked[0], len(results.methods[ranked[0].method])
     over = f", mean of {n_runs} seeds" if n_runs > 1 else ", one run"
     several = len(results.methods) > 1
-    name = f"{best.method} with {find(best.detector).label}" if several else find(best.detector).label
+    name = f"{best.method} with {label_of(best.detector)}" if several else label_of(best.detector)
     sentences = [f"Best by AUROC (%): {name}, {best.told()}{over}."]
     baseline = results.baseline
     others = [r for r in ranked[1:] if r.method != best.method] if several else ranked[1:]
@@ -89,7 +89,7 @@ def _against(results: Results, one: Ranked, other: Ranked) -> str:
     for name in one.values:
         keys = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
         told.append(f"{title(name)} {difference(results, *keys)}")
-    names = [f"{ranked.method} with {find(ranked.detector).label}" for ranked in (one, other)]
+    names = [f"{ranked.method} with {label_of(ranked.detector)}" for ranked in (one, other)]
     return f"{' against '.join(names)}, each at its best: {'; '.join(told)}."
 
 
@@ -182,7 +182,7 @@ def compared(results: Results) -> list[Table]:
         columns = [method for method in results.methods if caption is not None or method != results.baseline]
         cells = _values if caption is not None else _gains
         sections = tuple(
-            Section(title(of), tuple((find(d).label, tuple(cells(results, columns, (metric, d, of)))) for d in order))
+            Section(title(of), tuple((label_of(d), tuple(cells(results, columns, (metric, d, of)))) for d in order))
             for of in names
         )
         if caption is None:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from .. import checks, files, recipes, spreadsheet
-from ..detectors import find
 from ..detectors.fitting import Note
+from ..detectors.registry import label_of
 from ..intact import read_json, read_npz
 from ..registry import added
 from ..report.tables import Cell, Column, Table, as_markdown, percent, show
@@ -282,7 +282,7 @@ class Columns:
         rows = []
         for method, runs in self.results.methods.items():
             names = sorted({name for run in runs for name in run.scores}, key=lambda name: [*order, name].index(name))
-            rows.append((method, [(find(name).label, (method, name)) for name in names]))
+            rows.append((method, [(label_of(name), (method, name)) for name in names]))
         return Table.of(name, caption, columns, rows, **more)
 
     def calibration(self) -> list[Table]:

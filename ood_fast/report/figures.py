@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..detectors import find
+from ..detectors.registry import label_of
 from ..diagnostics import NUMBERS, Diagnosis, FeatureChange, accuracy_by_norm, reliability
 from ..diagnostics.collapse import COSINE_BINS
 from ..diagnostics.diagnosis import ID
@@ -57,7 +57,7 @@ def dots(results: Results) -> list[Chart]:
             bars += "does not reach that dot, the difference shows"
         n_runs = max(map(len, results.methods.values()))
         caption = f"Dots: {f'mean over {n_runs} seeds' if n_runs > 1 else 'one run'}. Bars: {bars}."
-        x_range, labels = (max(0.0, lowest - 0.25 * (100 - lowest) - 1), 100.5), [find(name).label for name in order]
+        x_range, labels = (max(0.0, lowest - 0.25 * (100 - lowest) - 1), 100.5), [label_of(name) for name in order]
         name = f"AUROC (%), {TITLES.get(of, of)}"
         charts.append(Chart(name, "AUROC (%)", "", series, caption, x_range=x_range, y_names=labels))
     return charts if order else []
@@ -351,7 +351,7 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
     for detector, sets in of_detectors.items():
         values = {titles[name]: sets[name] for name in titles if name in sets}
         aurocs = {titles[name]: 100 * found[detector, name] for name in titles if (detector, name) in found}
-        label = find(detector).label
+        label = label_of(detector)
         settings = (evaluated.run["detectors"].get(detector) or {}).items()
         told = f" Parameters: {', '.join(f'{name} = {value}' for name, value in settings)}." if settings else ""
         caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
@@ -366,7 +366,7 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
 
 def roc(record: Record, evaluated: Evaluated, detector: str, sets: Mapping[str, np.ndarray]) -> Chart:
     """A curve for each OOD set, of the best detector."""
-    label, series, aurocs = find(detector).label, [], {}
+    label, series, aurocs = label_of(detector), [], {}
     for name in [name for name in evaluated.results["sets"] if name != RESULTS_ID and name in sets]:
         inside, outside = (of[~np.isnan(of)] for of in (sets[RESULTS_ID], sets[name]))
         if len(inside) and len(outside):

@@ -14,7 +14,7 @@ import torch
 
 from .. import checks, evaluation
 from ..data.images import ImageDataset
-from ..detectors import find
+from ..detectors.registry import label_of
 from ..evaluation.results import ID, TEST
 from ..evaluation.verdict import ranking
 from . import evaluations, pages
@@ -37,7 +37,7 @@ def add(records: Sequence[Record], data_root: str | os.PathLike | None = None) -
 
 def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str | os.PathLike | None) -> str:
     """Rows of images, each with what is to be said of it."""
-    benchmark, label = opened(record, data_root), find(detector).label
+    benchmark, label = opened(record, data_root), label_of(detector)
     if benchmark.name != evaluated.results["benchmark"]:
         raise checks.UserError(f"{record.name} was trained on {benchmark.name}")
     scores = evaluation.read_scores(evaluated.folder, evaluated.run)[detector]
