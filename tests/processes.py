@@ -18,6 +18,7 @@ import sys
 import tempfile
 from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 COMMAND = ("-m", "ood_fast")
@@ -33,23 +34,27 @@ def environment(first: str | Path = HERE.parent, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **loopback, **more}
 
 
-def python(*command: str, first: str | Path = HERE.parent, **more: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *command: str, first: str | Path = HERE.parent, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments and variables; TimeoutExpired if it hangs."""
-    variables = environment(first, **more)
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=variables, timeout=TIMEOUT, check=False
-    )
+    given: dict[str, Any] = {"env": environment(first, **more), "cwd": cwd, "timeout": TIMEOUT}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, **given)
 
 
-def forked(*command: str, processes: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
-    """As `python`, of "-m MODULE ..." or "-c CODE ..."; with 2 `processes` as many, under the agent of torchrun."""
+def forked(
+    *command: str, processes: int = 1, folder: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """As `python`, in a folder; with 2 `processes` as many, under the agent of torchrun."""
+    command = tuple(map(str, command))
     if sys.platform != "linux":
-        return python(*(command if processes == 1 else (*TORCHRUN[:-2], *command)), **more)
+        launcher = () if processes == 1 else TORCHRUN[:-2]
+        return python(*launcher, *command, cwd=folder, **more)
     server = _server()
-    with tempfile.TemporaryDirectory() as folder:
-        written = [f"{folder}/out", f"{folder}/error"]
+    with tempfile.TemporaryDirectory() as kept:
+        written = [f"{kept}/out", f"{kept}/error"]
         request = {"command": command, "variables": environment(**more), "processes": processes, "written": written}
-        server.stdin.write(json.dumps({**request, "folder": os.getcwd()}) + "\n")
+        server.stdin.write(json.dumps({**request, "folder": str(folder or os.getcwd())}) + "\n")
         server.stdin.flush()
         pid = int(server.stdout.readline())
         if late := not select.select([server.stdout], [], [], TIMEOUT)[0]:
@@ -95,7 +100,7 @@ def _become(command: list[str], variables: dict[str, str], processes: int, writt
         opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
         os.close(opened)
-    sys.path[0] = folder  # as of -m and -c
+    sys.path[0] = folder if command[0] in ("-m", "-c") else str(Path(command[0]).parent)
     if processes == 1:
         return _run(command)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -107,12 +112,14 @@ def _become(command: list[str], variables: dict[str, str], processes: int, writt
 
 def _run(command: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's
-    kind, what, *arguments = command
-    sys.argv = [kind if kind == "-c" else what, *arguments]
-    if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    sys.argv = command if command[0] != "-m" else command[1:]
+    if command[0] == "-m":
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
     else:
-        exec(what, {"__name__": "__main__"})
+        runpy.run_path(command[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ back: nothing, or a traceback.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 import class_parallel_worker as worker
 import gloo
+from processes import forked
 
 from ood_fast import distributed
 
@@ -106,18 +104,7 @@ def test_the_page_says_what_the_formulas_say():
 @pytest.mark.slow
 def test_the_example():
     """`torchrun --nproc-per-node 2 examples/class_parallel.py`, as it stands in the file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    finished = subprocess.run(
-        [*command, "examples/class_parallel.py", "--classes", "999", "--steps", "8"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    finished = forked(ROOT / "examples/class_parallel.py", "--classes", "999", "--steps", "8", processes=2)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "step   8/8" in finished.stdout
     (difference,) = re.findall(r"one process: .* the same to (\S+)", finished.stdout)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import forked
 from test_metrics import compute_all_metrics, ece_by_loop
 from torch import nn
 
@@ -540,10 +540,8 @@ def evaluate_and_die(folder: str) -> None:
 
 
 def test_a_killed_evaluation_leaves_no_half_written_set(tmp_path):
-    folders = [str(Path(ood_fast.__file__).parent.parent), str(Path(__file__).parent)]
     code = f"import test_evaluate; test_evaluate.evaluate_and_die({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    killed = forked("-c", code)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = (tmp_path / "s0/cache").iterdir()
     names = {entry.parent.name.partition("-")[0] for entry in folder.glob("*/meta.json")}

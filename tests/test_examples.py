@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import forked
 
 from ood_fast.models.checkpoints import load_checkpoint
 
@@ -40,16 +38,8 @@ def test_every_example_is_run_and_listed():
 def test_example(name, tmp_path):
     for package in NEEDS[name]:
         pytest.importorskip(package)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if name in PARALLEL else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    run = forked(EXAMPLES / name, processes=2 if name in PARALLEL else 1, folder=tmp_path, **alone)
     assert run.returncode == 0, run.stdout + run.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout)]
     assert losses, run.stdout

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import test_data
 import torch
+from processes import COMMAND, forked
 
-import ood_fast
 from ood_fast import train
 
 RECIPE = "cifar10-elogitnorm"
@@ -22,7 +19,6 @@ SETTINGS = ["--set=model=small_cnn", "--set=epochs=4", "--set=lr=0.05"]
 BATCH = 16  # of all processes together
 OOD = {"cifar100": "near", "tin": "near", "mnist": "far", "svhn": "far", "texture": "far", "places365": "far"}
 DETECTORS = ["MSP", "KNN", "NCI", "FDBD"]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 pytestmark = pytest.mark.slow
 
@@ -54,21 +50,7 @@ def root(tmp_path_factory) -> Path:
 
 def command(*arguments: str | Path, folder: Path, n_processes: int = 1) -> str:
     """`ood-fast` with these arguments in `folder`; what it printed."""
-    launcher = () if n_processes == 1 else TORCHRUN
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(ood_fast.__file__).parent.parent),
-        "OMP_NUM_THREADS": "1",
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-    }
-    finished = subprocess.run(
-        [sys.executable, *launcher, "-m", "ood_fast", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=120,
-    )
+    finished = forked(*COMMAND, *arguments, processes=n_processes, folder=folder)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import COMMAND, forked
 from torch import nn
 
 from ood_fast import checks, features, files, models, recipes
 from ood_fast.models.checkpoints import read_checkpoint
 
-PROGRAM = [sys.executable, "-m", "ood_fast"]
 N_FILES, N_ROWS = 200, 20
 
 
@@ -35,33 +35,33 @@ def stored(tmp_path, monkeypatch) -> Path:
         z = random.normal(size=(rows, 6)).astype(np.float32)
         np.savez(f"{name}.npz", features=z, logits=z @ W.T, W=W)
     fit = ["fit", "--features", "train.npz", "--detectors", "NCI", "--out", "d.safetensors", "--quiet"]
-    subprocess.run([*PROGRAM, *fit], check=True)
+    assert forked(*COMMAND, *fit).returncode == 0
     return tmp_path
 
 
 @pytest.mark.slow
 def test_two_that_continue_one_run_write_no_row_twice(stored):
-    command = [*PROGRAM, "score", "--detectors", "d.safetensors", "--features", "f", "--out", "s.csv", "--quiet"]
-    begun = subprocess.Popen(command)
+    command = [*COMMAND, "score", "--detectors", "d.safetensors", "--features", "f", "--out", "s.csv", "--quiet"]
+    begun = subprocess.Popen([sys.executable, *command])
     part = Path(".s.csv.part0")
     while begun.poll() is None and not (part.exists() and part.stat().st_size > 5000):
         time.sleep(0.01)
     begun.send_signal(signal.SIGSTOP)  # still alive, and holds the file
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    second = forked(*command)
     assert second.returncode == 2, second.stderr
     assert "another ood-fast score is at work on s.csv" in second.stderr
     begun.kill()
     begun.wait()
-    assert subprocess.run(command, check=False).returncode == 0
+    assert forked(*command).returncode == 0
     rows = Path("s.csv").read_text().splitlines()[1:]
     assert len(rows) == len({row.split(",")[0] for row in rows}) == N_FILES * N_ROWS
 
 
 @pytest.mark.slow
 def test_two_trainings_in_one_folder(tmp_path):
-    command = [*PROGRAM, "train", "--recipe", "digits-ce", "--set", "epochs=3", "--workers", "0", "--quiet"]
+    command = [*COMMAND, "train", "--recipe", "digits-ce", "--set", "epochs=3", "--workers", "0", "--quiet"]
     command += ["--out", str(tmp_path / "run"), "--seed"]
-    both = [subprocess.Popen([*command, seed], stderr=subprocess.PIPE, text=True) for seed in "01"]
+    both = [subprocess.Popen([sys.executable, *command, seed], stderr=subprocess.PIPE, text=True) for seed in "01"]
     errors = [process.communicate()[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     trained = json.loads((tmp_path / "run/run.json").read_text())
@@ -172,11 +172,13 @@ def test_parts_are_held_until_they_are_merged(tmp_path, monkeypatch):
     from ood_fast.detectors import MSP, DetectorSet
 
     meeting = threading.Barrier(2)
-    monkeypatch.setattr("torch.distributed.barrier", lambda group: meeting.wait(20))
     detectors, out, seen = DetectorSet([MSP()]), tmp_path / "s.csv", []
 
     class Rank(SimpleNamespace):
-        size, group = 2, "both"
+        size = 2
+
+        def everyone(self, value):
+            return [meeting.wait(20), value]
 
     fcntl = pytest.importorskip("fcntl")
 
