@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,25 @@ def test_files_and_thresholds(net, x, tmp_path):
         assert back.settings() == detector.settings()
         assert torch.equal(back.score(model, x), scores)
         assert torch.equal(back.is_ood(scores), detector.is_ood(scores))
+
+
+def test_files_of_ensembles_have_what_each_fit_made(tmp_path):
+    """Layers that were found, and a default that was lowered: of nets alike, and of others."""
+    x = torch.randn(30, 3, 4, 4)
+    for detector, hidden in (("LayerMahalanobis", (6, 6)), ("ViM", (6, 9)), ("KNN", (6, 6))):
+        nets = [
+            nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), m), nn.Tanh(), nn.Linear(m, 4)).eval() for m in hidden
+        ]
+        train = [(x, torch.arange(30) % 4)]
+        with warnings.catch_warnings(action="ignore"):
+            ensemble = Ensemble(detector).fit(nets, train)
+        assert isinstance(ensemble.options, list) == (hidden == (6, 9))
+        ensemble.save(tmp_path / "it")
+        back = load(tmp_path / "it")
+        assert torch.equal(back.score(nets, x), ensemble.score(nets, x))
+        assert repr(back.settings()) == repr(ensemble.settings())
+    with pytest.raises(ValueError, match="options: got 1, expected a mapping, or one for each of size=2 models"):
+        Ensemble("KNN", [{"k": 1}], size=2)
 
 
 def test_nan_names_the_row(net, x):

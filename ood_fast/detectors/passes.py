@@ -46,8 +46,6 @@ LOOKS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "variance": lambda f: -f.softmax(dim=2).var(dim=0).mean(dim=1),
     "disagreement": lambda f: _disagreement(f.softmax(dim=2)),
 }
-
-
 _OF_SEVERAL = ("mutual_information", "variance", "disagreement")
 
 
@@ -365,20 +363,28 @@ class Ensemble(SeveralPasses):
     detection using ensembles with regularized disagreement", UAI 2022, arXiv:2012.05825, whose training is not here.
 
     Args:
-        of, options: see `SeveralPasses`; of a detector the settings are taken, not what it was fitted on.
+        of, options: see `SeveralPasses`; of a detector the settings are taken, not what it was fitted on. A list of
+            options, one a model, is what files hold where a fit made them differ, as the names of layers may.
         size: how many models; None: as many as it is fitted on.
     """
 
     label = "Deep ensemble"
 
-    def __init__(
-        self, of: str | Detector = "mean_logits", options: Mapping[str, Any] | None = None, *, size: int | None = None
-    ) -> None:
-        super().__init__(of.changed() if isinstance(of, Detector) else of, options)
+    def __init__(self, of: str | Detector = "mean_logits", options: Any = None, *, size: int | None = None) -> None:
+        each = list(options) if isinstance(options, (list, tuple)) else [options or {}] * (size or 0)
+        if isinstance(options, (list, tuple)) and len(each) != size:
+            raise ValueError(f"options: got {len(each)}, expected a mapping, or one for each of size={size} models")
+        super().__init__(of.changed() if isinstance(of, Detector) else of, each[0] if each else options)
         if size is not None:
             checks.positive_int("size", size)
         self.size = size
-        self.members = nn.ModuleList(self._anew(size or 0))
+        self.members = nn.ModuleList(m.changed(**own) for m, own in zip(self._anew(size or 0), each, strict=False))
+
+    @property
+    def options(self) -> Any:
+        """The parameters of the detectors: of all, or a list where they differ."""
+        each = [member.settings() for member in self.members]
+        return super().options if not each else each[0] if all(one == each[0] for one in each) else each
 
     def _anew(self, size: int) -> list[Detector]:
         return [] if self.member is None else [self.member.changed() for _ in range(size)]
@@ -417,10 +423,8 @@ class Ensemble(SeveralPasses):
         """As `Detector.fit`, each detector on its model; `loader` is read once for each. Returns self."""
         models = self.models(model)
         if isinstance(loader, Iterator) and self.needs_fit:
-            raise ValueError(
-                f"loader: got a {type(loader).__name__}, which can be read once, expected a DataLoader or a list of "
-                f"batches: each of the {len(models)} models runs over it"
-            )
+            got = f"a {type(loader).__name__}, which can be read once"
+            raise ValueError(f"loader: got {got}, expected a DataLoader or a list of batches, which each model reads")
         if len({id(unwrapped(one)) for one in models}) < len(models):
             raise ValueError(f"model: got one model several times, expected {len(models)} that were trained apart")
         self.forget()
