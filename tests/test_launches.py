@@ -5,9 +5,11 @@ A host that waited for the device would need data, which there is none of: what 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -241,6 +243,64 @@ def test_rows_of_stride_0(poisoned: Any) -> None:
     torch.testing.assert_close(
         ood_fast.elogitnorm(row, None, W, None, y), ood_fast.elogitnorm(row.contiguous(), None, W, None, y)
     )
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs in the order that nobody expects, and looks at every address."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, place = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    copied, inside = executor._init_args_hst, []
+
+    def arguments(self: Any, *given: Any) -> tuple:
+        found = copied(self, *given)
+        tensors = [t for t in found[0] if isinstance(t, Tensor)]
+        ends = [sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True)) + 1 for t in tensors]
+        inside[:] = [(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(tensors, ends, strict=True)]
+        return found
+
+    def check(pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        for address in pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].tolist():
+            assert any(begin <= address <= end - size for begin, end in inside)
+
+    def load_checked(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def store_checked(self: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, values, mask, *rest)
+
+    def last_first(self: Any, *index: int) -> None:
+        place(self, *(size - 1 - i for size, i in zip(self.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(executor, "_init_args_hst", arguments)
+    monkeypatch.setattr(builder, "create_masked_load", load_checked)
+    monkeypatch.setattr(builder, "create_masked_store", store_checked)
+    monkeypatch.setattr(builder, "set_grid_idx", last_first)
+
+
+@pytest.mark.parametrize(("shape", "reduction"), [((3, 2, 3), "mean"), ((2, 5, 3), "mean"), ((1, 2, 1), "none")])
+def test_programs_in_any_order_within_their_tensors(
+    shape: tuple[int, int, int], reduction: str, request: pytest.FixtureRequest
+) -> None:
+    """A GPU promises no order of the programs of a launch: the same bits, and no address outside the arguments."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs the interpreter: a GPU has compute-sanitizer")
+    n, c, m = shape
+    inputs = torch.randn(n, m, requires_grad=True), torch.randn(c, m, requires_grad=True), torch.randn(m)
+    found = []
+    for _ in range(2):
+        with ops.use_backend("triton"):
+            z, W, mean = inputs
+            logits, y = z.detach() @ W.detach().t(), torch.arange(n) % c
+            loss = ood_fast.elogitnorm(logits.requires_grad_(), None, W, None, y, reduction=reduction)
+            score = ood_fast.nci_score(z, W, None, mean)
+            found.append((loss, score, *torch.autograd.grad(loss.sum() + score.sum(), (logits, z, W))))
+        request.getfixturevalue("strict")
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3), (3, 5, 3)])

@@ -43,7 +43,9 @@ def test_gradients_of_close_and_extreme_rows(backend: Any, name: str, n: int, re
     truth = _gradients(reference.elogitnorm, logits.double(), W.double(), y, **keywords)
     plain = _gradients(reference.elogitnorm, logits, W, y, **keywords)
     found = _gradients(ood_fast.elogitnorm, logits, W, y, **keywords)
+    # A GPU divides, and takes roots and powers, to two units in the last place.
+    least = 1e-6 if backend.device.type == "cpu" else 4e-6
     for ours, theirs, true in zip(found, plain, truth, strict=True):
         size = true.abs().max()
         error, allowed = ((t.double() - true).abs().max() / size for t in (ours, theirs))
-        assert error <= max(2 * allowed, 1e-6)
+        assert error <= max(2 * allowed, least)
