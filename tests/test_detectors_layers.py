@@ -114,6 +114,19 @@ def test_mahalanobis_of_moved_inputs(model, x, y):
         LayerMahalanobis(eps=0.1, std=(1.0, 1.0)).fit(model, batches(x, y)).score(model, test)
 
 
+def test_a_layer_that_never_varies_does_not_count(model, x, y):
+    with torch.no_grad():
+        model.layer1[1].weight.zero_()  # what the block gives is its bias, 0.3
+        model.layer1[1].bias.fill_(0.3)
+    with pytest.raises(ValueError, match="over layers: layers: got the same for all samples of a class, expected some"):
+        LayerMahalanobis(("layer1",)).fit(model, [(x, y)])
+    live = nn.Conv2d(3, 8, 1)
+    model.layer2.forward = lambda maps: live(x[: len(maps)])
+    both, alone = (LayerMahalanobis(names).fit(model, [(x, y)]) for names in (("layer1", "layer2"), ("layer2",)))
+    assert both.scales[0] == 0
+    torch.testing.assert_close(both.score(model, x), alone.score(model, x))
+
+
 def test_mahalanobis_plus_plus(y):
     z = torch.randn(N, 5, dtype=torch.float64) + 1
     unit = z / z.norm(dim=1, keepdim=True)

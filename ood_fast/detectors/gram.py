@@ -80,7 +80,7 @@ class _GramLayer(Detector):
         found = found[found.isfinite()]
         if not len(found):
             raise ValueError(
-                f"got {bounds.rows} training samples, too few to hold a tenth of them for their deviations"
+                f"got {bounds.rows} training samples, too few or too alike to hold a tenth of them for their deviations"
             )
         self.mean = found.mean()
 

@@ -220,7 +220,8 @@ class LayerMahalanobis(LayerDetector):
         Σ_l α_l max_c −(z_l − μ_lc)ᵀ P_l (z_l − μ_lc)
 
     μ, P and keywords as in `Mahalanobis`. Lee et al. fit α by logistic regression on OOD data; without, α_l is one over
-    the mean distance of the training samples from their own class, so that each layer counts alike. With eps > 0 each
+    the mean distance of the training samples from their own class, so that each layer counts alike; 0 for one where
+    that is 0. With eps > 0 each
     layer is read of inputs of its own, moved to where it is nearer to a class, by two more passes and one backward,
 
         x̂_l = x + ε · sign(∂/∂x max_c −(z_l − μ_lc)ᵀ P_l (z_l − μ_lc)) / std
@@ -276,7 +277,12 @@ class LayerMahalanobis(LayerDetector):
             / parts["scatter"].rows
             for member, parts in zip(self.members, layers.parts, strict=True)
         ]
-        scales = torch.stack(means).reciprocal() if self.weights is None else torch.tensor(self.weights)
+        own = torch.stack(means)
+        if self.weights is None and not (own > 0).any():
+            raise ValueError("layers: got the same for all samples of a class, expected some that differ")
+        scales = (
+            torch.where(own > 0, own, torch.inf).reciprocal() if self.weights is None else own.new_tensor(self.weights)
+        )
         self.scales = scales.to(self.members[0].root)
 
     def combine_layers(self, scores: Tensor) -> Tensor:
