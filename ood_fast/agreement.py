@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ def confusion(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 ORDER = "number the targets as the logits are"
+ROWS = "targets of other rows or of other classes, logits or a head of another model"
 CURE = "pass the model's order as --classes FILE"
 CAUSES = "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
 
@@ -78,10 +80,13 @@ def refuse_disagreement(
 
 
 def refuse_order(counts: Tensor, where: str, names: Sequence[str] | None = None) -> None:
-    """UserError where targets are in another order than the logits; `names` of the classes, else their numbers."""
+    """UserError where targets are in another order than the logits, a warning where the accuracy is at chance level;
+    `names` of the classes, else their numbers."""
     listed = [str(k) for k in range(counts.shape[1])] if names is None or len(names) != counts.shape[1] else names
     if wrong := other_order(counts, listed, ORDER, "target"):
         raise UserError(f"{where}: {wrong}")
+    if wrong := at_chance(counts, ROWS):
+        warnings.warn(f"{where}: {wrong}", stacklevel=2)
 
 
 def told_accuracy(counts: Tensor) -> str:

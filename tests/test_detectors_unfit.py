@@ -321,6 +321,8 @@ def test_targets_in_another_order_than_the_logits_are_refused(by):
     with pytest.raises(ValueError, match=r"targets are not in the order of the model's classes.*0 -> 1.*number the"):
         fits[by]((y - 1) % C)
     KNN(k=3).fit(nn.Sequential(head), [(z, (y - 1) % C)])  # reads no targets
+    with pytest.warns(UserWarning, match=r"accuracy .*, no better than chance \(20.0 %\)"):
+        fits[by](y[torch.randperm(200, generator=torch.Generator().manual_seed(0))])  # of other rows
 
 
 @pytest.mark.parametrize("change", [lambda f: f.softmax(1), lambda f: f.log_softmax(1), lambda f: f.softmax(1).half()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -382,3 +383,16 @@ def test_inside_a_checkpoint(name, reentrant):
     expected = torch.autograd.grad(LOSSES_OF_Z[name](*inputs, y), used)
     checkpoint(LOSSES_OF_Z[name], *inputs, y, use_reentrant=reentrant).backward()
     assert all(torch.equal(t.grad, grad) for t, grad in zip(used, expected, strict=True))
+
+
+@pytest.mark.parametrize("weight", [torch.inf, -torch.inf, torch.nan])
+def test_class_weights_that_are_no_numbers(backend, weight):
+    """As 1 / count of a class without samples: finite where `F.cross_entropy` is."""
+    f, W = torch.randn(3, 3, device=backend.device), torch.randn(3, 4, device=backend.device)
+    weights = torch.tensor([weight, 1.0, 2.0], device=backend.device)
+    shares = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]], device=backend.device)
+    for y, smoothing in itertools.product((shares.argmax(1), shares[1:].argmax(1), shares), (0.0, 0.1)):
+        keywords = {"weight": weights, "label_smoothing": smoothing, "reduction": "none"}
+        expected = F.cross_entropy(f[: len(y)], y, **keywords).isfinite()
+        assert torch.equal(ood_fast.elogitnorm(f[: len(y)], None, W, None, y, **keywords).isfinite(), expected)
+        assert torch.equal(ood_fast.logitnorm(f[: len(y)], y, **keywords).isfinite(), expected)

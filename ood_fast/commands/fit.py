@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, features
-from ..agreement import ORDER, confusion, refuse_disagreement, told_accuracy
+from ..agreement import ORDER, ROWS, confusion, refuse_disagreement, told_accuracy
 from ..checks import UserError
 from ..detectors import ODIN, Detector, DetectorSet
 from ..detectors.fitting import DoesNotFit
@@ -174,9 +174,6 @@ class _ImageData:
         return quality.told(detectors, self.model, source, self.prepared, self.options)
 
 
-CAUSES = "targets of other rows or of other classes, logits or a head of another model"
-
-
 class _FeatureData:
     """The same on stored features."""
 
@@ -203,7 +200,7 @@ class _FeatureData:
                     counts = counted if counts is None else counts + counted
             if counts is not None:
                 names = [str(index) for index in range(counts.shape[1])]
-                refuse_disagreement(counts, names, path, self.options.any_accuracy, ORDER, "target", CAUSES)
+                refuse_disagreement(counts, names, path, self.options.any_accuracy, ORDER, "target", ROWS)
             detectors.finalize(self.head, process.group)
         if counts is not None and process.size == 1:  # else these are the rows of one process
             say(self.options, f"accuracy on {path}: {told_accuracy(counts)}")
