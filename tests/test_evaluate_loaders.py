@@ -190,3 +190,10 @@ def test_an_ensemble_of_several_models():
     assert "NCI of each" in str(found)
     with pytest.raises(ValueError, match="cannot tell which layer of ModelEnsemble makes the logits"):
         ood_fast.evaluate(both, test, {"far": far}, fit=train, detectors=["NCI"])
+
+
+def test_one_loader_under_two_names_is_refused(model):
+    test, far = loader(20), loader(20, 3.0)
+    for ood, said in (({"far": test}, "far: is the same as id_loader"), ({"a": far, "b": far}, "b: is the same as a")):
+        with pytest.raises(ValueError, match=said):
+            ood_fast.evaluate(model, test, ood, detectors=["MSP"])

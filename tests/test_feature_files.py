@@ -225,3 +225,15 @@ def test_targets_in_another_order_are_refused_by_an_evaluation(tmp_path, part):
     ood = {"far": ("far", tmp_path / "far.npz"), "c": ("csid", tmp_path / "csid.npz")}
     with pytest.raises(checks.UserError, match=f"{part}.npz: the targets are not in the order of the model's classes"):
         evaluation.evaluate_features(tmp_path / "train.npz", tmp_path / "test.npz", ood, ["MSP"], bootstrap=0)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "far", "said"),
+    [("a", "b", "b", "far: is the same as test"), ("a", "a", "c", "test: is the same as train")],
+)
+def test_one_file_in_two_roles_is_refused(tmp_path, train, test, far, said):
+    for name in "abc":
+        np.savez(tmp_path / f"{name}.npz", features=np.ones((4, 2)), logits=np.ones((4, 2)))
+    path = lambda name: tmp_path / ".." / tmp_path.name / f"{name}.npz"  # noqa: E731
+    with pytest.raises(checks.UserError, match=said):
+        evaluation.evaluate_features(path(train), tmp_path / f"{test}.npz", {"far": ("far", path(far))}, ["MSP"])

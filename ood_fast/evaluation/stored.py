@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import agreement, checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, moved, refuse_nan
-from .measure import Named, by_name, check_names, measure, separate
+from .measure import Named, by_name, check_names, measure, refuse_twice, separate
 from .results import CSID, FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained
 
@@ -131,7 +131,7 @@ def evaluate_features(
     """
     how, given = separate(options, StoredValidation)
     how = how.for_chosen(chosen)
-    _check_names(test, ood, given.validation, given.ood_validation)
+    _check_names(train, test, ood, given.validation, given.ood_validation)
     head = features.load_head(features.files(train)[0]) if given.head is None else given.head
     parts, against = _open_parts(train, test, ood, replace(given, head=head))
 
@@ -175,7 +175,9 @@ def _open_parts(
     return parts, against
 
 
-def _check_names(test: object, ood: Mapping, validation: object | None, ood_validation: Sequence) -> None:
+def _check_names(
+    train: object, test: object, ood: Mapping, validation: object | None, ood_validation: Sequence
+) -> None:
     check_names(ood)
     for name, (group, _) in ood.items():
         if group not in ("near", "far", CSID):
@@ -184,6 +186,9 @@ def _check_names(test: object, ood: Mapping, validation: object | None, ood_vali
         raise checks.UserError(f"ood: got {list(ood) or 'no OOD set'}, expected at least one OOD set")
     if ood_validation and validation is None:
         raise checks.UserError("ood_validation: only used together with validation")
+    places = {"train": train, "test": test, **{name: path for name, (group, path) in ood.items() if group != CSID}}
+    resolved = {name: Path(path).expanduser().resolve() for name, path in places.items()}
+    refuse_twice(resolved, "what a detector was fitted on or is told from cannot test it")
     tested = {Path(path).expanduser().resolve() for path in [test, *(path for _, path in ood.values())]}
     for path in [validation, *ood_validation]:
         if path is not None and Path(path).expanduser().resolve() in tested:
