@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -54,8 +55,7 @@ def forked(
     with tempfile.TemporaryDirectory() as kept:
         written = [f"{kept}/out", f"{kept}/error"]
         request = {"command": command, "variables": environment(**more), "processes": processes, "written": written}
-        server.stdin.write(json.dumps({**request, "folder": str(folder or os.getcwd())}) + "\n")
-        server.stdin.flush()
+        server.stdin.write(json.dumps({**request, "folder": str(folder or os.getcwd())}).encode() + b"\n")
         pid = int(server.stdout.readline())
         if late := not select.select([server.stdout], [], [], TIMEOUT)[0]:
             os.killpg(pid, signal.SIGKILL)
@@ -69,8 +69,9 @@ def forked(
 @functools.cache
 def _server() -> subprocess.Popen:
     command, pipe = [sys.executable, __file__], subprocess.PIPE
-    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment())
-    atexit.register(server.communicate)  # it ends with its stdin
+    # Without buffers: what is not read yet can be waited for.
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=environment())
+    atexit.register(server.kill)  # its stdin may be open in processes that tests have forked
     return server
 
 
@@ -82,6 +83,8 @@ def _serve() -> None:
     for name in IMPORTED:
         if util.find_spec(name.partition(".")[0]):
             import_module(name)
+    gc.collect()
+    gc.freeze()  # or each would look through, and so copy, all of it at its end: more than a second
     for line in sys.stdin:
         request = json.loads(line)
         if not (pid := os.fork()):
