@@ -52,12 +52,9 @@ class Bundle(NamedTuple):
 
     def transform(self) -> Callable[[Any], Tensor]:
         """PIL image -> the tensor (channels, size, size) that the model takes; needs torchvision."""
-        from .data.images import preparation
+        from .data.images import prepared_as
 
-        given = self.preparation
-        resize = given["resize"] if isinstance(given["resize"], int) else tuple(given["resize"])
-        mean, std = tuple(given["mean"]), tuple(given["std"])
-        return preparation(resize, given["size"], mean, std, given.get("interpolation", "bilinear"))
+        return prepared_as(self.preparation)
 
 
 def save_bundle(

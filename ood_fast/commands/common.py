@@ -64,10 +64,10 @@ def _why_not(device: str) -> str:
     return "PyTorch cannot compute on it here"
 
 
-def require_package(package: str, module: str, what: str = "compare") -> None:
-    """UserError with the cure unless the module of a package is there; `what` needs it."""
+def require_package(package: str, module: str) -> None:
+    """UserError with the cure unless the module of a package is there."""
     if util.find_spec(module) is None:
-        raise UserError(f"{what} needs {package}, which is not installed: pip install {package}")
+        raise UserError(f"compare needs {package}, which is not installed: pip install {package}")
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import nn
 from .. import serving
 from ..bundle import load_bundle
 from ..checks import UserError
-from ..data.images import preparation
+from ..data.images import prepared_as
 from ..deployment import deploy
 from ..detectors import DetectorSet
 from ..report.pages import document
@@ -73,19 +73,18 @@ def service_of(options: argparse.Namespace) -> Service:
     """What the options of the command serve."""
     folder = Path(options.file).expanduser()
     model, detectors, prepared = _of_bundle(folder, options) if folder.is_dir() else fitted(options)
-    resize = prepared["resize"] if isinstance(prepared["resize"], int) else tuple(prepared["resize"])
-    mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
-    prepare = preparation(resize, prepared["size"], mean, std, prepared.get("interpolation", "bilinear"))
     try:
         deployed = deploy(model, detectors, options.head)
-        deployed(torch.rand(2, len(mean), prepared["size"], prepared["size"]))  # what does not fit is told now
+        deployed(
+            torch.rand(2, len(prepared["mean"]), prepared["size"], prepared["size"])
+        )  # what does not fit is told now
     except RuntimeError as error:
         raise RunError(cannot_take(prepared, error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
     classes = next((each.class_names for _, each in detectors.items() if each.class_names), None)
     upright = prepared.get("orientation", "exif") == "exif"
-    return Service(deployed, prepare, None, classes, _page(folder.name, prepared), upright)
+    return Service(deployed, prepared_as(prepared), None, classes, _page(folder.name, prepared), upright)
 
 
 def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:

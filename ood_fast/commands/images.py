@@ -15,7 +15,7 @@ import torch
 
 from ..checks import ROW, RowError, UserError
 from ..data import decoding, folders
-from ..data.images import NO_CLASS, Files, ImageDataset, preparation
+from ..data.images import NO_CLASS, Files, ImageDataset, prepared_as
 from ..data.loading import tolerant
 from . import RunError
 from .common import say
@@ -25,8 +25,7 @@ def dataset_of(source: Files, prepared: dict[str, Any]) -> ImageDataset:
     """The images of `source`, prepared as `preparation_of` says."""
     source.upright = prepared.get("orientation", "exif") == "exif"
     source.truncated = prepared.get("truncated") == "allow"
-    names = ("resize", "size", "mean", "std", "interpolation")
-    return ImageDataset(source, preparation(*(prepared[name] for name in names)))
+    return ImageDataset(source, prepared_as(prepared))
 
 
 class Images:

@@ -9,7 +9,7 @@ import copy
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -323,6 +323,13 @@ def preparation(
     grey = [transforms.Grayscale()] if len(mean) == 1 else []
     resized = transforms.Resize(resize, transforms.InterpolationMode(interpolation))
     return transforms.Compose([*grey, resized, transforms.CenterCrop(crop), *_normalised(mean, std)])
+
+
+def prepared_as(said: Mapping[str, Any]) -> Callable[[Any], Tensor]:
+    """`preparation` by what a run, a file of detectors or a bundle says, perhaps as JSON has it."""
+    resize = said["resize"] if isinstance(said["resize"], int) else tuple(said["resize"])
+    mean, std = tuple(said["mean"]), tuple(said["std"])
+    return preparation(resize, said["size"], mean, std, said.get("interpolation", "bilinear"))
 
 
 @functools.lru_cache

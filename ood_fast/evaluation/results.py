@@ -66,11 +66,11 @@ class TestSet:
         return self.group not in (ID, CSID)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of Student's t for the mean of at least two values."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of Student's t for the mean of at least two values."""
     from scipy.special import stdtrit
 
-    half_width = stdtrit(len(values) - 1, 0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    half_width = stdtrit(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half_width, fmean(values) + half_width
 
 

@@ -147,7 +147,7 @@ class Run:
             state = self._claim(owning)
             self._build(state)
             if self.rank == 0:
-                self._write_tables("running")
+                self._write_tables()
                 self.watcher.on_start(self)
             self._loading.fill_(True)
             try:
@@ -313,7 +313,7 @@ class Run:
             self._save()
         if self.rank == 0:
             if due:
-                self._write_tables("running")
+                self._write_tables()
             self.watcher.on_epoch(self, row)
             if self.diagnose:
                 self.watcher.on_diagnostics(self, self.diagnosed[-1])
@@ -420,8 +420,8 @@ class Run:
         self.objective.load_state_dict(own.get("objective", {}))
         set_random_state(own["random"], self.device)
 
-    def _write_tables(self, status: str) -> None:
-        self._write_status(status)  # first: a folder without run.json is not taken for a run
+    def _write_tables(self) -> None:
+        self._write_status("running")  # first: a folder without run.json is not taken for a run
         self.folder.write_table(LOG, self.history)
         if self.diagnose:
             self.folder.write_table(DIAGNOSTICS, self.diagnosed)
