@@ -133,7 +133,7 @@ def _read(parameters: list[Tensor]) -> Weights:
         values = torch.cat([part.to(parts[0].device) for part in parts]).cpu().double()
     waves = []
     for part in values.split([len(part) for part in parts]):
-        size = max(float(torch.linalg.vector_norm(part)), TINY * math.sqrt(len(part)))
+        size = max(float(torch.linalg.vector_norm(part)), TINY * math.sqrt(max(1, len(part))))
         at = torch.arange(1, 1 + len(part), dtype=torch.float64)[:, None] * torch.arange(1, 1 + N_WAVES).sqrt().double()
         waves += [math.log2(size), *(math.sqrt(2) * (part[:, None] * at.cos()).sum(0) / size).tolist()]
     shapes = zlib.crc32(str([tuple(parameter.shape) for parameter in parameters]).encode())
