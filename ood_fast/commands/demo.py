@@ -75,9 +75,8 @@ def service_of(options: argparse.Namespace) -> Service:
     model, detectors, prepared = _of_bundle(folder, options) if folder.is_dir() else fitted(options)
     try:
         deployed = deploy(model, detectors, options.head)
-        deployed(
-            torch.rand(2, len(prepared["mean"]), prepared["size"], prepared["size"])
-        )  # what does not fit is told now
+        size = prepared["size"], prepared["size"]
+        deployed(torch.rand(2, len(prepared["mean"]), *size))  # what does not fit is told now
     except RuntimeError as error:
         raise RunError(cannot_take(prepared, error)) from error
     except ValueError as error:

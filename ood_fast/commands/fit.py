@@ -243,10 +243,9 @@ def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
 
 
 def _open_features(options: argparse.Namespace) -> _FeatureData:
-    own = options.head_file
-    return _FeatureData(
-        read_head_file(own) if own else features.load_head(features.files(options.features)[0]), options
-    )
+    if options.head_file:
+        return _FeatureData(read_head_file(options.head_file), options)
+    return _FeatureData(features.load_head(features.files(options.features)[0]), options)
 
 
 # ---- what is done with it
