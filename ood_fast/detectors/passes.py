@@ -383,7 +383,8 @@ class Ensemble(SeveralPasses):
     @property
     def options(self) -> Any:
         """The parameters of the detectors: of all, or a list where they differ."""
-        each = [member.settings() for member in self.members]
+        members: list[Any] = list(self.members)
+        each = [member.settings() for member in members]
         return super().options if not each else each[0] if all(one == each[0] for one in each) else each
 
     def _anew(self, size: int) -> list[Detector]:

@@ -7,7 +7,7 @@ are never kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,9 @@ def maps(layer: str, output: Any) -> Tensor:
     return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
 
 
-def watched(model: nn.Module, readings: Iterable[LayerReading]) -> dict[Key, tuple[nn.Module, Callable]]:
+def watched(
+    model: nn.Module, readings: Iterable[LayerReading]
+) -> dict[Hashable, tuple[nn.Module, Callable[[Any], Tensor]]]:
     """What `heads.capture_features` takes as `others`."""
     return {reading.key: (layer_of(model, reading.layer), reading.of_output) for reading in readings}
 

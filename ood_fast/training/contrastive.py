@@ -6,6 +6,8 @@ without gradient, so that what comes out is a classifier like any other. Score t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ class SupConLoss(WithHead):
     """
 
     companion = "views"
-    shown = ("temperature", "base_temperature")
+    shown: ClassVar[tuple[str, ...]] = ("temperature", "base_temperature")
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ is any criterion (logits, y): cross-entropy, or `ELogitNormLoss`, so that both w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +218,7 @@ class OutlierExposureLoss(Around):
     """
 
     companion = "outliers"
-    shown = ("weight",)
+    shown: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, criterion: Criterion | None = None, weight: float = 0.5) -> None:
         super().__init__(criterion)
