@@ -46,7 +46,9 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
         "[4/4] seed 1 elogitnorm",
     ]
     folder = tmp_path / "runs" / "compare-digits"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*writing.FILES, "report.html", "runs"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*writing.FILES, "report.html", "runs", "verdict.svg"]
+    )
     results = evaluation.read(folder)
     assert results["command"] == "ood-fast compare --losses ce,elogitnorm --detectors msp,knn --seeds 2 --epochs 1"
     assert results["versions"]["ood_fast"] == ood_fast.__version__

@@ -264,6 +264,7 @@ def test_a_class_never_seen_is_left_out(name):
     data = Data()
     expected = data.scores(name)
     data.targets, data.train_logits = 2 * data.targets, torch.randn(N, 2 * C + 3)  # indices with gaps
+    data.head = nn.Linear(M, 2 * C + 3).double()
     torch.testing.assert_close(data.scores(name), expected)
     assert len(data.fit(name).class_means) == C
 

@@ -16,7 +16,7 @@ from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
 from ..models.running import check_loader, input_range, run_model, warn_other_range
 from .cache import Outputs, score_key
-from .measure import Chosen, Measuring, check_names, measure, refuse_twice
+from .measure import Chosen, Measuring, check_names, measure
 from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet
 from .trained import Trained
 
@@ -79,8 +79,6 @@ def evaluate_loaders(
     check_names(ood)
     for name, loader in {"id_loader": id_loader, **ood, **({} if fit is None else {"fit": fit})}.items():
         check_loader(loader, name)
-    apart = {"id_loader": id_loader, **{name: loader for name, loader in ood.items() if _group(name) != CSID}}
-    refuse_twice({name: id(loader) for name, loader in apart.items()}, "pass another loader")
     if detectors is None:
         every = {name: create(name) for name in known() if not find(name).needs_model}
         given = {name: d for name, d in every.items() if fit is not None or not d.gathers()}
