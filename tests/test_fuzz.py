@@ -325,6 +325,7 @@ BREAKS: dict[str, tuple[Callable, type]] = {
 FITS = (  # what is still right
     (ood_fast.boundary_distance, "logits", "one row more"),
     (ood_fast.boundary_distance, "W", "one more"),
+    (ood_fast.logitnorm, "logits", "one more"),  # a class more, for indices
 )
 
 
