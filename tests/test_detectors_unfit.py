@@ -23,6 +23,7 @@ from ood_fast.detectors import (
     Residual,
     ViM,
     conformal_threshold,
+    fitting,
     load,
     tpr_threshold,
 )
@@ -323,6 +324,23 @@ def test_targets_in_another_order_than_the_logits_are_refused(by):
     KNN(k=3).fit(nn.Sequential(head), [(z, (y - 1) % C)])  # reads no targets
     with pytest.warns(UserWarning, match=r"accuracy .*, no better than chance \(20.0 %\)"):
         fits[by](y[torch.randperm(200, generator=torch.Generator().manual_seed(0))])  # of other rows
+
+
+@pytest.mark.parametrize("most", [C - 1, C])
+def test_more_classes_than_are_counted_fit_and_join(monkeypatch, most):
+    monkeypatch.setattr(fitting, "MOST_COUNTED", most)
+    z, f, y, head = data(200)
+    assert Mahalanobis().fit_features(z, f, y, head).fitted
+    whole, *ranks = (fitting.Confusion(most=most) for _ in range(3))
+    for part, rows in zip((whole, *ranks), (slice(None), slice(80), slice(80, None)), strict=True):
+        part.take(None, f[rows], y[rows])
+    ranks[0].join(ranks[1])
+    assert ranks[0].rows == 200
+    if most < C:
+        assert ranks[0].counts is None
+    else:
+        assert torch.equal(ranks[0].counts, whole.counts)
+        assert whole.counts.sum() == 200
 
 
 @pytest.mark.parametrize("change", [lambda f: f.softmax(1), lambda f: f.log_softmax(1), lambda f: f.softmax(1).half()])

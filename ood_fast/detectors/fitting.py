@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -95,20 +96,25 @@ def tell(detector: Detector, text: str) -> None:
 
 @dataclass
 class Confusion(streaming.Gathered):
-    """How often class j was predicted for samples of class i, (c + 1, c) int64."""
+    """How often class j was predicted for samples of class i, (c + 1, c) int64; None of more than `most` classes."""
 
+    most: float = math.inf
     reads = ("logits", "targets")
-    counts: ClassVar[Any] = None
+
+    def __post_init__(self) -> None:
+        self.counts: Tensor | None = None
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
         self.like = logits[:0]
-        if logits.shape[1] <= MOST_COUNTED:
-            self.counts = agreement.confusion(logits, targets) + (0 if self.counts is None else self.counts)
+        if logits.shape[1] <= self.most:
+            counted = agreement.confusion(logits, targets)
+            self.counts = counted if self.counts is None else self.counts + counted
 
     def merge(self, other: Confusion) -> None:
         """Add the counts of another process."""
-        self.counts = self.counts + other.counts
+        if self.counts is not None and other.counts is not None:
+            self.counts = self.counts + other.counts
 
 
 class Note(str):
@@ -188,7 +194,7 @@ class Fit:
     def _count(self) -> None:
         """Count whether targets are in the order of the logits, where they are read and no detector counts it."""
         if any("targets" in part.reads for part in self.parts) and not any(type(p) is Confusion for p in self.parts):
-            self.order = Confusion()
+            self.order = Confusion(most=MOST_COUNTED)
             self.parts.append(self.order)
 
     def prepare(self, model: nn.Module) -> list[LayerReading]:
@@ -244,7 +250,6 @@ class Fit:
             check_features(features)
         if logits is not None:
             checks.logits(logits)
-        if logits is not None:
             self._count()
         n_rows = next((len(given) for given in (features, logits, targets) if given is not None), 0)
         try:
@@ -398,11 +403,12 @@ def check_batch(features: Tensor | None, logits: Tensor | None, targets: Tensor 
     extent = None
     if features is not None:
         check_features(features)
-        lengths = torch.linalg.vector_norm(at_least_float32(features), dim=1)
+        z = at_least_float32(features)
+        lengths = torch.linalg.vector_norm(z, dim=1)
         refuse_rows("features", features, 0 * lengths)  # NaN where a row holds NaN or inf, or is too long
         if len(features):
-            z = at_least_float32(features)
-            extent = torch.stack([lengths.amax(), z.abs().amax(), -z.amin()])
+            low, high = z.aminmax()
+            extent = torch.stack([lengths.amax(), torch.maximum(high, -low), -low])
     if logits is not None:
         checks.logits(logits)
         refuse_probabilities(logits)

@@ -221,8 +221,8 @@ class LayerMahalanobis(LayerDetector):
 
     μ, P and keywords as in `Mahalanobis`. Lee et al. fit α by logistic regression on OOD data; without, α_l is one over
     the mean distance of the training samples from their own class, so that each layer counts alike; 0 for one where
-    that is 0. With eps > 0 each
-    layer is read of inputs of its own, moved to where it is nearer to a class, by two more passes and one backward,
+    that is 0. With eps > 0 each layer is read of inputs of its own, moved to where it is nearer to a class, by two more
+    passes and one backward,
 
         x̂_l = x + ε · sign(∂/∂x max_c −(z_l − μ_lc)ᵀ P_l (z_l − μ_lc)) / std
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -179,14 +179,6 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name in RESERVED:
             raise checks.UserError(f"OOD set {name!r}: tables call something else by this name; choose another")
-
-
-def refuse_twice(places: Mapping[str, Hashable], cure: str) -> None:
-    """UserError for one place of data under two names: ID data as OOD, or an OOD set that counts twice."""
-    first: dict[Hashable, str] = {}
-    for name, place in places.items():
-        if (other := first.setdefault(place, name)) != name:
-            raise checks.UserError(f"{name}: is the same as {other}, expected other data; {cure}")
 
 
 def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None) -> dict[str, Detector]:

@@ -173,11 +173,8 @@ def _outputs(
     plain = {name: detector for name, detector in seeing.items() if name not in tuned}
     failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
     winners = _fitted(cached, benchmark, plain, parts, failures)
-    trials, notes, candidates = (
-        {},
-        [Note.left_out(n, failures[d]) for n, d in plain.items() if d in (failures or ())],
-        [],
-    )
+    notes = [Note.left_out(n, failures[d]) for n, d in plain.items() if failures and d in failures]
+    trials, candidates = {}, []
     search = Search(DetectorSet(tuned), grids, bool(how.leave_out)) if tuned else None
     if search is not None:
         search.put(_fitted(cached, benchmark, dict(search.items()), parts, search.failures))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import agreement, checks, features
 from ..detectors import Detector
 from .cache import CHUNK_VALUES, moved, refuse_nan
-from .measure import Named, by_name, check_names, measure, refuse_twice, separate
+from .measure import Named, by_name, check_names, measure, separate
 from .results import CSID, FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained
 
@@ -187,8 +187,13 @@ def _check_names(
     if ood_validation and validation is None:
         raise checks.UserError("ood_validation: only used together with validation")
     places = {"train": train, "test": test, **{name: path for name, (group, path) in ood.items() if group != CSID}}
-    resolved = {name: Path(path).expanduser().resolve() for name, path in places.items()}
-    refuse_twice(resolved, "what a detector was fitted on or is told from cannot test it")
+    first: dict[Path, str] = {}
+    for name, path in places.items():
+        if (other := first.setdefault(Path(path).expanduser().resolve(), name)) != name:
+            raise checks.UserError(
+                f"{name}: is the same as {other}, expected other data; what a detector was fitted on or is told from "
+                "cannot test it"
+            )
     tested = {Path(path).expanduser().resolve() for path in [test, *(path for _, path in ood.values())]}
     for path in [validation, *ood_validation]:
         if path is not None and Path(path).expanduser().resolve() in tested:

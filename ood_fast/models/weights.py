@@ -91,6 +91,7 @@ def refuse_other(
     features, another head than came with these."""
     if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None or here is fitted_on:
         return
+    # Of weight and bias alone; a model that is but its head is compared as any.
     of_head = len(fitted_on.waves) == 2 * (1 + N_WAVES) != len(here.waves)
     if of_head and isinstance(model, nn.Module) and (here := _of_head(model, head)) is None:
         return
