@@ -383,7 +383,7 @@ def test_published_numbers_are_of_recipes_and_detectors_that_are_there():
         if not method.startswith("pretrained-"):
             assert recipes.find(method).benchmark == benchmark
         for metric, detector, ood_set in published.of(benchmark, method):
-            assert metric in sys.modules["ood_fast.evaluation.write"].CONVENTIONS or metric in ("auroc", "accuracy")
+            assert metric in sys.modules["ood_fast.evaluation.results"].CONVENTIONS or metric in ("auroc", "accuracy")
             assert not detector or detector in detectors.known()
             spec = ood_fast.data.benchmarks.SPECS[benchmark]
             assert not ood_set or ood_set in ("nearood", "farood", *spec.near, *spec.far)
@@ -737,7 +737,7 @@ def test_tables_show_both_conventions_and_the_difference(results):
     assert dict(fpr.sections[0].rows)["MSP"][1].text.startswith(
         f"{100 * found['fpr95_id_positive', 'MSP', 'nearood'].mean:.2f}"
     )
-    assert tables["AUPR (%)"].columns[:2] == ("near-OOD, IN positive", "near-OOD, OUT positive")
+    assert tables["AUPR (%)"].columns[:2] == ("near-OOD, ID positive", "near-OOD, OOD positive")
     assert "published" in tables["Accuracy and expected calibration error (%)"].columns
 
 

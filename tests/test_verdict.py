@@ -9,7 +9,8 @@ from test_compare import hand_made
 
 from ood_fast import evaluation
 from ood_fast.evaluation import verdict as sentences_of
-from ood_fast.evaluation.verdict import compared, ranking, shows
+from ood_fast.evaluation.tables import compared
+from ood_fast.evaluation.verdict import ranking, shows
 from ood_fast.report import charts, evaluations, figures
 from ood_fast.report.runs import Evaluated
 from ood_fast.report.tables import and_list

@@ -28,6 +28,24 @@ TITLES = {mean: f"{group}-OOD" for group, mean in GROUPS.items()}  # what tables
 DETECTION = ("auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out")
 ECE = ("ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance")
 
+# What the numbers are: in results.json, and the captions of tables.
+CONVENTIONS = {
+    "direction": "higher score = more in-distribution",
+    "precision": "scores and metrics in float64, from the model's float32 features and logits",
+    "unit": "0 to 1 in CSV and JSON, percent in tables",
+    "std": "sample standard deviation over the runs of a method, ddof 1; in openood/ ddof 0, as there",
+    "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs",
+    "nearood, farood": "unweighted means over the sets of the group",
+    "fsood_*": "the same with the covariate-shifted ID sets (group csid) beside the ID test images, as OpenOOD's fsood",
+    "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
+    "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images; most papers'",
+    "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
+    "aupr_out": "area under precision-recall with OOD positive, trapezoid over recall",
+    "ece_softmax": "expected calibration error of softmax(f) on the ID test images, 15 equal bins (lo, hi]",
+    "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
+    "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
+}
+
 
 @dataclass(frozen=True)
 class Measurement:

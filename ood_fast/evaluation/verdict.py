@@ -1,21 +1,19 @@
 """What an evaluation says: which method is best with which detector, by how much, and whether so many seeds show it.
 
-`verdict` says it in sentences, `compared` in tables with a column for each method. AUROC decides, the mean of near- and
-far-OOD; differences are paired, see `Results.gain`.
+AUROC decides, the mean of near- and far-OOD; differences are paired, see `Results.gain`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 from ..detectors.registry import label_of
-from ..report.tables import Cell, Section, Table, and_list
-from .results import FULL_SPECTRUM, GROUPS, TITLES, Results
+from ..report.tables import and_list
+from .results import GROUPS, TITLES, Results
 
 Key = tuple[str, str, str]
-LOWER = ("fpr95_ood_positive", "fpr95_id_positive", f"{FULL_SPECTRUM}fpr95_ood_positive")  # of which less is better
 
 
 @dataclass(frozen=True)
@@ -148,84 +146,3 @@ def _reservation(results: Results) -> str:
         what = "intervals are over test images and" if results.n_bootstrap else "there are no intervals; these numbers"
         return f"One run each: {what} say nothing of other seeds."
     return "Intervals: 95 %, Student's t over the seeds, in pairs; not corrected for how many differences there are."
-
-
-# ---- tables with a column for each method
-
-
-def compared(results: Results) -> list[Table]:
-    """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set and the other metrics."""
-    means, sets = means_of(results), results.ood
-    caught = "OpenOOD's: share of ID images rejected by the threshold that catches 95 % of the OOD images."
-    kept = "As most papers: share of OOD images accepted by the threshold that keeps 95 % of the ID images."
-    area = "Area under precision-recall; depends on how many images there are."
-    wanted = [
-        ("AUROC (%)", "auroc", means, "", False),
-        ("AUROC", "auroc", means, None, False),
-        ("FPR95 (%), lower is better", "fpr95_ood_positive", means, caught, False),
-        ("FPR95 (%), ID positive, lower is better", "fpr95_id_positive", means, kept, True),
-        ("AUROC by set (%)", "auroc", sets, "", True),
-        ("AUPR (%), ID positive", "aupr_in", means, area, True),
-        ("AUPR (%), OOD positive", "aupr_out", means, area, True),
-    ]
-    if results.csid:
-        told = full_spectrum(results)
-        full = [("AUROC (%)", "auroc", True), ("FPR95 (%), lower is better", "fpr95_ood_positive", False)]
-        wanted[3:3] = [
-            (f"Full-spectrum {of}", FULL_SPECTRUM + key, means, told * with_it, False) for of, key, with_it in full
-        ]
-    order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
-    tables = []
-    for name, metric, names, caption, folded in wanted:
-        if not order or (caption is None and results.baseline is None) or (folded and names == sets == means):
-            continue
-        columns = [method for method in results.methods if caption is not None or method != results.baseline]
-        cells = _values if caption is not None else _gains
-        sections = tuple(
-            Section(title(of), tuple((label_of(d), tuple(cells(results, columns, (metric, d, of)))) for d in order))
-            for of in names
-        )
-        if caption is None:
-            name = f"{name}: paired difference to {results.baseline} (percentage points)"
-            caption = "Mean [95 % interval] of what a method has more in the same seeds; bold where it excludes 0."
-        else:
-            caption = f"{over_seeds(results)}; bold: above every other, the interval excludes 0. {caption}".strip()
-        tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
-    return tables
-
-
-def full_spectrum(results: Results) -> str:
-    """What the full-spectrum tables take as in-distribution."""
-    names = and_list([results.sets[name].title for name in results.csid])
-    return f"In-distribution are the ID test images and the covariate-shifted {names}, as in OpenOOD's fsood."
-
-
-def over_seeds(results: Results) -> str:
-    """Over what the means of tables are taken."""
-    n_runs = sorted({len(runs) for runs in results.methods.values()})
-    several = f"Mean ± sample standard deviation over {' or '.join(map(str, n_runs))} seeds"
-    return "One run" if n_runs == [1] else several
-
-
-def _values(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
-    """mean ± std in percent; bold where it is better than every other, in pairs."""
-    better = -1 if key[0] in LOWER else 1
-    found = {m: [run.value(*key) for run in results.methods[m] if run.holds([key])] for m in methods}
-    cells = []
-    for method in methods:
-        others = [other for other in methods if other != method and found[other]]
-        best = bool(others) and all(sign(results, (method, [key]), (other, [key])) == better for other in others)
-        spread = f" ± {100 * stdev(found[method]):.1f}" if len(found[method]) > 1 else ""
-        cells.append(Cell(f"{100 * fmean(found[method]):.1f}{spread}", bold=best) if found[method] else Cell("–"))
-    return cells
-
-
-def _gains(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
-    """What each has more than the baseline."""
-    cells = []
-    for method in methods:
-        gain = results.gain((method, [key]), (results.baseline or "", [key]))
-        shown = 0 if gain is None else shows(*gain)
-        worse = shown * (-1 if key[0] in LOWER else 1) < 0
-        cells.append(Cell("–") if gain is None else Cell(points(*gain), bold=shown != 0, worse=worse))
-    return cells

@@ -1,4 +1,4 @@
-"""The folder that an evaluation leaves behind, and its tables.
+"""The folder that an evaluation leaves behind.
 
 results.json         everything but the scores: numbers, intervals, published numbers, settings, trials, notes
 results.csv          one number of one run a line; summary.csv: one of a method, over its runs
@@ -10,10 +10,8 @@ scores/<run>/X.npz   the scores of detector X, an array for each set, "id" the i
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,41 +20,19 @@ from typing import Any
 import numpy as np
 
 from .. import checks, files, recipes, spreadsheet
-from ..detectors.fitting import Note
-from ..detectors.registry import label_of
 from ..intact import read_json, read_npz
-from ..registry import added
-from ..report.tables import Cell, Column, Table, as_markdown, percent, show
-from .results import ECE, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
-from .verdict import compared, full_spectrum, means_of, over_seeds, ranking, title, verdict
+from ..report.tables import as_markdown
+from .results import CONVENTIONS, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
+from .tables import build
+from .verdict import verdict
 
 FORMAT = "ood_fast evaluate 1"
 JSON = "results.json"
 FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)
 
-CONVENTIONS = {
-    "direction": "higher score = more in-distribution",
-    "precision": "scores and metrics in float64, from the model's float32 features and logits",
-    "unit": "0 to 1 in CSV and JSON, percent in tables",
-    "std": "sample standard deviation over the runs of a method, ddof 1; in openood/ ddof 0, as there",
-    "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs",
-    "nearood, farood": "unweighted means over the sets of the group",
-    "fsood_*": "the same with the covariate-shifted ID sets (group csid) beside the ID test images, as OpenOOD's fsood",
-    "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
-    "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images",
-    "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
-    "aupr_out": "area under precision-recall with OOD positive, trapezoid over recall",
-    "ece_softmax": "expected calibration error of softmax(f) on the ID test images, 15 equal bins (lo, hi]",
-    "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
-    "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
-}
-
 # What commands add, where nobody did
 CONTEXT: dict[str, Any] = {"command": "ood-fast evaluate", "started": "", "seconds": 0.0}
 CONTEXT |= {"versions": {}, "machine": {}, "conventions": {}}
-
-# What the columns of accuracy and calibration are called.
-CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
 
 # How OpenOOD calls the detectors in its file names; others by their own name in lower case.
 OPENOOD_NAMES = {"MaxLogit": "mls", "Energy": "ebo", "KLMatching": "klm", "Mahalanobis": "mds"}
@@ -252,149 +228,3 @@ def openood_rows(runs: list[RunResult], detector: str, prefix: str = "") -> list
                 cells.append(f"{np.mean(values):.2f} \u00b1 {np.std(values):.2f}")
             rows.append([ood_set, *cells])
     return rows
-
-
-# ---- tables
-
-
-class Columns:
-    """What was found, as columns of tables whose rows are about a method and a detector."""
-
-    def __init__(self, results: Results) -> None:
-        self.results, self.over = results, f"{over_seeds(results)}."
-        self.found = {(s.method, s.detector, s.metric, s.ood_set): s for s in results.summaries()}
-        self.published = {key[2:] for key, summary in self.found.items() if summary.published is not None}
-
-    def of(self, head: str, metric: str, ood_set: str = "", with_interval: bool = False, unit: int = 100) -> Column:
-        """A metric on a set."""
-        return head, lambda *of: _cell(self.found.get((*of, metric, ood_set)), with_interval, unit)
-
-    def beside(self, metric: str, ood_set: str = "", head: str = "published") -> list[Column]:
-        """The same with its interval, what is published, and ours less that, if anything is."""
-        if (metric, ood_set) not in self.published:
-            return []
-        summary = lambda *of: self.found.get((*of, metric, ood_set))  # noqa: E731
-        return [(head, lambda *of: _published(summary(*of))), ("difference", lambda *of: _difference(summary(*of)))]
-
-    def by_detector(self, name: str, caption: str, columns: Iterable[Column], **more: bool) -> Table:
-        """A table with the detectors of each method, the best first."""
-        order = [ranked.detector for ranked in ranking(self.results)]
-        rows = []
-        for method, runs in self.results.methods.items():
-            names = sorted({name for run in runs for name in run.scores}, key=lambda name: [*order, name].index(name))
-            rows.append((method, [(label_of(name), (method, name)) for name in names]))
-        return Table.of(name, caption, columns, rows, **more)
-
-    def calibration(self) -> list[Table]:
-        """None where nothing of it was measured."""
-        measured = [metric for metric in CALIBRATION if any(key[1:] == ("", metric, "") for key in self.found)]
-        columns = [c for m in measured for c in (self.of(CALIBRATION[m], m, with_interval=True), *self.beside(m))]
-        caption = f"{self.over} ECE of the softmax of what the column names, 15 bins, on the ID test images; "
-        rows = [("", [(method, (method, "")) for method in self.results.methods])]
-        title = "Accuracy and expected calibration error (%)"
-        return [Table.of(title, f"{caption}lower is better.", columns, rows)] if measured else []
-
-    def under_shift(self) -> list[Table]:
-        """The accuracy on the ID test images, on each covariate-shifted set, and on all of them."""
-        rows = [("ID test images", ("accuracy", ""))]
-        rows += [(self.results.sets[name].title, ("accuracy", name)) for name in self.results.csid]
-        rows.append(("all together", (f"{FULL_SPECTRUM}accuracy", "")))
-        if not self.results.csid or not any(key[2:] == about for key in self.found for _, about in rows[1:]):
-            return []
-        columns = [(m, lambda *key, m=m: _cell(self.found.get((m, "", *key)), True)) for m in self.results.methods]
-        return [Table.of("Accuracy under covariate shift (%)", self.over, columns, [("", rows)])]
-
-
-def build(results: Results) -> list[Table]:
-    """The tables: AUROC beside published numbers, FPR95 in both conventions, AUROC by set, AUPR, accuracy and
-    calibration; of several methods those of `verdict.compared`, and AUROC beside what is published."""
-    columns, means = Columns(results), means_of(results)
-    over, by_detector = columns.over, columns.by_detector
-    tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
-    interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
-    if columns.published:
-        interval += " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its"
-        interval += " lists."
-
-    def auroc(names: Iterable[str], with_interval: bool) -> list[Column]:
-        """With what is published of it."""
-        heads = [(name, title(name) if with_interval else name) for name in names]
-        own = {name: columns.of(head, "auroc", name, with_interval) for name, head in heads}
-        return [c for name in own for c in (own[name], *columns.beside("auroc", name, f"{title(name)} published"))]
-
-    told = f"{over[:-1]}; {tuned}{interval}"
-    own = [by_detector(name, over, [columns.of(title(m), name, m, unit=1) for m in means]) for name in added("metric")]
-    last = [*columns.calibration(), *columns.under_shift()]
-    if len(results.methods) > 1:
-        known = [by_detector("AUROC beside what is published (%)", told, auroc(means, True))]
-        return [*compared(results), *known * bool(columns.published), *own, *last]
-    both = [(name, positive) for name in means for positive in ("OOD", "ID")]
-    fpr95 = [columns.of(f"{title(of)}, {p} positive", f"fpr95_{p.lower()}_positive", of) for of, p in both]
-    caption = (
-        f"{over} OOD positive, as OpenOOD: share of ID images rejected by the threshold that catches 95 % of the OOD "
-        "images. ID positive, as most papers: share of OOD images accepted by the threshold that keeps 95 % of the ID "
-        "images."
-    )
-    tables = [by_detector("AUROC (%)", told, auroc(means, True))]
-    tables.append(by_detector("FPR95 (%), lower is better", caption, fpr95))
-    if len(results.ood) > 1:
-        tables.append(by_detector("AUROC by set (%)", over, auroc(results.ood, False)))
-    if results.csid:
-        shown = {"AUROC": "auroc", "FPR95, OOD positive": "fpr95_ood_positive"}.items()
-        full = [columns.of(f"{title(of)} {head}", FULL_SPECTRUM + key, of) for of in means for head, key in shown]
-        tables.append(by_detector("Full-spectrum (%)", f"{over} {full_spectrum(results)}", full))
-    aupr = [
-        columns.of(f"{title(name)}, {p.upper()} positive", f"aupr_{p}", name) for name in means for p in ("in", "out")
-    ]
-    caption = f"{over} Area under precision-recall; depends on how many images there are. IN: ID, OUT: OOD."
-    tables += [by_detector("AUPR (%)", caption, aupr, on_terminal=False, folded=True), *own]
-    return [*(table for table in tables if table.columns), *last]  # without OOD sets there are none
-
-
-def _cell(summary: Summary | None, with_interval: bool = False, unit: int = 100) -> Cell:
-    if summary is None:
-        return Cell("–")
-    text = f"{unit * summary.mean:.2f}" + (f" ± {unit * summary.std:.2f}" if summary.n_runs > 1 else "")
-    if with_interval and summary.low is not None:
-        text += f" [{100 * summary.low:.2f}, {100 * summary.high:.2f}]"
-    return Cell(text)
-
-
-def _published(summary: Summary | None) -> Cell:
-    return Cell(percent(summary and summary.published))
-
-
-def _difference(summary: Summary | None) -> Cell:
-    if summary is None or summary.difference is None or math.isnan(summary.difference):
-        return Cell("–")
-    return Cell(f"{100 * summary.difference:+.2f}")
-
-
-def print_tables(results: Results) -> None:
-    """The verdict, the tables and notes on standard output."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    for index, sentence in enumerate(verdict(results)):
-        console.print(Text(sentence, style="" if index else "bold"))
-    console.print()
-    show(build(results))
-    for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
-        told = f"{', '.join(names)}: {with_option(note)}"
-        Console(highlight=False).print(Text(told, style="yellow"), soft_wrap=True)
-
-
-def with_option(note: str) -> str:
-    """The note, with the option that follows its advice."""
-    if isinstance(note, Note) and note.advice is not None:
-        return f"{note} (--set {note.detector}.{note.parameter}={note.advice})"
-    return note
-
-
-def by_note(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The names that each note is about, of (name, note)."""
-    found: dict[str, list[str]] = {}
-    for name, note in notes:
-        found.setdefault(note, []).append(name)
-    return found

@@ -11,8 +11,8 @@ from typing import Any
 from .. import checks, evaluation, files
 from ..diagnostics import NUMBERS
 from ..evaluation.results import ID
+from ..evaluation.tables import by_note
 from ..evaluation.verdict import ranking
-from ..evaluation.write import by_note
 from . import evaluations, figures, pages
 from .charts import Chart
 from .runs import Evaluated, Record, missing
