@@ -12,9 +12,20 @@ from torch.nn.functional import avg_pool2d, relu
 
 import ood_fast
 from ood_fast import cli, detectors
-from ood_fast.detectors import BlockNorm, DetectorSet, Gram, LayerMahalanobis, Mahalanobis, RankFeat, load, norm_ratios
+from ood_fast.detectors import (
+    NAC,
+    BlockNorm,
+    DetectorSet,
+    Gram,
+    LayerMahalanobis,
+    Mahalanobis,
+    RankFeat,
+    load,
+    norm_ratios,
+)
 from ood_fast.detectors.catalogue import ABOUT
 from ood_fast.detectors.gram import Bounds
+from ood_fast.models.layers import maps as maps_of
 from ood_fast.models.layers import stages
 
 N, C = 150, 4
@@ -308,6 +319,65 @@ def test_tokens_blocks_without_names_and_flat_nets(y):
     )
     assert stages(plain) == ("1", "3")
     assert stages(Net()) == ("backbone",)
+
+
+class Along(nn.Module):
+    """A net of convolutions over a length, `flat`, or over images of height 1 with the same weights."""
+
+    def __init__(self, flat: bool, width: int = 16) -> None:
+        super().__init__()
+        conv, norm = (nn.Conv1d, nn.BatchNorm1d) if flat else (nn.Conv2d, nn.BatchNorm2d)
+        size = 3 if flat else (1, 3)
+        self.layer1 = nn.Sequential(conv(3, width, size), norm(width, affine=False), nn.ReLU())
+        self.layer2 = nn.Sequential(conv(width, width, size), nn.ReLU())
+        self.pool, self.fc = nn.Flatten(2), nn.Linear(width, C)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.layer2(self.layer1(x))).mean(2))
+
+
+@pytest.mark.parametrize("length", [20, 18, 40])  # of layer1 18, 16, 38; the channels are 16
+@pytest.mark.parametrize("layers", [("layer1", "layer2"), ("layer1.1", "layer2.1")])
+def test_the_channels_of_convolutions_over_a_length(y, length, layers):
+    torch.manual_seed(0)
+    images, x = Along(False).eval(), torch.randn(60, 3, length)
+    along = Along(True).eval()
+    along.load_state_dict({name: w.squeeze(2) if w.dim() == 4 else w for name, w in images.state_dict().items()})
+    for make_one in (
+        lambda: LayerMahalanobis(layers, ridge=0.1),
+        lambda: Gram(layers),
+        lambda: BlockNorm(layers),
+        lambda: RankFeat(layers[1:]),
+        lambda: NAC(layers),
+    ):
+        expected = make_one().fit(images, [(x.unsqueeze(2), y[:60])]).score(images, x[:9].unsqueeze(2))
+        got = make_one().fit(along, [(x, y[:60])]).score(along, x[:9])
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_which_dimension_has_the_channels():
+    torch.manual_seed(0)
+    conv, linear, norm = nn.Conv1d(3, 8, 1), nn.Linear(8, 8), nn.LayerNorm(8)
+    model = nn.Module()
+    model.conv, model.linear, model.both = conv, linear, nn.Sequential(nn.Conv1d(8, 8, 1), norm)
+    model.image, model.fc = nn.Conv2d(3, 5, 1), nn.Linear(8, C)
+    model.attention = nn.MultiheadAttention(8, 2)
+    numbers = torch.randn(2, 6, 8)
+    turned = numbers.movedim(1, 2)
+    for layer in ("conv", "linear", "both"):  # one dimension is as wide as a layer
+        assert torch.equal(maps_of(model, layer, numbers), turned)
+        assert torch.equal(maps_of(model, layer, turned), turned)
+    square = torch.randn(2, 8, 8)
+    assert torch.equal(maps_of(model, "conv", square), square)  # both are
+    assert torch.equal(maps_of(model, "linear", square), square.movedim(1, 2))
+    with pytest.raises(
+        ValueError, match=r"'both' gives \('n', 8, 8\), and nothing tells which .* name a layer inside it"
+    ):
+        maps_of(model, "both", square)
+    wide = torch.randn(2, 5, 5, 7)  # channels that are as many as rows, of an image that is no square
+    assert torch.equal(maps_of(model, "image", wide), wide.flatten(2))
+    with pytest.raises(ValueError, match=r"attention with batch_first=False.*take batches of another size"):
+        maps_of(model, "attention", torch.randn(6, 6, 8))
 
 
 def test_evaluate_and_the_command_line(model, x, y, tmp_path, monkeypatch):

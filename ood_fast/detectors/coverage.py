@@ -166,7 +166,7 @@ class NAC(Detector):
             except RuntimeError as error:
                 raise ValueError(f"layers: no gradient of the logits reaches {', '.join(wanted)}: {error}") from error
         for name, output, gradient in zip(wanted, outputs, gradients, strict=True):
-            batch.read[name, "nac"] = maps(name, output).mean(dim=2) * maps(name, gradient).sum(dim=2)
+            batch.read[name, "nac"] = maps(model, name, output).mean(dim=2) * maps(model, name, gradient).sum(dim=2)
 
     # ---- scoring
 

@@ -7,7 +7,9 @@ are never kept.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from ..heads import path_to_layer, refuse_script, unwrapped
 
 Key = tuple[str, str]
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_channels_last: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = weakref.WeakKeyDictionary()
 
 
 class LayerReading(NamedTuple):
@@ -32,9 +35,9 @@ class LayerReading(NamedTuple):
         """Equal for two that give the same rows."""
         return (self.layer, self.kind)
 
-    def of_output(self, output: Any) -> Tensor:
-        """The rows, of what the layer returns."""
-        return self.read(maps(self.layer, output))
+    def of_output(self, model: nn.Module, output: Any) -> Tensor:
+        """The rows, of what the layer of `model` returns."""
+        return self.read(maps(model, self.layer, output))
 
     def check(self, rows: Tensor | None, n_rows: int) -> None:
         """ValueError unless the layer has run, once for each row of the batch."""
@@ -58,21 +61,69 @@ def numbers_of(layer: str, output: Any) -> Tensor:
     return output
 
 
-def maps(layer: str, output: Any) -> Tensor:
-    """The output of a layer as (n, channels, positions): of (n, c, h, w); of (n, h, w, c), where the second and third
-    size are equal and the fourth is not; of tokens (n, t, c); of (n, c). float32 at least."""
+def maps(model: nn.Module, layer: str, output: Any) -> Tensor:
+    """The output of a layer of `model` as (n, channels, positions): of (n, c, h, w), (n, h, w, c), (n, c, length),
+    tokens (n, t, c) and (n, c). float32 at least. ValueError where nothing tells which are the channels."""
     output = numbers_of(layer, output)
-    channels_last = output.dim() == 3 or (output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3])
-    output = output.movedim(-1, 1) if channels_last else output
+    if output.dim() > 2:
+        batch_second = any(getattr(module, "batch_first", True) is False for module in layer_of(model, layer).modules())
+        if batch_second and len(output) == output.shape[1]:
+            raise ValueError(
+                f"layers: {layer!r} gives {tuple(output.shape)}, of attention with batch_first=False: which dimension "
+                "is the batch cannot be told; take batches of another size"
+            )
+        known = _channels_last.setdefault(layer_of(model, layer), {})
+        if (shape := tuple(output.shape[1:])) not in known:
+            known[shape] = _is_channels_last(model, layer, shape)
+        output = output.movedim(-1, 1) if known[shape] else output
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
+
+
+def _is_channels_last(model: nn.Module, layer: str, shape: tuple[int, ...]) -> bool:
+    """Whether the channels of an output (n, *shape) come last.
+
+    Told by which of the two dimensions is as wide as a layer of the model; if both are, by what the layer consists of,
+    convolutions and batch norms or linear layers and layer norms; if of both, by which is as wide as one of its own.
+    """
+    own, every = ([m for m in module.modules() if _widths(m)] for module in (layer_of(model, layer), unwrapped(model)))
+    if not own:  # an activation, pooling: as what is before it
+        every_module = [*unwrapped(model).modules()]
+        own = [m for m in every_module[: every_module.index(layer_of(model, layer))] if _widths(m)][-1:]
+    dims = [0 if m.weight is None else m.weight.dim() for m in own]
+    first = 1 + len(shape) in dims or any(hasattr(m, "running_mean") for m in own)
+    last = 2 in dims or any(isinstance(m, nn.LayerNorm) for m in own)
+    wide, own_wide = (set().union(*map(_widths, modules)) for modules in (every, own))
+    for second, at_end in (
+        (shape[0] in wide, shape[-1] in wide),
+        (first, last),
+        (shape[0] in own_wide, shape[-1] in own_wide),
+    ):
+        if second != at_end:
+            return at_end
+    if len(shape) > 2:  # images, and blocks of both
+        return False
+    raise ValueError(
+        f"layers: {layer!r} gives {('n', *shape)}, and nothing tells which dimension are its channels, those of a "
+        "convolution (n, c, length) or of tokens (n, t, c); name a layer inside it, such as its last convolution, norm "
+        "or linear layer"
+    )
+
+
+def _widths(module: nn.Module) -> set[int]:
+    """How many channels a convolution, norm or linear layer takes and makes; empty for other modules."""
+    if len(getattr(module, "normalized_shape", ())) > 1:
+        return set()
+    weights = [getattr(module, name, None) for name in ("weight", "running_mean")]
+    there = [weight.shape for weight in weights if isinstance(weight, Tensor) and weight.dim()]
+    return {size for shape in there for size in (shape[0], *(n * getattr(module, "groups", 1) for n in shape[1:2]))}
 
 
 def watched(
     model: nn.Module, readings: Iterable[LayerReading]
 ) -> dict[Hashable, tuple[nn.Module, Callable[[Any], Tensor]]]:
     """What `heads.capture_features` takes as `others`."""
-    return {reading.key: (layer_of(model, reading.layer), reading.of_output) for reading in readings}
+    return {r.key: (layer_of(model, r.layer), partial(r.of_output, model)) for r in readings}
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
