@@ -101,12 +101,12 @@ def test_results_on_the_disk_say_the_same(tmp_path):
     """Also seeds that were evaluated one by one, and results that were written without a context."""
     results = results_of(CLEAR)
     evaluation.write(tmp_path / "all", results, {})
-    together = [Evaluated(tmp_path / "all", evaluation.read(tmp_path / "all"), {})]
+    together = Evaluated.read(tmp_path / "all")[:1]
     apart = []
     for index, run in enumerate(results.runs):
         folder = tmp_path / str(index)
         evaluation.write(folder, type(results)("digits", [run], 0, False), {})
-        apart.append(Evaluated(folder, evaluation.read(folder), {}))
+        apart += Evaluated.read(folder)
     for found in (together, apart):
         stored = evaluations.StoredResults(found)
         assert sentences_of(stored) == sentences_of(results)

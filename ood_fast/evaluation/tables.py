@@ -124,14 +124,14 @@ def _told(*metrics: str) -> str:
 def _cell(summary: Summary | None, with_interval: bool = False, unit: int = 100) -> Cell:
     if summary is None:
         return Cell("–")
-    text = f"{unit * summary.mean:.2f}" + (f" ± {unit * summary.std:.2f}" if summary.n_runs > 1 else "")
-    if with_interval and summary.low is not None:
-        text += f" [{100 * summary.low:.2f}, {100 * summary.high:.2f}]"
+    text = f"{unit * summary.mean:.2f}" + ("" if summary.std is None else f" ± {unit * summary.std:.2f}")
+    if with_interval and summary.low is not None and summary.high is not None:
+        text += f" [{unit * summary.low:.2f}, {unit * summary.high:.2f}]"
     return Cell(text)
 
 
 def _published(summary: Summary | None) -> Cell:
-    return Cell(percent(summary and summary.published))
+    return Cell(percent(None if summary is None else summary.published))
 
 
 def _difference(summary: Summary | None) -> Cell:

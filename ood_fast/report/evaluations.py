@@ -20,7 +20,7 @@ class StoredResults(Results):
     """
 
     def __init__(self, evaluations: Sequence[Evaluated]) -> None:
-        found = [Results.from_json(evaluated.results) for evaluated in evaluations]
+        found = [evaluated.results for evaluated in evaluations]
         sets = {name: part for results in found for name, part in results.sets.items()}
         runs: list[RunResult] = []
         self.told: dict[tuple[str, str, str, str], Summary] = {}

@@ -264,8 +264,8 @@ def of_sets(color: int, record: Record, evaluated: Evaluated, diagnosis: Diagnos
 
 
 def _title(evaluated: Evaluated, name: str) -> str:
-    part = evaluated.results["sets"].get(name, {"title": name, "group": ""})
-    return f"{part['title']} ({part['group']})"
+    part = evaluated.results.sets.get(name)
+    return f"{part.title} ({part.group})" if part else f"{name} ()"
 
 
 def _some(n: int, limit: int = DRAWN) -> Tensor:
@@ -345,14 +345,14 @@ def _box(places: Tensor) -> tuple[float, float, float, float]:
 
 def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapping[str, np.ndarray]]) -> list[Chart]:
     """A histogram for each detector of a run."""
-    titles = {name: "ID" if name == "id" else _title(evaluated, name) for name in evaluated.results["sets"]}
-    found = {(row["detector"], row["ood_set"]): row["value"] for row in evaluated.measured("auroc")}
+    titles = {name: "ID" if name == "id" else _title(evaluated, name) for name in evaluated.results.sets}
+    found = {(of.detector, of.ood_set): of.value for of in evaluated.run.measurements if of.metric == "auroc"}
     charts = []
     for detector, sets in of_detectors.items():
         values = {titles[name]: sets[name] for name in titles if name in sets}
         aurocs = {titles[name]: 100 * found[detector, name] for name in titles if (detector, name) in found}
         label = label_of(detector)
-        settings = (evaluated.run["detectors"].get(detector) or {}).items()
+        settings = evaluated.run.settings.get(detector, {}).items()
         told = f" Parameters: {', '.join(f'{name} = {value}' for name, value in settings)}." if settings else ""
         caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
         chart = histogram(f"{label}: {record.name}", f"score of {label}", values, caption)
@@ -367,7 +367,7 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
 def roc(record: Record, evaluated: Evaluated, detector: str, sets: Mapping[str, np.ndarray]) -> Chart:
     """A curve for each OOD set, of the best detector."""
     label, series, aurocs = label_of(detector), [], {}
-    for name in [name for name in evaluated.results["sets"] if name != RESULTS_ID and name in sets]:
+    for name in [name for name in evaluated.results.sets if name != RESULTS_ID and name in sets]:
         inside, outside = (of[~np.isnan(of)] for of in (sets[RESULTS_ID], sets[name]))
         if len(inside) and len(outside):
             points = torch.stack(metrics.roc_curve(inside, outside, positive="id"), 1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from .. import checks, evaluation
+from .. import checks
 from ..data.images import ImageDataset
 from ..detectors.registry import label_of
 from ..evaluation.results import ID, TEST
@@ -28,7 +27,9 @@ def add(records: Sequence[Record], data_root: str | os.PathLike | None = None) -
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         ranked = ranking(evaluations.stored(found))
-        for record, evaluated in [pair for pair in found if ranked and pair[1].run["method"] == ranked[0].method][:1]:
+        for record, evaluated in [pair for pair in found if ranked and pair[1].run.trained.method == ranked[0].method][
+            :1
+        ]:
             try:
                 evaluated.images = _gallery(record, evaluated, ranked[0].detector, data_root)
             except (checks.UserError, OSError, ValueError) as error:
@@ -38,9 +39,9 @@ def add(records: Sequence[Record], data_root: str | os.PathLike | None = None) -
 def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str | os.PathLike | None) -> str:
     """Rows of images, each with what is to be said of it."""
     benchmark, label = opened(record, data_root), label_of(detector)
-    if benchmark.name != evaluated.results["benchmark"]:
+    if benchmark.name != evaluated.results.benchmark:
         raise checks.UserError(f"{record.name} was trained on {benchmark.name}")
-    scores = evaluation.read_scores(evaluated.folder, evaluated.run)[detector]
+    scores = evaluated.scores()[detector]
     classes = benchmark.class_names
 
     def row(title: str, shown: Iterable[tuple[ImageDataset, int, str]]) -> str:
@@ -51,8 +52,8 @@ def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str
     inside = [(test, i, f"{classes[test.targets[i]]}, {scores[ID][i]:.4g}") for i in _first(scores[ID])]
     parts = [row(f"ID images with the lowest scores by {label}, with their class", inside)]
     outside: list[tuple[float, ImageDataset, int, str]] = []
-    for name in [name for name in evaluated.results["sets"] if name in scores and name in benchmark.ood]:
-        dataset, told = _checked(evaluated, name, benchmark.ood[name]), evaluated.results["sets"][name]["title"]
+    for name in [name for name in evaluated.results.sets if name in scores and name in benchmark.ood]:
+        dataset, told = _checked(evaluated, name, benchmark.ood[name]), evaluated.results.sets[name].title
         outside += [(scores[name][i], dataset, i, f"{told}, {scores[name][i]:.4g}") for i in _first(-scores[name])]
     outside.sort(key=lambda each: -each[0])
     parts.append(row(f"OOD images with the highest scores by {label}", (each[1:] for each in outside[:SHOWN])))
@@ -60,8 +61,8 @@ def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str
         samples = evaluated.diagnosis.sets[TEST]
         wrong = torch.where(samples.correct, -torch.inf, samples.confidence).numpy()
         sure = [(i, classes[samples.target[i]], classes[samples.predicted[i]]) for i in _first(-wrong) if wrong[i] > 0]
-        told = [(test, i, f"{y}, taken for {predicted} ({100 * wrong[i]:.1f} %)") for i, y, predicted in sure]
-        parts.append(row("Wrong with the most confidence", told))
+        taken = [(test, i, f"{y}, taken for {predicted} ({100 * wrong[i]:.1f} %)") for i, y, predicted in sure]
+        parts.append(row("Wrong with the most confidence", taken))
     return "".join(parts)
 
 
@@ -72,7 +73,7 @@ def _first(values: np.ndarray) -> list[int]:
 
 def _checked(evaluated: Evaluated, name: str, dataset: ImageDataset) -> ImageDataset:
     """The images, if they are those that were evaluated: the cache calls its folders by their fingerprints."""
-    outputs: Mapping[str, Any] = evaluated.run["outputs"]
+    outputs = evaluated.outputs
     if name in outputs and not Path(outputs[name]).name.endswith(f"-{dataset.fingerprint()[:16]}"):
         raise checks.UserError(f"the images of {name} are not those that were evaluated")
     return dataset

@@ -93,7 +93,7 @@ def _runs(records: Sequence[Record]) -> Table:
     columns: dict[str, Callable[[Record], str]] = {
         "model": lambda r: str(r.recipe.get("model", "–")),
         "loss": lambda r: _loss(r.recipe),
-        "seed": lambda r: _told(r, "seed"),
+        "seed": _seed,
         "epochs": lambda r: f"{r.info['epochs']} of {r.recipe['epochs']}" if "epochs" in r.info else "–",
         "status": lambda r: str(r.info.get("status", "–")),
         "last loss": lambda r: number(r.log["loss"][-1]) if r.log.get("loss") else "–",
@@ -114,13 +114,13 @@ def _loss(recipe: Mapping[str, Any]) -> str:
     return f"{recipe['loss']}, L2-normalised features" if recipe.get("head") == "l2norm" else str(recipe["loss"])
 
 
-def _told(record: Record, name: str) -> str:
-    told = [record.info.get(name), *(evaluated.run.get(name) for evaluated in record.evaluated.values())]
-    return next((str(value) for value in told if value is not None), "–")
+def _seed(record: Record) -> str:
+    told = [record.info.get("seed"), *(evaluated.run.trained.seed for evaluated in record.evaluated.values())]
+    return next((str(seed) for seed in told if seed is not None), "–")
 
 
 def _accuracy(evaluated: Evaluated | None) -> float | None:
-    return next((row["value"] for row in evaluated.measured("accuracy")), None) if evaluated else None
+    return evaluated.run.value("accuracy") if evaluated and evaluated.run.holds([("accuracy", "", "")]) else None
 
 
 def _duration(seconds: float) -> str:
@@ -134,12 +134,9 @@ def _duration(seconds: float) -> str:
 
 def _evaluation(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     """The verdict in sentences and in a picture, then the tables."""
-    sets: dict[str, dict[str, Any]] = {}
-    for _, evaluated in found:
-        sets |= evaluated.results["sets"]
     results = evaluations.stored(found)
-    told = "; ".join(f"{part['title']} ({part['group']}, {part['n_images']:,})" for part in sets.values())
-    notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run["notes"])
+    told = "; ".join(f"{part.title} ({part.group}, {part.n_images:,})" for part in results.sets.values())
+    notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run.notes)
     sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in evaluation.verdict(results))
     picture = figures.shown(figures.dots(results), f"{prefix}verdict")
     return (
@@ -155,7 +152,7 @@ def _scores(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     ranked = ranking(evaluations.stored(found))
     for record, evaluated in found:
         try:
-            scores = evaluation.read_scores(evaluated.folder, evaluated.run)
+            scores = evaluated.scores()
         except ValueError as error:
             told = f"cannot read its scores ({error}); make them again: {evaluated.command}"
             raise checks.UserError(f"{evaluated.folder}: {told}") from error
@@ -210,9 +207,9 @@ def _numbers(found: figures.Found) -> list[Table]:
     tables = [table("Numbers", plain, [("", [(record.name, (d.numbers, "")) for _, record, _, d in found])], "run")]
     rows = []
     for _, record, evaluated, diagnosis in found if of_ood else ():
-        sets, numbers = evaluated.results["sets"], diagnosis.numbers
+        sets, numbers = evaluated.results.sets, diagnosis.numbers
         names = [name for name in diagnosis.sets if f"{of_ood[0]}/{name}" in numbers]
-        under = [(sets[name]["title"], (numbers, f"/{name}")) for name in names]
+        under = [(sets[name].title, (numbers, f"/{name}")) for name in names]
         rows.append((record.name if len(found) > 1 else "", under))
     return [*tables, table("Numbers by OOD set", of_ood, rows, "OOD set")] if of_ood else tables
 
@@ -236,13 +233,12 @@ def _how(records: Sequence[Record], benchmarks: Sequence[str], context: Mapping[
         if record.info:
             facts[f"{record.name}: training"] = _facts(record.info, record.info.get("updated"))
         for benchmark, evaluated in record.evaluated.items():
-            results, checkpoint = evaluated.results, evaluated.run["checkpoint"] or "–"
-            seconds = f"; {results['seconds']:.0f} s" if "seconds" in results else ""
-            told = f"checkpoint {checkpoint}; {_facts(results, results.get('started'))}{seconds}"
-            facts[f"{record.name}: evaluation on {benchmark}"] = told
+            told, checkpoint = evaluated.told, evaluated.run.trained.checkpoint or "–"
+            how = f"checkpoint {checkpoint}; {_facts(told, told['started'])}; {told['seconds']:.0f} s"
+            facts[f"{record.name}: evaluation on {benchmark}"] = how
     facts["this report"] = _facts(context, context.get("started"))
     evaluations = (record.evaluated[b] for b in benchmarks[:1] for record in records if b in record.evaluated)
-    facts |= next((evaluated.results["conventions"] for evaluated in evaluations), {})
+    facts |= next((evaluated.told["conventions"] for evaluated in evaluations), {})
     return (as_html(table) if rows else "") + pages.definitions(facts)
 
 

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checks, evaluation, files, spreadsheet
+from .. import checks, evaluation, files, recipes, spreadsheet
 from ..data import open_benchmark
 from ..data.benchmarks import ImageBenchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
-from ..evaluation.results import FIT, TEST, VALIDATION, VALIDATION_OOD
+from ..evaluation.results import FIT, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
 from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
@@ -41,25 +41,44 @@ class Evaluated:
     """What an evaluation found of one run.
 
     Attributes:
-        folder: of the evaluation. results: its results.json. run: the part of it that is about this run.
+        folder: of the evaluation. told: its results.json. results: the same, read.
+        index: which of its runs this is.
         diagnosis: None until `diagnose_runs`, or where the features are gone.
         images: HTML of what `gallery.add` found; empty where it was not asked.
     """
 
     folder: Path
-    results: dict[str, Any]
-    run: dict[str, Any]
+    told: dict[str, Any]
+    results: Results
+    index: int = 0
     diagnosis: Diagnosis | None = None
     images: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> list[Evaluated]:
+        """Of each run that is told of in the folder of an evaluation."""
+        told = evaluation.read(folder)
+        results = Results.from_json(told)
+        return [cls(folder, told, results, index) for index in range(len(results.runs))]
+
+    @property
+    def run(self) -> RunResult:
+        """What it says of this run."""
+        return self.results.runs[self.index]
 
     @property
     def command(self) -> str:
         """What made it."""
-        return self.results.get("command") or "ood_fast.evaluation.write(folder, results, {})"
+        return self.told["command"] or "ood_fast.evaluation.write(folder, results, {})"
 
-    def measured(self, metric: str) -> list[dict[str, Any]]:
-        """The measurements of one metric."""
-        return [row for row in self.run["measurements"] if row["metric"] == metric]
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The folder of the cache of each set, as it was."""
+        return self.told["runs"][self.index]["outputs"]
+
+    def scores(self) -> dict[str, dict[str, np.ndarray]]:
+        """See `evaluation.read_scores`."""
+        return evaluation.read_scores(self.folder, self.told["runs"][self.index])
 
 
 @dataclass
@@ -89,15 +108,15 @@ class Record:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The settings of the training, or nothing."""
-        told = (evaluated.run.get("recipe") for evaluated in self.evaluated.values())
-        return self.info.get("recipe") or next((recipe for recipe in told if recipe), {})
+        told = (evaluated.run.trained.recipe for evaluated in self.evaluated.values())
+        return self.info.get("recipe") or next((recipes.as_dict(recipe) for recipe in told if recipe), {})
 
 
 def first_of_each(records: Sequence[Record]) -> list[Record]:
     """One run of each method, the first: whose plots stand for the others."""
     found: dict[Any, Record] = {}
     for record in records:
-        methods = [evaluated.run["method"] for evaluated in record.evaluated.values()]
+        methods = [evaluated.run.trained.method for evaluated in record.evaluated.values()]
         found.setdefault(methods[0] if methods else record.name, record)
     return list(found.values())
 
@@ -121,10 +140,9 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
         if not folder.is_dir():
             raise checks.UserError(f"{given}: no such folder, expected one of `ood-fast train` or `ood-fast evaluate`")
         if (folder / RESULTS).is_file():
-            results = evaluation.read(folder)
-            told = [(_told_folder(run), run["run"]) for run in results["runs"]]
+            evaluations = [Evaluated.read(folder)]
+            told = [(_told_folder(each), each.run.trained.name) for each in evaluations[0]]
             runs = [(path if (path / RUN).is_file() else None, name) for path, name in told]  # it may be gone
-            evaluations = [(folder, results)]
         else:
             runs = [(Path(path), path) for path in evaluation.paths_of(folder)]
             evaluations = list(_evaluations(folder))
@@ -132,10 +150,10 @@ def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
             key = str(path.resolve()) if path else name
             record = found.setdefault(key, _read(path, name))
             own = list(_evaluations(path)) if path and path != folder else []
-            for where, results in (*evaluations, *own, *_above(path)):
-                run = _entry(results, path, name, where, record.info.get("id"))
-                if run is not None and results["benchmark"] not in record.evaluated:
-                    record.evaluated[results["benchmark"]] = Evaluated(where, results, run)
+            for held in (*evaluations, *own, *_above(path)):
+                entry = _entry(held, path, name, record.info.get("id"))
+                if entry is not None:
+                    record.evaluated.setdefault(entry.results.benchmark, entry)
             if not record.info and not record.evaluated:
                 raise checks.UserError(
                     f"{path}: neither a run of `ood-fast train` ({RUN}) nor evaluated (eval/); expected one of them"
@@ -167,38 +185,36 @@ def _columns(file: Path) -> Columns:
         raise checks.UserError(f"{file}: cannot be read as a table of numbers ({error})") from error
 
 
-def _evaluations(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _evaluations(folder: Path) -> Iterator[list[Evaluated]]:
     for file in sorted(folder.glob(f"eval/*/{RESULTS}")):
-        yield file.parent, evaluation.read(file.parent)
+        yield Evaluated.read(file.parent)
 
 
-def _above(path: Path | None) -> list[tuple[Path, dict[str, Any]]]:
+def _above(path: Path | None) -> list[list[Evaluated]]:
     """Those of the folder around a run: `ood-fast evaluate RUNS` writes RUNS/eval, about RUNS/s0, RUNS/s1, ..."""
     with suppress(checks.UserError):  # a file that is not about this run must not stop its report
         return list(_evaluations(path.resolve().parent)) if path else []
     return []
 
 
-def _told_folder(run: Mapping[str, Any]) -> Path:
-    """What `run` names was seen from where the evaluation was made, and may be another run here."""
-    return Path(run.get("folder") or run["run"]).expanduser().resolve()
+def _told_folder(evaluated: Evaluated) -> Path:
+    """Where the run was. Its name was seen from where the evaluation was made, and may be another run here."""
+    return evaluated.run.trained.folder.expanduser().resolve()
 
 
-def _entry(
-    results: Mapping[str, Any], path: Path | None, name: str, where: Path, id_: str | None
-) -> dict[str, Any] | None:
-    """What results.json, in the folder `where`, says of a run, by its id. Where one of the two has none, folders that
-    were moved are known by their names."""
-    runs = results["runs"]
-    if id_ is not None and all(run.get("id") for run in runs):
-        same = [run for run in runs if run["id"] == id_]
+def _entry(held: Sequence[Evaluated], path: Path | None, name: str, id_: str | None) -> Evaluated | None:
+    """What an evaluation says of a run, by its id. Where one of the two has none, folders that were moved are known by
+    their names."""
+    ids = [(each.run.trained.info or {}).get("id") for each in held]
+    if id_ is not None and all(ids):
+        same = [each for each, of in zip(held, ids, strict=True) if of == id_]
     elif path is not None:
-        same = [run for run in runs if _told_folder(run) == path.resolve()]
-        if not same and path in where.parents:  # RUN/eval/BENCHMARK
-            same = runs if len(runs) == 1 else []
-        same = same or [run for run in runs if Path(run["run"]).name == path.name]
+        same = [each for each in held if _told_folder(each) == path.resolve()]
+        if not same and len(held) == 1 and path in held[0].folder.parents:  # RUN/eval/BENCHMARK
+            same = [*held]
+        same = same or [each for each in held if Path(each.run.trained.name).name == path.name]
     else:
-        same = [run for run in runs if run["run"] == name]
+        same = [each for each in held if each.run.trained.name == name]
     return same[0] if len(same) == 1 else None
 
 
@@ -225,8 +241,9 @@ def _missing(record: Record) -> list[str]:
     if not record.evaluated:
         found.append(f"evaluation and diagnostics: run {_evaluate_command(record)}")
     for benchmark, evaluated in record.evaluated.items():
-        then, now = evaluated.run.get("epochs"), record.info.get("epochs")
-        replaced = Path(evaluated.run["checkpoint"]).name in CHECKPOINTS.values()  # by the training that went on
+        trained, now = evaluated.run.trained, record.info.get("epochs")
+        then = (trained.info or {}).get("epochs")
+        replaced = Path(trained.checkpoint).name in CHECKPOINTS.values()  # by the training that went on
         if replaced and None not in (then, now) and then != now:
             again = evaluated.command
             found.append(f"evaluation on {benchmark} after the last epoch: it is of epoch {then} of {now}; run {again}")
@@ -284,9 +301,9 @@ def diagnose_runs(records: Sequence[Record], progress: Progress = no_progress) -
 def _outputs(record: Record, evaluated: Evaluated) -> dict[str, Path]:
     """The folder of the cache of each set, which may have been moved with the run; UserError if one is not there."""
     folders = {}
-    if FIT not in evaluated.run["outputs"]:
+    if FIT not in evaluated.outputs:
         raise checks.UserError("evaluated from stored features, not from a run")
-    for name, told in evaluated.run["outputs"].items():
+    for name, told in evaluated.outputs.items():
         if name in (VALIDATION, VALIDATION_OOD):
             continue
         below = Path(*Path(told).parts[-2:])
