@@ -15,7 +15,6 @@ There is no code in it: `models.create` makes the network from a name that the p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +93,7 @@ def save_bundle(
         state = {key: value.detach().cpu().clone() for key, value in unwrapped(model).state_dict().items()}
         models.save_checkpoint(state, staging / WEIGHTS)
         detectors.save(staging / DETECTORS, names, notes={"model": architecture, **preparation})
-        about["sha256"] = {name: _sha256(staging / name) for name in (WEIGHTS, DETECTORS)}
+        about["sha256"] = {name: files.sha256(staging / name) for name in (WEIGHTS, DETECTORS)}
         files.write_text(staging / ABOUT, json.dumps(about, indent=1) + "\n")
         files.write_text(staging / CARD, _card(Path(folder).name, about, named, card))
 
@@ -118,7 +117,7 @@ def load_bundle(folder: str | os.PathLike, model: nn.Module | str | None = None)
     if not whole or about["format"] != FORMAT or not set(PREPARED) <= set(about["preparation"]):
         raise ValueError(f"{folder / ABOUT}: is no bundle that ood_fast {__version__} reads")
     for name in (WEIGHTS, DETECTORS):
-        if about["sha256"].get(name) != _sha256(folder / name):
+        if about["sha256"].get(name) != files.sha256(folder / name):
             raise ValueError(f"{folder / name}: is damaged, or of another bundle: its checksum is not that of {ABOUT}")
     preparation, classes = about["preparation"], about["classes"]
     if model is None and (model := about.get("architecture")) is None:
@@ -130,10 +129,6 @@ def load_bundle(folder: str | os.PathLike, model: nn.Module | str | None = None)
     checks.instance("model", model, nn.Module, "an nn.Module, the name of one, or None")
     models.load_checkpoint(model, folder / WEIGHTS)
     return Bundle(model.eval(), load(folder / DETECTORS), preparation, None if classes is None else tuple(classes))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _card(title: str, about: Mapping[str, Any], named: Mapping[str, Detector], text: str) -> str:

@@ -44,6 +44,15 @@ class BusyError(OSError):
     """Another process is at work on the same file or folder."""
 
 
+def sha256(path: str | os.PathLike) -> str:
+    """Of the bytes of a file, in hexadecimal digits; OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A new empty file beside `path`, to be written; it replaces `path` when the context ends without an error.

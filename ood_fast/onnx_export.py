@@ -7,12 +7,11 @@
     outputs     logits (n, c), score (n,), is_ood (n,) bool: not score >= threshold; of k detectors (n, k)
 
 Without `threshold` that of the detector holds. `model.json` says all that a program in another language has to know.
+Weights and features above 2 GiB stand in `model.onnx.data`, which `model.onnx` reads from its own folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from .deployment import Deployed
 from .detectors import DetectorSet
 
 FORMAT = "ood_fast onnx 1"
-MOST = 2**31 - 2**20  # bytes of one ONNX file, which is a protocol buffer
+MOST = 2**31 - 2**20  # bytes of weights in one ONNX file, which is a protocol buffer; more stand beside it
 TOLERANCE = 1e-3  # of logits and scores between PyTorch and onnxruntime, relative to the largest of them
 OUTPUTS = ("logits", "score", "is_ood")
 
@@ -49,7 +48,7 @@ def write(
 ) -> dict[str, Any]:
     """Write `path` (.onnx) and the JSON of the same name, after onnxruntime gave what PyTorch gives; what JSON says.
 
-    Both files appear whole, or neither does.
+    The files appear whole, or none does.
 
     Args:
         deployed: what `ood_fast.deploy` gave, on the CPU.
@@ -59,7 +58,7 @@ def write(
         described: more for the JSON: how images come to be so, names of classes, ...
 
     Raises:
-        UserError: onnx, onnxscript or onnxruntime is not installed; more than 2 GiB of weights and features.
+        UserError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: the model or detector cannot be exported, or gives other numbers in onnxruntime.
         OSError: the files cannot be written.
     """
@@ -73,21 +72,20 @@ def write(
     state = [*module.parameters(), *module.buffers()]
     if any(tensor.device.type != "cpu" for tensor in (images, *state)):
         raise ValueError("deployed, images: got them on another device, expected the CPU: deployed.cpu()")
-    n_bytes = sum(t.nbytes for t in {t.data_ptr(): t for t in state}.values())
-    if n_bytes > MOST:
-        raise checks.UserError(
-            f"weights and detectors take {n_bytes / 2**30:.1f} GiB, more than the 2 GiB of an ONNX file; leave out the "
-            "detectors that keep their training features (KNN, NNGuide, ...)"
-        )
     with torch.no_grad():
         expected = module(images, module.threshold)
-    content = _exported(module, images)
-    _check(content, module, images, expected)
     said = _said(deployed, images, module) | dict(described or {})
-    said |= {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     with files.staged(path.parent) as staging:
-        (staging / path.name).write_bytes(content)
-        (staging / path.with_suffix(".json").name).write_text(json.dumps(said, indent=1, default=str) + "\n", "utf-8")
+        file = staging / path.name
+        _export(module, images, file)
+        _check(file, module, images, expected)
+        said |= {"file": file.name, "sha256": files.sha256(file)}
+        beside = file.with_name(f"{file.name}.data")
+        if beside.exists():
+            said |= {"weights": beside.name, "weights_sha256": files.sha256(beside)}
+        file.with_suffix(".json").write_text(json.dumps(said, indent=1, default=str) + "\n", "utf-8")
+    if "weights" not in said:
+        path.with_name(beside.name).unlink(missing_ok=True)  # of a larger one, which this replaced
     return said
 
 
@@ -133,7 +131,7 @@ def _told(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except ExportError:
+    except (ExportError, OSError):
         raise
     except Exception as error:  # the exporter and onnxruntime fail in every way
         root: BaseException = error
@@ -145,36 +143,35 @@ def _told(what: str) -> Iterator[None]:
         logging.disable(level)
 
 
-def _exported(module: Prepared, images: Tensor) -> bytes:
-    """The bytes of the ONNX file; `threshold` is an input with a value of its own."""
-    import onnx
-
+def _export(module: Prepared, images: Tensor, file: Path) -> None:
+    """The ONNX file, and one with the weights where they are many; `threshold` is an input with a value of its own."""
     with _told("PyTorch cannot export this model with its detectors to ONNX"):
         names: dict[str, Any] = {"input_names": ["images", "threshold"], "output_names": list(OUTPUTS)}
         names["dynamic_shapes"] = ({0: "batch"}, None)
         program = torch.onnx.export(module, (images, module.threshold.clone()), dynamo=True, verbose=False, **names)
         assert program is not None  # it is where dynamo=True
-        proto = program.model_proto
-        initial = onnx.numpy_helper.from_array(module.threshold.numpy(), "threshold")
-        proto.graph.initializer.append(initial)
+        from onnxscript import ir
+
+        graph = program.model.graph
+        (threshold,) = (given for given in graph.inputs if given.name == "threshold")
+        threshold.const_value = ir.tensor(module.threshold.numpy(), name="threshold")
+        graph.register_initializer(threshold)
         about = {"format": FORMAT, "ood_fast": __version__, "detectors": _names(module.deployed)}
         about["threshold"] = module.threshold.tolist()
-        for key, value in about.items():
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-        buffer = io.BytesIO()
-        onnx.save_model(proto, buffer)
-    return buffer.getvalue()
+        told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+        program.model.metadata_props.update(told)
+        held = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+        program.save(file, external_data=sum(held.values()) > MOST)
 
 
-def _check(content: bytes, module: Prepared, images: Tensor, expected: tuple[Tensor, ...]) -> None:
+def _check(file: Path, module: Prepared, images: Tensor, expected: tuple[Tensor, ...]) -> None:
     """ExportError unless onnxruntime gives the same for all images, for one, and with another threshold."""
     import onnxruntime
 
     with _told("onnxruntime cannot run the exported model"):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
         def run(rows: Tensor, **more: Any) -> list[Tensor]:
             return [torch.from_numpy(found) for found in session.run(OUTPUTS, {"images": rows.numpy(), **more})]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ood_fast import checks, cli, deployment, detectors, onnx_export
+from ood_fast import cli, deployment, detectors, files, onnx_export
 from ood_fast.detectors import MSP, NCI, DetectorSet, Energy
 
 pytest.importorskip("onnxruntime")
@@ -166,7 +166,7 @@ def test_what_cannot_be_exported_leaves_nothing(capsys, monkeypatch):
     deployed = deployment.deploy(WithoutExport(model), fitted(["MSP"], model)["MSP"])
     with pytest.raises(onnx_export.ExportError, match="cannot export this model"):
         onnx_export.write(deployed, "it.onnx", images())
-    monkeypatch.setattr(onnx_export, "_exported", lambda module, images: b"no model")
+    monkeypatch.setattr(onnx_export, "_export", lambda module, images, file: file.write_bytes(b"no model"))
     saved(["MSP"])
     assert cli.main([*EXPORT, "--out", "it.onnx"]) == 1
     assert "onnxruntime cannot run the exported model" in capsys.readouterr().err
@@ -180,13 +180,13 @@ def test_other_numbers_in_onnxruntime_are_found():
     detector = fitted(["MSP"], model)["MSP"]
     module = onnx_export.Prepared(deployment.deploy(model, detector), MEAN, STD, 3).eval()
     x = images(6)
-    content = onnx_export._exported(module, x)
+    onnx_export._export(module, x, Path("it.onnx"))
     logits, score, is_ood = (each.detach() for each in module(x, module.threshold))
-    onnx_export._check(content, module, x, (logits, score, is_ood))
+    onnx_export._check(Path("it.onnx"), module, x, (logits, score, is_ood))
     with pytest.raises(onnx_export.ExportError, match="another logits than PyTorch"):
-        onnx_export._check(content, module, x, (logits * 1.1, score, is_ood))
+        onnx_export._check(Path("it.onnx"), module, x, (logits * 1.1, score, is_ood))
     with pytest.raises(onnx_export.ExportError, match="another score than PyTorch"):
-        onnx_export._check(content, module, x, (logits, score + 0.1, is_ood))
+        onnx_export._check(Path("it.onnx"), module, x, (logits, score + 0.1, is_ood))
 
 
 def test_refuses(monkeypatch):
@@ -203,9 +203,26 @@ def test_refuses(monkeypatch):
             onnx_export.write(*arguments)
     with pytest.raises(TypeError, match="deployed: got Sequential"):
         onnx_export.write(model, "it.onnx", images())
+
+
+def test_many_weights_stand_beside_the_file(monkeypatch):
+    """What one protocol buffer cannot hold; told of in the JSON, and gone with the next file of the name."""
+    model = build()
+    deployed = deployment.deploy(model, fitted(["KNN"], model)["KNN"])
+    x = images()
+    whole = onnx_export.write(deployed, "folder/it.onnx", x)
     monkeypatch.setattr(onnx_export, "MOST", 100)
-    with pytest.raises(checks.UserError, match="more than the 2 GiB"):
-        onnx_export.write(deployed, "it.onnx", images())
+    said = onnx_export.write(deployed, "folder/it.onnx", x)
+    assert said["weights"] == "it.onnx.data"
+    assert said["weights_sha256"] == files.sha256("folder/it.onnx.data")
+    assert json.loads(Path("folder/it.json").read_text())["weights"] == "it.onnx.data"
+    Path("folder").rename("elsewhere")
+    found = session("elsewhere/it.onnx").run(["logits", "score"], {"images": x.numpy()})
+    for one, expected in zip(found, deployed(x), strict=False):
+        torch.testing.assert_close(torch.from_numpy(one), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(onnx_export, "MOST", 2**30)
+    assert onnx_export.write(deployed, "elsewhere/it.onnx", x)["sha256"] == whole["sha256"]
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["it.json", "it.onnx"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ epochs/0010.ckpt  state_dicts, if asked for
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -155,7 +154,7 @@ class RunFolder:
 def file_key(path: str | os.PathLike) -> str:
     """What tells the bytes of a checkpoint from others; UserError if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return files.sha256(path)[:16]
     except OSError as error:
         raise checks.UserError(f"init: {path}: {error.strerror or error}") from error
 
