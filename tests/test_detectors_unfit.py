@@ -277,6 +277,9 @@ def test_a_parameter_set_by_hand_is_as_if_made_with_it_or_refused(name):
             one = fit(make(name))
             before = one.score_features(z, f)
             one.calibrate(before)
+            if value != old:
+                with pytest.raises(RuntimeError, match=f"was fitted or calibrated with .*{parameter}=.*: make it with"):
+                    make(name).changed(**{parameter: value}).load_state_dict(one.state_dict())
             if one.needs_fit and (one.state or not one.needs_head):
                 with pytest.raises(ValueError, match=f"{parameter}: got .* after a fit with"):
                     setattr(one, parameter, value)
@@ -286,6 +289,22 @@ def test_a_parameter_set_by_hand_is_as_if_made_with_it_or_refused(name):
                 assert one.threshold is None
                 assert parameter in one.given
                 torch.testing.assert_close(one.score_features(z, f), other)
+
+
+@pytest.mark.filterwarnings("ignore:KNN")
+def test_a_state_dict_belongs_to_parameters(tmp_path):
+    z, f, y, head = data()
+    one = KNN(dtype=torch.float16).fit_features(z[:20])  # k is lowered to 20
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    fresh = KNN(dtype=torch.float16)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert fresh.k == 20
+    assert fresh.fit_features(z).k == one.fit_features(z).k == 40, "the default is back, and lowered anew"
+    both = DetectorSet({"near": KNN(k=3), "ash": detectors.ASH(p=90)}).fit_features(z, f, y, head)
+    other = DetectorSet({"near": KNN(k=4), "ash": detectors.ASH(p=65)})
+    with pytest.raises(RuntimeError, match=r"detectors\.0: was fitted or calibrated with k=3, this KNN has k=4"):
+        other.load_state_dict(both.state_dict())
+    assert torch.equal(other["ash"].score_features(z), detectors.ASH(p=65).fit_features(None, head=head)(z))
 
 
 def test_a_parameter_set_by_hand_is_checked_and_begins_no_second_fit():

@@ -326,10 +326,34 @@ class Detector(Contract):
             method, self.settings(), calibrated, dict(self.state_dict()), self.fitted_on, self.input_range
         )
 
+    # What it keeps belongs to its parameters: beside the buffers, where torch keeps the version of a module.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if about := getattr(destination, "_metadata", {}).get(prefix[:-1]):
+            simple = (type(None), bool, int, float, str, tuple, list, dict, torch.dtype)
+            plain = {name: value for name, value in self.settings().items() if isinstance(value, simple)}
+            about.update(settings=plain, lowered=dict(self.lowered))
+
     # A fresh detector has no buffers to copy into: take their shapes from the state_dict.
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.fitted_on = self.input_range = None  # a state_dict says nothing of the model but its head
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         names = [name for name in self.buffer_names() if prefix + name in state_dict]
+        theirs, lowered = (local_metadata.get(kept, {}) for kept in ("settings", "lowered"))
+        mine = {name: self.lowered.get(name, value) for name, value in self.settings().items()}
+        asked = {**theirs, **lowered}
+        others = [name for name in asked if name in mine and asked[name] != mine[name]]
+        of_head = {prefix + "head_weight", prefix + "head_bias"}
+        if others and any(key.startswith(prefix) and key not in of_head for key in state_dict):
+            theirs, mine = (", ".join(f"{name}={of[name]!r}" for name in others) for of in (asked, mine))
+            args[-1].append(
+                f"{prefix[:-1] or self.label}: was fitted or calibrated with {theirs}, this {self.label} has {mine}: "
+                f"make it with {theirs}"
+            )
+            return
+        if names and theirs:  # a default is as it was, or was lowered, for what is loaded
+            vars(self).update({name: theirs[name] for name in {*self.lowered, *lowered}}, lowered=dict(lowered))
+        self.fitted_on = self.input_range = None  # a state_dict says nothing of the model but its head
         for name in names:
             setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         if "head_weight" in names and "head_bias" not in names:
@@ -337,7 +361,7 @@ class Detector(Contract):
         if names:  # what belongs to an earlier fit must not stay beside what is loaded
             for name in set(self.optional_state).difference(names):
                 setattr(self, name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if "head_weight" in names and not self.head_weight.is_meta:
             self.fitted_on = identity_of_head(self.head_weight, self.head_bias)
 
