@@ -59,11 +59,9 @@ def test_refuses():
         OODMetrics(loader(), {"far": loader()}, ["KNN"])(classifier())
 
 
-def test_lightning(tmp_path):
-    """Two epochs, logged by its own logger; the weights are those of a training without the callback."""
-    lightning = pytest.importorskip("lightning")
-    assert issubclass(OODMetrics, lightning.pytorch.Callback)
-    from lightning.pytorch.loggers import CSVLogger
+def by_lightning(logger, *callbacks) -> nn.Module:
+    """What Lightning trains in two epochs."""
+    import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -76,26 +74,45 @@ def test_lightning(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def trained(*callbacks) -> Module:
-        torch.manual_seed(0)
-        module = Module()
-        trainer = lightning.Trainer(
-            max_epochs=2,
-            logger=CSVLogger(tmp_path) if callbacks else False,
-            callbacks=list(callbacks),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-        )
-        trainer.fit(module, train)
-        return module
-
-    train = loader(shuffle=True)
+    torch.manual_seed(0)
+    module, silent = Module(), ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    given = {"max_epochs": 2, "logger": logger, "callbacks": list(callbacks), "accelerator": "cpu"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers
-        metrics = OODMetrics(loader(), {"far": loader(shift=2.0)}, ["MSP", "NCI"], fit=train, model="net")
-        module, plain = trained(metrics), trained()
+        lightning.Trainer(**given, **dict.fromkeys(silent, False)).fit(module, loader(shuffle=True))
+    return module
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow", "tensorboard"])
+def test_loggers_of_others(package, tmp_path, monkeypatch):
+    """They take the names and numbers, where they are installed."""
+    pytest.importorskip(package)
+    loggers = pytest.importorskip("lightning").pytorch.loggers
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = {
+        "wandb": lambda: loggers.WandbLogger(offline=True, save_dir=tmp_path),
+        "mlflow": lambda: loggers.MLFlowLogger(tracking_uri=f"file:{tmp_path}"),
+        "tensorboard": lambda: loggers.TensorBoardLogger(tmp_path),
+    }[package]()
+    taken, log = [], logger.log_metrics
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: (taken.append(metrics), log(metrics, step)))
+    by_lightning(logger, OODMetrics(loader(), {"far": loader(shift=2.0)}, ["MSP"], model="net"))
+    assert sum("ood/far/MSP/auroc" in found for found in taken) == 2
+    if package == "mlflow":
+        assert "ood/far/MSP/auroc" in logger.experiment.get_run(logger.run_id).data.metrics
+    if package == "wandb":
+        assert "ood/far/MSP/auroc" in logger.experiment.summary._as_dict()
+        logger.experiment.finish()
+
+
+def test_lightning(tmp_path):
+    """Two epochs, logged by its own logger; the weights are those of a training without the callback."""
+    lightning = pytest.importorskip("lightning")
+    assert issubclass(OODMetrics, lightning.pytorch.Callback)
+    from lightning.pytorch.loggers import CSVLogger
+
+    metrics = OODMetrics(loader(), {"far": loader(shift=2.0)}, ["MSP", "NCI"], fit=loader(), model="net")
+    module, plain = by_lightning(CSVLogger(tmp_path), metrics), by_lightning(False)
     for one, other in zip(module.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
     assert len(metrics.history) == 2
