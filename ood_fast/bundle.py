@@ -57,7 +57,7 @@ class Bundle(NamedTuple):
 
 
 def save_bundle(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     model: nn.Module,
     detectors: Detector | DetectorSet,
     preparation: Mapping[str, Any],
@@ -98,7 +98,7 @@ def save_bundle(
         files.write_text(staging / CARD, _card(Path(folder).name, about, named, card))
 
 
-def load_bundle(folder: str | os.PathLike, model: nn.Module | str | None = None) -> Bundle:
+def load_bundle(folder: str | os.PathLike[str], model: nn.Module | str | None = None) -> Bundle:
     """What `save_bundle` wrote, on the CPU.
 
     Args:

@@ -37,16 +37,16 @@ class CapturedFeatures:
             )
         return self._features
 
-    def keep(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None, output: Any = None) -> None:
+    def keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, output: Any = None) -> None:
         """Forward hook of the head; keeps nothing of passes that another call made."""
         if any(captured is self for captured in _CAPTURING.get()):
             (self._features,) = (*args, *(kwargs or {}).values())  # a linear layer takes one argument
             self.dtype = getattr(output, "dtype", None)
 
-    def keeping(self, key: Hashable, read: Callable[[Any], Tensor]) -> Callable:
+    def keeping(self, key: Hashable, read: Callable[[Any], Tensor]) -> Callable[..., Any]:
         """A forward hook that keeps read(output) of a layer's last run as `self.read[key]`."""
 
-        def keep(_: nn.Module, args: tuple, output: Any) -> None:
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if any(captured is self for captured in _CAPTURING.get()):
                 self.read[key] = read(output)
 

@@ -277,7 +277,7 @@ def index_range(y: Tensor, n_classes: int, ignore_index: int) -> bool:
     return low <= ignore_index <= high
 
 
-def writable_folder(argument: str, path: str | os.PathLike) -> Path:
+def writable_folder(argument: str, path: str | os.PathLike[str]) -> Path:
     """The folder `path`, if it exists and can be written or could be made; UserError otherwise. Makes nothing."""
     folder = Path(path).expanduser()
     nearest = folder

@@ -38,7 +38,7 @@ ALIKE = ("benchmark", "class_names", "image_shape", "training_images", "validati
 
 
 def recipes_of(
-    benchmark: str, losses: Iterable[str], recipe: str | os.PathLike | None = None, changes: Iterable[str] = ()
+    benchmark: str, losses: Iterable[str], recipe: str | os.PathLike[str] | None = None, changes: Iterable[str] = ()
 ) -> dict[str, TrainingRecipe]:
     """A recipe for each loss, alike in all but the loss.
 
@@ -106,7 +106,7 @@ class Comparison:
         checkpoint: "best" on validation images, or "final".
     """
 
-    folder: str | os.PathLike
+    folder: str | os.PathLike[str]
     recipes: Mapping[str, TrainingRecipe]
     seeds: Sequence[int]
     benchmark_of: Callable[[int], ImageBenchmark]
@@ -203,7 +203,7 @@ class Comparison:
 
 
 def open_runs(
-    paths: Iterable[str | os.PathLike], benchmark_of: Callable[[int], ImageBenchmark], model: Any = None
+    paths: Iterable[str | os.PathLike[str]], benchmark_of: Callable[[int], ImageBenchmark], model: Any = None
 ) -> list[Trained]:
     """Runs that are trained already, as methods by their loss where that tells them apart.
 
@@ -258,7 +258,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def free_folder(path: str | os.PathLike) -> Path:
+def free_folder(path: str | os.PathLike[str]) -> Path:
     """The folder `path` if a comparison can be written there: missing, empty, or of an earlier one; else UserError."""
     try:
         folder = check_folder(path)

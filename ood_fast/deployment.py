@@ -18,6 +18,7 @@ import inspect
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +210,7 @@ class _Seen:
     def __init__(self) -> None:
         self.features: dict[int, Tensor] = {}  # by thread: servers call one module from several
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (self.features[self._place()],) = (*args, *kwargs.values())
 
     def take(self) -> Tensor:

@@ -54,7 +54,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new empty file beside `path`, to be written; it replaces `path` when the context ends without an error.
 
     It is on the disk then. Permissions are those of the file that was there; of a link, the file that it names is
@@ -92,14 +92,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     _sync(target.parent)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 by `replacing`; names of files that are none as JSON has them, \\udcff for the byte ff."""
     with replacing(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         file.write(text)
 
 
 @contextmanager
-def staged(folder: str | os.PathLike) -> Iterator[Path]:
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to be filled; when the context ends without an error, what is in it takes its place in `folder`.
 
     Files and folders of the same names are replaced, others stay. Replacing several is not one step for the system: a
@@ -135,7 +135,7 @@ def staged(folder: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
-def settle(folder: str | os.PathLike) -> None:
+def settle(folder: str | os.PathLike[str]) -> None:
     """Complete what a killed `staged` had begun to put in place; for readers of the folder."""
     folder = Path(folder)
     if any(folder.glob(".staged.*.whole")):
@@ -169,7 +169,7 @@ def _move_in(whole: Path, folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike, wait: float | None = WAIT) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], wait: float | None = WAIT) -> Iterator[None]:
     """Until this context ends, no other process is inside it for the same file or folder, which exists.
 
     Systems and network disks without such locks (Windows, some NFS) let everyone in.
@@ -234,7 +234,7 @@ def _beginning(path: Path, n_more: int = 64) -> str:
     return os.fsencode(name)[:150].decode(errors="ignore") + "." + digest
 
 
-def remove_left_behind(path: str | os.PathLike) -> None:
+def remove_left_behind(path: str | os.PathLike[str]) -> None:
     """Remove the parts of `path` whose writers are no longer there."""
     path = Path(path)
     beginning = _beginning(path) + "."

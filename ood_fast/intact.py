@@ -33,7 +33,7 @@ def memory() -> float:
         return math.inf
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds.
 
     Raises:
@@ -58,7 +58,7 @@ def checksum_of(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def seal(path: str | os.PathLike) -> None:
+def seal(path: str | os.PathLike[str]) -> None:
     """Put a checksum behind the content of a file whose readers, as those of .npy, do not look there."""
     with open(path, "r+b") as file:
         ending = END + b"%08x" % _crc(file, os.path.getsize(path))
@@ -66,7 +66,7 @@ def seal(path: str | os.PathLike) -> None:
         file.write(ending)
 
 
-def check_seal(path: str | os.PathLike) -> None:
+def check_seal(path: str | os.PathLike[str]) -> None:
     """ValueError unless the file is as `seal` left it. Reads all of it."""
     n_bytes = os.path.getsize(path) - len(END) - 8
     with open(path, "rb") as file:
@@ -84,7 +84,7 @@ def _crc(file: Any, n_bytes: int) -> int:
 # ---- zip archives, as .npz and torch's files
 
 
-def check_zip(path: str | os.PathLike) -> None:
+def check_zip(path: str | os.PathLike[str]) -> None:
     """ValueError if a file that is a zip archive, as torch's are, has parts that do not agree with their checksums.
 
     torch.load does not look at them: a flipped bit would be a weight. Other damage raises what zipfile raises.
@@ -99,7 +99,7 @@ def check_zip(path: str | os.PathLike) -> None:
             raise ValueError(f"is damaged: {damaged} does not agree with its checksum")
 
 
-def read_npz(path: str | os.PathLike, names: Container[str] | None = None) -> dict[str, np.ndarray | None]:
+def read_npz(path: str | os.PathLike[str], names: Container[str] | None = None) -> dict[str, np.ndarray | None]:
     """The arrays of a .npz file; None in the place of those that are not among `names`.
 
     Raises:
@@ -126,7 +126,7 @@ def read_npz(path: str | os.PathLike, names: Container[str] | None = None) -> di
         raise UserError(f"{path}: is damaged, or not a file of .npz ({reason})") from error
 
 
-def _size(path: str | os.PathLike, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+def _size(path: str | os.PathLike[str], name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """What the header promises, in bytes; UserError unless the archive holds as many."""
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)

@@ -258,7 +258,7 @@ def _check_made_by(head_weight: Tensor, logits: Tensor) -> None:
         )
 
 
-def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple | None:
+def _class_shards(logits: Tensor, head_weight: Tensor, y: Tensor) -> tuple[Any, ...] | None:
     """(logits, W, y, mesh) of this rank's classes, where tensor parallelism shards the head; None otherwise."""
     if not hasattr(head_weight, "full_tensor"):
         return None

@@ -194,11 +194,11 @@ class Monitor:
             raise ValueError(f"{name}: damaged, or no state of a Monitor ({error})") from error
         return made
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` as JSON, whole or not at all; OSError where it cannot be."""
         files.write_text(path, json.dumps(self.state_dict()) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Monitor:
+    def load(cls, path: str | os.PathLike[str]) -> Monitor:
         """What `save` wrote. OSError where it cannot be read, ValueError, with the path, where it is damaged."""
         return cls.from_state_dict(intact.read_json(path), str(path))

@@ -40,7 +40,7 @@ class ExportError(RuntimeError):
 
 def write(
     deployed: Deployed,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     images: Tensor,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),

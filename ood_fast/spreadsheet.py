@@ -47,7 +47,7 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         write_records(file, list(records), "\r\n")
 
 
-def read_rows(path: str | os.PathLike, errors: str = "strict") -> list[list[str]]:
+def read_rows(path: str | os.PathLike[str], errors: str = "strict") -> list[list[str]]:
     """What `write_rows` wrote, as text, the header first. `errors`: as of `open`, of bytes that are no UTF-8.
 
     Raises:
@@ -64,7 +64,7 @@ def read_rows(path: str | os.PathLike, errors: str = "strict") -> list[list[str]
     return rows
 
 
-def read_records(path: str | os.PathLike) -> list[dict[str, str]]:
+def read_records(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """What `write_records` wrote, as text; raises as `read_rows`."""
     header, *rows = read_rows(path)
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -1,11 +1,16 @@
-"""How values of settings are written, by the type of their field; imports no torch."""
+"""How values of settings are written, by the type of their field, and short names of types; imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+AnyPath = str | os.PathLike[str]
+Grid = Mapping[str, Iterable[Any]]  # parameter -> the candidates of its search
+Grids = Mapping[str, Grid]  # of each detector
 
 
 @dataclass(frozen=True)

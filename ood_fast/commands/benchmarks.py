@@ -45,7 +45,7 @@ class Benchmarks:
         self.layout = options.layout or (self.trained_on.get("layout") if same else None) or "auto"
         self.folders = _folders("--ood-folder", options.ood_folder)
         self.csid_folders = _folders("--csid-folder", options.csid_folder)
-        self.opened: dict[tuple, ImageBenchmark] = {}
+        self.opened: dict[tuple[Any, ...], ImageBenchmark] = {}
         self.told: set[str] = set()
 
     def open(

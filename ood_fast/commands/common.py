@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata, util
@@ -21,7 +21,7 @@ from .. import __version__, checks, features, ops
 from ..checks import UserError
 from ..detectors import Detector, DetectorSet, find, in_all, known, load, store
 from ..processes import Processes
-from ..values import KINDS
+from ..values import KINDS, Grids
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "rich")
 
@@ -142,9 +142,9 @@ def detector_set(names: str, settings: list[str], on_features: bool) -> Detector
         raise UserError(f"--set: {error}") from error
 
 
-def searched(settings: list[str], chosen: DetectorSet) -> dict[str, dict[str, tuple]]:
+def searched(settings: list[str], chosen: DetectorSet) -> Grids:
     """The grids of the detectors that `--set` speaks of, without what it sets."""
-    grids: dict[str, dict[str, tuple]] = {}
+    grids: dict[str, dict[str, Iterable[Any]]] = {}
     for text in settings:
         name, _, parameter = text.partition("=")[0].strip().partition(".")
         name = find(name).__name__

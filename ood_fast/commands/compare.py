@@ -18,6 +18,7 @@ from ..recipes import DETECTORS, LOSSES
 from ..report import charts, figures, gallery, page
 from ..report.runs import diagnose_runs, first_of_each, open_records
 from ..train import DivergedError, Interrupted, Run
+from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
@@ -142,7 +143,7 @@ def _info(path: str) -> dict[str, Any]:
     return run_info(first)
 
 
-def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, dict[str, dict[str, tuple]]]:
+def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, Grids]:
     """The detectors with what was set of them, and what is searched of each."""
     names = [find(name).__name__ for name in listed(options.detectors)] if options.detectors != "all" else []
     if len(set(names)) < len(names):

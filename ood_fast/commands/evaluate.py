@@ -18,6 +18,7 @@ from ..data import ImageBenchmark
 from ..detectors import DetectorSet, LayerDetector, find, in_all
 from ..evaluation import Results, Trained
 from ..evaluation.trained import default_folder
+from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
@@ -153,7 +154,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--download: every process would fetch the same files; download in one process first")
 
 
-def _request(options: argparse.Namespace, chosen: DetectorSet, grids: dict[str, dict[str, tuple]]) -> dict[str, Any]:
+def _request(options: argparse.Namespace, chosen: DetectorSet, grids: Grids) -> dict[str, Any]:
     """What decides the results of a run: those of another request are other results."""
     detectors = {
         name: {

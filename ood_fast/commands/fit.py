@@ -179,10 +179,10 @@ class _FeatureData:
 
     class_names = None
 
-    def __init__(self, head: tuple | None, options: argparse.Namespace) -> None:
+    def __init__(self, head: tuple[Any, ...] | None, options: argparse.Namespace) -> None:
         self.head, self.options, self.notes = head, options, {}
 
-    def _batches(self, path: str, process: Processes, bar: Bar) -> Iterable:
+    def _batches(self, path: str, process: Processes, bar: Bar) -> Iterable[Any]:
         for index, stored in enumerate(features.batches(path)):
             if index % process.size == process.rank:
                 yield stored.with_logits(self.head)

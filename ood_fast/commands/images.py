@@ -57,7 +57,7 @@ class Images:
         except RowError as error:
             raise ValueError(f"image {self.paths[error.in_batch]}: {error.text.replace(ROW, 'this one')}") from error
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         rows = torch.utils.data.Subset(self.dataset, self.rows)
         has_classes = self.dataset.source.classes is not None
         first = self.rows.start

@@ -127,7 +127,7 @@ class ScoreTable:
         """
         self.bad.append((position, path))
 
-    def _append(self, rows: Iterable[tuple]) -> None:
+    def _append(self, rows: Iterable[tuple[Any, ...]]) -> None:
         lines = [json.dumps(row) for row in sorted((*self.bad, *rows), key=lambda row: row[0])]
         self.bad = []
         try:

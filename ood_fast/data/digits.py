@@ -15,6 +15,8 @@ deviation of the training images.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def _stratified_split(
     labels: np.ndarray, classes: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers of the train, validation and test images, the same shares of every class."""
-    parts: tuple[list, list, list] = ([], [], [])
+    parts: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     for label in classes:
         rows = rng.permutation(np.flatnonzero(labels == label))
         n_test, n_validation = round(TEST_SHARE * len(rows)), round(VALIDATION_SHARE * len(rows))

@@ -124,7 +124,7 @@ class Listing:
         self.left_out.setdefault(why, []).append(name)
 
 
-def _kind(entry: os.DirEntry) -> str:
+def _kind(entry: os.DirEntry[str]) -> str:
     """ "folder", "file", or what else it is."""
     try:
         if entry.is_dir():

@@ -231,7 +231,7 @@ def mixed(*numbers: int) -> int:
 # ---- the data set
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset[Any]):
     """A map-style data set: `dataset[i]` is (x, y), x float32 (channels, height, width), y int.
 
     With `augment_seed`, `transform` draws random numbers: those of image i in epoch e depend on (seed, e, i) alone, not
@@ -246,7 +246,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         source: Source,
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         title: str = "",
         group: str = "id",
@@ -333,7 +333,7 @@ def prepared_as(said: Mapping[str, Any]) -> Callable[[Any], Tensor]:
 
 
 @functools.lru_cache
-def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, flip: bool = True) -> Callable:
+def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, flip: bool = True) -> Callable[..., Any]:
     """The same with random crops and flips. `kind`: "pad_crop" pads by 4 and cuts `crop`×`crop`; "resized_crop" cuts
     8 to 100 % of the area and scales it."""
     transforms = torchvision().transforms
@@ -346,6 +346,6 @@ def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, f
     return transforms.Compose([*steps, *_normalised(mean, std)])
 
 
-def _normalised(mean: Colour, std: Colour) -> tuple:
+def _normalised(mean: Colour, std: Colour) -> tuple[Any, ...]:
     transforms = torchvision().transforms
     return transforms.ToTensor(), transforms.Normalize(mean, std)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from .. import checks
 
 
-def batched(dataset: Dataset, **keywords: Any) -> Iterable[Any]:
+def batched(dataset: Dataset[Any], **keywords: Any) -> Iterable[Any]:
     """(x, y) of a data set, batch by batch; the keywords are those of `DataLoader`, with `batch_size` or a
     `batch_sampler`. Images that lie in memory are taken from there: no workers, no image by itself."""
     held = held_in_memory(dataset)
@@ -26,7 +26,7 @@ def batched(dataset: Dataset, **keywords: Any) -> Iterable[Any]:
     return _Held(*held, [slice(i, i + size) for i in range(0, len(held[0]), size)] if batches is None else batches)
 
 
-def held_in_memory(dataset: Dataset) -> tuple[Tensor, Tensor] | None:
+def held_in_memory(dataset: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
     """All x and all y of a data set as tensors, or None; of a `Subset` whose rows are a range too."""
     if isinstance(dataset, Subset):
         held = held_in_memory(dataset.dataset) if isinstance(dataset.indices, range) else None
@@ -45,7 +45,7 @@ class _Held:
         return ((self.images[rows], self.targets[rows]) for rows in self.batches)
 
 
-class ErrorsAsItems(Dataset):
+class ErrorsAsItems(Dataset[Any]):
     """A data set that gives the UserError of an item in its place. `read(index)` gives an item, default itself."""
 
     def __init__(self, dataset: Any, read: Any = None) -> None:
@@ -61,10 +61,10 @@ class ErrorsAsItems(Dataset):
             return error
 
 
-class Loader(DataLoader):
+class Loader(DataLoader[Any]):
     """A DataLoader of (x, y) that raises the UserError of an image that cannot be read as it is."""
 
-    def __init__(self, dataset: Dataset, **keywords: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], **keywords: Any) -> None:
         super().__init__(ErrorsAsItems(dataset), collate_fn=_joined, **keywords)
 
     def __iter__(self) -> Iterator[Any]:

@@ -53,7 +53,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def safe_unpickle(path: Path) -> dict:
+def safe_unpickle(path: Path) -> dict[str, Any]:
     """The dict in a pickle of arrays, lists, strings and numbers; UserError for anything else."""
     try:
         with open(path, "rb") as file:

@@ -43,7 +43,7 @@ class BlockNorm(LayerDetector):
 
 @torch.no_grad()
 def norm_ratios(
-    model: nn.Module, loader: Iterable, layers: Sequence[str] | None = None, *, pieces: int = 4, seed: int = 0
+    model: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None, *, pieces: int = 4, seed: int = 0
 ) -> dict[str, float]:
     """NormRatio of each layer: the mean of the norm of an image over that of the same image as a jigsaw puzzle.
 

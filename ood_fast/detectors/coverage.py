@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class NAC(Detector):
     state = ("coverage",)  # (M − 1, Σ m_l), from 0 to 1
     needs_features = True
     needs_head = True
-    grid: ClassVar[Mapping[str, tuple]] = {"alpha": (1.0, 50.0, 100.0, 3000.0), "full": (10.0, 50.0)}  # the authors'
+    grid = {"alpha": (1.0, 50.0, 100.0, 3000.0), "full": (10.0, 50.0)}  # the authors'
     coverage: Tensor
 
     def __init__(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -19,6 +18,7 @@ from ..eager.precision import is_exporting
 from ..heads import given_head
 from ..models.running import Batch, batches_of, joined, refuse_meta, refuse_probabilities, run_model, warn_other_range
 from ..models.weights import Weights, identity_of_head, refuse_other
+from ..values import AnyPath, Grid
 from . import registry, store, streaming, threshold
 from .base import Contract
 from .fitting import Fit, Head
@@ -86,7 +86,7 @@ class Detector(Contract):
     def fit(
         self,
         model: nn.Module,
-        loader: Iterable,
+        loader: Iterable[Any],
         head: str | nn.Linear | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Detector:
@@ -269,7 +269,7 @@ class Detector(Contract):
         made.given = self.given
         return made
 
-    def variants(self, grid: Mapping[str, Iterable] | None = None) -> Iterator[Detector]:
+    def variants(self, grid: Grid | None = None) -> Iterator[Detector]:
         """A new detector for every combination of `grid` (default: the class's), the other parameters as here.
 
         Each takes part in a fit that has begun here, so that one pass over the data serves them all. What is already
@@ -288,7 +288,7 @@ class Detector(Contract):
     # ---- files
 
     def save(
-        self, path: str | os.PathLike, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
+        self, path: AnyPath, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write the fitted detector to a safetensors file; `ood_fast.detectors.load(path)` reads it.
 
@@ -368,7 +368,7 @@ class Detector(Contract):
 
 def save_named(
     named: Mapping[str, Detector],
-    path: str | os.PathLike,
+    path: AnyPath,
     class_names: Iterable[str] | None,
     notes: Mapping[str, Any] | None,
     kind: str = "detector",

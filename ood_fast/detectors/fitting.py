@@ -183,7 +183,7 @@ class Fit:
     @functools.cached_property
     def parts(self) -> list[streaming.Gathered]:
         """What they gather, from the first look on."""
-        pool: dict[tuple, streaming.Gathered] = {}
+        pool: dict[tuple[Any, ...], streaming.Gathered] = {}
         for detector in self.detectors:
             if self.anew or detector.gathered is None:
                 gathered = detector.gathers().items()
@@ -204,7 +204,7 @@ class Fit:
         return readings_of(self.detectors)
 
     def run(
-        self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None, group: dist.ProcessGroup | None
+        self, model: nn.Module, loader: Iterable[Any], head: str | nn.Linear | None, group: dist.ProcessGroup | None
     ) -> None:
         """All of it, on one pass of `model` over `loader`."""
         refuse_meta(model)
@@ -228,7 +228,7 @@ class Fit:
             self.finish(layer, group)
             reached = [] if reach is None else [float(reach)]
             if group is not None:
-                everyone: list = [None] * dist.get_world_size(group)
+                everyone: list[Any] = [None] * dist.get_world_size(group)
                 dist.all_gather_object(everyone, reached, group)
                 reached = [each for of_rank in everyone for each in of_rank]
             for detector in self.given:

@@ -40,7 +40,7 @@ class EachLayer(streaming.Gathered):
         """Where the rows are."""
         return next(part.like for parts in self.parts for part in parts.values())
 
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """Equal for two that gather the same thing."""
         return (type(self), self.layers, *(part.key() for parts in self.parts for part in parts.values()))
 

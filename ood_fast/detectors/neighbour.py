@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class KNN(Detector):
     needs_features = True
     state = ("bank", "mean", "squares")  # squares: ‖x − mean‖² of each row x of the bank
     optional_state = ("recall",)  # (): the share of the k nearest that the approximate index finds
-    grid: ClassVar[Mapping[str, tuple]] = {"k": (50, 100, 200, 500, 1000)}
+    grid = {"k": (50, 100, 200, 500, 1000)}
 
     def __init__(
         self,
@@ -319,7 +319,7 @@ class CombOOD(KNN):
     """
 
     state = (*KNN.state, "centre", "whitening")
-    grid: ClassVar[Mapping[str, tuple]] = {}
+    grid = {}
 
     def __init__(
         self,
@@ -376,7 +376,7 @@ class Relation(Detector):
     needs_features = True
     needs_logits = True
     state = ("bank", "softmax")
-    grid: ClassVar[Mapping[str, tuple]] = {"pow": (1, 2, 4, 6, 8)}
+    grid = {"pow": (1, 2, 4, 6, 8)}
 
     def __init__(
         self,

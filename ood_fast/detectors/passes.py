@@ -6,7 +6,7 @@ logits of all passes (`LOOKS`). They run the model by themselves, also in a set,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,14 +174,14 @@ class _Thinning(TorchFunctionMode):
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.dropped = 0  # calls
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As torch calls it for every function of a tensor."""
         kwargs = kwargs or {}
         if func in (F.dropout, *_WHOLE_CHANNELS, *_ALPHA):
             return self._drop(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _drop(self, func: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    def _drop(self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         if p <= 0:
             return input
         self.dropped += 1
@@ -419,7 +419,7 @@ class Ensemble(SeveralPasses):
         self.models(model)
 
     def fit(
-        self, model: Any, loader: Iterable, head: str | nn.Linear | None = None, group: dist.ProcessGroup | None = None
+        self, model: Any, loader: Any, head: str | nn.Linear | None = None, group: dist.ProcessGroup | None = None
     ) -> Detector:
         """As `Detector.fit`, each detector on its model; `loader` is read once for each. Returns self."""
         models = self.models(model)

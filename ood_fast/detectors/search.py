@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import checks, metrics
 from ..models.running import Batch
+from ..values import Grids
 from .detector import Detector
 from .fitting import DoesNotFit, Note
 from .sets import DetectorSet
@@ -43,9 +44,7 @@ class Search(DetectorSet):
         optional: a detector without a candidate that fits is left out too, instead of the ValueError of its first.
     """
 
-    def __init__(
-        self, detectors: DetectorSet, grids: Mapping[str, Mapping[str, Iterable]] | None = None, optional: bool = False
-    ) -> None:
+    def __init__(self, detectors: DetectorSet, grids: Grids | None = None, optional: bool = False) -> None:
         grids = {} if grids is None else grids
         for name in grids:
             if name not in detectors.names:
@@ -143,11 +142,11 @@ class Search(DetectorSet):
 def tune(
     detectors: DetectorSet,
     model: nn.Module,
-    train: Iterable,
-    validation: Iterable,
-    ood_validation: Mapping[str, Iterable],
+    train: Iterable[Any],
+    validation: Iterable[Any],
+    ood_validation: Mapping[str, Iterable[Any]],
     head: str | nn.Linear | None = None,
-    grids: Mapping[str, Mapping[str, Iterable]] | None = None,
+    grids: Grids | None = None,
 ) -> tuple[DetectorSet, dict[str, list[Trial]]]:
     """Fit detectors and choose their parameters: one pass of the model over each loader, whatever is searched.
 
@@ -175,7 +174,7 @@ def tune(
     search = Search(detectors, grids)
     search.fit(model, train, head, validation=validation)
 
-    def scores_of(loader: Iterable) -> dict[str, Tensor]:
+    def scores_of(loader: Iterable[Any]) -> dict[str, Tensor]:
         batches = [scores for _, scores in search.score_loader(model, loader, head)]
         if not batches:
             raise ValueError("loader: got no batch, expected images to tune on")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -17,6 +16,7 @@ from ..heads import given_head
 from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model, warn_other_range
 from ..models.weights import refuse_other
 from ..statistics import row_statistics
+from ..values import AnyPath
 from . import registry, store, threshold
 from .detector import Detector, check_read, save_named
 from .fitting import Fit, Head, readings_of
@@ -80,7 +80,7 @@ class DetectorSet(nn.Module):
         return part
 
     def save(
-        self, path: str | os.PathLike, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
+        self, path: AnyPath, class_names: Iterable[str] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write the fitted detectors to one file, as `Detector.save` does."""
         save_named(dict(self.items()), path, class_names, notes, "set")
@@ -90,10 +90,10 @@ class DetectorSet(nn.Module):
     def fit(
         self,
         model: nn.Module,
-        loader: Iterable,
+        loader: Iterable[Any],
         head: str | nn.Linear | None = None,
         group: dist.ProcessGroup | None = None,
-        validation: Iterable | None = None,
+        validation: Iterable[Any] | None = None,
     ) -> DetectorSet:
         """Fit every detector; the model runs once over `loader`, and once over `validation` if that is given.
 
@@ -148,7 +148,7 @@ class DetectorSet(nn.Module):
 
     def share(self) -> DetectorSet:
         """Let equal buffers be one tensor: less memory, and detectors that may share a read are known by it."""
-        kept: dict[tuple, list[Tensor]] = {}
+        kept: dict[tuple[Any, ...], list[Tensor]] = {}
         for detector in self.detectors:
             for name, buffer in detector.named_buffers(recurse=False):
                 seen = kept.setdefault((name, buffer.shape, buffer.dtype, buffer.device), [])
@@ -178,7 +178,7 @@ class DetectorSet(nn.Module):
 
     @torch.no_grad()
     def score_loader(
-        self, model: nn.Module, loader: Iterable, head: str | nn.Linear | None = None
+        self, model: nn.Module, loader: Iterable[Any], head: str | nn.Linear | None = None
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """For each batch of `loader`: what the model made of it, and its scores by every detector.
 
@@ -285,7 +285,7 @@ def _reads(
     return reads
 
 
-def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detector | DetectorSet:
+def load(path: AnyPath, device: torch.device | str = "cpu") -> Detector | DetectorSet:
     """Read what `save` wrote: a detector or a set of them, fitted, with its threshold, on `device`.
 
     A detector class of your own has to be registered first, see `ood_fast.register`.
@@ -306,7 +306,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Detecto
     return DetectorSet(detectors) if content.kind == "set" else next(iter(detectors.values()))
 
 
-def _restored(path: str | os.PathLike, record: store.Saved) -> Detector:
+def _restored(path: AnyPath, record: store.Saved) -> Detector:
     method = record.method
     cls = registry.registered(method)
     if cls is None:

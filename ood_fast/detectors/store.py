@@ -61,7 +61,7 @@ class Content(NamedTuple):
     notes: dict[str, Any]
 
 
-def write(path: str | os.PathLike, content: Content) -> None:
+def write(path: str | os.PathLike[str], content: Content) -> None:
     """Write a file, as `Detector.save` says."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -72,7 +72,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise OSError(f"{path}: expected the path of a file in a folder that exists")
     checks.utf8_path("path", path)
-    stored: dict[tuple, tuple[str, Tensor]] = {}
+    stored: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
     models = list({record.fitted_on: None for record in content.detectors.values() if record.fitted_on})
     entries = {name: _entry(name, record, stored) for name, record in content.detectors.items()}
     for name, record in content.detectors.items():
@@ -97,7 +97,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
             raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
 
 
-def read_file(path: str | os.PathLike) -> Content:
+def read_file(path: str | os.PathLike[str]) -> Content:
     """What `write` wrote, with each tensor found as its metadata state it.
 
     Raises:
@@ -127,7 +127,7 @@ def read_file(path: str | os.PathLike) -> Content:
 
 def save(
     detectors: Any,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     class_names: Iterable[str] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
@@ -135,7 +135,7 @@ def save(
     detectors.save(path, class_names, notes)
 
 
-def notes(path: str | os.PathLike) -> dict[str, Any]:
+def notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that were saved with the detectors; raises as `read_file`."""
     return read_file(path).notes
 
@@ -143,7 +143,7 @@ def notes(path: str | os.PathLike) -> dict[str, Any]:
 # ---- writing
 
 
-def _entry(name: str, record: Saved, stored: dict[tuple, tuple[str, Tensor]]) -> dict[str, Any]:
+def _entry(name: str, record: Saved, stored: dict[tuple[Any, ...], tuple[str, Tensor]]) -> dict[str, Any]:
     """What the metadata say of one detector; its tensors are added to `stored`, those that are there already once."""
     stated = {}
     for buffer, tensor in record.buffers.items():

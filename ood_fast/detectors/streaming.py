@@ -41,7 +41,7 @@ class Gathered:
     widths: Mapping[str, int] = {}  # m of the "features" and c of the "logits" that were taken in
     extent: Tensor | None = None  # of the features that were taken in, see `numbers.refuse_short`
 
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """Equal for two that gather the same thing."""
         return (type(self), *(getattr(self, setting.name) for setting in fields(self)))
 
@@ -95,7 +95,7 @@ def gather(parts: Sequence[Gathered], group: dist.ProcessGroup) -> None:
     that had no data receives stays on the CPU.
     """
     devices = [part.like.device if part.rows else "cpu" for part in parts]
-    everyone: list = [None] * dist.get_world_size(group)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, [part.to("cpu") for part in parts], group)
     for part, device, of_ranks in zip(parts, devices, zip(*everyone, strict=True), strict=True):
         first, *others = of_ranks

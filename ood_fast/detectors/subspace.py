@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -148,7 +147,7 @@ class ViM(ResidualDetector):
 
     needs_logits = True
     state = (*ResidualDetector.state, "alpha")
-    grid: ClassVar[Mapping[str, tuple]] = {"dim": (256, 1000)}
+    grid = {"dim": (256, 1000)}
 
     def __init__(self, dim: int = 256) -> None:
         super().__init__(dim)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def change_by_norm(changes: Tensor, norm: Tensor, edges: Sequence[float] | None 
 
 @torch.no_grad()
 def feature_change(
-    models: Iterable[nn.Module], loader: Iterable, edges: Sequence[float] | None = None
+    models: Iterable[nn.Module], loader: Iterable[Any], edges: Sequence[float] | None = None
 ) -> FeatureChange:
     """`FeatureChange` over the checkpoints `models`, the first first; each is run once.
 

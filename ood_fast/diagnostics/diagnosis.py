@@ -73,7 +73,7 @@ class Diagnosis:
     sets: dict[str, Samples]
     about: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, file: str | os.PathLike) -> None:
+    def save(self, file: str | os.PathLike[str]) -> None:
         """Write to a .npz, which appears when all of it is written."""
         arrays: dict[str, Tensor] = {}
         plain: dict[str, Any] = {"format": FORMAT, "sets": list(self.sets)}
@@ -90,7 +90,7 @@ class Diagnosis:
             np.savez_compressed(stream, json=json.dumps(plain), **{k: v.numpy() for k, v in arrays.items()})
 
     @classmethod
-    def load(cls, file: str | os.PathLike) -> Diagnosis:
+    def load(cls, file: str | os.PathLike[str]) -> Diagnosis:
         """Read what `save` wrote; UserError if it is something else, or damaged."""
         held = read_npz(file)
         try:
@@ -167,16 +167,16 @@ def _auroc(id_scores: Tensor, ood_scores: Tensor) -> float:
 
 def diagnose_model(
     model: nn.Module,
-    train: Iterable,
-    test: Iterable,
-    ood: Mapping[str, Iterable],
+    train: Iterable[Any],
+    test: Iterable[Any],
+    ood: Mapping[str, Iterable[Any]],
     head: str | nn.Linear | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
     """`diagnose` of what `model` makes of loaders of (x, y, ...)."""
     layer = find_head(model, head) if head is None or isinstance(head, str) else head
 
-    def chunks(loader: Iterable) -> Iterator[Chunk]:
+    def chunks(loader: Iterable[Any]) -> Iterator[Chunk]:
         for batch in run_model(model, loader, layer):
             yield batch.features, batch.logits, batch.targets
 
@@ -185,7 +185,10 @@ def diagnose_model(
 
 
 def epoch_diagnostics(
-    model: nn.Module, train_loader: Iterable, validation_loader: Iterable, validation_ood_loader: Iterable
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    validation_loader: Iterable[Any],
+    validation_ood_loader: Iterable[Any],
 ) -> dict[str, float]:
     """The numbers of `NUMBERS` after an epoch: one pass over each loader, without gradients, in evaluation mode.
 

@@ -285,7 +285,7 @@ class _ELogitNorm(torch.autograd.Function):
         return reduced(loss, divisor, reduction), found.distance
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Any, ...]:
         logits, head_weight, target, class_weight, divisor, *state = ctx.saved_tensors
         labels, reduction, _, _, shards = ctx.keywords
         labels = labels._replace(target=target, class_weight=class_weight)
@@ -336,7 +336,7 @@ class _LinearELogitNorm(torch.autograd.Function):
         return reduced(loss, divisor, reduction), distance
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Any, ...]:
         *inputs, target, class_weight, divisor = ctx.saved_tensors
         keywords, counts, needs = ctx.arguments
         keywords = keywords._replace(labels=keywords.labels._replace(target=target, class_weight=class_weight))

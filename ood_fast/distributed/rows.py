@@ -14,8 +14,8 @@ masked (`masked_class`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ class State(NamedTuple):
         return *self.geometry, *self.tempered, *self.totals, self.left
 
     @classmethod
-    def of(cls, tensors: tuple | list) -> State:
+    def of(cls, tensors: Sequence[Any]) -> State:
         """The inverse of `tensors`."""
         return cls(Geometry(*tensors[:3]), Tempered(*tensors[3:7]), Totals(*tensors[7:12]), *tensors[12:])
 

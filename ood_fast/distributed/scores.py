@@ -288,7 +288,7 @@ class _BoundaryDistance(torch.autograd.Function):
         return found.distance.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_distance: Tensor) -> tuple:
+    def backward(ctx: Any, grad_distance: Tensor) -> tuple[Any, ...]:
         logits, head_weight, *state = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
 
@@ -309,7 +309,7 @@ class _Sum(torch.autograd.Function):
         return shards.sum(tensor.clone())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad, None
 
 
@@ -322,6 +322,6 @@ class _Shared(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operator = Operator("distributed.nci_score", lambda grad: ctx.shards.sum(grad.clone()))
         return *first_derivative(operator, (grad,), (True,), (grad,)), None

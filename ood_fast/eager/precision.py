@@ -17,11 +17,11 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def keep_tensors(maxsize: int) -> Callable[[Callable], Callable]:
+def keep_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`functools.lru_cache` for a function that makes one tensor or a tuple of them. Those of a mode that makes others
     than plain ones, such as FakeTensorMode, serve once."""
 
-    def keep(function: Callable) -> Callable:
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
         kept = functools.lru_cache(maxsize)(function)
 
         @functools.wraps(function)
@@ -57,7 +57,7 @@ def double(values: Tensor) -> Tensor:
     return (values if has_float64(values.device) else values.cpu()).double()
 
 
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
     if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's
         return _NOTHING_TO_DO
@@ -86,7 +86,7 @@ ONEDNN_PRODUCT = 1 << 20
 
 
 @functools.cache
-def _onednn_linear() -> Callable | None:
+def _onednn_linear() -> Callable[..., Any] | None:
     """x W^T where oneDNN can multiply float32 matrices with AVX-512 here, at full precision."""
     from ..ops.registration import ONEDNN_LINEAR  # importing it makes `ops`, which is made of this
 

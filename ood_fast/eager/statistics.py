@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ def _each(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 @functools.cache
-def _bag_gradient() -> Callable | None:
+def _bag_gradient() -> Callable[..., Any] | None:
     from ..ops.registration import BAG_WEIGHTS_GRADIENT  # importing it makes `ops`, which is made of this
 
     return BAG_WEIGHTS_GRADIENT

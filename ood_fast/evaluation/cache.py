@@ -94,7 +94,7 @@ def moved(
     return *numbers, None if targets is None else targets.to(device)
 
 
-def read_outputs(path: str | os.PathLike) -> Outputs:
+def read_outputs(path: str | os.PathLike[str]) -> Outputs:
     """What a folder of the cache holds; UserError if it does not hold all of it, as it was written."""
     path = Path(path)
     try:
@@ -118,7 +118,7 @@ def _opened(path: Path) -> Outputs:
     return Outputs(meta["set"], meta["title"], meta["group"], features, logits, targets, scores, path)
 
 
-def read_head(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
+def read_head(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
     """W (c, m) and b (c,) or None, with which the model made the outputs in a folder of the cache; as the model has
     them. UserError if they cannot be read."""
     file = Path(path).parent / HEAD
@@ -169,7 +169,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         model: nn.Module,
         head: str | nn.Linear | None = None,
         *,
@@ -240,7 +240,7 @@ class FeatureCache:
         device = next(self.model.parameters()).device
         return {name: kept[name].to(device) for name in detectors if name in kept}
 
-    def _loader(self, dataset: Any, rows: range) -> Iterable:
+    def _loader(self, dataset: Any, rows: range) -> Iterable[Any]:
         return batched(
             torch.utils.data.Subset(dataset, rows),
             batch_size=self.batch_size,
@@ -327,7 +327,7 @@ class FeatureCache:
             (plan.staging / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def counted(batches: Iterable, bar: Any) -> Iterator:
+def counted(batches: Iterable[Any], bar: Any) -> Iterator[Any]:
     """The batches (x, ...), each told to a progress bar when the next is asked for."""
     for batch in batches:
         yield batch

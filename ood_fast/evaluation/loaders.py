@@ -45,10 +45,10 @@ class Evaluation(Results):
 
 def evaluate_loaders(
     model: nn.Module,
-    id_loader: Iterable,
-    ood: Mapping[str, Iterable],
+    id_loader: Iterable[Any],
+    ood: Mapping[str, Iterable[Any]],
     *,
-    fit: Iterable | None = None,
+    fit: Iterable[Any] | None = None,
     detectors: Mapping[str, Detector] | Iterable[str] | None = None,
     head: str | nn.Linear | None = None,
     bootstrap: int = 0,
@@ -141,7 +141,7 @@ def _outputs(
     model: nn.Module,
     head: nn.Linear | None,
     name: str,
-    loader: Iterable,
+    loader: Iterable[Any],
     seeing: Mapping[str, Detector],
     ranges: dict[str, Tensor | None],
     fitting: Fit | None = None,

@@ -26,6 +26,7 @@ from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
+from ..values import Grid, Grids
 from .cache import Outputs, Progress, no_progress, score_key
 from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VALIDATION_OOD, RunResult
 
@@ -52,7 +53,7 @@ class Measuring:
     """
 
     tune: bool = True
-    grids: Mapping[str, Mapping[str, Iterable]] | None = None
+    grids: Grids | None = None
     leave_out: bool | None = None
     device: torch.device | str = "cpu"
     bootstrap: int = 200
@@ -68,7 +69,7 @@ class Measuring:
         """With `leave_out` decided: where no detectors were named, those that do not fit are left out."""
         return self if self.leave_out is not None else replace(self, leave_out=chosen is None)
 
-    def grids_of(self, names: Iterable[str]) -> dict[str, Mapping[str, Iterable]]:
+    def grids_of(self, names: Iterable[str]) -> dict[str, Grid]:
         """What is searched in place of OpenOOD's grids."""
         if not self.tune:
             return {name: {} for name in names}

@@ -22,6 +22,7 @@ from ..detectors.fitting import Note
 from ..detectors.search import Search
 from ..heads import inference_head
 from ..processes import Processes
+from ..values import Grid
 from .cache import FeatureCache, Outputs
 from .measure import Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable
@@ -41,7 +42,7 @@ class Loading:
             test images; True: a note.
     """
 
-    cache: str | os.PathLike | None = None
+    cache: str | os.PathLike[str] | None = None
     batch_size: int = 256
     workers: int = 0
     check: bool = True
@@ -231,7 +232,7 @@ def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
     return detector
 
 
-def _is_standard(detector: Detector, grid: Mapping[str, Iterable] | None) -> bool:
+def _is_standard(detector: Detector, grid: Grid | None) -> bool:
     """Whether its parameters are those of its class, apart from what is searched over OpenOOD's grid."""
     if grid is not None and dict(grid) != dict(detector.grid):
         return False

@@ -34,7 +34,7 @@ class StoredOutputs:
     path = None  # no folder of the cache
     scores: Mapping[str, Tensor] = {}
 
-    def __init__(self, name: str, path: str | os.PathLike, head: Head | None, group: str) -> None:
+    def __init__(self, name: str, path: str | os.PathLike[str], head: Head | None, group: str) -> None:
         self.name, self.title, self.group, self.head = name, str(path), group, head
         self.file = Path(path).expanduser()
         rows, held, counts = 0, set(), None
@@ -101,15 +101,15 @@ class StoredValidation:
         head: (W, b); None: the one stored with the training data, if any.
     """
 
-    validation: str | os.PathLike | None = None
-    ood_validation: Sequence[str | os.PathLike] = ()
+    validation: str | os.PathLike[str] | None = None
+    ood_validation: Sequence[str | os.PathLike[str]] = ()
     head: Head | None = None
 
 
 def evaluate_features(
-    train: str | os.PathLike,
-    test: str | os.PathLike,
-    ood: Mapping[str, tuple[str, str | os.PathLike]],
+    train: str | os.PathLike[str],
+    test: str | os.PathLike[str],
+    ood: Mapping[str, tuple[str, str | os.PathLike[str]]],
     chosen: Named = None,
     **options: Any,
 ) -> Results:
@@ -158,7 +158,10 @@ def evaluate_features(
 
 
 def _open_parts(
-    train: str | os.PathLike, test: str | os.PathLike, ood: Mapping[str, tuple], given: StoredValidation
+    train: str | os.PathLike[str],
+    test: str | os.PathLike[str],
+    ood: Mapping[str, tuple[Any, ...]],
+    given: StoredValidation,
 ) -> tuple[dict[str, StoredOutputs], list[str]]:
     """Every data set by its name, and the names of those that parameters are chosen by."""
     head = given.head
@@ -176,7 +179,7 @@ def _open_parts(
 
 
 def _check_names(
-    train: object, test: object, ood: Mapping, validation: object | None, ood_validation: Sequence
+    train: object, test: object, ood: Mapping[str, Any], validation: object | None, ood_validation: Sequence[Any]
 ) -> None:
     check_names(ood)
     for name, (group, _) in ood.items():

@@ -55,7 +55,7 @@ class Trained:
         return f"the training is not complete: {self.info.get('epochs', 0)} of {self.recipe.epochs} epochs"
 
 
-def paths_of(path: str | os.PathLike) -> list[str]:
+def paths_of(path: str | os.PathLike[str]) -> list[str]:
     """The runs that a path means: itself, or OpenOOD's `<path>/s<seed>/` with a checkpoint in each."""
     folder = Path(path).expanduser()
     if str(path).startswith(PRETRAINED) or not folder.is_dir() or _holds_run(folder):
@@ -68,7 +68,7 @@ def _holds_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (RUN, *CHECKPOINTS.values()))
 
 
-def default_folder(path: str | os.PathLike) -> Path:
+def default_folder(path: str | os.PathLike[str]) -> Path:
     """Where the results of what `path` means go if nobody says: into the run, beside a checkpoint."""
     if str(path).startswith(PRETRAINED):
         return Path("runs") / str(path).replace(":", "-")
@@ -77,12 +77,12 @@ def default_folder(path: str | os.PathLike) -> Path:
 
 
 def open_run(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     n_classes: int,
     image_shape: tuple[int, int, int],
     *,
     model: str | nn.Module | None = None,
-    recipe: str | os.PathLike | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     checkpoint: str = "best",
     head: str | nn.Linear | None = None,
 ) -> Trained:

@@ -43,7 +43,7 @@ OPENOOD_COLUMNS |= {"ACC": "accuracy"}
 # ---- files
 
 
-def check_folder(path: str | os.PathLike, request: Mapping[str, Any] | None = None) -> Path:
+def check_folder(path: str | os.PathLike[str], request: Mapping[str, Any] | None = None) -> Path:
     """The folder `path` if results can be written there; UserError if not. It may be missing, empty, or hold what an
     earlier evaluation wrote; other files in it are left alone.
 
@@ -92,7 +92,7 @@ def holds(folder: Path, kind: str = FORMAT) -> bool:
         return False
 
 
-def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any]) -> None:
+def write(folder: str | os.PathLike[str], results: Results, context: Mapping[str, Any]) -> None:
     """Write all of `FILES` into `folder`, in place of what an earlier evaluation left there.
 
     All of it or nothing, see `files.staged`. Of two evaluations that write into one folder, the second waits.
@@ -112,7 +112,7 @@ def write(folder: str | os.PathLike, results: Results, context: Mapping[str, Any
         (staging / JSON).write_text(text, encoding="utf-8")
 
 
-def read(folder: str | os.PathLike) -> dict[str, Any]:
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """results.json of a folder that `write` wrote; UserError if it is none, or damaged. See `Results.from_json`."""
     if not holds(Path(folder)):
         raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
@@ -128,7 +128,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def read_scores(folder: str | os.PathLike, run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def read_scores(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """detector -> set -> (n,), of one of the `runs` of `read(folder)`."""
     files = {name: Path(folder) / run["scores"] / f"{name}.npz" for name in run["detectors"]}
     return {name: read_npz(file) for name, file in files.items()}

@@ -33,6 +33,8 @@ try:
 except ImportError:
     BasePostprocessor = object
 
+_Candidates = Mapping[tuple[Any, ...], Detector]
+
 
 class Postprocessor(BasePostprocessor):
     """One of our detectors as one of theirs.
@@ -62,7 +64,7 @@ class Postprocessor(BasePostprocessor):
         detector: Detector,
         head: str | nn.Linear | None = None,
         APS_mode: bool | None = None,
-        args_dict: Mapping[str, Iterable] | None = None,
+        args_dict: Mapping[str, Iterable[Any]] | None = None,
     ) -> None:
         checks.instance("detector", detector, Detector, "a detector of ood_fast")
         self.config = None
@@ -73,15 +75,15 @@ class Postprocessor(BasePostprocessor):
         self.APS_mode = bool(self.args_dict) if APS_mode is None else APS_mode
         self.hyperparam_search_done = False
         self._n_set = 0  # calls of set_hyperparam since setup
-        self._candidates: dict[tuple, Detector] = {}
-        self._searched: dict[tuple[int, int], tuple] = {}  # of net and loader -> both, and what the pass gave
+        self._candidates: dict[tuple[Any, ...], Detector] = {}
+        self._searched: dict[tuple[int, int], tuple[Any, ...]] = {}  # of net and loader -> both, and what the pass gave
 
     @property
     def args(self) -> SimpleNamespace:
         """What OpenOOD reads of its configuration."""
         return SimpleNamespace(**self.detector.settings())
 
-    def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Iterable], ood_loader_dict: Mapping | None) -> None:
+    def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Iterable[Any]], ood_loader_dict: Any) -> None:
         """Fit on the "train" loader, or the "val" loader where the method says so (ReAct, KL matching).
 
         The loaders give mappings with "data" and "label"; OOD data are not looked at. A detector that is fitted already
@@ -102,7 +104,7 @@ class Postprocessor(BasePostprocessor):
         current = tuple(self._values())
         self.detector = self._candidates.get(current) or next(iter(self._candidates.values()), self.detector)
 
-    def _take_std(self, *loaders: Iterable) -> None:
+    def _take_std(self, *loaders: Iterable[Any]) -> None:
         found = [std for std in map(_std_of, loaders) if std is not None]
         if found:
             self.detector = ODIN(**{**self.detector.settings(), "std": found[0]})
@@ -134,7 +136,7 @@ class Postprocessor(BasePostprocessor):
         ((predicted, scores, _),) = self._score(net, [{"data": data}], {(): self.detector})
         return predicted, scores[()]
 
-    def inference(self, net: nn.Module, data_loader: Iterable, progress: bool = True) -> tuple[np.ndarray, ...]:
+    def inference(self, net: nn.Module, data_loader: Iterable[Any], progress: bool = True) -> tuple[np.ndarray, ...]:
         """(predicted classes, scores, labels) of all data, as NumPy arrays.
 
         In a search all candidates are scored in one pass and kept, so that the next candidate on the same loader costs
@@ -152,7 +154,7 @@ class Postprocessor(BasePostprocessor):
         predicted, scores, labels = self._collect(net, data_loader, {(): self.detector}, progress)
         return predicted, scores[()], labels
 
-    def set_hyperparam(self, hyperparam: list) -> None:
+    def set_hyperparam(self, hyperparam: list[Any]) -> None:
         """The parameters in the order of `args_dict`. After `setup` they are among its candidates."""
         values = tuple(hyperparam)
         if self._candidates and values not in self._candidates:
@@ -166,19 +168,21 @@ class Postprocessor(BasePostprocessor):
         values = self._values()
         return values[0] if len(values) == 1 else values
 
-    def _values(self) -> list:
+    def _values(self) -> list[Any]:
         settings = self.detector.settings()
         return [settings[name] for name in self.args_dict]
 
     @torch.no_grad()
     def _score(
-        self, net: nn.Module, loader: Iterable, detectors: Mapping[tuple, Detector]
-    ) -> Iterator[tuple[Tensor, dict[tuple, Tensor], Tensor | None]]:
+        self, net: nn.Module, loader: Iterable[Any], detectors: _Candidates
+    ) -> Iterator[tuple[Tensor, dict[tuple[Any, ...], Tensor], Tensor | None]]:
         """For each batch: predicted classes, scores by each detector, labels."""
         for batch, scores in _set(detectors).score_loader(net, _Pairs(loader), self.head):
             yield batch.logits.argmax(dim=1), dict(zip(detectors, scores.values(), strict=True)), batch.targets
 
-    def _collect(self, net: nn.Module, loader: Iterable, detectors: Mapping[tuple, Detector], progress: bool) -> tuple:
+    def _collect(
+        self, net: nn.Module, loader: Iterable[Any], detectors: _Candidates, progress: bool
+    ) -> tuple[Any, ...]:
         from rich.progress import track
 
         scored = self._score(net, loader, detectors)
@@ -192,11 +196,11 @@ class Postprocessor(BasePostprocessor):
         return torch.cat(predicted).numpy(), scores, torch.cat(labels).numpy().astype(int)
 
 
-def _set(detectors: Mapping[tuple, Detector]) -> DetectorSet:
+def _set(detectors: _Candidates) -> DetectorSet:
     return DetectorSet({str(key): detector for key, detector in detectors.items()})
 
 
-def _std_of(loader: Iterable) -> tuple[float, ...] | None:
+def _std_of(loader: Iterable[Any]) -> tuple[float, ...] | None:
     """What the images of a loader were divided by: `std` of the Normalize in its data set's preprocessing."""
     waiting, seen = [getattr(loader, "dataset", None)], set()
     while waiting:
@@ -216,7 +220,7 @@ def _std_of(loader: Iterable) -> tuple[float, ...] | None:
 class _Pairs:
     """Their batches, mappings with "data", "label" and more, as (x, y)."""
 
-    def __init__(self, loader: Iterable) -> None:
+    def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -66,7 +66,7 @@ class PytorchOOD(api.FeaturesDetector):
         self.requires_fit = detector.needs_fit and not self._follows_head
         self.hyperparameter_space = {name: list(values) for name, values in detector.grid.items()}
 
-    def fit(self, data_loader: Iterable) -> PytorchOOD:
+    def fit(self, data_loader: Iterable[Any]) -> PytorchOOD:
         """Fit on batches (x, y) in one pass of the model; samples with y < 0, their mark of OOD data, are left out.
 
         Labels are whole numbers of any dtype.
@@ -165,7 +165,7 @@ def _encoder(model: nn.Module, head: nn.Linear) -> _Encoder:
     return encoder
 
 
-def _known(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+def _known(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader without the samples with y < 0; of a batch that holds no other, nothing."""
     for x, y in loader:
         known = y >= 0

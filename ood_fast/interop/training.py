@@ -61,11 +61,11 @@ class OODMetrics(Callback):
 
     def __init__(
         self,
-        id_loader: Iterable,
-        ood: Mapping[str, Iterable],
+        id_loader: Iterable[Any],
+        ood: Mapping[str, Iterable[Any]],
         detectors: Mapping[str, Detector] | Iterable[str] | None = None,
         *,
-        fit: Iterable | None = None,
+        fit: Iterable[Any] | None = None,
         head: str | None = None,
         metrics: Iterable[str] = ("auroc", "fpr95_ood_positive"),
         every: int = 1,

@@ -38,7 +38,7 @@ def torchvision_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
 
 
-def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> None:
+def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a model's state_dict (without the prefixes of wrappers), or the mapping given, to `path`.
 
     The file appears under its name when all of it is on the disk: a full disk or a killed process leaves the one that
@@ -60,7 +60,7 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
             raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load weights into `model` from a state_dict, one inside a larger checkpoint, or safetensors.
 
     Prefixes of wrappers and OpenOOD's names are understood. On the CPU first; `model` stays where it is.
@@ -90,7 +90,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     model.load_state_dict(state)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint file holds, on the CPU; tensors and plain values only (`weights_only=True`)."""
     path = Path(path)
     if not path.is_file():
@@ -142,14 +142,14 @@ def _checksum(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def n_classes_of(path: str | os.PathLike) -> int | None:
+def n_classes_of(path: str | os.PathLike[str]) -> int | None:
     """How many classes the classifier in a checkpoint tells apart: rows of its last matrix, which is the head of most
     models; None without a matrix. Raises as `load_checkpoint`."""
     matrices = [value for value in _state_dict(read_checkpoint(path), path).values() if value.dim() == 2]
     return len(matrices[-1]) if matrices else None
 
 
-def _state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+def _state_dict(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for key in STATE_KEYS:
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -161,7 +161,7 @@ def _state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str
     return state
 
 
-def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state under the names of the model, as far as there is one for a key."""
     fitting: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def run_model(
-    model: nn.Module, loader: Iterable, head: nn.Linear | None, readings: Sequence[LayerReading] = ()
+    model: nn.Module, loader: Iterable[Any], head: nn.Linear | None, readings: Sequence[LayerReading] = ()
 ) -> Iterator[Batch]:
     """Run `model` over the batches of `loader`: x, or (x, y, ...), or a mapping of the model's keyword arguments.
 
@@ -106,7 +106,7 @@ def refuse_meta(model: nn.Module) -> None:
 
 
 def _capturing(
-    head: nn.Linear | None, all_uncompiled: bool, others: Mapping = MappingProxyType({})
+    head: nn.Linear | None, all_uncompiled: bool, others: Mapping[str, Any] = MappingProxyType({})
 ) -> AbstractContextManager[CapturedFeatures]:
     if head is None and not others:
         return nullcontext()
@@ -239,7 +239,7 @@ def check_loader(loader: object, argument: str = "loader", or_else: str = "") ->
         )
 
 
-def batches_of(x: Any) -> Iterable:
+def batches_of(x: Any) -> Iterable[Any]:
     """The batches that `score` is given: x alone, or those of a loader.
 
     TypeError for what is neither; also for one batch (x, y), whose y would pass as the next inputs.

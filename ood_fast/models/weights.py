@@ -12,7 +12,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class Weights(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    refs: list[weakref.ref]  # to the parameters as they were read
-    versions: list[tuple]
+    refs: list[weakref.ref[Tensor]]  # to the parameters as they were read
+    versions: list[tuple[Any, ...]]
     elements: Tensor  # some of them
     found: Weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def _check_indices(backend: ModuleType, labels: Labels, n_classes: int) -> None:
 
 def _labels(
     target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float, *rest: Any
-) -> tuple[Labels, str, tuple]:
+) -> tuple[Labels, str, tuple[Any, ...]]:
     """(labels, reduction, the others) from the part of a flat schema that begins with the target."""
     return Labels(target, class_weight, ignore_index, label_smoothing), reduction, rest
 
@@ -92,7 +93,7 @@ def fake_geometry(logits: Tensor, dtype: torch.dtype) -> Geometry:
     )
 
 
-def fake_logits_and_weight(grad: Tensor, logits: Tensor, head_weight: Tensor, *rest: Any) -> tuple:
+def fake_logits_and_weight(grad: Tensor, logits: Tensor, head_weight: Tensor, *rest: Any) -> tuple[Any, ...]:
     """The gradients for logits and W, of which the last two arguments say whether they are needed."""
     return fake_gradient(logits, rest[-2]), fake_gradient(head_weight, rest[-1])
 
@@ -181,12 +182,12 @@ class _ELogitNorm(Differentiable):
         return loss, distance
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs[:4], *output[2:])
         ctx.keywords = inputs[4:]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
         logits, head_weight, target, class_weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         finish, ctx.finish = getattr(ctx, "finish", None), None
@@ -233,7 +234,7 @@ def _fake_linear(features: Tensor, head_weight: Tensor, *rest: Any) -> tuple[Ten
     )
 
 
-def _fake_linear_gradients(features: Tensor, head_weight: Tensor, needs: tuple | list) -> tuple[Tensor | None, ...]:
+def _fake_linear_gradients(features: Tensor, head_weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     dtype = compute_dtype(features, head_weight)
     shapes = features.shape, head_weight.shape, head_weight.shape[:1]
     return tuple(
@@ -292,14 +293,14 @@ class _LinearELogitNorm(Differentiable):
     n_visible = 2
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.keywords = inputs[5:]
         # Ours alone, so that the first backward may scale them in place: dW can be all the memory there is.
         ctx.grads = output[2:]
 
     @classmethod
-    def save_for_operator(cls, ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save_for_operator(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """The gradients are outputs there, which others may hold."""
         ctx.save_for_backward(*inputs[:5], *output[2:])
         ctx.set_materialize_grads(False)
@@ -307,7 +308,7 @@ class _LinearELogitNorm(Differentiable):
         ctx.keywords, ctx.grads = inputs[5:], None
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpoints give them once
         inputs, kept = saved[:5], saved[5:]
         needed, keywords = ctx.needs_input_grad[:3], ctx.keywords
@@ -395,12 +396,12 @@ class _LogitNorm(Differentiable):
     operator = _logitnorm
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.keywords = inputs[3:6]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
         logits, target, class_weight, *saved = ctx.saved_tensors
         args = (grad_loss, logits, target, class_weight, saved, *ctx.keywords)
         return *first_derivative(_logitnorm_backward, args, (True,), (logits,)), *[None] * 7

@@ -7,7 +7,7 @@ imported, and has a fallback for a torch that renames it: slower, and as right.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _private_operator(namespace: str, name: str) -> Callable | None:
+def _private_operator(namespace: str, name: str) -> Callable[..., Any] | None:
     """torch.ops.<namespace>.<name>.default, or None."""
     operator = getattr(getattr(torch.ops, namespace), name, None)
     return getattr(operator, "default", None)
@@ -44,7 +44,7 @@ def is_compiled(called: object) -> bool:
     return hasattr(called, "_torchdynamo_orig_callable")
 
 
-def uncompiled(module: torch.nn.Module) -> Callable:
+def uncompiled(module: torch.nn.Module) -> Callable[..., Any]:
     """What calls a module past `module.compile()`. Without the private name: the module itself."""
     return getattr(module, "_call_impl", module) if is_compiled(module) else module
 
@@ -68,19 +68,19 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))  # what an argument
 class Operator:
     """A function in plain Python, the same registered with torch, and its `Differentiable` where it has one."""
 
-    def __init__(self, name: str, run: Callable, registered: Any = None) -> None:
+    def __init__(self, name: str, run: Callable[..., Any], registered: Any = None) -> None:
         self.name, self.run, self.registered = name, run, registered or run
         self.function: type[Differentiable] | None = None
 
 
-def operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Operator]:
+def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
     """Decorate a function that becomes torch.ops.ood_fast.<name>; `fake` makes its outputs without values.
 
     Both may return None for an output that nobody asked for. Registered operators must return tensors: there an empty
     one stands for it.
     """
 
-    def register(run: Callable) -> Operator:
+    def register(run: Callable[..., Any]) -> Operator:
         made = torch.library.custom_op(f"ood_fast::{name}", _filled(run), mutates_args=(), schema=schema)
         made.register_fake(_filled(fake))
         made.register_vmap(functools.partial(_one_at_a_time, made))
@@ -89,7 +89,7 @@ def operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Ope
     return register
 
 
-def _filled(function: Callable) -> Callable:
+def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def filled(*args: Any) -> Any:
         outputs = function(*args)
@@ -128,14 +128,14 @@ class Differentiable(torch.autograd.Function):
         return output[: cls.n_visible]
 
     @classmethod
-    def save_for_operator(cls, ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save_for_operator(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """What `forward` does around `run`, for the registered operator: that one must return every statistic."""
         cls.save(ctx, inputs, output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
 
 
-def _is_opaque(tensors: tuple | list) -> bool:
+def _is_opaque(tensors: Sequence[Any]) -> bool:
     return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))
 
 
@@ -195,12 +195,12 @@ class _Transformed(torch.autograd.Function):
         return operator.registered(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *args, ctx.operator = inputs
         ctx.operator.function.save_for_operator(ctx, args, output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return *ctx.operator.function.backward(ctx, *grads), None
 
     @staticmethod
@@ -211,7 +211,7 @@ class _Transformed(torch.autograd.Function):
         )
 
 
-def _one_at_a_time(registered: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, tuple | int]:
+def _one_at_a_time(registered: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """The rule of torch.func.vmap for every operator: a call for each element, stacked. Right, not fast."""
 
     def element(i: int, value: Any, dim: Any) -> Any:
@@ -246,7 +246,7 @@ class _FirstDerivative(torch.autograd.Function):
         return tuple(None if g is None else g.view_as(g) for g in grads_then_inputs[:n_grads])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.op_name = inputs[0]
 
     @staticmethod
@@ -258,7 +258,7 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def first_derivative(
-    operator: Operator, args: tuple, needed: tuple[bool, ...], inputs: tuple[Tensor | None, ...]
+    operator: Operator, args: tuple[Any, ...], needed: tuple[bool, ...], inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients for `inputs` that `operator` makes of the arguments, of which the first is the incoming gradient.
 
@@ -275,7 +275,9 @@ def first_derivative(
     return _FirstDerivative.apply(name, len(grads), *grads, args[0], *inputs)
 
 
-def _gradients(operator: Operator, args: tuple, needed: tuple[bool, ...], inputs: tuple) -> tuple[Tensor | None, ...]:
+def _gradients(
+    operator: Operator, args: Sequence[Any], needed: Any, inputs: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
     if not is_traced(args[0], *inputs):
         grads = operator.run(*args)
         return (grads,) if isinstance(grads, Tensor) else grads

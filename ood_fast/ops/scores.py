@@ -61,11 +61,11 @@ class _BoundaryDistance(Differentiable):
     operator = _boundary_distance
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs[:2], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_distance: Tensor | None, *unused: None) -> tuple:
+    def backward(ctx: Any, grad_distance: Tensor | None, *unused: None) -> tuple[Any, ...]:
         logits, head_weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         args = (grad_distance, logits, head_weight, saved, *needed)
@@ -89,7 +89,9 @@ def _fake_nci_score(
     return tuple(fake_vectors(features, dtype, torch.int64, dtype, dtype))
 
 
-def _fake_nci_gradients(grad: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *rest: Any) -> tuple:
+def _fake_nci_gradients(
+    grad: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *rest: Any
+) -> tuple[Any, ...]:
     return tuple(fake_gradient(t, need) for t, need in zip((features, head_weight, mean), rest[-3:], strict=True))
 
 
@@ -129,12 +131,12 @@ class _NCIScore(Differentiable):
     operator = _nci_score
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         features, head_weight, _, mean, _, ctx.alpha = inputs
         ctx.save_for_backward(features, head_weight, mean, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_score: Tensor | None, *unused: None) -> tuple:
+    def backward(ctx: Any, grad_score: Tensor | None, *unused: None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpoints give them once
         needed = tuple(ctx.needs_input_grad[i] for i in (0, 1, 3))
         args = (grad_score, *saved, ctx.alpha, *needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .. import evaluation
 from ..evaluation.results import Numbers, Results, RunResult, Summary
@@ -54,7 +55,7 @@ class StoredResults(Results):
             return found[0], told.gain_low, told.gain_high
         return found
 
-    def _published(self, runs: list[RunResult]) -> dict:
+    def _published(self, runs: list[RunResult]) -> dict[str, Any]:
         return {}  # that of `summaries`
 
 

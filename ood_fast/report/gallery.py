@@ -22,7 +22,7 @@ from .runs import Evaluated, Record, opened
 SHOWN = 8  # images of a kind
 
 
-def add(records: Sequence[Record], data_root: str | os.PathLike | None = None) -> None:
+def add(records: Sequence[Record], data_root: str | os.PathLike[str] | None = None) -> None:
     """Fill in `Evaluated.images` of the best run on each benchmark; where they cannot be shown, `missing` says why."""
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
@@ -36,7 +36,7 @@ def add(records: Sequence[Record], data_root: str | os.PathLike | None = None) -
                 record.missing.append(f"images of {benchmark}: {error}; say where they are with --data-root")
 
 
-def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str | os.PathLike | None) -> str:
+def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str | os.PathLike[str] | None) -> str:
     """Rows of images, each with what is to be said of it."""
     benchmark, label = opened(record, data_root), label_of(detector)
     if benchmark.name != evaluated.results.benchmark:

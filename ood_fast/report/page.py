@@ -257,7 +257,7 @@ def _facts(told: Mapping[str, Any], when: str | None) -> str:
 # ---- the file
 
 
-def check_file(path: str | os.PathLike) -> Path:
+def check_file(path: str | os.PathLike[str]) -> Path:
     """The file for the report: `path`, or report.html in it if it is a folder. UserError if it cannot be written, or is
     something else than an earlier report."""
     if not str(path).strip():
@@ -276,7 +276,7 @@ def check_file(path: str | os.PathLike) -> Path:
     return file
 
 
-def write(file: str | os.PathLike, records: Sequence[Record], context: Mapping[str, Any]) -> None:
+def write(file: str | os.PathLike[str], records: Sequence[Record], context: Mapping[str, Any]) -> None:
     """Write the page, in place of an earlier one when all of it is written.
 
     Args:

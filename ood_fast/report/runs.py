@@ -124,7 +124,7 @@ def first_of_each(records: Sequence[Record]) -> list[Record]:
 # ---- finding what is there
 
 
-def open_records(paths: Sequence[str | os.PathLike]) -> list[Record]:
+def open_records(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
     """The runs that `paths` mean.
 
     Args:
@@ -347,7 +347,7 @@ def _diagnosed(folders: Mapping[str, Path], what: str, progress: Progress) -> Di
 
 def measure_change(
     record: Record,
-    data_root: str | os.PathLike | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
@@ -387,7 +387,7 @@ def measure_change(
             np.savez(stream, **found)
 
 
-def opened(record: Record, data_root: str | os.PathLike | None = None) -> ImageBenchmark:
+def opened(record: Record, data_root: str | os.PathLike[str] | None = None) -> ImageBenchmark:
     """The benchmark that a run was trained on, from `data_root` or where it was trained from. UserError if it cannot
     be."""
     if not record.info:

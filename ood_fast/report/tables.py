@@ -22,7 +22,7 @@ class Cell:
 
 
 Column = tuple[str, Callable[..., Cell]]  # its head, and the cell of what a row is about
-Rows = tuple[str, Iterable[tuple[str, tuple]]]  # a heading, and each row: its name, and what it is about
+Rows = tuple[str, Iterable[tuple[str, tuple[Any, ...]]]]  # a heading, and each row: its name, and what it is about
 
 
 @dataclass(frozen=True)

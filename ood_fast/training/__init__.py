@@ -24,7 +24,7 @@ __all__ += ["model_of", "optimizer_of"]
 
 
 def fit_recipe(
-    recipe: TrainingRecipe, benchmark: ImageBenchmark, out: str | os.PathLike, seed: int = 0, **options: Any
+    recipe: TrainingRecipe, benchmark: ImageBenchmark, out: str | os.PathLike[str], seed: int = 0, **options: Any
 ) -> Run:
     """Train `recipe` in the folder `out`, and return the finished `Run`, whose arguments `options` are."""
     run = Run(recipe, benchmark, out, seed, **options)

@@ -75,7 +75,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
 class RunFolder:
     """The folder of one run."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
         self.id = uuid.uuid4().hex  # by which evaluations know the run, wherever its folder is moved
 
@@ -151,7 +151,7 @@ class RunFolder:
         models.save_checkpoint(contents, path)
 
 
-def file_key(path: str | os.PathLike) -> str:
+def file_key(path: str | os.PathLike[str]) -> str:
     """What tells the bytes of a checkpoint from others; UserError if it cannot be read."""
     try:
         return files.sha256(path)[:16]
@@ -177,7 +177,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_info(path: str | os.PathLike) -> dict[str, Any]:
+def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `run.json` in the folder of a run says; settings that its recipe does not know have their defaults.
 
     Raises:
@@ -203,7 +203,7 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_run(
-    path: str | os.PathLike, checkpoint: str = "best"
+    path: str | os.PathLike[str], checkpoint: str = "best"
 ) -> tuple[nn.Module, recipes.TrainingRecipe, dict[str, Any]]:
     """(model, recipe, info) of the run in the folder `path`; the model on the CPU, in evaluation mode.
 

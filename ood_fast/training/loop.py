@@ -72,7 +72,7 @@ class Run:
         self,
         recipe: recipes.TrainingRecipe,
         benchmark: ImageBenchmark,
-        out: str | os.PathLike,
+        out: str | os.PathLike[str],
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -170,7 +170,7 @@ class Run:
 
     def _claim(self, owning: ExitStack) -> dict[str, Any] | None:
         """The checkpoint to continue from; what rank 0 reads, or its error, reaches every process."""
-        answer: list = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 owning.enter_context(self.folder.alone())  # until the training ends
@@ -220,7 +220,7 @@ class Run:
         else:
             self._restore(state)
 
-    def _loader(self, dataset: Dataset, **keywords: Any) -> Iterable[Any]:
+    def _loader(self, dataset: Dataset[Any], **keywords: Any) -> Iterable[Any]:
         """Loads without a trace in the global random state: `generator` is where the seeds of workers come from."""
         return batched(
             dataset,
@@ -278,7 +278,7 @@ class Run:
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.recipe, self.epoch * self.steps_an_epoch + step, self.steps_an_epoch)
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.recipe.amp)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
@@ -319,7 +319,7 @@ class Run:
                 self.watcher.on_diagnostics(self, self.diagnosed[-1])
 
     @torch.no_grad()
-    def _accuracy(self, dataset: Dataset) -> float:
+    def _accuracy(self, dataset: Dataset[Any]) -> float:
         """Of the model in evaluation mode; each process looks at its share. Signals are heard after each batch: where
         one stops the run, the epoch's steps are saved, and it goes on from here."""
         rows = self.processes.share(len(dataset))
