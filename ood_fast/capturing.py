@@ -112,7 +112,8 @@ def capture_features(
         if all_uncompiled:
             _UNCOMPILED.enter()
         handles = [] if head is None else [head.register_forward_hook(captured.keep, with_kwargs=True)]
-        handles += [layer.register_forward_hook(captured.keeping(key, read)) for key, (layer, read) in others.items()]
+        for key, (layer, read) in others.items():  # under its own name: what a layer gives before hooks change that
+            handles.append(layer.register_forward_hook(captured.keeping(key, read), prepend=key is layer))
     _CAPTURING.set((*_CAPTURING.get(), captured))
     try:
         yield captured

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
-from .heads import capture_features, given_head, last_linear, refuse_script, unwrapped
-from .models.running import check_head, check_output, check_width, logits_of, refuse_meta, warn_other_range
-from .models.weights import refuse_other
+from .heads import capture_features, given_head, refuse_script, unwrapped
+from .models.running import check_head, check_width, logits_of, refuse_meta, run_model, warn_other_range
+from .models.weights import refuse_other, refuse_other_head
 from .ops.registration import is_compiled
 
 
@@ -163,9 +163,7 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
         checking = not self._checked and not torch.compiler.is_compiling()  # the first batch, where Python runs
-        layer = None
-        if checking:  # where no head is read, the last layer still tells whether these are logits
-            layer = last_linear(self.model) if self.head is None else self.model.get_submodule(self.head)
+        layer = self.model.get_submodule(self.head) if checking and self.head is not None else None
         with nullcontext() if layer is None else capture_features(layer) as captured:
             logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
         features = None
@@ -176,12 +174,13 @@ class Deployed(nn.Module):
             check_width(head, logits)
             features = self._seen.take()
         if checking and len(logits):
+            if self.head is not None:
+                check_head(layer, captured, logits)
+            else:  # a pass that looks whether these are logits, and which layer made them
+                layer = next(run_model(self.model, [x], None, find_maker=True)).maker
             for detector in _detectors(self.detector):
                 warn_other_range(x, detector.input_range, detector.label)
-            if self.head is None:
-                check_output(logits, layer, captured)
-            else:
-                check_head(layer, captured, logits)
+                refuse_other_head(layer, detector.fitted_on, detector.label)
             self._checked = True
         score = self.detector.score_features(features, logits)
         if isinstance(self.detector, DetectorSet):

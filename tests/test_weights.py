@@ -297,3 +297,47 @@ def test_images_of_another_scale_than_in_the_fit_are_told(name, tmp_path, recwar
 class ToFloat(nn.Module):
     def forward(self, x):
         return x.float()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.use_head = nn.Sequential(nn.Linear(6, M), nn.ReLU()), 0
+        self.heads = nn.ModuleList([nn.Linear(M, 5), nn.Linear(M, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads[self.use_head](self.body(x))
+
+
+LOGITS = "its logits are (made by another linear layer than|not what the linear layer gives that made them)"
+CHANGES = {
+    "switched": lambda net: setattr(net, "use_head", 1),
+    "hook of the head": lambda net: net.heads[0].register_forward_hook(lambda layer, args, output: 3 * output),
+    "hook of the model": lambda net: net.register_forward_hook(lambda model, args, output: 3 * output),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize("name", ["BoundaryDistance", "KLMatching", "OpenMax", "NCI", "set"])
+@pytest.mark.filterwarnings("ignore:.*class")
+def test_logits_that_come_from_elsewhere_than_in_the_fit(name, change, kept, tmp_path):
+    torch.manual_seed(0)
+    net = TwoHeads().eval()
+    one = DetectorSet(["MSP", "KLMatching"]) if name == "set" else detectors.create(name)
+    one.fit(net, [(X, net(X).argmax(1))], head="heads.0")
+    if kept:
+        one.save(tmp_path / "d.safetensors")
+        one = load(tmp_path / "d.safetensors")
+    assert one.score(copy.deepcopy(net).bfloat16(), X.bfloat16(), head="heads.0") is not None
+    assert one.score(torch.compile(net, backend="eager"), X, head="heads.0") is not None
+    change(net)
+    with pytest.raises((ValueError, RuntimeError), match=LOGITS if name != "NCI" else "head"):
+        one.score(net, X, head="heads.0")
+    if name in ("KLMatching", "OpenMax"):
+        one.threshold = torch.tensor(0.5)
+        with pytest.raises(ValueError, match=LOGITS):
+            ood_fast.deploy(net, one)(X)
+    if name == "NCI" and net.use_head:  # its W is that of the other head
+        with pytest.raises(ValueError, match=LOGITS):
+            one.score(net, X, head="heads.1")

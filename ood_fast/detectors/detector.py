@@ -17,7 +17,7 @@ from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
 from ..models.running import Batch, batches_of, joined, refuse_meta, refuse_probabilities, run_model, warn_other_range
-from ..models.weights import Weights, identity_of_head, refuse_other
+from ..models.weights import Weights, identity_of_head, refuse_other, refuse_other_head
 from ..values import AnyPath, Grid
 from . import registry, store, streaming, threshold
 from .base import Contract
@@ -155,12 +155,14 @@ class Detector(Contract):
         self.require_fitted()
         refuse_other(model, self.fitted_on, self.label, head)
         read_from = given_head(model, head) if self.needs_features else None
-        passed: Any = run_model(model, batches, read_from, self.readings())
+        looks = self.fitted_on is not None and bool(self.fitted_on.made_by)
+        passed: Any = run_model(model, batches, read_from, self.readings(), find_maker=looks)
         with closing(passed) as done:  # also when scoring raises, modes are restored
             scores, n_rows = [], 0
             for batch in done:
                 if not scores:
                     warn_other_range(batch.inputs, self.input_range, self.label)
+                    refuse_other_head(batch.maker, self.fitted_on, self.label)
                 with checks.behind(n_rows):
                     scores.append(self.score_batch(model, batch, head))
                 n_rows += len(batch.logits)

@@ -18,7 +18,7 @@ from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, input_range, refuse_meta, refuse_probabilities, run_model
-from ..models.weights import identity_of, identity_of_head
+from ..models.weights import identity_of, identity_of_head, identity_of_layer
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short
 from .own import check_finished, is_own
@@ -214,13 +214,14 @@ class Fit:
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
-        reach = None
+        reach, maker = None, layer
         try:
             if self.parts:
                 # Whatever is raised, the model is set back.
-                with closing(run_model(model, loader, layer, readings)) as batches:
+                with closing(run_model(model, loader, layer, readings, find_maker=True)) as batches:
                     n_rows = 0
                     for batch in batches:
+                        maker = maker or batch.maker
                         reach = input_range(batch.inputs, reach)
                         with checks.behind(n_rows):
                             self.see(model, batch, layer)
@@ -236,6 +237,8 @@ class Fit:
                     detector.fit(model, loader, head, group)
                 else:  # also one that keeps nothing: its threshold holds for this model
                     weights = identity_of(model)
+                    made_by = identity_of_layer(maker) if weights and isinstance(maker, nn.Linear) else None
+                    weights = weights._replace(made_by=made_by.waves) if weights and made_by else weights
                     if detector.fitted_on not in (None, weights):  # of one that keeps nothing, too
                         detector.forget()
                     detector.fitted_on, detector.input_range = weights, max(reached, default=None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..heads import given_head
 from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model, warn_other_range
-from ..models.weights import refuse_other
+from ..models.weights import refuse_other, refuse_other_head
 from ..statistics import row_statistics
 from ..values import AnyPath
 from . import registry, store, threshold
@@ -191,8 +191,11 @@ class DetectorSet(nn.Module):
             refuse_other(model, detector.fitted_on, detector.label, head)
         layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
-        for batch in run_model(model, loader, layer, readings_of(self.detectors)):
+        looks = any(d.fitted_on is not None and d.fitted_on.made_by for d in self.detectors)
+        for batch in run_model(model, loader, layer, readings_of(self.detectors), find_maker=looks):
             if not n_rows:
+                for detector in self.detectors:
+                    refuse_other_head(batch.maker, detector.fitted_on, detector.label)
                 known = next((d.input_range for d in self.detectors if d.input_range is not None), None)
                 warn_other_range(batch.inputs, known, "DetectorSet")
             with checks.behind(n_rows):

@@ -112,7 +112,8 @@ def read_file(path: str | os.PathLike[str]) -> Content:
         stated = {each["key"]: each for entry in entries.values() for each in entry["tensors"].values()}
         _check_tensors(stated, tensors)
         models = [
-            Weights(int(crc), tuple(map(float, waves))) for crc, waves in json.loads(metadata.get("models", "[]"))
+            Weights(int(crc), *(tuple(map(float, each)) for each in waves))
+            for crc, *waves in json.loads(metadata.get("models", "[]"))
         ]
         records = {name: _record(entry, tensors, models) for name, entry in entries.items()}
         if metadata["kind"] != "set" and (metadata["kind"] != "detector" or len(records) != 1):

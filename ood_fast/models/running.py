@@ -23,7 +23,7 @@ from .. import checks
 from ..capturing import CapturedFeatures, capture_features
 from ..eager.precision import is_exporting
 from ..heads import inference_head, last_linear, may_run_compiled, modules_around, unwrapped
-from ..ops.registration import uncompiled
+from ..ops.registration import is_compiled, uncompiled
 from .layers import Key, LayerReading, watched
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
@@ -40,11 +40,17 @@ class Batch(NamedTuple):
     targets: Tensor | None  # (n,)
     given: Any  # the batch as the loader gave it
     read: dict[Key, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
+    maker: nn.Linear | bool | None = None  # the layer whose output the logits are; False: none; None: nobody looked
 
 
 @torch.no_grad()
 def run_model(
-    model: nn.Module, loader: Iterable[Any], head: nn.Linear | None, readings: Sequence[LayerReading] = ()
+    model: nn.Module,
+    loader: Iterable[Any],
+    head: nn.Linear | None,
+    readings: Sequence[LayerReading] = (),
+    *,
+    find_maker: bool = False,
 ) -> Iterator[Batch]:
     """Run `model` over the batches of `loader`: x, or (x, y, ...), or a mapping of the model's keyword arguments.
 
@@ -54,6 +60,7 @@ def run_model(
     Safe in any number of threads that share the model, as long as none of them trains it: see `evaluating` and
     `heads.capture_features`. With a head, what runs is the module inside torch.compile, DataParallel and DDP; what else
     is compiled stays so unless it runs the head. `readings`: what to read of other layers in the same pass.
+    `find_maker`: without a head, look in the first batch, of what is not compiled, which layer made the logits.
 
     Raises ValueError for a layer that is not there or does not run, and where the head cannot have made the logits: on
     the first batch they are computed from the features once more, see `check_head`. Without a head, where the output is
@@ -66,32 +73,50 @@ def run_model(
     last = last_linear(model) if head is None else head  # tells what the output is where no features are read
     checked = False
     others = watched(model, readings)
+    linears: dict[Any, Any] = {}
+    if find_maker and head is None and not is_compiled(model) and not may_run_compiled([*model.modules()]):
+        linears = {m: (m, _flat) for m in model.modules() if isinstance(m, nn.Linear)}
     call = model if head is None and not others else uncompiled(model)
     all_uncompiled = bool(others) or (head is not None and may_run_compiled(modules_around(model, head)))
     with evaluating(model):
         for given in loader:
             x, targets = inputs_and_targets(given, model)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
-            with _capturing(head if checked else last, all_uncompiled, others) as captured:
+            watching = others if checked else others | linears
+            with _capturing(head if checked else last, all_uncompiled, watching) as captured:
                 output = call(x) if isinstance(x, Tensor) else call(**x)
             if head is not None and not captured.seen and not all_uncompiled:  # something that was not found runs it
                 all_uncompiled = True
                 with _capturing(head, all_uncompiled) as captured:
                     output = call(x) if isinstance(x, Tensor) else call(**x)
             logits = logits_of(output)
+            maker = head
             if head is not None:
                 check_width(head, logits)
             if not checked and len(logits):
                 checked = True
                 if head is None:
                     check_output(logits, last, captured)
+                    maker = _maker({m: captured.read.pop(m, None) for m in linears}, logits)
                 else:
                     check_head(head, captured, logits)
             features = None if head is None else captured.features
             for reading in readings:
                 reading.check(captured.read.get(reading.key), len(logits))
             read = captured.read if others else {}
-            yield Batch(x, features, logits, None if targets is None else targets.to(device), given, read)
+            yield Batch(x, features, logits, None if targets is None else targets.to(device), given, read, maker)
+
+
+def _flat(output: Any) -> Tensor | None:
+    """What a linear layer gives for each input; other outputs are not held."""
+    return output if isinstance(output, Tensor) and output.dim() == 2 else None
+
+
+def _maker(outputs: Mapping[nn.Linear, Tensor | None], logits: Tensor) -> nn.Linear | bool | None:
+    """The layer whose output the logits are; False where layers as wide made others, None where there are none."""
+    wide = {layer: out for layer, out in outputs.items() if out is not None and out.shape == logits.shape}
+    same = (m for m, out in wide.items() if torch.allclose(out.float(), logits.float(), 0, 0, equal_nan=True))
+    return next(same, False) if wide else None
 
 
 def refuse_meta(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ class Weights(NamedTuple):
 
     shapes: int  # CRC-32 of the shapes of all parameters
     waves: tuple[float, ...]  # 1 + N_WAVES numbers a parameter
+    made_by: tuple[float, ...] = ()  # the waves of the head that made the logits, where one did
 
 
 class _Seen(NamedTuple):
@@ -78,7 +79,8 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
 
 def identity_of_head(weight: Tensor, bias: Tensor | None) -> Weights:
     """`Weights` of a head alone, as `heads.inference_head` has it: of what was fitted on features that came with it."""
-    return _read([weight, weight.new_zeros(len(weight)) if bias is None else bias])
+    found = _read([weight, weight.new_zeros(len(weight)) if bias is None else bias])
+    return found._replace(made_by=found.waves)
 
 
 def refuse_other(
@@ -89,15 +91,13 @@ def refuse_other(
 ) -> None:
     """ValueError if the model has other weights than those of the model that `what` was fitted on; if it was fitted on
     features, another head than came with these."""
-    if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None or here is fitted_on:
+    if fitted_on is None or torch.compiler.is_compiling() or (here := identity_of(model)) is None:
         return
     # Of weight and bias alone; a model that is but its head is compared as any.
     of_head = len(fitted_on.waves) == 2 * (1 + N_WAVES) != len(here.waves)
     if of_head and isinstance(model, nn.Module) and (here := _of_head(model, head)) is None:
         return
-    if (here.shapes, len(here.waves)) == (fitted_on.shapes, len(fitted_on.waves)) and all(
-        abs(a - b) <= TOLERANCE for a, b in zip(here.waves, fitted_on.waves, strict=True)
-    ):
+    if here.shapes == fitted_on.shapes and _near(here.waves, fitted_on.waves):
         return
     raise ValueError(
         f"model: its {'head is not the one' if of_head else 'weights are not those of the model'} that {what} was "
@@ -106,12 +106,36 @@ def refuse_other(
     )
 
 
+def refuse_other_head(maker: nn.Linear | bool | None, fitted_on: Weights | None, what: str) -> None:
+    """ValueError where a batch has its logits from another linear layer of the model than in the fit of `what`, or from
+    none; `maker` is that of `Batch`."""
+    if maker is None or fitted_on is None or not fitted_on.made_by or torch.compiler.is_compiling():
+        return
+    here = identity_of_layer(maker) if isinstance(maker, nn.Linear) else Weights(0, ())
+    if here is not None and not _near(here.made_by, fitted_on.made_by):
+        made = "made by another linear layer than" if here.made_by else "not what the linear layer gives that made them"
+        raise ValueError(
+            f"model: its logits are {made} when {what} was fitted: a head was switched, or a hook changes its output; "
+            "score the model as it was fitted, fit anew, or, if that is meant, set the detector's fitted_on = None"
+        )
+
+
+def _near(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    if one is other:
+        return True
+    return len(one) == len(other) and all(abs(a - b) <= TOLERANCE for a, b in zip(one, other, strict=True))
+
+
 def _of_head(model: nn.Module, head: str | nn.Linear | None) -> Weights | None:
-    """Of its head, once for weights that stay; None where it cannot be told."""
+    """Of its head; None where it cannot be told."""
     try:
-        layer = given_head(model, head)
+        return identity_of_layer(given_head(model, head))
     except ValueError:
         return None
+
+
+def identity_of_layer(layer: nn.Linear) -> Weights | None:
+    """`identity_of_head` of a layer, once for weights that stay; None where a process does not hold them whole."""
     if (now := identity_of(layer)) is None:
         return None
     before, found = _heads.get(layer, (None, None))
