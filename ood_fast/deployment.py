@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
 from .heads import capture_features, given_head, refuse_script, unwrapped
-from .models.running import check_head, check_width, logits_of, refuse_meta, run_model, warn_other_range
+from .models.inputs import warn_other_range
+from .models.running import check_head, check_width, logits_of, refuse_meta, run_model
 from .models.weights import refuse_other, refuse_other_head
 from .ops.registration import is_compiled
 

@@ -244,7 +244,7 @@ def test_several_models(x):
 
 
 def test_what_is_no_ensemble(x, net):
-    with pytest.raises(ValueError, match="model: got Net, expected two models or more for Deep ensemble"):
+    with pytest.raises(ValueError, match="model: got Net, expected two or more for Deep ensemble"):
         Ensemble("KNN").fit(net, batches(x))
     with pytest.raises(ValueError, match="got 1 models"):
         Ensemble().score([net], x)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
+from ..models.inputs import input_range
 from ..models.layers import Key, LayerReading
-from ..models.running import Batch, check_loader, input_range, refuse_meta, refuse_probabilities, run_model
+from ..models.running import Batch, check_loader, refuse_meta, refuse_probabilities, run_model
 from ..models.weights import identity_of, identity_of_head, identity_of_layer
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short

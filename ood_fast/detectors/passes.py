@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from .. import checks
 from ..capturing import capture_features
 from ..heads import unwrapped
-from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model, warn_other_range
+from ..models.inputs import warn_other_range
+from ..models.running import batches_of, inputs_and_targets, joined, logits_of, refuse_meta, run_model
 from ..models.weights import identity_of, refuse_other
 from .detector import Detector
 from .logit import confidence
@@ -405,8 +406,7 @@ class Ensemble(SeveralPasses):
         if not isinstance(model, (list, tuple, nn.ModuleList)) or len(model) < 2:
             got = f"{len(model)} models" if isinstance(model, (list, tuple, nn.ModuleList)) else type(model).__name__
             raise ValueError(
-                f"model: got {got}, expected two models or more for {self.label}: a list, an nn.ModuleList or, in a "
-                "set, a ModelEnsemble"
+                f"model: got {got}, expected two or more for {self.label}: a list, an nn.ModuleList or a ModelEnsemble"
             )
         for one in model:
             refuse_meta(one)
@@ -424,8 +424,8 @@ class Ensemble(SeveralPasses):
         """As `Detector.fit`, each detector on its model; `loader` is read once for each. Returns self."""
         models = self.models(model)
         if isinstance(loader, Iterator) and self.needs_fit:
-            got = f"a {type(loader).__name__}, which can be read once"
-            raise ValueError(f"loader: got {got}, expected a DataLoader or a list of batches, which each model reads")
+            got = f"a {type(loader).__name__}, which can be read once, expected a DataLoader or a list of batches"
+            raise ValueError(f"loader: got {got}, which each model reads")
         if len({id(unwrapped(one)) for one in models}) < len(models):
             raise ValueError(f"model: got one model several times, expected {len(models)} that were trained apart")
         self.forget()

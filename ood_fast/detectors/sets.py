@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..heads import given_head
-from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model, warn_other_range
+from ..models.inputs import warn_other_range
+from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model
 from ..models.weights import refuse_other, refuse_other_head
 from ..statistics import row_statistics
 from ..values import AnyPath

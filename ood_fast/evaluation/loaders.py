@@ -14,7 +14,8 @@ from ..agreement import confusion, refuse_order
 from ..detectors import Detector, DetectorSet, ModelEnsemble, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
-from ..models.running import check_loader, input_range, run_model, warn_other_range
+from ..models.inputs import input_range, warn_other_range
+from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
 from .results import CSID, FIT, ID, TEST, Results, RunResult, TestSet

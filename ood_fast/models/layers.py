@@ -90,7 +90,8 @@ def _is_channels_last(model: nn.Module, layer: str, shape: tuple[int, ...]) -> b
     if not own:  # an activation, pooling: as what is before it
         every_module = [*unwrapped(model).modules()]
         own = [m for m in every_module[: every_module.index(layer_of(model, layer))] if _widths(m)][-1:]
-    dims = [0 if m.weight is None else m.weight.dim() for m in own]
+    weights = [getattr(m, "weight", None) for m in own]
+    dims = [weight.dim() for weight in weights if isinstance(weight, Tensor)]
     first = 1 + len(shape) in dims or any(hasattr(m, "running_mean") for m in own)
     last = 2 in dims or any(isinstance(m, nn.LayerNorm) for m in own)
     wide, own_wide = (set().union(*map(_widths, modules)) for modules in (every, own))
