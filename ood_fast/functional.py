@@ -318,7 +318,7 @@ def as_rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Every place of (n, c, d1, ...) as a row of its own, (n d1 ..., c), and its target; (n, c) as it is."""
     if logits.dim() == 2:
         return logits, y
-    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    rows = logits.movedim(1, -1).flatten(0, -2)  # not reshape(-1, c): a shard may have no class
     if y is not None:
         y = y.movedim(1, -1).reshape(rows.shape) if y.is_floating_point() else y.reshape(-1)
     return rows, y

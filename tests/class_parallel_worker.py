@@ -6,6 +6,7 @@ one process on the whole. A scenario that fails brings its traceback back to the
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import traceback
@@ -277,11 +278,12 @@ def sizes():
         batch = batch_of(n=0)
         batch.y = batch.y.long()
         compare(batch, counts, f"n = 0, {reduction}", reduction=reduction)
-    batch, own = batch_of(n=24), own_slice(counts)
+    batch = batch_of(n=24)
     places = batch.logits.view(2, 3, 4, N_CLASSES).movedim(3, 1)
     y = batch.y.view(2, 3, 4)
     weight = torch.rand(N_CLASSES)
-    for reduction in ("mean", "none"):
+    for counts, reduction in itertools.product(every_shard(), ("mean", "none")):
+        own = own_slice(counts)
         chosen = {"reduction": reduction, "weight": weight, "return_distance": True}
         expected = ood_fast.elogitnorm(places, None, batch.W, None, y, **chosen)
         got = distributed.elogitnorm(places[:, own], batch.W[own], y, **chosen)
