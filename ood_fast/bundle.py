@@ -29,12 +29,13 @@ from .deployment import Deployed, deploy
 from .detectors import Detector, DetectorSet, load
 from .heads import unwrapped
 from .models.checkpoints import n_classes_of
-from .models.running import refuse_meta
+from .models.running import evaluating, logits_of, refuse_meta
 from .models.weights import refuse_other
 
 FORMAT = "ood_fast bundle 1"
 WEIGHTS, DETECTORS, ABOUT, CARD = "model.safetensors", "detectors.safetensors", "bundle.json", "README.md"
 PREPARED = ("size", "resize", "mean", "std")
+TOLERANCE = 1e-3  # of the logits of one network made twice, relative to the largest
 
 
 class Bundle(NamedTuple):
@@ -71,12 +72,14 @@ def save_bundle(
     Args:
         preparation: size (of the square that is cut), resize (of the short side before, or (height, width)), mean, std
             and, if it is not bilinear, interpolation.
-        architecture: what `models.create` takes, so that `load_bundle` can make the model; None: it has to be given.
+        architecture: the name by which `models.create` makes this model, but for its weights, and `load_bundle` then;
+            None: it has to be given there, as a model with options has to be (another head, activation, ...).
         classes: their names in the order of the logits; None: those of the detectors.
         card: Markdown that README.md says first: what it is for, what it was trained on, what it cannot do.
 
     Raises:
-        ValueError, TypeError: arguments that are not so. RuntimeError: a detector is not fitted. OSError: not written.
+        ValueError, TypeError: arguments that are not so; an architecture that makes other logits of an image.
+        RuntimeError: a detector is not fitted. OSError: not written.
     """
     refuse_meta(model)
     checks.instance("detectors", detectors, (Detector, DetectorSet), "a Detector or a DetectorSet")
@@ -92,6 +95,8 @@ def save_bundle(
     with files.staged(folder) as staging:
         state = {key: value.detach().cpu().clone() for key, value in unwrapped(model).state_dict().items()}
         models.save_checkpoint(state, staging / WEIGHTS)
+        if architecture is not None:
+            _check_architecture(model, architecture, staging, about)
         detectors.save(staging / DETECTORS, names, notes={"model": architecture, **preparation})
         about["sha256"] = {name: files.sha256(staging / name) for name in (WEIGHTS, DETECTORS)}
         files.write_text(staging / ABOUT, json.dumps(about, indent=1) + "\n")
@@ -122,13 +127,35 @@ def load_bundle(folder: str | os.PathLike[str], model: nn.Module | str | None = 
     preparation, classes = about["preparation"], about["classes"]
     if model is None and (model := about.get("architecture")) is None:
         raise ValueError("model: got None, but the bundle names no architecture, expected the network of its weights")
+    model = _with_weights(model, folder, about)
+    return Bundle(model.eval(), load(folder / DETECTORS), preparation, None if classes is None else tuple(classes))
+
+
+def _with_weights(model: nn.Module | str, folder: Path, about: Mapping[str, Any]) -> nn.Module:
+    """The model, or the one of that name, with the weights in the folder."""
     if isinstance(model, str):
-        n_classes = n_classes_of(folder / WEIGHTS) if classes is None else len(classes)
-        options = {"in_channels": len(preparation["mean"]), "image_size": preparation["size"]}
-        model = models.create(model, n_classes, **options)
+        n_classes = n_classes_of(folder / WEIGHTS) if about["classes"] is None else len(about["classes"])
+        prepared = about["preparation"]
+        model = models.create(model, n_classes, in_channels=len(prepared["mean"]), image_size=prepared["size"])
     checks.instance("model", model, nn.Module, "an nn.Module, the name of one, or None")
     models.load_checkpoint(model, folder / WEIGHTS)
-    return Bundle(model.eval(), load(folder / DETECTORS), preparation, None if classes is None else tuple(classes))
+    return model
+
+
+@torch.no_grad()
+def _check_architecture(model: nn.Module, name: str, folder: Path, about: Mapping[str, Any]) -> None:
+    """ValueError unless `load_bundle` would make the model by that name: weights may fit another one, too."""
+    with torch.random.fork_rng(devices=[]):
+        made, like = _with_weights(name, folder, about).eval(), next(model.parameters())
+    n_channels, size = len(about["preparation"]["mean"]), about["preparation"]["size"]
+    x = torch.linspace(-2, 2, n_channels * size**2).view(1, n_channels, size, size).to(like)
+    with evaluating(model):
+        expected, found = (logits_of(network(x)) for network in (model, made.to(like)))
+    if not (expected - found).abs().max() <= TOLERANCE * expected.abs().max():
+        raise ValueError(
+            f"architecture: {name!r} makes other logits with these weights than the model, which was made with options "
+            "(a head with a temperature, another activation, ...); pass None, and the network to load_bundle"
+        )
 
 
 def _card(title: str, about: Mapping[str, Any], named: Mapping[str, Detector], text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_models import registered, without_norms
 from torch import nn
 
 import ood_fast
-from ood_fast import files
+from ood_fast import files, models
 from ood_fast.detectors import MSP, DetectorSet
 
 PREPARED = {"size": 16, "resize": [18, 20], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}
@@ -123,6 +124,20 @@ def test_damage_and_mixtures_are_refused(model, detectors, tmp_path):
         (whole / "bundle.json").write_text(text)
         with pytest.raises(ValueError, match=r"bundle\.json"):
             ood_fast.load_bundle(whole, model)
+
+
+def test_a_name_that_makes_another_model_of_the_weights_is_refused(tmp_path):
+    options = [{"activation": "leaky_relu"}, {"head": partial(ood_fast.L2NormLinear, tau=0.1)}, {}]
+    for chosen in options:
+        model = models.create("small_cnn", 3, **chosen).train()
+        save = partial(ood_fast.save_bundle, tmp_path, model, fitted(model), PREPARED)
+        if chosen:
+            with pytest.raises(ValueError, match="architecture: 'small_cnn' makes other logits"):
+                save(architecture="small_cnn")
+            assert not list(tmp_path.iterdir())
+        else:
+            save(architecture="small_cnn")
+            assert model.training
 
 
 def test_refuses(model, detectors, tmp_path):
