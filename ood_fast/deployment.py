@@ -170,7 +170,7 @@ class Deployed(nn.Module):
         features = None
         if self._seen is not None:
             head = self.model
-            for name in self.head.split("."):  # get_submodule cannot be traced by torch 2.9
+            for name in filter(None, self.head.split(".")):  # get_submodule cannot be traced by torch 2.9
                 head = getattr(head, name)
             check_width(head, logits)
             features = self._seen.take()

@@ -4,7 +4,7 @@
     onnx_export.write(deployed, "model.onnx", images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
     inputs      images (n, channels, height, width) float32 in [0, 1]; threshold, which may be left out
-    outputs     logits (n, c), score (n,), is_ood (n,) bool: not score >= threshold; of k detectors (n, k)
+    outputs     logits (n, c), score (n,), is_ood (n,) bool: not score >= threshold, or inf; of k detectors (n, k)
 
 Without `threshold` that of the detector holds. `model.json` says all that a program in another language has to know.
 Weights and features above 2 GiB stand in `model.onnx.data`, which `model.onnx` reads from its own folder.
@@ -119,7 +119,7 @@ class Prepared(nn.Module):
     def forward(self, images: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood)."""
         logits, score, _ = self.deployed((images - self.mean) / self.std)
-        return logits, score, ~(score >= threshold)
+        return logits, score, ~(score >= threshold) | (score == torch.inf)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _said(deployed: Deployed, images: Tensor, module: Prepared) -> dict[str, Any
         },
         "optional_input": {"name": "threshold", "shape": columns[1:], "default": module.threshold.tolist()},
         "outputs": {"logits": ["batch", "classes"], "score": columns, "is_ood": columns},
-        "score": "higher = more in-distribution; is_ood: not score >= threshold",
+        "score": "higher = more in-distribution; is_ood: not score >= threshold, or an infinite score",
         "detectors": said,
         "classes": next((list(single.class_names) for single in named.values() if single.class_names), None),
     }

@@ -67,8 +67,8 @@ class TextClassifier(nn.Module):
     """An image encoder under a head made of text: scale · cos(encoder(x), t_j).
 
     Args:
-        encoder: x -> embeddings (n, m): a module, whose parameters are then trained with the model's, or a function;
-            None: x are embeddings, as stored ones. embeddings, scale: as in `text_head`.
+        encoder: x -> embeddings (n, m), of any float dtype: a module, whose parameters are then trained with the
+            model's, or a function; None: x are embeddings, as stored ones. embeddings, scale: as in `text_head`.
 
     Attributes:
         head: the linear layer, which `find_head` finds; what enters it is of unit length.
@@ -83,4 +83,4 @@ class TextClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, c) of images, or of embeddings (n, m)."""
-        return self.head(l2_normalize(self.encoder(x))[0])
+        return self.head(l2_normalize(self.encoder(x))[0].to(self.head.weight.dtype))

@@ -300,6 +300,13 @@ def test_a_head_that_does_not_run_as_a_module(batch):
         deploy(Direct(), knn)(batch)
 
 
+def test_a_model_that_is_nothing_but_its_head():
+    model, z = nn.Linear(6, C), torch.randn(30, 6)
+    detector = NCI().fit(model, [(z, torch.arange(30) % C)])
+    detector.calibrate(detector.score(model, z))
+    assert torch.equal(deploy(model, detector)(z)[1], detector.score(model, z))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_nan_is_flagged_in_programs(batch, tmp_path):
     """Also where the threshold is what every score passes."""

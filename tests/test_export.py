@@ -189,6 +189,14 @@ def test_other_numbers_in_onnxruntime_are_found():
         onnx_export._check(Path("it.onnx"), module, x, (logits, score + 0.1, is_ood))
 
 
+def test_flags_are_those_of_deploy(monkeypatch):
+    model = build()
+    module = onnx_export.Prepared(deployment.deploy(model, fitted(["MSP"], model)["MSP"]), MEAN, STD, 3)
+    scores = torch.tensor([torch.inf, torch.nan, 1.0, -1.0])
+    monkeypatch.setattr(module.deployed, "forward", lambda x: (x, scores, None))
+    assert module(images(4), torch.tensor(0.0))[2].tolist() == [True, True, False, True]
+
+
 def test_refuses(monkeypatch):
     model = build()
     deployed = deployment.deploy(model, fitted(["MSP"], model)["MSP"])

@@ -48,6 +48,8 @@ def test_what_reads_a_head_reads_this_one():
     torch.testing.assert_close(loss, reference.elogitnorm(model(x), None, W, None, y))
     loss.backward()
     assert encoder.weight.grad.abs().sum() > 0
+    half = TextClassifier(lambda x: encoder(x).half(), W.detach(), scale=20.0)  # as CLIP on a GPU
+    torch.testing.assert_close(half(x), model(x), rtol=5e-3, atol=5e-2)
     # D is in the unit of the embeddings: the scale leaves it as it is
     louder = TextClassifier(encoder, W.detach(), scale=100.0)
     distances = [ood_fast.boundary_distance(made(x), made.head.weight) for made in (model, louder)]
