@@ -136,6 +136,7 @@ def test_a_plugin_that_registers_nothing_is_told(elsewhere, capsys):
         (lambda model, recipe: lambda f, y: None, "got NoneType and Tensor for the logits, expected a scalar tensor"),
         (lambda model, recipe: lambda f, y: f.sum(dim=1), r"got a tensor of shape \(\d+,\) with a gradient"),
         (lambda model, recipe: lambda f, y: f.sum().detach(), r"got a tensor of shape \(\) without a gradient"),
+        (lambda model, recipe: torch.nn.PReLU(), r"got a criterion with parameters .* \(weight\), which nothing would"),
         (lambda model, recipe: LossAlone(), "got a tensor of shape .* and NoneType for the logits"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -321,7 +322,7 @@ RESUMED = {
     },
     "bf16, steps": {"amp": "bf16", "schedule": "steps", "milestones": (1, 2)},
     "fp16 and its scaler": {"amp": "fp16", "loss": "logitnorm"},
-    "two views, prototypes": {"loss": "cider"},
+    "two views, prototypes": {"loss": "cider", "outlier_batch_size": 5},  # of outliers, not of views
     "prototypes that begin at random": {"loss": "palm"},
     "outliers of two views": {"loss": "cider", "outliers": "npos", "outlier_queue": 5, "outlier_start": 0.3},
     "virtual outliers": {"outliers": "vos", "outlier_queue": 3, "outlier_start": 0.3},
@@ -454,6 +455,10 @@ def test_a_run_is_not_overwritten(images, tmp_path):
         with pytest.raises(checks.UserError, match=rf"other settings \({expected}.*another --out, .*--resume"):
             training.fit_recipe(other, images, tmp_path, 7, resume=resume)
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["learning_rate"] == 0.05
+    grey = copy.copy(images)
+    grey.prepared = {**images.prepared, "mean": (0.5, 0.5, 0.5)}
+    with pytest.raises(checks.UserError, match=r"other settings \(prepared: mean: \[0\.4914, .* here\)"):
+        training.fit_recipe(one, grey, tmp_path, resume=True)
 
 
 def test_other_folders_are_left_alone(images, tmp_path):

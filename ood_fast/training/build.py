@@ -74,7 +74,7 @@ def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
     """What a step minimises: the criterion, with the outliers of the recipe beside it.
 
     Raises:
-        UserError: outliers beside a loss of your own that is an `Objective` already.
+        UserError: outliers beside a loss of your own that is an `Objective` already; parameters in one that is none.
     """
     criterion = criterion_of(recipe, model)
     given = {"weight": recipe.outlier_weight, "start": recipe.outlier_start}
@@ -92,7 +92,16 @@ def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
     if recipe.outliers != "none":
         keywords.pop("start", None)
         return OF_IMAGES[recipe.outliers](criterion, **keywords)
-    return RegMixupLoss(criterion, recipe.regmixup) if recipe.regmixup else Plain(criterion)
+    if recipe.regmixup:
+        return RegMixupLoss(criterion, recipe.regmixup)
+    named = criterion.named_parameters() if isinstance(criterion, nn.Module) else ()
+    trained = set(model.parameters())
+    if own := [name for name, parameter in named if parameter.requires_grad and parameter not in trained]:
+        raise checks.UserError(
+            f"loss {recipe.loss!r}: got a criterion with parameters that are not the model's ({', '.join(own)}), which "
+            "nothing would train; make it an Objective, or call requires_grad_(False) on them"
+        )
+    return Plain(criterion)
 
 
 def optimizer_of(recipe: TrainingRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -206,8 +206,8 @@ class Run:
             self.network = torch.compile(self.network)
         self.sets = [(benchmark.train, self.batches)]
         for images in self.objective.images_beside(benchmark):
-            size = recipe.outlier_batch_size or self.batches.batch_size
-            self.sets.append((images, self.batches.beside(len(images), size)))
+            size = 0 if self.objective.companion == "views" else recipe.outlier_batch_size
+            self.sets.append((images, self.batches.beside(len(images), size or self.batches.batch_size)))
         lives_on = self.options.workers > 0
         self.loaders = [self._loader(images, batch_sampler=b, persistent_workers=lives_on) for images, b in self.sets]
         self._begin_epoch()
