@@ -69,7 +69,7 @@ def recipes_of(
             default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}
             same = ("average", "detach_geometry", "tau", "outlier_queue", "outlier_start")
             kept = {name: getattr(plain, name) for name in same}
-            of_loss = {**default, **methods[loss], **kept}
+            of_loss = {} if loss == loss_of(plain) else {**default, **methods[loss], **kept}
             named = {"name": own if recipe is None else f"{plain.name}-{loss}", "source": f"{plain.name} with {loss}"}
             made = replace(plain, **of_loss, **named, benchmark=benchmark)
         found[loss] = recipes.override(made, changes)
@@ -234,16 +234,16 @@ def open_runs(
 
 
 def loss_of(recipe: TrainingRecipe | None) -> str:
-    """The name of its loss among `recipes.METHODS` and those of your own; empty if it has none."""
+    """The name of its loss among `recipes.METHODS`, whatever its numbers are, and those of your own; empty if it has
+    none."""
     if recipe is None:
         return ""
-    default = TrainingRecipe()
-    for name, settings in METHODS.items():
-        told_by = ("loss", "head", "head_tau", "outliers", "regmixup")
-        wanted = {key: settings.get(key, getattr(default, key)) for key in told_by}
-        if all(getattr(recipe, key) == value for key, value in wanted.items()):
-            return name
-    return recipe.loss if recipe.loss in added("loss") else ""
+
+    def kind(recipe: TrainingRecipe) -> tuple:
+        return recipe.loss, recipe.head, recipe.head_tau is None, recipe.outliers, recipe.regmixup > 0
+
+    named = (name for name, settings in METHODS.items() if kind(TrainingRecipe(**settings)) == kind(recipe))
+    return next(named, recipe.loss if recipe.loss in added("loss") else "")
 
 
 @contextmanager

@@ -79,7 +79,21 @@ def test_recipes_of_a_benchmark_and_of_any_recipe():
         ("ce", "linear", None, 200),
         ("ce", "l2norm", 0.1, 200),
     ]
+    own = recipes_of("cifar10", ["ce", "palm"], "cifar10-palm")
+    assert [own[loss].prototype_momentum for loss in own] == [None, 0.9], "its own loss keeps its numbers"
     assert compare.loss_of(None) == ""
+
+
+@pytest.mark.parametrize(("loss", "change"), [("t2fnorm", "head_tau=0.2"), ("regmixup", "regmixup=10")])
+def test_a_stopped_comparison_of_other_numbers_is_its_own(loss, change, tmp_path):
+    recipe = recipes_of("digits", [loss], changes=[change])[loss]
+    place = tmp_path / "runs" / loss / "s0"
+    place.mkdir(parents=True)
+    info = {"recipe": recipes.as_dict(recipe), "benchmark": "digits", "n_classes": 6, "image_shape": [1, 8, 8]}
+    (place / "run.json").write_text(json.dumps(info))
+    assert compare.free_folder(tmp_path) == tmp_path
+    compare.remove_runs(tmp_path)
+    assert not place.exists()
 
 
 @pytest.mark.parametrize(
