@@ -36,8 +36,8 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
     """One module in eval mode: x -> (logits (n, c), score (n,), is_ood (n,) bool); it needs neither model nor detector.
 
     The model is copied, so that training it further changes nothing here, and its parameters take no gradient. The
-    buffers of the detector, which may be large, are shared until one of the two is moved; a new fit or threshold of the
-    detector changes nothing here. Nothing is moved.
+    buffers of the detector, which may be large, are shared until one of the two is moved; its head is the copy's. A new
+    fit or threshold of the detector changes nothing here. Nothing is moved.
 
     An exported or compiled program rounds otherwise in the last digits, so an input whose score is the threshold itself
     may be judged otherwise there.
@@ -69,8 +69,13 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
     for name, buffer in detector.named_buffers():
         if parameter is not None:
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
+    copied = _copied(model)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
-    return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
+    own = None if path is None else copied.get_submodule(path).weight.detach()
+    for name, buffer in detector.named_buffers() if own is not None else ():
+        if name.endswith("head_weight") and buffer.dtype == own.dtype and torch.equal(buffer, own):
+            shared[id(buffer)] = own  # of 1,000,000 classes gigabytes, once
+    return Deployed(copied, copy.deepcopy(detector, shared), path)
 
 
 def _detectors(detector: Detector | DetectorSet) -> list[Detector]:

@@ -180,6 +180,7 @@ def test_it_stays_what_it_was(batch):
     detector = fitted("NCI", model, batch)
     deployed = deploy(model, detector)
     assert deployed.detector.mean is detector.mean  # large buffers are not copied
+    assert deployed.detector.head_weight.data_ptr() == deployed.model[-1].weight.data_ptr()
     expected = deployed(batch)
     assert model.training
     assert not deployed.model.training
