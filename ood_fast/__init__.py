@@ -11,7 +11,7 @@ import. A program that runs the operators by their registered names alone import
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle import load_bundle, save_bundle
@@ -35,7 +35,7 @@ _HOMES = {"ELogitNormLoss": "losses", "LogitNormLoss": "losses", "L2NormLinear":
 _HOMES |= {"deploy": "deployment", "load_bundle": "bundle", "save_bundle": "bundle", "register": "registry"}
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -96,5 +97,5 @@ def told_accuracy(counts: Tensor) -> str:
 
 def _chance(counts: Tensor, deviations: float) -> float:
     """How many images a guess may get right: the expectation and some standard deviations."""
-    n_images, share = int(counts.sum()), 1 / counts.shape[1]
-    return n_images * share + deviations * (n_images * share * (1 - share)) ** 0.5
+    n_images, share = int(counts.sum()), 1 / int(counts.shape[1])
+    return n_images * share + deviations * math.sqrt(n_images * share * (1 - share))

@@ -44,7 +44,7 @@ class BusyError(OSError):
     """Another process is at work on the same file or folder."""
 
 
-def sha256(path: str | os.PathLike) -> str:
+def sha256(path: str | os.PathLike[str]) -> str:
     """Of the bytes of a file, in hexadecimal digits; OSError if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -6,6 +6,8 @@ layer, f = z W^T + b (n, c) are the logits, p = argmax f the predicted class (fi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -314,7 +316,10 @@ def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     return (z / norms.clamp_min(eps).unsqueeze(-1)).to(z.dtype), norms
 
 
-def as_rows(logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+Target = TypeVar("Target", Tensor, None)
+
+
+def as_rows(logits: Tensor, y: Target) -> tuple[Tensor, Target]:
     """Every place of (n, c, d1, ...) as a row of its own, (n d1 ..., c), and its target; (n, c) as it is."""
     if logits.dim() == 2:
         return logits, y

@@ -344,7 +344,7 @@ def _scores(argument: str, values: Any) -> Tensor:
         raise TypeError(f"{argument}: got {type(values).__name__}, expected numbers (n,)") from error
     if values.is_complex():
         raise TypeError(f"{argument}: got {values.dtype}, expected real numbers")
-    scores = values.detach().cpu().double()  # use_deterministic_algorithms refuses cumsum on a GPU
+    scores: Tensor = values.detach().cpu().double()  # use_deterministic_algorithms refuses cumsum on a GPU
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"{argument}: got shape {tuple(scores.shape)}, expected (n,) with n >= 1")
     if scores.isnan().any():

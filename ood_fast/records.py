@@ -27,9 +27,9 @@ class Tempered(NamedTuple):
 
     predicted: Tensor
     """p, int64"""
-    temperature: Tensor | None
-    """None, as is the next, in the backward pass of D itself"""
-    log_partition: Tensor | None
+    temperature: Tensor
+    """anything, as is the next, in the backward pass of D itself, which reads neither"""
+    log_partition: Tensor
     """log sum_j exp(-g_j / T)"""
     slope: Tensor
     """dL/dD / (K + average_offset), or dL/dT tau / ||f|| for LogitNorm; 0 where T is a constant"""

@@ -133,7 +133,7 @@ def boundary_distance(
     boundary = (length != 0) & ~logits.isneginf()  # length_pp = 0: the predicted class is left out, too
     to_boundary = gap.masked_fill(~boundary, 0) / length.masked_fill(~boundary, 1)
     n_counted = boundary.sum(1) + (1 if average == "classes" else 0)
-    D = to_boundary.sum(1) / n_counted.clamp(min=1)
+    D: Tensor = to_boundary.sum(1) / n_counted.clamp(min=1)
     # f_p − f_p is NaN exactly where f_p is not finite. A factor, not a fill, so that the gradient is NaN as well.
     not_finite = gap.detach().gather(1, predicted[:, None]).squeeze(1).isnan()
     return D * torch.ones_like(D).masked_fill(not_finite, torch.nan)
@@ -163,7 +163,7 @@ def nci_score(
     projection = (W[logits.argmax(1)] * centred).sum(1)
     at_mean = norm == 0
     p_score = projection.masked_fill(at_mean, 0) / norm.masked_fill(at_mean, 1)
-    score = p_score + alpha * z.abs().sum(1)
+    score: Tensor = p_score + alpha * z.abs().sum(1)
     return score * torch.ones_like(score).masked_fill(logits.isnan().any(1), torch.nan)
 
 

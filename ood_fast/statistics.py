@@ -101,8 +101,8 @@ def row_statistics(
                 f"pass {_CURES[argument]}{' or table=distance_table(W)' if because == ['distance'] else ''}"
             )
     _check(names, **given)
-    if given["table"] is not None and boundaries is not None:
-        _check_boundaries(boundaries, table)
+    if boundaries is not None and given["table"] is not None:
+        _check_boundaries(boundaries, given["table"])
     checks.real("gamma", gamma, 0.0, open_low=True)
     if not names:
         return {}
@@ -127,10 +127,11 @@ def _computed(names: list[str], inputs: Inputs, gamma: float, boundaries: Tensor
         found |= _computed(others, rest, gamma, None)
         return {name: found[name] for name in names}
     like = inputs.features if logits is None else logits
+    assert like is not None  # every statistic needs one of the two
     if like.shape[0] == 0:
         dtype = compute_dtype(*inputs)
         return {name: like.new_empty(0, dtype=torch.int64 if name == "predicted" else dtype) for name in names}
-    if by_weight:
+    if by_weight and logits is not None and head_weight is not None:
         return {"distance": scores.boundary_distance(logits, head_weight, 0)}
     return dict(zip(names, scores.row_statistics(names, inputs, gamma, boundaries), strict=True))
 
@@ -202,13 +203,13 @@ def _check(
                 f"features: got {features.shape[0]} rows, expected {logits.shape[0]}, one for each row of logits"
             )
         checks.same_device("features", features, "logits", logits)
-    if W is not None:
+    if W is not None and logits is not None:
         checks.head_weight(W, logits)
-        if "projection" in names and W.shape[1] != features.shape[1]:
+        if features is not None and "projection" in names and W.shape[1] != features.shape[1]:
             raise ValueError(
                 f"features: got shape {tuple(features.shape)}, expected (n, {W.shape[1]}) to fit W {tuple(W.shape)}"
             )
-    if mean is not None:
+    if mean is not None and features is not None:
         checks.float_tensor("mean", mean, 1, "(m,)")
         if mean.shape[0] != features.shape[1]:
             raise ValueError(
@@ -216,7 +217,7 @@ def _check(
                 f"{tuple(features.shape)}"
             )
         checks.same_device("mean", mean, "features", features)
-    if table is not None:
+    if table is not None and logits is not None:
         checks.float_tensor("table", table, 2, "(c, c)")
         n_classes = logits.shape[1]
         if table.shape != (n_classes, n_classes):

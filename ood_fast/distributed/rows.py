@@ -103,7 +103,7 @@ def find(logits: Tensor, head: Head, average_offset: int, shards: Shards) -> Fou
     mine, place = shards.locate(predicted)
     return Found(
         *(to_boundaries * share, share, place, rows, apart, Geometry(table_row, inverse, classes)),
-        Totals(top, None, inverse_sum, n_live, mine),
+        Totals(top, inverse_sum, inverse_sum, n_live, mine),
     )
 
 
@@ -160,7 +160,7 @@ class State(NamedTuple):
     totals: Totals
     left: Tensor
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All of them in a row, as autograd keeps them."""
         return *self.geometry, *self.tempered, *self.totals, self.left
 

@@ -281,7 +281,7 @@ class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, head_weight: Tensor, shards: Shards, offset: int) -> Tensor:
         found = together.find(logits, Head(head_weight, compute_dtype(logits, head_weight)), offset, shards)
-        tempered = Tempered(found.place, None, None, found.share)
+        tempered = Tempered(found.place, *[found.share] * 3)
         state = together.State(found.geometry, tempered, found.totals, found.left)
         ctx.save_for_backward(logits, head_weight, *state.tensors())
         ctx.shards = shards

@@ -86,7 +86,7 @@ def boundary_distance_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i for logits and W, only those asked for."""
-    tempered = Tempered(predicted, None, None, slope)
+    tempered = Tempered(predicted, slope, slope, slope)
     return boundary_backward(sample_grad, logits, head_weight, None, geometry, tempered, needs)
 
 
@@ -114,8 +114,8 @@ class Totals(NamedTuple):
     """What many processes found together, (n,): sums over the classes of all of them."""
 
     top: Tensor
-    total: Tensor | None
-    """Q = sum_j q_j; None without targets"""
+    total: Tensor
+    """Q = sum_j q_j; anything without targets"""
     inverse_sum: Tensor
     """sum_j R_j over the live classes"""
     n_live: Tensor
@@ -156,12 +156,14 @@ def gradients(
             else:
                 part = Part(rows, live, None if totals is None else take(totals.n_live, rows))
                 total = targets.total(part, gap.shape[1], dtype) if totals is None else take(totals.total, rows)
-                of_rows = (take(t, rows) for t in (temperature, log_partition, sample_grad))
-                gradient = row_gradient(gap, *of_rows, total, targets, part)
+                of_softmax = take(temperature, rows), take(log_partition, rows)
+                gradient = row_gradient(gap, *of_softmax, take(sample_grad, rows), total, targets, part)
             inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
-            add_distance_gradient(gradient, inverse, p, push, None if totals is None else take(at_predicted, rows))
+            add_distance_gradient(
+                gradient, inverse, p, push, None if at_predicted is None else take(at_predicted, rows)
+            )
             if targets is not None:
                 targets.silence(gradient, rows)
             if rows is None:
@@ -170,7 +172,7 @@ def gradients(
                 if grad_logits is None:
                     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
                 grad_logits[rows] = gradient
-        if needs.weight:
+        if gap_sums is not None:
             if live is not None:
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)

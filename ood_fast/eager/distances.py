@@ -107,7 +107,7 @@ def inverse_distances(head: Head, rows: Rows | None, out: Tensor) -> tuple[bool,
     head_weight, origin = head.weight, head.mean.origin
     n_rows, n_classes = out.shape
     square = rows is None
-    if square:
+    if rows is None:
         left = centered(head_weight, origin)
         every = torch.arange(n_classes, device=out.device)
         rows = Rows(head_weight, every, every)

@@ -51,8 +51,7 @@ def linear_elogitnorm(
     with full_precision(features.device):
         worked = _Worked(Targets(labels, n_classes, dtype), eps, average_offset, sample_grad, needs)
         square = n_samples >= n_classes
-        if square:
-            worked.make_table(head)
+        table = worked.make_table(head) if square else None
         # Chunks of one size: a short last one would stream all of W for a few rows.
         widths = 1 if square else 2
         n_chunks = -(-n_samples // max(sizes.MIN_LINEAR_ROWS, sizes.LINEAR_BUFFER_ELEMENTS // (widths * n_classes)))
@@ -60,29 +59,29 @@ def linear_elogitnorm(
         buffer = torch.empty(widths * step, n_classes, **new)
         for chunk in slices(n_samples, step):
             n_rows = chunk.stop - chunk.start
-            logits, inverses = buffer[:n_rows], None
+            logits, inverses = buffer[:n_rows], table
             z = features[chunk].to(dtype)
             linear_into(logits, z, head_weight, bias)
             top, predicted = logits.max(1)
-            if not square:
+            if inverses is None:
                 inverses = buffer[n_rows : 2 * n_rows]
                 rows = Rows(head_weight, predicted, predicted)
                 worked.find(head, rows, inverses)
             results += worked.chunk(chunk.start, logits, top, predicted, inverses)
             if sample_grad is None:
                 continue
-            push = inverses if worked.pulls and worked.apart else None
+            push = inverses if table is None and worked.pulls and worked.apart else None
             into = None if grad_features is None else grad_features[chunk]
             linear_backward(logits, push, z, predicted, head, worked.apart, into, grad_weight)
-            if not (square or worked.gap_sums is None):
+            if not (square or worked.gap_sums is None or grad_weight is None):
                 left = head_weight[predicted].to(dtype)
                 _, own = pull_rows(worked.gap_sums, inverses, left, head, worked.units, grad_weight)
                 add_rows(grad_weight, predicted, own)
             if grad_bias is not None:
                 grad_bias.add_(logits.sum(0))
-        if square and worked.gap_sums is not None:
+        if not (table is None or worked.gap_sums is None or grad_weight is None):
             every_class = torch.arange(n_classes, device=features.device)
-            geometry = Geometry(every_class, worked.table, every_class)
+            geometry = Geometry(every_class, table, every_class)
             grad_weight.add_(weight_gradient(worked.gap_sums, head, geometry, *worked.units, worked.apart))
     return *join(results), grad_features, grad_weight, grad_bias
 
@@ -95,19 +94,19 @@ class _Worked:
     ) -> None:
         self.targets, self.eps, self.average_offset, self.sample_grad = targets, eps, average_offset, sample_grad
         self.pulls = needs.weight and needs.geometry
-        self.table: Tensor | None = None  # (c, c) where n >= c
         # (c, c): what each class pulls at each predicted one; where n < c (r, c), and only for rows that are close
         self.gap_sums: Tensor | None = None
-        self.distinct = self.apart = False
+        self.square = self.distinct = self.apart = False
         self.units = 0.0, 1.0  # as `unit_of` has them
 
-    def make_table(self, head: Head) -> None:
+    def make_table(self, head: Head) -> Tensor:
         """R of all pairs of classes."""
-        self.table = head.mean.origin.new_empty(head.weight.shape[0], head.weight.shape[0])
-        self.gap_sums = torch.zeros_like(self.table) if self.pulls else None
-        self.distinct, self.apart = inverse_distances(head, None, self.table)
+        self.square, table = True, head.mean.origin.new_empty(head.weight.shape[0], head.weight.shape[0])
+        self.gap_sums = torch.zeros_like(table) if self.pulls else None
+        self.distinct, self.apart = inverse_distances(head, None, table)
         if self.pulls and not self.apart:
-            self.units = unit_of(self.table)
+            self.units = unit_of(table)
+        return table
 
     def find(self, head: Head, rows: Rows, inverses: Tensor) -> None:
         """R of the rows of a chunk."""
@@ -117,19 +116,20 @@ class _Worked:
             self.gap_sums, self.units = torch.empty_like(inverses), unit_of(inverses)
 
     def chunk(
-        self, start: int, logits: Tensor, top: Tensor, predicted: Tensor, inverses: Tensor | None
+        self, start: int, logits: Tensor, top: Tensor, predicted: Tensor, inverses: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """(loss, D) of parts of a chunk whose first sample is `start`; `logits`, `inverses` become G, -S in place."""
+        """(loss, D) of parts of a chunk whose first sample is `start`; `logits` become G, and `inverses`, unless they
+        are the table, -S in place."""
         results = []
         for rows in slices(logits.shape[0], sizes.ROW_CHUNK_ELEMENTS // logits.shape[1]):
             at, p = slice(start + rows.start, start + rows.stop), predicted[rows]
-            inverse = self.table.index_select(0, p) if inverses is None else inverses[rows]
+            inverse = inverses.index_select(0, p) if self.square else inverses[rows]
             found = boundary_gaps(logits[rows], top[rows], inverse, self.distinct, self.average_offset, self.eps)
             grads = self.sample_grad is not None
             loss, temperature, log_partition, slope = elogitnorm_rows(found, self.targets, at, self.eps, grads)
             self.targets.settle(loss, slope, at)
             results.append((loss, found.distance))
-            if not grads:
+            if self.sample_grad is None:
                 continue
             gap, spent, _, _, live = found
             scale, part = self.sample_grad[at].to(gap.dtype), Part(at, live)
@@ -144,12 +144,12 @@ class _Worked:
                     gap.masked_fill_(push == 0, 0.0)
                 unit = self.units[1]
                 gap.mul_(push if unit == 1.0 else push * unit)
-                if inverses is None:
-                    add_rows(self.gap_sums, p, gap)
-                elif self.gap_sums is not None:
-                    self.gap_sums[rows] = gap
-                else:
+                if self.gap_sums is None:
                     inverse.mul_(torch.mul(inverse, inverse, out=spent)).mul_(gap)
+                elif self.square:
+                    add_rows(self.gap_sums, p, gap)
+                else:
+                    self.gap_sums[rows] = gap
         return results
 
 
@@ -196,7 +196,7 @@ def linear_backward(
             grad_weight[columns].add_(matmul(both[:, columns].t(), outer))
             if push is not None:
                 grad_weight[columns].addcmul_(right, push[:, columns].sum(0).unsqueeze(1), value=-1)
-    if push is not None:
+    if not (push is None or predicted is None or grad_weight is None):
         own = product[n_rows:].sub_(left.mul_(push.sum(1, keepdim=True)))
         add_rows(grad_weight, predicted, own)
     if grad_features is not None:

@@ -23,12 +23,11 @@ def _predict_from_features(
     chunks = []
     for rows in slices(features.shape[0], sizes.TABLE_TILE_ELEMENTS // (tiles[0].stop - tiles[0].start)):
         z = features[rows].to(dtype)
-        top = predicted = None
         for columns in tiles:
             bias = None if head_bias is None else head_bias[columns].to(dtype)
             logits = torch.nn.functional.linear(z, head_weight[columns].to(dtype), bias)
             highest, index = logits.max(1)
-            if top is None:
+            if columns.start == 0:
                 top, predicted = highest, index
                 continue
             better = (highest > top) | (highest.isnan() & ~top.isnan())
@@ -89,12 +88,12 @@ def nci_backward(
         grad = take(sample_grad, rows).to(dtype).unsqueeze(1)
         inverse = take(inverse_norm, rows).unsqueeze(1)
         unit = (z - mean_row).mul_(inverse)
-        if needs.weight:
+        if grad_weight is not None:
             add_rows(grad_weight, p, unit * grad)
         if needs.features or needs.mean:
             pull = unit.mul_(take(projection, rows).unsqueeze(1).neg()).add_(head_weight[p])
             pull.mul_(inverse * grad)
-            if needs.mean:
+            if grad_mean is not None:
                 grad_mean.sub_(pull.sum(0))
             if needs.features:
                 chunks.append((pull.addcmul_(z.sign(), grad, value=alpha).to(features.dtype),))

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_JIT: Any = torch.jit  # modules of torch that do not say what they hold
+_MKLDNN: Any = torch.backends.mkldnn
+
 
 def is_exporting() -> bool:
     """Whether this run makes a graph for torch.export or ONNX."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return _JIT.is_tracing() or torch.compiler.is_exporting()
 
 
 def keep_tensors(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -61,7 +64,7 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
     if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's
         return _NOTHING_TO_DO
-    setting = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    setting = torch.backends.cuda.matmul if device.type == "cuda" else _MKLDNN.matmul
     if setting.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
         return _NOTHING_TO_DO
     return _within_full_precision(device, setting)
@@ -86,13 +89,13 @@ ONEDNN_PRODUCT = 1 << 20
 
 
 @functools.cache
-def _onednn_linear() -> Callable[..., Any] | None:
+def _onednn_linear() -> Callable[..., Tensor] | None:
     """x W^T where oneDNN can multiply float32 matrices with AVX-512 here, at full precision."""
     from ..ops.registration import ONEDNN_LINEAR  # importing it makes `ops`, which is made of this
 
     modes = (os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT") for name in ("ONEDNN", "DNNL"))
     can = (
-        torch.backends.mkldnn.is_available()
+        _MKLDNN.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and all(mode.upper() == "STRICT" for mode in modes)
     )

@@ -77,9 +77,8 @@ class Targets:
         self.ignored: Tensor | None = None  # (n,) samples with ignore_index
         self.invalid: Tensor | None = None  # (n,) class indices out of range; on the CPU those raise instead
         self.index: Tensor | None = None  # (n, 1)
-        self.probability: Tensor | None = None  # (n, c)
+        self.probability = target  # (n, c) where there is no index
         if target.is_floating_point():
-            self.probability = target
             return
         if shards is not None or target.device.type != "cpu":
             self.ignored = target == ignore_index
@@ -108,10 +107,12 @@ class Targets:
 
     def _smoothed(self, part: Part, n_columns: int) -> Tensor | float:
         """The smoothing's share of q: a number, (1, c) or (r, c), whichever is smallest."""
-        if part.live is None and part.n_live is None:
-            share: Tensor | float = self.smoothing / n_columns
-            return share if self.class_weight is None else (self.class_weight * share).unsqueeze(0)
-        n_live = part.live.sum(1) if part.n_live is None else part.n_live
+        n_live = part.n_live
+        if n_live is None:
+            if part.live is None:
+                even = self.smoothing / n_columns
+                return even if self.class_weight is None else (self.class_weight * even).unsqueeze(0)
+            n_live = part.live.sum(1)
         share = self.smoothing / n_live.clamp(min=1).to(self.dtype).unsqueeze(1)
         share = share.expand(-1, n_columns) if part.live is None else part.live * share
         return share if self.class_weight is None else share * self.class_weight

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 # Elements of a chunk of rows: three float32 temporaries of this size (3 MiB) stay in the caches of one core pair.
 ROW_CHUNK_ELEMENTS = 1 << 18
@@ -49,6 +51,7 @@ def take(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def join(chunks: Sequence[tuple[Tensor, ...]]) -> Any:
+def join(chunks: Sequence[Parts]) -> Parts:
     """The n-vectors (or (n, .) buffers) of all chunks, in order."""
-    return chunks[0] if len(chunks) == 1 else tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+    # as many as went in, which no type can say
+    return chunks[0] if len(chunks) == 1 else tuple(map(torch.cat, zip(*chunks, strict=True)))  # type: ignore[return-value]

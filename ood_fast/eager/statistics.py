@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +37,20 @@ def row_statistics(
     a compiled or exported graph can hold: no chunks and no look at the values; D may come from W instead of the table.
     """
     dtype = compute_dtype(*inputs)
-    wanted, found = set(names), {}
+    wanted = set(names)
+    found: dict[str, Tensor] = {}
     if inputs.logits is not None:
         found = _by_chunks(
             lambda f: _LogitStatistics(wanted, f.to(dtype), inputs, traced).found(boundaries, gamma),
-            *(traced, inputs.logits),
+            traced,
+            inputs.logits,
         )
     if inputs.features is not None:
         of_logits = [found["max"], found["predicted"]] if "projection" in wanted else []
         found |= _by_chunks(
             lambda z, *p: _feature_statistics(wanted, z.to(dtype), inputs.head_weight, inputs.mean, traced, *p),
-            *(traced, inputs.features, *of_logits),
+            traced,
+            *(inputs.features, *of_logits),
         )
     return [found[name] for name in names]
 
@@ -76,25 +78,21 @@ class _LogitStatistics:
         self.names, self.logits, self.inputs, self.traced = names, logits, inputs, traced
         # Where a look at the numbers is free, and nothing is fused.
         self.by_hand = not traced and logits.device.type == "cpu"
-        self.top = self.predicted = self.gap = self.column = None
+        self.known: dict[str, Tensor] = {}
         if names - {"logit_norm1", "logit_norm2"}:
             top = logits.amax(1, keepdim=True)
             if traced and is_exporting():  # ONNX leaves open what the maximum makes of NaN, and onnxruntime drops it
                 top = top.masked_fill(logits.isnan().any(1, keepdim=True), math.nan)
-            self.top = top
+            self.top, self.known["max"] = top, top.squeeze(1)
         if names & {"predicted", "distance", "projection"}:
-            self.predicted = logits.argmax(1) if traced else _first_equal(logits, self.top)
-            self.column = self.predicted.unsqueeze(1) if self.by_hand else None
+            self.predicted = self.known["predicted"] = logits.argmax(1) if traced else _first_equal(logits, self.top)
+        self.column = self.predicted.unsqueeze(1) if "predicted" in self.known and self.by_hand else None
         if names & {"distance", *_OF_SOFTMAX}:
             self.gap = self.top - logits
 
     def found(self, boundaries: Tensor | None, gamma: float) -> dict[str, Tensor]:
         """Those of the names, and perhaps others that they needed."""
-        found = {}
-        if self.top is not None:
-            found["max"] = self.top.squeeze(1)
-        if self.predicted is not None:
-            found["predicted"] = self.predicted
+        found = self.known
         if self.names & _OF_SOFTMAX:
             found |= self.of_softmax(gamma)
         if "distance" in self.names:
@@ -126,7 +124,7 @@ class _LogitStatistics:
         found = {"logsumexp": self.top.squeeze(1) + log_partition, "confidence": inverse}
         if "entropy" in self.names:
             weighted = row_dots(gap, exponential) if self.by_hand else None
-            if not self.by_hand or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
+            if weighted is None or not _finite(weighted):  # a masked class, of infinite gap, made NaN of 0 * inf
                 weighted = (gap.clamp(max=torch.finfo(gap.dtype).max) * exponential).sum(1)
             found["entropy"] = torch.addcmul(log_partition, weighted, inverse)
         if "gen" in self.names:
@@ -144,7 +142,7 @@ class _LogitStatistics:
     def distance(self, boundaries: Tensor | None) -> Tensor:
         """D; `boundaries` (c,) counts those of each class."""
         gap, table = self.gap, self.inputs.table
-        if self.by_hand:
+        if self.by_hand and table is not None:
             distance = _mean_over_boundaries(gap, table, boundaries, self.predicted)
             if _finite(distance):
                 return distance
@@ -160,17 +158,18 @@ def _feature_statistics(
     head_weight: Tensor | None,
     mean: Tensor | None,
     traced: bool,
-    top: Tensor | None = None,
-    predicted: Tensor | None = None,
+    *of_logits: Tensor,
 ) -> dict[str, Tensor]:
     found = {}
     if "norm2" in names:
         found["norm2"] = torch.linalg.vector_norm(features, dim=1)
-    if names & {"centred_norm", "projection"}:
+    centred = None
+    if mean is not None:
         centred = features - mean.to(features.dtype)
-    if "centred_norm" in names:
+    if centred is not None and "centred_norm" in names:
         found["centred_norm"] = torch.linalg.vector_norm(centred, dim=1)
-    if "projection" in names:
+    if centred is not None and head_weight is not None and "projection" in names:
+        top, predicted = of_logits
         projection = row_dots(centred, head_weight, predicted, traced)
         # The prediction of a row of logits with NaN means nothing.
         found["projection"] = projection.masked_fill_(top.isnan(), math.nan)
@@ -213,6 +212,7 @@ def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: T
     """R_p of each sample, (n, c)."""
     if table is not None:
         return table.index_select(0, predicted).to(dtype)
+    assert head_weight is not None  # one of the two is given
     weight = head_weight.to(dtype)
     distance = torch.cdist(weight.index_select(0, predicted), weight, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.reciprocal().masked_fill(distance == 0, 0.0)
@@ -238,7 +238,7 @@ def _each(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 @functools.cache
-def _bag_gradient() -> Callable[..., Any] | None:
+def _bag_gradient() -> Callable[..., Tensor] | None:
     from ..ops.registration import BAG_WEIGHTS_GRADIENT  # importing it makes `ops`, which is made of this
 
     return BAG_WEIGHTS_GRADIENT

@@ -109,8 +109,11 @@ def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, temp
         if live is not None:
             chunk = chunk.masked_fill(~live, 0.0)
         part = Part(rows, live)
-        of_rows = (take(t, rows) for t in (temperature, log_partition, sample_grad))
-        gradient = row_gradient(gap, *of_rows, targets.total(part, gap.shape[1], dtype), targets, part)
+        total, of_softmax = (
+            targets.total(part, gap.shape[1], dtype),
+            (take(temperature, rows), take(log_partition, rows)),
+        )
+        gradient = row_gradient(gap, *of_softmax, take(sample_grad, rows), total, targets, part)
         gradient.addcmul_(chunk, take(push, rows).unsqueeze(1))
         targets.silence(gradient, rows)
         chunks.append((gradient.to(logits.dtype),))

@@ -97,7 +97,7 @@ def pull_rows(
         return _pull_products(force.mul_(inverse), ours, head, grad_weight)
     buffer = weight_tile(head.weight, left.dtype)
     adds, own = grad_weight is not None, torch.zeros_like(left)
-    if not adds:
+    if grad_weight is None:
         grad_weight = left.new_empty(head.weight.shape)
     for columns in slices(head.weight.shape[0], buffer.shape[0]):
         right_rows, near, push = head.weight[columns], inverse[:, columns], force[:, columns]
@@ -123,7 +123,7 @@ def _pull_products(push: Tensor, left: Tensor, head: Head, grad_weight: Tensor |
     """`pull_rows` of -S and centred rows, which are spent, where products serve all pairs."""
     minus_sums = push.sum(1, keepdim=True).neg_()
     adds = grad_weight is not None
-    if adds:
+    if grad_weight is not None:
         own = left * minus_sums
     else:  # one product of all tiles is faster, and adding it would hold another dW
         grad_weight = matmul(push.t(), left)

@@ -75,9 +75,9 @@ def backend_name(device: torch.device | str, dtype: torch.dtype = torch.float32)
 def backend_of(*tensors: Tensor | None) -> ModuleType:
     """The module whose functions serve these tensors, of which one is given: `eager` or `kernels`."""
     given = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
-    name = backend_name(given.device, eager.compute_dtype(*tensors))
-    if name == "eager":
-        return eager
-    from .. import kernels
+    backend: ModuleType = eager
+    if backend_name(given.device, eager.compute_dtype(*tensors)) != "eager":
+        from .. import kernels
 
-    return kernels
+        backend = kernels
+    return backend

@@ -141,9 +141,7 @@ def _elogitnorm(logits: Tensor, head_weight: Tensor, *flat: Any) -> tuple[Tensor
     " int ignore_index, str reduction, float label_smoothing, bool need_logits, bool need_weight) -> (Tensor, Tensor)",
     fake_logits_and_weight,
 )
-def _elogitnorm_backward(
-    grad_loss: Tensor, logits: Tensor, head_weight: Tensor, *flat: Any
-) -> tuple[Tensor | None, Tensor | None]:
+def _elogitnorm_backward(grad_loss: Tensor, logits: Tensor, head_weight: Tensor, *flat: Any) -> Any:
     target, class_weight, saved, *keywords = flat
     labels, reduction, (need_logits, need_weight) = _labels(target, class_weight, *keywords)
     sample_grad = sample_grads(grad_loss, saved[0], reduction, labels)
@@ -163,7 +161,7 @@ class _ELogitNorm(Differentiable):
     n_visible = 2
 
     @classmethod
-    def forward(cls, ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(cls, ctx: Any, *inputs: Any) -> Any:
         logits, head_weight, target, class_weight, ignore_index, reduction, label_smoothing, *rule, _ = inputs
         labels = Labels(target, class_weight, ignore_index, label_smoothing)
         backend = backend_of(logits, head_weight)
@@ -385,7 +383,7 @@ def _logitnorm(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     " int ignore_index, str reduction, float label_smoothing) -> Tensor",
     lambda grad_loss, logits, *rest: fake_gradient(logits, True),
 )
-def _logitnorm_backward(grad_loss: Tensor, logits: Tensor, *flat: Any) -> Tensor:
+def _logitnorm_backward(grad_loss: Tensor, logits: Tensor, *flat: Any) -> Any:
     target, class_weight, saved, *keywords = flat
     labels, reduction, _ = _labels(target, class_weight, *keywords)
     sample_grad = sample_grads(grad_loss, saved[0], reduction, labels)

@@ -68,9 +68,11 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))  # what an argument
 class Operator:
     """A function in plain Python, the same registered with torch, and its `Differentiable` where it has one."""
 
+    function: type[Differentiable]
+
     def __init__(self, name: str, run: Callable[..., Any], registered: Any = None) -> None:
-        self.name, self.run, self.registered = name, run, registered or run
-        self.function: type[Differentiable] | None = None
+        self.name, self.run = name, run
+        self.registered: Any = registered or run
 
 
 def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
@@ -148,7 +150,7 @@ def has_tangents(*tensors: Tensor | None) -> bool:
     """Whether a forward-mode derivative is under way."""
     if getattr(forward_ad, FORWARD_LEVEL, 0) < 0:
         return False
-    unpack = forward_ad.unpack_dual
+    unpack: Any = forward_ad.unpack_dual
     return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
@@ -164,14 +166,17 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     The registered operator where something traces; an autograd function, or a plain call, otherwise.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
+    output: tuple[Tensor, ...]
     if _is_opaque(tensors):
-        return operator.registered(*args)
-    if is_transforming() or has_tangents(*tensors):
-        return _Transformed.apply(*args, operator)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        output = operator.function.apply(*args)
-        return output if operator.function.n_visible > 1 else (output,)
-    return operator.run(*args)
+        output = operator.registered(*args)
+    elif is_transforming() or has_tangents(*tensors):
+        output = _Transformed.apply(*args, operator)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        visible: Any = operator.function.apply(*args)
+        output = visible if operator.function.n_visible > 1 else (visible,)
+    else:
+        output = operator.run(*args)
+    return output
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,9 +275,10 @@ def first_derivative(
     if not torch.is_grad_enabled():
         return _gradients(operator, args, needed, inputs)
     with torch.no_grad():
-        grads = _gradients(operator, args, needed, inputs)
+        grads: tuple[Tensor | None, ...] = _gradients(operator, args, needed, inputs)
     name = operator.name.removesuffix("_backward")
-    return _FirstDerivative.apply(name, len(grads), *grads, args[0], *inputs)
+    grads = _FirstDerivative.apply(name, len(grads), *grads, args[0], *inputs)
+    return grads
 
 
 def _gradients(

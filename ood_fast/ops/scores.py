@@ -49,7 +49,7 @@ def _boundary_distance_backward(
     saved: list[Tensor],
     need_logits: bool,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Any:
     predicted, slope, *geometry = saved
     needs = Needs(logits=need_logits, weight=need_weight)
     return backend_of(logits, head_weight).boundary_distance_backward(
@@ -117,9 +117,7 @@ def _nci_score(
     " -> (Tensor, Tensor, Tensor)",
     _fake_nci_gradients,
 )
-def _nci_score_backward(
-    grad_score: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *flat: Any
-) -> tuple[Tensor | None, ...]:
+def _nci_score_backward(grad_score: Tensor, features: Tensor, head_weight: Tensor, mean: Tensor, *flat: Any) -> Any:
     *fields, alpha, need_features, need_weight, need_mean = flat
     projected = Projected(*fields)
     needs = Needs(features=need_features, weight=need_weight, mean=need_mean)
@@ -160,6 +158,7 @@ def _fake_row_statistics(names: list[str], *inputs_and_gamma: Any) -> list[Tenso
     inputs = Inputs(*inputs_and_gamma[:-1])
     dtype = compute_dtype(*inputs)
     like = inputs.features if inputs.logits is None else inputs.logits
+    assert like is not None  # every statistic needs one of the two
     return fake_vectors(like, *(torch.int64 if name == "predicted" else dtype for name in names))
 
 
@@ -169,7 +168,7 @@ def _fake_row_statistics(names: list[str], *inputs_and_gamma: Any) -> list[Tenso
     " -> Tensor[]",
     _fake_row_statistics,
 )
-def _row_statistics(names: list[str], *inputs_and_gamma: Any) -> list[Tensor]:
+def _row_statistics(names: list[str], *inputs_and_gamma: Any) -> Any:
     *inputs, gamma = inputs_and_gamma
     return backend_of(*inputs).row_statistics(names, Inputs(*inputs), gamma)
 
@@ -183,14 +182,18 @@ def row_statistics(names: list[str], inputs: Inputs, gamma: float, boundaries: T
     if not (is_traced(*inputs) or has_tangents(*inputs)):
         if is_eager:
             return eager.row_statistics(names, inputs, gamma, boundaries=boundaries)
-        return _row_statistics.run(names, *inputs, gamma)  # the kernel counts as it goes
-    like = inputs.features if inputs.logits is None else inputs.logits
-    if torch.compiler.is_compiling() and like.device.type == "cpu" and is_eager:
-        # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.
-        return eager.row_statistics(names, inputs, gamma, traced=True)
-    return _row_statistics.registered(names, *inputs, gamma)
+        run = _row_statistics.run  # the kernel counts as it goes
+    else:
+        like = inputs.features if inputs.logits is None else inputs.logits
+        if torch.compiler.is_compiling() and like is not None and like.device.type == "cpu" and is_eager:
+            # The compiler for CPUs fuses what plain PyTorch does in two dozen passes, so it must see inside.
+            return eager.row_statistics(names, inputs, gamma, traced=True)
+        run = _row_statistics.registered
+    found: list[Tensor] = run(names, *inputs, gamma)
+    return found
 
 
 def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c)."""
-    return backend_of(head_weight).distance_table(head_weight)
+    table: Tensor = backend_of(head_weight).distance_table(head_weight)
+    return table
