@@ -260,6 +260,16 @@ def test_pixels_of_processors_are_those_of_ours():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LevitImageProcessor", "MobileViTImageProcessor", "Siglip2ImageProcessor"])
+def test_processors_that_do_more_are_refused(vit, kind):
+    """Of LeViT it scales by 256/224 more, of MobileViT it exchanges red and blue, of SigLIP 2 nothing says the size."""
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained("vit")
+    with pytest.raises(checks.UserError, match=f"hf:vit: its {kind}.* prepares images as no size"):
+        models.create(vit, None, pretrained=True)
+
+
 def test_torchvisions_other_models():
     with torch.device("meta"):
         assert models.create("mobilenet_v3_small", 7).classifier[-1].out_features == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import os
@@ -575,6 +576,17 @@ def test_imagenet_training_images_are_resized_crops():
     assert transform(Image.fromarray(pixels_of(1)[0]).resize((300, 500))).shape == (3, 224, 224)
 
 
+@pytest.mark.parametrize("recipe", ["pad_crop", "resized_crop"])
+def test_training_images_are_prepared_as_the_others(root, recipe, monkeypatch):
+    """Another model's preparation holds for training too: grey stays grey."""
+    spec = dataclasses.replace(benchmarks.SPECS["cifar10"], augment=recipe)
+    monkeypatch.setitem(benchmarks.SPECS, "cifar10", spec)
+    grey = {"size": 8, "resize": (9, 9), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
+    benchmark = open_benchmark("cifar10", root, prepared=grey)
+    assert benchmark.train[0][0].shape == benchmark.test[0][0].shape == benchmark.image_shape == (1, 8, 8)
+    assert "bicubic" in repr(benchmark.train.transform)
+
+
 def test_signs_are_not_mirrored():
     names = [type(step).__name__ for step in images.augmentation("pad_crop", 32, 32, MEAN, STD, flip=False).transforms]
     assert "RandomHorizontalFlip" not in names
@@ -798,6 +810,7 @@ def test_own_folders(tmp_path):
     write_image(tmp_path / "elsewhere/1.jpg")
     write_image(tmp_path / "csid/dark/dog/1.jpg")
     write_image(tmp_path / "numbered/1/1.jpg")
+    (tmp_path / "numbered/.thumbnails").mkdir()
     np.save(tmp_path / "fog.npy", np.zeros((3, 8, 8, 3), np.uint8))
     np.save(tmp_path / "labels.npy", np.array([0, 1, 1]))
     more = {"numbered": tmp_path / "numbered", "fog": tmp_path / "fog.npy"}
@@ -834,6 +847,16 @@ def test_own_folders(tmp_path):
     write_image(tmp_path / "near/cars/1.jpg")
     with pytest.raises(checks.UserError, match="cars is below both"):
         open_benchmark("folder", tmp_path)
+
+
+def test_a_tenth_of_a_few_images_is_none(tmp_path):
+    """Accuracy on no image is NaN, and no epoch better than the first."""
+    for name in ("train/cat/0", "train/dog/0", "test/cat/0"):
+        write_image(tmp_path / f"{name}.png")
+    benchmark = open_benchmark("folder", tmp_path)
+    assert len(benchmark.train) == 2
+    with pytest.raises(checks.UserError, match=r"2 images in .*train, too few to hold a tenth out; expected .*val/"):
+        _ = benchmark.validation
 
 
 def test_shifted_images_that_do_not_fit(tmp_path):

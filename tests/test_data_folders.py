@@ -198,6 +198,16 @@ def test_class_names_of_a_file(tmp_path, name, content, expected):
         folders.class_names(tmp_path / name)
 
 
+def test_a_folder_that_names_two_classes_is_refused(tmp_path):
+    """ImageNet has two kinds of cranes: each image would be there twice, once with either label."""
+    for name in ("crane", "dog"):
+        draw(tmp_path / name / "0.png")
+    with pytest.raises(checks.UserError, match="crane may be more than one of the 4 classes"):
+        folders.read_image_folder(tmp_path, "t", "", ["crane", "dog", "crane", "x"], all_of_them=False)
+    found = folders.read_image_folder(tmp_path, "t", "", ["crane", "dog", "x", "x"], all_of_them=False)
+    assert found.labels.tolist() == [0, 1]
+
+
 def test_the_natural_order():
     assert sorted(["cls10", "cls2", "Zebra", "apple", "10", "9"], key=folders.natural) == [
         "9",

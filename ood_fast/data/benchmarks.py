@@ -287,7 +287,8 @@ class _Opener:
 
     def _augmented(self, source: Source, title: str, group: str) -> ImageDataset:
         spec = self.spec
-        augmented = augmentation(spec.augment, spec.resize, spec.crop, spec.mean, spec.std, flip=spec.flip)
+        prepared = (spec.resize, spec.crop, spec.mean, spec.std, spec.interpolation)
+        augmented = augmentation(spec.augment, *prepared, spec.flip)
         return ImageDataset(source, augmented, title=title, group=group, augment_seed=self.options.seed)
 
     def inside(self, split: str) -> ImageDataset:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -187,9 +188,14 @@ def class_names(file: str | Path) -> list[str]:
             raise checks.UserError(f"--classes {path}: {error}; {expected}") from error
     if not names:
         raise checks.UserError(f"--classes {path}: holds no name")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise checks.UserError(f"--classes {path}: {twice[0]!r} stands there twice")
     return names
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Those that stand there more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def read_image_folder(
@@ -205,6 +211,9 @@ def read_image_folder(
     left_out: dict[str, list[str]] = {}
     present = _class_folders(folder, title, left_out)
     classes = present if classes is None else list(classes)
+    if twice := set(repeated(classes)) & set(present):  # as "crane", the bird and the machine, in labels of ImageNet
+        told = f"{folder / min(twice)} may be more than one of the {len(classes)} classes"
+        raise checks.UserError(f"{title}: {told}; rename it, and pass the names in their order as --classes FILE")
     strange = sorted(set(present) - set(classes))
     if strange:
         raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {len(classes)} classes of the training")

@@ -320,9 +320,8 @@ def preparation(
     """PIL image -> normalised tensor: short side to `resize` (all of it to (height, width)), the middle `crop`×`crop`;
     grey for a single mean."""
     transforms = torchvision().transforms
-    grey = [transforms.Grayscale()] if len(mean) == 1 else []
     resized = transforms.Resize(resize, transforms.InterpolationMode(interpolation))
-    return transforms.Compose([*grey, resized, transforms.CenterCrop(crop), *_normalised(mean, std)])
+    return transforms.Compose([*_grey(mean), resized, transforms.CenterCrop(crop), *_normalised(mean, std)])
 
 
 def prepared_as(said: Mapping[str, Any]) -> Callable[[Any], Tensor]:
@@ -333,17 +332,31 @@ def prepared_as(said: Mapping[str, Any]) -> Callable[[Any], Tensor]:
 
 
 @functools.lru_cache
-def augmentation(kind: str, resize: int, crop: int, mean: Colour, std: Colour, flip: bool = True) -> Callable[..., Any]:
+def augmentation(
+    kind: str,
+    resize: int | tuple[int, int],
+    crop: int,
+    mean: Colour,
+    std: Colour,
+    interpolation: str = "bilinear",
+    flip: bool = True,
+) -> Callable[..., Any]:
     """The same with random crops and flips. `kind`: "pad_crop" pads by 4 and cuts `crop`×`crop`; "resized_crop" cuts
     8 to 100 % of the area and scales it."""
     transforms = torchvision().transforms
+    by = transforms.InterpolationMode(interpolation)
+    steps = _grey(mean)
     if kind == "pad_crop":
-        steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.RandomCrop(crop, padding=4)]
+        steps += [transforms.Resize(resize, by), transforms.CenterCrop(crop), transforms.RandomCrop(crop, padding=4)]
     else:
-        steps = [transforms.RandomResizedCrop(crop)]
+        steps.append(transforms.RandomResizedCrop(crop, interpolation=by))
     if flip:
         steps.append(transforms.RandomHorizontalFlip())
     return transforms.Compose([*steps, *_normalised(mean, std)])
+
+
+def _grey(mean: Colour) -> list[Callable[..., Any]]:
+    return [torchvision().transforms.Grayscale()] if len(mean) == 1 else []
 
 
 def _normalised(mean: Colour, std: Colour) -> tuple[Any, ...]:

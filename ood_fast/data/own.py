@@ -66,6 +66,9 @@ def own_folders(root: Path, size: int, order: Sequence[str] | None) -> tuple[Spe
         if (root / "val").is_dir():
             return training() if split == "train" else inside("val")
         held_out, rest = hold_out(training(), len(training()))
+        if split == "val" and not len(held_out):
+            too_few = f"{len(rest)} images in {root / 'train'}, too few to hold a tenth out"
+            raise checks.UserError(f"benchmark folder: {too_few}; expected {root}/val/<class>/")
         return held_out if split == "val" else rest
 
     near, far, csid = (_folders(root / folder) for folder in ("near", "ood", "csid"))

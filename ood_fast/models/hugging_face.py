@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import util
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from .. import checks
@@ -99,7 +101,32 @@ def _preparation(name: str) -> dict[str, Any] | None:
         processor = _transformers(name).AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
-    return of_processor(processor.to_dict(), name)
+    try:
+        told = of_processor(processor.to_dict(), name)
+        different = _difference(processor, told)
+    except (TypeError, KeyError, IndexError):  # settings of another kind
+        different = math.inf
+    if different > 0.02:  # of two ways to resize it is below 0.001
+        raise checks.UserError(
+            f"model {HF}{name}: its {type(processor).__name__} prepares images as no size, resize, mean, std and "
+            "interpolation do; give the model as MODULE:CALLABLE, with what comes nearest, or that step inside"
+        )
+    return told
+
+
+def _difference(processor: Any, told: dict[str, Any]) -> float:
+    """How far what a processor makes of an image is from what `prepared_as` makes, in standard deviations."""
+    if util.find_spec("torchvision") is None:  # there are no images without it
+        return 0.0
+    from PIL import Image
+
+    from ..data.images import prepared_as
+
+    y, x = np.mgrid[0:360, 0:480] / 360
+    waves = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 4 * x), np.sin(5 * x) * y], 2)
+    image = Image.fromarray((127.5 * (waves + 1)).astype(np.uint8))
+    ours, theirs = prepared_as(told)(image), processor(image, return_tensors="pt")["pixel_values"][0]
+    return float((ours - theirs).abs().mean() / theirs.std()) if ours.shape == theirs.shape else math.inf
 
 
 def of_processor(settings: dict[str, Any], name: str = "") -> dict[str, Any]:
