@@ -10,7 +10,10 @@ Scoring needs the features, which most models do not return:
 
 from __future__ import annotations
 
+import copy
+import weakref
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -301,6 +304,35 @@ def other_logits(features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor 
     difference = (expected - given).abs().masked_fill(given.isinf(), 0.0)
     beyond = difference > BFLOAT16 * (8 * spread.sqrt() + 2 * expected.abs())
     return float(difference.nan_to_num().amax()) if beyond.any() else None
+
+
+class Beside:
+    """A layer or model that a criterion reads and does not hold: no submodule, neither moved nor saved with it.
+
+    A copy (`copy.deepcopy`) reads the module that is copied in the same call. It holds that weakly: one that nothing
+    else in the copy holds is gone, for nobody trains it, and asking for it raises RuntimeError.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held: tuple[nn.Module] | weakref.ref[nn.Module] = (module,)
+
+    def __call__(self) -> nn.Module:
+        """The module."""
+        module = self._held() if isinstance(self._held, weakref.ref) else self._held[0]
+        if module is None:
+            raise RuntimeError(
+                "head: this copy of a criterion has none, as it was copied without the model; copy both in one call, "
+                "copy.deepcopy((model, criterion)), or build a new criterion on the copied model"
+            )
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Beside:
+        twin = Beside(copy.deepcopy(self(), memo))
+        twin._held = weakref.ref(twin())
+        return twin
+
+    def __reduce__(self) -> tuple:
+        return Beside, (self(),)
 
 
 class L2NormLinear(nn.Linear):

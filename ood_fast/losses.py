@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from . import checks, functional
 from .heads import (
+    Beside,
     adapted_weight,
     check_plain,
     check_whole,
@@ -111,8 +111,7 @@ class ELogitNormLoss(_Loss):
         refuse_script(head, "call ood_fast.elogitnorm(logits, None, W, b, y)")
         checks.real("eps", eps, 0.0)
         checks.one_of("average", average, checks.AVERAGES)
-        # In a tuple, so that nn.Module does not register the head as a submodule of the criterion.
-        self._owner: tuple[nn.Module] | weakref.ref[nn.Module] = (head,)
+        self._owner = Beside(head)
         self.name = name
         self.eps = eps
         self.average = average
@@ -184,29 +183,13 @@ class ELogitNormLoss(_Loss):
 
     def _path(self) -> list[nn.Module]:
         """The head, and from the inside out the modules around it that this criterion knows of."""
-        owner = self._owned()
+        owner = self._owner()
         path = [owner] if self.name is None else path_to_layer(owner, self.name, "name")
         # PEFT keeps the layer as `base_layer` of the one that adds the adapter to it.
         return path[1:] if len(path) > 1 and getattr(path[1], "base_layer", None) is path[0] else path
 
-    def _owned(self) -> nn.Module:
-        owner = self._owner() if isinstance(self._owner, weakref.ref) else self._owner[0]
-        if owner is None:
-            raise RuntimeError(
-                "ELogitNormLoss: this copy has no head, since it was copied without the model; copy both in one call, "
-                "copy.deepcopy((model, criterion)), or build a new criterion on the copied model"
-            )
-        return owner
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_owner": (self._owned(),), "_plain": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ELogitNormLoss:
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_owner"})
-        # Weakly: a head that nothing else in this copy holds is gone with `memo`, and nobody trains it.
-        vars(twin)["_owner"] = weakref.ref(copy.deepcopy(self._owned(), memo))
-        return twin
+        return {**vars(self), "_plain": None}
 
     def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The weight that FSDP has gathered, and the module that holds it; any other weight as it is.

@@ -95,6 +95,12 @@ def ddp_with_an_objective(rank: int, make: Callable):
     torch.manual_seed(2)
     model = new_model()
     objective = make(model.fc)
+    parameter = next(objective.parameters())
+    objective.average_gradients(N_PROCESSES)
+    assert parameter.grad is None, "without a gradient anywhere, decay and momentum pass it by"
+    parameter.grad = torch.ones_like(parameter) if rank else None
+    objective.average_gradients(N_PROCESSES)
+    assert torch.equal(parameter.grad, torch.full_like(parameter, 1 / N_PROCESSES))
     network = DistributedDataParallel(objective.around(model))
     optimizer = torch.optim.SGD([*network.parameters(), *objective.parameters()], lr=0.1)
     for x, y in own_part(rank) * 2:

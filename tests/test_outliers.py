@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import re
 
 import numpy as np
@@ -96,6 +98,18 @@ def test_virtual_outliers_are_the_least_dense_of_the_candidates(head):
     directions = whitened / whitened.norm(dim=1, keepdim=True)
     assert directions.mean(0).abs().max() < 0.08
     torch.testing.assert_close(directions.T @ directions / len(directions), torch.eye(M) / M, atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [VOSLoss, NPOSLoss, CIDERLoss])
+def test_a_copy_follows_the_copied_head_or_refuses(kind, head):
+    z, y = sample()
+    given = (z, y) if kind is CIDERLoss else (head(z), z, y)
+    other_head, other = copy.deepcopy((head, kind(head)))
+    assert other._head() is other_head
+    restored_head, restored = pickle.loads(pickle.dumps((head, kind(head))))
+    assert restored._head() is restored_head
+    with pytest.raises(RuntimeError, match="copied without the model; copy both in one call"):
+        copy.deepcopy(kind(head))(*given)
 
 
 # ---- NPOS

@@ -72,8 +72,8 @@ class SupConLoss(WithHead):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of features (n, m) and classes (n,); those below 0, ignored ones, are left out of the contrast."""
-        logits = self._head[0](z.detach())
-        checked_features(logits, z, y, self._head[0].weight)
+        logits = self._head()(z.detach())
+        checked_features(logits, z, y, self._head().weight)
         known = y >= 0
         unit, _ = l2_normalize(self.projection(z[known]).float())
         with full_precision(z.device):

@@ -16,6 +16,7 @@ A loss of (logits, y) needs nothing of this. What reads more of a step is an `Ob
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
+from ..heads import Beside
 
 if TYPE_CHECKING:
     from ..data import ImageBenchmark
@@ -72,13 +74,19 @@ class Objective(nn.Module):
         return [images]
 
     def average_gradients(self, n_processes: int) -> None:
-        """Over the processes, as DistributedDataParallel does with the model's. None counts as 0."""
-        if n_processes > 1:
-            for parameter in self.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= n_processes
+        """Over the processes, as DistributedDataParallel does with the model's. None counts as 0 where another process
+        has one, and stays None where none has: the optimiser then leaves the parameter as it is, decay included."""
+        parameters = list(self.parameters())
+        if n_processes == 1 or not parameters:
+            return
+        there = [parameter.grad is not None for parameter in parameters]
+        anywhere = torch.tensor(there, dtype=torch.int32, device="cpu")  # on the host: no GPU waits
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        for parameter in itertools.compress(parameters, anywhere.tolist()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= n_processes
 
 
 class Around(Objective):
@@ -96,7 +104,7 @@ class Around(Objective):
 
 
 class WithHead(Around):
-    """Base class of what is computed from the features that enter `head`, which is not a part of it."""
+    """Base class of what is computed from the features that enter `head`, which is not a part of it; see `Beside`."""
 
     def __init__(self, head: nn.Module, criterion: Criterion | None) -> None:
         super().__init__(criterion)
@@ -105,11 +113,11 @@ class WithHead(Around):
             raise TypeError(f"head: got {type(head).__name__}, expected the linear layer that makes the logits")
         checks.several_classes("head", weight.shape[0])
         self.n_classes, self.n_features = weight.shape
-        self._head = (head,)  # in a tuple: not a submodule
+        self._head = Beside(head)
 
     def around(self, model: nn.Module) -> nn.Module:
         """The model with its features."""
-        return WithFeatures(model, self._head[0])
+        return WithFeatures(model, self._head())
 
 
 class Plain(Objective):

@@ -53,7 +53,7 @@ class VirtualOutliersLoss(WithHead):
     def forward(self, logits: Tensor, z: Tensor, y: Tensor, *, active: bool = True) -> Tensor:
         """The loss of logits (n, c), features (n, m) and classes (n,); z enters the queues, but in eval mode;
         `active=False`: no L."""
-        checked_features(logits, z, y, self._head[0].weight)
+        checked_features(logits, z, y, self._head().weight)
         loss = self.closed(logits, z, y)
         if self.training:
             self._enqueue(z.detach(), y)
@@ -167,7 +167,7 @@ class VOSLoss(VirtualOutliersLoss):
 
     def told(self, logits: Tensor, z: Tensor, outliers: Tensor) -> Tensor:
         """By the energies of samples and outliers."""
-        evidence = torch.cat([self.evidence(logits), self.evidence(self._head[0](outliers))])
+        evidence = torch.cat([self.evidence(logits), self.evidence(self._head()(outliers))])
         inside = torch.arange(len(evidence), device=logits.device) < len(logits)
         with torch.autocast(logits.device.type, enabled=False):
             return F.cross_entropy(self.logistic(evidence[:, None]), inside.long(), reduction="none")

@@ -64,7 +64,7 @@ class PALMLoss(SupConLoss):
         checks.real("momentum", momentum, 0.0, 1.0, open_high=True)
         checks.real("pull", pull, 0.0)
         self.nearest, self.momentum, self.pull = min(nearest, prototypes), momentum, pull
-        weight: Tensor = self._head[0].weight  # type: ignore[assignment]  # checked by SupConLoss
+        weight: Tensor = self._head().weight  # type: ignore[assignment]  # checked by SupConLoss
         with torch.no_grad():
             width = copy.deepcopy(self.projection).eval()(torch.zeros_like(weight[:1])).shape[1]
         begin = torch.rand(prototypes * self.n_classes, width, device=weight.device)
