@@ -229,7 +229,8 @@ class PixelMetrics:
         # In float64: thrice the range may be beyond float32.
         even = torch.linspace(low - span, high + span, self.n_bins - 1 - half, dtype=torch.float64, device="cpu")
         even = even.to(values.dtype).to(values.device)
-        return torch.cat([values[ranks], even[even.isfinite()]]).unique()
+        edges: Tensor = torch.cat([values[ranks], even[even.isfinite()]]).unique()
+        return edges
 
 
 def _check_maps(maps: Mapping[str, Tensor | None]) -> Tensor:

@@ -121,8 +121,10 @@ def _active(layer: nn.Module) -> nn.Module:
     saved = getattr(layer, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict) or not hasattr(layer, "original_module"):
         return layer
-    active = [name for name in layer.active_adapters if name in saved]
-    return saved[active[0]] if active and not layer.disable_adapters else layer.original_module
+    adapter: Any = layer
+    active = [name for name in adapter.active_adapters if name in saved]
+    chosen: nn.Module = saved[active[0]] if active and not adapter.disable_adapters else adapter.original_module
+    return chosen
 
 
 def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]:
@@ -226,7 +228,7 @@ def inference_head(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return (weight if tau is None else weight / tau), bias
 
 
-def check_whole(head: nn.Module) -> None:
+def check_whole(head: Any) -> None:
     """ValueError for a weight that ZeRO-3 or FSDP has emptied or flattened: nothing can be read from it."""
     if head.weight.dim() < 2 or not head.weight.numel():
         raise ValueError(
@@ -238,8 +240,7 @@ def check_whole(head: nn.Module) -> None:
 
 def temperature_of_head(head: nn.Module, training: bool) -> float | None:
     """τ that a head divides its features by, in training or in evaluation; None where it does not."""
-    scales = isinstance(head, L2NormLinear) and (training or head.scale_at_test)
-    return head.tau if scales else None
+    return head.tau if isinstance(head, L2NormLinear) and (training or head.scale_at_test) else None
 
 
 def check_plain(layer: nn.Module) -> None:
@@ -247,7 +248,7 @@ def check_plain(layer: nn.Module) -> None:
     head, a temperature, LoRA by hand. It is tried on two rows, in eval mode: dropout may be part of it."""
     refuse_script(layer, "call ood_fast.elogitnorm(logits, None, W, b, y)")
     known = (nn.Linear.forward, L2NormLinear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     if type(layer).forward in known or hasattr(layer, "base_layer") or type(weight) not in (Tensor, nn.Parameter):
         return
     if weight.dim() != 2 or not weight.numel() or weight.is_meta:
@@ -259,7 +260,8 @@ def check_plain(layer: nn.Module) -> None:
     try:
         layer.training = False
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            expected, got = F.linear(z, weight, getattr(layer, "bias", None)), None if differs else layer.forward(z)
+            expected = F.linear(z, weight, getattr(layer, "bias", None))
+            got: Any = None if differs else layer.forward(z)
         differs = differs or not torch.allclose(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
     except Exception:  # it takes something else
         differs = True
@@ -273,15 +275,14 @@ def check_plain(layer: nn.Module) -> None:
         )
 
 
-def adapted_weight(layer: nn.Module) -> Tensor:
+def adapted_weight(layer: Any) -> Tensor:
     """The weight that a layer works with: with the adapters of PEFT (LoRA) that are active and not merged into it.
 
     Raises ValueError for an adapter that is no sum of weights (DoRA, IA³, prompts).
     """
-    if not hasattr(layer, "base_layer"):
-        return layer.weight
-    weight = layer.get_base_layer().weight
-    if layer.merged or layer.disable_adapters:
+    adapts = hasattr(layer, "base_layer")
+    weight: Tensor = layer.get_base_layer().weight if adapts else layer.weight
+    if not adapts or layer.merged or layer.disable_adapters:
         return weight
     active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", ())]
     others = {**getattr(layer, "use_dora", {}), **getattr(layer, "lora_variant", {})}
@@ -290,7 +291,7 @@ def adapted_weight(layer: nn.Module) -> Tensor:
             f"head: the weight of a {type(layer).__module__}.{type(layer).__name__} cannot be told, expected LoRA; "
             "merge the adapter (model.merge_and_unload()), or train a copy of the head (modules_to_save)"
         )
-    return weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
+    return weight.add(sum(layer.get_delta_weight(name).to(weight.dtype) for name in active))
 
 
 def other_logits(features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:

@@ -34,7 +34,7 @@ class _Loss(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
 
-    def _keywords(self) -> dict[str, object]:
+    def _keywords(self) -> dict[str, Any]:
         return {
             "weight": self.weight,
             "ignore_index": self.ignore_index,
@@ -154,7 +154,7 @@ class ELogitNormLoss(_Loss):
         tau = temperature_of_head(head, head.training)
         if tau is not None:
             head_weight = head_weight / tau
-        keywords = {
+        keywords: dict[str, Any] = {
             "eps": self.eps,
             "average": self.average,
             "detach_geometry": self.detach_geometry,
@@ -191,7 +191,7 @@ class ELogitNormLoss(_Loss):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_plain": None}
 
-    def _gathered(self, head_weight: Tensor) -> tuple[Tensor, nn.Module | None]:
+    def _gathered(self, head_weight: Tensor) -> tuple[Tensor, Any]:
         """The weight that FSDP has gathered, and the module that holds it; any other weight as it is.
 
         Of a head that tensor parallelism shards as well, FSDP gathers what belongs to this rank's classes.
@@ -199,7 +199,7 @@ class ELogitNormLoss(_Loss):
         if hasattr(head_weight, "full_tensor"):
             from torch.distributed.fsdp import FSDPModule
 
-            path = self._path()
+            path: list[Any] = self._path()
             for module in path:
                 if isinstance(module, FSDPModule):
                     module.unshard()

@@ -83,4 +83,5 @@ class TextClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, c) of images, or of embeddings (n, m)."""
-        return self.head(l2_normalize(self.encoder(x))[0].to(self.head.weight.dtype))
+        logits: Tensor = self.head(l2_normalize(self.encoder(x))[0].to(self.head.weight.dtype))
+        return logits

@@ -109,7 +109,7 @@ def elogitnorm(
 
     layout, _, is_full = agree(group, examine, W, shards, check)
     checks.several_classes("logits_shard", layout.n_classes)
-    if is_full:
+    if is_full and weight is not None:
         weight = weight[layout.own]
     _check_indices(y, layout, ignore_index, check)
     W = W.detach() if detach_geometry else W
@@ -196,14 +196,13 @@ def linear_elogitnorm(
             facts["y"] = fingerprint(y)
         return Call(W.shape[0], z.shape[0], -1 if weight is None else weight.shape[0], facts)
 
-    layout, counts, is_full = agree(group, examine, W, shards, check)
+    layout, every, is_full = agree(group, examine, W, shards, check)
     checks.several_classes("W_shard", layout.n_classes)
-    if is_full:
+    if is_full and weight is not None:
         weight = weight[layout.own]
-    if samples == "replicated":
-        counts = None
-    else:
-        y = layout.gather(y, counts) if sum(counts) else y
+    counts = None if samples == "replicated" else every
+    if counts is not None and sum(counts) > 0:
+        y = layout.gather(y, counts)
     _check_indices(y, layout, ignore_index, check)
     if (z.shape[0] if counts is None else sum(counts)) == 0:
         loss = empty_loss(reduction, z, W, b)
@@ -280,7 +279,7 @@ class _ELogitNorm(torch.autograd.Function):
         divisor = normalizer(labels, reduction, dtype, shards)
         state = together.State(found.geometry, tempered, totals, found.left)
         ctx.save_for_backward(logits, head_weight, labels.target, labels.class_weight, divisor, *state.tensors())
-        ctx.keywords = keywords._replace(labels=labels._replace(target=None, class_weight=None))
+        ctx.keywords = keywords._replace(labels=labels._replace(target=divisor, class_weight=None))
         ctx.mark_non_differentiable(found.distance)
         return reduced(loss, divisor, reduction), found.distance
 
@@ -326,7 +325,7 @@ class _LinearELogitNorm(torch.autograd.Function):
             sample_grad = sample_grads(torch.ones_like(divisor), divisor, reduction, labels)
         loss, distance, *ctx.grads = _linear(z, head_weight, bias, keywords, counts, sample_grad, needs)
         ctx.save_for_backward(z, head_weight, bias, labels.target, labels.class_weight, divisor)
-        ctx.arguments = keywords._replace(labels=labels._replace(target=None, class_weight=None)), counts, needs
+        ctx.arguments = keywords._replace(labels=labels._replace(target=divisor, class_weight=None)), counts, needs
         ctx.scale = scale
         if counts is not None:
             own = slice(sum(counts[: shards.rank]), sum(counts[: shards.rank + 1]))
@@ -337,27 +336,27 @@ class _LinearELogitNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Any, ...]:
-        *inputs, target, class_weight, divisor = ctx.saved_tensors
+        z, head_weight, bias, target, class_weight, divisor = ctx.saved_tensors
         keywords, counts, needs = ctx.arguments
         keywords = keywords._replace(labels=keywords.labels._replace(target=target, class_weight=class_weight))
 
         def run(grad_loss: Tensor) -> tuple[Tensor | None, ...]:
             # Handed over by the first backward, which scales them in place; a second one computes them anew.
             grads, ctx.grads = ctx.grads, (None, None, None)
-            scales = grad_loss * ctx.scale, grad_loss, grad_loss
+            scales: tuple[Any, ...] = grad_loss * ctx.scale, grad_loss, grad_loss
             if all(grad is None for grad in grads):
                 if counts is not None and keywords.reduction == "none":
                     grad_loss = keywords.shards.gather(grad_loss.contiguous(), counts)
                 sample_grad = sample_grads(grad_loss, divisor, keywords.reduction, keywords.labels)
-                _, _, *grads = _linear(*inputs, keywords, counts, sample_grad, needs)
+                _, _, *grads = _linear(z, head_weight, bias, keywords, counts, sample_grad, needs)
                 scales = ctx.scale, 1.0, 1.0
             return tuple(
                 None if grad is None else grad.mul_(scale).to(like.dtype)
-                for grad, scale, like in zip(grads, scales, inputs, strict=True)
+                for grad, scale, like in zip(grads, scales, (z, head_weight, bias), strict=True)
             )
 
         operator = Operator("distributed.linear_elogitnorm", run)
-        return *first_derivative(operator, (grad_loss,), (True,) * 3, tuple(inputs)), *[None] * 4
+        return *first_derivative(operator, (grad_loss,), (True,) * 3, (z, head_weight, bias)), *[None] * 4
 
 
 def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
@@ -381,7 +380,7 @@ def _linear(
     counts: Sequence[int] | None,
     sample_grad: Tensor | None,
     needs: Needs,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss and D of every sample, dz of those of this rank, dW, db), in chunks of rows of one size on every rank.
 
     The gradients are None if not needed, or without `sample_grad`.
@@ -404,19 +403,20 @@ def _linear(
             found = together.find(logits, head, offset, shards)
             loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
             results.append((loss, found.distance))
-            if not (needs.features or needs.weight or needs.bias):
+            if sample_grad is None or not (needs.features or needs.weight or needs.bias):
                 continue
             state = together.State(found.geometry, tempered, totals, found.left)
             wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
             gradient, gap_sums = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
+            assert gradient is not None  # it is wanted
             part_z = None if grad_z is None else grad_z[rows]
             linear_backward(gradient, None, chunk, None, head, found.apart, part_z, grad_weight)
             if grad_bias is not None:
                 grad_bias.add_(gradient.sum(0))
-            if gap_sums is not None:
+            if gap_sums is not None and grad_weight is not None:
                 own.append((together.add_pull(gap_sums, state, head, grad_weight), found.geometry.row_class))
-        if own:
+        if own and grad_weight is not None:
             together.add_own(grad_weight, *join(own), shards)
-    if needs.features:
+    if grad_z is not None:
         grad_z = shards.sum(grad_z) if counts is None else shards.scatter_sum(grad_z, counts)
     return *join(results), grad_z, grad_weight, grad_bias

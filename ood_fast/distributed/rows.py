@@ -34,7 +34,7 @@ from ..records import Geometry, Needs, Tempered
 from .shards import Shards
 
 
-def masked_class(head_weight: Tensor, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
+def masked_class(head_weight: Tensor, *columns: Tensor | None) -> tuple[Any, ...]:
     """W, logits (or the bias), and other columns, with a class more: its logit is -inf, everything else of it 0."""
     masked, *others = columns
     masked = head_weight.new_full((1,), -math.inf) if masked is None else F.pad(masked, (0, 1), value=-math.inf)
@@ -111,7 +111,8 @@ def _boundary_sums(logits: Tensor, top: Tensor, geometry: Geometry) -> Tensor:
     """sum g R, K, sum R and the number of live classes among those of this rank, (4, n)."""
     backend = backend_of(logits, geometry.table)
     if backend is not eager:
-        return backend.shard_boundary_sums(logits, top, geometry)
+        there: Tensor = backend.shard_boundary_sums(logits, top, geometry)
+        return there
     sums = top.new_empty(4, top.shape[0])
     for part, gap, live in gaps(logits, top):
         near = geometry.table.index_select(0, geometry.table_row[part])
@@ -124,11 +125,14 @@ def _boundary_sums(logits: Tensor, top: Tensor, geometry: Geometry) -> Tensor:
     return sums
 
 
-def _softmax_sums(logits: Tensor, top: Tensor, temperature: Tensor, n_live: Tensor, targets: Targets) -> Tensor:
+def _softmax_sums(
+    logits: Tensor, top: Tensor, temperature: Tensor, n_live: Tensor, targets: Targets, shards: Shards
+) -> Tensor:
     """The fields of `RowSums` for the classes of this rank, (5, n)."""
     backend = backend_of(logits, temperature)
     if backend is not eager:
-        return backend.shard_softmax_sums(logits, top, temperature, n_live, targets.labels, targets.shards)
+        there: Tensor = backend.shard_softmax_sums(logits, top, temperature, n_live, targets.labels, shards)
+        return there
     sums = temperature.new_zeros(len(RowSums._fields), temperature.shape[0])
     for rows, gap, live in gaps(logits, top):
         part = Part(rows, live, n_live[rows])
@@ -143,10 +147,12 @@ def losses(
 ) -> tuple[Tensor, Tempered, Totals]:
     """(the loss of each sample, what its gradients need)."""
     temperature = temperature_of(found.distance, eps)
-    sums = _softmax_sums(logits, found.totals.top, temperature, found.totals.n_live, targets)
-    summed = RowSums(*shards.sum(sums))
-    totals = found.totals._replace(total=summed.total)
-    loss, log_partition, slope = row_loss(summed._replace(impossible=summed.impossible > 0), temperature)
+    sums = _softmax_sums(logits, found.totals.top, temperature, found.totals.n_live, targets, shards)
+    partition, weighted_gap, total, impossible, weighted_exponent = shards.sum(sums)
+    totals = found.totals._replace(total=total)
+    loss, log_partition, slope = row_loss(
+        RowSums(partition, weighted_gap, total, impossible > 0, weighted_exponent), temperature
+    )
     slope.masked_fill_(found.distance <= eps, 0.0).mul_(found.share)
     targets.settle(loss, slope)
     return loss, Tempered(found.place, temperature, log_partition, slope), totals
@@ -178,7 +184,7 @@ def pulled(
     unit = unit_of(state.geometry.table)[1] if needs.weight else 1.0
     geometry, tempered, totals, _ = state
     backend, grad_logits = backend_of(logits, geometry.table), None
-    if needs.logits and targets is not None and backend is not eager:
+    if needs.logits and targets is not None and targets.shards is not None and backend is not eager:
         given = (
             *(totals.top, totals.total, totals.inverse_sum.masked_fill(~totals.mine, 0.0), totals.n_live.contiguous()),
             *(targets.shards.start, targets.n_classes),

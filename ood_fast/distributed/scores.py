@@ -57,7 +57,8 @@ def boundary_distance(
         return nothing(logits, W)
     if W.shape[0] == 0:
         W, logits = together.masked_class(W, logits)
-    return _BoundaryDistance.apply(logits, W, layout, average_offset(average))
+    distance: Tensor = _BoundaryDistance.apply(logits, W, layout, average_offset(average))
+    return distance
 
 
 def nci_score(
@@ -128,7 +129,7 @@ def nci_score(
     projection = _Sum.apply(product, layout)
     at_mean = norm == 0
     p_score = projection.masked_fill(at_mean, 0.0) / norm.masked_fill(at_mean, 1.0)
-    score = p_score + alpha * features.abs().sum(1)
+    score: Tensor = p_score + alpha * features.abs().sum(1)
     return score.masked_fill(top.isnan(), torch.nan)
 
 
@@ -169,26 +170,26 @@ def row_statistics(
         for argument, because in needs.items():
             if given[argument] is None:
                 raise ValueError(f"{argument}: got None, but {', '.join(map(repr, because))} needs it")
-        if "W" in needs:
+        if W_shard is not None and "W" in needs:
             checks.head_weight(W_shard, logits_shard)
-        if "features" in needs:
+        if features is not None and "features" in needs:
             checks.float_tensor("features", features, 2, "(n, m)")
             if features.shape[0] != logits_shard.shape[0]:
                 raise ValueError(f"features: got {features.shape[0]} rows, expected {logits_shard.shape[0]}")
-            if "W" in needs:
+            if W_shard is not None and "W" in needs:
                 checks.features(features, W_shard)
-        if "mean" in needs:
+        if features is not None and "mean" in needs:
             checks.feature_mean(mean, features)
         facts = _facts("row_statistics", logits_shard, features, W_shard, mean, gamma=float(gamma), names=sorted(known))
-        if "W" in needs:
+        if W_shard is not None and "W" in needs:
             facts["W_shard"] = f"{W_shard.shape[1]} columns"
         return Call(logits_shard.shape[1], len(logits_shard), -1, facts)
 
     layout, *_ = agree(group, examine, logits_shard, shards, check)
     names, _ = statistics.plan(names, False)
-    tensors = (None if t is None else t.detach() for t in (logits_shard, features, W_shard, mean))
+    features, W, mean = (None if t is None else t.detach() for t in (features, W_shard, mean))
     with torch.no_grad():
-        found = _row_statistics(set(names), *tensors, gamma, layout)
+        found = _row_statistics(set(names), logits_shard.detach(), features, W, mean, gamma, layout)
     return {name: found[name] for name in names}
 
 
@@ -227,7 +228,7 @@ def _row_statistics(
         sums[0, rows] = weight.sum(1)
         live_logits = logits[rows].nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         sums[2, rows], sums[3, rows] = live_logits.abs().sum(1), live_logits.square().sum(1)
-    if "projection" in names:
+    if "projection" in names and not (head_weight is None or features is None or mean is None):
         product = (head_weight[place].to(dtype) * (features.to(dtype) - mean.to(dtype))).sum(1)
         sums[4] = product.masked_fill(~mine, 0.0).masked_fill(top.isnan(), torch.nan)
     rest, mean_gap, norm1, squares, projection = shards.sum(sums)
@@ -250,7 +251,7 @@ def _row_statistics(
             term = log_term.sub_(2 * log_partition[rows].unsqueeze(1)).mul_(gamma).exp_()
             gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
         found["gen"] = shards.sum(gen)
-    if "distance" in names:
+    if "distance" in names and head_weight is not None:
         found["distance"] = together.find(logits, Head(head_weight, dtype), 0, shards).distance
     return found
 
@@ -265,14 +266,14 @@ def _check_logits(logits: object) -> None:
     checks.float_tensor("logits_shard", logits, 2, "(n, c_r)")
 
 
-def _facts(function: str, *tensors: Tensor | None, **keywords: object) -> dict[str, object]:
+def _facts(function: str, first: Tensor, *others: Tensor | None, **keywords: object) -> dict[str, object]:
     """What every rank must give alike; the first tensor has a row for each sample."""
     return {
         "function": function,
-        "samples": tensors[0].shape[0],
-        "dtypes": tuple(None if t is None else t.dtype for t in tensors),
-        "device": tensors[0].device.type,
-        "requires_grad": tuple(needs_grad(t) for t in tensors),
+        "samples": first.shape[0],
+        "dtypes": tuple(None if t is None else t.dtype for t in (first, *others)),
+        "device": first.device.type,
+        "requires_grad": tuple(needs_grad(t) for t in (first, *others)),
         **keywords,
     }
 

@@ -121,7 +121,7 @@ def process_group(group: Any) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
     if group is None:
-        return dist.group.WORLD
+        group = dist.group.WORLD
     if hasattr(group, "get_group"):  # a DeviceMesh
         if group.ndim != 1:
             raise ValueError(f"group: got a mesh of {group.ndim} dimensions, expected one: mesh['tp'], say")

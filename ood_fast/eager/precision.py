@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _JIT: Any = torch.jit  # modules of torch that do not say what they hold
-_MKLDNN: Any = torch.backends.mkldnn
+MKLDNN: Any = torch.backends.mkldnn
 
 
 def is_exporting() -> bool:
@@ -64,7 +64,7 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     """Matrix products at full precision inside, whatever autocast or `torch.set_float32_matmul_precision` say."""
     if torch.compiler.is_compiling():  # a graph cannot hold the setting: a compiled program follows the caller's
         return _NOTHING_TO_DO
-    setting = torch.backends.cuda.matmul if device.type == "cuda" else _MKLDNN.matmul
+    setting = torch.backends.cuda.matmul if device.type == "cuda" else MKLDNN.matmul
     if setting.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device.type):
         return _NOTHING_TO_DO
     return _within_full_precision(device, setting)
@@ -95,7 +95,7 @@ def _onednn_linear() -> Callable[..., Tensor] | None:
 
     modes = (os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT") for name in ("ONEDNN", "DNNL"))
     can = (
-        _MKLDNN.is_available()
+        MKLDNN.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and all(mode.upper() == "STRICT" for mode in modes)
     )

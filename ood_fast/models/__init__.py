@@ -149,7 +149,7 @@ def create(
         raise checks.UserError(checks.unknown("model", name, {*known(), *near, "timm:NAME", "hf:NAME"}))
     if given.activation == "leaky_relu":
         _check_option("activation", name, kind is None or kind.relu, "all of whose activations are ReLU modules")
-        _exchange(model, nn.ReLU, lambda relu: nn.LeakyReLU(inplace=relu.inplace))
+        _exchange(model, nn.ReLU, lambda relu: nn.LeakyReLU(inplace=bool(relu.inplace)))
     if given.spectral_norm:
         _check_option("spectral_norm", name, kind is None or kind.convolutional, "made of convolutions")
         for module in list(model.modules()):

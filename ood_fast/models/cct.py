@@ -40,7 +40,7 @@ class CCT(nn.Module):
         self.pool = nn.Linear(N_FEATURES, 1)
         self.fc = nn.Linear(N_FEATURES, n_classes)
         nn.init.trunc_normal_(self.positions, std=0.2)
-        nn.init.kaiming_normal_(self.tokenizer[0].weight)
+        nn.init.kaiming_normal_(self.tokenizer[0].get_parameter("weight"))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -56,7 +56,8 @@ class CCT(nn.Module):
         tokens = self.tokenizer(x).flatten(2).transpose(1, 2)
         tokens = self.norm(self.layers(tokens + self.positions))
         share = self.pool(tokens).softmax(dim=1)  # (n, k, 1)
-        return self.fc((share * tokens).sum(dim=1))
+        logits: Tensor = self.fc((share * tokens).sum(dim=1))
+        return logits
 
 
 class _Layer(nn.Module):
@@ -80,7 +81,8 @@ class _Layer(nn.Module):
         q, k, v = self.qkv(x).view(n_samples, n_tokens, 3, N_HEADS, -1).permute(2, 0, 3, 1, 4)
         dropout = ATTENTION_DROPOUT if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.proj(mixed.transpose(1, 2).reshape(n_samples, n_tokens, N_FEATURES))
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(n_samples, n_tokens, N_FEATURES))
+        return out
 
     def _drop(self, branch: Tensor) -> Tensor:
         """Stochastic depth: in training, the branch is left out for some samples and larger for the others."""

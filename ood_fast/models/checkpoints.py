@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -28,12 +28,15 @@ CHECKSUM = "blake2b"  # in the metadata of our safetensors files
 N_LISTED = 4  # keys that a message lists before it counts the others
 
 
-def openood_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+Held = TypeVar("Held")  # a tensor; None where only names matter
+
+
+def openood_keys(state: Mapping[str, Held]) -> dict[str, Held]:
     """A state_dict under the names of OpenOOD's ResNet18_32x32."""
     return {key.replace(".downsample.", ".shortcut."): value for key, value in state.items()}
 
 
-def torchvision_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def torchvision_keys(state: Mapping[str, Held]) -> dict[str, Held]:
     """The way back: torchvision's names, which the models here have."""
     return {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
 

@@ -37,7 +37,8 @@ class HuggingFaceClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""
-        return self.model(pixel_values=x).logits
+        logits: Tensor = self.model(pixel_values=x).logits
+        return logits
 
 
 def create(name: str, n_classes: int | None, in_channels: int, pretrained: bool) -> nn.Module:
@@ -63,7 +64,7 @@ def create(name: str, n_classes: int | None, in_channels: int, pretrained: bool)
 
 def n_labels(name: str) -> int:
     """How many classes the classifier of that name tells apart."""
-    return _config(name).num_labels
+    return int(_config(name).num_labels)
 
 
 def _config(name: str) -> Any:

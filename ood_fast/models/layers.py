@@ -77,7 +77,8 @@ def maps(model: nn.Module, layer: str, output: Any) -> Tensor:
             known[shape] = _is_channels_last(model, layer, shape)
         output = output.movedim(-1, 1) if known[shape] else output
     output = output.to(torch.promote_types(output.dtype, torch.float32))
-    return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
+    flat: Tensor = output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
+    return flat
 
 
 def _is_channels_last(model: nn.Module, layer: str, shape: tuple[int, ...]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .. import checks
 from ..capturing import CapturedFeatures, capture_features
-from ..eager.precision import is_exporting
+from ..eager.precision import MKLDNN, is_exporting
 from ..heads import inference_head, last_linear, may_run_compiled, modules_around, unwrapped
 from ..ops.registration import is_compiled, uncompiled
-from .layers import Key, LayerReading, watched
+from .layers import LayerReading, watched
 
 _TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
 CHECKED = 8, 64  # rows of logits by themselves: the fewest that tell, one sums to 1 by chance, and the most looked at
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     logits: Tensor  # (n, c)
     targets: Tensor | None  # (n,)
     given: Any  # the batch as the loader gave it
-    read: dict[Key, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
+    read: Mapping[Any, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
     maker: nn.Linear | bool | None = None  # the layer whose output the logits are; False: none; None: nobody looked
 
 
@@ -89,7 +89,7 @@ def run_model(
                 with _capturing(head, all_uncompiled) as captured:
                     output = call(x) if isinstance(x, Tensor) else call(**x)
             logits = logits_of(output)
-            maker = head
+            maker: nn.Linear | bool | None = head
             if head is not None:
                 check_width(head, logits)
             if not checked and len(logits):
@@ -130,8 +130,8 @@ def refuse_meta(model: nn.Module) -> None:
 
 
 def _capturing(
-    head: nn.Linear | None, all_uncompiled: bool, others: Mapping[str, Any] = MappingProxyType({})
-) -> AbstractContextManager[CapturedFeatures]:
+    head: nn.Linear | None, all_uncompiled: bool, others: Mapping[Hashable, Any] = MappingProxyType({})
+) -> AbstractContextManager[Any]:
     if head is None and not others:
         return nullcontext()
     return capture_features(head, all_uncompiled=all_uncompiled, others=others)
@@ -263,7 +263,7 @@ def check_loader(loader: object, argument: str = "loader", or_else: str = "") ->
         )
 
 
-def batches_of(x: Any) -> Iterable[Any]:
+def batches_of(x: Any) -> Any:
     """The batches that `score` is given: x alone, or those of a loader.
 
     TypeError for what is neither; also for one batch (x, y), whose y would pass as the next inputs.
@@ -341,7 +341,7 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
         return torch.finfo(dtype).eps
     if device.type == "cpu":
         fewer = {"bf16": 2.0**-7, "tf32": 2.0**-10}
-        return fewer.get(torch.backends.mkldnn.matmul.fp32_precision, torch.finfo(dtype).eps)
+        return fewer.get(MKLDNN.matmul.fp32_precision, torch.finfo(dtype).eps)
     return 2.0**-10
 
 
@@ -380,7 +380,8 @@ def check_output(logits: Tensor, beside: nn.Linear | None = None, captured: Capt
         return
     rows, expected = logits.detach().float(), None
     z = captured.features.detach() if beside is not None and captured is not None and captured.seen else None
-    if z is not None and z.dim() == 2 and len(z) == len(rows) and beside.out_features == logits.shape[1]:
+    fits = z is not None and z.dim() == 2 and len(z) == len(rows)
+    if beside is not None and z is not None and fits and beside.out_features == logits.shape[1]:
         weight, bias = inference_head(beside)
         with torch.autocast(z.device.type, enabled=False):
             expected = F.linear(z.float(), weight.float(), None if bias is None else bias.float())
@@ -420,7 +421,7 @@ def _no_logits(rows: Tensor, expected: Tensor | None, rounding: float, unknown: 
     if (rows <= 0).all() and (rows.logsumexp(1).abs() <= rounding * (1 + rows.abs().amax(1))).all():
         return "an output whose rows are logarithms of probabilities", "leave out the log-softmax at its end"
     relu = bool(rows.min() == 0)  # a network of features that ends so has a norm of its outputs
-    for name in ("the sigmoid", *(() if relu else ("the clamped output",))) if expected is not None else ():
-        if _close(_changed(expected, rows)[name], rows):
+    for name in ("the sigmoid", *(() if relu else ("the clamped output",))):
+        if expected is not None and _close(_changed(expected, rows)[name], rows):
             return f"{name} of its last layer", "let it return what that layer makes"
     return "", ""

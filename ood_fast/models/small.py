@@ -28,7 +28,8 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, channels, height, width) -> logits (n, c)."""
-        return self.fc(self.backbone(x))
+        logits: Tensor = self.fc(self.backbone(x))
+        return logits
 
 
 def _block(n_in: int, n_out: int, stride: int) -> tuple[nn.Module, ...]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import util
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -25,7 +24,7 @@ AUXILIARY = ("googlenet", "inception_v3")  # with further heads for training, wh
 Build = Callable[[int, int, "int | None"], nn.Module]
 
 
-def _models() -> ModuleType:
+def _models() -> Any:
     try:
         from torchvision import models
     except ImportError as error:
@@ -44,7 +43,8 @@ def large(name: str) -> Build:
     def build(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
         _colour_only(in_channels)
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-        return _models().get_model(name, weights=None, num_classes=n_classes, **extra)
+        model: nn.Module = _models().get_model(name, weights=None, num_classes=n_classes, **extra)
+        return model
 
     return build
 
@@ -87,7 +87,7 @@ def with_weights(model: nn.Module, name: str) -> nn.Module:
         ) from error
     if name in AUXILIARY:  # heads that the model does without when it is evaluated
         state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-        model.transform_input = True  # as torchvision does with these weights
+        vars(model)["transform_input"] = True  # as torchvision does with these weights
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # a ViT for another image size
@@ -115,7 +115,7 @@ def resnet18_32x32(n_classes: int, in_channels: int, image_size: int | None) -> 
     return model
 
 
-def small_densenet(model: nn.Module) -> None:
+def small_densenet(model: Any) -> None:
     """A stem for small images, in place."""
     model.features.conv0 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
@@ -133,14 +133,16 @@ def small_vgg16(n_classes: int, in_channels: int, image_size: int | None) -> nn.
 def vit_b_16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """torchvision's ViT-B/16 for a size of images."""
     _colour_only(in_channels)
-    return _models().vit_b_16(weights=None, num_classes=n_classes, image_size=image_size or 224)
+    model: nn.Module = _models().vit_b_16(weights=None, num_classes=n_classes, image_size=image_size or 224)
+    return model
 
 
 def small_vit(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """ViT with patches of 4×4."""
     _colour_only(in_channels)
-    base = {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
-    return _models().VisionTransformer(image_size=image_size or 32, patch_size=4, num_classes=n_classes, **base)
+    base = {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072, "num_classes": n_classes}
+    model: nn.Module = _models().VisionTransformer(image_size=image_size or 32, patch_size=4, **base)
+    return model
 
 
 def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
@@ -151,7 +153,8 @@ def small_swin(name: str, n_classes: int, in_channels: int, image_size: int | No
     tiny |= {"patch_size": [2, 2], "window_size": [4, 4], "stochastic_depth_prob": 0.2}
     if name == "swin_v2_t":
         tiny |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
-    return swin.SwinTransformer(num_classes=n_classes, **tiny)
+    model: nn.Module = swin.SwinTransformer(num_classes=n_classes, **tiny)
+    return model
 
 
 def small_convnext(model: nn.Module) -> None:
@@ -166,5 +169,5 @@ def _three_by_three(conv: nn.Conv2d) -> nn.Conv2d:
     stride = 2 if conv.kernel_size == (4, 4) else 1
     new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=stride, padding=1, groups=conv.groups)
     nn.init.trunc_normal_(new.weight, std=0.02)  # as torchvision initialises its ConvNeXt
-    nn.init.zeros_(new.bias)
+    nn.init.zeros_(new.get_parameter("bias"))
     return new
