@@ -100,7 +100,7 @@ def boundary_distance_forward(
 
     Returns distance, predicted, slope (notation: the package's docstring) and the geometry.
     """
-    layout, logits, weight = laid_out(logits, head_weight)
+    layout, logits, weight = laid_out("distance", logits, head_weight)
     geometry, predicted, _ = geometry_of(layout, logits, weight)
     n_samples, n_classes = layout.shape
     distance, slope = (torch.empty(n_samples, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -125,18 +125,19 @@ def boundary_distance_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    layout, rows, weight = laid_out(logits, head_weight)
+    sample_grad = sample_grad.contiguous()
+    layout, rows, weight = laid_out("distance backward", logits, head_weight, sample_grad, predicted, slope, *geometry)
     if needs.logits:
         n_samples, n_classes = rows.shape
         grad_logits = gradient_buffer(logits, (n_samples, n_classes))
         config = row_config(n_classes, target_of(logits))
         launch(
-            boundary_distance_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0),
-            geometry.table, geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
+            boundary_distance_backward_kernel, (n_samples,), sample_grad, rows, rows.stride(0), geometry.table,
+            geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
             ALIGN=alignment(n_classes, rows.stride(0)), LOOPED=config.looped, num_warps=config.num_warps,
         )  # fmt: skip
         grad_logits = grad_logits.to(logits.dtype)
     if needs.weight:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), slope, rows)
+        segments = Segments(geometry.table_row, sample_grad, slope, rows)
         grad_weight = weight_gradient(layout, segments, weight, predicted, geometry)
     return grad_logits, grad_weight

@@ -24,6 +24,7 @@ from .launch import (
     TileConfig,
     cdiv,
     launch,
+    prepared,
     tile_config,
 )
 from .rows import add_product
@@ -333,6 +334,7 @@ def product_of(target: str, dtype: torch.dtype, columns: int = 64) -> tuple[Tile
     return tile, constants
 
 
+@prepared
 def _tile(layout: Layout) -> tuple[TileConfig, dict[str, Any], tuple[int, int]]:
     """`product_of` the table, and the grid of its tiles."""
     tile, constants = product_of(layout.target, layout.weight_dtype, 128 if layout.by_row else 64)
@@ -372,10 +374,11 @@ def distance_table(layout: Layout, weight: Tensor, row_class: Tensor | None, kep
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     elif origin is None:
         origin = torch.empty(weight.shape[1], **new)
-    layout.launch(_gram)(weight, origin, norms, row_class, table, kept.flags)
+    _gram(layout)(weight, origin, norms, row_class, table, kept.flags)
     return table
 
 
+@prepared
 def _gram(layout: Layout) -> StepLaunch:
     _, constants, grid = _tile(layout)
     numbers = layout.weight_stride, layout.n_rows, *layout.weight_shape

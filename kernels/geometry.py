@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..records import Geometry
 from .distances import Kept, distance_table
-from .launch import SCAN_SAMPLES, Layout, StepLaunch, alignment, next_power_of_2, scan_config
+from .launch import SCAN_SAMPLES, Layout, StepLaunch, alignment, next_power_of_2, prepared, scan_config
 from .rows import scan_maximum
 
 
@@ -91,16 +91,18 @@ def geometry_of(
         predicted, table_row, row_class, n_distinct = torch.empty(sum(sizes), **new).split_with_sizes(sizes)
     else:
         predicted, table_row, row_class, n_distinct = (torch.empty(size, **new) for size in sizes)
-    layout.launch(_predict)(logits, predicted)
+    _predict(layout)(logits, predicted)
     if n_samples <= SCAN_SAMPLES:
-        layout.launch(_distinct_in_one)(predicted, table_row, row_class, n_distinct)
+        _distinct_in_one(layout)(predicted, table_row, row_class, n_distinct)
     else:
         table_row, row_class = _distinct(predicted)
         n_distinct = (row_class >= 0).sum()
-    kept = (kept or Kept())._replace(n_distinct=n_distinct)
+    origin, flags, _ = kept or Kept()
+    kept = Kept(origin, flags, n_distinct)
     return Geometry(table_row, distance_table(layout, weight, row_class, kept), row_class), predicted, kept
 
 
+@prepared
 def _predict(layout: Layout) -> StepLaunch:
     (n_samples, n_classes), stride = layout.shape, layout.stride
     config = scan_config(n_classes, layout.target)
@@ -110,6 +112,7 @@ def _predict(layout: Layout) -> StepLaunch:
     )  # fmt: skip
 
 
+@prepared
 def _distinct_in_one(layout: Layout) -> StepLaunch:
     block = max(next_power_of_2(layout.n_samples), 32)
     return StepLaunch(distinct_kernel, (1,), layout.n_samples, PLACES=block, CHUNK=32, num_warps=max(block // 64, 1))

@@ -82,81 +82,108 @@ def launch(
     return handle
 
 
+# Those whose `CompiledKernel.run` takes (*grid, stream, function, packed metadata, launch metadata, hooks, *arguments).
+# Their `handle[grid]` makes launch metadata each time, for hooks of profilers, and has the launcher call these though
+# there are none: two thirds of what a launch takes in Python.
+DIRECT = ("3.5", "3.6", "3.7", "3.8")
+
+
+def _direct(handle: Any, grid: tuple[int, int, int], device: int | None) -> Callable:
+    """handle[grid] without metadata or hooks, unless somebody hooks in."""
+    import triton
+
+    if triton.__version__.rpartition(".")[0] not in DIRECT:
+        return handle[grid]
+    knobs, stream_of = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
+    run, function, metadata = handle.run, handle.function, handle.packed_metadata
+
+    def launched(*arguments: Any) -> None:
+        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:
+            handle[grid](*arguments)
+        else:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
+
+    return launched
+
+
 class StepLaunch:
     """A launch but for its tensors and floats, for the kernels of a training step: in a small one the host is what
     takes time. They have their pointers first, then floats, then whole numbers.
 
-    It is made once (`Layout.launch`), so that in later steps no block, grid or number is worked out, or looked at,
-    again: what Triton compiled follows from these and from the dtypes of the tensors, as long as all lie on 16 bytes.
+    It is made once (`prepared`), and its tensors are looked at once: they are always of the same kinds (`kinds_of`).
+    Those of a step are its inputs, by whose kinds its `Layout` is found, and what it makes itself: fresh memory, parts
+    of it that begin on 16 bytes, and None where the name of the step says so. Launches without a handle, as all in the
+    interpreter, look each time whether that is so.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: int, **options: Any) -> None:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         constants = (value for name, value in options.items() if name not in ("num_warps", "num_stages"))
-        self._rest, self._name, self._runs = (*numbers, *constants), kernel.fn.__name__, {}
+        self._rest, self._name = (*numbers, *constants), kernel.fn.__name__
+        self._run: Callable | None = None
+        self._kinds: tuple | None = None
+        self._device: int | None = None
 
     def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
         """Launch it on the device of the first tensor."""
-        addresses, key = 0, [tensors[0].device.index]
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-            else:
-                key.append(tensor.dtype)
-                addresses |= tensor.data_ptr()
-        key = tuple(key)
-        run = None if addresses & 15 else self._runs.get(key)
-        if run is not None and (key[0] is None or key[0] == torch.cuda.current_device()):
+        if self._run and (self._device is None or self._device == torch.cuda.current_device()):
             launches[self._name] += 1
-            run(*tensors, *floats, *self._rest)
+            self._run(*tensors, *floats, *self._rest)
             return
+        kinds = kinds_of(*tensors)
+        assert self._kinds in (None, kinds), f"{self._name}: made for {self._kinds}, launched with {kinds}"
+        self._kinds, self._device = kinds, kinds[0]
         handle = launch(self.kernel, self.grid, *tensors, *floats, *self.numbers, **self.options)
-        if handle is not None and not addresses & 15:
-            self._runs[key] = handle[(*self.grid, 1, 1)[:3]]
+        if handle is not None:
+            self._run = _direct(handle, (*self.grid, 1, 1)[:3], self._device)
 
 
-# For functions that make a `StepLaunch`: of the last so many sizes.
+# For functions that make a `StepLaunch`, or what else follows from a `Layout`: of the last so many.
 prepared = functools.lru_cache(maxsize=1024)
 
 
+def kinds_of(*tensors: Tensor | None) -> tuple:
+    """What Triton compiles for, of each tensor: its dtype and whether it lies on 16 bytes; the device of the first."""
+    kinds = [tensors[0].device.index]
+    for tensor in tensors:
+        kinds.append(None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15 == 0))
+    return tuple(kinds)
+
+
 class Layout:
-    """Sizes, strides and target of (n, c) logits and their (c, m) head, from which all launches of a step follow. Equal
-    ones are one object (`layout_of`), which keeps these."""
+    """Sizes, strides and target of (n, c) logits and their (c, m) head, and the kinds of these and of all other inputs
+    of a step: what all its launches follow from. Equal ones are one object (`layout_of`), by whose identity what is
+    `prepared` is found."""
 
     def __init__(
         self,
+        step: str,
         target: str,
+        kinds: tuple,
         shape: tuple[int, int],
-        stride: int,
-        weight_dtype: torch.dtype | None = None,
+        strides: tuple[int, int],
         weight_shape: tuple[int, int] = (0, 0),
-        weight_stride: int = 0,
+        weight_strides: tuple[int, int] = (0, 0),
     ) -> None:
-        self.target, self.shape, self.stride = target, shape, stride
-        self.weight_dtype, self.weight_shape, self.weight_stride = weight_dtype, weight_shape, weight_stride
+        self.step, self.target, self.kinds, self.shape, self.stride = step, target, kinds, shape, strides[0]
+        self.weight_dtype = kinds[2] and kinds[2][0]
+        self.weight_shape, self.weight_stride = weight_shape, weight_strides[0]
         self.n_samples, self.n_classes = shape
         self.by_row = self.n_samples < self.n_classes  # whether the table has a row for each distinct prediction
         self.n_rows = min(shape)
+        self.width = 16 * cdiv(self.n_classes, 16)  # of the rows of S: whole 128-bit loads
         self.boost = boost_of(*shape)
-        self._launches: dict[tuple, Any] = {}
-
-    def launch(self, make: Callable, *flags: Any) -> Any:
-        """make(self, *flags), made once."""
-        key = (make, *flags)
-        found = self._launches.get(key)
-        if found is None:
-            found = self._launches[key] = make(self, *flags)
-        return found
 
 
 layout_of = prepared(Layout)
 
 
-def laid_out(logits: Tensor, head_weight: Tensor) -> tuple[Layout, Tensor, Tensor]:
-    """(their layout, both with unit strides)."""
+def laid_out(step: str, logits: Tensor, head_weight: Tensor, *others: Tensor | None) -> tuple[Layout, Tensor, Tensor]:
+    """(the layout of a step, logits and W with unit strides). `others`: all else that its launches are given from
+    outside; `step`, a name for it, says what they are given beside, and which outputs are None."""
     rows, weight = unit_stride(logits), unit_stride(head_weight)
-    target = target_of(rows)
-    layout = layout_of(target, rows.shape, rows.stride(0), weight.dtype, weight.shape, weight.stride(0))
+    kinds, target = kinds_of(rows, weight, *others), target_of(rows)
+    layout = layout_of(step, target, kinds, rows.shape, rows.stride(), weight.shape, weight.stride())
     return layout, rows, weight
 
 
@@ -187,7 +214,7 @@ def unit_stride(matrix: Tensor) -> Tensor:
 
     Any op that reads a transposed matrix row by row pays for the strided reads; one copy pays once.
     """
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride()[-1] == 1 else matrix.contiguous()
 
 
 def gradient_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

@@ -20,11 +20,13 @@ from .launch import (
     cdiv,
     gradient_buffer,
     has_exp2,
+    kinds_of,
     laid_out,
     launch,
     layout_of,
     loop_config,
     next_power_of_2,
+    prepared,
     row_config,
     target_of,
     unit_stride,
@@ -69,7 +71,7 @@ def _fused(
     sample_grad: Tensor | None,
 ) -> Tensor | None:
     """Launch `fused_row_kernel`: writes `outputs` and `tempered`, which without outputs it reads. Returns the gradient
-    of the logits unless `sample_grad` (n,) is None."""
+    of the logits unless `sample_grad` (n,) is None. These and labels are among those that `layout` knows."""
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     predicted, temperature, log_partition, slope = tempered
@@ -77,15 +79,15 @@ def _fused(
     grad_logits = None if sample_grad is None else gradient_buffer(rows, layout.shape)
     stride = 0 if sample_grad is None else sample_grad.stride(0)
     is_known = outputs is None or (table is not None and layout.by_row)
-    layout.launch(_row_kernel, table is not None, is_known, label_smoothing > 0, 0, stride, ignore_index)(
-        rows, sample_grad, unit_stride(target), None if class_weight is None else class_weight.contiguous(), table,
-        None if table_row is predicted else table_row, predicted, loss, distance, temperature,
-        None if loss is None else log_partition, slope, None, grad_logits,
+    _row_kernel(layout, table is not None, is_known, label_smoothing > 0, 0, stride, ignore_index)(
+        rows, sample_grad, target, class_weight, table, None if table_row is predicted else table_row, predicted, loss,
+        distance, temperature, None if loss is None else log_partition, slope, None, grad_logits,
         floats=(float(label_smoothing), float(rule.eps), float(rule.average_offset), float(rule.tau), layout.boost),
     )  # fmt: skip
     return grad_logits if grad_logits is None or grad_logits.dtype == rows.dtype else grad_logits.to(rows.dtype)
 
 
+@prepared
 def _row_kernel(
     layout: Layout, boundary: bool, is_known: bool, smoothed: bool, divides: int, *numbers: int
 ) -> StepLaunch:
@@ -98,6 +100,13 @@ def _row_kernel(
         IS_DIVISOR=divides > 0, COUNT=max(next_power_of_2(n_samples), 32) if divides == COUNTED else 0,
         HARDWARE=has_exp2(layout.target), num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def _contiguous(labels: Labels) -> Labels:
+    """With unit strides, as kernels want them."""
+    target, class_weight, ignore_index, label_smoothing = labels
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    return Labels(unit_stride(target), class_weight, ignore_index, label_smoothing)
 
 
 def loop_constants(logits: Tensor, labels: Labels, geometry: Geometry | None = None) -> dict[str, object]:
@@ -138,15 +147,13 @@ def _forward(
         outputs = RowOutputs(loss, distance)
         grad_logits = _fused(layout, rows, labels, geometry, outputs, tempered, rule, sample_grad)
         return loss, distance, tempered, grad_logits
-    labels = labels._replace(target=unit_stride(labels.target))
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     launch(
-        tempered_forward_kernel, (n_samples,), rows, rows.stride(0), target, target.stride(0),
-        None if class_weight is None else class_weight.contiguous(), table, table_row, predicted, loss, distance,
-        temperature, log_partition, slope, n_classes, ignore_index, float(label_smoothing), float(rule.eps),
-        float(rule.average_offset), float(rule.tau), PREDICTION_KNOWN=table is not None and layout.by_row,
-        **loop_constants(rows, labels, geometry),
+        tempered_forward_kernel, (n_samples,), rows, rows.stride(0), target, target.stride(0), class_weight, table,
+        table_row, predicted, loss, distance, temperature, log_partition, slope, n_classes, ignore_index,
+        float(label_smoothing), float(rule.eps), float(rule.average_offset), float(rule.tau),
+        PREDICTION_KNOWN=table is not None and layout.by_row, **loop_constants(rows, labels, geometry),
     )  # fmt: skip
     grad_logits = None if sample_grad is None else _backward(layout, sample_grad, rows, labels, tempered, geometry)
     return loss, distance, tempered, grad_logits
@@ -174,16 +181,16 @@ def tempered_gradient(
     `given`, where these are the classes of one process among many: the largest logit, Q, sum R where p is one of them
     and 0 elsewhere, the number of live classes, each (n,) fp32; the first of them, the number of all.
     """
-    rows, labels = unit_stride(logits), labels._replace(target=unit_stride(labels.target))
+    rows, labels = unit_stride(logits), _contiguous(labels)
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     n_samples, n_classes = logits.shape
     grad_logits = gradient_buffer(logits, (n_samples, n_classes))
     launch(
         tempered_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0), target,
-        target.stride(0), None if class_weight is None else class_weight.contiguous(), table, table_row, *tempered,
-        grad_logits, *(given or (None, None, None, None, 0, n_classes)), n_classes, ignore_index,
-        float(label_smoothing), **loop_constants(rows, labels, geometry),
+        target.stride(0), class_weight, table, table_row, *tempered, grad_logits,
+        *(given or (None, None, None, None, 0, n_classes)), n_classes, ignore_index, float(label_smoothing),
+        **loop_constants(rows, labels, geometry),
     )  # fmt: skip
     return grad_logits.to(logits.dtype)
 
@@ -198,7 +205,8 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    layout, rows, weight = laid_out(logits, head_weight)
+    labels = _contiguous(labels)
+    layout, rows, weight = laid_out("forward", logits, head_weight, *labels[:2])
     geometry, predicted, _ = geometry_of(layout, rows, weight)
     loss, distance, tempered, _ = _forward(layout, rows, labels, geometry, predicted, Rule(eps, average_offset))
     return loss, distance, tempered, geometry
@@ -207,7 +215,6 @@ def elogitnorm_forward(
 class Ahead(NamedTuple):
     """What is made for an upstream gradient of 1, before the true one is known."""
 
-    layout: Layout
     predicted: Tensor
     geometry: Geometry
     grad_logits: Tensor
@@ -236,35 +243,36 @@ def elogitnorm_ahead(
     A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
     of the table.
     """
-    layout, rows, weight = laid_out(logits, head_weight)
+    target, class_weight, ignore_index, smoothing = _contiguous(labels)
+    layout, rows, weight = laid_out("ahead", logits, head_weight, target, class_weight, divisor)
     kept, (loss, distance, pull) = _vectors(layout, 3, rows.device)
     geometry, predicted, kept = geometry_of(layout, rows, weight, kept)
     grad_logits = gradient_buffer(rows, layout.shape)
-    target, class_weight, ignore_index, smoothing = labels
     divides = COUNTED if divisor is None else DIVIDED
-    layout.launch(_row_kernel, True, layout.by_row, smoothing > 0, divides, 0, ignore_index)(
-        rows, divisor, unit_stride(target), None if class_weight is None else class_weight.contiguous(),
-        geometry.table, geometry.table_row if layout.by_row else None, predicted, loss, distance, None, None, None,
-        pull, grad_logits, floats=(float(smoothing), float(eps), float(average_offset), 1.0, layout.boost),
+    _row_kernel(layout, True, layout.by_row, smoothing > 0, divides, 0, ignore_index)(
+        rows, divisor, target, class_weight, geometry.table, geometry.table_row if layout.by_row else None, predicted,
+        loss, distance, None, None, None, pull, grad_logits,
+        floats=(float(smoothing), float(eps), float(average_offset), 1.0, layout.boost),
     )  # fmt: skip
     if grad_logits.dtype != rows.dtype:
         grad_logits = grad_logits.to(rows.dtype)
-    return loss.sum(), distance, Ahead(layout, predicted, geometry, grad_logits, pull, kept)
+    return loss.sum(), distance, Ahead(predicted, geometry, grad_logits, pull, kept)
 
 
 def _vectors(layout: Layout, count: int, device: torch.device) -> tuple[Kept, list[Tensor]]:
     """Room for what is kept, and `count` vectors (n,), in one allocation."""
-    size, sizes = layout.launch(_room, count)
+    size, sizes, step = _room(layout, count)
     origin, flags, *vectors = torch.empty(size, dtype=torch.float32, device=device).split_with_sizes(sizes)
-    return Kept(origin if sizes[0] else None, flags), vectors[::2]
+    return Kept(origin if sizes[0] else None, flags), vectors[::step]
 
 
-def _room(layout: Layout, count: int) -> tuple[int, tuple[int, ...]]:
-    """(size, sizes of the parts): each begins on 16 bytes, so there is what fills up each vector but the last."""
-    n_samples = layout.n_samples
+@prepared
+def _room(layout: Layout, count: int) -> tuple[int, tuple[int, ...], int]:
+    """(size, sizes of the parts, steps from vector to vector): each begins on 16 bytes, by what fills up the last."""
     padded = (4 * cdiv(size, 4) for size in kept_sizes(layout))
-    sizes = (*padded, *((n_samples, -n_samples % 4) * count)[: 2 * count - 1])
-    return sum(sizes), sizes
+    filled = (layout.n_samples, -layout.n_samples % 4) if layout.n_samples % 4 else (layout.n_samples,)
+    sizes = (*padded, *filled * count)
+    return sum(sizes), sizes, len(filled)
 
 
 def elogitnorm_finish(
@@ -273,9 +281,10 @@ def elogitnorm_finish(
     """The gradients by logits and W of the loss times `factor` (0-dim), which no host needs to know."""
     if not need_weight:
         return scale_(ahead.grad_logits, factor), None
-    layout, predicted, geometry, grad_logits, pull, kept = ahead
-    segments, upstream = Segments(geometry.table_row, None, pull, unit_stride(logits)), Upstream(factor, grad_logits)
-    weight = unit_stride(head_weight)
+    predicted, geometry, grad_logits, pull, kept = ahead
+    # What hooks of saved tensors give back need not lie as it lay.
+    layout, rows, weight = laid_out("finish", logits, head_weight, factor)
+    segments, upstream = Segments(geometry.table_row, None, pull, rows), Upstream(factor, grad_logits)
     return grad_logits, weight_gradient(layout, segments, weight, predicted, geometry, kept, upstream)
 
 
@@ -298,12 +307,13 @@ def elogitnorm_step(
     weight_dtype: torch.dtype | None = None,
 ) -> Step:
     """`elogitnorm_forward`, and the gradients for `sample_grad` (n,); that of W in its dtype, or in `weight_dtype`."""
-    layout, rows, weight = laid_out(logits, head_weight)
+    labels, sample_grad = _contiguous(labels), None if sample_grad is None else sample_grad.contiguous()
+    layout, rows, weight = laid_out("step", logits, head_weight, *labels[:2], sample_grad)
     geometry, predicted, kept = geometry_of(layout, rows, weight, _vectors(layout, 0, rows.device)[0])
     loss, distance, tempered, grad_logits = _forward(layout, rows, labels, geometry, predicted, rule, sample_grad)
     grad_weight = None
     if need_weight and sample_grad is not None:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, rows)
+        segments = Segments(geometry.table_row, sample_grad, tempered.slope, rows)
         grad_weight = weight_gradient(layout, segments, weight, predicted, geometry, kept, dtype=weight_dtype)
     return Step(loss, distance, grad_logits, grad_weight)
 
@@ -319,11 +329,13 @@ def elogitnorm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    layout, rows, weight = laid_out(logits, head_weight)
+    labels, sample_grad = _contiguous(labels), sample_grad.contiguous()
+    others = *labels[:2], sample_grad, *tempered, *geometry
+    layout, rows, weight = laid_out("backward", logits, head_weight, *others)
     if needs.logits:
         grad_logits = _backward(layout, sample_grad, rows, labels, tempered, geometry)
     if needs.weight:
-        segments = Segments(geometry.table_row, sample_grad.contiguous(), tempered.slope, rows)
+        segments = Segments(geometry.table_row, sample_grad, tempered.slope, rows)
         grad_weight = weight_gradient(layout, segments, weight, tempered.predicted, geometry)
     return grad_logits, grad_weight
 
@@ -333,17 +345,19 @@ def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bo
 
     `with_slope` as in `elogitnorm_forward`.
     """
-    rows = unit_stride(logits)
+    rows, labels = unit_stride(logits), _contiguous(labels)
     predicted = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    loss, _, tempered, _ = _forward(_of_logits(rows), rows, labels, None, predicted, Rule(tau=tau))
+    layout = _of_logits("logitnorm", rows, *labels[:2])
+    loss, _, tempered, _ = _forward(layout, rows, labels, None, predicted, Rule(tau=tau))
     return loss, tempered
 
 
-def _of_logits(rows: Tensor) -> Layout:
-    return layout_of(target_of(rows), rows.shape, rows.stride(0))
+def _of_logits(step: str, rows: Tensor, *others: Tensor | None) -> Layout:
+    return layout_of(step, target_of(rows), kinds_of(rows, None, *others), rows.shape, rows.stride())
 
 
 def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """Gradient of sum_i sample_grad_i loss_i by the logits."""
-    rows = unit_stride(logits)
-    return _backward(_of_logits(rows), sample_grad, rows, labels, tempered, None)
+    rows, labels = unit_stride(logits), _contiguous(labels)
+    layout = _of_logits("logitnorm backward", rows, *labels[:2], sample_grad, *tempered)
+    return _backward(layout, sample_grad, rows, labels, tempered, None)

@@ -19,6 +19,7 @@ from .launch import (
     StepLaunch,
     alignment,
     cdiv,
+    kinds_of,
     launch,
     next_power_of_2,
     prepared,
@@ -246,7 +247,7 @@ def gap_sum(
     pairs that are alone (`distances.is_alone`).
     """
     segment, sample_grad, factor, values = segments
-    summed = torch.empty(layout.n_rows, _width(layout), dtype=torch.float32, device=table.device)
+    summed = torch.empty(layout.n_rows, layout.width, dtype=torch.float32, device=table.device)
     by, gradient = upstream or (None, None)
     if gradient is not None and _truncates(gradient):
         gradient.mul_(by)
@@ -254,19 +255,21 @@ def gap_sum(
     cut = (None,) * 4
     if layout.n_samples > SCAN_SAMPLES:
         cut = _cut(segments, layout.n_rows, predicted, None, layout.boost)
-    layout.launch(_gap_sums, gradient is not None)(
+    _gap_sums(layout, gradient is not None)(
         segment, *cut, sample_grad, factor, values, predicted, None, table, summed, gradient, by,
         floats=(layout.boost,),
     )  # fmt: skip
     return summed
 
 
-def _width(layout: Layout) -> int:
-    return 16 * cdiv(layout.n_classes, 16)
-
-
+@prepared
 def _gap_sums(layout: Layout, scales: bool) -> StepLaunch:
-    return _sums(layout.shape, layout.stride, (layout.n_rows, _width(layout)), True, scales)
+    return _sums(layout.shape, layout.stride, (layout.n_rows, layout.width), True, scales)
+
+
+@prepared
+def _plain_sums(kinds: tuple, shape: tuple[int, int], stride: int, output: tuple[int, int]) -> StepLaunch:
+    return _sums(shape, stride, output, False, False)
 
 
 def _truncates(tensor: Tensor) -> bool:
@@ -277,12 +280,12 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """values (contiguous) times factor (0-dim), in place, and without a pass over them where the factor is 1."""
     if _truncates(values):
         return values.mul_(factor)
-    _scale(values.numel())(values, factor)
+    _scale(kinds_of(values, factor), values.numel())(values, factor)
     return values
 
 
 @prepared
-def _scale(size: int) -> StepLaunch:
+def _scale(kinds: tuple, size: int) -> StepLaunch:
     return StepLaunch(scale_kernel, (cdiv(size, SCALE_BLOCK),), size, BLOCK=SCALE_BLOCK, num_warps=4)
 
 
@@ -297,8 +300,10 @@ def segment_sum(segments: Segments, output: Tensor, center: Tensor) -> Tensor:
     cut = (None,) * 4
     if values.shape[0] > SCAN_SAMPLES:
         cut = _cut(segments, output.shape[0], None, center, 1.0)
-    sums = _sums(values.shape, values.stride(0), output.shape, False, False)
-    sums(segment, *cut, sample_grad, factor, values, None, center, None, output, None, None, floats=(1.0,))
+    kinds = kinds_of(segment, sample_grad, factor, values, center, output)
+    _plain_sums(kinds, values.shape, values.stride(0), output.shape)(
+        segment, *cut, sample_grad, factor, values, None, center, None, output, None, None, floats=(1.0,)
+    )
     return output
 
 
@@ -329,7 +334,6 @@ def _cut(
     return offsets, order, piece_start, partial
 
 
-@prepared
 def _sums(shape: tuple[int, int], stride: int, output: tuple[int, int], gaps: bool, scales: bool) -> StepLaunch:
     (n_samples, n_columns), (n_segments, width) = shape, output
     config = segment_config(n_columns, n_samples, n_segments)

@@ -24,6 +24,7 @@ from .launch import (
     cdiv,
     feature_block,
     has_exp2,
+    kinds_of,
     lanes_of,
     launch,
     layout_of,
@@ -401,5 +402,7 @@ def distance_table(head_weight: Tensor) -> Tensor:
     """R of all pairs of classes, (c, c), 0 on the diagonal and where rows coincide."""
     weight = unit_stride(head_weight)
     n_classes = weight.shape[0]
-    layout = layout_of(target_of(weight), (n_classes, n_classes), 0, weight.dtype, weight.shape, weight.stride(0))
+    kinds = kinds_of(weight, weight)  # there are no logits
+    sizes = (n_classes, n_classes), (0, 1), weight.shape, weight.stride()
+    layout = layout_of("table", target_of(weight), kinds, *sizes)
     return rows_of_distance_table(layout, weight, None)

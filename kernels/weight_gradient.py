@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..records import Geometry
 from .distances import Kept, is_alone, kept_of, load_rows, product_of
-from .launch import Layout, StepLaunch, cdiv, class_splits, gradient_buffer
+from .launch import Layout, StepLaunch, cdiv, class_splits, gradient_buffer, prepared
 from .rows import add_split_product
 from .segments import Segments, Upstream, gap_sum
 
@@ -314,35 +314,37 @@ def weight_gradient(
     origin, flags, n_distinct = kept or kept_of(layout, geometry, weight)
     grad_weight = gradient_buffer(weight, weight.shape, dtype)
     if layout.by_row:
-        n_splits, of_own, of_all = layout.launch(_of_rows, summed.stride(0))
+        n_splits, of_own, of_all = _of_rows(layout, grad_weight.dtype)
         own = torch.empty(n_splits, layout.n_rows, weight.shape[1], dtype=torch.float32, device=weight.device)
         of_own(summed, table, flags, row_class, n_distinct, weight, origin, own)
         of_all(summed, table, flags, row_class, n_distinct, weight, origin, own, grad_weight)
     else:
-        layout.launch(_of_table, summed.stride(0))(summed, table, flags, weight, origin, grad_weight)
+        _of_table(layout, grad_weight.dtype)(summed, table, flags, weight, origin, grad_weight)
     return grad_weight if grad_weight.dtype == dtype else grad_weight.to(dtype)
 
 
-def _of_table(layout: Layout, summed_stride: int) -> StepLaunch:
-    """n >= c."""
+@prepared
+def _of_table(layout: Layout, _: torch.dtype) -> StepLaunch:
+    """n >= c, for a gradient of that dtype."""
     narrow, _ = product_of(layout.target, layout.weight_dtype)  # the tiles of the table, and of its flags
     tile, constants = product_of(layout.target, layout.weight_dtype, 128)
     (n_classes, n_features), stride = layout.weight_shape, layout.weight_stride
     return StepLaunch(
-        weight_gradient_table_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), summed_stride,
+        weight_gradient_table_kernel, (cdiv(n_classes, tile.rows), cdiv(n_features, tile.columns)), layout.width,
         stride, n_classes, n_features, **constants, FLAG_COLUMNS=narrow.columns, APART=_apart(layout),
     )  # fmt: skip
 
 
-def _of_rows(layout: Layout, summed_stride: int) -> tuple[int, StepLaunch, StepLaunch]:
-    """n < c: the number of splits, and both kernels."""
+@prepared
+def _of_rows(layout: Layout, _: torch.dtype) -> tuple[int, StepLaunch, StepLaunch]:
+    """n < c, for a gradient of that dtype: the number of splits, and both kernels."""
     (n_classes, n_features), n_rows = layout.weight_shape, layout.n_rows
     tile, constants = product_of(layout.target, layout.weight_dtype, 128)
     row_tiles, feature_tiles = cdiv(n_rows, tile.rows), cdiv(n_features, tile.columns)
     splits = class_splits(row_tiles * feature_tiles, n_classes, tile.inner)
     split_classes = tile.inner * cdiv(n_classes, tile.inner * splits)
     n_splits = cdiv(n_classes, split_classes)
-    numbers = summed_stride, layout.weight_stride, n_rows, n_classes, n_features
+    numbers = layout.width, layout.weight_stride, n_rows, n_classes, n_features
     constants = {**constants, "FLAG_COLUMNS": tile.columns}
     own_grid, all_grid = (row_tiles, feature_tiles, n_splits), (cdiv(n_classes, tile.rows), feature_tiles)
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,14 @@ class _Compiled:
 
     launch_metadata = None
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.launched: list[tuple] = []
+        self.ran: list[tuple] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.ran.append(arguments)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         assert len(grid) == 3
@@ -157,20 +164,36 @@ def test_a_kernel_is_launched_by_its_handle_only_where_it_is_the_same() -> None:
     assert handled[-1] == ((3, 2, 1), (tensor, 6, 32))
 
 
-def test_a_prepared_launch_looks_at_its_tensors() -> None:
-    """Other dtypes, a tensor less and a misaligned one go the ordinary way, which compiles for them."""
-    kernel, tensor = _Kernel(_Compiled()), torch.zeros(32)
+def test_a_prepared_launch_is_by_its_handle_once_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past Triton's own way, which is left to Tritons that nobody looked at and to hooks of profilers."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_stream=lambda device: 7))
+    kernel, tensor, hooks = _Kernel(_Compiled()), torch.zeros(32), triton.knobs.runtime.launch_exit_hook
+    ours, theirs = kernel.handle.ran, kernel.handle.launched
     step = launch.StepLaunch(kernel, (3, 2), 6, BLOCK=32, num_warps=1)
-    different = (tensor, tensor), (tensor, None), (tensor.half(), tensor), (tensor, tensor[1:])
-    for repeat in range(3):
-        for tensors in different:
-            step(*tensors, floats=(0.5,))
-            if repeat:
-                assert kernel.handle.launched[-1] == ((3, 2, 1), (*tensors, 0.5, 6, 32))
-    assert len(kernel.compiled) == len(different)
-    assert len(kernel.handle.launched) == 2 * len(different)
-    assert (None, torch.float32, torch.float32) in step._runs  # by the handle alone
-    assert len(step._runs) == len(different) - 1  # but where a tensor is misaligned
+    for _ in range(3):
+        step(tensor, None, floats=(0.5,))
+    assert kernel.compiled == [(tensor, None, 0.5, 6)]
+    assert ours == 2 * [(3, 2, 1, 7, "function", "metadata", None, None, None, tensor, None, 0.5, 6, 32)]
+    monkeypatch.setattr(hooks, "calls", [print])
+    step(tensor, None, floats=(0.5,))
+    assert theirs == [((3, 2, 1), (tensor, None, 0.5, 6, 32))]
+    monkeypatch.setattr(hooks, "calls", [])
+    monkeypatch.setattr(launch, "DIRECT", ())
+    other = launch.StepLaunch(kernel, (3, 2), 6, BLOCK=32, num_warps=1)
+    other(tensor)
+    other(tensor)
+    assert (len(ours), len(theirs)) == (2, 2)
+
+
+def test_a_prepared_launch_is_for_tensors_of_one_kind() -> None:
+    """In the interpreter, where whoever prepares a launch for others is found by all tests."""
+    tensor = torch.zeros(32)
+    for other in (None, tensor.half(), tensor[1:]):
+        step = launch.StepLaunch(_Kernel(None), (3, 2), 6, BLOCK=32, num_warps=1)
+        step(tensor, tensor)
+        with pytest.raises(AssertionError, match="kernel: made for"):
+            step(tensor, other)
 
 
 @pytest.mark.parametrize("handle", [None, object()])
@@ -235,6 +258,21 @@ def test_any_layout_and_no_unwritten_output(poisoned: Any, shape: tuple[int, int
         found.append((loss, *torch.autograd.grad(loss, (f, w))))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
     assert all(t.isfinite().all() for t in found[0])
+
+
+def test_saved_tensors_that_come_back_as_others(backend: Any) -> None:
+    """Hooks may hand a compact copy to the backward pass, as those do that keep them on the host."""
+    logits, W, y = _inputs(7, 5, 4, backend)
+    logits, W = _layouts(logits)["wider rows"].requires_grad_(), _layouts(W)["wider rows"].requires_grad_()
+    loss = ood_fast.elogitnorm(logits, None, W, None, y)
+    expected = torch.autograd.grad(loss, (logits, W))
+
+    def compact(tensor: Tensor) -> Tensor:
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(compact, lambda tensor: tensor):
+        loss = ood_fast.elogitnorm(logits, None, W, None, y)
+    torch.testing.assert_close(torch.autograd.grad(loss, (logits, W)), expected, rtol=0, atol=0)
 
 
 def test_rows_of_stride_0(poisoned: Any) -> None:

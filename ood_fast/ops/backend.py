@@ -75,9 +75,14 @@ def backend_name(device: torch.device | str, dtype: torch.dtype = torch.float32)
 def backend_of(*tensors: Tensor | None) -> ModuleType:
     """The module whose functions serve these tensors, of which one is given: `eager` or `kernels`."""
     given = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
-    backend: ModuleType = eager
-    if backend_name(given.device, eager.compute_dtype(*tensors)) != "eager":
-        from .. import kernels
+    name = backend_name(given.device, eager.compute_dtype(*tensors))
+    backend: ModuleType = eager if name == "eager" else _kernels()
+    return backend
 
-        backend = kernels
+
+@functools.cache  # an import statement in a function looks its module up each time
+def _kernels() -> ModuleType:
+    from .. import kernels
+
+    backend: ModuleType = kernels
     return backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -166,13 +165,13 @@ class _ELogitNorm(Differentiable):
         labels = Labels(target, class_weight, ignore_index, label_smoothing)
         backend = backend_of(logits, head_weight)
         ahead = reduction != "none" and ctx.needs_input_grad[0] and backend is not eager
-        ctx.finish = None
+        ctx.ahead = None
         if not ahead or not backend.steps_ahead(logits, head_weight, labels):
             return super().forward(ctx, *inputs)
         _check_indices(backend, labels, logits.shape[1])
         divisor = None if backend.counts(labels, reduction) else normalizer(labels, reduction, torch.float32)
         loss, distance, made = backend.elogitnorm_ahead(logits, head_weight, labels, *rule, divisor)
-        ctx.finish = functools.partial(backend.elogitnorm_finish, made)
+        ctx.ahead = made, backend.elogitnorm_finish
         ctx.save_for_backward(*inputs[:4])
         ctx.keywords = inputs[4:]
         ctx.set_materialize_grads(False)
@@ -188,9 +187,10 @@ class _ELogitNorm(Differentiable):
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
         logits, head_weight, target, class_weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        finish, ctx.finish = getattr(ctx, "finish", None), None
-        if finish and not (grad_loss is None or torch.is_grad_enabled() or is_traced(grad_loss)):
-            return *finish(grad_loss, logits, head_weight, needed[1]), *[None] * 8
+        ahead, ctx.ahead = getattr(ctx, "ahead", None), None
+        if ahead and not (grad_loss is None or torch.is_grad_enabled() or is_traced(grad_loss)):
+            made, finish = ahead
+            return *finish(made, grad_loss, logits, head_weight, needed[1]), *[None] * 8
         inputs = logits, head_weight, target, class_weight
         if not saved and grad_loss is not None:
             with torch.no_grad():
