@@ -76,8 +76,9 @@ def weight_gradient_table_kernel(
 ):
     """n >= c: a tile of dW = rowsum(M) W - M W, M = S + S^T formed as it is loaded. One product instead of two.
 
-    Rows of S^T lie across the warps, so that sums of M in each turn cost barriers; entry by entry until the end they
-    cost registers, which are not there for two parts of bf16.
+    Rows of S^T lie across the warps, so that row sums of M in each turn would cost barriers: entry by entry until the
+    end. Rows behind the last class read it again, and are not stored: a mask would take the registers that keep the
+    sums.
     """
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -100,8 +101,7 @@ def weight_gradient_table_kernel(
             near = tl.load(table_pointer + place * n_classes + classes, mask=class_mask, other=0.0)
             gradient += _pull(force, near, difference)
     else:
-        EACH_TURN: tl.constexpr = weight_pointer.dtype.element_ty == tl.bfloat16
-        row_sums = tl.zeros([ROWS], tl.float32)
+        read_offset = tl.minimum(classes, n_classes - 1).to(tl.int64)
         sums = tl.zeros([ROWS, INNER], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_classes, INNER):
@@ -109,18 +109,15 @@ def weight_gradient_table_kernel(
             other_mask = others < n_classes
             other_offset = others.to(tl.int64)
             pairs = tl.load(
-                summed_pointer + (class_offset * summed_stride)[:, None] + others[None, :],
-                mask=class_mask[:, None] & (others < summed_stride)[None, :],
+                summed_pointer + (read_offset * summed_stride)[:, None] + others[None, :],
+                mask=(others < summed_stride)[None, :],
                 other=0.0,
             ) + tl.load(
                 summed_pointer + (other_offset * summed_stride)[None, :] + classes[:, None],
                 mask=other_mask[None, :] & (classes < summed_stride)[:, None],
                 other=0.0,
             )
-            if EACH_TURN:
-                row_sums += tl.sum(pairs, axis=1)
-            else:
-                sums += pairs
+            sums += pairs
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, others, other_mask, features, n_features, UPCAST
             )
@@ -128,8 +125,7 @@ def weight_gradient_table_kernel(
         weight = load_rows(
             weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
         )
-        row_sums += tl.sum(sums, axis=1)
-        gradient = row_sums[:, None] * weight.to(tl.float32) - products
+        gradient = tl.sum(sums, axis=1)[:, None] * weight.to(tl.float32) - products
     tl.store(
         grad_weight_pointer + (class_offset * n_features)[:, None] + features[None, :],
         gradient,
@@ -159,8 +155,10 @@ def weight_gradient_own_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     FLAG_COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """n < c, the rows of the distinct predictions: rowsum(S) W[u] - S W, over one split of the classes."""
+    """n < c, the rows of the distinct predictions: rowsum(S) W[u] - S W, over one split of the classes. Rows behind the
+    last read it again, as in `weight_gradient_table_kernel`."""
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
     n_distinct = tl.load(n_distinct_pointer)
@@ -183,21 +181,22 @@ def weight_gradient_own_kernel(
                 near = tl.load(table_pointer + row_offset * n_classes + other, mask=row_mask, other=0.0)
                 own += _pull(force, near, difference)
         else:
+            read_offset = tl.minimum(rows, n_rows - 1).to(tl.int64)
             row_sums = tl.zeros([ROWS], tl.float32)
             products = tl.zeros([ROWS, COLUMNS], tl.float32)
             for start in range(begin, end, INNER):
                 classes = start + tl.arange(0, INNER)
                 class_mask = classes < n_classes
                 summed = tl.load(
-                    summed_pointer + (row_offset * summed_stride)[:, None] + classes[None, :],
-                    mask=row_mask[:, None] & (classes < summed_stride)[None, :],
+                    summed_pointer + (read_offset * summed_stride)[:, None] + classes[None, :],
+                    mask=(classes < summed_stride)[None, :],
                     other=0.0,
                 )
                 row_sums += tl.sum(summed, axis=1)
                 weight = load_rows(
                     weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
                 )
-                products = add_split_product(products, summed, weight, PRECISION, False)
+                products = add_split_product(products, summed, weight, PRECISION, APART)
             row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
             weight = load_rows(
                 weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
@@ -345,20 +344,12 @@ def _of_rows(layout: Layout, _: torch.dtype) -> tuple[int, StepLaunch, StepLaunc
     split_classes = tile.inner * cdiv(n_classes, tile.inner * splits)
     n_splits = cdiv(n_classes, split_classes)
     numbers = layout.width, layout.weight_stride, n_rows, n_classes, n_features
-    constants = {**constants, "FLAG_COLUMNS": tile.columns}
+    constants = {**constants, "FLAG_COLUMNS": tile.columns, "APART": _apart(layout)}
     own_grid, all_grid = (row_tiles, feature_tiles, n_splits), (cdiv(n_classes, tile.rows), feature_tiles)
     return (
         n_splits,
         StepLaunch(weight_gradient_own_kernel, own_grid, *numbers, split_classes, **constants),
-        StepLaunch(
-            weight_gradient_all_kernel,
-            all_grid,
-            *numbers,
-            n_splits,
-            n_rows.bit_length(),
-            **constants,
-            APART=_apart(layout),
-        ),
+        StepLaunch(weight_gradient_all_kernel, all_grid, *numbers, n_splits, n_rows.bit_length(), **constants),
     )
 
 
