@@ -221,6 +221,8 @@ def test_results_of_another_request_stay(root, seeds, capsys, monkeypatch):
     assert (out / "results.json").read_bytes() == before
     assert evaluate(*first, "--bootstrap=0", "--seed=3") == 0, "the same detectors and settings"
     assert evaluate(*other, "--out=elsewhere") == 0
+    assert evaluate(seeds / "s1", *other[1:], "--out=elsewhere") == 2, "of another run"
+    assert "elsewhere holds results of another request (set otherwise: RUN)" in capsys.readouterr().err
     assert len(evaluation.read(out)["runs"][0]["detectors"]) == 4
     assert evaluate(*other, "--overwrite") == 0
     assert set(evaluation.read(out)["runs"][0]["detectors"]) == {"KNN", "ASH"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from ood_fast import cli
+from ood_fast.commands import gallery
 
 pytest.importorskip("torchvision")
 from PIL import Image
@@ -298,6 +300,13 @@ def test_fit_says_whether_detectors_work(capsys, own_names):
     assert "(scrambled)" in lines["MSP"]
     assert "(noise)" in lines["MSP"]
     assert "% of validation" in lines["MSP"]
+
+
+def test_a_score_that_is_nan_comes_first():
+    rows = [f"{name},0,{score},False" for name, score in (("b", 2.0), ("x", "nan"), ("c", 3.0), ("a", 1.0))]
+    Path("s.csv").write_text("\n".join(["path,prediction,score,is_ood", *rows]))
+    gallery.write(Path("s.html"), Path("s.csv"), None, "")
+    assert re.findall("<td>([abcx])</td>", Path("s.html").read_text()) == ["x", "a", "b", "c"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

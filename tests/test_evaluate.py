@@ -25,8 +25,9 @@ import ood_fast
 from ood_fast import checks, data, detectors, evaluation, metrics, published, recipes
 from ood_fast.data import ImageBenchmark
 from ood_fast.data.images import ImageDataset, Tensors
-from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet
+from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet, FeatureNorm
 from ood_fast.detectors.fitting import DoesNotFit, Note
+from ood_fast.evaluation.cache import score_key
 from ood_fast.evaluation.trained import Trained
 from ood_fast.evaluation.write import FILES
 from ood_fast.train import fit_recipe
@@ -691,6 +692,27 @@ def test_files_hold_all_numbers(results, tmp_path):
             for name, scores in sets.items():
                 np.testing.assert_array_equal(scores, run.scores[detector][name])
         assert evaluation.read_outputs(kept["outputs"]["svhn"]).name == "svhn"
+
+
+def test_results_stay_in_their_folder_and_are_json(tmp_path):
+    """A run may be called "..", and a parameter infinite."""
+    loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
+    found = ood_fast.evaluate(nn.Linear(4, 3), loader, {"far": loader}, detectors={"inf": FeatureNorm(p=math.inf)})
+    (run,) = found.runs
+    run.trained = replace(run.trained, name="..")
+    evaluation.write(tmp_path / "out", found, {})
+    (kept,) = evaluation.read(tmp_path / "out")["runs"]
+    assert (kept["scores"], kept["detectors"]["inf"]["p"]) == (f"scores/{Path.cwd().parent.name}", "inf")
+
+
+def test_the_images_are_looked_at_once_for_all_that_is_fitted(tmp_path):
+    looked, named = [], {"a": detectors.MSP(), "b": detectors.Energy()}
+    for detector in named.values():
+        detector.save(tmp_path / f"{score_key(detector)}-{'0' * 16}.fit")
+    images = SimpleNamespace(fingerprint=lambda: looked.append(1) or "0" * 64)
+    cached = SimpleNamespace(folder=tmp_path, model=nn.Linear(1, 1))
+    assert list(evaluation.FeatureCache.fitted(cached, named, images, None)) == ["a", "b"]
+    assert len(looked) == 1
 
 
 def test_the_spread_is_that_of_a_sample(results, tmp_path):

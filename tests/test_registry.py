@@ -160,3 +160,6 @@ def test_a_metric_that_fails_is_named(own_names):
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
     with pytest.raises(ood_fast.checks.UserError, match="metric 'odd': ZeroDivisionError: division by zero; expected"):
         ood_fast.evaluate(model, loader, {"far": loader}, detectors=["MSP"])
+    registry.added("metric")["odd"] = lambda id_scores, ood_scores: torch.tensor(torch.nan)
+    with pytest.raises(ood_fast.checks.UserError, match="metric 'odd': ValueError: got nan; expected"):
+        ood_fast.evaluate(model, loader, {"far": loader}, detectors=["MSP"])

@@ -514,6 +514,17 @@ def test_requests_that_cannot_be_met(runs, capsys):
     assert "got 0 checkpoints, expected two or more" in refused("elogitnorm", "--feature-change")
 
 
+def test_means_over_other_sets_are_not_compared(runs, capsys):
+    file = runs / "ce/eval/cifar10/results.json"
+    told = json.loads(file.read_text())
+    told["sets"]["other"] = told["sets"].pop("svhn")
+    file.write_text(json.dumps(told))
+    assert cli.main(["report", "ce", "elogitnorm"]) == 2
+    assert re.search(
+        r"cifar10: evaluated on other far sets, .*other.* \(ce\) and .*svhn.* \(el", capsys.readouterr().err
+    )
+
+
 def test_a_report_is_whole_or_not_there(runs, monkeypatch, capsys):
     assert cli.main(["report", "ce", "--quiet"]) == 0
     before = (runs / "ce/report.html").read_text()

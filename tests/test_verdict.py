@@ -13,7 +13,7 @@ from ood_fast.evaluation.tables import compared
 from ood_fast.evaluation.verdict import ranking, shows
 from ood_fast.report import charts, evaluations, figures
 from ood_fast.report.runs import Evaluated
-from ood_fast.report.tables import and_list
+from ood_fast.report.tables import Cell, Section, Table, and_list, as_markdown
 
 CLEAR = {"ce": [0.5, 0.6, 0.7], "elogitnorm": [0.71, 0.8, 0.89], "l2norm": [0.5, 0.62, 0.69]}
 
@@ -39,6 +39,17 @@ def test_the_first_sentence_says_what_is_best_and_the_others_whether_it_shows():
     assert "l2norm against ce" in others[1]
     assert "no difference that 3 seeds can show (better with 0 of 1, worse with 0)" in others[1]
     assert "Student's t over the seeds" in others[-1]
+
+
+def test_seeds_that_lack_a_number_are_not_counted():
+    results = results_of(CLEAR)
+    results.runs[-1].measurements = []
+    assert any("l2norm against ce" in told and "that 2 seeds can show" in told for told in sentences_of(results))
+
+
+def test_bars_in_names_stay_in_their_cells():
+    text = as_markdown(Table("", "", ("a|b",), (Section("c|d", (("e|f", (Cell("1"),)),)),)))
+    assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {3}
 
 
 def test_the_baseline_may_be_the_best():

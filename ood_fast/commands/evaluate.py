@@ -17,7 +17,7 @@ from ..checks import UserError
 from ..data import ImageBenchmark
 from ..detectors import DetectorSet, LayerDetector, find, in_all
 from ..evaluation import Results, Trained
-from ..evaluation.trained import default_folder
+from ..evaluation.trained import PRETRAINED, default_folder
 from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, named_path, run_info
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     import_plugins(options)
     chosen = _chosen(options)
     grids = searched(options.set, chosen)
-    request = _request(options, chosen, grids)
     folder, evaluate = (_on_features if options.features else _on_images)(options, chosen)
+    request = _request(options, chosen, grids, folder)
     folder = evaluation.check_folder(folder, None if options.overwrite else request)
     context, start = context_of(command) | {"request": request}, time.perf_counter()
     where = device(options.device)
@@ -102,6 +102,7 @@ def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | 
     paths = [path for given in options.runs for path in evaluation.paths_of(given)]
     benchmarks = Benchmarks(options, paths[0])
     first = benchmarks.open(run_info(paths[0]).get("seed"))
+    options.benchmark = first.name  # also where the run says it
     return _folder(options, paths, first.name), functools.partial(
         evaluation.evaluate_runs,
         _opened(options, paths, first),
@@ -154,7 +155,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--download: every process would fetch the same files; download in one process first")
 
 
-def _request(options: argparse.Namespace, chosen: DetectorSet, grids: Grids) -> dict[str, Any]:
+def _request(
+    options: argparse.Namespace, chosen: DetectorSet, grids: Grids, folder: str | os.PathLike[str]
+) -> dict[str, Any]:
     """What decides the results of a run: those of another request are other results."""
     detectors = {
         name: {
@@ -165,10 +168,22 @@ def _request(options: argparse.Namespace, chosen: DetectorSet, grids: Grids) -> 
     }
     deciding = {name: value for name, value in given(options, *DECIDING, *ONLY_FEATURES).items() if value}
     told = {"detectors": detectors, "options": {f"--{n.replace('_', '-')}": value for n, value in deciding.items()}}
+    told["options"]["--features" if options.features else "RUN"] = [
+        place if place.startswith(PRETRAINED) else _from(folder, place) for place in options.runs or [options.features]
+    ]
     return json.loads(json.dumps(told, default=str))  # as it is read again
 
 
-DECIDING = ("checkpoint", "ood", "ood_folder", "csid", "csid_folder", "synthetic", "image_size", "classes")
+def _from(folder: str | os.PathLike[str], place: str) -> str:
+    """A path as it is seen from the results, which may be moved together."""
+    path, start = (Path(each).expanduser().resolve() for each in (place, folder))
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:  # on another drive of Windows
+        return str(path)
+
+
+DECIDING = ("benchmark", "checkpoint", "ood", "ood_folder", "csid", "csid_folder", "synthetic", "image_size", "classes")
 DECIDING += ("skip_bad", *PREPARATION)
 
 

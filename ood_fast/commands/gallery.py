@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ SHOWN = 500  # rows
 def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     """Write the page of a table of `score`; with the images of `source`. OSError if it cannot be written."""
     columns, rows = _read(table)
-    rows.sort(key=lambda row: row[2])
+    rows.sort(key=lambda row: (not math.isnan(row[2]), row[2]))  # NaN, which is flagged, first
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])
     image = _images(source)
     lines = [f"<tr><td>{image(row[0])}</td>{''.join(map(_cell, row))}</tr>" for row in rows[:SHOWN]]

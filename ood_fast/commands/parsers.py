@@ -384,7 +384,7 @@ def _evaluate(commands: Any) -> None:
     share(scores, "no-tune", "plugin", "bootstrap", "seed", seed="of the draws and of synthetic images (0)")
     share(parser, "cache")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: RUN/eval/BENCHMARK)")
-    told = "replace results of other detectors or settings in that folder; those of the same are replaced without"
+    told = "replace results of other runs, detectors or settings in that folder; those of the same are replaced without"
     share(parser, "overwrite", "batch-size", "workers", "device", "quiet", overwrite=told)
 
 

@@ -218,7 +218,8 @@ class FeatureCache:
 
         Collective. `failures`: as in `Fit`; those take no part.
         """
-        files = {n: self.folder / f"{score_key(d)}-{dataset.fingerprint()[:16]}.fit" for n, d in detectors.items()}
+        data = dataset.fingerprint()[:16]  # looks at every file
+        files = {n: self.folder / f"{score_key(d)}-{data}.fit" for n, d in detectors.items()}
         kept: dict[str, Detector] = {}
         for name, file in files.items():
             with suppress(OSError, ValueError):  # not there yet, or damaged

@@ -7,6 +7,7 @@ images, and the ties would decide the metrics.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -129,7 +130,9 @@ def measure(
         raise checks.UserError("no detector could be fitted: " + "; ".join(map(str, result.notes)))
     result.settings = {name: _plain(detector.settings()) for name, detector in tuned.items()}
     result.trials = {
-        name: [{**trial.settings, "auroc": trial.auroc} for trial in trials[name]] for name in tuned if trials.get(name)
+        name: [{**_plain(trial.settings), "auroc": trial.auroc} for trial in trials[name]]
+        for name in tuned
+        if trials.get(name)
     }
     chosen = DetectorSet(tuned)
     for name in result.sets:
@@ -236,9 +239,15 @@ def _scores(chosen: DetectorSet, outputs: Outputs, progress: Progress) -> dict[s
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for JSON."""
-    known = (int, float, str, type(None))
-    return {n: v if isinstance(v, known) else list(v) if isinstance(v, tuple) else str(v) for n, v in settings.items()}
+    """Values for JSON, which has no infinity."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        known = isinstance(value, (int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
+        return value if known else str(value)
+
+    return {name: plain(value) for name, value in settings.items()}
 
 
 @torch.no_grad()
@@ -332,7 +341,10 @@ def _detect(result: RunResult, detector: str, inside: list[str], prefix: str, dr
 def _own(metric: str, function: Callable[[Tensor, Tensor], float], of_id: np.ndarray, of_ood: np.ndarray) -> float:
     """A metric of the user's; UserError that names it where it fails."""
     try:
-        return float(function(torch.as_tensor(of_id), torch.as_tensor(of_ood)))
+        value = float(function(torch.as_tensor(of_id), torch.as_tensor(of_ood)))
+        if not math.isfinite(value):  # no mean of a group would have it, and no JSON
+            raise ValueError(f"got {value}")
+        return value
     except Exception as error:  # whatever it raises
         raise checks.UserError(
             f"metric {metric!r}: {type(error).__name__}: {error}; expected a number of scores (n,) of the "

@@ -260,7 +260,7 @@ class Results:
         of one seed saw the same images, first weights and batches, and are taken in pairs. The interval is Student's t
         over the seeds; of one seed, the bootstrapped one over the test images, if there is one. None without a pair.
         """
-        pairs = [pair for pair in self.pairs(of[0], over[0]) if pair[0].holds(of[1]) and pair[1].holds(over[1])]
+        pairs = self.pairs(of, over)
         found = [fmean(a.value(*key) for key in of[1]) - fmean(b.value(*key) for key in over[1]) for a, b in pairs]
         if not found:
             return None
@@ -272,11 +272,11 @@ class Results:
         drawn = [torch.stack([run.draws[key] for key in keys]).mean(dim=0) for run, keys in ((a, of[1]), (b, over[1]))]
         return found[0], *metrics.percentile_interval(drawn[0] - drawn[1])
 
-    def pairs(self, method: str, other: str) -> list[tuple[RunResult, RunResult]]:
-        """The runs of two methods by their seeds; those without a partner are left out."""
-        ours, theirs = self.methods[method], self.methods[other]
-        if len(ours) == len(theirs) == 1:
-            return [(ours[0], theirs[0])]
+    def pairs(self, of: Numbers, over: Numbers) -> list[tuple[RunResult, RunResult]]:
+        """The runs of two methods by their seeds; those without a partner, or without these numbers, are left out."""
+        ours, theirs = ([run for run in self.methods[method] if run.holds(keys)] for method, keys in (of, over))
+        if len(self.methods[of[0]]) == len(self.methods[over[0]]) == 1:
+            return list(zip(ours, theirs, strict=False))
         of_seed = {run.trained.seed: run for run in theirs if run.trained.seed is not None}
         return [(run, of_seed[run.trained.seed]) for run in ours if run.trained.seed in of_seed]
 

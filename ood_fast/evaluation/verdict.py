@@ -118,7 +118,7 @@ def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str,
         return text
     if shown := shows(*gain):
         return f"{text}, {'better' if shown > 0 else 'worse'}"
-    n = len(results.pairs(of[0], over[0]))
+    n = len(results.pairs(of, over))
     return f"{text}, no difference that {f'{n} seeds' if n > 1 else 'these test images'} can show"
 
 

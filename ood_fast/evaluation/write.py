@@ -136,7 +136,8 @@ def read_scores(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[
 
 def run_names(results: Results) -> list[str]:
     """A name for the scores of each run: the last part of its path, with a number where that is not enough."""
-    names = [Path(run.trained.name).name.replace(":", "-") or "run" for run in results.runs]
+    places = [Path(os.path.abspath(run.trained.name)) for run in results.runs]  # "..", too, is a path of a run
+    names = [place.name.replace(":", "-") or "run" for place in places]
     return [name if names.count(name) == 1 else f"{index}-{name}" for index, name in enumerate(names)]
 
 

@@ -26,7 +26,7 @@ from ..data.benchmarks import ImageBenchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
-from ..evaluation.results import FIT, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
+from ..evaluation.results import CSID, FIT, GROUPS, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
 from ..intact import read_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
@@ -162,7 +162,27 @@ def open_records(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
     for record, name in zip(records, _short_names([record.name for record in records]), strict=True):
         record.name = name
         record.missing += _missing(record)
+    _refuse_other_sets(records)
     return records
+
+
+def _refuse_other_sets(records: Sequence[Record]) -> None:
+    """UserError for evaluations on one benchmark whose means are over other sets: no difference of them means much."""
+    for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
+        for group in (*GROUPS, CSID):
+            first: tuple[str, list[str]] | None = None
+            for record in records:
+                sets = record.evaluated[benchmark].results.sets.items() if benchmark in record.evaluated else ()
+                names = sorted(name for name, part in sets if part.group == group)
+                if not sets or (group == CSID and not names):
+                    continue
+                first = first or (record.name, names)
+                if names != first[1]:
+                    told = (f"{', '.join(of) or 'none'} ({name})" for name, of in (first, (record.name, names)))
+                    raise checks.UserError(
+                        f"{benchmark}: evaluated on other {group} sets, {' and '.join(told)}, whose means cannot be "
+                        "compared; evaluate all on the same, or report them one by one"
+                    )
 
 
 def _read(path: Path | None, name: str) -> Record:

@@ -155,15 +155,20 @@ def _style(cell: Cell) -> str:
 def as_markdown(table: Table) -> str:
     """The table, bold what is bold, with its caption."""
     lines = [f"**{table.title}**", ""]
-    lines.append("| | " + " | ".join(table.columns) + " |")
+    lines.append("| | " + " | ".join(map(_unbarred, table.columns)) + " |")
     lines.append("|---|" + "---:|" * len(table.columns))
     for section in table.sections:
         if section.heading:
-            lines.append(f"| *{section.heading}* |" + " |" * len(table.columns))
+            lines.append(f"| *{_unbarred(section.heading)}* |" + " |" * len(table.columns))
         for name, cells in section.rows:
             texts = (f"**{cell.text}**" if cell.bold else cell.text for cell in cells)
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+            lines.append(f"| {_unbarred(name)} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", table.caption, ""])
+
+
+def _unbarred(text: str) -> str:
+    """Without bars that would be those of the table."""
+    return text.replace("|", "\\|")
 
 
 def as_page(tables: Iterable[Table]) -> str:
