@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import __version__, checks, files, intact, models
 from .deployment import Deployed, deploy
 from .detectors import Detector, DetectorSet, load
-from .heads import unwrapped
+from .heads import last_linear, unwrapped
 from .models.checkpoints import n_classes_of
 from .models.running import evaluating, logits_of, refuse_meta
 from .models.weights import refuse_other
@@ -89,6 +89,9 @@ def save_bundle(
     for name, detector in named.items():
         refuse_other(model, detector.fitted_on, name)
     names = classes or next((each.class_names for each in named.values() if each.class_names), None)
+    layer = last_linear(unwrapped(model))
+    if names is not None and layer is not None and len(names) != layer.out_features:
+        raise ValueError(f"classes: got {len(names)} names, expected {layer.out_features}, one for each logit")
     about: dict[str, Any] = {"format": FORMAT, "ood_fast": __version__, "torch": torch.__version__}
     about |= {"architecture": architecture, "preparation": dict(preparation)}
     about["classes"] = None if names is None else list(names)

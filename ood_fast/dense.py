@@ -28,7 +28,7 @@ from .detectors import Detector, DetectorSet
 from .detectors.fitting import check_batch
 from .detectors.numbers import check_targets
 from .functional import as_places, as_rows
-from .heads import is_pointwise
+from .heads import inference_head, is_pointwise
 from .metrics import Binned, binned
 
 VALUES = 1 << 24  # of features and logits that are worked on at a time
@@ -37,13 +37,14 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def head_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(W (c, m), b (c,) or None) of the layer that makes the logits: a convolution of one place, or an `nn.Linear`.
+    """(W (c, m), b (c,) or None) of the layer that makes the logits: a convolution of one place, or an `nn.Linear`; W/τ
+    of an `L2NormLinear` with τ.
 
     The gradient goes through to the layer. TypeError for another layer; ValueError for a convolution that is no linear
     layer at every place: a larger kernel, groups, a stride, padding.
     """
     if isinstance(layer, nn.Linear):
-        return layer.weight, layer.bias
+        return inference_head(layer)
     if not isinstance(layer, CONVOLUTIONS):
         raise TypeError(f"layer: got {type(layer).__name__}, expected a 1×1 convolution or nn.Linear")
     padded = layer.padding not in ("valid", "same") and any(layer.padding)

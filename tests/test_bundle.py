@@ -147,6 +147,8 @@ def test_refuses(model, detectors, tmp_path):
         ood_fast.save_bundle(tmp_path / "x", model, [MSP()], PREPARED)
     with pytest.raises(RuntimeError, match="NCI is not fitted"):
         ood_fast.save_bundle(tmp_path / "x", model, DetectorSet(["NCI"]), PREPARED)
+    with pytest.raises(ValueError, match="classes: got 2 names, expected 3"):
+        ood_fast.save_bundle(tmp_path / "x", model, detectors["MSP"], PREPARED, classes=("a", "b"))
     assert not list(tmp_path.iterdir())
     ood_fast.save_bundle(tmp_path, model, detectors, PREPARED)
     with pytest.raises(ValueError, match="the bundle names no architecture"):

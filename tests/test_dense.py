@@ -83,6 +83,11 @@ def test_d_and_nci_of_a_convolution(layer):
     assert criterion(logits, logits.argmax(1)).isfinite()
 
 
+def test_a_temperature_is_part_of_the_weight():
+    head = ood_fast.L2NormLinear(M, 3, tau=0.1)
+    assert torch.equal(dense.head_of(head)[0], head.weight / 0.1)
+
+
 def refusals(layer):
     z, logits = maps(layer)
     msp, y = detectors.create("MSP"), torch.zeros(N, H, W, dtype=torch.int64)

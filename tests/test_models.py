@@ -333,6 +333,7 @@ WRAPPINGS = {
     "DataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
     "compiled": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
     "both": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "a part": lambda state: {key.replace(".", "._orig_mod.", 1): value for key, value in state.items()},
     "Lightning": lambda state: {"epoch": 3, "state_dict": {f"model.{key}": value for key, value in state.items()}},
     "wrapped": lambda state: {"model": {f"module.{key}": value for key, value in state.items()}, "lr": 0.1},
     "OpenOOD": models.openood_keys,

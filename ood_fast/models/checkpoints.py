@@ -21,7 +21,8 @@ from ..files import replacing
 from ..heads import unwrapped
 from ..intact import check_zip
 
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and DataParallel; torch.compile
+WRAPPER = "module."  # DistributedDataParallel and DataParallel
+COMPILED = "_orig_mod."  # torch.compile, of the model or of a part
 OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
 CHECKSUM = "blake2b"  # in the metadata of our safetensors files
@@ -178,9 +179,9 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
 def _own_name(key: str, own: Mapping[str, Tensor]) -> str:
     if key in own:
         return key
-    stripped = key
-    while stripped.startswith(WRAPPERS):
-        stripped = stripped.partition(".")[2]
+    stripped = key.replace(COMPILED, "")
+    while stripped.startswith(WRAPPER):
+        stripped = stripped.removeprefix(WRAPPER)
     candidates = [stripped, stripped.partition(".")[2]] if stripped.startswith(OWNERS) else [stripped]
     for name in candidates:
         for renamed in (name, *torchvision_keys({name: None}), *openood_keys({name: None}), f"model.{name}"):
