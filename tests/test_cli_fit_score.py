@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import COMMAND, forked
 
-from ood_fast import checks, cli, detectors, features
+from ood_fast import checks, cli, detectors, features, models
 
 pytest.importorskip("torchvision")
 from PIL import Image
@@ -503,6 +503,18 @@ def test_bad_requests(stored, capsys, photos):
     assert "expected (n, 8)" in capsys.readouterr().err
     assert score("--detectors", "d.safetensors", "--data", "ood", "--out", "u.csv") == 2
     assert "--model: got none" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_detectors_is_not_replaced(stored, capsys):
+    """The weights of the model have the same ending."""
+    given = ["--features", write("train.npz", stored), "--detectors", "NCI", "--out", "net.safetensors"]
+    models.save_checkpoint({"fc.weight": stored["W"]}, "net.safetensors")
+    before = Path("net.safetensors").read_bytes()
+    assert fit(*given) == 2
+    assert "net.safetensors is there and holds no detectors" in capsys.readouterr().err
+    assert Path("net.safetensors").read_bytes() == before
+    Path("net.safetensors").unlink()
+    assert fit(*given) == fit(*given) == 0, "detectors are"
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,26 @@ def test_processors_that_do_more_are_refused(vit, kind):
         models.create(vit, None, pretrained=True)
 
 
+def test_grey_images_have_one_channel(capsys):
+    """Also when `score` takes the preparation from the file."""
+    draw("train", ["a", "b"])
+    models.save_checkpoint(models.create("small_cnn", 2, in_channels=1), "net.safetensors")
+    given = [
+        "fit",
+        "--model",
+        "small_cnn",
+        "--checkpoint",
+        "net.safetensors",
+        "--data",
+        "train",
+        "--any-accuracy",
+        *QUICK,
+    ]
+    grey = ["--size", "8", "--mean", "0.5", "--std", "0.5", "--detectors", "MSP", "--out", "d.safetensors"]
+    assert cli.main([*given, *grey]) == 0, capsys.readouterr().err
+    assert cli.main(["score", "--detectors", "d.safetensors", "--data", "train", "--out", "s.csv", *QUICK]) == 0
+
+
 def test_torchvisions_other_models():
     with torch.device("meta"):
         assert models.create("mobilenet_v3_small", 7).classifier[-1].out_features == 7

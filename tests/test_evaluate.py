@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from ood_fast.data import ImageBenchmark
 from ood_fast.data.images import ImageDataset, Tensors
 from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet, FeatureNorm
 from ood_fast.detectors.fitting import DoesNotFit, Note
-from ood_fast.evaluation.cache import score_key
+from ood_fast.evaluation.cache import model_key, score_key
 from ood_fast.evaluation.trained import Trained
 from ood_fast.evaluation.write import FILES
 from ood_fast.train import fit_recipe
@@ -417,6 +418,21 @@ def test_other_weights_or_a_mode_of_a_layer_are_another_model(tmp_path):
     leaky.model[2] = nn.LeakyReLU(0.1)
     assert evaluate(tmp_path, ["MSP"], run=leaky).model_key not in (first.model_key, other.model_key)
     assert leaky.model.n_images > 0
+
+
+def test_code_and_numbers_that_no_layer_shows_are_another_model(tmp_path, monkeypatch):
+    """A forward pass that was mended must not give the features of before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "from torch import nn\nclass Net(nn.Linear):\n    def forward(self, x):\n        return super().forward(x)"
+    keys = []
+    for name, code, scale in (("a", text, 1.0), ("b", text, 1.0), ("c", text, 2.0), ("d", f"{text}.relu()", 1.0)):
+        (tmp_path / f"keyed_{name}.py").write_text(code)
+        net = importlib.import_module(f"keyed_{name}").Net(4, 3)
+        nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+        net.scale = scale
+        keys.append(model_key(net, net))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_only_the_sets_that_changed_are_run_again(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks, features
 from ..agreement import ORDER, ROWS, confusion, refuse_disagreement, told_accuracy
 from ..checks import UserError
-from ..detectors import ODIN, Detector, DetectorSet
+from ..detectors import ODIN, Detector, DetectorSet, store
 from ..detectors.fitting import DoesNotFit
 from ..detectors.search import Search
 from ..heads import given_head
@@ -83,6 +83,11 @@ def _checked_out(name: str) -> Path:
     if out.is_dir() or not out.name:
         raise UserError(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
     checks.utf8_path("--out", out)
+    if out.is_file():
+        try:
+            store.notes(out)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out: {out} is there and holds no detectors ({error}); choose another name") from error
     if out.suffix.lower() in OTHER_FORMATS:
         raise UserError(
             f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors"

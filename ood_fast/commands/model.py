@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors fil
 PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
 
 
-def load_model(options: argparse.Namespace, n_classes: int | None, device: str) -> nn.Module:
-    """The model of `--model` with the weights that were asked for, in eval mode on `device`.
+def load_model(
+    options: argparse.Namespace, n_classes: int | None, device: str, kept: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
+    """The model of `--model` with the weights that were asked for, in eval mode on `device`; `kept` says how its
+    images are prepared where the options do not.
 
     The weights are those of `--checkpoint`, those published with the model (`--pretrained`), or what a callable of the
     user makes. No detector is worth anything on weights that were just drawn, so others are refused.
@@ -61,14 +65,20 @@ def load_model(options: argparse.Namespace, n_classes: int | None, device: str) 
         n_classes = options.n_classes or of_checkpoint or n_classes
         if n_classes is None:
             raise UserError("--n-classes: give the number of classes, it follows from nothing else here")
-        grey = options.mean is not None and "," not in options.mean
-        given = {"in_channels": 1 if grey else 3, "image_size": options.size or IMAGENET["size"]}
-        model = models.create(options.model, n_classes, **(given if options.model in registry.added("model") else {}))
+        model = models.create(options.model, n_classes, **_takes(options, kept))
     if options.checkpoint is not None:
         models.load_checkpoint(model, options.checkpoint)
         if ((folder := Path(options.checkpoint).expanduser().parent) / RUN).is_file():
             _prepare_as(model, read_info(folder))
     return model.to(torch.device(device)).eval()
+
+
+def _takes(options: argparse.Namespace, kept: Mapping[str, Any]) -> dict[str, int]:
+    """The channels of the images; of a model of the user's their size too."""
+    n_channels = len(_numbers("mean", options.mean) or kept.get("mean") or IMAGENET["mean"])
+    size = options.size or kept.get("size") or IMAGENET["size"]
+    own = options.model in registry.added("model")
+    return {"in_channels": n_channels} | ({"image_size": size} if own else {})
 
 
 def _of_run(options: argparse.Namespace) -> nn.Module:
@@ -165,7 +175,7 @@ def fitted_on(
     """
     recall(options, notes)
     n_classes = next((d.widths()[1] for d in detectors.detectors if d.needs_head), None)
-    model, there = load_model(options, n_classes, device), notes.get("fingerprint")
+    model, there = load_model(options, n_classes, device, notes), notes.get("fingerprint")
     if options.other_model:
         for detector in detectors.detectors:
             detector.fitted_on = None

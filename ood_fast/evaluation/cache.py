@@ -4,17 +4,19 @@
     cache/<model>/Gram-<settings>-<data>.fit                         a detector that reads layers, fitted
     cache/<model>/<set>-<data>/features.npy  logits.npy  targets.npy  meta.json  ODIN-<settings>.npy
 
-<model> is a hash of the weights, the layers with their settings and the place of the head; <data> one of the images,
-their labels and their preparation (`ImageDataset.fingerprint`). So nothing stale is ever read: other weights or other
-images have another name. Features (n, m) and logits (n, c) are float32, and mapped into memory when read. Files appear
-under their names when all is written (`files.staged`), each with a checksum, which is looked at before it is used.
-Under `torchrun` every process writes its rows of the same files: they must lie on a disk that all of them see.
+<model> is a hash of the weights, the layers with their settings and code (`model_key`) and the place of the head;
+<data> one of the images, their labels and their preparation (`ImageDataset.fingerprint`). So nothing stale is read:
+other weights or other images have another name. Features (n, m) and logits (n, c) are float32, and mapped into memory
+when read. Files appear under their names when all is written (`files.staged`), each with a checksum, which is looked at
+before it is used. Under `torchrun` every process writes its rows of the same files: they must lie on a disk that all of
+them see.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -41,6 +43,7 @@ from ..models.running import run_model
 from ..processes import Processes
 
 META, HEAD = "meta.json", "head.npz"
+LIBRARIES = ("builtins", "torch", "torchvision", "timm", "transformers", "ood_fast")  # whose classes stay what they are
 CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
 Progress = Callable[[str, int], Any]  # (what, total) -> a context with `advance(n)`
 
@@ -130,12 +133,29 @@ def read_head(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
 
 
 def model_key(model: nn.Module, head: nn.Linear) -> str:
-    """A hash of what decides features and logits: the weights, the layers with their settings, which layer is the
-    head."""
+    """A hash of what decides features and logits: the weights, the layers with their settings, the text of classes that
+    are the user's own, which layer is the head. Not of functions that such classes call."""
     place = next(path for path, module in model.named_modules() if module is head)
-    digest = hashlib.sha256(f"{model!r} {place}".encode())
+    plain = [  # whole numbers are left out: they may count passes
+        f"{path}.{name}={value!r}"
+        for path, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, float, str)) and name != "training" and not name.startswith("_")
+    ]
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    digest = hashlib.sha256(f"{model!r} {place} {plain} {sorted(map(_text, classes))}".encode())
     update_with_weights(digest, model.state_dict())
     return digest.hexdigest()
+
+
+def _text(cls: type) -> str:
+    """Of a class that no library holds for as long as its name; nothing where there is none."""
+    if cls.__module__.partition(".")[0] in LIBRARIES:
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # typed in, or not written in Python
+        return ""
 
 
 def refuse_nan(what: Callable[[int], str], **values: Tensor | None) -> None:
