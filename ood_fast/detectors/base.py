@@ -69,7 +69,7 @@ class Contract(nn.Module):
     fits_on: ClassVar[str] = "train"  # or "validation": the in-distribution data that the paper fits on
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # parameter -> the candidates of OpenOOD's search
 
-    head_weight: Tensor | None
+    head_weight: Tensor  # None before a fit, as what is in `state`
     head_bias: Tensor | None
     given: frozenset[str]  # parameters that whoever made it named; the others are at their defaults
     lowered: dict[str, int]  # defaults that the data of the last fit were too few for, see `fitting.at_most`

@@ -38,7 +38,8 @@ class BlockNorm(LayerDetector):
 
     def read(self, maps: Tensor) -> Tensor:
         """The norm of maps (n, c, s): (n, 1)."""
-        return torch.linalg.vector_norm(maps.clamp(min=0), dim=2).mean(dim=1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(maps.clamp(min=0), dim=2).mean(dim=1, keepdim=True)
+        return norms
 
 
 @torch.no_grad()
@@ -83,4 +84,5 @@ def _jigsaw(x: Tensor, pieces: int, generator: torch.Generator) -> Tensor:
     cut = x.reshape(n, c, pieces, h // pieces, pieces, w // pieces).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     order = torch.rand(n, pieces * pieces, generator=generator).argsort(dim=1).to(x.device)
     cut = cut[torch.arange(n, device=x.device).unsqueeze(1), order].unflatten(1, (pieces, pieces))
-    return cut.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+    puzzle: Tensor = cut.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+    return puzzle

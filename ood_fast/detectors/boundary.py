@@ -34,8 +34,8 @@ class BoundaryDetector(Detector):
     def _finish(self, **gathered: Any) -> None:
         W = self.head_weight
         fits = len(W) ** 2 * max(W.dtype.itemsize, 4) <= TABLE_BYTES
-        self.table = distance_table(W) if fits else None
-        self.boundaries = self.table.count_nonzero(1) if fits else None
+        table = distance_table(W) if fits else None
+        self.table, self.boundaries = table, None if table is None else table.count_nonzero(1)
 
     def constants(self) -> dict[str, Any]:
         """What they are taken with."""
@@ -93,7 +93,8 @@ class FDBD(BoundaryDetector):
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
         distance, length = statistics["distance"], statistics[self._length]
-        factor = self._buffers["head_weight"].shape[0] - 1 if self.reduction == "sum" else 1
+        weight: Any = self._buffers["head_weight"]
+        factor = weight.shape[0] - 1 if self.reduction == "sum" else 1
         score = factor * distance / length.clamp_min(torch.finfo(length.dtype).eps)
         return nan_where_too_long(score, length)
 
@@ -174,7 +175,7 @@ class TemperedMSP(BoundaryDetector):
             super()._finish()
 
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        temperature = self.temperature
+        temperature: Any = self.temperature
         if temperature == "distance":
             distance = row_statistics(("distance",), logits, **self.constants())["distance"]
             temperature = temperature_of(distance, self.eps).unsqueeze(1)

@@ -6,7 +6,7 @@ What a detector keeps is read off a fit on data whose sizes are all different nu
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from .registry import find, known
 
 N, C, M = 211, 7, 23  # training samples, classes, features
-_SMALL = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
+_SMALL: dict[str, dict[str, Any]] = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
 _SMALL |= {name: {"dim": 11} for name in ("ViM", "NECO", "Residual")}
 _LETTERS = {N: "N", C: "c", M: "m", 11: "d", 100 * C: "100c", 10 * M: "10m"}
 
@@ -102,8 +102,8 @@ def _fit(name: str) -> tuple[str, str]:
     detector = find(name)(**_SMALL.get(name, {}))
     if not detector.needs_fit:
         return "–", "–"
-    reads = {read for part in detector.gathers().values() for read in part.reads}
-    reads = [read for read in ("layers", "features", "logits", "targets") if read in reads]
+    read_by = {read for part in detector.gathers().values() for read in part.reads}
+    reads = [read for read in ("layers", "features", "logits", "targets") if read in read_by]
     fitted_on = ", ".join(reads) + (" of validation data" if detector.fits_on == "validation" else "")
     if detector.needs_head:
         fitted_on = f"{fitted_on}, head" if reads else "head"
@@ -112,7 +112,8 @@ def _fit(name: str) -> tuple[str, str]:
     logits = z @ W.T
     if detector.needs_model:
         model = nn.Sequential(nn.Conv2d(3, M, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(M, C))
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             detector.fit(model, [(torch.randn(N, 3, 2, 2, generator=generator), torch.arange(N) % C)])
     else:
         detector.fit_features(z, logits, logits.argmax(dim=1), (W, None))

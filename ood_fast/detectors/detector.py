@@ -159,7 +159,8 @@ class Detector(Contract):
         looks = self.fitted_on is not None and bool(self.fitted_on.made_by)
         passed: Any = run_model(model, batches, read_from, self.readings(), find_maker=looks)
         with closing(passed) as done:  # also when scoring raises, modes are restored
-            scores, n_rows = [], 0
+            scores: list[Tensor] = []
+            n_rows = 0
             for batch in done:
                 if not scores:
                     warn_other_range(batch.inputs, self.input_range, self.label)
@@ -204,12 +205,12 @@ class Detector(Contract):
     def check_widths(self, features: Tensor | None, logits: Tensor | None) -> None:
         """ValueError unless what passed `check_read` is as wide as what the detector was fitted on."""
         n_features, n_classes = self.widths()
-        if self.needs_features and n_features is not None and features.shape[1] != n_features:
+        if self.needs_features and not (n_features is None or features is None or features.shape[1] == n_features):
             raise ValueError(
                 f"features: got shape {tuple(features.shape)}, expected (n, {n_features}), the width that this "
                 f"{self.label} was fitted on"
             )
-        if self.needs_logits and n_classes is not None and logits.shape[1] != n_classes:
+        if self.needs_logits and not (n_classes is None or logits is None or logits.shape[1] == n_classes):
             of = "of the head that this {} was fitted with" if self.needs_head else "that this {} was fitted on"
             raise ValueError(
                 f"logits: got shape {tuple(logits.shape)}, expected (n, {n_classes}), the classes "
@@ -222,9 +223,9 @@ class Detector(Contract):
         if torch.compiler.is_compiling() or not (beyond := ~(scores < math.inf)).any():
             return
         scores = scores.masked_fill(beyond, math.nan)  # inf would be the most in-distribution of all
-        if self.needs_features:
+        if features is not None and self.needs_features:
             refuse_rows("features", features, scores)
-        if self.needs_logits:
+        if logits is not None and self.needs_logits:
             refuse_rows("logits", logits, scores)
         rows = scores.isnan().nonzero()
         far = f", is further from what this {self.label} was fitted on than its numbers reach: its score is NaN"
@@ -278,7 +279,7 @@ class Detector(Contract):
         Each takes part in a fit that has begun here, so that one pass over the data serves them all. What is already
         fitted is not passed on: its buffers may depend on the parameters.
         """
-        grid = self.grid if grid is None else grid
+        grid = self.grid if grid is None else {name: tuple(values) for name, values in grid.items()}
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             variant = type(self)(**{**self.settings(), **self.lowered, **chosen})
@@ -348,10 +349,10 @@ class Detector(Contract):
         others = [name for name in asked if name in mine and asked[name] != mine[name]]
         of_head = {prefix + "head_weight", prefix + "head_bias"}
         if others and any(key.startswith(prefix) and key not in of_head for key in state_dict):
-            theirs, mine = (", ".join(f"{name}={of[name]!r}" for name in others) for of in (asked, mine))
+            was, has = (", ".join(f"{name}={of[name]!r}" for name in others) for of in (asked, mine))
             args[-1].append(
-                f"{prefix[:-1] or self.label}: was fitted or calibrated with {theirs}, this {self.label} has {mine}: "
-                f"make it with {theirs}"
+                f"{prefix[:-1] or self.label}: was fitted or calibrated with {was}, this {self.label} has {has}: "
+                f"make it with {was}"
             )
             return
         if names and theirs:  # a default is as it was, or was lowered, for what is loaded
@@ -394,7 +395,7 @@ def save_named(
     store.write(path, store.Content(kind, records, listed, dict(notes or {})))
 
 
-def check_read(features: object, logits: object, needs_features: bool, needs_logits: bool) -> None:
+def check_read(features: Any, logits: Any, needs_features: bool, needs_logits: bool) -> None:
     """Features (n, m) and logits (n, c) of two classes or more, as far as they are needed."""
     if needs_features:
         check_features(features)

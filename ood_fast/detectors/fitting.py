@@ -215,7 +215,8 @@ class Fit:
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
-        reach, maker = None, layer
+        reach: Tensor | None = None
+        maker: nn.Linear | bool | None = layer
         try:
             if self.parts:
                 # Whatever is raised, the model is set back.
@@ -260,7 +261,8 @@ class Fit:
             for start in range(0, n_rows if self.detectors else 0, FIT_CHUNK):
                 rows = slice(start, start + FIT_CHUNK)
                 with checks.behind(start):
-                    self.take(*(None if given is None else given[rows] for given in (features, logits, targets)))
+                    z, f, y = (None if given is None else given[rows] for given in (features, logits, targets))
+                    self.take(z, f, y)
             self.finish(head)
             self._look_at_logits(features, logits)
         finally:
@@ -295,7 +297,7 @@ class Fit:
         """Take in one batch."""
         if not self.parts:
             return
-        given = {"features": features, "logits": logits, "targets": targets, "layers": layers}
+        given: dict[str, Any] = {"features": features, "logits": logits, "targets": targets, "layers": layers}
         for detector in self.detectors:
             for name in sorted({name for part in (detector.gathered or {}).values() for name in part.reads}):
                 if given[name] is None:
@@ -313,7 +315,7 @@ class Fit:
                     raise ValueError(f"{name}: got shape {got}, expected (n, {width}) as in the batches before")
         if any("targets" in part.reads for part in self.parts):  # now: what is refused leaves nothing in any part
             # Of a binary classifier with one logit the targets are two classes.
-            check_targets(targets, None if logits is None or logits.shape[1] == 1 else logits.shape[1])
+            check_targets(given["targets"], None if logits is None or logits.shape[1] == 1 else logits.shape[1])
         for part in self.parts:
             part.take(layers if "layers" in part.reads else features, logits, targets)
             if "features" in part.reads:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,9 @@ class Mahalanobis(Detector):
     """
 
     needs_features = True
-    state = ("mean", "root", "class_means")  # class_means: (μ_c − μ) P^½ of the classes seen
+    state: ClassVar[tuple[str, ...]] = ("mean", "root", "class_means")  # class_means: (μ_c − μ) P^½ of the classes seen
+
+    half: bool  # type: ignore[assignment]  # hides a method of nn.Module: .to(torch.float16) does what that does
 
     def __init__(
         self,
@@ -101,7 +105,8 @@ class Mahalanobis(Detector):
         cut = torch.maximum(rounding + of_means, values[-1] * (rtol if self.rtol is None else self.rtol))
         values = torch.where(values > cut, values, 0.0) / (1 if self.scatter else scatter.rows) + self.ridge
         inverse = torch.where(values > 0, (0.5 if self.half else 1.0) / values, 0.0)
-        return (vectors * inverse.sqrt()) @ vectors.T
+        root: Tensor = (vectors * inverse.sqrt()) @ vectors.T
+        return root
 
     def _centred(self, features: Tensor) -> Tensor:
         return (_unit(features) if self.normalize else at_least_float32(features)).to(self.mean.dtype) - self.mean

@@ -93,14 +93,15 @@ class ODIN(Detector):
         refuse_meta(model)
         refuse_other(model, self.fitted_on, self.label, head)
         if not isinstance(x, (Tensor, Mapping)):
-            scores: list[Tensor] = []
+            parts: list[Tensor] = []
             for batch in batches_of(x):
-                with checks.behind(sum(map(len, scores))):
-                    scores.append(self.score(model, inputs_and_targets(batch)[0]))
-            return joined(scores)
+                with checks.behind(sum(map(len, parts))):
+                    parts.append(self.score(model, inputs_and_targets(batch)[0]))
+            return joined(parts)
         check_movable(x, self.label, self.std)
         parameter = next(model.parameters(), None)
-        x = x.detach() if parameter is None else x.detach().to(parameter.device)
+        given: Any = x
+        x = given.detach() if parameter is None else given.detach().to(parameter.device)
         with torch.inference_mode(False), evaluating(model):
             step = self._direction(model, x)
             with torch.no_grad():

@@ -38,7 +38,8 @@ class EachLayer(streaming.Gathered):
     @property
     def like(self) -> Tensor:
         """Where the rows are."""
-        return next(part.like for parts in self.parts for part in parts.values())
+        like: Tensor = next(part.like for parts in self.parts for part in parts.values())
+        return like
 
     def key(self) -> tuple[Any, ...]:
         """Equal for two that gather the same thing."""

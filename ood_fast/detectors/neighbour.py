@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def largest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def row_tiles(bank: Tensor) -> tuple[Tensor, ...]:
     """Rows of a bank (N, m) that are converted at a time."""
-    return bank.split(max(1, TILE_ELEMENTS // max(1, bank.shape[1])))
+    tiles: tuple[Tensor, ...] = bank.split(max(1, TILE_ELEMENTS // max(1, bank.shape[1])))
+    return tiles
 
 
 def products(queries: Tensor, bank: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class KNN(Detector):
     """
 
     needs_features = True
-    state = ("bank", "mean", "squares")  # squares: ‖x − mean‖² of each row x of the bank
+    state: ClassVar[tuple[str, ...]] = ("bank", "mean", "squares")  # squares: ‖x − mean‖² of each row x of the bank
     optional_state = ("recall",)  # (): the share of the k nearest that the approximate index finds
     grid = {"k": (50, 100, 200, 500, 1000)}
 
@@ -165,14 +166,14 @@ class KNN(Detector):
 
     def _keep(self, rows: Tensor, like: Tensor) -> None:
         """The bank, and what is measured of it, in the dtype and on the device of `like`."""
-        total = sum(double(tile).sum(dim=0) for tile in row_tiles(rows))
+        total: Any = sum(double(tile).sum(dim=0) for tile in row_tiles(rows))
         self.bank, self.mean = rows, (total / len(rows)).to(like)
         self.squares = centred_squares(rows, double(self.mean)).to(like)
 
     # .half(), .float(), .double() round what was measured, or give it digits that it does not have.
     def _apply(self, *args: Any, **keywords: Any) -> KNN:
         before = [buffer.dtype for buffer in self.buffers()]
-        super()._apply(*args, **keywords)
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]  # torch's
         if self.bank is not None and before != [buffer.dtype for buffer in self.buffers()]:
             self._keep(self.bank, at_least_float32(self.bank[:0]))
         return self
@@ -283,7 +284,7 @@ class NNGuide(Detector):
     def gathers(self) -> dict[str, streaming.Gathered]:
         """What `_finish` takes."""
         least = 0 if {"k", "fraction"} & self.given else self.lowered.get("k", self.k)
-        kept = {"budget": self.budget, "fraction": self.fraction, "least": least}
+        kept: dict[str, Any] = {"budget": self.budget, "fraction": self.fraction, "least": least}
         return {"bank": streaming.Bank("energy", **kept, dtype=self.dtype, seed=self.seed)}
 
     def _finish(self, bank: streaming.Bank) -> None:

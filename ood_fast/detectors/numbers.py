@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ def exact_linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     numbers, and reshaped features overflow float16. Fit for `torch.compile` and `torch.export`; differentiable."""
     dtype = compute_dtype(x, W, b)
     x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    exact: AbstractContextManager[Any]
     if is_exporting():  # the graph keeps no autocast of its own
         exact = nullcontext()
     elif torch.compiler.is_compiling():  # the compiler cannot trace the other precision settings
@@ -58,7 +60,7 @@ def nan_where_too_long(values: Tensor, lengths: Tensor) -> Tensor:
     return values.masked_fill(lengths.isinf(), torch.nan)
 
 
-def check_features(features: object) -> None:
+def check_features(features: Any) -> None:
     """Floating point, (n, m), m >= 1."""
     checks.float_tensor("features", features, 2, "(n, m)")
     if features.shape[1] == 0:

@@ -29,7 +29,8 @@ from .registry import known, register, registered
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(p).sum(dim=-1)
+    return entropy
 
 
 def _disagreement(p: Tensor) -> Tensor:

@@ -97,12 +97,10 @@ class RankFeat(LayerDetector):
             )
 
     def _logits(self, z: Tensor) -> Tensor:
-        weight: Any = self.head_weight
-        return exact_linear(z, weight, self.head_bias)
+        return exact_linear(z, self.head_weight, self.head_bias)
 
     def _n_features(self) -> int:
-        weight: Any = self.head_weight
-        return weight.shape[1]
+        return self.head_weight.shape[1]
 
     def score_rows(self, rows: list[Tensor], logits: Tensor) -> Tensor:
         """The scores (n,) of what was read of the layers."""

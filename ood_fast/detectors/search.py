@@ -7,7 +7,7 @@ inputs of its own through the model).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -65,7 +65,7 @@ class Search(DetectorSet):
         self.leave_out()
         return super().score_features(*args, **keywords)
 
-    def score_loader(self, *args: Any, **keywords: Any) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    def score_loader(self, *args: Any, **keywords: Any) -> Generator[tuple[Batch, dict[str, Tensor]], None, None]:
         """As the set's, of the candidates that fit."""
         self.leave_out()
         return super().score_loader(*args, **keywords)
@@ -79,7 +79,8 @@ class Search(DetectorSet):
             for detector in map(self.__getitem__, candidates):
                 told = [Note.lowered(name, detector, *pair) for pair in detector.lowered.items()]
                 self.left_out += [note for note in told if note not in self.left_out]
-        reasons = {name: self.failures[detector] for name, detector in self.items() if detector in self.failures}
+        failures = self.failures or {}
+        reasons = {name: failures[detector] for name, detector in self.items() if detector in failures}
         if not reasons:
             return
         for name, candidates in list(self.tuned.items()):
@@ -120,7 +121,8 @@ class Search(DetectorSet):
         if not outside:
             raise ValueError("outside: got no OOD validation set, expected at least one")
         self.leave_out()
-        winners, trials = {}, {}
+        winners: dict[str, Detector] = {}
+        trials: dict[str, list[Trial]] = {}
         for name, candidates in self.tuned.items():
             for candidate in candidates:  # a winner is fitted again with what was chosen, or refused
                 self[candidate].given |= set(self.grids[name])

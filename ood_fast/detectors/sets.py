@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -57,8 +57,8 @@ class DetectorSet(nn.Module):
             checks.instance(f"detectors[{name!r}]", detector, Detector, "a Detector or the name of one")
         self.names = tuple(named)
         self.failures: dict[Detector, ValueError] | None = None  # where those of a fit go, in place of being raised
-        self.detectors = nn.ModuleList(named.values())
-        self.register_load_state_dict_post_hook(_share_again)
+        self.detectors: Any = nn.ModuleList(named.values())  # of `Detector`, which no type says
+        nn.Module.register_load_state_dict_post_hook(self, _share_again)
         self.share()
 
     def __getitem__(self, name: str) -> Detector:
@@ -115,7 +115,7 @@ class DetectorSet(nn.Module):
         logits: Tensor | None = None,
         targets: Tensor | None = None,
         head: Head | None = None,
-        validation: tuple[Tensor | None, ...] | None = None,
+        validation: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     ) -> DetectorSet:
         """As `Detector.fit_features`, for all of them.
 
@@ -162,7 +162,7 @@ class DetectorSet(nn.Module):
 
     # .to(device), .half(), ... copy each buffer by itself.
     def _apply(self, *args: Any, **keywords: Any) -> DetectorSet:
-        super()._apply(*args, **keywords)
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]  # torch's
         return self.share()
 
     # ---- scoring
@@ -180,7 +180,7 @@ class DetectorSet(nn.Module):
     @torch.no_grad()
     def score_loader(
         self, model: nn.Module, loader: Iterable[Any], head: str | nn.Linear | None = None
-    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    ) -> Generator[tuple[Batch, dict[str, Tensor]], None, None]:
         """For each batch of `loader`: what the model made of it, and its scores by every detector.
 
         The model runs once a batch, and again only for detectors that run it by themselves (ODIN, those of `passes`).
@@ -234,8 +234,8 @@ class DetectorSet(nn.Module):
             needs_logits |= detector.needs_logits
         check_read(features, logits, needs_features, needs_logits)
         for read in _reads(shared, features, logits):
-            statistics = row_statistics(read.statistics, logits, features, **read.constants)
-            combined = {name: detector.combine(statistics) for name, detector in read.members.items()}
+            taken = row_statistics(read.statistics, logits, features, **read.constants)
+            combined = {name: detector.combine(taken) for name, detector in read.members.items()}
             # One look at all of them: asking the device for each would take as long as a score.
             if not torch.compiler.is_compiling() and not (torch.cat(list(combined.values())) < math.inf).all():
                 for name, detector in read.members.items():

@@ -206,7 +206,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 # ---- reading

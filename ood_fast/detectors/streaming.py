@@ -39,13 +39,16 @@ class Gathered:
     reads: tuple[str, ...] = ("features",)  # of "features", "logits", "targets": what a batch must hold
     rows = 0  # taken in so far, before the batch that `update` is called with
     widths: Mapping[str, int] = {}  # m of the "features" and c of the "logits" that were taken in
+    like: Tensor  # no rows, of the dtype and on the device of those that were taken in
+    total: Tensor  # where there is a sum
     extent: Tensor | None = None  # of the features that were taken in, see `numbers.refuse_short`
 
     def key(self) -> tuple[Any, ...]:
         """Equal for two that gather the same thing."""
-        return (type(self), *(getattr(self, setting.name) for setting in fields(self)))
+        made: Any = self
+        return (type(self), *(getattr(self, setting.name) for setting in fields(made)))
 
-    def take(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+    def take(self, features: Any, logits: Any, targets: Any) -> None:
         """Take in one batch: features (n, m), logits (n, c), targets (n,). What `reads` does not name may be None."""
         n_rows = len(features if logits is None else logits)
         if n_rows:
@@ -79,7 +82,7 @@ class Gathered:
 
     # ---- what a subclass supplies; never called with no rows
 
-    def update(self, features: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def update(self, features: Any, logits: Any, targets: Any) -> None:
         """Take in one batch."""
         raise NotImplementedError
 
@@ -197,7 +200,7 @@ class ClassMeans(Gathered):
         by = {"target": ("targets",), "correct": ("logits", "targets"), "predicted": ("logits",)}[self.by]
         return (*by, "features" if self.of == "features" else "logits")
 
-    def update(self, features: Tensor | None, logits: Tensor | None, targets: Tensor | None) -> None:
+    def update(self, features: Any, logits: Any, targets: Any) -> None:
         """Take in one batch."""
         # Of a binary classifier with one logit the targets are two classes. (argmax need not give the first of ties.)
         n_logits = None if logits is None or logits.shape[1] == 1 else logits.shape[1]
@@ -278,8 +281,7 @@ class Percentiles(Gathered):
         for values in other.kept:
             self._take(values)
         if other.counts is not None:
-            self._sketch()
-            self.counts += other.counts
+            self._sketch().add_(other.counts)
             self.size += int(other.counts.sum())
 
     def _take(self, values: Tensor) -> None:
@@ -287,22 +289,23 @@ class Percentiles(Gathered):
         if self.counts is None and self.size <= self.exact:
             self.kept.append(values.clone())
             return
-        self._sketch()
-        self._count(values)
+        self._count(values, self._sketch())
 
-    def _sketch(self) -> None:
+    def _sketch(self) -> Tensor:
         """Go over from values to counts."""
         if self.counts is None:
             self.counts = torch.zeros(1 << SKETCH_BITS, dtype=torch.int64, device="cpu")
             while self.kept:
-                self._count(self.kept.pop())
+                self._count(self.kept.pop(), self.counts)
+        return self.counts
 
-    def _count(self, values: Tensor) -> None:
+    @staticmethod
+    def _count(values: Tensor, counts: Tensor) -> None:
         for piece in values.split(COUNTED_AT_ONCE):
             bits = piece.float().view(torch.int32).long()
             # As integers, floats are in order once the negative ones are turned round.
             ordered = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
-            self.counts += torch.bincount(ordered >> (32 - SKETCH_BITS), minlength=1 << SKETCH_BITS)
+            counts += torch.bincount(ordered >> (32 - SKETCH_BITS), minlength=1 << SKETCH_BITS)
 
     def percentile(self, p: float) -> float:
         """The value that p percent of all lie below."""
@@ -312,7 +315,7 @@ class Percentiles(Gathered):
         rank = p / 100 * (self.size - 1)
         below = int(rank)
         ranks = torch.tensor([below, min(below + 1, self.size - 1)], device="cpu")
-        low, high = self._middle(torch.searchsorted(self.counts.cumsum(0), ranks, right=True)).tolist()
+        low, high = map(float, self._middle(torch.searchsorted(self.counts.cumsum(0), ranks, right=True)).tolist())
         share = rank - below
         return low if low == high or share == 0 else low * (1 - share) + high * share  # either may be infinite
 
@@ -365,7 +368,7 @@ class Bank(Gathered):
         others = {"energy": ("features", "logits"), "softmax": ("features", "logits"), "logits": ("logits", "targets")}
         return others.get(self.kind, ("features",))
 
-    def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
+    def update(self, features: Tensor, logits: Any, targets: Any) -> None:
         """Take in one batch."""
         if self.kind == "logits":
             check_targets(targets, logits.shape[1])

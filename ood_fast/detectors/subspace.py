@@ -125,7 +125,8 @@ class ResidualDetector(Detector):
         """‖r‖₂, (n,)."""
         x = at_least_float32(features).to(self.origin.dtype) - self.origin
         residual = x - exact_linear(exact_linear(x, self.principal.T), self.principal)
-        return torch.linalg.vector_norm(residual, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(residual, dim=1)
+        return lengths
 
 
 @register
@@ -244,7 +245,7 @@ class NECO(Detector):
         principal = leading(directions, self.dim)
         self.mean, self.deviation, self.principal = (t.to(scatter.like) for t in (scatter.mean, deviation, principal))
 
-    def _score(self, features: Tensor, logits: Tensor | None) -> Tensor:
+    def _score(self, features: Tensor, logits: Any) -> Tensor:
         z = at_least_float32(features).to(self.mean.dtype)
         x = (z - self.mean) / self.deviation
         inside = torch.linalg.vector_norm(exact_linear(x, self.principal.T), dim=1)

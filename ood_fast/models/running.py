@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     logits: Tensor  # (n, c)
     targets: Tensor | None  # (n,)
     given: Any  # the batch as the loader gave it
-    read: Mapping[Any, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
+    read: dict[Any, Tensor]  # of other layers by the key of the reading, and by passes of detectors, each (n, d)
     maker: nn.Linear | bool | None = None  # the layer whose output the logits are; False: none; None: nobody looked
 
 
@@ -50,7 +50,7 @@ def run_model(
     readings: Sequence[LayerReading] = (),
     *,
     find_maker: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Run `model` over the batches of `loader`: x, or (x, y, ...), or a mapping of the model's keyword arguments.
 
     One forward pass a batch, in eval mode, without gradients; the modes of all modules are restored, also when
