@@ -332,7 +332,7 @@ class Beside:
         twin._held = weakref.ref(twin())
         return twin
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Beside, (self(),)
 
 

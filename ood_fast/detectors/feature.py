@@ -52,7 +52,7 @@ class FeatureNorm(Detector):
         norm = statistics[self.statistics()[0]]
         return nan_where_too_long(norm, norm)
 
-    def _score(self, features: Tensor | None, logits: Tensor | None) -> Tensor:
+    def _score(self, features: Any, logits: Any) -> Tensor:
         if self.statistics():
             return super()._score(features, logits)
         values = at_least_float32(features if self.of == "features" else logits)

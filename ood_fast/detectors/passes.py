@@ -29,8 +29,7 @@ from .registry import known, register, registered
 
 
 def _entropy(p: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(p).sum(dim=-1)
-    return entropy
+    return torch.sum(torch.special.entr(p), dim=-1)
 
 
 def _disagreement(p: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ class Gathered:
 
     def take(self, features: Any, logits: Any, targets: Any) -> None:
         """Take in one batch: features (n, m), logits (n, c), targets (n,). What `reads` does not name may be None."""
-        n_rows = len(features if logits is None else logits)
-        if n_rows:
+        if n_rows := len(features if logits is None else logits):
             self.update(features, logits, targets)
             self.rows += n_rows
             given = {"features": features, "logits": logits}
