@@ -585,6 +585,8 @@ def test_training_images_are_prepared_as_the_others(root, recipe, monkeypatch):
     benchmark = open_benchmark("cifar10", root, prepared=grey)
     assert benchmark.train[0][0].shape == benchmark.test[0][0].shape == benchmark.image_shape == (1, 8, 8)
     assert "bicubic" in repr(benchmark.train.transform)
+    of_bundle = {"size": 8, "resize": [9, 9], "mean": [0.5], "std": [0.5]}  # as JSON has it, without the default
+    assert open_benchmark("cifar10", root, prepared=of_bundle).train[0][0].shape == (1, 8, 8)
 
 
 def test_signs_are_not_mirrored():

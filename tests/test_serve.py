@@ -93,6 +93,7 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
         assert status == 400
         assert "no image that can be read" in said["error"]
     assert ask(f"{address}/score", b"")[0] == 413
+    assert ask(f"{address}/score", b"x", **{"Content-Length": "9" * 5000})[0] == 413  # more digits than int() takes
     monkeypatch.setattr(serving, "MOST_PIXELS", 100)
     assert "32×32 pixels, expected at most 100" in ask(f"{address}/score", whole)[1]["error"]
     monkeypatch.setattr(serving, "LARGEST", 10)

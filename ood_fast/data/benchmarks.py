@@ -191,8 +191,8 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
         upright = None: turn images as their EXIF orientation says; default for "folder" only, as torchvision and
             OpenOOD, whose numbers the others give, take them as stored.
         truncated = False: take what is there of image files that end too early, as OpenOOD does.
-        prepared = None: size, resize, mean, std and interpolation in place of the benchmark's, for a model that was
-            trained with others, see `models.own_preparation`; not for "digits".
+        prepared = None: size, resize, mean, std and interpolation, or some of them, in place of the benchmark's, for a
+            model that was trained with others, see `models.own_preparation`; not for "digits".
         outliers = None: a folder of images to train against, for losses that need some; not for "digits".
 
     In torchvision's layout, validation images are held out of the test images, as many as in OpenOOD and in equal parts
@@ -226,8 +226,9 @@ def open_benchmark(name: str, root: str | Path | None = None, **options: Any) ->
             raise checks.UserError(f"image_size: benchmark {name} has images of {spec.crop} pixels")
         read = read or _reader(name, spec, root, asked)
     if asked.prepared is not None:
-        own = {"crop" if key == "size" else key: value for key, value in asked.prepared.items()}
-        spec = replace(spec, **{key: own[key] for key in ("resize", "crop", "mean", "std", "interpolation")})
+        of_spec = {"size": "crop"} | {name: name for name in ("resize", "mean", "std", "interpolation")}
+        told = ((of_spec[key], value) for key, value in asked.prepared.items() if key in of_spec)
+        spec = replace(spec, **{key: tuple(value) if isinstance(value, list) else value for key, value in told})
     upright = name == "folder" if asked.upright is None else asked.upright
     return _Opener(spec, read, replace(asked, upright=upright)).benchmark(name)
 
