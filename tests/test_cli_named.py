@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def evaluate(*arguments: str, model: str = "namedmodel:twelve") -> int:
 def accuracy(folder: str = "eval/folder") -> float:
     held = json.loads(Path(folder, "results.json").read_text())["runs"][0]
     return held["accuracy"]["value"] if isinstance(held.get("accuracy"), dict) else held["accuracy"]
+
+
+def test_copies_of_the_test_images_in_an_ood_folder_are_told():
+    own_benchmark(list("abcdef"))
+    checkpoint("six")
+    for index, image in enumerate(Path("data/test").rglob("*.png")):
+        Path("copies").mkdir(exist_ok=True)
+        shutil.copy(image, f"copies/{97 * index % 30}.png")
+    with pytest.warns(UserWarning, match=r"100 % of its images are among those of .*, expected other data"):
+        assert evaluate("--ood-folder", "copies=copies", "--any-accuracy", model="namedmodel:six") == 0
 
 
 # ---- the order of the classes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from types import SimpleNamespace
 
 import detector_cases as cases
@@ -194,5 +196,36 @@ def test_an_ensemble_of_several_models():
 
 def test_one_loader_as_id_and_as_ood_is_told_apart_by_chance(model):
     test = loader(20)
-    found = ood_fast.evaluate(model, test, {"far": test}, detectors=["MSP"])
+    with pytest.warns(UserWarning, match="100 % of its images are among those of"):
+        found = ood_fast.evaluate(model, test, {"far": test}, detectors=["MSP"])
     assert [row["value"] for row in found.rows() if (row["metric"], row["set"]) == ("auroc", "far")] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("test", "near", "far", "told"),
+    [
+        (loader(40), loader(30, 0.5), loader(20, 3.0), None),
+        ([loader(90).dataset[torch.randperm(90)[:40]]], loader(30), loader(20), "test: 100 % .* of fit"),
+        (loader(40), [loader(40).dataset[:12]], loader(20), "near/a: 100 % .* of test"),
+        (
+            loader(40),
+            loader(30),
+            [loader(30).dataset[5:], loader(20).dataset[:5]],
+            "(near/a|far): 83 % .* of (near/a|far)",
+        ),
+    ],
+    ids=["apart", "fit is test", "part of test", "near is far"],
+)
+def test_images_in_two_roles_are_told(test, near, far, told, model, recwarn):
+    """In other batches and orders, too; constant outputs tell nothing."""
+    asked = {"fit": loader(90), "detectors": ["MSP", "NCI"]}
+    notes = ood_fast.evaluate(model, test, {"near/a": near, "far": far}, **asked).runs[0].notes
+    found = [str(each.message) for each in recwarn if "% of its images" in str(each.message)]
+    assert len(found) == (told is not None)
+    assert set(found) <= set(notes)
+    if told:
+        assert re.match(told, found[0])
+    torch.nn.init.zeros_(model.backbone[0].weight)
+    with warnings.catch_warnings(record=True) as later:
+        ood_fast.evaluate(model, test, {"near/a": near, "far": far}, detectors=["MSP"])
+    assert not [each for each in later if "% of its images" in str(each.message)]

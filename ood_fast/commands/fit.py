@@ -67,6 +67,11 @@ def _check(options: argparse.Namespace) -> None:
             f"--validation: {options.validation} is what the detectors are fitted on; thresholds of data that was "
             "trained on flag more of new data than they say"
         )
+    inside = {Path(path).resolve() for path in (trained_on, options.validation) if path}
+    if both := [path for path in options.ood_validation if Path(path).resolve() in inside]:
+        raise UserError(
+            f"--ood-validation: {both[0]} is in-distribution data by --data or --validation, expected other"
+        )
     if options.tune:
         for path in [options.validation, *options.ood_validation]:
             if Path(path).name.lower() == "test":

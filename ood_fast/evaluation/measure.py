@@ -29,6 +29,7 @@ from ..recipes import TAU
 from ..registry import added
 from ..values import Grid, Grids
 from .cache import Outputs, Progress, no_progress, score_key
+from .overlap import shared_images
 from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VALIDATION_OOD, RunResult
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def measure(
         how: its `leave_out` decides; None is False.
     """
     tuned, trials = dict(before.winners), dict(before.trials)
-    result.notes += list(before.notes)
+    result.notes += [*before.notes, *shared_images(result.outputs)]
     blind = {name: detector for name, detector in given.items() if not detector.needs_model}
     if blind:
         search = Search(DetectorSet(blind), how.grids_of(blind), bool(how.leave_out))
