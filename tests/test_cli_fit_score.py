@@ -265,7 +265,7 @@ def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys)
     assert "NCI: alpha=" in capsys.readouterr().out
     assert detectors.load("d.safetensors")["NCI"].threshold is not None
     assert cli.main([*arguments, "--tune", "--validation", "val", "--ood-validation", "./val", "--out", "e"]) == 2
-    assert "--ood-validation: ./val is in-distribution data by another option" in capsys.readouterr().err
+    assert "--ood-validation: ./val is in-distribution data by --data or --validation" in capsys.readouterr().err
     Path("val").rename("test")
     assert cli.main([*arguments, "--tune", "--validation", "test", "--ood-validation", "ood", "--out", "e"]) == 0
     assert "warning: --tune: test is called like test data" in capsys.readouterr().err

@@ -258,7 +258,7 @@ def test_those_too_that_run_the_model_themselves(net, name, kept, tmp_path):
 
 # ---- the scale of images, beside the weights what a fit belongs to
 
-IMAGES = torch.rand(40, 3, 8, 8)
+IMAGES = torch.rand(40, 3, 8, 8).mul(1.2).sub(0.1).clamp(0, 1)  # with black and white
 SCALES = {  # how images were prepared at fit and at score, and whether that is told
     "alike": (lambda x: (x - 0.45) / 0.226, lambda x: (x - 0.45) / 0.226, False),
     "black": (lambda x: (x - 0.45) / 0.226, lambda x: (0 * x - 0.45) / 0.226, False),
@@ -268,6 +268,11 @@ SCALES = {  # how images were prepared at fit and at score, and whether that is 
     "uint8 at score": (lambda x: x, lambda x: (255 * x).byte(), True),
     "normalised from 255": (lambda x: (x - 0.45) / 0.226, lambda x: (255 * x - 0.45) / 0.226, True),
     "twice": (lambda x: (x - 0.45) / 0.226, lambda x: ((x - 0.45) / 0.226 - 0.45) / 0.226, True),
+    "twice by 0.5": (lambda x: (x - 0.5) / 0.5, lambda x: ((x - 0.5) / 0.5 - 0.5) / 0.5, True),
+    "not normalised": (lambda x: (x - 0.45) / 0.226, lambda x: x, True),
+    "not normalised by 0.5": (lambda x: (x - 0.5) / 0.5, lambda x: x, True),
+    "bright": (lambda x: (x - 0.45) / 0.226, lambda x: (0.5 + 0.1 * x - 0.45) / 0.226, False),
+    "noise by 0.5": (lambda x: (x - 0.5) / 0.5, torch.randn_like, False),
     "0 to 255 at fit": (lambda x: (255 * x).byte(), lambda x: x, True),
     "black of 255": (lambda x: (255 * x).round(), lambda x: 0 * x, False),
     "a cap on the lens": (lambda x: (255 * x).round(), lambda x: x.round(), False),
@@ -288,10 +293,42 @@ def test_images_of_another_scale_than_in_the_fit_are_told(name, tmp_path, recwar
         score()
     passes.score(net, x), deployed(x), deployed(x)
     ood_fast.evaluate(net, [fitted(IMAGES)], {"far": [x]}, detectors=["MSP"])
-    found = [each for each in recwarn if "inputs are numbers up to" in str(each.message)]
+    found = [each for each in recwarn if "inputs are numbers from" in str(each.message)]
     assert len(found) == (5 if told else 0)
     assert detector.load_state_dict(detector.state_dict())
     assert detector.input_range is None
+
+
+PREPARED = {  # of images that a net was trained on as (x - 0.45) / 0.226
+    "as in training": (lambda x: (x - 0.45) / 0.226, None),
+    "by other numbers": (lambda x: (x - 0.5) / 0.25, None),
+    "darker": (lambda x: (0.5 * x - 0.45) / 0.226, None),
+    "not normalised": (lambda x: x, "not normalised"),
+    "0 to 255": (lambda x: 255 * x, "of 0 to 255, or normalised twice"),
+    "twice": (lambda x: ((x - 0.45) / 0.226 - 0.45) / 0.226, "of 0 to 255, or normalised twice"),
+    "twice by 0.5": (lambda x: ((x - 0.5) / 0.5 - 0.5) / 0.5, "normalised twice by 0.5"),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize("trained", [True, False])
+def test_images_that_the_model_was_not_trained_on_are_told_by_its_first_norm(name, trained, recwarn):
+    torch.manual_seed(0)
+    prepare, told = PREPARED[name]
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    net = nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    for _ in range(50 * trained):
+        net.train()((IMAGES - 0.45) / 0.226)
+    net.eval()
+    x = prepare(IMAGES)
+    detector = detectors.NCI().fit(net, [x[:25], x[25:]])
+    assert detector.input_range == (float(x.min()), float(x.max()))
+    ood_fast.evaluate(net, [x], {"far": [x + 0.01]}, detectors=["MSP"])
+    found = [str(each.message) for each in recwarn if "inputs are" in str(each.message)]
+    of_norm = told is not None and (trained or "by 0.5" in told)
+    assert len(found) == 2 * of_norm
+    assert all(f"inputs are {told}: they lie within" in each for each in found)
 
 
 class ToFloat(nn.Module):

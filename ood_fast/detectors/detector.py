@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
-from ..models.inputs import warn_other_range
+from ..models.inputs import Range, warn_other_range
 from ..models.running import Batch, batches_of, joined, refuse_meta, refuse_probabilities, run_model
 from ..models.weights import Weights, identity_of_head, refuse_other, refuse_other_head
 from ..values import AnyPath, Grid
@@ -37,7 +37,7 @@ class Detector(Contract):
     # The weights of the model that it was fitted on, by `fit`, or of the head that came with features: other ones are
     # refused. None: any model will do.
     fitted_on: Weights | None = None
-    input_range: float | None = None  # the largest size of a number of the images that it was fitted on
+    input_range: Range | None = None  # the smallest and the largest number of the images that it was fitted on
     gathered: dict[str, streaming.Gathered] | None  # of a fit that has begun, see `Fit`
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
-from ..models.inputs import input_range
+from ..models.inputs import Prepared, joined_range
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, refuse_meta, refuse_probabilities, run_model
 from ..models.weights import identity_of, identity_of_head, identity_of_layer
@@ -215,21 +215,22 @@ class Fit:
         reads_features = any("features" in part.reads for part in self.parts)
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
-        reach: Tensor | None = None
         maker: nn.Linear | bool | None = layer
+        seen = Prepared(model if layer is not None else None)
         try:
             if self.parts:
                 # Whatever is raised, the model is set back.
-                with closing(run_model(model, loader, layer, readings, find_maker=True)) as batches:
+                with closing(run_model(model, loader, layer, [*readings, *seen.readings], find_maker=True)) as batches:
                     n_rows = 0
                     for batch in batches:
                         maker = maker or batch.maker
-                        reach = input_range(batch.inputs, reach)
+                        seen.take(batch)
                         with checks.behind(n_rows):
                             self.see(model, batch, layer)
                         n_rows += len(batch.logits)
             self.finish(layer, group)
-            reached = [] if reach is None else [float(reach)]
+            seen.tell("fit")
+            reached = [] if seen.range is None else [seen.range]
             if group is not None:
                 everyone: list[Any] = [None] * dist.get_world_size(group)
                 dist.all_gather_object(everyone, reached, group)
@@ -243,7 +244,7 @@ class Fit:
                     weights = weights._replace(made_by=made_by.waves) if weights and made_by else weights
                     if detector.fitted_on not in (None, weights):  # of one that keeps nothing, too
                         detector.forget()
-                    detector.fitted_on, detector.input_range = weights, max(reached, default=None)
+                    detector.fitted_on, detector.input_range = weights, joined_range(reached)
         finally:
             self._end()
 

@@ -10,7 +10,7 @@ it, under the names "KNN/bank", "NCI/mean". Its metadata, all text:
     kind                      "detector" or "set"
     detectors                 JSON: name -> {method, settings, calibration,
                               tensors: {buffer: {key, dtype, shape, crc32}}, model,
-                              input_range: the largest number of the images of the fit}
+                              input_range: the smallest and the largest number of the images of the fit}
     models                    JSON: the weights they were fitted on, see `models.weights`; entries give the place
     class_names               JSON: a list, or null
     notes                     JSON: what the caller wants to remember, such as how images are prepared
@@ -49,7 +49,7 @@ class Saved(NamedTuple):
     calibration: dict[str, Any] | None
     buffers: dict[str, Tensor]
     fitted_on: Weights | None = None
-    input_range: float | None = None
+    input_range: tuple[float, float] | None = None
 
 
 class Content(NamedTuple):
@@ -268,4 +268,5 @@ def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], models: lis
         calibration = {key: _decoded(value) for key, value in calibration.items()}
     place, reach = entry.get("model"), _decoded(entry.get("input_range"))
     model = None if place is None else models[place]
-    return Saved(method, settings, calibration, buffers, model, None if reach is None else float(reach))
+    low_high = None if reach is None else (float(reach[0]), float(reach[1]))
+    return Saved(method, settings, calibration, buffers, model, low_high)

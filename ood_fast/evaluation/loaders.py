@@ -14,7 +14,7 @@ from ..agreement import confusion, refuse_order
 from ..detectors import Detector, DetectorSet, ModelEnsemble, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
-from ..models.inputs import input_range, warn_other_range
+from ..models.inputs import Prepared, Range, warn_other_range
 from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
@@ -93,7 +93,7 @@ def evaluate_loaders(
     layer = None if several else given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
     parts: dict[str, Outputs] = {}
-    ranges: dict[str, Tensor | None] = {}
+    ranges: dict[str, Range | None] = {}
     if fit is not None:
         fitting = Fit([detector for detector in seeing.values() if detector.needs_fit], anew=True)
         parts[FIT] = _outputs(model, layer, FIT, fit, {}, ranges, fitting)
@@ -144,18 +144,18 @@ def _outputs(
     name: str,
     loader: Iterable[Any],
     seeing: Mapping[str, Detector],
-    ranges: dict[str, Tensor | None],
+    ranges: dict[str, Range | None],
     fitting: Fit | None = None,
 ) -> Outputs:
     """What the model makes of a loader, on the CPU: also for `fitting`, and the scores of detectors that need it."""
-    features, logits, targets = [], [], []
+    features, logits, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
-    for batch in run_model(model, loader, head, readings):
-        if name not in ranges:
-            known = ranges.get(FIT, ranges.get(TEST))
-            warn_other_range(batch.inputs, None if known is None else float(known), name)
-        ranges[name] = input_range(batch.inputs, ranges.get(name))
+    seen = Prepared(model if head is not None and name == TEST else None)
+    for batch in run_model(model, loader, head, [*readings, *seen.readings]):
+        if not logits:
+            warn_other_range(batch.inputs, ranges.get(FIT, ranges.get(TEST)), name)
+        seen.take(batch)
         if fitting is not None:
             fitting.see(model, batch, head)
         logits.append(batch.logits.cpu())
@@ -163,6 +163,9 @@ def _outputs(
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
             scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())
+    ranges[name] = seen.range
+    if name in (FIT, TEST):
+        seen.tell(name)
     if not any(map(len, logits)):
         raise ValueError(f"{name}: got a loader without {'an input' if logits else 'a batch'}, expected inputs")
     if name in (TEST, FIT) or _group(name) == CSID:
