@@ -80,14 +80,16 @@ def refuse_disagreement(
     return [wrong] if wrong else []
 
 
-def refuse_order(counts: Tensor, where: str, names: Sequence[str] | None = None) -> None:
-    """UserError where targets are in another order than the logits, a warning where the accuracy is at chance level;
-    `names` of the classes, else their numbers."""
+def refuse_order(counts: Tensor, where: str, names: Sequence[str] | None = None, told: bool = False) -> bool:
+    """UserError where targets are in another order than the logits, a warning where the accuracy is at chance level,
+    unless it was `told`; gives whether it is. `names` of the classes, else their numbers."""
     listed = [str(k) for k in range(counts.shape[1])] if names is None or len(names) != counts.shape[1] else names
     if wrong := other_order(counts, listed, ORDER, "target"):
         raise UserError(f"{where}: {wrong}")
-    if wrong := at_chance(counts, ROWS):
+    wrong = at_chance(counts, ROWS)
+    if wrong and not told:
         warnings.warn(f"{where}: {wrong}", stacklevel=2)
+    return told or bool(wrong)
 
 
 def told_accuracy(counts: Tensor) -> str:

@@ -51,7 +51,7 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
     if not linears:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.Linear, expected a classifier that ends in one. With logits made "
-            f"otherwise{_last_convolution(model)}, take features (n, m) and logits (n, c) from the model yourself and "
+            f"otherwise{_other_head(model)}, take features (n, m) and logits (n, c) from the model yourself and "
             "call fit_features(features, logits, targets, head=(W, b)) and score_features(features, logits) of the "
             "detector; one that reads nothing but logits needs no head"
         )
@@ -184,8 +184,12 @@ def is_pointwise(layer: nn.Module, weight: Tensor) -> bool:
     return weight.dim() > 2 and weight.shape[2:].numel() == 1 and getattr(layer, "groups", 1) == 1
 
 
-def _last_convolution(model: nn.Module) -> str:
-    convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+def _other_head(model: nn.Module) -> str:
+    """What may make the logits of a model without linear layers, for a message."""
+    layers = [(path, module) for path, module in model.named_modules() if hasattr(module, "weight")]
+    if quantized := [path for path, module in layers if type(module).__module__.startswith("torch.ao.nn.quantized")]:
+        return f" (its last quantized layer is {quantized[-1]}: leave the head out when you quantize the model)"
+    convolutions = [(path, module) for path, module in layers if isinstance(module, nn.Conv2d)]
     if not convolutions:
         return ""
     path, last = convolutions[-1]

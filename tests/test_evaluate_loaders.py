@@ -229,3 +229,10 @@ def test_images_in_two_roles_are_told(test, near, far, told, model, recwarn):
     with warnings.catch_warnings(record=True) as later:
         ood_fast.evaluate(model, test, {"near/a": near, "far": far}, detectors=["MSP"])
     assert not [each for each in later if "% of its images" in str(each.message)]
+
+
+def test_chance_level_is_told_once(model, recwarn):
+    ood_fast.evaluate(
+        model, loader(60), {"csid": loader(50), "far": loader(20, 3.0)}, fit=loader(90), detectors=["NCI"]
+    )
+    assert [str(each.message)[:4] for each in recwarn if "no better than chance" in str(each.message)] == ["fit:"]

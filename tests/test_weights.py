@@ -336,6 +336,27 @@ class ToFloat(nn.Module):
         return x.float()
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao")
+def test_fused_and_quantized_forms_are_taken_once_that_is_said():
+    net = nn.Sequential(nn.Conv2d(3, M, 3), nn.BatchNorm2d(M), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(M, 4))
+    net.train()(IMAGES)
+    detector = DetectorSet(["NCI", "MSP"]).fit(net.eval(), [IMAGES])
+    expected = detector.score(net, IMAGES)
+    fused = torch.ao.quantization.fuse_modules(copy.deepcopy(net), ["0", "1"])
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
+    for form in (fused, quantized):
+        with pytest.raises(
+            ValueError, match=r"fitted_on = None, of a set for each of detectors\.detectors; in the shell"
+        ):
+            detector.score(form, IMAGES)
+    for each in detector.detectors:
+        each.fitted_on = None
+    torch.testing.assert_close(detector.score(fused, IMAGES), expected)
+    with pytest.raises(ValueError, match=r"its last quantized layer is 4: leave the head out when you quantize"):
+        detector.score(quantized, IMAGES)
+    torch.testing.assert_close(detector["MSP"].score(quantized, IMAGES), expected["MSP"], rtol=0.02, atol=0.02)
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
-from ..models.inputs import Prepared, joined_range
+from ..models.inputs import SeenImages, joined_range
 from ..models.layers import Key, LayerReading
 from ..models.running import Batch, check_loader, refuse_meta, refuse_probabilities, run_model
 from ..models.weights import identity_of, identity_of_head, identity_of_layer
@@ -216,7 +216,7 @@ class Fit:
         needs_head = reads_features or any(detector.needs_head for detector in self.detectors)
         layer = given_head(model, head) if needs_head else None
         maker: nn.Linear | bool | None = layer
-        seen = Prepared(model if layer is not None else None)
+        seen = SeenImages(model if layer is not None else None)
         try:
             if self.parts:
                 # Whatever is raised, the model is set back.

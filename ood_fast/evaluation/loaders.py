@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..agreement import confusion, refuse_order
 from ..detectors import Detector, DetectorSet, ModelEnsemble, create, find, known
 from ..detectors.fitting import Fit, readings_of
 from ..heads import given_head, inference_head
-from ..models.inputs import Prepared, Range, warn_other_range
+from ..models.inputs import Range, SeenImages, warn_other_range
 from ..models.running import check_loader, run_model
 from .cache import Outputs, score_key
 from .measure import Chosen, Measuring, check_names, measure
@@ -93,17 +94,17 @@ def evaluate_loaders(
     layer = None if several else given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
     parts: dict[str, Outputs] = {}
-    ranges: dict[str, Range | None] = {}
+    before = _Before()
     if fit is not None:
         fitting = Fit([detector for detector in seeing.values() if detector.needs_fit], anew=True)
-        parts[FIT] = _outputs(model, layer, FIT, fit, {}, ranges, fitting)
+        parts[FIT] = _outputs(model, layer, FIT, fit, {}, before, fitting)
         if fitting.detectors:
             fitting.finish(layer)
         for detector in fitting.given:
             if not detector.learners():  # of several models
                 detector.fit(model, fit)
-    parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing, ranges)}
-    parts |= {name: _outputs(model, layer, name, loader, seeing, ranges) for name, loader in ood.items()}
+    parts |= {TEST: _outputs(model, layer, TEST, id_loader, seeing, before)}
+    parts |= {name: _outputs(model, layer, name, loader, seeing, before) for name, loader in ood.items()}
     groups = {ID: "id", **{name: _group(name) for name in ood}}
     sets = {name: TestSet(name, group, len(parts[TEST if name == ID else name])) for name, group in groups.items()}
     title = type(model).__name__
@@ -129,13 +130,22 @@ def _group(name: str) -> str:
     return found[1] if found else "far"
 
 
-def _check_classes(name: str, logits: Tensor, targets: list[Tensor]) -> None:
+@dataclass
+class _Before:
+    """What is known of the loaders before."""
+
+    ranges: dict[str, Range | None] = field(default_factory=dict)
+    told_chance: bool = False  # that the accuracy is at chance level, once
+
+
+def _check_classes(name: str, logits: Tensor, targets: list[Tensor], before: _Before) -> None:
     """ValueError for targets that are no class indices of the logits, or those of another order."""
     for some in targets:
         if some.dim() != 1 or some.is_floating_point() or some.is_complex() or some.dtype == torch.bool:
             got = f"{some.dtype} of shape {tuple(some.shape)}"
             raise ValueError(f"{name}: targets: got {got}, expected class indices (n,)")
-    refuse_order(confusion(logits, torch.cat(targets).long()), name)
+    counts = confusion(logits, torch.cat(targets).long())
+    before.told_chance = refuse_order(counts, name, told=before.told_chance)
 
 
 def _outputs(
@@ -144,17 +154,17 @@ def _outputs(
     name: str,
     loader: Iterable[Any],
     seeing: Mapping[str, Detector],
-    ranges: dict[str, Range | None],
+    before: _Before,
     fitting: Fit | None = None,
 ) -> Outputs:
     """What the model makes of a loader, on the CPU: also for `fitting`, and the scores of detectors that need it."""
     features, logits, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
-    seen = Prepared(model if head is not None and name == TEST else None)
+    seen = SeenImages(model if head is not None and name == TEST else None)
     for batch in run_model(model, loader, head, [*readings, *seen.readings]):
         if not logits:
-            warn_other_range(batch.inputs, ranges.get(FIT, ranges.get(TEST)), name)
+            warn_other_range(batch.inputs, before.ranges.get(FIT, before.ranges.get(TEST)), name)
         seen.take(batch)
         if fitting is not None:
             fitting.see(model, batch, head)
@@ -163,13 +173,13 @@ def _outputs(
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
             scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())
-    ranges[name] = seen.range
+    before.ranges[name] = seen.range
     if name in (FIT, TEST):
         seen.tell(name)
     if not any(map(len, logits)):
         raise ValueError(f"{name}: got a loader without {'an input' if logits else 'a batch'}, expected inputs")
     if name in (TEST, FIT) or _group(name) == CSID:
-        _check_classes(name, torch.cat(logits), targets)
+        _check_classes(name, torch.cat(logits), targets, before)
     joined = {key: torch.cat(parts) for key, parts in scores.items()}
     group = "id" if name in (TEST, FIT) else "ood"
     return Outputs(name, name, group, torch.cat(features), torch.cat(logits), torch.cat(targets), joined)

@@ -29,7 +29,7 @@ class _OfNorm(LayerReading):
         """It may be one that does not run."""
 
 
-class Prepared:
+class SeenImages:
     """What a pass sees of images; with a model, also of what its first batch norm makes of them."""
 
     def __init__(self, model: nn.Module | None = None) -> None:

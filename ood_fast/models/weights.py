@@ -24,6 +24,7 @@ N_ELEMENTS, N_WAVES = 256, 4
 # bfloat16 moves a number by 0.003, 8 bits by 0.02; all four of other weights are within 0.05 with a chance of 1e-6.
 TOLERANCE = 0.05
 N_LOOKED_AT = 16  # parameters of which a few elements are looked at in every call: `.data` counts no changes
+CURE = "set detector.fitted_on = None, of a set for each of detectors.detectors; in the shell pass --other-model"
 TINY = 1e-3  # a parameter of smaller elements counts for less: float16 rounds them away
 
 
@@ -102,7 +103,7 @@ def refuse_other(
     raise ValueError(
         f"model: its {'head is not the one' if of_head else 'weights are not those of the model'} that {what} was "
         "fitted on, for which alone scores and threshold hold; pass that model, fit anew, or, if it is the same in "
-        "another form (fused, quantized, reparametrized), set the detector's fitted_on = None"
+        f"another form (fused, quantized, reparametrized), {CURE}"
     )
 
 
@@ -116,7 +117,7 @@ def refuse_other_head(maker: nn.Linear | bool | None, fitted_on: Weights | None,
         made = "made by another linear layer than" if here.made_by else "not what the linear layer gives that made them"
         raise ValueError(
             f"model: its logits are {made} when {what} was fitted: a head was switched, or a hook changes its output; "
-            "score the model as it was fitted, fit anew, or, if that is meant, set the detector's fitted_on = None"
+            f"score the model as it was fitted, fit anew, or, if that is meant, {CURE}"
         )
 
 
