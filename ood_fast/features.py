@@ -90,7 +90,7 @@ class Stored:
         return self
 
 
-def files(path: str | Path) -> list[Path]:
+def files(path: str | os.PathLike[str]) -> list[Path]:
     """The feature files that `path` means: itself, or those in the folder; UserError if there is none."""
     path = Path(path).expanduser()
     if path.is_dir():

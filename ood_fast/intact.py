@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -97,6 +97,14 @@ def check_zip(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"unpacks to {claimed / 2**30:,.0f} GiB, more than this machine has")
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"is damaged: {damaged} does not agree with its checksum")
+
+
+def write_npz(file: str | os.PathLike[str] | IO[bytes], arrays: Mapping[str, np.ndarray], packed: bool = False) -> None:
+    """The arrays by name in a .npz file, as `np.savez`, which has names of its own ("file", "allow_pickle")."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def read_npz(path: str | os.PathLike[str], names: Container[str] | None = None) -> dict[str, np.ndarray | None]:

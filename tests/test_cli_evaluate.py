@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_several_methods_are_compared_in_one_folder(root, seeds, tmp_path, capsy
     assert {row["method"]: row["n_runs"] for row in read_csv("both/summary.csv")} == {"net": "2", "other": "1"}
     assert sorted(entry.name for entry in Path("both/openood").iterdir()) == ["net", "other"]
     several.append(tmp_path / "else/net/s3")
-    assert evaluate(*several, *on_cifar10(root, "--detectors=MSP"), "--out=both") == 2
+    assert evaluate(*several, *on_cifar10(root, "--detectors=MSP"), "--out=all") == 2
     assert "both are called net, but are no seeds of each other" in capsys.readouterr().err
 
 
@@ -575,7 +576,7 @@ def test_a_full_disk_is_a_failure(root, seeds, capsys, monkeypatch):
 
     assert evaluate(seeds / "s0", *on_cifar10(root), "--quiet") == 0
     before = json.loads((seeds / "s0/eval/cifar10/results.json").read_text())
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(sys.modules["ood_fast.evaluation.write"], "write_npz", full)
     assert evaluate(seeds / "s0", *on_cifar10(root), "--quiet") == 1
     assert "ood-fast: failed: cannot write the results to" in capsys.readouterr().err
     assert json.loads((seeds / "s0/eval/cifar10/results.json").read_text()) == before

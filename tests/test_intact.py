@@ -300,3 +300,12 @@ def test_a_pipe_is_never_waited_for(tmp_path):
     ):
         with pytest.raises(ValueError, match="regular file"):
             read()
+
+
+def test_arrays_of_any_name_are_written(tmp_path):
+    """`np.savez` takes "file" and "allow_pickle" for keywords of its own."""
+    held = {"file": np.arange(3), "allow_pickle": np.ones(2), "a/b c": np.zeros(0)}
+    for packed in (False, True):
+        intact.write_npz(tmp_path / "a.npz", held, packed)
+        found = intact.read_npz(tmp_path / "a.npz")
+        assert {name: array.tolist() for name, array in found.items()} == {k: v.tolist() for k, v in held.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -165,7 +166,7 @@ class Options:
         return names if "all" in self.csid else self.csid
 
 
-def open_benchmark(name: str, root: str | Path | None = None, **options: Any) -> ImageBenchmark:
+def open_benchmark(name: str, root: str | os.PathLike[str] | None = None, **options: Any) -> ImageBenchmark:
     """The benchmark of that name from the files below `root`.
 
     Args:

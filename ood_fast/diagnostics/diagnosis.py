@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import checks, metrics
 from ..files import replacing
 from ..heads import find_head, inference_head
-from ..intact import read_npz
+from ..intact import read_npz, write_npz
 from ..models.running import run_model
 from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
@@ -87,7 +87,8 @@ class Diagnosis:
         for name, of_set in self.sets.items():
             arrays |= {f"sets/{name}/{entry.name}": getattr(of_set, entry.name) for entry in fields(Samples)}
         with replacing(file) as part, open(part, "wb") as stream:
-            np.savez_compressed(stream, json=json.dumps(plain), **{k: v.numpy() for k, v in arrays.items()})
+            held = {"json": np.array(json.dumps(plain)), **{k: v.numpy() for k, v in arrays.items()}}
+            write_npz(stream, held, packed=True)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Diagnosis:

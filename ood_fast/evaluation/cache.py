@@ -93,8 +93,8 @@ def moved(
     features: Tensor, logits: Tensor | None, targets: Tensor | None, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[Tensor, Any, Any]:
     """A chunk on a device, its numbers in another dtype."""
-    numbers = [None if held is None else held.to(device=device, dtype=dtype) for held in (features, logits)]
-    return *numbers, None if targets is None else targets.to(device)
+    logits = None if logits is None else logits.to(device=device, dtype=dtype)
+    return features.to(device=device, dtype=dtype), logits, None if targets is None else targets.to(device)
 
 
 def read_outputs(path: str | os.PathLike[str]) -> Outputs:
@@ -243,7 +243,8 @@ class FeatureCache:
         kept: dict[str, Detector] = {}
         for name, file in files.items():
             with suppress(OSError, ValueError):  # not there yet, or damaged
-                kept[name] = load(file)
+                if isinstance(held := load(file), Detector):
+                    kept[name] = held
         processes = Processes.joined()
         kept = {name: kept[name] for name in processes.first(list(kept))}
         missing = DetectorSet(rest) if (rest := {n: d for n, d in detectors.items() if n not in kept}) else None
@@ -312,7 +313,7 @@ class FeatureCache:
         weight, bias = inference_head(self.head)
         held = {"W": weight} if bias is None else {"W": weight, "b": bias}
         with replacing(self.folder / HEAD) as part, open(part, "wb") as file:
-            np.savez(file, **{name: value.detach().cpu().numpy() for name, value in held.items()})
+            intact.write_npz(file, {name: value.detach().cpu().numpy() for name, value in held.items()})
 
     def _run(self, plan: _Plan, dataset: Any, detectors: Sequence[Detector]) -> None:
         """One pass over the share of this process; its rows into the files."""
@@ -328,7 +329,7 @@ class FeatureCache:
                     called = functools.partial(_image_of, plan.meta["set"], dataset, done)
                     refuse_nan(called, features=batch.features, logits=batch.logits)
                     done += len(batch.logits)
-                    if "features" in writers:
+                    if batch.features is not None and "features" in writers:
                         writers["features"].write(batch.features)
                         writers["logits"].write(batch.logits)
                     for detector in wanted:

@@ -28,7 +28,7 @@ class Evaluation(Results):
 
     def __str__(self) -> str:
         from ..report.tables import as_markdown
-        from .write import build
+        from .tables import build
 
         return "\n\n".join(as_markdown(table) for table in build(self))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -75,12 +75,13 @@ class Measuring:
         """What is searched in place of OpenOOD's grids."""
         if not self.tune:
             return {name: {} for name in names}
-        return {name: self.grids[name] for name in names if name in (self.grids or {})}
+        grids = self.grids or {}
+        return {name: grids[name] for name in names if name in grids}
 
 
 def separate(options: Mapping[str, Any], kind: type[T]) -> tuple[Measuring, T]:
     """Keywords as those of `Measuring`, and of `kind`, a dataclass; TypeError for others."""
-    names = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(cast(Any, kind))}
     of_kind = {name: value for name, value in options.items() if name in names}
     return Measuring(**{name: value for name, value in options.items() if name not in names}), kind(**of_kind)
 
@@ -119,7 +120,8 @@ def measure(
         except ValueError as error:
             raise checks.UserError(str(error)) from error
         result.notes += search.left_out
-        inside, outside = {}, {"": {}}  # where there is nothing to choose, no scores are needed
+        inside: dict[str, Tensor] = {}  # where there is nothing to choose, no scores are needed
+        outside: dict[str, dict[str, Tensor]] = {"": {}}
         if any(len(candidates) > 1 for candidates in search.tuned.values()):
             inside = _scores(search, result.outputs[VALIDATION], how.progress)
             outside = {name: _scores(search, result.outputs[name], how.progress) for name in against}
@@ -195,7 +197,9 @@ def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None)
 
 def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
     """Fit all candidates, in float64 on `device`: those with `fits_on = "validation"` there, if there is any."""
-    head = result.head and tuple(None if tensor is None else tensor.to(device) for tensor in result.head)
+    head = result.head
+    if head is not None:
+        head = head[0].to(device), None if head[1] is None else head[1].to(device)
     on_validation = [n for n, d in search.items() if d.fits_on == "validation" and VALIDATION in result.outputs]
     for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
         if not names:
@@ -215,7 +219,7 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
             search.failures |= dict.fromkeys(by_class, ValueError(NO_CLASSES))
 
 
-def kept_scores(search: Search, outputs: Outputs) -> dict[str, Tensor]:
+def kept_scores(search: DetectorSet, outputs: Outputs) -> dict[str, Tensor]:
     """The scores of the candidates that need the model, as the cache keeps them."""
     keys = {name: score_key(detector) for name, detector in search.items()}
     return {name: outputs.scores[key] for name, key in keys.items() if key in outputs.scores}
@@ -276,14 +280,17 @@ def _classification(result: RunResult, draws: metrics.Bootstrap | None) -> None:
             continue
         right[name] = correct
         about = {} if name == ID else {"ood_set": name, "group": CSID}
-        result.add("accuracy", correct.double().mean().item(), draws and draws.mean(correct, name), **about)
+        drawn = None if draws is None else draws.mean(correct, name)
+        result.add("accuracy", correct.double().mean().item(), drawn, **about)
         for metric, values in confidence.items() if name == ID else ():
-            drawn = draws and draws.calibration_error(values, correct, ID)
+            drawn = None if draws is None else draws.calibration_error(values, correct, ID)
             result.add(metric, metrics.calibration_error(values, correct), drawn)
     if 1 < len(right) == len(inside):
         images = torch.cat([*right.values()]).double()
-        weights = {name: len(correct) / len(images) for name, correct in right.items()}
-        drawn = draws and sum(weights[name] * draws.mean(correct, name) for name, correct in right.items())
+        drawn = None
+        if draws is not None:
+            shares = [len(each) / len(images) * draws.mean(each, name) for name, each in right.items()]
+            drawn = torch.stack(shares).sum(dim=0)
         result.add(f"{FULL_SPECTRUM}accuracy", images.mean().item(), drawn)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import metrics, published, recipes
-from ..data.benchmarks import SPECS
 from ..data.folders import is_below
+from ..data.specs import SPECS
 from .cache import Outputs
 from .trained import Trained, as_published
 
@@ -292,23 +292,26 @@ class Results:
                     found.setdefault(number.key, []).append((run, number))
             known = self._published(runs)
             baseline = self.baseline
-            theirs = {number.key for run in self.methods.get(baseline, ()) for number in run.measurements}
+            theirs = {n.key for run in self.methods[baseline] for n in run.measurements} if baseline else set()
             for (metric, detector, ood_set), pairs in found.items():
                 values = [number.value for _, number in pairs]
-                draws = [run.draws.get((metric, detector, ood_set)) for run, _ in pairs]
+                draws = [run.draws[number.key] for run, number in pairs if number.key in run.draws]
                 std = stdev(values) if len(values) > 1 else None
                 low, high = None, None
-                if all(drawn is not None for drawn in draws):
+                if len(draws) == len(pairs):
                     low, high = metrics.percentile_interval(torch.stack(draws).mean(dim=0))
                 elsewhere, key = known.get((metric, detector, ood_set)), [(metric, detector, ood_set)]
                 compared = method != baseline and key[0] in theirs
-                gain = self.gain((method, key), (baseline, key)) if compared else None
+                gain = self.gain((method, key), (baseline, key)) if baseline and compared else None
+                gained, gained_low, gained_high = gain or (None, None, None)
                 yield Summary(
                     *(method, metric, detector, ood_set, pairs[0][1].group),
                     *(fmean(values), std, len(values), low, high),
                     published=None if elsewhere is None else elsewhere.value / 100,
                     source="" if elsewhere is None else elsewhere.source,
-                    **dict(zip(("gain", "gain_low", "gain_high"), gain or (None,) * 3, strict=True)),
+                    gain=gained,
+                    gain_low=gained_low,
+                    gain_high=gained_high,
                 )
 
     def _published(self, runs: list[RunResult]) -> Mapping[tuple[str, str, str], published.Published]:
@@ -334,7 +337,7 @@ class Results:
 # ---- from results.json
 
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "float | None": (int, float, type(None))}
-_RUN = {"run": str, "folder": str, "scores": str, "method": str, "checkpoint": str, "model": str}
+_RUN: dict[str, Any] = {"run": str, "folder": str, "scores": str, "method": str, "checkpoint": str, "model": str}
 _RUN |= {"detectors": dict, "trials": dict, "notes": list, "outputs": dict, "measurements": list}
 _RUN |= {name: (int, type(None)) for name in ("seed", "epochs")}
 
@@ -354,7 +357,8 @@ def _typed(record: type, values: Mapping[str, Any]) -> Any:
 
 def _read_run(run: Mapping[str, Any], sets: dict[str, TestSet]) -> RunResult:
     _check_kinds(run, _RUN)
-    for part, kind in ((run["outputs"], str), (run["detectors"], dict), (dict(enumerate(run["notes"])), str)):
+    notes = {str(index): note for index, note in enumerate(run["notes"])}
+    for part, kind in ((run["outputs"], str), (run["detectors"], dict), (notes, str)):
         _check_kinds(part, dict.fromkeys(part, kind))
     for name in (run["scores"], *run["detectors"]):
         if not is_below(name):

@@ -16,10 +16,10 @@ import torch
 
 from .. import agreement, checks
 from ..data import ImageBenchmark
-from ..data.benchmarks import SPECS
+from ..data.specs import SPECS
 from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
-from ..detectors.search import Search
+from ..detectors.search import Search, Trial
 from ..heads import inference_head
 from ..processes import Processes
 from ..values import Grid
@@ -129,10 +129,12 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
         benchmark.check(parts_of(by_name(chosen), how))
     check_names(benchmark.tested)
     given = by_name(chosen)
+    if run.model is None:
+        raise checks.UserError(f"{run.name}: got a run without its model, expected what open_run gives")
     run.model.to(how.device)
     folder = run.folder / "cache" if loading.cache is None else loading.cache
-    more = {"batch_size": loading.batch_size, "workers": loading.workers, "progress": how.progress}
-    cached = FeatureCache(folder, run.model, run.head, **more)
+    of_loader = {"batch_size": loading.batch_size, "workers": loading.workers}
+    cached = FeatureCache(folder, run.model, run.head, progress=how.progress, **of_loader)
     _check_fit(run, benchmark, cached.head.out_features)
     prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
     outputs, before = _outputs(cached, benchmark, prepared, how)
@@ -175,7 +177,8 @@ def _outputs(
     failures: dict[Detector, ValueError] | None = {} if how.leave_out else None
     winners = _fitted(cached, benchmark, plain, parts, failures)
     notes = [Note.left_out(n, failures[d]) for n, d in plain.items() if failures and d in failures]
-    trials, candidates = {}, []
+    trials: Mapping[str, list[Trial]] = {}
+    candidates: list[Detector] = []
     search = Search(DetectorSet(tuned), grids, bool(how.leave_out)) if tuned else None
     if search is not None:
         search.put(_fitted(cached, benchmark, dict(search.items()), parts, search.failures))

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import agreement, checks, features
 from ..detectors import Detector
-from .cache import CHUNK_VALUES, moved, refuse_nan
+from .cache import CHUNK_VALUES, Outputs, moved, refuse_nan
 from .measure import Named, by_name, check_names, measure, separate
 from .results import CSID, FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
 from .trained import Trained
@@ -37,11 +37,11 @@ class StoredOutputs:
     def __init__(self, name: str, path: str | os.PathLike[str], head: Head | None, group: str) -> None:
         self.name, self.title, self.group, self.head = name, str(path), group, head
         self.file = Path(path).expanduser()
-        rows, held, counts = 0, set(), None
-        self.n_features = self.n_classes = None
+        rows, counts = 0, None
+        held: set[tuple[int, int | None, bool]] = set()
         for stored in self._stored():
-            shape = (stored.features.shape[1], None if stored.logits is None else stored.logits.shape[1])
-            held.add((*shape, stored.targets is not None))
+            n_classes = None if stored.logits is None else stored.logits.shape[1]
+            held.add((stored.features.shape[1], n_classes, stored.targets is not None))
             if group in (ID, CSID) and stored.targets is not None and stored.logits is not None:
                 self._check_targets(stored.targets, stored.logits.shape[1], rows)
                 counted = agreement.confusion(stored.logits, stored.targets)
@@ -138,8 +138,9 @@ def evaluate_features(
     sets = {ID: TestSet(str(test), "id", len(parts[TEST]))}
     sets |= {name: TestSet(str(path), group, len(parts[name])) for name, (group, path) in ood.items()}
     run = Trained(str(train), None, METHOD, Path(train).expanduser(), "")
-    result = RunResult(run, "", sets, outputs=parts)
-    result.head = head and tuple(None if tensor is None else tensor.double() for tensor in head)
+    result = RunResult(run, "", sets, outputs=cast(dict[str, Outputs], parts))  # that have what is read of them
+    if head is not None:
+        result.head = head[0].double(), None if head[1] is None else head[1].double()
     usable = {}
     for name, detector in by_name(chosen).items():
         if reason := _unusable(detector, parts, head):

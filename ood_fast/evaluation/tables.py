@@ -40,7 +40,10 @@ class Columns:
         """The same with its interval, what is published, and ours less that, if anything is."""
         if (metric, ood_set) not in self.published:
             return []
-        summary = lambda *of: self.found.get((*of, metric, ood_set))  # noqa: E731
+
+        def summary(method: str, detector: str) -> Summary | None:
+            return self.found.get((method, detector, metric, ood_set))
+
         return [(head, lambda *of: _published(summary(*of))), ("difference", lambda *of: _difference(summary(*of)))]
 
     def by_detector(self, name: str, caption: str, columns: Iterable[Column], **more: bool) -> Table:

@@ -124,13 +124,13 @@ def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str,
 
 def points(mean: float, low: float | None, high: float | None) -> str:
     """As "+1.2 [+0.3, +2.1]", in percentage points."""
-    interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{100 * mean:+.1f}{interval}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
 
 
 def shows(mean: float, low: float | None, high: float | None) -> int:
     """1 or −1 where the interval is above or below 0 and the mean does not round to it, else 0."""
-    if low is None or abs(mean) < 0.0005:
+    if low is None or high is None or abs(mean) < 0.0005:
         return 0
     return 1 if low > 0 else -1 if high < 0 else 0
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks, files, recipes, spreadsheet
-from ..intact import read_json, read_npz
+from ..intact import read_json, read_npz, write_npz
 from ..report.tables import as_markdown
 from .results import CONVENTIONS, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
 from .tables import build
@@ -107,7 +107,7 @@ def write(folder: str | os.PathLike[str], results: Results, context: Mapping[str
         for run, name in zip(results.runs, run_names(results), strict=True):
             (staging / "scores" / name).mkdir()
             for detector, scores in run.scores.items():
-                np.savez(staging / "scores" / name / f"{detector}.npz", **scores)
+                write_npz(staging / "scores" / name / f"{detector}.npz", scores)
         text = json.dumps(results_as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
         (staging / JSON).write_text(text, encoding="utf-8")
 
@@ -116,7 +116,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """results.json of a folder that `write` wrote; UserError if it is none, or damaged. See `Results.from_json`."""
     if not holds(Path(folder)):
         raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
-    content = read_json(Path(folder) / JSON)
+    content: dict[str, Any] = read_json(Path(folder) / JSON)
     content |= {name: value for name, value in CONTEXT.items() if name not in content}
     try:
         Results.from_json(content)
@@ -131,7 +131,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_scores(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """detector -> set -> (n,), of one of the `runs` of `read(folder)`."""
     files = {name: Path(folder) / run["scores"] / f"{name}.npz" for name in run["detectors"]}
-    return {name: read_npz(file) for name, file in files.items()}
+    return {name: {k: v for k, v in read_npz(file).items() if v is not None} for name, file in files.items()}
 
 
 def run_names(results: Results) -> list[str]:

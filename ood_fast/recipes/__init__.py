@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ __all__ += ["from_dict", "override"]
 ALIASES = {"lr": "learning_rate", "optimiser": "optimizer"}
 
 
-def find(name: str | Path) -> TrainingRecipe:
+def find(name: str | os.PathLike[str]) -> TrainingRecipe:
     """The recipe of that name, or from a JSON file: its settings, on top of those of `"base"` if it names a recipe.
 
     Raises:

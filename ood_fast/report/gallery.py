@@ -68,7 +68,7 @@ def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str
 
 def _first(values: np.ndarray) -> list[int]:
     """Where the lowest are; NaN comes last."""
-    return np.argsort(values, kind="stable")[:SHOWN].tolist()
+    return list(map(int, np.argsort(values, kind="stable")[:SHOWN]))
 
 
 def _checked(evaluated: Evaluated, name: str, dataset: ImageDataset) -> ImageDataset:

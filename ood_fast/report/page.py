@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,18 @@ def _runs(records: Sequence[Record]) -> Table:
         "device": lambda r: str(r.info.get("device", "–")),
     }
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
-        columns[f"test accuracy on {benchmark} (%)"] = lambda r, b=benchmark: percent(_accuracy(r.evaluated.get(b)))
-    cells = [(head, lambda r, of=of: Cell(of(r))) for head, of in columns.items()]
+        columns[f"test accuracy on {benchmark} (%)"] = partial(_tested, benchmark)
+    cells = [(head, partial(_cell, of)) for head, of in columns.items()]
     caption = "Test accuracy: of the checkpoint that was evaluated. Training time: of the epochs, with validation."
     return Table.of("Runs", caption, cells, [("", [(r.name, (r,)) for r in records])], corner="run", sortable=True)
+
+
+def _cell(told: Callable[[Record], str], record: Record) -> Cell:
+    return Cell(told(record))
+
+
+def _tested(benchmark: str, record: Record) -> str:
+    return percent(_accuracy(record.evaluated.get(benchmark)))
 
 
 def _loss(recipe: Mapping[str, Any]) -> str:

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from .. import checks, evaluation, files, recipes, spreadsheet
-from ..data import open_benchmark
-from ..data.benchmarks import ImageBenchmark
+from ..data.benchmarks import ImageBenchmark, open_benchmark
 from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
 from ..evaluation.results import CSID, FIT, GROUPS, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
-from ..intact import read_npz
+from ..intact import read_npz, write_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
 Columns = dict[str, list[float]]
@@ -74,7 +73,7 @@ class Evaluated:
     @property
     def outputs(self) -> dict[str, str]:
         """The folder of the cache of each set, as it was."""
-        return self.told["runs"][self.index]["outputs"]
+        return dict(self.told["runs"][self.index]["outputs"])
 
     def scores(self) -> dict[str, dict[str, np.ndarray]]:
         """See `evaluation.read_scores`."""
@@ -190,7 +189,7 @@ def _read(path: Path | None, name: str) -> Record:
     if path is not None:
         record.info = read_info(path) if (path / RUN).is_file() else {}
         record.log, record.by_epoch = _columns(path / LOG), _columns(path / DIAGNOSTICS)
-        _read_change(record)
+        _read_change(record, path)
     return record
 
 
@@ -383,28 +382,29 @@ def measure_change(
     Raises:
         UserError: fewer than two checkpoints; images or checkpoints cannot be read.
     """
-    if record.path is None or not record.info:
+    path = record.path
+    if path is None or not record.info:
         raise checks.UserError(f"{record.name}: no run of `ood-fast train`; its checkpoints cannot be opened")
-    checkpoints = _checkpoints(record.path)
+    checkpoints = _checkpoints(path)
     if len(checkpoints) < 2:
         told = f"got {len(checkpoints)} checkpoints, expected two or more; train with --keep-every 1"
-        raise checks.UserError(f"{record.path / EPOCHS}: {told}")
+        raise checks.UserError(f"{path / EPOCHS}: {told}")
     loader = Loader(opened(record, data_root).test, batch_size=batch_size, num_workers=workers)
     with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
 
         def models() -> Iterator[torch.nn.Module]:
             for file in checkpoints:
-                yield load_run(record.path, f"{EPOCHS}/{file.name}")[0].to(device)
+                yield load_run(path, f"{EPOCHS}/{file.name}")[0].to(device)
                 bar.advance(1)
 
         record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, checkpoints))
     record.missing = [note for note in record.missing if not note.startswith("change of the features")]
-    kept = _change_file(record.path, checkpoints)
+    kept = _change_file(path, checkpoints)
     found = {name: getattr(record.change, name).numpy() for name in ("edges", "count", "steps")}
     with suppress(OSError):  # measured again the next time
         kept.parent.mkdir(exist_ok=True)
         with files.replacing(kept) as part, part.open("wb") as stream:
-            np.savez(stream, **found)
+            write_npz(stream, found)
 
 
 def opened(record: Record, data_root: str | os.PathLike[str] | None = None) -> ImageBenchmark:
@@ -414,12 +414,12 @@ def opened(record: Record, data_root: str | os.PathLike[str] | None = None) -> I
         raise checks.UserError(f"{record.name}: no run of `ood-fast train`, which says where its images are")
     data, seed = record.info.get("data", {}), record.info.get("seed", 0)
     given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
-    return open_benchmark(record.info["benchmark"], data_root or data.get("root"), **given)
+    return open_benchmark(str(record.info["benchmark"]), data_root or data.get("root"), **given)
 
 
-def _read_change(record: Record) -> None:
-    checkpoints = _checkpoints(record.path)
-    kept = _change_file(record.path, checkpoints)
+def _read_change(record: Record, path: Path) -> None:
+    checkpoints = _checkpoints(path)
+    kept = _change_file(path, checkpoints)
     if kept.is_file():
         with suppress(checks.UserError, KeyError):  # damaged: it can be measured again
             held = read_npz(kept)

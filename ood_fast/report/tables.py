@@ -198,10 +198,10 @@ def as_html(table: Table) -> str:
         f"{''.join(bodies)}</table></div>"
         f"<p class=caption>{html.escape(table.caption)}</p>"
     )
-    section = "<section class=full>" if _width(table) > HALF_PAGE else "<section>"
+    opened = "<section class=full>" if _width(table) > HALF_PAGE else "<section>"
     if table.folded:
-        return f"{section}{pages.folded(table.title, content)}</section>"
-    return f"{section}<h2>{html.escape(table.title)}</h2>{content}</section>"
+        return f"{opened}{pages.folded(table.title, content)}</section>"
+    return f"{opened}<h2>{html.escape(table.title)}</h2>{content}</section>"
 
 
 HALF_PAGE = 600  # CSS pixels: a wider table has the row of the page to itself
