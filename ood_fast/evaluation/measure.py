@@ -216,7 +216,7 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
         fitting.finalize(head)
         if counts and max(counts.values()) < 2:  # nothing of a class can be estimated
             by_class = (d for d in fitting.detectors if any("targets" in part.reads for part in d.gathers().values()))
-            search.failures |= dict.fromkeys(by_class, ValueError(NO_CLASSES))
+            search.failures = {**(search.failures or {}), **dict.fromkeys(by_class, ValueError(NO_CLASSES))}
 
 
 def kept_scores(search: DetectorSet, outputs: Outputs) -> dict[str, Tensor]:
