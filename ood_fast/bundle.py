@@ -67,7 +67,7 @@ def save_bundle(
     classes: Sequence[str] | None = None,
     card: str = "",
 ) -> None:
-    """Write the four files; they take the places of older ones when all are whole, what else is there stays.
+    """Write the four files; they take the places of an older bundle's when all are whole, what else is there stays.
 
     Args:
         preparation: size (of the square that is cut), resize (of the short side before, or (height, width)), mean, std
@@ -79,7 +79,7 @@ def save_bundle(
 
     Raises:
         ValueError, TypeError: arguments that are not so; an architecture that makes other logits of an image.
-        RuntimeError: a detector is not fitted. OSError: not written.
+        RuntimeError: a detector is not fitted. OSError: not written; FileExistsError: such a file, of no bundle.
     """
     refuse_meta(model)
     checks.instance("detectors", detectors, (Detector, DetectorSet), "a Detector or a DetectorSet")
@@ -92,6 +92,9 @@ def save_bundle(
     layer = last_linear(unwrapped(model))
     if names is not None and layer is not None and len(names) != layer.out_features:
         raise ValueError(f"classes: got {len(names)} names, expected {layer.out_features}, one for each logit")
+    taken = [file for name in (WEIGHTS, DETECTORS, CARD) if (file := Path(folder) / name).exists()]
+    if taken and not (Path(folder) / ABOUT).exists():
+        raise FileExistsError(f"{taken[0]}: is there, and no bundle, expected another folder")
     about: dict[str, Any] = {"format": FORMAT, "ood_fast": __version__, "torch": torch.__version__}
     about |= {"architecture": architecture, "preparation": dict(preparation)}
     about["classes"] = None if names is None else list(names)

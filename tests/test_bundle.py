@@ -88,6 +88,14 @@ def test_what_was_there_is_replaced_and_the_rest_stays(model, detectors, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*NAMES, "notes.txt"])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md"])
+def test_what_is_no_bundle_is_not_replaced(model, detectors, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name}: is there, and no bundle"):
+        ood_fast.save_bundle(tmp_path, model, detectors, PREPARED)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
 def test_an_interrupted_save_leaves_the_old_one(model, detectors, tmp_path, monkeypatch):
     ood_fast.save_bundle(tmp_path, model, detectors, PREPARED)
     before = {name: (tmp_path / name).read_bytes() for name in NAMES}

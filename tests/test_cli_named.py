@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ood_fast import checks, cli, models, registry
+from ood_fast import checks, cli, evaluation, models, registry
 from ood_fast.data import open_benchmark
 from ood_fast.detectors import store
 from ood_fast.models.hugging_face import of_processor
@@ -217,6 +217,13 @@ def test_transformers_models_as_modules(vit):
     assert fresh(torch.zeros(2, 3, 16, 16)).shape == (2, 4)
     with pytest.raises(checks.UserError, match="hf:nowhere/at/all"):
         models.create("hf:nowhere/at/all", None, pretrained=True)
+
+
+def test_published_weights_of_other_classes_are_not_evaluated(vit):
+    """Their head would be one that nobody has trained."""
+    assert evaluation.open_run(f"pretrained:{vit}", 3, (3, 16, 16)).model is not None
+    with pytest.raises(checks.UserError, match=r"the published weights have 3 classes, the benchmark 5"):
+        evaluation.open_run(f"pretrained:{vit}", 5, (3, 16, 16))
 
 
 def test_weights_without_a_head_are_refused(vit):

@@ -103,6 +103,9 @@ def open_run(
     if str(path).startswith(PRETRAINED):
         name = str(path).removeprefix(PRETRAINED)
         built = models.create(name, n_classes, pretrained=True).eval()
+        if (published := models.n_published(name)) != n_classes:
+            told = f"the published weights have {published} classes, the benchmark {n_classes}"
+            raise checks.UserError(f"{path}: {told}: another head is drawn at random; train one")
         label = str(path).replace(":", "-")
         return Trained(str(path), built, label, default_folder(path), str(path), head, given)
     place = Path(path).expanduser()
