@@ -15,6 +15,7 @@ import torch
 import ood_fast
 from ood_fast import cli, registry
 from ood_fast.commands import code
+from ood_fast.training import loop
 from ood_fast.training.objective import Objective
 
 PAGE = Path(__file__).parents[1] / "docs/extending.md"
@@ -145,6 +146,15 @@ def test_a_loss_that_is_none_is_named(given, expected, tmp_path, own_names):
     recipe = ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=odd", "epochs=1"])
     with pytest.raises(ood_fast.checks.UserError, match="loss 'odd': " + expected):
         ood_fast.train.Run(recipe, ood_fast.data.open_benchmark("digits"), tmp_path / "run").train()
+
+
+def test_a_loss_in_half_precision_counts_every_image(tmp_path, own_names, monkeypatch):
+    cross_entropy = torch.nn.functional.cross_entropy
+    ood_fast.register("loss", "odd")(lambda model, recipe: lambda f, y: cross_entropy(f, y).bfloat16())
+    monkeypatch.setattr(loop, "n_correct", lambda logits, target: torch.tensor(257))
+    recipe = ood_fast.recipes.override(ood_fast.recipes.find("digits-ce"), ["loss=odd", "epochs=1", "batch_size=300"])
+    run = ood_fast.train.fit_recipe(recipe, ood_fast.data.open_benchmark("digits"), tmp_path / "run")
+    assert run.history[0]["train_accuracy"] == pytest.approx(257 / run.images_a_step, rel=1e-9)
 
 
 class LossAlone(Objective):

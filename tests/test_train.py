@@ -428,6 +428,21 @@ def test_a_second_ctrl_c_does_not_wait(images, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
 
 
+def test_epochs_since_the_last_save_are_in_the_log_of_a_run_that_failed(images, tmp_path):
+    """What run.json counts: as a comparison that diverges, whose short epochs are not all saved."""
+
+    class Fails(training.Watcher):
+        def on_epoch(self, run, row):
+            if row["epoch"] == 2:
+                raise training.DivergedError("as if")
+
+    with pytest.raises(training.DivergedError):
+        training.fit_recipe(BASE, images, tmp_path, watcher=Fails(), epoch_seconds=1000.0)
+    assert json.loads((tmp_path / "run.json").read_text())["epochs"] == 2
+    assert [row["epoch"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["1", "2"]
+    assert training.fit_recipe(BASE, images, tmp_path, resume=True).epoch == 3
+
+
 def test_a_complete_run_resumed_changes_nothing(images, tmp_path):
     training.fit_recipe(BASE, images, tmp_path)
     before, log = final(tmp_path), (tmp_path / "log.csv").read_text()

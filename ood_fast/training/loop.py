@@ -156,6 +156,8 @@ class Run:
             except BaseException as error:
                 with suppress(OSError):  # a full disk must not hide the reason
                     self._write_status(status_of(error))
+                    if self.rank == 0:
+                        self.folder.write_table(LOG, self.history)  # of the epochs since the last save, too
                 raise
             finally:
                 self._loading.fill_(False)
@@ -272,7 +274,8 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            self._sums += torch.stack([loss.detach(), n_correct(logits, target)]).to(self._sums)
+            seen = loss.detach(), n_correct(logits, target)  # each by itself: in a loss's bfloat16, 257 is 256
+            self._sums += torch.stack([value.to(self._sums) for value in seen])
             self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=self.step + 1))
 
     def _learning_rate(self, step: int) -> float:
