@@ -77,7 +77,7 @@ class ImageBenchmark:
 
     @functools.cached_property
     def views(self) -> ImageDataset:
-        """The training images, augmented another time."""
+        """The training images, augmented another time; the same where they are not augmented, as those of "digits"."""
         views = copy.copy(self.train)
         if views.augment_seed is not None:
             views.augment_seed = mixed(views.augment_seed, 1)

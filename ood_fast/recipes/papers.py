@@ -212,9 +212,10 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
 
     for method, settings in METHODS.items():
         if settings.get("outliers") not in WITH_IMAGES:
+            alike = "; both views are the image" * (settings.get("loss") in CONTRASTIVE)  # nothing augments the digits
             yield TrainingRecipe(
                 name=f"digits-{method}",
-                source="what `ood-fast compare` trains" if method in LOSSES else "as the other digits recipes",
+                source="what `ood-fast compare` trains" if method in LOSSES else f"as the other digits recipes{alike}",
                 **{**settings, "average": "boundaries", "outlier_queue": 100},  # about as many as a class has images
             )
         yield TrainingRecipe(
