@@ -46,12 +46,14 @@ ORIGIN_BLOCK = 512
 
 @triton.jit
 def load_rows(weight_pointer, weight_stride, origin_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr):
-    """Rows of W (classes, features), 0 outside the matrix: less the origin, in fp32, where one is given.
+    """Rows of W (classes, features), 0 outside the mask, if there is one: less the origin, in fp32, where one is given.
 
     Differences of rows do not change when one is subtracted from all, but fp32 products of the rest lose far
     fewer digits. Without one the dtype stays, for a product that is exact; UPCAST: fp32, for the interpreter.
     """
-    inside = mask[:, None] & (features < n_features)[None, :]
+    inside = (features < n_features)[None, :]
+    if mask is not None:
+        inside = mask[:, None] & inside
     places = weight_pointer + (classes.to(tl.int64) * weight_stride)[:, None] + features[None, :]
     weight = tl.load(places, mask=inside, other=0.0)
     if origin_pointer is not None:
@@ -64,11 +66,9 @@ def load_rows(weight_pointer, weight_stride, origin_pointer, classes, mask, feat
 
 
 @triton.jit
-def load_columns(
-    weight_pointer, weight_stride, origin_pointer, classes, mask, features, n_features, UPCAST: tl.constexpr
-):
-    """The transpose of `load_rows`, (features, classes)."""
-    inside = mask[None, :] & (features < n_features)[:, None]
+def load_columns(weight_pointer, weight_stride, origin_pointer, classes, features, n_features, UPCAST: tl.constexpr):
+    """The transpose of `load_rows` without a mask, (features, classes)."""
+    inside = (features < n_features)[:, None]
     places = weight_pointer + (classes.to(tl.int64) * weight_stride)[None, :] + features[:, None]
     weight = tl.load(places, mask=inside, other=0.0)
     if origin_pointer is not None:
@@ -238,17 +238,16 @@ def distance_gram_kernel(
             for start in range(0, n_features, ORIGIN_BLOCK):
                 write_origin(weight_pointer, weight_stride, origin_pointer, start, n_classes, n_features, ORIGIN_BLOCK)
             tl.debug_barrier()
+        # What is not there is another row of W, read instead of a mask each turn, and left out in the end.
+        read_rows = tl.maximum(row_class, 0)
+        read_columns = tl.minimum(classes, n_classes - 1)
         row_norms = tl.zeros([ROWS], tl.float32)
         class_norms = tl.zeros([COLUMNS], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_features, INNER):
             features = start + tl.arange(0, INNER)
-            a = load_rows(
-                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
-            )
-            b = load_columns(
-                weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
-            )
+            a = load_rows(weight_pointer, weight_stride, origin_pointer, read_rows, None, features, n_features, UPCAST)
+            b = load_columns(weight_pointer, weight_stride, origin_pointer, read_columns, features, n_features, UPCAST)
             if origin_pointer is not None:
                 row_norms += tl.sum(a * a, axis=1)
                 class_norms += tl.sum(b * b, axis=0)
@@ -267,7 +266,7 @@ def distance_gram_kernel(
         # 1 where it will not be used, so that no root of a negative rounding error is taken
         inverse_distance = with_last_bit(tl.rsqrt(tl.where(is_close, 1.0, squared_distance)), 0)
         inverse_distance = tl.where(own, 0.0, tl.where(is_close, -1.0, inverse_distance))
-        is_close = is_close & (own == 0)
+        is_close = is_close & (own == 0) & class_mask[None, :]
         any_close = tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0)
     places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
     tl.store(places, inverse_distance, mask=(rows < n_rows)[:, None] & class_mask[None, :])

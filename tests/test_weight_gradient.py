@@ -49,3 +49,27 @@ def test_gradients_of_close_and_extreme_rows(backend: Any, name: str, n: int, re
         size = true.abs().max()
         error, allowed = ((t.double() - true).abs().max() / size for t in (ours, theirs))
         assert error <= max(2 * allowed, least)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [7, 4])
+def test_only_tiles_with_close_rows_are_flagged(backend: Any, n: int, dtype: torch.dtype) -> None:
+    """A tile is larger than five classes, and what it reads behind the last is a row of W that is there."""
+    if backend.name == "eager":
+        pytest.skip("has no tiles")
+    from ood_fast.kernels.distances import Kept, distance_table, kept_sizes
+    from ood_fast.kernels.launch import laid_out
+
+    W = torch.randn(5, 6, device=backend.device).to(dtype)
+    row_class = torch.tensor([0, 2, 4, -1], device=backend.device) if n < 5 else None
+    for close in (False, True):
+        W[1] = W[0] if close else W[1]
+        layout, _, weight = laid_out("test", W.new_zeros(n, 5), W)
+        flags = W.new_empty(kept_sizes(layout)[1], dtype=torch.float32)
+        table = distance_table(layout, weight, row_class, Kept(None, flags))
+        assert flags.tolist() == [close]
+        used = range(5) if row_class is None else row_class[:-1]
+        distance = (W.double()[used, None] - W.double()).norm(dim=2)
+        expected = torch.where(distance > 0, 1 / distance, 0.0)
+        torch.testing.assert_close(table[: len(used)].double(), expected, rtol=1e-5, atol=0)
+        assert not table[len(used) :].any()
