@@ -90,7 +90,8 @@ def feature_change(
     with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as other:
         before, after = one, other
         for n_models, model in enumerate(models, start=1):
-            now = _kept((batch.features for batch in run_model(model, loader, find_head(model))), after)
+            features = (batch.features for batch in run_model(model, loader, find_head(model)))
+            now = _kept((z for z in features if z is not None), after)  # there is a head: all are there
             if n_models == 1:
                 for _ in now:
                     pass

@@ -47,21 +47,22 @@ class Moments:
         Raises:
             ValueError: it is empty, or without targets. FloatingPointError: a feature is NaN or infinite.
         """
-        scatter, means, norms = Scatter(), ClassMeans(by="target"), []
+        scatter, means = Scatter(), ClassMeans(by="target")
+        lengths: list[Tensor] = []
         for features, logits, targets in chunks:
             if targets is None:
                 raise ValueError("targets: got None, expected the class indices (n,) of the training data")
             scatter.take(features, logits, targets)
             means.take(features, logits, targets)
-            norms.append(torch.linalg.vector_norm(double(features), dim=1).cpu())
+            lengths.append(torch.linalg.vector_norm(double(features), dim=1).cpu())
         if not scatter.rows:
             raise ValueError("chunks: got no training sample, expected at least one")
-        norms = torch.cat(norms)
+        norms = torch.cat(lengths)
         if not norms.isfinite().all():
             raise FloatingPointError(f"features: {int((~norms.isfinite()).sum())} rows hold NaN or infinity")
         covariance, within = scatter.covariance(), means.within(scatter) / scatter.rows
-        parts = (scatter.mean, covariance, means.count, means.value(), within)
-        return cls(*(part.cpu() for part in parts), norms)
+        parts = scatter.mean, covariance, means.count, means.value(), within, norms
+        return cls(*(part.cpu() for part in parts))
 
 
 @dataclass(frozen=True)

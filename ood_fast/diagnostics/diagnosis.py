@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .plane import plane_of
 from .samples import Samples, accuracy_by_norm, coefficient_of_variation, correlation, reliability, samples
 from .spectrum import effective_rank, spectrum
 
+T = TypeVar("T")
 FORMAT = "ood_fast diagnosis 1"
 ID = "test"
 
@@ -100,8 +101,8 @@ class Diagnosis:
                 raise checks.UserError(f"{file}: is of another version, expected {FORMAT!r}")
             everything = {**plain, **{name: torch.from_numpy(array) for name, array in held.items()}}
 
-            def part(kind: type, prefix: str) -> Any:
-                return kind(**{entry.name: everything[prefix + entry.name] for entry in fields(kind)})
+            def part(kind: type[T], prefix: str) -> T:
+                return kind(**{entry.name: everything[prefix + entry.name] for entry in fields(cast(Any, kind))})
 
             everything["collapse"] = part(NeuralCollapse, "collapse/")
             everything["sets"] = {name: part(Samples, f"sets/{name}/") for name in plain["sets"]}
@@ -132,7 +133,8 @@ def diagnose(
         FloatingPointError: a training feature is NaN or infinite.
     """
     geometry = Moments.of(train)
-    weight, bias = (None if given is None else given.detach().cpu().double() for given in head)
+    weight = head[0].detach().cpu().double()
+    bias = None if head[1] is None else head[1].detach().cpu().double()
     plane = plane_of(geometry)
     values = spectrum(geometry.covariance)[: max(1, min(len(geometry.norms), len(geometry.mean)))]
     collapse = neural_collapse(geometry, weight)
@@ -179,6 +181,7 @@ def diagnose_model(
 
     def chunks(loader: Iterable[Any]) -> Iterator[Chunk]:
         for batch in run_model(model, loader, layer):
+            assert batch.features is not None  # there is a head
             yield batch.features, batch.logits, batch.targets
 
     ood_chunks = {name: chunks(loader) for name, loader in ood.items()}

@@ -77,7 +77,8 @@ def regions(
         corners = [(left, low), (right, low), (right, high), (left, high)]
         for j in order:
             if j != p and corners:
-                corners = _cut(corners, *(a - b for a, b in zip(rows[p], rows[j], strict=True)), ties=p < j)
+                a, b, c = (ours - theirs for ours, theirs in zip(rows[p], rows[j], strict=True))
+                corners = _cut(corners, a, b, c, ties=p < j)
         if _area(corners) > 1e-9 * (right - left) * (high - low):
             found[p] = corners
     return found

@@ -140,7 +140,8 @@ def accuracy_by_norm(norm: Tensor, correct: Tensor, n_bins: int = NORM_BINS) -> 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 0; equal values share the mean of theirs."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[group]
+    ranks: Tensor = counts.cumsum(0).double() - (counts.double() + 1) / 2
+    return ranks[group]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def singular_values(features: Tensor) -> Tensor:
         (min(n, m),) in float64.
     """
     centred = double(features) - double(features).mean(dim=0)
-    return torch.linalg.svdvals(centred / len(features) ** 0.5)
+    values: Tensor = torch.linalg.svdvals(centred / len(features) ** 0.5)
+    return values
 
 
 def spectrum(covariance: Tensor) -> Tensor:
@@ -46,4 +47,4 @@ def effective_rank(values: Tensor) -> float:
     total = values.sum()
     if total == 0:
         return 0.0
-    return torch.special.entr(values / total).sum().exp().item()
+    return float(torch.special.entr(values / total).sum().exp())
