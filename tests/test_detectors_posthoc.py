@@ -30,6 +30,7 @@ from ood_fast.detectors import (
     WeiPer,
     mixture,
 )
+from ood_fast.detectors.numbers import first_largest
 
 N, M, C = 400, 12, 5
 
@@ -309,6 +310,16 @@ def test_openmax(tail, alpha, data):
         e = np.exp([*(f * (1 - omega * of_row)), unknown])
         expected.append(np.log(e[:-1].sum() / e[-1]))
     np.testing.assert_allclose(data.scores(OpenMax(tail, alpha)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_tied_logits_openmax_takes_the_first():
+    """topk takes others in other batches."""
+    torch.manual_seed(0)
+    logits = torch.randint(0, 2, (200, 40)).float()
+    found, columns = first_largest(logits, 7)
+    assert torch.equal(found, logits.topk(7, dim=1).values)
+    expected = [sorted(range(40), key=lambda k: (-row[k], k))[:7] for row in logits.tolist()]
+    assert columns.tolist() == expected
 
 
 def test_openmax_of_classes_that_are_never_right(data):

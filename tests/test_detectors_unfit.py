@@ -128,9 +128,14 @@ def test_features_below_0_are_told_where_a_fit_sees_them(name):
     with pytest.warns(UserWarning, match=f"{name}: features: got some below 0, expected those after a ReLU") as told:
         DetectorSet([name, "NCI"]).fit_features(z, f, y, head)
     assert len(told) == 1
+    alone = make(name).fit_features(None, None, None, head)  # sees no features
+    with pytest.warns(UserWarning, match=f"{name}: features: got some below 0") as told:
+        alone.score_features(z, f), alone.score_features(z, f)
+    assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         relu = z.relu()
+        make(name).fit_features(None, None, None, head).score_features(relu, f)
         DetectorSet([name, "NCI", "GradNorm"]).fit_features(relu, relu @ head[0].T, y, head)
         DetectorSet(["NCI", "GradNorm", "LTS"]).fit_features(z, f, y, head)
 

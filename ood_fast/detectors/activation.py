@@ -12,6 +12,7 @@ from .. import checks
 from ..eager.precision import double
 from . import streaming
 from .detector import Detector
+from .fitting import BELOW_0, tell
 from .numbers import at_least_float32, exact_linear
 from .registry import register
 
@@ -190,7 +191,16 @@ class PrunedEnergy(ReshapedEnergy):
     def __init__(self, p: float) -> None:
         super().__init__()
         checks.real("p", p, 0.0, 100.0)
-        self.p = p
+        self.p, self.looked = p, False
+
+    def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
+        """As `Detector.score_features`; the first features are looked at: a fit on the head alone sees none."""
+        scores = super().score_features(features, logits)
+        if not self.looked and not torch.compiler.is_compiling() and features is not None and features.numel():
+            self.looked = True
+            if (features < 0).any():
+                tell(self, BELOW_0)
+        return scores
 
     @staticmethod
     def _factor(z: Tensor, largest: Tensor) -> Tensor:

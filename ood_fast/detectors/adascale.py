@@ -19,7 +19,7 @@ from .activation import MAX_EXPONENT
 from .detector import Detector
 from .gradient import check_movable, input_gradient
 from .layers import Passed
-from .numbers import at_least_float32, exact_linear, refuse_rows
+from .numbers import at_least_float32, exact_linear, first_largest, refuse_rows
 from .registry import register
 
 SAMPLE = 5000  # validation samples that F is made of, as in OpenOOD
@@ -114,7 +114,7 @@ class AdaSCALE(Detector):
         (moved,) = run_model(model, [x + self.eps * step.view_as(x)], head)
         z, moved_z = (at_least_float32(features) for features in (z, moved.features) if features is not None)
         shift, kept = (
-            values.gather(1, z.topk(max(1, int(z.shape[1] * k / 100)), dim=1).indices).sum(dim=1, keepdim=True)
+            values.gather(1, first_largest(z, max(1, int(z.shape[1] * k / 100)))[1]).sum(dim=1, keepdim=True)
             for values, k in (((moved_z - z).abs(), self.k1), (moved_z.relu(), self.k2))
         )
         batch.read[self._key] = self.weight * shift + kept

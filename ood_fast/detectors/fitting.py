@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FIT_CHUNK = 65536  # rows of stored features that are taken in at a time: bounds the float64 copy that the sums make
 MOST_COUNTED = 4096  # classes whose confusion matrix is counted: 134 MB
+BELOW_0 = "features: got some below 0, expected those after a ReLU, for which it is made"
 Head = nn.Linear | tuple[Tensor, Tensor | None]
 
 _EXPECTED = {
@@ -343,7 +344,8 @@ class Fit:
             for detector in self.detectors:
                 self._finish(detector, head)
                 if has_negative and detector.of_positive:
-                    tell(detector, "features: got some below 0, expected those after a ReLU, for which it is made")
+                    tell(detector, BELOW_0)
+                    vars(detector)["looked"] = True
                 detector.fitted_on = known
         finally:
             self._end()

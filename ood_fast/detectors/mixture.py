@@ -14,7 +14,7 @@ from . import streaming
 from .detector import Detector
 from .fitting import DoesNotFit, tell, tell_missing
 from .neighbour import query_chunks
-from .numbers import at_least_float32, check_targets, exact_linear, nan_where_too_long
+from .numbers import at_least_float32, check_targets, exact_linear, first_largest, nan_where_too_long
 from .registry import register
 
 # Numbers of the scatter matrices of all classes: 512 MiB in float64. 100 classes of 768 features are 59 million.
@@ -207,7 +207,7 @@ class OpenMax(Detector):
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
         logits = at_least_float32(logits).to(self.means.dtype)
         alpha = min(self.alpha, logits.shape[1])
-        top, classes = logits.topk(alpha, dim=1)
+        top, classes = first_largest(logits, alpha)
         masked = logits.isneginf().unsqueeze(1)
         difference = (logits.unsqueeze(1) - self.means[classes]).masked_fill(masked, 0.0)
         distance = torch.linalg.vector_norm(difference, dim=2)
