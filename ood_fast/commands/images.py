@@ -85,7 +85,7 @@ def read_images(data: str | Sequence[str], with_classes: bool = False, classes: 
     data = [data] if isinstance(data, str) else data
     folder = Path(data[0]).expanduser()
     if len(data) == 1 and folder.is_dir():
-        if with_classes and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+        if with_classes and folders.folders_in(folder):
             expected = "a folder of images for each class"
             return folders.read_image_folder(folder, str(folder), expected, classes, all_of_them=classes is None)
         return folders.read_flat_folder(folder, str(folder), "expected images")

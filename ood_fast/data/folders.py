@@ -193,6 +193,13 @@ def class_names(file: str | Path) -> list[str]:
     return names
 
 
+def folders_in(folder: Path) -> tuple[str, ...]:
+    """The names of its folders that are not hidden, sorted; none if there is no such folder."""
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Those that stand there more than once, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)

@@ -71,15 +71,9 @@ def own_folders(root: Path, size: int, order: Sequence[str] | None) -> tuple[Spe
             raise checks.UserError(f"benchmark folder: {too_few}; expected {root}/val/<class>/")
         return held_out if split == "val" else rest
 
-    near, far, csid = (_folders(root / folder) for folder in ("near", "ood", "csid"))
+    near, far, csid = (folders.folders_in(root / folder) for folder in ("near", "ood", "csid"))
     if twice := sorted(set(near) & set(far)):
         raise checks.UserError(f"benchmark folder: {twice[0]} is below both {root / 'near'} and {root / 'ood'}")
     resize, augment = (size, "pad_crop") if size <= SMALL_IMAGE else (round(size * 256 / 224), "resized_crop")
     sizes = {"resize": resize, "crop": size, "augment": augment, "mean": IMAGENET["mean"], "std": IMAGENET["std"]}
     return Spec(root.resolve().name, "", len(classes), near, far, "", csid=csid, **sizes), read
-
-
-def _folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import checks
-from .folders import read_image_folder
+from .folders import folders_in, read_image_folder
 from .images import Pixels, Source
 
 EXPECTED = (
@@ -33,8 +33,7 @@ def read_shifted(path: str | Path, title: str, classes: Sequence[str]) -> Source
         if len(outside := labels[(labels < 0) | (labels >= len(classes))]):
             raise checks.UserError(f"{title}: label {outside[0]}, expected one in [0, {len(classes)})")
         return Pixels(pixels, np.array(labels), classes)
-    there = [entry.name for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
-    present = [name for name in there if not name.startswith(".")]
+    present = folders_in(path)
     numbers = list(map(str, range(len(classes))))
     numbered = not set(present) <= set(classes) and set(present) <= set(numbers)
     return read_image_folder(path, title, EXPECTED, numbers if numbered else classes, all_of_them=False)
