@@ -594,6 +594,9 @@ def test_bad_arguments(images, tmp_path):
         training.Run(BASE, images, tmp_path, -1)
     with pytest.raises(ValueError, match="keep_every: got 0"):
         training.Run(BASE, images, tmp_path, keep_every=0)
+    for name, value in (("workers", -1), ("epoch_seconds", -1.0), ("save_minutes", math.nan)):
+        with pytest.raises(ValueError, match=f"{name}: got {value}, expected a number in"):
+            training.Run(BASE, images, tmp_path, **{name: value})
     with pytest.raises(checks.UserError, match="SyncBatchNorm runs on GPUs"):
         training.Run(BASE, images, tmp_path, sync_bn=True)
     with pytest.raises(checks.UserError, match=r"no run \(run.json: No such file"):

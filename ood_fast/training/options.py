@@ -78,6 +78,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.keep_every is not None:
             checks.positive_int("keep_every", self.keep_every, " or None")
+        for name in ("workers", "epoch_seconds", "save_minutes"):
+            checks.real(name, getattr(self, name) or 0, 0, infinite=True)
         if self.sync_bn and torch.device(self.device).type == "cpu":
             raise checks.UserError("sync_bn: PyTorch's SyncBatchNorm runs on GPUs, not on the CPU")
 
