@@ -34,6 +34,7 @@ def test_the_gradients_are_the_authors():
     f.backward(incoming)
     sharp = torch.tensor([literal(row, 3) for row in z.tolist()])
     torch.testing.assert_close(sharpened(z.detach(), 0.6), sharp)
+    torch.testing.assert_close(sharpened(z.detach().view(2, -1, M), 0.6), sharp.view(2, -1, M))  # each place a sample
     torch.testing.assert_close(layer.weight.grad, sum(torch.outer(g, s) for g, s in zip(incoming, sharp, strict=True)))
     torch.testing.assert_close(z.grad, incoming @ layer.weight)
     torch.testing.assert_close(layer.bias.grad, incoming.sum(0))

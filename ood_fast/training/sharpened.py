@@ -35,7 +35,7 @@ class ISHLinear(nn.Linear):
             raise ValueError(f"prune: got {prune}, expected less: of {in_features} activations none would be kept")
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits (n, c) of features (n, m)."""
+        """Logits (..., c) of features (..., m)."""
         if not self.training:
             return F.linear(z, self.weight, self.bias)
         of_weight = F.linear(sharpened(z.detach(), self.prune), self.weight)
@@ -47,9 +47,9 @@ class ISHLinear(nn.Linear):
 
 
 def sharpened(z: Tensor, prune: float) -> Tensor:
-    """ẑ (n, m) of features (n, m), in their dtype; a sample without activations stays zero."""
+    """ẑ (..., m) of features (..., m), in their dtype; a sample without activations stays zero."""
     values = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-    largest, places = values.abs().topk(int(z.shape[1] * (1 - prune)), dim=1)
-    kept = largest.sum(dim=1, keepdim=True)
-    ratio = values.sum(dim=1, keepdim=True) / torch.where(kept > 0, kept, 1.0)
-    return torch.zeros_like(values).scatter_(1, places, largest * ratio.exp()).to(z.dtype)
+    largest, places = values.abs().topk(int(z.shape[-1] * (1 - prune)), dim=-1)
+    kept = largest.sum(dim=-1, keepdim=True)
+    ratio = values.sum(dim=-1, keepdim=True) / torch.where(kept > 0, kept, 1.0)
+    return torch.zeros_like(values).scatter_(-1, places, largest * ratio.exp()).to(z.dtype)
