@@ -304,6 +304,7 @@ def test_a_state_dict_belongs_to_parameters(tmp_path):
     fresh = KNN(dtype=torch.float16)
     fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert fresh.k == 20
+    one.changed().load_state_dict(one.state_dict())  # with the k that was taken
     assert fresh.fit_features(z).k == one.fit_features(z).k == 40, "the default is back, and lowered anew"
     both = DetectorSet({"near": KNN(k=3), "ash": detectors.ASH(p=90)}).fit_features(z, f, y, head)
     other = DetectorSet({"near": KNN(k=4), "ash": detectors.ASH(p=65)})

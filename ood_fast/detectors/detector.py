@@ -346,7 +346,7 @@ class Detector(Contract):
         theirs, lowered = (local_metadata.get(kept, {}) for kept in ("settings", "lowered"))
         mine = {name: self.lowered.get(name, value) for name, value in self.settings().items()}
         asked = {**theirs, **lowered}
-        others = [name for name in asked if name in mine and asked[name] != mine[name]]
+        others = [name for name in asked if name in mine and mine[name] not in (asked[name], theirs.get(name))]
         of_head = {prefix + "head_weight", prefix + "head_bias"}
         if others and any(key.startswith(prefix) and key not in of_head for key in state_dict):
             was, has = (", ".join(f"{name}={of[name]!r}" for name in others) for of in (asked, mine))

@@ -124,6 +124,6 @@ def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
 def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As ``values.topk(k, dim=1)``, of equal ones the first: topk takes any, another one on another machine."""
     if is_exporting():  # ONNX has no stable sort; its TopK takes the first
-        return values.topk(k, dim=1)  # type: ignore[return-value]
+        return values.topk(k, dim=1)
     ordered, columns = values.sort(dim=1, descending=True, stable=True)
     return ordered[:, :k], columns[:, :k]
