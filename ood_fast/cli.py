@@ -74,7 +74,9 @@ def _main(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (RunError, OSError) as error:  # OSError: a disk or a process failed where no command has words for it
-        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        named = str(error)
+        if isinstance(error, OSError) and error.filename:
+            named = f"{error.filename}: {error.strerror}"
         print(f"ood-fast: failed: {named}", file=sys.stderr)
         return 1
     finally:

@@ -65,13 +65,13 @@ def recipes_of(
         elif recipe is None and base not in RECIPES:
             raise checks.UserError(f"--recipe: benchmark {benchmark} has none that fits; name one")
         else:
-            plain = recipes.find(base)
+            plain = recipes.find(os.fspath(base))
             default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}
             same = ("average", "detach_geometry", "tau", "outlier_queue", "outlier_start")
             kept = {name: getattr(plain, name) for name in same}
-            of_loss = {} if loss == loss_of(plain) else {**default, **methods[loss], **kept}
-            named = {"name": own if recipe is None else f"{plain.name}-{loss}", "source": f"{plain.name} with {loss}"}
-            made = replace(plain, **of_loss, **named, benchmark=benchmark)
+            of_loss: dict[str, Any] = {} if loss == loss_of(plain) else {**default, **methods[loss], **kept}
+            called = own if recipe is None else f"{plain.name}-{loss}"
+            made = replace(plain, **of_loss, name=called, source=f"{plain.name} with {loss}", benchmark=benchmark)
         found[loss] = recipes.override(made, changes)
     return found
 
@@ -140,7 +140,7 @@ class Comparison:
         Raises:
             UserError: a run that is there was trained otherwise. DivergedError, Interrupted, OSError: as `Run.train`.
         """
-        results = []
+        results: list[RunResult] = []
         self.check()
         for loss, seed in self.runs:
             benchmark, place = self.benchmark_of(seed), self.place(loss, seed)
@@ -156,8 +156,10 @@ class Comparison:
                     self.told.on_run(loss, seed, None)
                 trained = open_run(place, benchmark.n_classes, benchmark.image_shape, checkpoint=self.checkpoint)
                 trained = replace(trained, method=loss)
-                results.append(evaluate_run(trained, benchmark, self.chosen, **self.measuring))
-                self.told.on_result(results[-1])
+                result = evaluate_run(trained, benchmark, self.chosen, **self.measuring)
+                if result is not None:
+                    results.append(result)
+                    self.told.on_result(result)
         return self.results(results)
 
     def results(self, results: list[RunResult]) -> Results:
@@ -239,7 +241,7 @@ def loss_of(recipe: TrainingRecipe | None) -> str:
     if recipe is None:
         return ""
 
-    def kind(recipe: TrainingRecipe) -> tuple:
+    def kind(recipe: TrainingRecipe) -> tuple[Any, ...]:
         return recipe.loss, recipe.head, recipe.head_tau is None, recipe.outliers, recipe.regmixup > 0
 
     named = (name for name, settings in METHODS.items() if kind(TrainingRecipe(**settings)) == kind(recipe))

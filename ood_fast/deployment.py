@@ -71,7 +71,8 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
     copied = _copied(model)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
-    own = None if path is None else copied.get_submodule(path).weight.detach()
+    last: Any = None if path is None else copied.get_submodule(path)
+    own: Any = None if last is None else last.weight.detach()
     for name, buffer in detector.named_buffers() if own is not None else ():
         if name.endswith("head_weight") and buffer.dtype == own.dtype and torch.equal(buffer, own):
             shared[id(buffer)] = own  # of 1,000,000 classes gigabytes, once
@@ -117,7 +118,7 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: a {type(model).__name__} that cannot be copied ({error})") from error
     originals = {id(module) for module in model.modules()}
     for module in list(copied.modules()):
-        own = vars(module).get("forward")  # `model.forward = torch.compile(model.forward)` still runs the original
+        own: Any = vars(module).get("forward")  # `model.forward = torch.compile(model.forward)` still runs the original
         if is_compiled(own) and getattr(inspect.unwrap(own), "__func__", None) is type(module).forward:
             del module.forward
         elif _reaches(own, originals):
@@ -159,7 +160,7 @@ class Deployed(nn.Module):
         self.model = model.requires_grad_(False)
         self.detector = detector
         self.eval()
-        self._seen = None
+        self._seen: _Seen | None = None
         self._checked = False
         self.head = head
         if head is not None:
@@ -169,12 +170,13 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
         checking = not self._checked and not torch.compiler.is_compiling()  # the first batch, where Python runs
-        layer = self.model.get_submodule(self.head) if checking and self.head is not None else None
-        with nullcontext() if layer is None else capture_features(layer) as captured:
+        layer: Any = self.model.get_submodule(self.head) if checking and self.head is not None else None
+        watching: Any = nullcontext() if layer is None else capture_features(layer)
+        with watching as captured:
             logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
         features = None
-        if self._seen is not None:
-            head = self.model
+        if self._seen is not None and self.head is not None:
+            head: Any = self.model
             for name in filter(None, self.head.split(".")):  # get_submodule cannot be traced by torch 2.9
                 head = getattr(head, name)
             check_width(head, logits)
@@ -188,17 +190,19 @@ class Deployed(nn.Module):
                 warn_other_range(x, detector.input_range, detector.label)
                 refuse_other_head(layer, detector.fitted_on, detector.label)
             self._checked = True
-        score = self.detector.score_features(features, logits)
         if isinstance(self.detector, DetectorSet):
+            score = self.detector.score_features(features, logits)
             flagged = [_flags(detector, score[name]) for name, detector in self.detector.items()]
             return logits, torch.stack(list(score.values()), 1), torch.stack(flagged, 1)
-        return logits, score, _flags(self.detector, score)
+        alone = self.detector.score_features(features, logits)
+        return logits, alone, _flags(self.detector, alone)
 
     @property
     def thresholds(self) -> Tensor:
         """The threshold, a scalar; of a set of k, those of its detectors, (k,)."""
-        found = [detector.threshold for detector in _detectors(self.detector)]
-        return torch.stack(found) if isinstance(self.detector, DetectorSet) else found[0]
+        found: list[Any] = [detector.threshold for detector in _detectors(self.detector)]
+        thresholds: Tensor = torch.stack(found) if isinstance(self.detector, DetectorSet) else found[0]
+        return thresholds
 
     def train(self, mode: bool = True) -> Deployed:
         """Stays in eval mode: scores hold for that."""

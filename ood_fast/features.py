@@ -81,6 +81,8 @@ class Stored:
 
     def checked(self, weight: Tensor, bias: Tensor | None) -> Stored:
         """The same; UserError where the head does not make the logits of the first rows, to the digits of bfloat16."""
+        if self.logits is None:
+            return self
         if (difference := other_logits(self.features, self.logits, weight, bias)) is not None:
             raise checks.UserError(
                 f"{self.file}: the logits are not F.linear(features, W, b), they differ by up to {difference:.3g}: "
@@ -154,7 +156,7 @@ def load_head(file: str | Path) -> tuple[Tensor, Tensor | None] | None:
     if not isinstance(held, dict) or "W" not in held:
         return None
     stored = _checked(file, {"features": torch.zeros(0, 1), "W": held["W"], "b": held.get("b")})
-    return stored.W, stored.b
+    return None if stored.W is None else (stored.W, stored.b)
 
 
 def load(file: str | Path) -> Stored:
@@ -164,11 +166,11 @@ def load(file: str | Path) -> Stored:
         parts = list(_parquet_batches(file, 1 << 16))
         if not parts:
             raise checks.UserError(f"{file}: holds no sample")
-        joined = {}
+        joined: dict[str, Any] = {}
         for name in ("features", "logits", "targets"):
             values = [getattr(part, name) for part in parts]
             joined[name] = None if values[0] is None else torch.cat(values)
-        paths = None if parts[0].paths is None else tuple(path for part in parts for path in part.paths)
+        paths = None if parts[0].paths is None else tuple(path for part in parts for path in part.paths or ())
         return Stored(**joined, paths=paths)
     return _checked(file, _held(file))
 
@@ -194,9 +196,9 @@ def _held(file: Path) -> object:
 def _checked(file: Path, held: object) -> Stored:
     """What is held, as tensors of the dtypes and shapes that it should have; UserError if it is not."""
     if not isinstance(held, dict) or "features" not in held:
-        found = ", ".join(map(repr, held)) or "nothing" if isinstance(held, dict) else type(held).__name__
+        got = ", ".join(map(repr, held)) or "nothing" if isinstance(held, dict) else type(held).__name__
         others = ", ".join(f"`{name}`" for name in _NAMES[1:])
-        raise checks.UserError(f"{file}: got {found}, expected `features` (n, m), and what there is of {others}")
+        raise checks.UserError(f"{file}: got {got}, expected `features` (n, m), and what there is of {others}")
     found = {name: held[name] for name in _NAMES if held.get(name) is not None}
     tensors: dict[str, Any] = {name: _tensor(file, name, value) for name, value in found.items() if name != "paths"}
     for name, n_dims in {"features": 2, "logits": 2, "W": 2, "b": 1}.items():

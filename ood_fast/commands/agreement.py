@@ -54,7 +54,7 @@ def class_order(
 
     if options.classes is not None:
         return folders.class_names(options.classes)
-    names, own = list(names or dataset.source.classes), own_labels(model)
+    names, own = list(names or dataset.source.classes or ()), own_labels(model)
     if own is not None and set(names) <= set(own):
         return own
     natural = sorted(names, key=folders.natural)
@@ -81,9 +81,9 @@ def own_labels(model: nn.Module) -> list[str] | None:
     """What the configuration of a Hugging Face or timm model calls its outputs, if it does."""
     named = getattr(getattr(model, "config", None), "id2label", None)
     if isinstance(named, dict) and set(named) == set(range(len(named))):
-        labels = [named[index] for index in range(len(named))]
-        if labels != [f"LABEL_{index}" for index in range(len(named))]:
-            return labels
+        told = [named[index] for index in range(len(named))]
+        if told != [f"LABEL_{index}" for index in range(len(named))]:
+            return told
     config = getattr(model, "pretrained_cfg", None)
     labels = config.get("label_names") if isinstance(config, dict) else None
     return None if labels is None else list(labels)

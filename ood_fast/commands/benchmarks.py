@@ -12,8 +12,7 @@ from ..checks import UserError
 from ..data import ImageBenchmark, open_benchmark
 from ..data.folders import class_names
 from ..evaluation import Trained
-from ..evaluation.trained import RUN
-from ..training.folder import read_info
+from ..training.folder import RUN, read_info
 from .agreement import class_order
 from .common import given, listed, say
 from .model import preparation_of, text_of
@@ -100,7 +99,7 @@ class Benchmarks:
         spec = plain.prepared or {}
         # timm's models say how they were trained at first, perhaps not these weights; a processor lies beside its own.
         guessed = own is not None and not published and not hasattr(run.model, "preparation")
-        if guessed and (own["size"] > SMALL_IMAGE) != (spec["size"] > SMALL_IMAGE):
+        if own is not None and guessed and (own["size"] > SMALL_IMAGE) != (spec["size"] > SMALL_IMAGE):
             own = None
         asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})
         prepared = preparation_of(asked, run.model, own or spec) if own is not None or any(given) else spec

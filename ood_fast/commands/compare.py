@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import evaluation, files
 from ..checks import UserError
-from ..compare import Comparison, free_folder, open_runs, recipes_of, remove_runs
+from ..compare import Comparison, ComparisonWatcher, free_folder, open_runs, recipes_of, remove_runs
 from ..detectors import DetectorSet, find
 from ..evaluation import Results, RunResult, paths_of
 from ..recipes import DETECTORS, LOSSES
@@ -55,6 +55,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     compared = (_taken if options.runs else _trained)(options, context, (folder, benchmarks, chosen), measuring)
     try:
         results = compared()
+        if results is None:  # of the processes of torchrun the first writes
+            return
         context["seconds"] = round(time.perf_counter() - start, 2)
         evaluation.write(folder, results, context)
         if pictures := figures.dots(results):
@@ -116,7 +118,7 @@ def _trained(
 
 def _taken(
     options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
-) -> Callable[[], Results]:
+) -> Callable[[], Results | None]:
     """What measures runs that are trained."""
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
     of_training = ("recipe", "init", "checkpoint", "epochs", "overwrite", "losses", "seeds")
@@ -173,7 +175,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(range(numbers[0]))
 
 
-class ComparisonBar(Bar):
+class ComparisonBar(Bar, ComparisonWatcher):
     """A bar over the epochs of all runs on a terminal, else a line for each finished run; a `ComparisonWatcher`."""
 
     def __init__(self, quiet: bool) -> None:
@@ -183,8 +185,7 @@ class ComparisonBar(Bar):
 
     def __enter__(self) -> ComparisonBar:
         super().__enter__()
-        if self.bar:
-            self.bar.update(self.task, total=len(self.runs) * self.n_epochs)
+        self.expect(len(self.runs) * self.n_epochs)
         return self
 
     def on_run(self, loss: str, seed: int, run: Run | None) -> None:

@@ -135,8 +135,8 @@ def _on_features(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str 
 
 
 ONLY_FEATURES = ("head_file", "test", "ood_features", "validation", "ood_validation")
-ONLY_IMAGES = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size", "classes")
-ONLY_IMAGES += ("csid", "csid_folder")
+ONLY_IMAGES: tuple[str, ...] = ("benchmark", "data_root", "ood", "ood_folder", "download", "synthetic", "image_size")
+ONLY_IMAGES += ("classes", "csid", "csid_folder")
 ONLY_IMAGES += ("any_accuracy", "skip_bad", "model", "recipe", "head", "cache", *PREPARATION)
 
 
@@ -171,7 +171,8 @@ def _request(
     told["options"]["--features" if options.features else "RUN"] = [
         place if place.startswith(PRETRAINED) else _from(folder, place) for place in options.runs or [options.features]
     ]
-    return json.loads(json.dumps(told, default=str))  # as it is read again
+    read: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return read  # as it is read again
 
 
 def _from(folder: str | os.PathLike[str], place: str) -> str:
@@ -183,13 +184,13 @@ def _from(folder: str | os.PathLike[str], place: str) -> str:
         return str(path)
 
 
-DECIDING = ("benchmark", "checkpoint", "ood", "ood_folder", "csid", "csid_folder", "synthetic", "image_size", "classes")
-DECIDING += ("skip_bad", *PREPARATION)
+DECIDING: tuple[str, ...] = ("benchmark", "checkpoint", "ood", "ood_folder", "csid", "csid_folder", "synthetic")
+DECIDING += ("image_size", "classes", "skip_bad", *PREPARATION)
 
 
 def _folder(options: argparse.Namespace, paths: list[str], benchmark: str) -> str | Path:
     if options.out is not None:
-        return options.out
+        return str(options.out)
     if len(options.runs) > 1:
         example = f"ood-fast evaluate {shlex.join(options.runs)} --out runs/both"
         raise UserError(f"--out: needed with several runs: the folder of their common results, as in: {example}")

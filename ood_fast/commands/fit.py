@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class _ImageData:
 
     def _batches(self, source: Any, process: Processes, bar: Bar) -> images.Images:
         rows = process.share(len(source))
-        bar.total = len(rows)
+        bar.expect(len(rows))
         return images.Images(source, self.prepared, rows, self.options, bar.advance)
 
     def fit(self, detectors: DetectorSet, path: str, process: Processes) -> None:
@@ -150,10 +150,10 @@ class _ImageData:
                     fitting.fit(self.model, batches, self.options.head, process.group)
             except ValueError:  # what a detector refuses may come of classes in another order
                 if agreement is not None and agreement.counts is not None:
-                    refuse_disagreement(agreement.counts, source.classes, path, self.options.any_accuracy)
+                    refuse_disagreement(agreement.counts, source.classes or (), path, self.options.any_accuracy)
                 raise
-        if agreement is not None:
-            refuse_disagreement(agreement.counts, source.classes, path, self.options.any_accuracy)
+        if agreement is not None and agreement.counts is not None:
+            refuse_disagreement(agreement.counts, source.classes or (), path, self.options.any_accuracy)
             say(self.options, f"accuracy on {path}: {told_accuracy(agreement.counts)}")
 
     def _without_classes(self, detectors: DetectorSet, path: str) -> None:
@@ -168,7 +168,7 @@ class _ImageData:
         if path == self.options.data:
             say(self.options, f"no class folders in {path}: fitting without classes, predictions will be numbers")
 
-    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Iterator[dict[str, Tensor]]:
+    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Generator[dict[str, Tensor], None, None]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             batches = self._batches(images.read_images(path), process, bar)
             with batches.named():
@@ -190,7 +190,8 @@ class _FeatureData:
     class_names = None
 
     def __init__(self, head: tuple[Any, ...] | None, options: argparse.Namespace) -> None:
-        self.head, self.options, self.notes = head, options, {}
+        self.head, self.options = head, options
+        self.notes: dict[str, Any] = {}
 
     def _batches(self, path: str, process: Processes, bar: Bar) -> Iterable[Any]:
         for index, stored in enumerate(features.batches(path)):
@@ -215,7 +216,7 @@ class _FeatureData:
         if counts is not None and process.size == 1:  # else these are the rows of one process
             say(self.options, f"accuracy on {path}: {told_accuracy(counts)}")
 
-    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Iterator[dict[str, Tensor]]:
+    def scores(self, detectors: DetectorSet, path: str, process: Processes) -> Generator[dict[str, Tensor], None, None]:
         with Bar(f"scoring {path}", None, self.options.quiet) as bar:
             for stored in self._batches(path, process, bar):
                 with stored.named():
@@ -274,7 +275,7 @@ def _fit(
     if not options.validation:
         return fitting
     inside = _joined(data.scores(fitting, options.validation, process), process)
-    if options.tune:
+    if isinstance(fitting, Search):
         outside = {path: _joined(data.scores(fitting, path, process), process) for path in options.ood_validation}
         chosen, trials = fitting.choose(inside, outside)
         kept = {name: next(n for n, d in fitting.items() if d is detector) for name, detector in chosen.items()}
@@ -288,7 +289,7 @@ def _fit(
                     print(f"{name}: {found} (AUROC {100 * best.auroc:.2f} %, best of {len(tried)})")
     for name, detector in fitting.items():
         detector.calibrate(inside[name], tpr=options.tpr, alpha=options.alpha)
-    if options.data and process.rank == 0 and not options.quiet:
+    if isinstance(data, _ImageData) and process.rank == 0 and not options.quiet:
         print("\n".join(data.quality(fitting, options.validation)))
     return fitting
 
@@ -304,7 +305,7 @@ def _with_flag(error: ValueError, detectors: DetectorSet, tuned: bool) -> str:
     return str(error)
 
 
-def _joined(batches: Iterator[dict[str, Tensor]], process: Processes) -> dict[str, Tensor]:
+def _joined(batches: Generator[dict[str, Tensor], None, None], process: Processes) -> dict[str, Tensor]:
     """The scores of all batches, and of all processes, in the order of the ranks."""
     with closing(batches):
         parts = [{name: scores.cpu() for name, scores in batch.items()} for batch in batches]

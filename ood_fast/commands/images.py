@@ -41,7 +41,7 @@ class Images:
         rows: range,
         options: argparse.Namespace,
         on_batch: Callable[[int], None] = lambda n: None,
-        on_bad: Callable[[int, str], None] = lambda index, path: None,
+        on_bad: Callable[[int, Any], None] = lambda index, path: None,
     ) -> None:
         self.dataset = dataset_of(source, prepared)
         if source.left_out:

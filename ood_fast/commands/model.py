@@ -16,7 +16,8 @@ from .. import models, registry
 from ..checks import UserError, unknown
 from ..detectors import DetectorSet
 from ..heads import given_head
-from ..models import HF, TIMM, checkpoints, own_preparation, weight_fingerprint
+from ..models import TIMM, checkpoints, own_preparation, weight_fingerprint
+from ..models.hugging_face import HF
 from ..models.preparation import IMAGENET
 from ..training.folder import RUN, load_run, read_info
 from . import code
@@ -48,7 +49,7 @@ def load_model(
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
     if is_callable(options.model):
         model = named(options.model)
-    elif options.pretrained or (options.checkpoint is None and options.model.startswith(models.HF)):
+    elif options.pretrained or (options.checkpoint is None and options.model.startswith(HF)):
         published = models.n_published(options.model)
         if options.n_classes not in (None, published):
             raise UserError(
@@ -73,7 +74,7 @@ def load_model(
     return model.to(torch.device(device)).eval()
 
 
-def _takes(options: argparse.Namespace, kept: Mapping[str, Any]) -> dict[str, int]:
+def _takes(options: argparse.Namespace, kept: Mapping[str, Any]) -> dict[str, Any]:
     """The channels of the images; of a model of the user's their size too."""
     n_channels = len(_numbers("mean", options.mean) or kept.get("mean") or IMAGENET["mean"])
     size = options.size or kept.get("size") or IMAGENET["size"]
@@ -210,7 +211,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     """What `PREPARATION` names: as given, else as `kept` with the detectors, else the model's own."""
     kept = kept or {}
     # older files do not say the orientation: it was not read
-    own = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}
+    own: dict[str, Any] = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}
     own |= own_preparation(model, options.model, options.pretrained) or IMAGENET
     own |= {name: kept[name] for name in PREPARATION if name in kept}
     size = options.size or own["size"]

@@ -50,6 +50,11 @@ class Bar:
             seconds = time.perf_counter() - self.start
             self.line(f"{self.what}: {self.done} in {seconds:.1f} s ({self.rate():,.0f}/s)")
 
+    def expect(self, total: int) -> None:
+        """How much there is to do, where that is known only now."""
+        if self.bar:
+            self.bar.update(self.task, total=total)
+
     def advance(self, n: int) -> None:
         """`n` more are done."""
         self.at(self.done + n, words=None if self.unit else f"{self.rate():,.0f}/s")

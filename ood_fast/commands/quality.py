@@ -58,7 +58,7 @@ def _scores(
     right: list[Tensor] = []
     for batch, found in detectors.score_loader(model, (batch for batch, good, _ in loader if good), options.head):
         scores.append({name: values.cpu() for name, values in found.items()})
-        if dataset.source.classes is not None:
+        if dataset.source.classes is not None and batch.targets is not None:
             right.append(batch.logits.argmax(dim=1).eq(batch.targets).float().cpu())
     joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return joined, torch.cat(right).mean().item() if right else None

@@ -158,7 +158,7 @@ def _score_images(
     if not options.quiet:
         _warn_of_other_settings({"model": options.model, **prepared, "truncated": None}, notes)
     rows = table.process.share(len(source))
-    bar.total = len(rows)
+    bar.expect(len(rows))
     rest = range(max(rows.start, table.start), rows.stop)
     bar.advance(len(rows) - len(rest))
     batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)

@@ -162,7 +162,8 @@ class Told:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.quiet, self.tensorboard = options.quiet, options.tensorboard
-        self.bar = self.writer = None
+        self.bar: Any = None
+        self.writer: Any = None
         self.next_look = 0.0
 
     def __enter__(self) -> Told:

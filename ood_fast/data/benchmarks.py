@@ -217,6 +217,7 @@ def open_benchmark(name: str, root: str | os.PathLike[str] | None = None, **opti
         raise checks.UserError(f"benchmark {name}: needs the folder of its data (--data-root)")
     root = Path(root).expanduser()
     own = added("benchmark").get(name)
+    read: Read | None = None
     if name == "folder":
         spec, read = own_folders(root, asked.image_size or 224, asked.classes)
     else:
@@ -229,7 +230,8 @@ def open_benchmark(name: str, root: str | os.PathLike[str] | None = None, **opti
     if asked.prepared is not None:
         of_spec = {"size": "crop"} | {name: name for name in ("resize", "mean", "std", "interpolation")}
         told = ((of_spec[key], value) for key, value in asked.prepared.items() if key in of_spec)
-        spec = replace(spec, **{key: tuple(value) if isinstance(value, list) else value for key, value in told})
+        changed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told}
+        spec = replace(spec, **changed)
     upright = name == "folder" if asked.upright is None else asked.upright
     return _Opener(spec, read, replace(asked, upright=upright)).benchmark(name)
 
@@ -244,7 +246,7 @@ class _Opener:
 
     def benchmark(self, name: str) -> ImageBenchmark:
         spec = self.spec
-        parts = {
+        parts: dict[str, Callable[[], ImageDataset]] = {
             "train": self.training,
             "fit": functools.partial(self.inside, "train"),
             "validation": functools.partial(self.inside, "val"),
@@ -377,7 +379,7 @@ def _reader(name: str, spec: Spec, root: Path, options: Options) -> Read:
 def _openood_reader(name: str, spec: Spec, root: Path) -> Read:
     @functools.cache
     def read(set_name: str, split: str) -> Source:
-        images = "images_classic" if set_name == "textures" else spec.openood_images
+        images = "images_classic" if set_name == "textures" else spec.openood_images or ""
         listed = set_name.replace("imagenet_", f"{name}_") if set_name in spec.csid else set_name
         path = root / "benchmark_imglist" / name / f"{split}_{listed}.txt"
         title = DATA_SETS[set_name].title
@@ -400,5 +402,5 @@ def _digits(options: Options) -> ImageBenchmark:
     names = [*csid, *options.chosen(name for name, part in tested.items() if part.group != "csid")]
     chosen = {name: functools.partial(tested.__getitem__, name) for name in names}
     opened = {name: functools.partial(splits.__getitem__, name) for name in splits}
-    shape = tuple(splits["train"][0][0].shape)
-    return ImageBenchmark("digits", digits.N_ID_CLASSES, shape, opened, chosen)
+    channels, height, width = splits["train"][0][0].shape
+    return ImageBenchmark("digits", digits.N_ID_CLASSES, (channels, height, width), opened, chosen)

@@ -146,7 +146,8 @@ def _eight_bits(file: Image.Image) -> Image.Image:
         levels = np.rint(values * np.float64(255))
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; of 8 bits and less Pillow turns it round itself
         levels = 255 - levels
-    return pillow().fromarray(levels.clip(0, 255).astype(np.uint8))
+    image: Image.Image = pillow().fromarray(levels.clip(0, 255).astype(np.uint8))
+    return image
 
 
 def _orientation(file: Image.Image) -> int:

@@ -87,7 +87,8 @@ def _stratified_split(
         cuts = [len(rows) - n_test - n_validation, len(rows) - n_test]
         for part, chosen in zip(parts, np.split(rows, cuts), strict=True):
             part.append(chosen)
-    return tuple(np.sort(np.concatenate(part)) for part in parts)
+    train, validation, test = (np.sort(np.concatenate(part)) for part in parts)
+    return train, validation, test
 
 
 def _padded_windows(images: np.ndarray) -> np.ndarray:

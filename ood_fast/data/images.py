@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ DECODING = 2  # counts the changes of what pixels a file gives: fingerprints tel
 NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
 
 
-def torchvision() -> ModuleType:
+def torchvision() -> Any:
     """The module; `UserError` says how to get it."""
     try:
         import torchvision
@@ -184,8 +183,8 @@ class Noise(Source):
     def __init__(self, n_images: int, shape: tuple[int, int, int], mean: Colour, std: Colour, seed: int) -> None:
         super().__init__(np.full(n_images, NO_CLASS))
         self.shape, self.seed = shape, seed
-        mean, std = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (mean, std))
-        self.low, self.high = -mean / std, (1 - mean) / std
+        at, by = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (mean, std))
+        self.low, self.high = -at / by, (1 - at) / by
 
     def image(self, index: int) -> Tensor:
         """One image, prepared."""
@@ -321,7 +320,9 @@ def preparation(
     grey for a single mean."""
     transforms = torchvision().transforms
     resized = transforms.Resize(resize, transforms.InterpolationMode(interpolation))
-    return transforms.Compose([*_grey(mean), resized, transforms.CenterCrop(crop), *_normalised(mean, std)])
+    steps = [*_grey(mean), resized, transforms.CenterCrop(crop), *_normalised(mean, std)]
+    composed: Callable[[Any], Tensor] = transforms.Compose(steps)
+    return composed
 
 
 def prepared_as(said: Mapping[str, Any]) -> Callable[[Any], Tensor]:
@@ -352,7 +353,8 @@ def augmentation(
         steps.append(transforms.RandomResizedCrop(crop, interpolation=by))
     if flip:
         steps.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose([*steps, *_normalised(mean, std)])
+    composed: Callable[[Any], Tensor] = transforms.Compose([*steps, *_normalised(mean, std)])
+    return composed
 
 
 def _grey(mean: Colour) -> list[Callable[..., Any]]:

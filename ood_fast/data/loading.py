@@ -29,9 +29,12 @@ def batched(dataset: Dataset[Any], **keywords: Any) -> Iterable[Any]:
 def held_in_memory(dataset: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
     """All x and all y of a data set as tensors, or None; of a `Subset` whose rows are a range too."""
     if isinstance(dataset, Subset):
-        held = held_in_memory(dataset.dataset) if isinstance(dataset.indices, range) else None
         rows = dataset.indices
-        return held and tuple(part[rows.start : rows.stop : rows.step] for part in held)
+        held = held_in_memory(dataset.dataset) if isinstance(rows, range) else None
+        if held is None or not isinstance(rows, range):
+            return None
+        own = slice(rows.start, rows.stop, rows.step)
+        return held[0][own], held[1][own]
     return dataset.held() if hasattr(dataset, "held") else None
 
 

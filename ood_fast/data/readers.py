@@ -86,7 +86,8 @@ def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -
     """CIFAR-10 or -100 "python version", as torchvision unpacks it: data uint8 (n, 3·32·32), planes R, G, B."""
     files = getattr(layout, split)
     require_files(title, root, [f"{layout.folder}/{file}" for file in (*files, layout.meta[0])], where)
-    pixels, labels = [], []
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
     for file in files:
         path = root / layout.folder / file
         batch = safe_unpickle(path)
@@ -95,7 +96,7 @@ def read_cifar(layout: _Cifar, root: Path, split: str, title: str, where: str) -
             raise checks.UserError(f"{path}: expected 'data' to be uint8 of shape (n, 3072)")
         _check_labels(path, targets, len(data), layout.n_classes)
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += targets
+        labels += targets or ()
     meta = root / layout.folder / layout.meta[0]
     names = safe_unpickle(meta).get(layout.meta[1])
     if not isinstance(names, list) or len(names) != layout.n_classes or not all(isinstance(n, str) for n in names):
@@ -295,8 +296,7 @@ def _folder(name: str) -> Callable[[Path, str, str, str], Source]:
 def _class_folders(name: str, n_classes: int) -> Callable[[Path, str, str, str], Source]:
     def read(root: Path, split: str, title: str, where: str) -> Source:
         source = read_image_folder(root / name / ("train" if split == "train" else "val"), title, where)
-        if len(source.classes) != n_classes:
-            found = len(source.classes)
+        if (found := len(source.classes or ())) != n_classes:
             raise checks.UserError(f"{title}: {found} folders in {source.root}, expected {n_classes}; {where}")
         return source
 

@@ -41,6 +41,7 @@ def read_shifted(path: str | Path, title: str, classes: Sequence[str]) -> Source
 
 def _array(path: Path, title: str) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        held: np.ndarray = np.load(path, mmap_mode="r")
+        return held
     except (OSError, ValueError, EOFError) as error:
         raise checks.UserError(f"{title}: cannot read {path} ({error}); {EXPECTED}") from error

@@ -99,7 +99,7 @@ def open_run(
     Raises:
         UserError: nothing there, a checkpoint that does not fit, or nothing says which model it is of.
     """
-    given = None if recipe is None else recipes.find(recipe)
+    given = None if recipe is None else recipes.find(os.fspath(recipe))
     if str(path).startswith(PRETRAINED):
         name = str(path).removeprefix(PRETRAINED)
         built = models.create(name, n_classes, pretrained=True).eval()

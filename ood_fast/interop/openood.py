@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +36,7 @@ except ImportError:
 _Candidates = Mapping[tuple[Any, ...], Detector]
 
 
-class Postprocessor(BasePostprocessor):
+class Postprocessor(BasePostprocessor):  # type: ignore[misc]  # of a package that need not be there
     """One of our detectors as one of theirs.
 
     With `APS_mode`, their automatic parameter search: `setup` fits the detector for every combination of `args_dict`
@@ -175,7 +175,7 @@ class Postprocessor(BasePostprocessor):
     @torch.no_grad()
     def _score(
         self, net: nn.Module, loader: Iterable[Any], detectors: _Candidates
-    ) -> Iterator[tuple[Tensor, dict[tuple[Any, ...], Tensor], Tensor | None]]:
+    ) -> Iterator[tuple[Tensor, dict[tuple[Any, ...], Tensor], Any]]:
         """For each batch: predicted classes, scores by each detector, labels."""
         for batch, scores in _set(detectors).score_loader(net, _Pairs(loader), self.head):
             yield batch.logits.argmax(dim=1), dict(zip(detectors, scores.values(), strict=True)), batch.targets
@@ -186,13 +186,13 @@ class Postprocessor(BasePostprocessor):
         from rich.progress import track
 
         scored = self._score(net, loader, detectors)
-        total = len(loader) if hasattr(loader, "__len__") else None
+        total = len(loader) if isinstance(loader, Sized) else None
         batches = [
             (predicted.cpu(), {key: score.cpu() for key, score in scores.items()}, labels.cpu())
             for predicted, scores, labels in track(scored, "Inference", total, disable=not progress)
         ]
-        predicted, scores, labels = zip(*batches, strict=True)
-        scores = {key: torch.cat([batch[key] for batch in scores]).float().numpy() for key in detectors}
+        predicted, parts, labels = zip(*batches, strict=True)
+        scores = {key: torch.cat([batch[key] for batch in parts]).float().numpy() for key in detectors}
         return torch.cat(predicted).numpy(), scores, torch.cat(labels).numpy().astype(int)
 
 

@@ -29,7 +29,7 @@ except ImportError as error:
     raise ImportError("this adapter needs pytorch-ood 0.4 or newer: pip install pytorch-ood") from error
 
 
-class PytorchOOD(api.FeaturesDetector):
+class PytorchOOD(api.FeaturesDetector):  # type: ignore[misc]  # of a package that need not be there
     """One of our detectors as one of theirs. Of a subclass named like the detector, as their tables print the class.
 
     `encoder` maps inputs to features, one for all adapters of a model: their benchmarks and `GridSearch` run it once
@@ -47,7 +47,7 @@ class PytorchOOD(api.FeaturesDetector):
 
     info = api.DetectorInfo(tasks={api.Task.CLASSIFICATION})
 
-    def __new__(cls, detector: detectors.Detector, *args: Any, **keywords: Any) -> PytorchOOD:
+    def __new__(cls, detector: detectors.Detector, *args: Any, **keywords: Any) -> Any:
         """One of a subclass that is named like the detector."""
         return super().__new__(type(type(detector).__name__, (cls,), {}) if cls is PytorchOOD else cls)
 
@@ -72,8 +72,7 @@ class PytorchOOD(api.FeaturesDetector):
         Labels are whole numbers of any dtype.
         """
         if self.detector.needs_fit:
-            self._require_model()
-            self.detector.fit(self.model, _known(data_loader), self.head)
+            self.detector.fit(self._required_model(), _known(data_loader), self.head)
         return self
 
     def fit_features(self, x: Tensor, y: Tensor | None = None) -> PytorchOOD:
@@ -87,9 +86,9 @@ class PytorchOOD(api.FeaturesDetector):
 
     def predict(self, x: Tensor) -> Tensor:
         """Outlier scores (n,) of a batch of inputs; the model runs once, in eval mode, and its modes are restored."""
-        self._require_model()
+        model = self._required_model()
         self._require_fitted()
-        return -self.detector.score(self.model, x, self.head)
+        return -self.detector.score(model, x, self.head)
 
     @torch.no_grad()
     def predict_features(self, x: Tensor) -> Tensor:
@@ -115,12 +114,13 @@ class PytorchOOD(api.FeaturesDetector):
     def _logits(self, features: Tensor) -> Tensor | None:
         return None if self.head is None else F.linear(features, *inference_head(self.head))
 
-    def _require_model(self) -> None:
+    def _required_model(self) -> nn.Module:
         if self.model is None:
             raise api.ModelNotSetException
+        return self.model
 
     def _require_fitted(self) -> None:
-        if self._follows_head:
+        if self._follows_head and self.head is not None:
             weight, bias = inference_head(self.head)
             pairs = zip((self.detector.head_weight, self.detector.head_bias), (weight, bias), strict=True)
             if not all(_same(kept, given) for kept, given in pairs):
@@ -131,9 +131,9 @@ class PytorchOOD(api.FeaturesDetector):
 
 def _head(detector: detectors.Detector, model: nn.Module | None, head: str | nn.Linear | None) -> nn.Linear | None:
     if model is None:
-        if head is not None:
-            checks.instance("head", head, nn.Linear, "an nn.Linear where there is no model")
-        return head
+        if head is None or isinstance(head, nn.Linear):
+            return head
+        raise TypeError(f"head: got {head!r}, expected an nn.Linear where there is no model")
     if head is not None or detector.needs_features or detector.needs_head:
         return given_head(model, head)
     try:
@@ -149,7 +149,7 @@ class _Encoder(nn.Module):
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
         (batch,) = run_model(self.model, [x], self.head)
         return batch.features
 

@@ -27,7 +27,7 @@ from ..detectors import Detector
 from ..evaluation.loaders import evaluate_loaders
 
 
-def _callback() -> type:
+def _callback() -> Any:
     """Lightning's class, by either name of the package; without it the call is what remains."""
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
@@ -40,7 +40,7 @@ def _callback() -> type:
 Callback: Any = _callback()
 
 
-class OODMetrics(Callback):
+class OODMetrics(Callback):  # type: ignore[misc]  # of a package that need not be there
     """{"ood/SET/DETECTOR/METRIC": value}: detectors fitted anew on the model as it is, and measured.
 
     The model, its modes, its gradients and torch's generator are left as they were: what is trained does not depend on

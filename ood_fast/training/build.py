@@ -51,7 +51,7 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
     """The loss (logits, y) -> scalar; ELogitNorm's is bound to the head of `model`. One of your own may be an
     `Objective` instead, as "supcon", "cider" and "palm" are."""
     if own := added("loss").get(recipe.loss):
-        criterion = own(model, recipe)
+        criterion: Callable[[Tensor, Tensor], Tensor] = own(model, recipe)
         if not callable(criterion):
             raise checks.UserError(
                 f"loss {recipe.loss!r}: got {type(criterion).__name__} of (model, recipe), expected a "

@@ -37,7 +37,7 @@ LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
 CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call them
 COMPLETE = "complete"
 # of run.json, besides the recipe and what is prepared: a run is only continued where these are the same
-DECIDING = ("seed", "init_weights", "processes", "sync_bn")
+DECIDING: tuple[str, ...] = ("seed", "init_weights", "processes", "sync_bn")
 DECIDING += ("class_names", "image_shape", "training_images", "validation_images", "outlier_images")
 
 
@@ -162,7 +162,8 @@ def file_key(path: str | os.PathLike[str]) -> str:
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source", "init")}
     prepared = {f"prepared: {name}": value for name, value in (info.get("prepared") or {}).items()}
-    return json.loads(json.dumps(recipe | {name: info.get(name) for name in DECIDING} | prepared))  # as from a file
+    read: dict[str, Any] = json.loads(json.dumps(recipe | {name: info.get(name) for name in DECIDING} | prepared))
+    return read  # as from a file
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -98,6 +98,7 @@ class Run:
         self.diagnosed: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self._unsaved_best: nn.Module | Mapping[str, Any] | None = None
+        self.loaders: list[Iterable[Any]] = []  # while it trains
 
     # ---- from the outside
 
@@ -161,7 +162,7 @@ class Run:
                 raise
             finally:
                 self._loading.fill_(False)
-                del self.loaders  # their workers live as long, or until the error that holds them is handled
+                self.loaders = []  # their workers live as long, or until the error that holds them is handled
                 self.network = self.model  # without what the objective put around it
             if self.rank == 0:
                 self.folder.write_checkpoint(FINAL, self.model)
@@ -179,6 +180,7 @@ class Run:
                 answer[0] = self.folder.claim(describe(self, "new"), self.options.resume)
             except checks.UserError as error:
                 answer[1] = str(error)
+        state: dict[str, Any] | None
         state, refusal = self.processes.first(answer)
         if refusal is not None:
             raise checks.UserError(refusal)
@@ -193,7 +195,7 @@ class Run:
             models.load_checkpoint(self.model, recipe.init)
         if self.options.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self._format = {"memory_format": torch.channels_last} if self.options.channels_last else {}
+        self._format: dict[str, Any] = {"memory_format": torch.channels_last} if self.options.channels_last else {}
         self.model.to(self.device, **self._format)
         self.objective = objective_of(recipe, self.model).to(self.device)
         own = dict.fromkeys([*self.model.parameters(), *self.objective.parameters()])  # each once
@@ -205,7 +207,8 @@ class Run:
             devices = None if self.device.type == "cpu" else [self._index()]
             self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
         if self.options.compile:
-            self.network = torch.compile(self.network)
+            compiled: Any = torch.compile(self.network)
+            self.network = compiled
         self.sets = [(benchmark.train, self.batches)]
         for images in self.objective.images_beside(benchmark):
             size = 0 if self.objective.companion == "views" else recipe.outlier_batch_size
@@ -215,10 +218,10 @@ class Run:
         self._begin_epoch()
         self._saved = time.monotonic()
         if state is None:
-            own = mixed(self.seed, self.rank, 1)  # no two processes draw the same dropout
-            random.seed(own)
-            np.random.seed(own)
-            torch.manual_seed(own)
+            drawn = mixed(self.seed, self.rank, 1)  # no two processes draw the same dropout
+            random.seed(drawn)
+            np.random.seed(drawn)
+            torch.manual_seed(drawn)
         else:
             self._restore(state)
 
@@ -259,7 +262,7 @@ class Run:
         self._end_epoch()
 
     def _train_step(self, x: Tensor, y: Tensor, *beside: Tensor) -> None:
-        x, *beside = (images.to(self.device, non_blocking=True, **self._format) for images in (x, *beside))
+        x, *others = (images.to(self.device, non_blocking=True, **self._format) for images in (x, *beside))
         y = y.to(self.device, non_blocking=True)
         x, target = self.mixing(x, y, self.epoch, self.step, self.rank)
         for group in self.optimizer.param_groups:
@@ -267,7 +270,7 @@ class Run:
         self.optimizer.zero_grad()
         with self._autocast():
             done = (self.epoch + self.step / self.steps_an_epoch) / self.recipe.epochs
-            batch = StepBatch(x, target, *(beside or [None]), done=done)
+            batch = StepBatch(x, target, next(iter(others), None), done)
             loss, logits = of_step(self.recipe.loss, self.objective.step(self.network, batch))
         self.scaler.scale(loss).backward()
         self.objective.average_gradients(self.n_processes)
@@ -322,7 +325,7 @@ class Run:
                 self.watcher.on_diagnostics(self, self.diagnosed[-1])
 
     @torch.no_grad()
-    def _accuracy(self, dataset: Dataset[Any]) -> float:
+    def _accuracy(self, dataset: Any) -> float:
         """Of the model in evaluation mode; each process looks at its share. Signals are heard after each batch: where
         one stops the run, the epoch's steps are saved, and it goes on from here."""
         rows = self.processes.share(len(dataset))

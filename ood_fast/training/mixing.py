@@ -53,7 +53,7 @@ def _in_one(kind: str, x: Tensor, theirs: Tensor, share: float, random: np.rando
     """x and theirs in one, and the share that is of x."""
     if kind == "mixup":
         return torch.lerp(theirs, x, share), share
-    rows, columns = _rectangle(random, tuple(x.shape[-2:]), 1 - share)
+    rows, columns = _rectangle(random, (x.shape[-2], x.shape[-1]), 1 - share)
     x = x.clone()
     x[..., rows, columns] = theirs[..., rows, columns]
     return x, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / x[0, 0].numel()
@@ -61,7 +61,7 @@ def _in_one(kind: str, x: Tensor, theirs: Tensor, share: float, random: np.rando
 
 def _drawn() -> np.random.Generator:
     """Numbers that torch's global generator decides, whose state a run saves."""
-    return np.random.default_rng(torch.randint(2**62, (), device="cpu").item())
+    return np.random.default_rng(int(torch.randint(2**62, (), device="cpu")))
 
 
 def _rectangle(random: np.random.Generator, shape: tuple[int, int], area: float) -> tuple[slice, slice]:

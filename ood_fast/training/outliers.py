@@ -190,7 +190,8 @@ class VOSLoss(VirtualOutliersLoss):
             ridge = (torch.finfo(mean.dtype).eps * covariance.trace()).clamp(min=RIDGE)
             covariance.diagonal().add_(ridge)
             factor, _ = torch.linalg.cholesky_ex(covariance)
-            return mean.repeat_interleave(self.select, 0) + self._extremes(mean).flatten(0, 1) @ factor.T
+            drawn: Tensor = mean.repeat_interleave(self.select, 0) + self._extremes(mean).flatten(0, 1) @ factor.T
+            return drawn
 
     def _extremes(self, like: Tensor) -> Tensor:
         """ε (c, select, m): the longest of `candidates` standard normal vectors for each class; the length of such a
