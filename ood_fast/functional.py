@@ -6,7 +6,7 @@ layer, f = z W^T + b (n, c) are the logits, p = argmax f the predicted class (fi
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,41 @@ from .eager.rows import temperature_of as temperature_of
 from .ops import losses, scores
 from .records import Labels
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    class _Options(TypedDict, total=False):
+        weight: Tensor | None
+        ignore_index: int
+        reduction: str
+        label_smoothing: float
+        eps: float
+        average: str
+        detach_geometry: bool
+
+
+@overload
+def elogitnorm(
+    logits: Tensor,
+    z: Tensor | None,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    *,
+    return_distance: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def elogitnorm(
+    logits: Tensor,
+    z: Tensor | None,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    *,
+    return_distance: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
 def elogitnorm(
     logits: Tensor,
     z: Tensor | None,
@@ -105,6 +139,20 @@ def elogitnorm(
     return (loss, as_places(distance, shape)) if return_distance else loss
 
 
+@overload
+def linear_elogitnorm(
+    z: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    y: Tensor,
+    *,
+    return_distance: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def linear_elogitnorm(
+    z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, *, return_distance: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 def linear_elogitnorm(
     z: Tensor,
     W: Tensor,

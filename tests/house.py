@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"ood_fast": ROOT / "ood_fast", "ood_fast.kernels": ROOT / "kernels"}
 
 LIMITS = {
-    "lines": 36_484,  # of Python in ood_fast/ and kernels/
-    "lines of code": 24_759,  # of these, without blank lines, comments and docstrings
+    "lines": 36_566,  # of Python in ood_fast/ and kernels/
+    "lines of code": 24_837,  # of these, without blank lines, comments and docstrings
     "longest file": 450,
     "parameters": 8,  # of a function, `self` left out; the kernels' own signatures and the operators' are flat
     "import circles": 0,
@@ -327,7 +327,8 @@ def undocumented() -> list[str]:
                 found.append(where)
             for node in scope.body:
                 public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-                if public and isinstance(scope, (ast.Module, ast.ClassDef)):
+                overload = any("overload" in ast.unparse(by) for by in getattr(node, "decorator_list", ()))
+                if public and not overload and isinstance(scope, (ast.Module, ast.ClassDef)):
                     scopes.append((f"{where}.{node.name}", node))
     return sorted(found)
 

@@ -17,6 +17,7 @@ from processes import COMMAND, environment, forked, python
 import ood_fast
 from ood_fast import cli, detectors, evaluation, models, recipes
 from ood_fast.commands import compare as compare_command
+from ood_fast.commands.progress import Bar
 
 writing = importlib.import_module("ood_fast.evaluation.write")
 
@@ -243,6 +244,13 @@ def test_the_bar_counts_every_epoch(monkeypatch):
     (task,) = shown[0].bar.tasks
     assert (task.completed, task.total) == (2, 2)
     assert task.description.split() == ["run", "2/2", "seed", "1", "ce"]
+
+
+def test_a_bar_is_told_the_total_later(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = Bar("fitting", None, quiet=False)
+    bar.expect(12)
+    assert [task.total for task in bar.bar.tasks] == [12]
 
 
 @pytest.mark.parametrize("width", [30, 50, 80, 200])

@@ -131,9 +131,9 @@ class PytorchOOD(api.FeaturesDetector):  # type: ignore[misc]  # of a package th
 
 def _head(detector: detectors.Detector, model: nn.Module | None, head: str | nn.Linear | None) -> nn.Linear | None:
     if model is None:
-        if head is None or isinstance(head, nn.Linear):
-            return head
-        raise TypeError(f"head: got {head!r}, expected an nn.Linear where there is no model")
+        if head is not None:
+            checks.instance("head", head, nn.Linear, "an nn.Linear where there is no model")
+        return head if isinstance(head, nn.Linear) else None
     if head is not None or detector.needs_features or detector.needs_head:
         return given_head(model, head)
     try:
