@@ -361,7 +361,7 @@ def test_which_dimension_has_the_channels():
     model = nn.Module()
     model.conv, model.linear, model.both = conv, linear, nn.Sequential(nn.Conv1d(8, 8, 1), norm)
     model.image, model.fc = nn.Conv2d(3, 5, 1), nn.Linear(8, C)
-    model.attention = nn.MultiheadAttention(8, 2)
+    model.attention, model.rnn = nn.MultiheadAttention(8, 2), nn.LSTM(8, 4, batch_first=True, bidirectional=True)
     numbers = torch.randn(2, 6, 8)
     turned = numbers.movedim(1, 2)
     for layer in ("conv", "linear", "both"):  # one dimension is as wide as a layer
@@ -370,6 +370,7 @@ def test_which_dimension_has_the_channels():
     square = torch.randn(2, 8, 8)
     assert torch.equal(maps_of(model, "conv", square), square)  # both are
     assert torch.equal(maps_of(model, "linear", square), square.movedim(1, 2))
+    assert torch.equal(maps_of(model, "rnn", (square, None)), square.movedim(1, 2))
     with pytest.raises(
         ValueError, match=r"'both' gives \('n', 8, 8\), and nothing tells which .* name a layer inside it"
     ):

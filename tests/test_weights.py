@@ -361,14 +361,15 @@ class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.use_head = nn.Sequential(nn.Linear(6, M), nn.ReLU()), 0
-        self.heads = nn.ModuleList([nn.Linear(M, 5), nn.Linear(M, 5)])
+        self.heads, self.scale = nn.ModuleList([nn.Linear(M, 5), nn.Linear(M, 5)]), 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.heads[self.use_head](self.body(x))
+        return self.heads[self.use_head](self.body(x)).mul_(self.scale)
 
 
 LOGITS = "its logits are (made by another linear layer than|not what the linear layer gives that made them)"
 CHANGES = {
+    "scaled in place": lambda net: setattr(net, "scale", 3.0),
     "switched": lambda net: setattr(net, "use_head", 1),
     "hook of the head": lambda net: net.heads[0].register_forward_hook(lambda layer, args, output: 3 * output),
     "hook of the model": lambda net: net.register_forward_hook(lambda model, args, output: 3 * output),

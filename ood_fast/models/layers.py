@@ -94,7 +94,7 @@ def _is_channels_last(model: nn.Module, layer: str, shape: tuple[int, ...]) -> b
     weights = [getattr(m, "weight", None) for m in own]
     dims = [weight.dim() for weight in weights if isinstance(weight, Tensor)]
     first = 1 + len(shape) in dims or any(hasattr(m, "running_mean") for m in own)
-    last = 2 in dims or any(isinstance(m, nn.LayerNorm) for m in own)
+    last = 2 in dims or any(isinstance(m, (nn.LayerNorm, nn.RNNBase)) for m in own)
     wide, own_wide = (set().union(*map(_widths, modules)) for modules in (every, own))
     for second, at_end in (
         (shape[0] in wide, shape[-1] in wide),
@@ -114,6 +114,8 @@ def _is_channels_last(model: nn.Module, layer: str, shape: tuple[int, ...]) -> b
 
 def _widths(module: nn.Module) -> set[int]:
     """How many channels a convolution, norm or linear layer takes and makes; empty for other modules."""
+    if isinstance(module, nn.RNNBase):
+        return {module.input_size, module.hidden_size * (1 + module.bidirectional)}
     if len(getattr(module, "normalized_shape", ())) > 1:
         return set()
     weights = [getattr(module, name, None) for name in ("weight", "running_mean")]

@@ -107,8 +107,8 @@ def run_model(
 
 
 def _flat(output: Any) -> Tensor | None:
-    """What a linear layer gives for each input; other outputs are not held."""
-    return output if isinstance(output, Tensor) and output.dim() == 2 else None
+    """What a linear layer gives for each input, before the model changes it in place; other outputs are not held."""
+    return output.clone() if isinstance(output, Tensor) and output.dim() == 2 else None
 
 
 def _maker(outputs: Mapping[nn.Linear, Tensor | None], logits: Tensor) -> nn.Linear | bool | None:
