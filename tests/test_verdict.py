@@ -47,6 +47,13 @@ def test_seeds_that_lack_a_number_are_not_counted():
     assert any("l2norm against ce" in told and "that 2 seeds can show" in told for told in sentences_of(results))
 
 
+def test_a_baseline_that_alone_was_scored_is_the_best():
+    results = results_of({"ce": [0.9, 0.91], "elogitnorm": [0.5, 0.51]})
+    for run in results.runs[1:]:
+        run.scores = {}
+    assert sentences_of(results)[0] == "Best by AUROC (%): ce with MSP, near-OOD 90.0, one run."
+
+
 def test_bars_in_names_stay_in_their_cells():
     text = as_markdown(Table("", "", ("a|b",), (Section("c|d", (("e|f", (Cell("1"),)),)),)))
     assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {3}

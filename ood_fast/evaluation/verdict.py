@@ -23,6 +23,7 @@ class Ranked:
     method: str
     detector: str
     values: dict[str, float]
+    n_runs: int
 
     @property
     def score(self) -> float:
@@ -53,7 +54,8 @@ def ranking(results: Results) -> list[Ranked]:
             keys = [("auroc", detector, name) for name in means_of(results)]
             scored = [run for run in runs if detector in run.scores and run.holds(keys)]
             if scored and keys:
-                found.append(Ranked(method, detector, {k[2]: fmean(r.value(*k) for r in scored) for k in keys}))
+                means = {key[2]: fmean(run.value(*key) for run in scored) for key in keys}
+                found.append(Ranked(method, detector, means, len(scored)))
     return sorted(found, key=lambda ranked: -ranked.score)
 
 
@@ -62,17 +64,17 @@ def verdict(results: Results) -> list[str]:
     ranked = ranking(results)
     if not ranked:
         return []
-    best, n_runs = ranked[0], len(results.methods[ranked[0].method])
-    over = f", mean of {n_runs} seeds" if n_runs > 1 else ", one run"
+    best = ranked[0]
+    over = f", mean of {best.n_runs} seeds" if best.n_runs > 1 else ", one run"
     several = len(results.methods) > 1
     name = f"{best.method} with {label_of(best.detector)}" if several else label_of(best.detector)
     sentences = [f"Best by AUROC (%): {name}, {best.told()}{over}."]
     baseline = results.baseline
     others = [r for r in ranked[1:] if r.method != best.method] if several else ranked[1:]
     if baseline is not None:
-        first = best if best.method != baseline else others[0]
+        first = next((r for r in ranked if r.method != baseline), None)
         against = next((r for r in ranked if r.method == baseline), None)
-        if against is not None:
+        if first is not None and against is not None:
             sentences.append(_against(results, first, against))
         compared_with = [method for method in results.methods if method != baseline]
         sentences += [sentence for method in compared_with for sentence in _overall(results, method, baseline)]
