@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -266,6 +267,9 @@ def test_tuning_chooses_on_validation_data_and_refuses_test_data(photos, capsys)
     assert detectors.load("d.safetensors")["NCI"].threshold is not None
     assert cli.main([*arguments, "--tune", "--validation", "val", "--ood-validation", "./val", "--out", "e"]) == 2
     assert "--ood-validation: ./val is in-distribution data by --data or --validation" in capsys.readouterr().err
+    shutil.copytree("val", "copy")
+    assert cli.main([*arguments, "--tune", "--validation", "val", "--ood-validation", "copy", "--out", "e"]) == 2
+    assert "--ood-validation: copy scores as --validation does" in capsys.readouterr().err
     Path("val").rename("test")
     assert cli.main([*arguments, "--tune", "--validation", "test", "--ood-validation", "ood", "--out", "e"]) == 0
     assert "warning: --tune: test is called like test data" in capsys.readouterr().err

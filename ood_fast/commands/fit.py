@@ -277,6 +277,10 @@ def _fit(
     inside = _joined(data.scores(fitting, options.validation, process), process)
     if isinstance(fitting, Search):
         outside = {path: _joined(data.scores(fitting, path, process), process) for path in options.ood_validation}
+        for path, others in outside.items():
+            pairs = [(scores.sort().values, others[name].sort().values) for name, scores in inside.items()]
+            if all(len(a) == len(b) and a[0] < a[-1] and torch.allclose(a, b) for a, b in pairs):
+                raise UserError(f"--ood-validation: {path} scores as --validation does, expected other data, no copy")
         chosen, trials = fitting.choose(inside, outside)
         kept = {name: next(n for n, d in fitting.items() if d is detector) for name, detector in chosen.items()}
         inside = {name: inside[candidate] for name, candidate in kept.items()}
