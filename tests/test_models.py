@@ -521,5 +521,9 @@ def test_number_of_classes_of_a_checkpoint(wrapped, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     checkpoints.save_checkpoint(wrapped(models.create("resnet18_32x32", 7).state_dict()), path)
     assert checkpoints.n_classes_of(path) == 7
+    names = ("layers.0.fc", "classifier.linear", "levit.block.linear")  # sorted, the head is not the last
+    state = {f"module.model.{name}.weight": torch.zeros(7 if "class" in name else 5, 5) for name in names}
+    checkpoints.save_checkpoint(wrapped(state), path)
+    assert checkpoints.n_classes_of(path) == 7
     torch.save({"mean": torch.zeros(3)}, tmp_path / "flat.pt")
     assert checkpoints.n_classes_of(tmp_path / "flat.pt") is None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..files import replacing
-from ..heads import unwrapped
+from ..heads import HEAD_NAMES, unwrapped
 from ..intact import check_zip
 
 WRAPPER = "module."  # DistributedDataParallel and DataParallel
@@ -147,10 +147,20 @@ def _checksum(state: Mapping[str, Tensor]) -> str:
 
 
 def n_classes_of(path: str | os.PathLike[str]) -> int | None:
-    """How many classes the classifier in a checkpoint tells apart: rows of its last matrix, which is the head of most
-    models; None without a matrix. Raises as `load_checkpoint`."""
-    matrices = [value for value in _state_dict(read_checkpoint(path), path).values() if value.dim() == 2]
-    return len(matrices[-1]) if matrices else None
+    """How many classes the classifier in a checkpoint tells apart: rows of the last matrix that is called as heads are,
+    else of the last one; None without a matrix. Raises as `load_checkpoint`."""
+    # safetensors keeps names in alphabetical order: there the last is often one of another layer
+    state = _state_dict(read_checkpoint(path), path)
+    matrices = {_inner_name(key): value for key, value in state.items() if value.dim() == 2}
+    heads = [value for key, value in matrices.items() if key.partition(".")[0] in HEAD_NAMES]
+    return len((heads or [*matrices.values()])[-1]) if matrices else None
+
+
+def _inner_name(key: str) -> str:
+    """Without what wrappers and training frameworks put in front."""
+    while key.startswith((WRAPPER, COMPILED, *OWNERS)):
+        key = key.partition(".")[2]
+    return key
 
 
 def _state_dict(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
