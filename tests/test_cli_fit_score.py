@@ -421,6 +421,18 @@ SMALL = [
 ]
 
 
+def test_names_of_other_classes_are_refused(stored, capsys):
+    """Detectors of logits alone do not know how many classes there are."""
+    train = write("train.npz", stored)
+    assert fit("--features", train, "--detectors", "MSP", "--out", "d.safetensors") == 0
+    for names in (["a", "b"], list("abcdefg")):
+        Path("names.json").write_text(json.dumps(names))
+        given = ["--classes", "names.json", "--out", "s.csv"]
+        assert score("--detectors", "d.safetensors", "--features", train, *given) == 2
+        assert f"--classes: {len(names)} names, but there are {C} logits" in capsys.readouterr().err
+    assert not Path("s.csv").exists()
+
+
 def test_own_detectors(stored):
     Path("mydetector.py").write_text(PLUGIN)
     train = write("train.npz", stored)
@@ -483,6 +495,9 @@ def test_bad_requests(stored, capsys, photos):
         (["fit", "--features", train, "--set", "KNN.k=zero", *out], "k: got 'zero'"),
         (["fit", "--features", train, "--tune", *out], "--tune: needs --validation"),
         (["fit", "--features", train, "--tpr", "0.9", *out], "need --validation"),
+        (["fit", "--features", train, "--classes", "names.txt", *out], "--classes: not used with --features"),
+        (["fit", "--data", "train", "--head-file", train, *out], "--head-file: only used with --features"),
+        (["score", "--detectors", "d", "--features", train, "--size", "8", "--out", "s.csv"], "--size: not used with"),
         (["fit", "--data", "nowhere", "--model", "resnet18", *out], "no folder nowhere"),
         (["fit", "--data", "train", *out], "--model: got none"),
         (["fit", "--data", "train", "--model", "mymodel:nothing", *out], "has no attribute 'nothing'"),

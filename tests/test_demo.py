@@ -19,6 +19,7 @@ import torch
 
 import ood_fast
 from ood_fast import cli, serving
+from ood_fast.checks import UserError
 from ood_fast.commands import demo
 from ood_fast.detectors import DetectorSet
 
@@ -61,6 +62,15 @@ def options(*arguments: str) -> argparse.Namespace:
 def png() -> bytes:
     Image.new("RGB", (6, 5), (250, 10, 30)).save(file := io.BytesIO(), "png")
     return file.getvalue()
+
+
+def test_a_bundle_takes_a_preparation_and_no_weights(fitted):
+    """They were left aside without a word."""
+    service = demo.service_of(options("bundle", "--mean", "0.1,0.2,0.3", "--orientation", "stored"))
+    assert not service.upright
+    assert "mean 0.1,0.2,0.3" in service.page
+    with pytest.raises(UserError, match="--checkpoint: not used with a bundle"):
+        demo.service_of(options("bundle", "--checkpoint", "other.pt"))
 
 
 @pytest.mark.parametrize("file", ["detectors.safetensors", "bundle"])

@@ -97,6 +97,13 @@ def given(options: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def refuse_given(options: Any, told: str, *names: str) -> None:
+    """UserError for the first of these options that was given: it would have no effect."""
+    for name in names:
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: {told}")
+
+
 def data_of(options: Any) -> dict[str, Any]:
     """What runs keep of where their images are, so that later commands find them."""
     return {"root": whole_path(options.data_root), **given(options, "layout", "image_size")}

@@ -21,10 +21,11 @@ from ..report.pages import document
 from ..serving import Service
 from . import RunError
 from .code import import_plugins
-from .common import listed
-from .model import cannot_take, deployable, fitted, is_callable, named, text_of
+from .common import listed, refuse_given
+from .model import cannot_take, deployable, fitted, is_callable, named, preparation_of, text_of
 
 POLICY = "; connect-src 'self'; img-src blob:"  # it asks this server alone, and shows the image that was dropped
+OF_WEIGHTS = ("checkpoint", "pretrained", "n_classes", "other_model")
 SCRIPT = """
 const input = document.querySelector("input"), shown = document.querySelector("img");
 const verdict = document.querySelector("#verdict"), body = document.querySelector("tbody");
@@ -88,6 +89,7 @@ def service_of(options: argparse.Namespace) -> Service:
 
 def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
     """The model and detectors of `save_bundle`, and how its images are prepared."""
+    refuse_given(options, "not used with a bundle, which has its weights", *OF_WEIGHTS)
     model = named(options.model) if options.model and is_callable(options.model) else options.model
     try:
         bundle = load_bundle(folder, model)
@@ -96,7 +98,8 @@ def _of_bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, De
     found = bundle.detectors if isinstance(bundle.detectors, DetectorSet) else DetectorSet([bundle.detectors])
     for _, each in found.items():
         each.class_names = each.class_names or bundle.classes
-    prepared = {"interpolation": "bilinear"} | bundle.preparation
+    kept = {"interpolation": "bilinear", "orientation": "exif"} | bundle.preparation
+    prepared = preparation_of(options, bundle.model, kept)
     return bundle.model, deployable(found, listed(options.detectors or "")), prepared
 
 

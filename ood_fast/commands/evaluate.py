@@ -22,7 +22,7 @@ from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
-from .common import context_of, detector_set, device, given, processes, read_head_file, say, searched
+from .common import context_of, detector_set, device, given, processes, read_head_file, refuse_given, say, searched
 from .model import PREPARATION, allow, is_callable, named
 from .progress import Bar
 from .quality import not_to_use
@@ -143,10 +143,8 @@ ONLY_IMAGES += ("any_accuracy", "skip_bad", "model", "recipe", "head", "cache", 
 def _check(options: argparse.Namespace) -> None:
     if bool(options.runs) == bool(options.features):
         raise UserError("RUN, --features: expected one of them, trained models or stored features")
-    for name in ONLY_IMAGES if options.features else ONLY_FEATURES:
-        if getattr(options, name):
-            other = "not used with --features" if options.features else "only used with --features"
-            raise UserError(f"--{name.replace('_', '-')}: {other}")
+    told = "not used with --features" if options.features else "only used with --features"
+    refuse_given(options, told, *(ONLY_IMAGES if options.features else ONLY_FEATURES))
     if options.features and not (options.test and options.ood_features):
         raise UserError("--features: needs --test and --ood-features")
     if options.ood_validation and not options.validation:

@@ -22,8 +22,8 @@ from ..processes import Processes
 from . import RunError, images, quality
 from .agreement import Agreement, class_order
 from .code import import_plugins
-from .common import detector_set, device, processes, read_head_file, say, warn
-from .model import REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
+from .common import detector_set, device, processes, read_head_file, refuse_given, say, warn
+from .model import OF_IMAGES, REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
 from .progress import Bar
 
 OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
@@ -55,6 +55,10 @@ def run(options: argparse.Namespace, command: str) -> None:
 def _check(options: argparse.Namespace) -> None:
     if bool(options.data) == bool(options.features):
         raise UserError("--data, --features: expected one of them, training images or training features")
+    if options.features:
+        refuse_given(options, "not used with --features", *OF_IMAGES, "classes")
+    else:
+        refuse_given(options, "only used with --features", "head_file")
     if options.tune and not (options.validation and options.ood_validation):
         raise UserError("--tune: needs --validation and --ood-validation")
     if options.ood_validation and not options.tune:

@@ -25,6 +25,7 @@ from .common import listed, read_detectors, say
 
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
 PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
+OF_IMAGES = (*REMEMBERED, "n_classes", *PREPARATION, "skip_bad")  # options that stored features have no use for
 
 
 def load_model(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import checks, features
 from ..checks import UserError
 from ..data.folders import class_names
@@ -17,8 +19,8 @@ from ..data.images import Files
 from ..detectors import DetectorSet
 from . import RunError, gallery, images
 from .code import import_plugins
-from .common import device, given, processes, read_detectors, warn
-from .model import PREPARATION, REMEMBERED, cannot_take, fitted_on
+from .common import device, given, processes, read_detectors, refuse_given, warn
+from .model import OF_IMAGES, PREPARATION, REMEMBERED, cannot_take, fitted_on
 from .progress import Bar
 from .table import SUFFIXES, ScoreTable, require_pyarrow
 
@@ -61,6 +63,8 @@ def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """The table and the page to write, before anything is done."""
     if bool(options.data) == bool(options.features):
         raise UserError("--data, --features: expected one of them, images or stored features")
+    if options.features:
+        refuse_given(options, "not used with --features", *OF_IMAGES, "other_model")
     out = Path(options.out).expanduser()
     page = None if options.html is None else Path(options.html).expanduser()
     if out.suffix not in SUFFIXES:
@@ -146,7 +150,7 @@ def _score_features(table: ScoreTable, options: argparse.Namespace, bar: Bar) ->
             raise UserError(f"--features {options.features}: holds no logits and no head W, b to make them with")
         positions = range(first, end)
         paths = stored.paths or [str(row) for row in positions]
-        predicted = None if stored.logits is None else stored.logits.max(dim=1).indices
+        predicted = None if stored.logits is None else _predicted(table, stored.logits)
         with stored.named():
             table.write(positions, paths, predicted, detectors.score_features(stored.features, stored.logits))
 
@@ -165,7 +169,14 @@ def _score_images(
     with batches.named():
         for batch, scores in table.detectors.score_loader(model, batches, options.head):
             positions, paths = batch.given[2:]
-            table.write(positions, paths, batch.logits.max(dim=1).indices, scores)
+            table.write(positions, paths, _predicted(table, batch.logits), scores)
+
+
+def _predicted(table: ScoreTable, logits: Tensor) -> Tensor:
+    """The classes (n,); UserError where the names are those of other classes."""
+    if table.class_names is not None and len(table.class_names) != logits.shape[1]:
+        raise UserError(f"--classes: {len(table.class_names)} names, but there are {logits.shape[1]} logits")
+    return logits.max(dim=1).indices
 
 
 def _warn_of_other_settings(given: dict[str, Any], notes: dict[str, Any]) -> None:
