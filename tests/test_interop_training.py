@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import ood_fast
 from ood_fast.detectors import KNN, MSP
@@ -23,6 +25,23 @@ def loader(n: int = 40, shift: float = 0.0, shuffle: bool = False) -> DataLoader
 
 def classifier() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3))
+
+
+def test_generators_of_loaders_and_of_transforms_are_left_as_they_were():
+    """The loader to fit on is that of the training, whose next epoch had another order."""
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + random.random() + np.random.rand(), y
+
+    data, own = Augmented(*loader().dataset.tensors), torch.Generator().manual_seed(0)
+    drawn = BatchSampler(RandomSampler(data, generator=own), 10, drop_last=False)
+    for train in (DataLoader(data, 10, shuffle=True, generator=own), DataLoader(data, batch_sampler=drawn)):
+        before = own.get_state(), random.getstate(), np.random.get_state()[1].tolist()
+        OODMetrics(loader(), {"far": loader(shift=2.0)}, ["NCI"], fit=train)(classifier())
+        assert torch.equal(own.get_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_what_it_gives():

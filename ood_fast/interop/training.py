@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from .. import checks
 from ..detectors import Detector
 from ..evaluation.loaders import evaluate_loaders
+from ..training.randomness import random_state_kept
 
 
 def _callback() -> Any:
@@ -40,11 +42,26 @@ def _callback() -> Any:
 Callback: Any = _callback()
 
 
+@contextmanager
+def _generators_kept(loaders: Iterable[Any]) -> Iterator[None]:
+    """The generators of loaders and of their samplers are afterwards as they were before."""
+    parts = [(each, getattr(each, "sampler", None), getattr(each, "batch_sampler", None)) for each in loaders]
+    held = [part for each in parts for part in (*each, getattr(each[2], "sampler", None))]
+    generators = [found for part in held if isinstance(found := getattr(part, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
 class OODMetrics(Callback):  # type: ignore[misc]  # of a package that need not be there
     """{"ood/SET/DETECTOR/METRIC": value}: detectors fitted anew on the model as it is, and measured.
 
-    The model, its modes, its gradients and torch's generator are left as they were: what is trained does not depend on
-    whether it is measured. Under Lightning each process measures all of the data, after the epochs `every` says.
+    The model, its modes, its gradients and all generators, those of the loaders too, are left as they were: what is
+    trained does not depend on whether it is measured. Under Lightning each process measures all of the data, after the
+    epochs `every` says.
 
     Args:
         id_loader: in-distribution batches x or (x, y, ...), which are not trained on.
@@ -81,7 +98,9 @@ class OODMetrics(Callback):  # type: ignore[misc]  # of a package that need not 
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Measure it. Raises as `ood_fast.evaluate`; ValueError for a metric that is not known."""
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator when it is iterated
+        parameter = next(model.parameters(), torch.empty(0))
+        # A DataLoader draws from its own or the global generator when it is iterated, transforms from any.
+        with random_state_kept(parameter.device), _generators_kept([self.id_loader, *self.ood.values(), self.fit]):
             measured = evaluate_loaders(
                 model, self.id_loader, self.ood, fit=self.fit, detectors=self.detectors, head=self.head
             )
