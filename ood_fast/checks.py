@@ -312,6 +312,12 @@ def positive_int(argument: str, value: object, alternative: str = "") -> None:
         raise ValueError(f"{argument}: got {value!r}, expected an int >= 1{alternative}")
 
 
+def seed(value: object) -> None:
+    """ValueError unless `value` is an int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"seed: got {value!r}, expected an int >= 0")
+
+
 def why_not_read(path: Path, error: Exception) -> str:
     """Of a file that `torch.load` did not read, in words of our own: torch's advise what is dangerous, in colours."""
     try:

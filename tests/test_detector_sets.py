@@ -154,6 +154,13 @@ def test_variants_take_part_in_one_fit():
         torch.testing.assert_close(variant.score_features(z, head(z)), alone.score_features(z, head(z)))
 
 
+def test_no_variant_takes_part_in_a_fit_that_gathers_something_else():
+    begun = detectors.Mahalanobis().partial_fit(torch.randn(50, M), None, torch.arange(50) % C)
+    with pytest.raises(ValueError, match=r"grid: got \{'normalize': True\}"):
+        list(begun.variants({"normalize": (True,)}))
+    assert [variant.ridge for variant in begun.variants({"ridge": (0.0, 1.0)})] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

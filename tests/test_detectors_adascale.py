@@ -123,6 +123,13 @@ def test_features_that_are_nowhere_above_zero_are_not_scaled(net, x):
             torch.testing.assert_close(found, net(x).logsumexp(1))
 
 
+def test_nan_that_the_step_makes_is_refused(net, x):
+    detector = AdaSCALE(eps=0.5, share=1.0).fit(net, [x])
+    net.features = lambda x: torch.relu(net.conv(x)).mean((2, 3)) + 0 * (x.amax((1, 2, 3)) < 3.2).float().log()[:, None]
+    with pytest.raises(ValueError, match="features of the moved inputs: got NaN in 1 of 2 rows, the first is row 1"):
+        detector.score(net, torch.stack([torch.zeros_like(x[0]), torch.full_like(x[0], 3.0)]))
+
+
 def test_what_does_not_fit(net, x):
     for settings, message in (
         ({"variant": "b"}, "variant: got 'b'"),

@@ -142,6 +142,18 @@ def test_the_detectors_of_thinned_nets(net, x):
     assert scores["norm"].shape == (9,)
 
 
+def test_the_detectors_of_passes_are_fitted_as_alone(net, x):
+    """On validation data where that is their own, and with defaults that may be lowered, also of a copy."""
+    of = {"alone": "ReAct", "passes": MCDropout("ReAct"), "ViM": MCDropout("ViM").changed(seed=1)}
+    validation = [(3 * images, y) for images, y in batches(x)]
+    fitted = DetectorSet(of).fit(net, batches(x), validation=validation)
+    assert torch.equal(fitted["passes"].member.clip, fitted["alone"].clip)
+    for detector in (fitted["ViM"], fitted["ViM"].member):
+        again = detector.changed()
+        assert getattr(again, "member", again).dim == 256, "what was lowered is back"
+    assert fitted["ViM"].member.dim < 6
+
+
 @pytest.mark.parametrize("layer", [nn.AlphaDropout(0.4), nn.FeatureAlphaDropout(0.4), nn.Dropout1d(0.4)])
 def test_kinds_of_dropout_keep_the_mean(layer):
     model = nn.Sequential(nn.Flatten(0, 0), layer, nn.Identity())

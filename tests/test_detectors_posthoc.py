@@ -491,7 +491,7 @@ def test_beside_pytorch_ood(data):
         (lambda: WeiPer().fit_features(torch.ones(9, 3), head=(torch.rand(2, 3), None)), "features: got one number"),
         (lambda: CombOOD(weight=-1), "weight: got -1"),
         (lambda: Relation(pow=0), "pow: got 0"),
-        (lambda: Relation(cutoff=2), "cutoff: got 2"),
+        (lambda: Relation(cutoff=1.0), "cutoff: got 1.0"),
         (lambda: Relation(budget=0), "budget: got 0"),
         (lambda: SML().fit_features(None, torch.ones(9, 3)), "logits: got the largest logit 1 in all rows"),
         (lambda: TemperatureScaling().fit_features(None, torch.rand(3, 2), torch.tensor([0, 1, 2])), "targets: got 2"),

@@ -166,6 +166,8 @@ def test_exact_percentiles_are_those_of_numpy(data):
     part, z = taken(Percentiles(), data, (1, 499)), data[0].numpy()
     for p in (0, 0.1, 10, 50, 99.99, 100):
         assert part.percentile(p) == pytest.approx(np.percentile(z, p), rel=1e-14)
+    median = part.percentile(50)
+    assert part.to("meta").percentile(50) == median, "numbers stay on the CPU when a fit in processes moves the rest"
 
 
 @pytest.mark.parametrize("kind", ["signed", "rectified", "wide"])

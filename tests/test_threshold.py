@@ -11,7 +11,7 @@ from ood_fast.detectors import MSP
 from ood_fast.detectors.threshold import conformal_pvalue, conformal_threshold, tpr_threshold
 
 
-@pytest.mark.parametrize(("tpr", "kept"), [(0.95, 19), (0.951, 20), (1.0, 20), (0.05, 1), (0.5, 10)])
+@pytest.mark.parametrize(("tpr", "kept"), [(0.95, 19), (0.951, 20), (1.0, 20), (0.05, 1), (0.5, 10), (1e-12, 1)])
 def test_tpr_threshold_keeps_the_share_and_not_more(tpr, kept):
     scores = torch.randperm(20).float()
     threshold = tpr_threshold(scores, tpr)

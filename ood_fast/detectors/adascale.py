@@ -117,7 +117,9 @@ class AdaSCALE(Detector):
             values.gather(1, first_largest(z, max(1, int(z.shape[1] * k / 100)))[1]).sum(dim=1, keepdim=True)
             for values, k in (((moved_z - z).abs(), self.k1), (moved_z.relu(), self.k2))
         )
-        batch.read[self._key] = self.weight * shift + kept
+        read = self.weight * shift + kept
+        refuse_rows("features of the moved inputs", read, 0 * read.squeeze(1))  # NaN would count as the furthest
+        batch.read[self._key] = read
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch that `run_model` gave."""

@@ -66,7 +66,7 @@ class Contract(nn.Module):
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
     of_positive: ClassVar[bool] = False  # made for features >= 0: a fit that sees others tells
     in_all: ClassVar[bool] = True  # whether "all" has it: not what runs the model several times over, see `passes`
-    fits_on: ClassVar[str] = "train"  # or "validation": the in-distribution data that the paper fits on
+    fits_on: str = "train"  # or "validation": the in-distribution data that the paper fits on
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # parameter -> the candidates of OpenOOD's search
 
     head_weight: Tensor  # None before a fit, as what is in `state`

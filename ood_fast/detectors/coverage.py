@@ -90,8 +90,7 @@ class NAC(Detector):
         if bins < 4 or bins % 2:
             raise ValueError(f"bins: got {bins}, expected an even number, 4 or more")
         checks.positive_int("samples", samples)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed: got {seed!r}, expected an int >= 0")
+        checks.seed(seed)
         self.layers = layers if layers is None or self._each else tuple(layers)
         self.bins, self.samples, self.seed = bins, samples, seed
         if layers is not None:

@@ -268,24 +268,31 @@ class Detector(Contract):
     # ---- parameters
 
     def changed(self, **settings: Any) -> Detector:
-        """A new one with other parameters, of which it counts none as named by its user."""
-        made = type(self)(**{**self.settings(), **settings})
+        """A new one with other parameters, of which it counts none as named by its user; what a fit lowered is back."""
+        made = type(self)(**{**self.settings(), **self.lowered, **settings})
         made.given = self.given
+        member = getattr(self, "member", None)  # of `passes`: its defaults stay defaults, which a fit may lower
+        if isinstance(member, Detector) and not {"of", "options"} & {*settings}:
+            made.member = member.changed()
         return made
 
     def variants(self, grid: Grid | None = None) -> Iterator[Detector]:
         """A new detector for every combination of `grid` (default: the class's), the other parameters as here.
 
-        Each takes part in a fit that has begun here, so that one pass over the data serves them all. What is already
-        fitted is not passed on: its buffers may depend on the parameters.
+        Each takes part in a fit that has begun here, so that one pass over the data serves them all; ValueError for one
+        that gathers something else. What is already fitted is not passed on: its buffers may depend on the parameters.
         """
         grid = self.grid if grid is None else {name: tuple(values) for name, values in grid.items()}
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
-            variant = type(self)(**{**self.settings(), **self.lowered, **chosen})
+            variant = self.changed(**chosen)
             # Of the class's own candidates the smallest stands for a default: it may be lowered to what fits.
             lowest = {name for name in chosen if grid is self.grid and chosen[name] == grid[name][0]}
             variant.given = (self.given | set(chosen)) - lowest
+            if self.gathered is not None:
+                begun, own = ({n: part.key() for n, part in g.items()} for g in (self.gathered, variant.gathers()))
+                if begun != own:
+                    raise ValueError(f"grid: got {chosen}, expected what the fit that has begun gathers for")
             variant.gathered = self.gathered
             yield variant
 

@@ -390,7 +390,7 @@ class Relation(Detector):
     ) -> None:
         super().__init__()
         checks.real("pow", pow, 0.0, open_low=True)
-        checks.real("cutoff", cutoff, 0.0, 1.0)
+        checks.real("cutoff", cutoff, 0.0, 1.0, open_high=True)
         check_kept(budget, dtype, seed)
         self.pow, self.cutoff, self.budget, self.dtype, self.seed = pow, cutoff, budget, dtype, seed
 
@@ -425,5 +425,4 @@ def check_kept(budget: object, dtype: object, seed: object) -> None:
         checks.positive_int("budget", budget, ", or None for all")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype, or None")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: got {seed!r}, expected an int >= 0")
+    checks.seed(seed)

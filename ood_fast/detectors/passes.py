@@ -87,6 +87,7 @@ class SeveralPasses(Detector):
             raise ValueError(f"options: got {options!r}, but {of} is no detector and has none")
         else:
             self.member, self.of = None, of
+        self.fits_on = "train" if self.member is None else self.member.fits_on
         if isinstance(self.member, Ensemble):
             raise ValueError(
                 f"of: got a {self.member.label}, which stands outside: Ensemble({type(self).__name__}(...))"
@@ -226,8 +227,7 @@ class MCDropout(SeveralPasses):
         checks.positive_int("passes", passes)
         if passes < 2:
             raise ValueError(f"passes: got {passes}, expected 2 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed: got {seed!r}, expected an int >= 0")
+        checks.seed(seed)
         self.passes, self.seed = passes, seed
 
     def prepare(self, model: nn.Module) -> None:

@@ -77,8 +77,7 @@ class WeiPer(Detector):
                 raise ValueError(f"{name}: got {width}, expected at most bins, {bins}")
         if bins < 2:
             raise ValueError(f"bins: got {bins}, expected 2 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed: got {seed!r}, expected an int >= 0")
+        checks.seed(seed)
         self.repeats, self.delta, self.kld_weight, self.msp_weight = repeats, delta, kld_weight, msp_weight
         self.bins, self.smoothing, self.smoothing_perturbed, self.seed = bins, smoothing, smoothing_perturbed, seed
 

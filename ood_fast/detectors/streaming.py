@@ -41,6 +41,7 @@ class Gathered:
     widths: Mapping[str, int] = {}  # m of the "features" and c of the "logits" that were taken in
     like: Tensor  # no rows, of the dtype and on the device of those that were taken in
     total: Tensor  # where there is a sum
+    on_cpu: tuple[str, ...] = ()  # what stays there
     extent: Tensor | None = None  # of the features that were taken in, see `numbers.refuse_short`
 
     def key(self) -> tuple[Any, ...]:
@@ -73,10 +74,9 @@ class Gathered:
     def to(self, device: torch.device | str) -> Gathered:
         """Move what was gathered; returns self."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-            elif isinstance(value, list):
-                setattr(self, name, [item.to(device) for item in value])
+            if isinstance(value, (Tensor, list)) and name not in self.on_cpu:
+                moved = [each.to(device) for each in (value if isinstance(value, list) else [value])]
+                setattr(self, name, moved if isinstance(value, list) else moved[0])
         return self
 
     # ---- what a subclass supplies; never called with no rows
@@ -264,6 +264,7 @@ class Percentiles(Gathered):
     """
 
     exact: int = EXACT_PERCENTILE_VALUES
+    on_cpu = ("kept", "counts")
 
     def __post_init__(self) -> None:
         self.kept: list[Tensor] = []
@@ -311,11 +312,9 @@ class Percentiles(Gathered):
         if self.counts is None:
             self.kept = [torch.cat(self.kept)]
             return float(np.percentile(self.kept[0].numpy(), p))
-        rank = p / 100 * (self.size - 1)
-        below = int(rank)
-        ranks = torch.tensor([below, min(below + 1, self.size - 1)], device="cpu")
+        below, share = divmod(p / 100 * (self.size - 1), 1)
+        ranks = torch.tensor([below, min(below + 1, self.size - 1)], dtype=torch.int64, device="cpu")
         low, high = map(float, self._middle(torch.searchsorted(self.counts.cumsum(0), ranks, right=True)).tolist())
-        share = rank - below
         return low if low == high or share == 0 else low * (1 - share) + high * share  # either may be infinite
 
     @staticmethod

@@ -28,7 +28,7 @@ def tpr_threshold(scores: Tensor, tpr: float = 0.95) -> Tensor:
     """The largest threshold t with at least the share `tpr` of these in-distribution scores >= t; a scalar tensor."""
     _check_scores("scores", scores)
     checks.real("tpr", tpr, 0.0, 1.0, open_low=True)
-    n_kept = math.ceil(tpr * len(scores) - 1e-9)  # 0.95 · 20 is 19, not 19.000000000000004
+    n_kept = max(1, math.ceil(tpr * len(scores) - 1e-9))  # 0.95 · 20 is 19, not 19.000000000000004
     return _finite(torch.topk(scores.detach(), n_kept).values[-1].clone(), scores)
 
 
