@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -60,7 +61,7 @@ class Service:
 
     def score(self, content: bytes) -> dict[str, Any]:
         """What is said of one image file: class, probability, score, is_ood; of a set, a list `detectors` of the last
-        two with name and threshold. ValueError for what is no image."""
+        two with name and threshold. Numbers that are NaN or infinite are None. ValueError for what is no image."""
         x = self.prepare(self._image(content))[None]
         with torch.inference_mode():
             logits, score, is_ood = self.deployed(x)
@@ -68,12 +69,14 @@ class Service:
             self.monitor.update(score.reshape(1, -1)[:, 0])
         k = int(logits.argmax())
         said: dict[str, Any] = {"class": k if self.classes is None else self.classes[k]}
-        said["probability"] = float(logits.softmax(1).max())
+        said["probability"] = _number(logits.softmax(1).max())
         if not isinstance(self.deployed.detector, DetectorSet):
-            return said | {"score": float(score), "is_ood": bool(is_ood)}
-        columns = zip(*(each.flatten().tolist() for each in (score, self.deployed.thresholds, is_ood)), strict=True)
-        named = zip(self.deployed.detector, columns, strict=True)
-        said["detectors"] = [{"name": n, "score": s, "threshold": t, "is_ood": o} for n, (s, t, o) in named]
+            return said | {"score": _number(score), "is_ood": bool(is_ood)}
+        columns = (each.flatten().tolist() for each in (score, self.deployed.thresholds, is_ood))
+        said["detectors"] = [
+            {"name": n, "score": _number(s), "threshold": _number(t), "is_ood": o}
+            for n, s, t, o in zip(self.deployed.detector, *columns, strict=True)
+        ]
         return said
 
     def _image(self, content: bytes) -> Any:
@@ -93,6 +96,11 @@ class Service:
         reading = self.monitor.reading()
         said = {"images": reading.n, "flagged": reading.n_flagged, "alarm": reading.alarm, "alarm_at": reading.alarm_at}
         return said | {"flag_rate": reading.flag_rate if reading.n else None}
+
+
+def _number(value: Any) -> float | None:
+    """As JSON has it: None in place of NaN and infinities."""
+    return float(value) if math.isfinite(value) else None
 
 
 class Handler(BaseHTTPRequestHandler):

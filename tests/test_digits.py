@@ -146,3 +146,11 @@ def test_a_crop_of_a_ramp(monkeypatch):
 def test_both_photographs_are_large_enough_for_every_crop():
     for image in load_sample_images().images:
         assert min(image.shape[:2]) >= max(digits.CROP_SIDES)
+
+
+@pytest.mark.parametrize(
+    "option", [{"classes": ["a"]}, {"image_size": 4}, {"ood_folders": {"a": "b"}}, {"prepared": {"size": 4}}]
+)
+def test_options_of_images_in_files_are_refused(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: got"):
+        data.open_benchmark("digits", **option)

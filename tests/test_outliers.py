@@ -512,7 +512,7 @@ def test_recipes_say_what_is_built():
         recipes.override(recipe, ["mixup=0.2"])
     with pytest.raises(checks.UserError, match=r"outlier_start: got 1\.5"):
         recipes.override(recipe, ["outlier_start=1.5"])
-    with pytest.raises(checks.UserError, match="outliers: got a folder, expected none"):
+    with pytest.raises(checks.UserError, match="outliers: got somewhere, expected none"):
         data.open_benchmark("digits", outliers="somewhere")
 
 

@@ -104,3 +104,13 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
     assert ask(f"{address}/score", whole) == (500, {"error": "internal error"})
     monkeypatch.undo()
     assert ask(f"{address}/score", whole)[0] == 200, "it goes on"
+
+
+def test_numbers_that_json_has_not_are_none(serve, service, monkeypatch):
+    """A browser reads no NaN."""
+    found = torch.tensor([[torch.nan, 1.0]]), torch.tensor([torch.nan]), torch.tensor([True])
+    monkeypatch.setattr(service, "deployed", lambda x: found)
+    monkeypatch.setattr(service, "monitor", None)
+    monkeypatch.setattr(service.deployed, "detector", None, raising=False)
+    said = service.score(files(serve, 2)[0])
+    assert (said["probability"], said["score"], said["is_ood"]) == (None, None, True)

@@ -29,6 +29,7 @@ OF_WEIGHTS = ("checkpoint", "pretrained", "n_classes", "other_model")
 SCRIPT = """
 const input = document.querySelector("input"), shown = document.querySelector("img");
 const verdict = document.querySelector("#verdict"), body = document.querySelector("tbody");
+const told = (value, digits) => value === null ? "no number" : value.toPrecision(digits);
 async function score(file) {
   if (!file) return;
   URL.revokeObjectURL(shown.src);
@@ -38,10 +39,11 @@ async function score(file) {
   const answer = await fetch("/score", {method: "POST", body: file}).catch(error => error);
   const said = answer instanceof Error ? {error: String(answer)} : await answer.json();
   if (said.error) { verdict.textContent = said.error; return; }
-  verdict.textContent = `${said.class}, ${(100 * said.probability).toFixed(1)} %`;
+  const sure = said.probability === null ? "" : `, ${(100 * said.probability).toFixed(1)} %`;
+  verdict.textContent = `${said.class}${sure}`;
   for (const each of said.detectors) {
     const row = body.insertRow();
-    for (const text of [each.name, each.score.toPrecision(5), each.threshold.toPrecision(5)])
+    for (const text of [each.name, told(each.score, 5), told(each.threshold, 5)])
       row.insertCell().textContent = text;
     const cell = row.insertCell();
     cell.textContent = each.is_ood ? "out-of-distribution" : "in-distribution";

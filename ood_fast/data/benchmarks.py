@@ -393,10 +393,9 @@ def _digits(options: Options) -> ImageBenchmark:
     """The benchmark `digits`, whose OOD images for validation are scrambled validation images."""
     from . import digits
 
-    if options.outliers is not None:
-        raise checks.UserError("outliers: got a folder, expected none: the images of benchmark digits are no files")
-    if options.csid_folders:
-        raise checks.UserError("csid_folders: got some, expected none: the images of benchmark digits are no files")
+    for name in ("outliers", "ood_folders", "csid_folders", "image_size", "classes", "prepared"):
+        if value := getattr(options, name):
+            raise checks.UserError(f"{name}: got {value}, expected none: the images of benchmark digits are no files")
     splits, tested = digits.drawn(options.seed)
     csid = options.chosen_csid("digits", [name for name, part in tested.items() if part.group == "csid"])
     names = [*csid, *options.chosen(name for name, part in tested.items() if part.group != "csid")]
