@@ -182,5 +182,5 @@ def test_the_default_command_needs_what_is_declared(tmp_path):
     short = ["compare", "--losses", "ce", "--seeds", "1", "--epochs", "1", "--quiet", "--out", "it"]
     run(code % short, tmp_path)
     assert (tmp_path / "it/report.html").is_file()
-    with pytest.raises(AssertionError, match="No module named 'timm'"):
-        run(f"{ONLY_DECLARED}\nimport timm", tmp_path)
+    with pytest.raises(AssertionError, match="No module named 'torchvision'"):  # 3.10 does not know all by their files
+        run(f"{ONLY_DECLARED}\nimport torchvision", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -52,6 +53,14 @@ def test_a_baseline_that_alone_was_scored_is_the_best():
     for run in results.runs[1:]:
         run.scores = {}
     assert sentences_of(results)[0] == "Best by AUROC (%): ce with MSP, near-OOD 90.0, one run."
+
+
+def test_of_one_method_detectors_are_compared_by_their_names():
+    results = results_of({"ce": [0.9, 0.91]})
+    for run in results.runs:
+        run.scores["NCI"] = {}
+        run.measurements += [replace(m, detector="NCI", value=0.5) for m in run.measurements if m.detector]
+    assert sentences_of(results)[1].startswith("MSP against NCI, each at its best: near-OOD +40.5")
 
 
 def test_bars_in_names_stay_in_their_cells():

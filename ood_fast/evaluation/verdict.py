@@ -89,7 +89,8 @@ def _against(results: Results, one: Ranked, other: Ranked) -> str:
     for name in one.values:
         keys = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
         told.append(f"{title(name)} {difference(results, *keys)}")
-    names = [f"{ranked.method} with {label_of(ranked.detector)}" for ranked in (one, other)]
+    apart = one.method != other.method
+    names = [f"{ranked.method} with " * apart + label_of(ranked.detector) for ranked in (one, other)]
     return f"{' against '.join(names)}, each at its best: {'; '.join(told)}."
 
 
