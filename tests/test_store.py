@@ -403,3 +403,9 @@ def test_crafted_files_with_right_checksums_are_refused(change, data, tmp_path):
     changed(tmp_path / "it", change)
     with pytest.raises(ValueError, match="it: "):
         load(tmp_path / "it")
+
+
+def test_an_older_file_with_but_the_largest_number_of_the_images_is_read(data, tmp_path):
+    fitted("KNN", data).save(tmp_path / "it")
+    changed(tmp_path / "it", lambda entries, _: entries["KNN"].update(input_range=2.5))
+    assert load(tmp_path / "it").input_range == (0.0, 2.5)

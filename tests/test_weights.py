@@ -400,3 +400,11 @@ def test_logits_that_come_from_elsewhere_than_in_the_fit(name, change, kept, tmp
     if name == "NCI" and net.use_head:  # its W is that of the other head
         with pytest.raises(ValueError, match=LOGITS):
             one.score(net, X, head="heads.1")
+
+
+def test_logits_that_went_through_half_precision_are_those_of_the_head(net):
+    with torch.no_grad():
+        z, logits = net.backbone(X), net(X)
+    detector = detectors.KLMatching().fit_features(z, logits, head=net.fc)
+    net.register_forward_hook(lambda _, __, logits: logits.bfloat16().float())
+    assert detector.score(net, X).shape == (len(X),)

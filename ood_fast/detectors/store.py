@@ -268,5 +268,7 @@ def _record(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], models: lis
         calibration = {key: _decoded(value) for key, value in calibration.items()}
     place, reach = entry.get("model"), _decoded(entry.get("input_range"))
     model = None if place is None else models[place]
-    low_high = None if reach is None else (float(reach[0]), float(reach[1]))
+    # A number: files that are older than the pair have the largest size alone.
+    low, high = (0.0, reach) if reach is None or isinstance(reach, (int, float)) else reach
+    low_high = None if high is None else (float(low), float(high))
     return Saved(method, settings, calibration, buffers, model, low_high)

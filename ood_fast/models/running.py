@@ -112,9 +112,10 @@ def _flat(output: Any) -> Tensor | None:
 
 
 def _maker(outputs: Mapping[nn.Linear, Tensor | None], logits: Tensor) -> nn.Linear | bool | None:
-    """The layer whose output the logits are; False where layers as wide made others, None where there are none."""
+    """The layer whose output the logits are, up to a cast to half precision and back; False where layers as wide made
+    others, None where there are none."""
     wide = {layer: out for layer, out in outputs.items() if out is not None and out.shape == logits.shape}
-    same = (m for m, out in wide.items() if torch.allclose(out.float(), logits.float(), 0, 0, equal_nan=True))
+    same = (m for m, out in wide.items() if torch.allclose(out.float(), logits.float(), 2**-8, 1e-7, equal_nan=True))
     return next(same, False) if wide else None
 
 
