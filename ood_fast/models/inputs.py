@@ -120,7 +120,7 @@ def warn_other_range(x: Any, fitted: Range | None, what: str) -> None:
     """
     if fitted is None or torch.compiler.is_compiling() or (images := _images(x)) is None:
         return
-    low, high = input_range(images).tolist()  # type: ignore[union-attr]
+    low, high = input_range(images).tolist()  # type: ignore[union-attr] # there are images
     size, reach = max(high, -low), max(fitted[1], -fitted[0])
     fractions = reach >= 64 and size <= 1 and bool((images != images.round()).any())
     plain = fitted[0] < -0.3 and low == 0 and 0.5 < high <= 1
