@@ -120,6 +120,9 @@ def test_compare_takes_a_model_of_the_user_and_weights_to_start_from(tmp_path, c
     start = "first/runs/ce/s0/final.ckpt"
     assert cli.main([*short, "--init", start, "--set", "schedule=onecycle", "--out", "second"]) == 0
     assert json.loads((tmp_path / "second/runs/ce/s0/run.json").read_text())["recipe"]["init"].endswith(start)
+    assert json.loads((tmp_path / "second/results.json").read_text())["runs"][0]["checkpoint"].endswith("final.ckpt")
+    assert cli.main([*short, "--init", start, "--pretrained", "--out", "third"]) == 2
+    assert "init, pretrained: expected one of them" in capsys.readouterr().err
     assert cli.main([*short, "--init", "none.ckpt", "--out", "third"]) == 2
     assert "--init: no file none.ckpt" in capsys.readouterr().err
     assert cli.main(["compare", "--model", "comparedmodel:other"]) == 2

@@ -112,12 +112,13 @@ def test_weights_to_start_from_are_named_as_everywhere(tmp_path, capsys):
     show = ["train", "--recipe=cifar10-ce", "--show"]
     for given, settings in (
         (["--checkpoint", str(tmp_path / "w.pth")], {"init": str(tmp_path / "w.pth"), "pretrained": False}),
+        (["--init", str(tmp_path / "w.pth"), "--epochs", "3"], {"init": str(tmp_path / "w.pth"), "epochs": 3}),
         (["--pretrained"], {"init": "", "pretrained": True}),
     ):
         assert cli.main([*show, *given]) == 0
         assert json.loads(capsys.readouterr().out).items() >= settings.items()
     assert cli.main([*show, "--checkpoint", "none.pth"]) == 2
-    assert "--checkpoint: no file none.pth" in capsys.readouterr().err
+    assert "--init: no file none.pth" in capsys.readouterr().err
     assert cli.main([*show, "--checkpoint", str(tmp_path / "w.pth"), "--pretrained"]) == 2
     assert "expected one of them" in capsys.readouterr().err
 

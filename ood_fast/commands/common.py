@@ -114,6 +114,15 @@ def whole_path(path: str | None) -> str | None:
     return path and str(Path(path).expanduser().resolve())
 
 
+def training_settings(options: Any) -> list[str]:
+    """ "KEY=VALUE" of a recipe, of --set and of the options for the most usual."""
+    if options.init and not Path(options.init).expanduser().is_file():
+        raise UserError(f"--init: no file {options.init}")
+    named = {"model": options.model, "init": whole_path(options.init), "epochs": options.epochs}
+    named["pretrained"] = options.pretrained
+    return options.set + [f"{name}={value}" for name, value in named.items() if value]
+
+
 # ---- what `fit`, `score` and their like share
 
 

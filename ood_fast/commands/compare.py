@@ -22,7 +22,7 @@ from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import context_of, data_of, detector_set, device, listed, require_package, searched, whole_path
+from .common import context_of, data_of, detector_set, device, listed, require_package, searched, training_settings
 from .model import allow, is_callable, named
 from .progress import Bar
 
@@ -88,11 +88,7 @@ def _trained(
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
     folder, benchmarks, chosen = given
-    changes = [text for text in options.set if "." not in text.partition("=")[0]]
-    if options.init and not Path(options.init).expanduser().is_file():
-        raise UserError(f"--init: no file {options.init}")
-    for name, value in (("epochs", options.epochs), ("model", options.model), ("init", whole_path(options.init))):
-        changes += [f"{name}={value}"] if value else []
+    changes = [text for text in training_settings(options) if "." not in text.partition("=")[0]]
     recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
     for recipe in recipes.values():
         allow(recipe.model, options.model, options.recipe)
@@ -101,7 +97,8 @@ def _trained(
     told = {**context, "data": data_of(options), "plugins": options.plugin}
     training = {"device": measuring["device"], "workers": options.workers, "context": told}
     bar = ComparisonBar(options.quiet)
-    checkpoint = options.checkpoint or ("final" if options.init else "best")
+    trained = any(recipe.init or recipe.pretrained for recipe in recipes.values())
+    checkpoint = options.checkpoint or ("final" if trained else "best")
     comparison = Comparison(folder, recipes, seeds, benchmarks.open, chosen, training, measuring, bar, checkpoint)
     comparison.check_data()
     if options.overwrite:
@@ -121,7 +118,7 @@ def _taken(
 ) -> Callable[[], Results | None]:
     """What measures runs that are trained."""
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
-    of_training = ("recipe", "init", "checkpoint", "epochs", "overwrite", "losses", "seeds")
+    of_training = ("recipe", "init", "pretrained", "checkpoint", "epochs", "overwrite", "losses", "seeds")
     for name in (*of_training, *(["set"] if settings else [])):
         if getattr(options, name):
             raise UserError(f"--{name}: not used with RUN: what is trained is taken as it is")

@@ -147,6 +147,14 @@ def _images(parser: Any, remembered: bool = False) -> None:
     share(group, "classes", "batch-size", "workers", "device", batch_size={"default": 128})
 
 
+def _start(group: Any, *names: str) -> None:
+    """Settings of a recipe that have an option of their own: `common.training_settings`."""
+    share(group, "model", model=f"in place of the recipe's: {MODEL_HELP}")
+    group.add_argument(*names, dest="init", metavar="FILE", help="weights to start from, head included: fine-tuning")
+    share(group, "pretrained", pretrained="start from published weights")
+    group.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
+
+
 def _model(group: Any, remembered: bool) -> None:
     """What says which model it is, and how its images are prepared."""
     share(
@@ -197,14 +205,12 @@ def _compare(commands: Any) -> None:
     parser.add_argument("--seeds", metavar="N", help=told)
     training = parser.add_argument_group("training")
     training.add_argument("--recipe", metavar="NAME", help="its loss is exchanged (default: BENCHMARK-LOSS)")
-    share(training, "model")
-    training.add_argument("--init", metavar="FILE", help="checkpoint whose weights each run starts from: fine-tuning")
+    _start(training, "--init")
     told = (
-        "which weights of a run are measured: best on validation images (default), or final (default with --init, "
-        "whose best epoch may be the first, before the loss has done anything)"
+        "which weights of a run are measured: best on validation images (default), or final (default for trained "
+        "weights, whose best epoch may be the first, before the loss has done anything)"
     )
     training.add_argument("--checkpoint", **_choice(told, "best", "final"))
-    training.add_argument("--epochs", metavar="N", help="training epochs (default: as the recipe says)")
     told = "a setting of the recipe, or of a detector as KNN.k=10; may be repeated"
     share(training, "set", set={"metavar": "lr=0.05", "help": told})
     data = parser.add_argument_group("data")
@@ -229,7 +235,7 @@ def _train(commands: Any) -> None:
         "(DistributedDataParallel), each with the recipe's batch size. Images of your own: --recipe folder-elogitnorm, "
         "and docs/own-data.md.",
         examples=(
-            "ood-fast train --recipe cifar10-elogitnorm --data-root ~/data --set epochs=10",
+            "ood-fast train --recipe cifar10-elogitnorm --data-root ~/data --epochs 10",
             "ood-fast train --recipe list",
         ),
         epilog="Exit codes: 130 and 143 after Ctrl-C and SIGTERM, when the run has been saved; 1 if the loss diverges "
@@ -239,9 +245,8 @@ def _train(commands: Any) -> None:
     told = f"a setting of the recipe; may be repeated. benchmark is one of {', '.join(BENCHMARK_NAMES)}"
     share(parser, "set", "show", "seed", set={"metavar": "lr=0.05", "help": told})
     parser.add_argument("--out", metavar="RUN", help="the folder of the run (default: runs/RECIPE/sSEED)")
-    share(parser, "resume", "model", model=f"in place of the recipe's, as --set model=NAME: {MODEL_HELP}")
-    share(parser, "checkpoint", checkpoint="weights to start from, head included: --set init=FILE")
-    share(parser, "pretrained", pretrained="start from published weights: --set pretrained=True")
+    share(parser, "resume")
+    _start(parser, "--init", "--checkpoint")
     data = parser.add_argument_group("data")
     share(data, "data-root", "download", "layout", "image-size", "truncated", "workers", layout={"default": "auto"})
     told = "of benchmark=folder: its classes in this order, one a line or JSON"

@@ -23,7 +23,7 @@ from ..training import model_of
 from . import RunError
 from .agreement import check_sample
 from .code import import_plugins
-from .common import data_of, device, given, machine, processes, versions, whole_path
+from .common import data_of, device, given, machine, processes, training_settings, versions, whole_path
 from .model import allow
 from .progress import Bar
 
@@ -36,13 +36,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     import_plugins(options)
     original = find(options.recipe)
-    settings = [*options.set, *([f"model={options.model}"] if options.model else [])]
-    settings += ["pretrained=True"] * options.pretrained
-    if options.checkpoint:
-        file = Path(options.checkpoint).expanduser().resolve()
-        if not file.is_file():
-            raise UserError(f"--checkpoint: no file {options.checkpoint}")
-        settings.append(f"init={file}")
+    settings = training_settings(options)
     recipe = override(original, settings)
     recipe = replace(recipe, amp=options.amp or recipe.amp)
     if options.show:

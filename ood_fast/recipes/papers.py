@@ -87,7 +87,7 @@ SOURCES = {  # of what is trained with the schedule of `BENCHMARKS`; others: the
     "elogitnorm-oe": f"of no paper: {ELOGITNORM}, with the outliers of {_OE}",
 }
 SOURCES["mixoe"] = (
-    f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --checkpoint FILE"
+    f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --init FILE"
 )
 SOURCES["regmixup"] = f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, as {OPENOOD} trains it"
 SOURCES["ish"] = "Xu et al., ICLR 2024, arXiv 2310.00227, with the share that is pruned on ImageNet"
