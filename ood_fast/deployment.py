@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .detectors import Detector, DetectorSet, threshold
+from .eager.precision import is_exporting
 from .heads import capture_features, given_head, refuse_script, unwrapped
 from .models.inputs import warn_other_range
 from .models.running import check_head, check_width, logits_of, refuse_meta, run_model
@@ -190,12 +191,16 @@ class Deployed(nn.Module):
                 warn_other_range(x, detector.input_range, detector.label)
                 refuse_other_head(layer, detector.fitted_on, detector.label)
             self._checked = True
-        if isinstance(self.detector, DetectorSet):
-            score = self.detector.score_features(features, logits)
-            flagged = [_flags(detector, score[name]) for name, detector in self.detector.items()]
-            return logits, torch.stack(list(score.values()), 1), torch.stack(flagged, 1)
-        alone = self.detector.score_features(features, logits)
-        return logits, alone, _flags(self.detector, alone)
+        found = self.detector.score_features(features, logits)
+        scores: list[Tensor] = list(found.values()) if isinstance(found, dict) else [found]
+        if is_exporting():  # onnxruntime's max pooling drops NaN
+            given = x.values() if isinstance(x, Mapping) else (x,)
+            for rows in (each.flatten(1) for each in given if each.is_floating_point() and each.dim() > 1):
+                scores = [score.masked_fill(rows.isnan().any(dim=1), torch.nan) for score in scores]
+        flagged = list(map(_flags, _detectors(self.detector), scores))
+        if isinstance(found, dict):
+            return logits, torch.stack(scores, 1), torch.stack(flagged, 1)
+        return logits, scores[0], flagged[0]
 
     @property
     def thresholds(self) -> Tensor:

@@ -81,7 +81,7 @@ def row_statistics(
     live class.
 
     Under `torch.export` and `torch.onnx` the graph holds plain ATen operators; "distance" without `table` then takes
-    direct differences of rows of W.
+    products of rows of W in float64, of which rows within √(m · 2⁻⁵²) of their length coincide.
 
     Raises:
         TypeError, ValueError: a name is unknown, a tensor that a statistic needs is missing, or dtypes, shapes, devices

@@ -210,3 +210,17 @@ def test_scoring_changes_no_input(prototype, head, features):
     fitted(prototype, head).score_features(features, logits)
     assert torch.equal(features, before[0])
     assert torch.equal(logits, before[1])
+
+
+def test_casts_of_a_whole_model_leave_its_threshold():
+    """Rounded to half precision it would flag others; so would the temperature."""
+    f = torch.randn(60, C)
+    detector = TemperatureScaling().fit_features(None, f, TARGETS.where(TARGETS > 1, f.argmax(1)))
+    scores = detector.score_features(None, f)
+    detector.threshold = scores.median() * (1 + 1e-6)
+    whole = nn.ModuleDict({"model": nn.Linear(3, C), "detector": detector})
+    for cast in (whole.half, whole.bfloat16, whole.float):
+        cast()
+        assert torch.equal(detector.is_ood(detector.score_features(None, f)), detector.is_ood(scores))
+        assert torch.equal(detector.score_features(None, f), scores)
+    assert whole.double()["detector"].threshold.dtype == torch.float64

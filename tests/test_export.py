@@ -189,6 +189,70 @@ def test_other_numbers_in_onnxruntime_are_found():
         onnx_export._check(Path("it.onnx"), module, x, (logits, score + 0.1, is_ood))
 
 
+def test_each_score_is_compared_by_its_own_size():
+    """MSP beside an energy of thousands; and where the largest is no number."""
+    model = build()
+    with torch.no_grad():
+        model[-1].weight.mul_(1e4)
+    module = onnx_export.Prepared(deployment.deploy(model, fitted(["Energy", "MSP"], model)), MEAN, STD, 3).eval()
+    x = images(6)
+    onnx_export._export(module, x, Path("it.onnx"))
+    logits, score, is_ood = (each.detach() for each in module(x, module.threshold))
+    onnx_export._check(Path("it.onnx"), module, x, (logits, score, is_ood))
+    with pytest.raises(onnx_export.ExportError, match="another score than PyTorch"):
+        onnx_export._check(Path("it.onnx"), module, x, (logits, score - torch.tensor([0.0, 0.1]), is_ood))
+    allowed = onnx_export._allowed("score", torch.tensor([[-torch.inf, 1.0], [2.0, 3.0]]))
+    torch.testing.assert_close(allowed, torch.tensor([2e-3, 3e-3]))
+
+
+def test_a_head_stands_in_the_file_once():
+    onnx = pytest.importorskip("onnx")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+    chosen = fitted(["NCI", "ASH", "ReAct"], model)
+    onnx_export.write(deployment.deploy(model, chosen), "it.onnx", images())
+    shapes = [list(held.dims) for held in onnx.load("it.onnx").graph.initializer]
+    assert shapes.count(list(model[-1].weight.shape)) == 1
+
+
+def test_more_classes_than_a_table_is_kept_of(monkeypatch):
+    """Close rows of the head keep their digits, rows that coincide have no boundary."""
+    monkeypatch.setattr(detectors.boundary, "TABLE_BYTES", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+    with torch.no_grad():
+        model[-1].weight[1:3] = model[-1].weight[0] + 1e-4 * torch.randn(2, 192)
+        model[-1].weight[4] = model[-1].weight[3]
+    chosen = DetectorSet(["FDBD", "BoundaryDistance", "TemperedMSP"])
+    chosen.fit(model, [(x := images(), torch.arange(24) % 7)])
+    scores = chosen.score(model, x)
+    for name, each in chosen.items():
+        assert getattr(each, "table", None) is None
+        each.calibrate(scores[name], tpr=0.7)
+    onnx_export.write(deployment.deploy(model, chosen), "it.onnx", x)
+    found = torch.from_numpy(session("it.onnx").run(["score"], {"images": x.numpy()})[0])
+    torch.testing.assert_close(found, torch.stack(list(scores.values()), 1), rtol=1e-4, atol=1e-6)
+
+
+def test_nan_is_flagged_whatever_a_maximum_makes_of_it():
+    """onnxruntime's maxima and its max pooling drop NaN: of pixels, and of some logits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 3))
+    onnx_export.write(deployment.deploy(model, fitted(["Energy", "KNN"], model)), "it.onnx", x := images())
+    x[1, 0, 0, 0] = torch.nan
+    _, score, is_ood = session("it.onnx").run(None, {"images": x.numpy()})
+    assert np.isnan(score).any(1).tolist() == [index == 1 for index in range(24)]
+    assert is_ood[1].all()
+
+    z, f = torch.rand(60, 12), torch.randn(60, 5)
+    reading = DetectorSet(["SML", "SHE", detectors.NECO(dim=4)]).fit_features(
+        z, f, f.argmax(1), (torch.randn(5, 12), None)
+    )
+    torch.onnx.export(reading, (z, f), "reading.onnx", dynamo=True, verbose=False, input_names=["z", "f"])
+    f[2, 3] = torch.nan
+    for scores in session("reading.onnx").run(None, {"z": z.numpy(), "f": f.numpy()}):
+        assert np.isnan(scores).nonzero()[0].tolist() == [2]
+
+
 def test_flags_are_those_of_deploy(monkeypatch):
     model = build()
     module = onnx_export.Prepared(deployment.deploy(model, fitted(["MSP"], model)["MSP"]), MEAN, STD, 3)

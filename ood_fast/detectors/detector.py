@@ -191,6 +191,9 @@ class Detector(Contract):
             features, logits = in_dtype_of_state(self, features), in_dtype_of_state(self, logits)
             scores = self._score(features, logits)
             check_shape(self, scores, features if logits is None else logits)
+        if is_exporting() and not self.statistics():  # a maximum of ONNX may drop NaN; row statistics know that
+            for values in (features if self.needs_features else None, logits if self.needs_logits else None):
+                scores = scores if values is None else scores.masked_fill(values.isnan().any(dim=1), math.nan)
         self.check_scores(scores, features, logits)
         return scores
 
@@ -263,6 +266,16 @@ class Detector(Contract):
             self.threshold, self.calibration = threshold.calibration(scores, tpr, alpha)
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from error
+        return self
+
+    # A threshold or temperature in half precision is another one: .half() of a whole model leaves single numbers.
+    def _apply(self, *args: Any, **keywords: Any) -> Any:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.numel() == 1}
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]  # torch's
+        for name, number in before.items():
+            after: Any = self._buffers[name]
+            if after.dtype.itemsize < min(4, number.dtype.itemsize):
+                self._buffers[name] = number.to(after.device)
         return self
 
     # ---- parameters

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..records import Inputs
-from .precision import compute_dtype, is_exporting, keep_tensors
+from .precision import compute_dtype, has_float64, is_exporting, keep_tensors
 
 _LOG2_E = 1 / math.log(2)
 
@@ -213,9 +213,15 @@ def _inverse_rows(head_weight: Tensor | None, table: Tensor | None, predicted: T
     if table is not None:
         return table.index_select(0, predicted).to(dtype)
     assert head_weight is not None  # one of the two is given
-    weight = head_weight.to(dtype)
-    distance = torch.cdist(weight.index_select(0, predicted), weight, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.reciprocal().masked_fill(distance == 0, 0.0)
+    # A graph cannot look at close pairs again, ONNX has no `cdist`, and differences would be (n, c, m): products in
+    # float64 of rows less their mean have the digits.
+    weight = head_weight.to(torch.float64 if has_float64(head_weight.device) else dtype)
+    weight = weight - weight.mean(0)
+    norms = weight.square().sum(1)
+    sizes = norms.index_select(0, predicted).unsqueeze(1) + norms
+    squared = sizes - 2 * torch.mm(weight.index_select(0, predicted), weight.t())
+    coincident = squared <= weight.shape[1] * torch.finfo(weight.dtype).eps * sizes
+    return squared.masked_fill(coincident, math.inf).rsqrt().to(dtype)
 
 
 def _mean_over_boundaries(gap: Tensor, table: Tensor, boundaries: Tensor | None, predicted: Tensor) -> Tensor:
