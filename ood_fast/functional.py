@@ -29,29 +29,28 @@ if TYPE_CHECKING:
         average: str
         detach_geometry: bool
 
+    class _Loss(_Options, total=False):
+        return_distance: Literal[False]
+
+    class _LossAndDistance(_Options):
+        return_distance: Literal[True]
+
+    class _Either(_Options):
+        return_distance: bool
+
 
 @overload
 def elogitnorm(
-    logits: Tensor,
-    z: Tensor | None,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor,
-    *,
-    return_distance: Literal[False] = False,
-    **options: Unpack[_Options],
+    logits: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_Loss]
 ) -> Tensor: ...
 @overload
 def elogitnorm(
-    logits: Tensor,
-    z: Tensor | None,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor,
-    *,
-    return_distance: Literal[True],
-    **options: Unpack[_Options],
+    logits: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_LossAndDistance]
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def elogitnorm(
+    logits: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_Either]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def elogitnorm(
     logits: Tensor,
     z: Tensor | None,
@@ -140,19 +139,15 @@ def elogitnorm(
 
 
 @overload
-def linear_elogitnorm(
-    z: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    y: Tensor,
-    *,
-    return_distance: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
+def linear_elogitnorm(z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_Loss]) -> Tensor: ...
 @overload
 def linear_elogitnorm(
-    z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, *, return_distance: Literal[True], **options: Unpack[_Options]
+    z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_LossAndDistance]
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_elogitnorm(
+    z: Tensor, W: Tensor, b: Tensor | None, y: Tensor, **options: Unpack[_Either]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_elogitnorm(
     z: Tensor,
     W: Tensor,

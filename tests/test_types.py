@@ -15,13 +15,18 @@ z, y, head = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.nn.Linea
 reveal_type(ood_fast.elogitnorm(head(z), z, head.weight, head.bias, y, eps=1e-6))
 reveal_type(ood_fast.elogitnorm(head(z), z, head.weight, head.bias, y, return_distance=True))
 reveal_type(ood_fast.linear_elogitnorm(z, head.weight, head.bias, y))
+def either(distance: bool) -> None:
+    reveal_type(ood_fast.elogitnorm(head(z), z, head.weight, head.bias, y, return_distance=distance))
+    reveal_type(ood_fast.linear_elogitnorm(z, head.weight, head.bias, y, return_distance=distance))
 reveal_type(ood_fast.nci_score(z, head.weight, head.bias, z.mean(0)))
 reveal_type(ood_fast.ELogitNormLoss(head))
 reveal_type(DetectorSet(["MSP", "NCI"]).fit(head, [(z, y)]))
 reveal_type(DetectorSet(["MSP", "NCI"]).score(head, z))
 """
 TENSOR = "torch._tensor.Tensor"
-REVEALED = [TENSOR, f"tuple[{TENSOR}, {TENSOR}]", TENSOR, TENSOR, "ood_fast.losses.ELogitNormLoss"]
+BOTH = f"tuple[{TENSOR}, {TENSOR}]"
+EITHER = f"{TENSOR} | {BOTH}"
+REVEALED = [TENSOR, BOTH, TENSOR, EITHER, EITHER, TENSOR, "ood_fast.losses.ELogitNormLoss"]
 REVEALED += ["ood_fast.detectors.sets.DetectorSet", f"dict[str, {TENSOR}]"]
 
 
