@@ -8,11 +8,13 @@ CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from .registry import KINDS
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
 SHORT_LIST = 10  # names
+
+PACKAGES = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}  # as pip calls a module, if not by its name
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -54,6 +58,16 @@ def behind(n_rows: int) -> Iterator[None]:
         yield
     except RowError as error:
         raise RowError(error.text, error.row + n_rows, error.in_batch) from None
+
+
+def optional_import(who: str, *modules: str) -> Any:
+    """The first of these modules; UserError that says how to install what is missing of them."""
+    missing = [PACKAGES.get(module, module) for module in modules if util.find_spec(module) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        told = f"{who} needs {', '.join(missing)}, which {verb} not installed"
+        raise UserError(f"{told}: pip install {' '.join(missing)}")
+    return importlib.import_module(modules[0])
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

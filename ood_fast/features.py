@@ -259,11 +259,9 @@ _COLUMNS = {"features": "features", "logits": "logits", "target": "targets", "pa
 
 
 def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise checks.UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    pyarrow = checks.optional_import(f"{file}: reading Parquet", "pyarrow")
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             names = opened.schema_arrow.names

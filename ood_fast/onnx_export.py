@@ -91,11 +91,7 @@ def write(
 
 def require_onnx() -> None:
     """UserError with the cure unless the three packages are there."""
-    from importlib import util
-
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if util.find_spec(name) is None]
-    if missing:
-        raise checks.UserError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    checks.optional_import("ONNX", "onnx", "onnxscript", "onnxruntime")
 
 
 class Prepared(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def index(request, monkeypatch):
     if request.param == "faiss":
         return faiss or pytest.skip("faiss is not installed")
     module = types.ModuleType("faiss")
+    module.__spec__ = ModuleSpec("faiss", None)
     module.IndexFlatL2, module.IndexIVFFlat = lambda m: None, Lists
     module.SearchParametersIVF = types.SimpleNamespace
     monkeypatch.setitem(sys.modules, "faiss", module)
@@ -92,7 +94,7 @@ def test_lists_with_fewer_than_k_rows(index, z):
 
 def test_without_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"probes: an approximate index needs faiss, .* pip install faiss-cpu"):
+    with pytest.raises(UserError, match=r"probes: an approximate index needs faiss-cpu, .* pip install faiss-cpu"):
         KNN(probes=8)
     with pytest.raises(ValueError, match="probes: got 0, expected an int >= 1, or None"):
         KNN(probes=0)

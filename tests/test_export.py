@@ -327,7 +327,7 @@ def test_without_the_packages(monkeypatch, capsys):
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "onnxscript" else found(name, *more))
     saved(["MSP"])
     assert cli.main([*EXPORT, "--out", "it.onnx"]) == 2
-    assert "ONNX needs onnxscript: pip install onnxscript" in capsys.readouterr().err
+    assert "ONNX needs onnxscript, which is not installed: pip install onnxscript" in capsys.readouterr().err
 
 
 def test_other_weights_are_refused(capsys):

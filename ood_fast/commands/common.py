@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,6 @@ def _why_not(device: str) -> str:
     except RuntimeError:
         return "PyTorch knows no such device"
     return "PyTorch cannot compute on it here"
-
-
-def require_package(package: str, module: str) -> None:
-    """UserError with the cure unless the module of a package is there."""
-    if util.find_spec(module) is None:
-        raise UserError(f"compare needs {package}, which is not installed: pip install {package}")
 
 
 def versions() -> dict[str, str]:

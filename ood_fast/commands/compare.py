@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import evaluation, files
+from .. import checks, evaluation, files
 from ..checks import UserError
 from ..compare import Comparison, ComparisonWatcher, free_folder, open_runs, recipes_of, remove_runs
 from ..detectors import DetectorSet, find
@@ -22,7 +22,7 @@ from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import context_of, data_of, detector_set, device, listed, require_package, searched, training_settings
+from .common import context_of, data_of, detector_set, device, listed, searched, training_settings
 from .model import allow, is_callable, named
 from .progress import Bar
 
@@ -35,7 +35,7 @@ SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Carry out the command."""
-    require_package("rich", "rich")
+    checks.optional_import("compare", "rich")
     import_plugins(options)
 
     first = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.benchmark is None:
         raise UserError(f"--benchmark: {options.runs[0]} does not say which; give one")
     if options.benchmark == "digits":
-        require_package("scikit-learn", "sklearn")
+        checks.optional_import("compare", "sklearn")
     benchmarks = Benchmarks(options, options.runs[0] if options.runs else None)
     chosen, grids = _detectors(options)
     measuring = {"leave_out": options.detectors == "all", "grids": grids, "workers": options.workers}

@@ -22,7 +22,7 @@ from .code import import_plugins
 from .common import device, given, processes, read_detectors, refuse_given, warn
 from .model import OF_IMAGES, PREPARATION, REMEMBERED, cannot_take, fitted_on
 from .progress import Bar
-from .table import SUFFIXES, ScoreTable, require_pyarrow
+from .table import SUFFIXES, ScoreTable
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -72,7 +72,7 @@ def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
     if page is not None and (page.is_dir() or page.suffix not in (".html", ".htm")):
         raise UserError(f"--html: got {page}, expected the name of a file ending in .html")
     if out.suffix == ".parquet":
-        require_pyarrow()
+        checks.optional_import("--out: writing Parquet", "pyarrow")
     for name, file in (("--out", out), ("--html", page)):
         if file is not None:
             checks.writable_folder(name, file.parent)

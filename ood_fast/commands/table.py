@@ -200,7 +200,7 @@ class ScoreTable:
             spreadsheet.write_rows(file, itertools.chain([self.columns()], self._rows()), "\r\n")
 
     def _write_parquet(self, path: Path) -> None:
-        pyarrow = require_pyarrow()
+        import pyarrow
         from pyarrow import parquet
 
         columns, text, flag, score = self.columns(), pyarrow.string(), pyarrow.bool_(), pyarrow.float64()
@@ -222,12 +222,3 @@ def _utf8(cell: Any) -> Any:
     # In a locale that is not UTF-8 all bytes beyond ASCII are escaped, also those that are UTF-8.
     named = cell.encode(errors="surrogateescape").decode(errors="surrogateescape")
     return named.encode(errors="backslashreplace").decode()
-
-
-def require_pyarrow() -> Any:
-    """The module; UserError without it."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise UserError("--out: writing Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
-    return pyarrow

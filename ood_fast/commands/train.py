@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,8 @@ def run(options: argparse.Namespace, command: str) -> None:
 def _check(options: argparse.Namespace) -> None:
     if options.out is not None and not options.out.strip():
         raise UserError(f"--out: got {options.out!r}, expected a folder")
-    if options.tensorboard and util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard: needs tensorboard, which is not installed: pip install tensorboard")
+    if options.tensorboard:
+        checks.optional_import("--tensorboard", "tensorboard")
 
 
 def _check_order(recipe: TrainingRecipe, benchmark: ImageBenchmark, options: argparse.Namespace) -> None:

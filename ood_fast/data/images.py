@@ -30,11 +30,7 @@ NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
 
 def torchvision() -> Any:
     """The module; `UserError` says how to get it."""
-    try:
-        import torchvision
-    except ImportError as error:
-        raise checks.UserError("image data sets need torchvision: pip install torchvision") from error
-    return torchvision
+    return checks.optional_import("an image data set", "torchvision")
 
 
 # ---- sources: images by number, before any transform

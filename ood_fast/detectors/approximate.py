@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -19,12 +18,7 @@ _BUILT: Any = WeakTensorKeyDictionary()
 
 def faiss() -> Any:
     """The module; UserError that says how to get it."""
-    try:
-        return importlib.import_module("faiss")
-    except ImportError:
-        raise checks.UserError(
-            "probes: an approximate index needs faiss, which is not installed: pip install faiss-cpu; or None"
-        ) from None
+    return checks.optional_import("probes: an approximate index", "faiss")
 
 
 def _index(bank: Tensor) -> Any:

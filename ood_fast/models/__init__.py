@@ -12,7 +12,6 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +219,7 @@ def _timm(name: str, n_classes: int, pretrained: bool, given: ModelOptions) -> n
 
 def _timm_config(name: str) -> Any:
     """What timm says of a model and of its weights."""
-    if util.find_spec("timm") is None:
-        raise checks.UserError(f"model timm:{name} needs timm, which is not installed: pip install timm")
-    import timm
-
+    timm = checks.optional_import(f"model timm:{name}", "timm")
     if not timm.is_model(name):
         raise checks.UserError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists them")
     return timm.get_pretrained_cfg(name)

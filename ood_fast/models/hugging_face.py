@@ -87,11 +87,7 @@ def _told(name: str) -> Iterator[None]:
 
 
 def _transformers(name: str) -> Any:
-    if util.find_spec("transformers") is None:
-        raise checks.UserError(f"model {HF}{name} needs transformers, which is not installed: pip install transformers")
-    import transformers
-
-    return transformers
+    return checks.optional_import(f"model {HF}{name}", "transformers")
 
 
 def _preparation(name: str) -> dict[str, Any] | None:

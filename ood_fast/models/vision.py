@@ -25,11 +25,7 @@ Build = Callable[[int, int, "int | None"], nn.Module]
 
 
 def _models() -> Any:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise checks.UserError("this model needs torchvision: pip install torchvision") from error
-    return models
+    return checks.optional_import("this model", "torchvision").models
 
 
 def _colour_only(in_channels: int) -> None:
