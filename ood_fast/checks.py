@@ -7,12 +7,11 @@ CPU: on a GPU a bad target gives that sample a NaN loss instead of a host sync.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
@@ -21,19 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import KINDS
+from .errors import SHORT_LIST as SHORT_LIST
+from .errors import UserError as UserError
+from .errors import unknown as unknown
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
-SHORT_LIST = 10  # names
 
 PACKAGES = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}  # as pip calls a module, if not by its name
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class UserError(ValueError):
-    """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
 
 
 class RowError(ValueError):
@@ -68,23 +64,6 @@ def optional_import(who: str, *modules: str) -> Any:
         told = f"{who} needs {', '.join(missing)}, which {verb} not installed"
         raise UserError(f"{told}: pip install {' '.join(missing)}")
     return importlib.import_module(modules[0])
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is not among the known ones: suggests the nearest, and lists them.
-
-    The suggestion stands behind a short list, and before one in which it would be overlooked. Of what users may add by
-    a name, the message also says how.
-    """
-    names = sorted(known)
-    by_lower = {known_name.lower(): known_name for known_name in reversed(names)}
-    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    own = "; one of your own needs --plugin MODULE" * (what in KINDS)
-    message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}{own}"
-    if not nearest:
-        return f"{message}; {listed}"
-    hint = f"did you mean {by_lower[nearest[0]]!r}?"
-    return f"{message}; {hint} {listed}" if len(names) > SHORT_LIST else f"{message}; {listed}; {hint}"
 
 
 def one_of(argument: str, value: object, choices: tuple[object, ...]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import RunError
 from .commands.parsers import COMMANDS
+from .errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +58,6 @@ def _main(arguments: list[str]) -> int:
     else:
         parser.refuse_unknown(arguments)
     options = parser.parse_args(arguments)
-    from .checks import UserError  # imports torch: not for --help and --version
-
     try:
         command = importlib.import_module(f".commands.{options.command}", __package__)
     except ValueError as error:  # `ops` reads OOD_FAST_BACKEND

@@ -23,13 +23,16 @@ KINDS = {
     "metric": "(id_scores, ood_scores), float64 (n,) and (k,) -> float; higher scores mean more in-distribution",
 }
 # what the package itself has, but detectors, which register like others
-TAKEN: dict[str, set[str]] = {
-    "loss": {"ce", "logitnorm", "elogitnorm", "l2norm", "t2fnorm", "vos", "elogitnorm-vos", "oe", "elogitnorm-oe"}
-    | {"mixoe", "regmixup", "supcon", "cider", "ish", "npos", "elogitnorm-npos", "palm"},
-    "benchmark": {"cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin"},
-    "model": {"small_cnn", "resnet18_32x32", "cct_7_3x1", "resnet18", "resnet50", "vgg16", "densenet121"}
-    | {"vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny"},
-    "metric": {"auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out"},
+TAKEN: dict[str, tuple[str, ...]] = {
+    kind: tuple(names.split())
+    for kind, names in {
+        "loss": "ce logitnorm elogitnorm l2norm t2fnorm vos elogitnorm-vos oe elogitnorm-oe mixoe regmixup supcon "
+        "cider ish npos elogitnorm-npos palm",
+        "benchmark": "cifar10 cifar100 digits folder gtsrb imagenet imagenet200 tin",
+        "model": "small_cnn resnet18_32x32 cct_7_3x1 resnet18 resnet50 vgg16 densenet121 vit_b_16 swin_t swin_v2_t "
+        "convnext_tiny",
+        "metric": "auroc fpr95_ood_positive fpr95_id_positive aupr_in aupr_out",
+    }.items()
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 

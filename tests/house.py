@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"ood_fast": ROOT / "ood_fast", "ood_fast.kernels": ROOT / "kernels"}
 
 LIMITS = {
-    "lines": 36_663,  # of Python in ood_fast/ and kernels/
-    "lines of code": 24_895,  # of these, without blank lines, comments and docstrings
+    "lines": 36_657,  # of Python in ood_fast/ and kernels/
+    "lines of code": 24_896,  # of these, without blank lines, comments and docstrings
     "longest file": 450,
     "parameters": 8,  # of a function, `self` left out; the kernels' own signatures and the operators' are flat
     "import circles": 0,
@@ -32,7 +32,7 @@ LIMITS = {
 
 # Imports run down this list: a line may use the lines before it. A file that breaks it is in the wrong room.
 LAYERS = (
-    ("records", "registry", "values"),
+    ("records", "registry", "values", "errors"),
     ("kernels", "reference", "checks", "files", "intact", "processes", "spreadsheet"),
     ("ops.registration",),
     ("eager",),

@@ -114,7 +114,7 @@ def training_settings(options: Any) -> list[str]:
         raise UserError(f"--init: no file {options.init}")
     named = {"model": options.model, "init": whole_path(options.init), "epochs": options.epochs}
     named["pretrained"] = options.pretrained
-    return options.set + [f"{name}={value}" for name, value in named.items() if value]
+    return [*options.set, *(f"{name}={value}" for name, value in named.items() if value)]
 
 
 # ---- what `fit`, `score` and their like share

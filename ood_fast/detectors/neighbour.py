@@ -173,7 +173,7 @@ class KNN(Detector):
     # .half(), .float(), .double() round what was measured, or give it digits that it does not have.
     def _apply(self, *args: Any, **keywords: Any) -> KNN:
         before = [buffer.dtype for buffer in self.buffers()]
-        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]  # torch's
+        super()._apply(*args, **keywords)
         if self.bank is not None and before != [buffer.dtype for buffer in self.buffers()]:
             self._keep(self.bank, at_least_float32(self.bank[:0]))
         return self

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import metrics, published, recipes
+from .. import metrics, published, recipes, registry
 from ..data.folders import is_below
 from ..data.specs import SPECS
 from .cache import Outputs
@@ -25,7 +25,7 @@ CSID = "csid"  # the group of covariate-shifted ID sets: the same classes, other
 FULL_SPECTRUM = "fsood_"  # before a metric: in-distribution are the ID test images and all covariate-shifted ones
 GROUPS = {"near": "nearood", "far": "farood"}  # group -> the name of its mean in files, as in OpenOOD's
 TITLES = {mean: f"{group}-OOD" for group, mean in GROUPS.items()}  # what tables call it
-DETECTION = ("auroc", "fpr95_ood_positive", "fpr95_id_positive", "aupr_in", "aupr_out")
+DETECTION = registry.TAKEN["metric"]
 ECE = ("ece_softmax", "ece_scaled_by_norm", "ece_scaled_by_distance")
 
 # What the numbers are: in results.json, and the captions of tables.

@@ -15,9 +15,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError, unknown
 from ..values import KINDS
 from .papers import BASELINE, BENCHMARKS, DETECTORS, LOSSES, METHODS, MORE_LOSSES, OF_THE_LOSS, RECIPES
-from .recipe import BENCHMARK_NAMES, CHOICES, TAU, Recipe, TrainingRecipe, bad_setting, require, unknown_name
+from .recipe import BENCHMARK_NAMES, CHOICES, TAU, Recipe, TrainingRecipe, require
 
 __all__ = ["ALIASES", "BASELINE", "BENCHMARKS", "BENCHMARK_NAMES", "CHOICES", "DETECTORS", "LOSSES", "METHODS"]
 __all__ += ["MORE_LOSSES", "OF_THE_LOSS", "RECIPES", "TAU", "Recipe", "TrainingRecipe", "as_dict", "find"]
@@ -38,22 +39,22 @@ def find(name: str | os.PathLike[str]) -> TrainingRecipe:
         return RECIPES[str(name)]
     path = Path(name)
     if path.suffix != ".json":
-        raise bad_setting(unknown_name("recipe", str(name), RECIPES))
+        raise UserError(unknown("recipe", str(name), RECIPES))
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise bad_setting("is no regular file")
+            raise UserError("is no regular file")
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise bad_setting("expected an object of settings")
+            raise UserError("expected an object of settings")
         settings = {"name": path.stem, **settings}
         require("name", "''", settings["name"] != "", "a name that a folder can have")
         return from_dict(settings)
     except OSError as error:
-        raise bad_setting(f"recipe {path}: {error.strerror or error}") from error
+        raise UserError(f"recipe {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad_setting(f"recipe {path}: no JSON ({error})") from error
+        raise UserError(f"recipe {path}: no JSON ({error})") from error
     except ValueError as error:
-        raise bad_setting(f"recipe {path}: {error}") from error
+        raise UserError(f"recipe {path}: {error}") from error
 
 
 def override(recipe: TrainingRecipe, settings: Iterable[str]) -> TrainingRecipe:
@@ -67,12 +68,12 @@ def override(recipe: TrainingRecipe, settings: Iterable[str]) -> TrainingRecipe:
         key, equals, text = setting.partition("=")
         key = key.strip()
         if not equals:
-            raise bad_setting(f"setting {setting!r}: expected key=value")
+            raise UserError(f"setting {setting!r}: expected key=value")
         name = _field(key)
         try:
             changes[name] = _FIELDS[name].parse(text.strip())
         except ValueError:
-            raise bad_setting(f"{key}: got {text!r}, expected {_FIELDS[name].expected}") from None
+            raise UserError(f"{key}: got {text!r}, expected {_FIELDS[name].expected}") from None
     return replace(recipe, **changes)
 
 
@@ -87,12 +88,12 @@ def from_dict(settings: Mapping[str, Any]) -> TrainingRecipe:
     base = _base(settings.pop("base")) if "base" in settings else TrainingRecipe()
     name = settings.get("name", base.name)  # of the folder that a run is written in; empty for settings without a name
     if not isinstance(name, str) or name in (".", "..") or set(name) & set('/\\\0:*?"<>|'):
-        raise bad_setting(f"name: got {name!r}, expected a name that a folder can have")
+        raise UserError(f"name: got {name!r}, expected a name that a folder can have")
     changes: dict[str, Any] = {}
     for key, value in settings.items():
         name = key if key in ("name", "source") else _field(key)
         if not _FIELDS[name].accepts(value):
-            raise bad_setting(f"{key}: got {value!r}, expected {_FIELDS[name].expected}")
+            raise UserError(f"{key}: got {value!r}, expected {_FIELDS[name].expected}")
         changes[name] = tuple(value) if isinstance(value, list) else value
     return replace(base, **changes)
 
@@ -100,7 +101,7 @@ def from_dict(settings: Mapping[str, Any]) -> TrainingRecipe:
 def _base(name: Any) -> TrainingRecipe:
     """A recipe of the package: files on top of files could go round."""
     if not isinstance(name, str) or name not in RECIPES:
-        raise bad_setting(f"base: {unknown_name('recipe', name, RECIPES)}")
+        raise UserError(f"base: {unknown('recipe', name, RECIPES)}")
     return RECIPES[name]
 
 
@@ -108,7 +109,7 @@ def _field(key: str) -> str:
     name = ALIASES.get(key, key)
     if name not in _FIELDS or name in ("name", "source"):
         known = [*(field for field in _FIELDS if field not in ("name", "source")), *ALIASES]
-        raise bad_setting(unknown_name("setting", key, known))
+        raise UserError(unknown("setting", key, known))
     return name
 
 

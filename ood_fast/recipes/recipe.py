@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..registry import added
+from ..errors import UserError, unknown
+from ..registry import TAKEN, added
 
 # What `data.open_benchmark` takes; here, because it is wanted where torch is not imported
-BENCHMARK_NAMES = ("cifar10", "cifar100", "digits", "folder", "gtsrb", "imagenet", "imagenet200", "tin")
+BENCHMARK_NAMES = TAKEN["benchmark"]
 TAU = 0.04  # LogitNorm's temperature (Wei et al., ICML 2022), for its loss and for softmax(f / (τ‖f‖))
-
-
-# ---- errors; `checks` imports torch, which only a message needs
-
-
-def bad_setting(message: str) -> Exception:
-    """A UserError with that message."""
-    from ..checks import UserError
-
-    return UserError(message)
-
-
-def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """`checks.unknown`."""
-    from ..checks import unknown
-
-    return unknown(what, name, known)
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
     """UserError unless it holds."""
     if not holds:
-        raise bad_setting(f"{name}: got {value}, expected {expected}")
+        raise UserError(f"{name}: got {value}, expected {expected}")
 
 
 # ---- what a recipe is
@@ -116,7 +99,7 @@ class TrainingRecipe(Recipe):
     def __post_init__(self) -> None:
         for name, choices in {**CHOICES, "loss": (*CHOICES["loss"], *added("loss"))}.items():
             if getattr(self, name) not in choices:
-                raise bad_setting(unknown_name(name, getattr(self, name), choices))
+                raise UserError(unknown(name, getattr(self, name), choices))
         for name in ("epochs", "batch_size", "n_processes"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "tau"):
@@ -129,14 +112,14 @@ class TrainingRecipe(Recipe):
         momentum = self.prototype_momentum
         require("prototype_momentum", momentum, momentum is None or 0 <= momentum < 1, "none or a number in [0, 1)")
         if momentum is not None and self.loss not in ("cider", "palm"):
-            raise bad_setting(f"prototype_momentum: expected none with loss={self.loss}, which has no prototypes")
+            raise UserError(f"prototype_momentum: expected none with loss={self.loss}, which has no prototypes")
         require("head_tau", self.head_tau, self.head_tau is None or self.head_tau > 0, "none or a number above 0")
         ascending = tuple(sorted(set(self.milestones)))
         require("milestones", self.milestones, self.milestones == ascending, "epochs in ascending order")
         if self.schedule == "steps":
             require("milestones", self.milestones, bool(self.milestones), "epochs, for schedule=steps")
         if self.init and self.pretrained:
-            raise bad_setting("init, pretrained: expected one of them, weights to start from")
+            raise UserError("init, pretrained: expected one of them, weights to start from")
 
     def _check_outliers(self) -> None:
         """What is set of outliers fits together."""
@@ -146,14 +129,12 @@ class TrainingRecipe(Recipe):
         require("outlier_weight", weight, weight is None or weight >= 0, "none or no negative number")
         require("outlier_start", start, start is None or 0 <= start <= 1, "none or a number in [0, 1]")
         if self.regmixup and (self.mixup or self.cutmix or self.outliers != "none"):
-            raise bad_setting("regmixup: expected 0 with mixup, cutmix or outliers")
+            raise UserError("regmixup: expected 0 with mixup, cutmix or outliers")
         others = self.mixup or self.cutmix or self.regmixup or self.outliers not in ("none", "npos")
         if self.loss in CONTRASTIVE and others:
-            raise bad_setting(f"mixup, cutmix, regmixup, outliers but npos: expected none with loss={self.loss}")
+            raise UserError(f"mixup, cutmix, regmixup, outliers but npos: expected none with loss={self.loss}")
         if self.outliers in OF_CLASSES and (self.mixup or self.cutmix):
-            raise bad_setting(
-                f"mixup, cutmix: expected 0 with outliers={self.outliers}, which needs images of one class"
-            )
+            raise UserError(f"mixup, cutmix: expected 0 with outliers={self.outliers}, which needs images of one class")
 
 
 CONTRASTIVE = ("supcon", "cider", "palm")  # losses of features

@@ -1,0 +1,31 @@
+"""What a person asked for and cannot have. Imports no torch: recipes and `--help` answer at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from .registry import KINDS
+
+SHORT_LIST = 10  # names
+
+
+class UserError(ValueError):
+    """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is not among the known ones: suggests the nearest, and lists them.
+
+    The suggestion stands behind a short list, and before one in which it would be overlooked. Of what users may add by
+    a name, the message also says how.
+    """
+    names = sorted(known)
+    by_lower = {known_name.lower(): known_name for known_name in reversed(names)}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    own = "; one of your own needs --plugin MODULE" * (what in KINDS)
+    message, listed = f"unknown {what} {name!r}", f"known: {', '.join(names)}{own}"
+    if not nearest:
+        return f"{message}; {listed}"
+    hint = f"did you mean {by_lower[nearest[0]]!r}?"
+    return f"{message}; {hint} {listed}" if len(names) > SHORT_LIST else f"{message}; {listed}; {hint}"
