@@ -56,9 +56,12 @@ _HOME = {
     "linear_elogitnorm": "linear",
     "row_statistics": "statistics",
     "distance_table": "statistics",
+    "shard_affine": "linear",
     "shard_boundary_sums": "shards",
+    "shard_distances": "shards",
+    "shard_gradients": "shards",
+    "shard_pull": "shards",
     "shard_softmax_sums": "shards",
-    "tempered_gradient": "losses",
     "launches": "launch",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..records import Geometry, Needs
 from .geometry import geometry_of
-from .launch import alignment, gradient_buffer, laid_out, launch, row_config, target_of
+from .launch import alignment, gradient_buffer, laid_out, launch, row_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, mean_distance, scan_maximum
 from .segments import Segments
 from .tempered import temperature_sums
@@ -67,6 +67,7 @@ def boundary_distance_backward_kernel(
     table_row_pointer,  # (n,) int64
     predicted_pointer,  # (n,) int64
     slope_pointer,  # (n,)
+    inverse_sum_pointer,  # (n,) sum R over the classes of all processes; None in one, which has all classes
     grad_logits_pointer,  # (n, c) contiguous: written
     n_classes,
     BLOCK: tl.constexpr,
@@ -83,7 +84,10 @@ def boundary_distance_backward_kernel(
     predicted = tl.load(predicted_pointer + row)
     # NaN for a row that is not valid
     scale = tl.load(sample_grad_pointer + row).to(tl.float32) * tl.load(slope_pointer + row)
-    inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True, LOOPED)[2]
+    if inverse_sum_pointer is None:
+        inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True, LOOPED)[2]
+    else:
+        inverse_distance_sum = tl.load(inverse_sum_pointer + row)
     for start in range(0, n_classes if LOOPED else BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logit = tl.load(logits_row + columns, mask=columns < n_classes, other=float("-inf")).to(tl.float32)
@@ -128,16 +132,29 @@ def boundary_distance_backward(
     sample_grad = sample_grad.contiguous()
     layout, rows, weight = laid_out("distance backward", logits, head_weight, sample_grad, predicted, slope, *geometry)
     if needs.logits:
-        n_samples, n_classes = rows.shape
-        grad_logits = gradient_buffer(logits, (n_samples, n_classes))
-        config = row_config(n_classes, target_of(logits))
-        launch(
-            boundary_distance_backward_kernel, (n_samples,), sample_grad, rows, rows.stride(0), geometry.table,
-            geometry.table_row, predicted, slope, grad_logits, n_classes, BLOCK=config.block,
-            ALIGN=alignment(n_classes, rows.stride(0)), LOOPED=config.looped, num_warps=config.num_warps,
-        )  # fmt: skip
-        grad_logits = grad_logits.to(logits.dtype)
+        grad_logits = distance_gradient(sample_grad, rows, predicted, slope, geometry)
     if needs.weight:
         segments = Segments(geometry.table_row, sample_grad, slope, rows)
         grad_weight = weight_gradient(layout, segments, weight, predicted, geometry)
     return grad_logits, grad_weight
+
+
+def distance_gradient(
+    sample_grad: Tensor,
+    logits: Tensor,
+    predicted: Tensor,
+    slope: Tensor,
+    geometry: Geometry,
+    inverse_sum: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the logits. `inverse_sum` (n,): sum R, where these are the classes of one process among many."""
+    rows = unit_stride(logits)
+    n_samples, n_classes = rows.shape
+    grad_logits = gradient_buffer(logits, (n_samples, n_classes))
+    config = row_config(n_classes, target_of(logits))
+    launch(
+        boundary_distance_backward_kernel, (n_samples,), sample_grad.contiguous(), rows, rows.stride(0), geometry.table,
+        geometry.table_row, predicted, slope, inverse_sum, grad_logits, n_classes, BLOCK=config.block,
+        ALIGN=alignment(n_classes, rows.stride(0)), LOOPED=config.looped, num_warps=config.num_warps,
+    )  # fmt: skip
+    return grad_logits.to(logits.dtype)

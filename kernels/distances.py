@@ -142,18 +142,33 @@ def is_alone(inverse_distance):
 
 
 @triton.jit
-def table_classes(row_class_pointer, rows, n_rows):
-    """The class of each table row, -1 for none."""
+def table_classes(row_class_pointer, left_pointer, rows, n_rows):
+    """(the class of each table row, where among the `predicted_rows` it is, whether there is one)."""
+    inside = rows < n_rows
     if row_class_pointer is None:
-        return tl.where(rows < n_rows, rows, -1).to(tl.int64)
+        return rows, rows.to(tl.int64), inside
     else:
-        return tl.load(row_class_pointer + rows, mask=rows < n_rows, other=-1)
+        row_class = tl.load(row_class_pointer + rows, mask=inside, other=-1)
+        if left_pointer is None:
+            return row_class, row_class, row_class >= 0
+        else:
+            return row_class, rows.to(tl.int64), inside
+
+
+@triton.jit
+def predicted_rows(left_pointer, weight_pointer, weight_stride, n_features):
+    """(pointer, stride) of the rows w_p: those of `left` (u, m), contiguous, or of W where it is None."""
+    if left_pointer is None:
+        return weight_pointer, weight_stride
+    else:
+        return left_pointer, n_features
 
 
 @triton.jit
 def refine_tile(
     weight_pointer,
     weight_stride,
+    left_pointer,
     row_class_pointer,
     table_pointer,
     n_rows,
@@ -163,17 +178,18 @@ def refine_tile(
     COLUMNS: tl.constexpr,
 ):
     """Replace the entries of -1 in a tile of R, 32 x 32 at a time: the products have the registers."""
+    source, source_stride = predicted_rows(left_pointer, weight_pointer, weight_stride, n_features)
     PARTS: tl.constexpr = COLUMNS // 32
     for part in range(ROWS // 32 * PARTS):
         rows = tl.program_id(1) * ROWS + part // PARTS * 32 + tl.arange(0, 32)
         classes = tl.program_id(0) * COLUMNS + part % PARTS * 32 + tl.arange(0, 32)
-        row_class = table_classes(row_class_pointer, rows, n_rows)
-        row_mask, class_mask = row_class >= 0, classes < n_classes
+        _, place, row_mask = table_classes(row_class_pointer, left_pointer, rows, n_rows)
+        class_mask = classes < n_classes
         places = table_pointer + rows.to(tl.int64)[:, None] * n_classes + classes[None, :]
         is_close = tl.load(places, mask=row_mask[:, None] & class_mask[None, :], other=0.0) < 0
         if tl.max(tl.max(is_close.to(tl.int32), axis=1), axis=0) > 0:
             largest = tl.zeros([32, 32], tl.float32)
-            row_place = weight_pointer + row_class * weight_stride
+            row_place = source + place * source_stride
             class_place = weight_pointer + classes.to(tl.int64) * weight_stride
             for feature in range(n_features):
                 a = tl.load(row_place + feature, mask=row_mask, other=0.0).to(tl.float32)
@@ -203,8 +219,9 @@ def _bound(norms):
 @triton.jit(do_not_specialize=["n_rows"])
 def distance_gram_kernel(
     weight_pointer,  # (c, m)
+    left_pointer,  # (k, m) contiguous: w_p of each table row; None: they are among the rows of W
     origin_pointer,  # (m,) fp32: the origin, written; None: the rows are multiplied as they are
-    norm_pointer,  # (c,) fp32 |w_j|, read where there is no origin
+    norm_pointer,  # (c,) fp32 |w_j|, and (k,) of `left` behind them, read where there is no origin
     row_class_pointer,  # (k,) int64: the class of each table row, -1 for none; None: row r is class r
     table_pointer,  # (k, c) fp32: written
     flag_pointer,  # (row tiles, class tiles) fp32, or None: whether a tile has a pair that is alone, written
@@ -229,31 +246,33 @@ def distance_gram_kernel(
     classes = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # axis x: the others end at 65,535
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     class_mask = classes < n_classes
-    row_class = table_classes(row_class_pointer, rows, n_rows)
-    row_mask = row_class >= 0
+    row_class, place, row_mask = table_classes(row_class_pointer, left_pointer, rows, n_rows)
     inverse_distance = tl.zeros([ROWS, COLUMNS], tl.float32)  # of rows that nobody uses: two runs give the same bits
     any_close = 0
-    if tl.max(row_class, axis=0) >= 0:
+    if tl.max(row_mask.to(tl.int32), axis=0) > 0:
         if origin_pointer is not None:
             for start in range(0, n_features, ORIGIN_BLOCK):
                 write_origin(weight_pointer, weight_stride, origin_pointer, start, n_classes, n_features, ORIGIN_BLOCK)
             tl.debug_barrier()
         # What is not there is another row of W, read instead of a mask each turn, and left out in the end.
-        read_rows = tl.maximum(row_class, 0)
+        source, source_stride = predicted_rows(left_pointer, weight_pointer, weight_stride, n_features)
+        read_rows = tl.where(row_mask, place, 0)
         read_columns = tl.minimum(classes, n_classes - 1)
         row_norms = tl.zeros([ROWS], tl.float32)
         class_norms = tl.zeros([COLUMNS], tl.float32)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, n_features, INNER):
             features = start + tl.arange(0, INNER)
-            a = load_rows(weight_pointer, weight_stride, origin_pointer, read_rows, None, features, n_features, UPCAST)
+            a = load_rows(source, source_stride, origin_pointer, read_rows, None, features, n_features, UPCAST)
             b = load_columns(weight_pointer, weight_stride, origin_pointer, read_columns, features, n_features, UPCAST)
             if origin_pointer is not None:
                 row_norms += tl.sum(a * a, axis=1)
                 class_norms += tl.sum(b * b, axis=0)
             products = add_product(products, a, b, PRECISION)
         if origin_pointer is None:
-            row_norms = tl.load(norm_pointer + row_class, mask=row_mask, other=0.0)
+            if left_pointer is not None:
+                place += n_classes
+            row_norms = tl.load(norm_pointer + place, mask=row_mask, other=0.0)
             class_norms = tl.load(norm_pointer + classes, mask=class_mask, other=0.0)
             row_norms *= row_norms
             class_norms *= class_norms
@@ -277,6 +296,7 @@ def distance_gram_kernel(
         refine_tile(
             weight_pointer,
             weight_stride,
+            left_pointer,
             row_class_pointer,
             table_pointer,
             n_rows,
@@ -361,19 +381,28 @@ def kept_of(layout: Layout, geometry: Geometry, weight: Tensor) -> Kept:
     return Kept(origin, flags, (row_class >= 0).sum() if layout.by_row else None)
 
 
-def distance_table(layout: Layout, weight: Tensor, row_class: Tensor | None, kept: Kept = Kept()) -> Tensor:  # noqa: B008
+def distance_table(
+    layout: Layout,
+    weight: Tensor,
+    row_class: Tensor | None,
+    kept: Kept = Kept(),  # noqa: B008
+    left: Tensor | None = None,
+) -> Tensor:
     """R (k, c) fp32 between the classes in `row_class` (None: all) and all classes; 0 in rows of class -1.
 
-    `kept`: where origin and flags are left.
+    `kept`: where origin and flags are left. `left` (k, m), in the dtype of W: the rows of these classes, where those of
+    class -1 are not in W.
     """
     new = {"dtype": torch.float32, "device": weight.device}
     table = torch.empty(layout.n_rows, layout.n_classes, **new)
     norms, origin = None, kept.origin
     if weight.dtype == torch.bfloat16:
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        if left is not None:
+            norms = torch.cat([norms, torch.linalg.vector_norm(left, dim=1, dtype=torch.float32)])
     elif origin is None:
         origin = torch.empty(weight.shape[1], **new)
-    _gram(layout)(weight, origin, norms, row_class, table, kept.flags)
+    _gram(layout)(weight, left, origin, norms, row_class, table, kept.flags)
     return table
 
 

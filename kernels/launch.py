@@ -153,7 +153,7 @@ def kinds_of(*tensors: Tensor | None) -> tuple:
 class Layout:
     """Sizes, strides and target of (n, c) logits and their (c, m) head, and the kinds of these and of all other inputs
     of a step: what all its launches follow from. Equal ones are one object (`layout_of`), by whose identity what is
-    `prepared` is found."""
+    `prepared` is found. `n_rows` of the table, for the classes of one process among many."""
 
     def __init__(
         self,
@@ -164,13 +164,15 @@ class Layout:
         strides: tuple[int, int],
         weight_shape: tuple[int, int] = (0, 0),
         weight_strides: tuple[int, int] = (0, 0),
+        n_rows: int | None = None,
     ) -> None:
         self.step, self.target, self.kinds, self.shape, self.stride = step, target, kinds, shape, strides[0]
         self.weight_dtype = kinds[2] and kinds[2][0]
         self.weight_shape, self.weight_stride = weight_shape, weight_strides[0]
         self.n_samples, self.n_classes = shape
-        self.by_row = self.n_samples < self.n_classes  # whether the table has a row for each distinct prediction
-        self.n_rows = min(shape)
+        self.is_shard = n_rows is not None
+        self.by_row = self.is_shard or self.n_samples < self.n_classes  # a table row for each distinct prediction
+        self.n_rows = min(shape) if n_rows is None else n_rows
         self.width = 16 * cdiv(self.n_classes, 16)  # of the rows of S: whole 128-bit loads
         self.boost = boost_of(*shape)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 from ..records import Labels, Needs
 from . import losses
 from .launch import LINEAR_LOGIT_ELEMENTS
+
+if TYPE_CHECKING:
+    from ..eager.distances import Head
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -25,6 +28,36 @@ def _without_autocast(function: Callable) -> Callable:
             return function(features, *others)
 
     return run
+
+
+class Affine:
+    """z W^T + b of chunks of rows, by the vendor's products in `dtype`, and the gradients through it."""
+
+    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.features, self.dtype, self.device = features, dtype, features.device
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    @_without_autocast
+    def logits(self, rows: slice) -> Tensor:
+        """Those of some rows."""
+        return F.linear(self.features[rows].to(self.dtype), self.weight, self.bias)
+
+    @_without_autocast
+    def add(self, rows: slice, gradient: Tensor, grads: Sequence[Tensor | None], _: bool = False) -> None:
+        """Write dz of these rows, and add to dW and db in fp32, those of `grads` that are given."""
+        grad_features, grad_weight, grad_bias = grads
+        if grad_features is not None:
+            grad_features[rows] = gradient @ self.weight
+        if grad_weight is not None:
+            grad_weight += gradient.t() @ self.features[rows].to(self.dtype)
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0, dtype=torch.float32)
+
+
+def shard_affine(features: Tensor, head: Head, bias: Tensor | None) -> Affine:
+    """Logits of one process among many, in fp16 never: their gradient is formed before a loss scale arrives."""
+    dtype = torch.promote_types(features.dtype, head.weight.dtype)
+    return Affine(features, head.weight, bias, torch.float32 if dtype == torch.float16 else dtype)
 
 
 @_without_autocast
@@ -46,17 +79,14 @@ def linear_elogitnorm(
     """
     n_samples, n_classes = features.shape[0], head_weight.shape[0]
     dtype = torch.promote_types(features.dtype, head_weight.dtype)
-    weight = head_weight.to(dtype)
-    bias = None if head_bias is None else head_bias.to(dtype)
+    affine = Affine(features, head_weight, head_bias, dtype)
     grads = sample_grad is not None
     geometry = grads and needs.weight and needs.geometry
-    loss = torch.empty(n_samples, dtype=torch.float32, device=features.device)
-    distance = torch.empty_like(loss)
-    grad_features = (
-        torch.empty(features.shape, dtype=torch.float32, device=loss.device) if grads and needs.features else None
-    )
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=loss.device) if grads and needs.weight else None
-    grad_bias = torch.zeros(n_classes, dtype=torch.float32, device=loss.device) if grads and needs.bias else None
+    new = {"dtype": torch.float32, "device": features.device}
+    loss, distance = torch.empty(n_samples, **new), torch.empty(n_samples, **new)
+    grad_features = torch.empty(features.shape, **new) if grads and needs.features else None
+    grad_weight = torch.zeros(head_weight.shape, **new) if grads and needs.weight else None
+    grad_bias = torch.zeros(n_classes, **new) if grads and needs.bias else None
     chunk = max(1, LINEAR_LOGIT_ELEMENTS // n_classes)
     scale = 1.0
     if grads and dtype == torch.float16:
@@ -67,8 +97,7 @@ def linear_elogitnorm(
         sample_grad = sample_grad * scale
     for start in range(0, n_samples, chunk):
         rows = slice(start, start + chunk)
-        z = features[rows].to(dtype)
-        logits = F.linear(z, weight, bias)
+        logits = affine.logits(rows)
         part = labels._replace(target=labels.target[rows])
         part_grad = sample_grad[rows] if grads else None
         # Both parts of dW in fp32: their sum is rounded, not each of them.
@@ -78,14 +107,9 @@ def linear_elogitnorm(
         loss[rows], distance[rows], d_logits = step.loss, step.distance, step.grad_logits
         if not grads:
             continue
-        if needs.features:
-            grad_features[rows] = d_logits @ weight
-        if needs.weight:
-            grad_weight += d_logits.t() @ z
-            if geometry:
-                grad_weight += step.grad_weight
-        if needs.bias:
-            grad_bias += d_logits.sum(0, dtype=torch.float32)
+        affine.add(rows, d_logits, (grad_features, grad_weight, grad_bias))
+        if geometry:
+            grad_weight += step.grad_weight
     if isinstance(scale, Tensor):
         for grad in (grad_features, grad_weight, grad_bias):
             if grad is not None:

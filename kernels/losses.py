@@ -102,7 +102,7 @@ def _row_kernel(
     )  # fmt: skip
 
 
-def _contiguous(labels: Labels) -> Labels:
+def contiguous(labels: Labels) -> Labels:
     """With unit strides, as kernels want them."""
     target, class_weight, ignore_index, label_smoothing = labels
     class_weight = None if class_weight is None else class_weight.contiguous()
@@ -181,7 +181,7 @@ def tempered_gradient(
     `given`, where these are the classes of one process among many: the largest logit, Q, sum R where p is one of them
     and 0 elsewhere, the number of live classes, each (n,) fp32; the first of them, the number of all.
     """
-    rows, labels = unit_stride(logits), _contiguous(labels)
+    rows, labels = unit_stride(logits), contiguous(labels)
     target, class_weight, ignore_index, label_smoothing = labels
     table_row, table, _ = geometry or (None, None, None)
     n_samples, n_classes = logits.shape
@@ -205,7 +205,7 @@ def elogitnorm_forward(
     has a row for each distinct one. The slope costs next to nothing, so it is always computed;
     `with_slope` stands in the signature because the PyTorch path has to pay for it.
     """
-    labels = _contiguous(labels)
+    labels = contiguous(labels)
     layout, rows, weight = laid_out("forward", logits, head_weight, *labels[:2])
     geometry, predicted, _ = geometry_of(layout, rows, weight)
     loss, distance, tempered, _ = _forward(layout, rows, labels, geometry, predicted, Rule(eps, average_offset))
@@ -243,7 +243,7 @@ def elogitnorm_ahead(
     A small step is made of host calls: what can share an allocation does, and for n >= c the predictions are the rows
     of the table.
     """
-    target, class_weight, ignore_index, smoothing = _contiguous(labels)
+    target, class_weight, ignore_index, smoothing = contiguous(labels)
     layout, rows, weight = laid_out("ahead", logits, head_weight, target, class_weight, divisor)
     kept, (loss, distance, pull) = _vectors(layout, 3, rows.device)
     geometry, predicted, kept = geometry_of(layout, rows, weight, kept)
@@ -307,7 +307,7 @@ def elogitnorm_step(
     weight_dtype: torch.dtype | None = None,
 ) -> Step:
     """`elogitnorm_forward`, and the gradients for `sample_grad` (n,); that of W in its dtype, or in `weight_dtype`."""
-    labels, sample_grad = _contiguous(labels), None if sample_grad is None else sample_grad.contiguous()
+    labels, sample_grad = contiguous(labels), None if sample_grad is None else sample_grad.contiguous()
     layout, rows, weight = laid_out("step", logits, head_weight, *labels[:2], sample_grad)
     geometry, predicted, kept = geometry_of(layout, rows, weight, _vectors(layout, 0, rows.device)[0])
     loss, distance, tempered, grad_logits = _forward(layout, rows, labels, geometry, predicted, rule, sample_grad)
@@ -329,7 +329,7 @@ def elogitnorm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    labels, sample_grad = _contiguous(labels), sample_grad.contiguous()
+    labels, sample_grad = contiguous(labels), sample_grad.contiguous()
     others = *labels[:2], sample_grad, *tempered, *geometry
     layout, rows, weight = laid_out("backward", logits, head_weight, *others)
     if needs.logits:
@@ -345,7 +345,7 @@ def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bo
 
     `with_slope` as in `elogitnorm_forward`.
     """
-    rows, labels = unit_stride(logits), _contiguous(labels)
+    rows, labels = unit_stride(logits), contiguous(labels)
     predicted = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     layout = _of_logits("logitnorm", rows, *labels[:2])
     loss, _, tempered, _ = _forward(layout, rows, labels, None, predicted, Rule(tau=tau))
@@ -358,6 +358,6 @@ def _of_logits(step: str, rows: Tensor, *others: Tensor | None) -> Layout:
 
 def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """Gradient of sum_i sample_grad_i loss_i by the logits."""
-    rows, labels = unit_stride(logits), _contiguous(labels)
+    rows, labels = unit_stride(logits), contiguous(labels)
     layout = _of_logits("logitnorm backward", rows, *labels[:2], sample_grad, *tempered)
     return _backward(layout, sample_grad, rows, labels, tempered, None)

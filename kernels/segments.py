@@ -60,9 +60,9 @@ def _sum_samples(
     """sum_i scale_i (x_ij - shift_ij) over the samples order[begin:end], scale = sample_grad factor boost, or factor
     alone, which is boosted, where there is no sample_grad. SCAN: over those whose number in `mine` is in begin:end.
 
-    GAPS: x are logits, the shift is the largest of the sample, f_p, and a masked class adds nothing: the sum of
-    scale (-g). Otherwise the shift is `center`. A sample of scale 0 (ignored, or without a gradient) adds nothing
-    whatever its row holds.
+    GAPS: x are logits, the shift is f_p, the largest of the sample, and a masked class adds nothing: the sum of
+    scale (-g). Where another process may have p, `predicted` is f_p itself, in fp32. Otherwise the shift is `center`.
+    A sample of scale 0 (ignored, or without a gradient) adds nothing whatever its row holds.
     """
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, SAMPLES):
@@ -83,8 +83,10 @@ def _sum_samples(
             other=0.0,
         ).to(tl.float32)
         if GAPS:
-            predicted = tl.load(predicted_pointer + sample, mask=inside, other=0)
-            row_maximum = tl.load(values_pointer + sample * values_stride + predicted, mask=inside, other=0.0)
+            row_maximum = tl.load(predicted_pointer + sample, mask=inside, other=0)
+            if predicted_pointer.dtype.element_ty == tl.int64:
+                place = values_pointer + sample * values_stride + row_maximum
+                row_maximum = tl.load(place, mask=inside, other=0.0)
             term = -live_gap(values, finite_or_nan(row_maximum.to(tl.float32))[:, None])[1]
         else:
             term = values - center[None, :]
@@ -103,7 +105,7 @@ def segment_piece_kernel(
     boost,
     values_pointer,  # (n, columns)
     values_stride,
-    predicted_pointer,  # (n,) int64; None unless GAPS
+    predicted_pointer,  # (n,) int64 p, or fp32 f_p; None unless GAPS
     center_pointer,  # (columns,); None if GAPS
     partial_pointer,  # (pieces, columns) fp32: written
     n_segments,
@@ -142,7 +144,7 @@ def segment_sum_kernel(
     sample_grad_pointer,  # (n,), or None: it is in the factor, and so is the boost
     factor_pointer,  # (n,)
     values_pointer,  # (n, columns)
-    predicted_pointer,  # (n,) int64; None unless GAPS
+    predicted_pointer,  # (n,) int64 p, or fp32 f_p; None unless GAPS
     center_pointer,  # (columns,); None if GAPS
     table_pointer,  # (k, columns) R; None unless GAPS
     summed_pointer,  # (k, columns or more): written, 0 for an empty segment and behind the columns
@@ -243,8 +245,9 @@ def gap_sum(
     """S_rj = R_rj^3 sum over the samples i of table row r, in the order of the batch, of
     sample_grad_i factor_i (f_ij - f_ip); masked classes count 0. Without sample_grad the factor is boosted.
 
-    `values` are logits. (k, c or more): rows of whole 128-bit loads, 0 behind the classes. The last R is left out of
-    pairs that are alone (`distances.is_alone`).
+    `values` are logits; `predicted` is p, or f_p where these are the classes of one process among many. (k, c or more):
+    rows of whole 128-bit loads, 0 behind the classes. The last R is left out of pairs that are alone
+    (`distances.is_alone`).
     """
     segment, sample_grad, factor, values = segments
     summed = torch.empty(layout.n_rows, layout.width, dtype=torch.float32, device=table.device)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Geometry
-from .distances import Kept, is_alone, kept_of, load_rows, product_of
+from .distances import Kept, is_alone, kept_of, load_rows, predicted_rows, product_of
 from .launch import Layout, StepLaunch, cdiv, class_splits, gradient_buffer, prepared
 from .rows import add_split_product
 from .segments import Segments, Upstream, gap_sum
@@ -52,6 +52,15 @@ def _pull(force, inverse_distance, difference):
 def _rows(weight_pointer, weight_stride, classes, mask, features, n_features):
     """Rows of W in fp32, with nothing taken from them."""
     return load_rows(weight_pointer, weight_stride, None, classes, mask, features, n_features, True)
+
+
+@triton.jit
+def _places(row_class_pointer, left_pointer, rows, mask):
+    """Where among the `predicted_rows` those of the table are."""
+    if left_pointer is None:
+        return tl.load(row_class_pointer + rows, mask=mask, other=0)
+    else:
+        return rows
 
 
 @triton.jit
@@ -141,6 +150,7 @@ def weight_gradient_own_kernel(
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
+    left_pointer,  # (k, m) contiguous: w_p of each table row; None: they are among the rows of W
     origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32: written
     summed_stride,
@@ -170,10 +180,11 @@ def weight_gradient_own_kernel(
         begin = split * split_classes
         end = tl.minimum(begin + split_classes, n_classes)
         n_columns = tl.cdiv(n_classes, FLAG_COLUMNS)
+        source, source_stride = predicted_rows(left_pointer, weight_pointer, weight_stride, n_features)
         if _any_flag(flag_pointer + tl.program_id(0) * n_columns, n_columns, 1) > 0:
             own = tl.zeros([ROWS, COLUMNS], tl.float32)
-            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
-            ours = _rows(weight_pointer, weight_stride, row_class, row_mask, features, n_features)
+            places = _places(row_class_pointer, left_pointer, rows, row_mask)
+            ours = _rows(source, source_stride, places, row_mask, features, n_features)
             for other in range(begin, end):
                 row = weight_pointer + tl.cast(other, tl.int64) * weight_stride + features
                 difference = ours - tl.load(row, mask=features < n_features, other=0.0).to(tl.float32)[None, :]
@@ -197,10 +208,8 @@ def weight_gradient_own_kernel(
                     weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
                 )
                 products = add_split_product(products, summed, weight, PRECISION, APART)
-            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
-            weight = load_rows(
-                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
-            )
+            places = _places(row_class_pointer, left_pointer, rows, row_mask)
+            weight = load_rows(source, source_stride, origin_pointer, places, row_mask, features, n_features, UPCAST)
             own = row_sums[:, None] * weight.to(tl.float32) - products
         tl.store(
             own_pointer + ((split * tl.cast(n_rows, tl.int64) + row_offset) * n_features)[:, None] + features[None, :],
@@ -217,6 +226,7 @@ def weight_gradient_all_kernel(
     row_class_pointer,  # (k,) int64
     n_distinct_pointer,  # () int64: how many table rows are in use
     weight_pointer,  # (c, m)
+    left_pointer,  # (k, m) contiguous: w_p of each table row; None: they are among the rows of W
     origin_pointer,  # (m,) fp32, or None
     own_pointer,  # (splits, k, m) fp32
     grad_weight_pointer,  # (c, m) contiguous: written
@@ -236,19 +246,20 @@ def weight_gradient_all_kernel(
     APART: tl.constexpr,
 ):
     """n < c, a tile of all classes: dW = colsum(S) W - S^T W[u], plus what `weight_gradient_own_kernel` found for
-    the classes that were predicted. dW is written once, and rounded once."""
+    the classes that were predicted, unless its splits are 0. dW is written once, and rounded once."""
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     class_mask = classes < n_classes
     feature_mask = features < n_features
     n_distinct = tl.load(n_distinct_pointer)
+    source, source_stride = predicted_rows(left_pointer, weight_pointer, weight_stride, n_features)
     if _class_flag(flag_pointer, n_rows, n_classes, ROWS, FLAG_COLUMNS) > 0:
         gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
         ours = _rows(weight_pointer, weight_stride, classes, class_mask, features, n_features)
         for other in range(n_distinct):
-            row = weight_pointer + tl.load(row_class_pointer + other) * weight_stride + features
-            difference = ours - tl.load(row, mask=feature_mask, other=0.0).to(tl.float32)[None, :]
             place = tl.cast(other, tl.int64)
+            row = source + _places(row_class_pointer, left_pointer, place, other < n_distinct) * source_stride
+            difference = ours - tl.load(row + features, mask=feature_mask, other=0.0).to(tl.float32)[None, :]
             force = tl.load(summed_pointer + place * summed_stride + classes, mask=class_mask, other=0.0)
             near = tl.load(table_pointer + place * n_classes + classes, mask=class_mask, other=0.0)
             gradient += _pull(force, near, difference)
@@ -258,16 +269,14 @@ def weight_gradient_all_kernel(
         for start in range(0, n_distinct, INNER):
             rows = start + tl.arange(0, INNER)
             row_mask = rows < n_distinct
-            row_class = tl.load(row_class_pointer + rows, mask=row_mask, other=0)
+            places = _places(row_class_pointer, left_pointer, rows, row_mask)
             summed = tl.load(
                 summed_pointer + (rows.to(tl.int64) * summed_stride)[None, :] + classes[:, None],
                 mask=(classes < summed_stride)[:, None] & row_mask[None, :],
                 other=0.0,
             )
             column_sums += tl.sum(summed, axis=1)
-            weight = load_rows(
-                weight_pointer, weight_stride, origin_pointer, row_class, row_mask, features, n_features, UPCAST
-            )
+            weight = load_rows(source, source_stride, origin_pointer, places, row_mask, features, n_features, UPCAST)
             products = add_split_product(products, summed, weight, PRECISION, APART)
         weight = load_rows(
             weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
@@ -308,18 +317,35 @@ def weight_gradient(
     """Gradient by W of sum_i sample_grad_i L_i, where slope_i = dL_i/dD_i / (K_i + average_offset); (c, m) in W's
     dtype, or in `dtype`. `segments`: the table rows, sample_grad, slope and logits."""
     dtype = dtype or weight.dtype
-    _, table, row_class = geometry
+    table = geometry.table
     summed = gap_sum(layout, segments, predicted, table, upstream)
-    origin, flags, n_distinct = kept or kept_of(layout, geometry, weight)
+    kept = kept or kept_of(layout, geometry, weight)
     grad_weight = gradient_buffer(weight, weight.shape, dtype)
     if layout.by_row:
-        n_splits, of_own, of_all = _of_rows(layout, grad_weight.dtype)
-        own = torch.empty(n_splits, layout.n_rows, weight.shape[1], dtype=torch.float32, device=weight.device)
-        of_own(summed, table, flags, row_class, n_distinct, weight, origin, own)
-        of_all(summed, table, flags, row_class, n_distinct, weight, origin, own, grad_weight)
+        pull_rows(layout, summed, geometry, kept, weight, None, grad_weight)
     else:
-        _of_table(layout, grad_weight.dtype)(summed, table, flags, weight, origin, grad_weight)
+        _of_table(layout, grad_weight.dtype)(summed, table, kept.flags, weight, kept.origin, grad_weight)
     return grad_weight if grad_weight.dtype == dtype else grad_weight.to(dtype)
+
+
+def pull_rows(
+    layout: Layout,
+    summed: Tensor,
+    geometry: Geometry,
+    kept: Kept,
+    weight: Tensor,
+    left: Tensor | None,
+    grad_weight: Tensor,
+) -> Tensor:
+    """dW of all classes, written, from S with a row for each distinct prediction. What the classes make of these is
+    returned, (splits, k, m), and is in dW, too, unless their rows are given as `left` (k, m)."""
+    _, table, row_class = geometry
+    origin, flags, n_distinct = kept
+    n_splits, of_own, of_all = _of_rows(layout, grad_weight.dtype)
+    own = torch.empty(n_splits, layout.n_rows, weight.shape[1], dtype=torch.float32, device=weight.device)
+    of_own(summed, table, flags, row_class, n_distinct, weight, left, origin, own)
+    of_all(summed, table, flags, row_class, n_distinct, weight, left, origin, own, grad_weight)
+    return own
 
 
 @prepared
@@ -346,10 +372,11 @@ def _of_rows(layout: Layout, _: torch.dtype) -> tuple[int, StepLaunch, StepLaunc
     numbers = layout.width, layout.weight_stride, n_rows, n_classes, n_features
     constants = {**constants, "FLAG_COLUMNS": tile.columns, "APART": _apart(layout)}
     own_grid, all_grid = (row_tiles, feature_tiles, n_splits), (cdiv(n_classes, tile.rows), feature_tiles)
+    added = (0, 0) if layout.is_shard else (n_splits, n_rows.bit_length())
     return (
         n_splits,
         StepLaunch(weight_gradient_own_kernel, own_grid, *numbers, split_classes, **constants),
-        StepLaunch(weight_gradient_all_kernel, all_grid, *numbers, n_splits, n_rows.bit_length(), **constants),
+        StepLaunch(weight_gradient_all_kernel, all_grid, *numbers, *added, **constants),
     )
 
 

@@ -28,7 +28,6 @@ class Tempered(NamedTuple):
     predicted: Tensor
     """p, int64"""
     temperature: Tensor
-    """anything, as is the next, in the backward pass of D itself, which reads neither"""
     log_partition: Tensor
     """log sum_j exp(-g_j / T)"""
     slope: Tensor
@@ -44,6 +43,25 @@ class Geometry(NamedTuple):
     """(k, c): 1 / ||w_p - w_j||; 0 at j = p and where the two coincide"""
     row_class: Tensor
     """(k,) int64: the class p of each row of the table, -1 behind the last one in use"""
+
+
+class Shard(NamedTuple):
+    """What one process among many keeps of a batch; vectors (n,) are over the classes of all of them."""
+
+    geometry: Geometry
+    """of u rows against the classes here; `row_class`: p less the number of the first of these"""
+    place: Tensor
+    """(n,) int64: p among the classes here, -1 where another process has it"""
+    top: Tensor
+    """f_p"""
+    inverse_sum: Tensor
+    """sum_j R_j over the live classes"""
+    n_live: Tensor
+    left: Tensor
+    """(u, m): w_p of the u predicted classes"""
+    origin: Tensor | None
+    """of the kernels, as is the next: what `kernels.distances.Kept` has"""
+    flags: Tensor | None
 
 
 class Needs(NamedTuple):

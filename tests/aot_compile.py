@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
 from ood_fast.kernels import boundary, losses, nci, shards, statistics
-from ood_fast.records import Geometry, Inputs, Labels, Needs, Tempered
+from ood_fast.records import Geometry, Inputs, Labels, Needs, Shard
 
 MODULES = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 TARGETS = {
@@ -158,15 +158,19 @@ def run_nci(n: int, c: int, m: int, dtype: torch.dtype, *, weight_dtype: torch.d
     nci.nci_backward(meta(n), features, head_weight, mean, projected, 1e-3, needs)
 
 
-def run_shard(n: int, c: int, dtype: torch.dtype) -> None:
-    """The rows of one process among two."""
-    logits, labels = meta(n, c, dtype=dtype), Labels(meta(n, dtype=torch.int64), None, -100, 0.1)
-    place, vector, both = meta(n, dtype=torch.int64), meta(n), SimpleNamespace(start=c, n_classes=2 * c)
-    geometry = Geometry(place, meta(n, c), place)
-    shards.shard_boundary_sums(logits, vector, geometry)
-    shards.shard_softmax_sums(logits, vector, vector, vector, labels, both)
-    tempered = Tempered(place, vector, vector, vector)
-    losses.tempered_gradient(vector, logits, labels, tempered, geometry, (vector,) * 4 + (c, 2 * c))
+def run_shard(n: int, c: int, m: int, dtype: torch.dtype) -> None:
+    """A step of one process among two, each prediction another: the loss, and the distance."""
+    logits, head = meta(n, c, dtype=dtype), SimpleNamespace(weight=meta(c, m, dtype=dtype))
+    place, vector, left = meta(n, dtype=torch.int64), meta(n), meta(n, m)
+    table, _, *kept = shards.shard_distances(head, left, place)
+    shard = Shard(Geometry(place, table, place), place, vector, vector, vector, left, *kept)
+    shards.shard_boundary_sums(logits, vector, shard.geometry)
+    labels, both = Labels(meta(n, dtype=torch.int64), None, -100, 0.1), SimpleNamespace(start=c)
+    softmax = SimpleNamespace(labels=labels, shards=both, n_classes=2 * c), vector, vector, vector
+    shards.shard_softmax_sums(logits, vector, vector, vector, softmax[0])
+    _, summed = shards.shard_gradients(vector, logits, softmax, vector, shard, Needs(logits=True, weight=True))
+    shards.shard_pull(summed, shard, head, None)
+    shards.shard_gradients(vector, logits, None, vector, shard, Needs(logits=True))
 
 
 def run_statistics(
@@ -208,7 +212,8 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "NCI", part(run_statistics, 256, 1000, 2048, bf16, ("predicted", *statistics.OF_FEATURES))
     yield "norms", part(run_statistics, 256, 0, 2048, fp32, ("norm1", "norm2"))
     yield "imagenet", part(run_boundary_distance, 256, 1000, 2048, bf16)
-    yield "shard", part(run_shard, 256, 1000, bf16)
+    for dtype in (fp32, bf16):
+        yield "shard", part(run_shard, 256, 1000, 2048, dtype)
     yield "mixed", part(run_nci, 64, 10, 512, bf16, weight_dtype=fp32, from_features=True)
 
 

@@ -180,10 +180,10 @@ def corners():
 
 @scenario
 def kernels():
-    """The rows by the Triton kernels, through their interpreter, where they are installed."""
+    """Losses and the distance by the Triton kernels, through their interpreter, where they are installed."""
     if not ops.has_triton():
         return
-    from ood_fast.kernels import launches
+    from ood_fast.kernels import launches, segments
 
     counts = every_shard()[-1]
     compare_corners(counts, torch.float32, backend="triton")
@@ -191,7 +191,22 @@ def kernels():
     batch.logits = batch.logits.half()
     for name in ("probabilities, weight, smoothing", "smoothing, weight, ignored"):
         compare(batch, counts, name, {"rtol": 1e-3, "atol": 1e-5}, backend="triton", **keyword_sets(batch)[name])
-    for name in ("boundary_sums", "softmax_sums", "tempered_backward"):
+    # Segments in pieces; the logits alone; bf16 rows, which no origin is taken from.
+    saved, segments.SCAN_SAMPLES, segments.PIECE = (segments.SCAN_SAMPLES, segments.PIECE), 4, 2
+    try:
+        compare(batch_of(n=11), counts, "pieces", backend="triton")
+    finally:
+        segments.SCAN_SAMPLES, segments.PIECE = saved
+    compare(batch_of(), counts, "detached", backend="triton", detach_geometry=True)
+    batch = batch_of().to(torch.bfloat16)
+    compare(batch, counts, "bf16", {"rtol": 2e-2, "atol": 1e-3}, backend="triton")
+    with small_chunks():
+        for name in ("plain", "none", "smoothing, weight, ignored"):
+            compare_linear(batch_of(), counts, f"{name}, linear", backend="triton", **keyword_sets(batch_of())[name])
+    compare_distance(counts, torch.float32, "triton")
+    for name in ("boundary_sums", "softmax_sums", "tempered_backward", "distance_gram", "segment_piece", "segment_sum"):
+        assert launches[f"{name}_kernel"], name
+    for name in ("weight_gradient_own", "weight_gradient_all", "boundary_distance_backward"):
         assert launches[f"{name}_kernel"], name
 
 
@@ -238,6 +253,11 @@ def predictions():
 @scenario
 def close_rows():
     """Rows of W 1e-3 apart, and a pair 1e-4 apart, on different ranks: as accurate as one process."""
+    for backend in ("auto", "triton") if ops.has_triton() else ("auto",):
+        compare_close_rows(backend)
+
+
+def compare_close_rows(backend: str) -> None:
     torch.manual_seed(0)
     batch = batch_of(n=6, m=64)
     batch.W = (torch.randn(1, 64) + 1e-3 * torch.randn(9, 64)).float()
@@ -250,8 +270,9 @@ def close_rows():
     for counts in every_shard():
         own = own_slice(counts)
         own_W = leaf(batch.W[own])
-        loss, D = distributed.elogitnorm(batch.logits[:, own], own_W, batch.y, return_distance=True)
-        loss.backward()
+        with ops.use_backend(backend):
+            loss, D = distributed.elogitnorm(batch.logits[:, own], own_W, batch.y, return_distance=True)
+            loss.backward()
         close(D.double(), distance, "D", rtol=1e-4, atol=0)
         scale = W.grad.abs().max().item()
         close(own_W.grad.double(), W.grad[own], "dW", rtol=1e-3, atol=1e-3 * scale)
@@ -411,7 +432,9 @@ def small_chunks():
         vars(eager_sizes).update(saved)
 
 
-def compare_linear(batch: Batch, counts, what: str, samples=None, with_bias: bool = True, **keywords) -> None:
+def compare_linear(
+    batch: Batch, counts, what: str, samples=None, with_bias: bool = True, backend: str = "auto", **keywords
+) -> None:
     """Loss, D, and the gradients for z, W and b. `samples`: how many each rank brings; None: all bring all."""
     own = own_slice(counts)
     rows = slice(None) if samples is None else own_slice(samples)
@@ -423,15 +446,17 @@ def compare_linear(batch: Batch, counts, what: str, samples=None, with_bias: boo
     own_z, own_W, own_b = leaf(batch.z[rows]), leaf(batch.W[own]), leaf(batch.b[own]) if with_bias else None
     own_y = sharded(y, own) if samples is None else y[rows]
     how = {} if samples is None else {"samples": "sharded", "feature_grad_scale": 3.0}
-    loss, own_distance = distributed.linear_elogitnorm(
-        own_z, own_W, own_b, own_y, return_distance=True, **how, **keywords
-    )
+    with ops.use_backend(backend):
+        loss, own_distance = distributed.linear_elogitnorm(
+            own_z, own_W, own_b, own_y, return_distance=True, **how, **keywords
+        )
     part = rows if loss.dim() else ...
     for again in (False, True):  # the second backward has to compute everything anew
         own_z.grad = own_W.grad = None
         if with_bias:
             own_b.grad = None
-        loss.backward(upstream[part], retain_graph=not again)
+        with ops.use_backend(backend):
+            loss.backward(upstream[part], retain_graph=not again)
         close(loss, expected[part], f"{what}: loss")
         close(own_distance, distance[rows], f"{what}: D")
         close(own_z.grad, z.grad[rows] * (1 if samples is None else 3), f"{what}: gradient of z")
@@ -531,21 +556,28 @@ def logits_are_never_stored():
 @scenario
 def distance():
     for counts in every_shard():
-        for average in ("boundaries", "classes"):
-            batch = batch_of(n=8, dtype=torch.float64)
-            batch.W[3] = batch.W[7]
-            batch.logits[2, 4] = -torch.inf
-            own = own_slice(counts)
-            logits, W = leaf(batch.logits), leaf(batch.W)
-            expected = ood_fast.boundary_distance(logits, W, average=average)
-            upstream = torch.linspace(0.5, 1.5, 8).double()
-            expected.backward(upstream)
-            own_logits, own_W = leaf(batch.logits[:, own]), leaf(batch.W[own])
+        compare_distance(counts, torch.float64)
+
+
+def compare_distance(counts, dtype: torch.dtype, backend: str = "auto") -> None:
+    for average in ("boundaries", "classes"):
+        batch = batch_of(n=8, dtype=dtype)
+        batch.W[3] = batch.W[7]
+        batch.logits[2, 4] = -torch.inf
+        batch.logits[5, 2] = torch.nan
+        own = own_slice(counts)
+        logits, W = leaf(batch.logits), leaf(batch.W)
+        expected = ood_fast.boundary_distance(logits, W, average=average)
+        upstream = torch.linspace(0.5, 1.5, 8).to(dtype)
+        upstream[5] = 0.0  # of the broken row, or dW would be NaN
+        expected.backward(upstream)
+        own_logits, own_W = leaf(batch.logits[:, own]), leaf(batch.W[own])
+        with ops.use_backend(backend):
             got = distributed.boundary_distance(own_logits, own_W, average=average)
             got.backward(upstream)
-            close(got, expected)
-            close(own_logits.grad, logits.grad[:, own])
-            close(own_W.grad, W.grad[own])
+        close(got, expected)
+        close(own_logits.grad, logits.grad[:, own])
+        close(own_W.grad, W.grad[own])
     assert distributed.boundary_distance(own_logits[:0], own_W).shape == (0,)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from .. import checks
 from ..eager import sizes
 from ..eager.distances import Head
-from ..eager.linear import linear_backward, linear_into
-from ..eager.precision import compute_dtype, full_precision
-from ..eager.rows import Targets
+from ..eager.precision import compute_dtype
+from ..eager.rows import Softmax, Targets
 from ..eager.sizes import join, slices
 from ..functional import as_places, as_rows, average_offset, empty_loss
+from ..ops.backend import backend_of
 from ..ops.losses import normalizer, reduced, sample_grads
 from ..ops.registration import Operator, first_derivative
 from ..records import Labels, Needs
@@ -275,27 +275,26 @@ class _ELogitNorm(torch.autograd.Function):
         dtype = compute_dtype(logits, head_weight)
         targets = Targets(labels, shards.n_classes, dtype, shards)
         found = together.find(logits, Head(head_weight, dtype), offset, shards)
-        loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
+        loss, softmax, slope = together.losses(logits, targets, found, eps, shards)
         divisor = normalizer(labels, reduction, dtype, shards)
-        state = together.State(found.geometry, tempered, totals, found.left)
-        ctx.save_for_backward(logits, head_weight, labels.target, labels.class_weight, divisor, *state.tensors())
+        kept = *softmax[1:], slope, *together.flat(found.shard)
+        ctx.save_for_backward(logits, head_weight, labels.target, labels.class_weight, divisor, *kept)
         ctx.keywords = keywords._replace(labels=labels._replace(target=divisor, class_weight=None))
         ctx.mark_non_differentiable(found.distance)
         return reduced(loss, divisor, reduction), found.distance
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Any, ...]:
-        logits, head_weight, target, class_weight, divisor, *state = ctx.saved_tensors
+        logits, head_weight, target, class_weight, divisor, *kept = ctx.saved_tensors
         labels, reduction, _, _, shards = ctx.keywords
         labels = labels._replace(target=target, class_weight=class_weight)
         needed = ctx.needs_input_grad[:2]
 
         def run(grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            targets = Targets(labels, shards.n_classes, divisor.dtype, shards)
+            softmax = Softmax(Targets(labels, shards.n_classes, divisor.dtype, shards), *kept[:3])
             sample_grad = sample_grads(grad_loss, divisor, reduction, labels)
-            needs = Needs(logits=needed[0], weight=needed[1])
-            of_state = together.State.of(state)
-            return together.input_gradients(sample_grad, logits, head_weight, targets, of_state, needs, shards)
+            needs, shard = Needs(logits=needed[0], weight=needed[1]), together.shard_of(kept[4:])
+            return together.input_gradients(sample_grad, logits, head_weight, softmax, kept[3], shard, needs, shards)
 
         operator = Operator("distributed.elogitnorm", run)
         return *first_derivative(operator, (grad_loss,), needed, (logits, head_weight)), None
@@ -365,13 +364,6 @@ def chunk_rows(counts: Sequence[int], device: torch.device) -> int:
     return max(sizes.MIN_LINEAR_ROWS, elements // (4 * max(counts)))
 
 
-def linear_logits(z: Tensor, head_weight: Tensor, bias: Tensor | None) -> Tensor:
-    """z W^T + b in the dtype of z."""
-    logits = z.new_empty(z.shape[0], head_weight.shape[0])
-    linear_into(logits, z, head_weight, z.new_zeros(()) if bias is None else bias.to(z.dtype))
-    return logits
-
-
 def _linear(
     z: Tensor,
     head_weight: Tensor,
@@ -393,30 +385,25 @@ def _linear(
     grad_z = z.new_zeros(z.shape, dtype=dtype) if needs.features else None
     grad_weight = torch.zeros_like(head_weight, dtype=dtype) if needs.weight else None
     grad_bias = z.new_zeros(head_weight.shape[0], dtype=dtype) if needs.bias else None
-    head = Head(head_weight, dtype)
+    head, backend = Head(head_weight, dtype), backend_of(z, head_weight)
+    affine = backend.shard_affine(z, head, bias)
     results, own = [], []
-    with full_precision(z.device):
-        for rows in slices(z.shape[0], chunk_rows(shards.counts, z.device)):
-            chunk = z[rows].to(dtype)
-            logits = linear_logits(chunk, head_weight, bias)
-            targets = Targets(labels._replace(target=labels.target[rows]), shards.n_classes, dtype, shards)
-            found = together.find(logits, head, offset, shards)
-            loss, tempered, totals = together.losses(logits, targets, found, eps, shards)
-            results.append((loss, found.distance))
-            if sample_grad is None or not (needs.features or needs.weight or needs.bias):
-                continue
-            state = together.State(found.geometry, tempered, totals, found.left)
-            wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
-            gradient, gap_sums = together.pulled(sample_grad[rows].to(dtype), logits, targets, state, wanted)
-            assert gradient is not None  # it is wanted
-            part_z = None if grad_z is None else grad_z[rows]
-            linear_backward(gradient, None, chunk, None, head, found.apart, part_z, grad_weight)
-            if grad_bias is not None:
-                grad_bias.add_(gradient.sum(0))
-            if gap_sums is not None and grad_weight is not None:
-                own.append((together.add_pull(gap_sums, state, head, grad_weight), found.geometry.row_class))
-        if own and grad_weight is not None:
-            together.add_own(grad_weight, *join(own), shards)
+    for rows in slices(z.shape[0], chunk_rows(shards.counts, z.device)):
+        logits = affine.logits(rows)
+        targets = Targets(labels._replace(target=labels.target[rows]), shards.n_classes, dtype, shards)
+        found = together.find(logits, head, offset, shards)
+        loss, softmax, slope = together.losses(logits, targets, found, eps, shards)
+        results.append((loss, found.distance))
+        if sample_grad is None or not (needs.features or needs.weight or needs.bias):
+            continue
+        wanted = Needs(logits=True, weight=needs.weight and needs.geometry)
+        part = sample_grad[rows].to(dtype)
+        gradient, summed = backend.shard_gradients(part, logits, softmax, slope, found.shard, wanted)
+        affine.add(rows, gradient, (grad_z, grad_weight, grad_bias), found.apart)
+        if summed is not None:
+            own.append((backend.shard_pull(summed, found.shard, head, grad_weight)[1], found.shard.geometry.row_class))
+    if own and grad_weight is not None:
+        together.add_own(grad_weight, *join(own), shards)
     if grad_z is not None:
         grad_z = shards.sum(grad_z) if counts is None else shards.scatter_sum(grad_z, counts)
     return *join(results), grad_z, grad_weight, grad_bias

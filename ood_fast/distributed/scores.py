@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import checks, statistics
+from ..eager import sizes
 from ..eager.distances import Head
-from ..eager.precision import compute_dtype, full_precision
+from ..eager.linear import Affine
+from ..eager.precision import compute_dtype
 from ..eager.sizes import join, slices
+from ..eager.statistics import exp_of_minus
 from ..functional import average_offset, nothing
 from ..ops.registration import Operator, first_derivative
-from ..records import Needs, Tempered
+from ..records import Needs
 from . import rows as together
-from .losses import chunk_rows, linear_logits, needs_grad
+from .losses import chunk_rows, needs_grad
 from .shards import Call, Shards, agree
 
 
@@ -109,12 +112,10 @@ def nci_score(
     if W.shape[0] == 0:
         W, b = together.masked_class(W, b)
         logits = None if logits is None else together.masked_class(W_shard, logits)[1]
-    with torch.no_grad(), full_precision(z.device):
+    with torch.no_grad():
         if logits is None:
-            step = chunk_rows(layout.counts, z.device)
-            chunks = [
-                together.predict(linear_logits(z[rows].to(dtype), W, b), layout, dtype) for rows in slices(len(z), step)
-            ]
+            of_head, step = Affine(z, Head(W, dtype), b), chunk_rows(layout.counts, z.device)
+            chunks = [together.predict(of_head.logits(rows), layout, dtype) for rows in slices(len(z), step)]
             top, predicted = join(chunks)
         else:
             top, predicted = together.predict(logits, layout, dtype)
@@ -219,9 +220,12 @@ def _row_statistics(
     broken = ~top.isfinite()
 
     sums = top.new_zeros(5, n_samples)  # rest, sum_j e_j g_j, the two norms, the projection
-    for rows, gap, live in together.gaps(logits, top):
-        weight = _weights(gap, live)
-        sums[1, rows] = (weight * gap).sum(1)
+    # Of a masked class g is inf and e_j 0; a row that is broken or without a live class has g_p = NaN.
+    parts = [(rows, top[rows].unsqueeze(1)) for rows in slices(n_samples, sizes.ROW_CHUNK_ELEMENTS // logits.shape[1])]
+    for rows, highest in parts:
+        gap = highest - logits[rows]
+        weight = exp_of_minus(gap)
+        sums[1, rows] = (gap.clamp(max=torch.finfo(dtype).max) * weight).sum(1)
         weight.scatter_(
             1, place[rows].unsqueeze(1), weight.gather(1, place[rows].unsqueeze(1)) * ~mine[rows].unsqueeze(1)
         )
@@ -245,21 +249,15 @@ def _row_statistics(
     }
     if "gen" in names:
         gen = torch.empty_like(top)
-        for rows, gap, live in together.gaps(logits, top):
+        for rows, highest in parts:
+            gap = highest - logits[rows]
             # In logarithms: e_j is 0 long before its power gamma is.
-            log_term = (1 - _weights(gap, live)).add_(rest[rows].unsqueeze(1)).log_().sub_(gap)
-            term = log_term.sub_(2 * log_partition[rows].unsqueeze(1)).mul_(gamma).exp_()
-            gen[rows] = (term if live is None else term.masked_fill_(~live & ~gap.isnan(), 0.0)).sum(1)
+            log_term = (1 - exp_of_minus(gap)).add_(rest[rows].unsqueeze(1)).log_().sub_(gap)
+            gen[rows] = log_term.sub_(2 * log_partition[rows].unsqueeze(1)).mul_(gamma).exp_().sum(1)
         found["gen"] = shards.sum(gen)
     if "distance" in names and head_weight is not None:
         found["distance"] = together.find(logits, Head(head_weight, dtype), 0, shards).distance
     return found
-
-
-def _weights(gap: Tensor, live: Tensor | None) -> Tensor:
-    """exp(-g), 0 for masked classes."""
-    weight = gap.neg().exp_()
-    return weight if live is None else weight.masked_fill_(~live & ~gap.isnan(), 0.0)
 
 
 def _check_logits(logits: object) -> None:
@@ -282,21 +280,19 @@ class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, head_weight: Tensor, shards: Shards, offset: int) -> Tensor:
         found = together.find(logits, Head(head_weight, compute_dtype(logits, head_weight)), offset, shards)
-        tempered = Tempered(found.place, *[found.share] * 3)
-        state = together.State(found.geometry, tempered, found.totals, found.left)
-        ctx.save_for_backward(logits, head_weight, *state.tensors())
+        ctx.save_for_backward(logits, head_weight, found.share, *together.flat(found.shard))
         ctx.shards = shards
         return found.distance.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor) -> tuple[Any, ...]:
-        logits, head_weight, *state = ctx.saved_tensors
+        logits, head_weight, slope, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
 
         def run(grad_distance: Tensor) -> tuple[Tensor | None, Tensor | None]:
             needs = Needs(logits=needed[0], weight=needed[1])
-            of_state = together.State.of(state)
-            return together.input_gradients(grad_distance, logits, head_weight, None, of_state, needs, ctx.shards)
+            shard = together.shard_of(kept)
+            return together.input_gradients(grad_distance, logits, head_weight, None, slope, shard, needs, ctx.shards)
 
         operator = Operator("distributed.boundary_distance", run)
         return *first_derivative(operator, (grad_distance,), needed, (logits, head_weight)), None, None

@@ -56,8 +56,9 @@ class Shards:
             raise ValueError(
                 f"shards: got {self.counts}, expected a number of classes >= 0 for each of the {self.n_ranks} ranks"
             )
-        self.start = sum(self.counts[: self.rank])
         self.n_classes = sum(self.counts)
+        # A rank without classes is given a masked one (`rows.masked_class`): its number is nobody's.
+        self.start = sum(self.counts[: self.rank]) if self.counts[self.rank] else self.n_classes
 
     @property
     def own(self) -> slice:

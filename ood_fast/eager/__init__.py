@@ -20,9 +20,11 @@ from .distances import distance_table
 from .linear import linear_elogitnorm
 from .nci import nci_backward, nci_forward
 from .precision import compute_dtype
+from .shards import shard_affine, shard_boundary_sums, shard_distances, shard_gradients, shard_pull, shard_softmax_sums
 from .statistics import row_statistics
 from .tempered import elogitnorm_backward, elogitnorm_forward, logitnorm_backward, logitnorm_forward
 
 __all__ = ["boundary_distance_backward", "boundary_distance_forward", "compute_dtype", "distance_table"]
 __all__ += ["elogitnorm_backward", "elogitnorm_forward", "linear_elogitnorm", "logitnorm_backward"]
-__all__ += ["logitnorm_forward", "nci_backward", "nci_forward", "row_statistics"]
+__all__ += ["logitnorm_forward", "nci_backward", "nci_forward", "row_statistics", "shard_affine"]
+__all__ += ["shard_boundary_sums", "shard_distances", "shard_gradients", "shard_pull", "shard_softmax_sums"]

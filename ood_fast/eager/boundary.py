@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..records import Geometry, Needs, Tempered
+from ..records import Geometry, Needs, Shard
 from .distances import Head, geometry_of
 from .precision import compute_dtype, full_precision
-from .rows import Part, Targets, gaps_of, is_plain, mask_gaps, row_gradient
+from .rows import Part, Softmax, gaps_of, is_plain, mask_gaps, row_gradient
 from .sizes import join, row_chunks, take
 from .weight_gradient import add_rows, unit_of, weight_gradient
 
@@ -86,86 +86,72 @@ def boundary_distance_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i for logits and W, only those asked for."""
-    tempered = Tempered(predicted, slope, slope, slope)
-    return boundary_backward(sample_grad, logits, head_weight, None, geometry, tempered, needs)
+    return boundary_backward(sample_grad, logits, head_weight, None, geometry, predicted, slope, needs)
 
 
 def boundary_backward(
     sample_grad: Tensor,
     logits: Tensor,
     head_weight: Tensor,
-    targets: Targets | None,
+    softmax: Softmax | None,
     geometry: Geometry,
-    tempered: Tempered,
+    predicted: Tensor,
+    slope: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The backward pass through D, and through the cross-entropy as well where `targets` are given."""
+    """The backward pass through D, and through the cross-entropy as well where `softmax` is given."""
     sample_grad = sample_grad.to(geometry.table.dtype)
-    nearest, unit = unit_of(geometry.table) if needs.weight else (0.0, 1.0)
-    grad_logits, gap_sums = gradients(sample_grad, logits, targets, geometry, tempered, needs, unit=unit)
+    grad_logits, gap_sums, units = gradients(sample_grad, logits, softmax, geometry, predicted, slope, needs)
     if gap_sums is None:
         return grad_logits, None
     with full_precision(logits.device):
         head = Head(head_weight, gap_sums.dtype)
-        return grad_logits, weight_gradient(gap_sums, head, geometry, nearest, unit).to(head_weight.dtype)
-
-
-class Totals(NamedTuple):
-    """What many processes found together, (n,): sums over the classes of all of them."""
-
-    top: Tensor
-    total: Tensor
-    """Q = sum_j q_j; anything without targets"""
-    inverse_sum: Tensor
-    """sum_j R_j over the live classes"""
-    n_live: Tensor
-    mine: Tensor
-    """whether this process holds the predicted class"""
+        return grad_logits, weight_gradient(gap_sums, head, geometry, *units).to(head_weight.dtype)
 
 
 def gradients(
     sample_grad: Tensor,
     logits: Tensor,
-    targets: Targets | None,
+    softmax: Softmax | None,
     geometry: Geometry,
-    tempered: Tempered,
+    predicted: Tensor,
+    slope: Tensor,
     needs: Needs,
-    totals: Totals | None = None,
-    unit: float = 1.0,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient of the logits, sum_i push_i unit g_i over the samples i of each table row), only those asked for.
+    shard: Shard | None = None,
+) -> tuple[Tensor | None, Tensor | None, tuple[float, float]]:
+    """(the gradient of the logits, sum_i push_i unit g_i over the samples i of each table row, `unit_of` the table),
+    only what is asked for.
 
-    `totals`: None in one process, where each row's own sums are those over all classes. `unit`: of `unit_of`.
+    `shard`: None in one process, where each row's own sums are those over all classes.
     """
-    predicted, temperature, log_partition, slope = tempered
     dtype = geometry.table.dtype
     gap_sums = torch.zeros_like(geometry.table) if needs.weight else None
+    nearest, unit = unit_of(geometry.table) if needs.weight else (0.0, 1.0)
     d_distance = sample_grad * slope
     at_predicted = None
-    if totals is not None:
-        at_predicted = (d_distance * totals.inverse_sum).masked_fill_(~totals.mine, 0.0)
+    if shard is not None:
+        at_predicted = (d_distance * shard.inverse_sum).masked_fill_(predicted < 0, 0.0)
+        predicted = predicted.clamp(min=0)
     grad_logits = None
     for rows in row_chunks(*logits.shape):
         chunk = take(logits, rows).to(dtype)
         p = take(predicted, rows).unsqueeze(1)
-        gap, live = gaps_of(chunk, chunk.gather(1, p) if totals is None else take(totals.top, rows).unsqueeze(1))
+        gap, live = gaps_of(chunk, chunk.gather(1, p) if shard is None else take(shard.top, rows).unsqueeze(1))
         push = take(d_distance, rows).unsqueeze(1)
         if needs.logits:
-            if targets is None:
+            if softmax is None:
                 gradient = gap * 0.0  # NaN rows stay NaN
             else:
-                part = Part(rows, live, None if totals is None else take(totals.n_live, rows))
-                total = targets.total(part, gap.shape[1], dtype) if totals is None else take(totals.total, rows)
-                of_softmax = take(temperature, rows), take(log_partition, rows)
-                gradient = row_gradient(gap, *of_softmax, take(sample_grad, rows), total, targets, part)
+                part = Part(rows, live, None if shard is None else take(shard.n_live, rows))
+                gradient = row_gradient(gap, take(sample_grad, rows), softmax.of(rows), part)
             inverse = geometry.table.index_select(0, take(geometry.table_row, rows))
             if live is not None:
                 inverse.masked_fill_(~live, 0.0)
             add_distance_gradient(
                 gradient, inverse, p, push, None if at_predicted is None else take(at_predicted, rows)
             )
-            if targets is not None:
-                targets.silence(gradient, rows)
+            if softmax is not None:
+                softmax.targets.silence(gradient, rows)
             if rows is None:
                 grad_logits = gradient.to(logits.dtype).contiguous()
             else:  # in place: joining the chunks would hold the gradient twice
@@ -177,7 +163,7 @@ def gradients(
                 # 0 * NaN: an ignored sample's row may be anything, and its slope is 0.
                 gap.masked_fill_(push == 0, 0.0)
             add_rows(gap_sums, take(geometry.table_row, rows), gap.mul_(push if unit == 1.0 else push * unit))
-    return grad_logits, gap_sums
+    return grad_logits, gap_sums, (nearest, unit)
 
 
 def add_distance_gradient(

@@ -56,14 +56,18 @@ class Head:
     """W (c, m), and the frames of its rows."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight
-        self.mean = RowFrame(weight.mean(0, dtype=dtype), 1.0)
+        self.weight, self.dtype = weight, dtype
+
+    @functools.cached_property
+    def mean(self) -> RowFrame:
+        """The mean row."""
+        return RowFrame(self.weight.mean(0, dtype=self.dtype), 1.0)
 
     @functools.cached_property
     def robust(self) -> RowFrame:
         """The median, entry by entry, of some rows, and the scale that makes the median of their lengths about 1."""
         n_rows = self.weight.shape[0]
-        sample = self.weight[:: -(-n_rows // SAMPLED_ROWS)].to(self.mean.origin.dtype)
+        sample = self.weight[:: -(-n_rows // SAMPLED_ROWS)].to(self.dtype)
         # Not `median(0)`, which torch.use_deterministic_algorithms refuses on a GPU.
         origin = sample.sort(0).values[(sample.shape[0] - 1) // 2]
         largest = (sample - origin).abs().amax(1) if sample.shape[1] else sample.new_zeros(1)

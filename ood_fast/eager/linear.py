@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from . import sizes
 from .boundary import add_distance_gradient, boundary_gaps
 from .distances import Head, Rows, centered, inverse_distances, weight_tile
 from .precision import compute_dtype, full_precision, matmul
-from .rows import Part, Targets, row_gradient
+from .rows import Part, Softmax, Targets, row_gradient
 from .sizes import join, slices
 from .tempered import elogitnorm_rows
 from .weight_gradient import add_rows, pull_rows, unit_of, weight_gradient
@@ -134,8 +135,7 @@ class _Worked:
             gap, spent, _, _, live = found
             scale, part = self.sample_grad[at].to(gap.dtype), Part(at, live)
             push = (scale * slope).unsqueeze(1)
-            total = self.targets.total(part, gap.shape[1], gap.dtype)
-            gradient = row_gradient(gap, temperature, log_partition, scale, total, self.targets, part)
+            gradient = row_gradient(gap, scale, Softmax(self.targets, temperature, log_partition), part)
             add_distance_gradient(gradient, inverse, p.unsqueeze(1), push)
             self.targets.silence(gradient, at)
             logits[rows] = gradient
@@ -151,6 +151,32 @@ class _Worked:
                 else:
                     self.gap_sums[rows] = gap
         return results
+
+
+class Affine:
+    """z W^T + b of chunks of rows, and the gradients through it."""
+
+    def __init__(self, features: Tensor, head: Head, bias: Tensor | None) -> None:
+        self.features, self.head = features, head
+        self.bias = features.new_zeros((), dtype=head.dtype) if bias is None else bias.to(head.dtype)
+
+    def logits(self, rows: slice) -> Tensor:
+        """Those of some rows, in the dtype of the arithmetic."""
+        z = self.features[rows].to(self.head.dtype)
+        logits = z.new_empty(z.shape[0], self.head.weight.shape[0])
+        with full_precision(z.device):
+            linear_into(logits, z, self.head.weight, self.bias)
+        return logits
+
+    def add(self, rows: slice, gradient: Tensor, grads: Sequence[Tensor | None], apart: bool) -> None:
+        """Write dz of these rows, and add to dW and db, those of `grads` that are given. `apart` as in
+        `linear_backward`."""
+        grad_features, grad_weight, grad_bias = grads
+        z, into = self.features[rows].to(self.head.dtype), None if grad_features is None else grad_features[rows]
+        with full_precision(z.device):
+            linear_backward(gradient, None, z, None, self.head, apart, into, grad_weight)
+        if grad_bias is not None:
+            grad_bias.add_(gradient.sum(0))
 
 
 def linear_into(logits: Tensor, z: Tensor, head_weight: Tensor, bias: Tensor) -> None:

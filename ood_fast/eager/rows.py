@@ -227,16 +227,25 @@ def row_loss(sums: RowSums, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor
     return loss, log_partition, slope
 
 
-def row_gradient(
-    gap: Tensor,
-    temperature: Tensor,
-    log_partition: Tensor,
-    sample_grad: Tensor,
-    total: Tensor | float,
-    targets: Targets,
-    part: Part,
-) -> Tensor:
+class Softmax(NamedTuple):
+    """What the gradient of the cross-entropy needs, vectors (n,), or (r,) of a chunk of rows."""
+
+    targets: Targets
+    temperature: Tensor
+    log_partition: Tensor
+    total: Tensor | None = None
+    """Q, over the classes of all processes; None for one"""
+
+    def of(self, rows: slice | None) -> Softmax:
+        """That of a chunk."""
+        total = None if self.total is None else take(self.total, rows)
+        return Softmax(self.targets, take(self.temperature, rows), take(self.log_partition, rows), total)
+
+
+def row_gradient(gap: Tensor, sample_grad: Tensor, softmax: Softmax, part: Part) -> Tensor:
     """(Q P_j - q_j) / T times the incoming gradient of the row: the logit gradient at constant T, (r, c), fresh."""
+    targets, temperature, log_partition, mass = softmax
+    total = targets.total(part, gap.shape[1], gap.dtype) if mass is None else mass
     inverse = temperature.reciprocal().unsqueeze(1)
     gradient = torch.addcmul(log_partition.neg().unsqueeze(1), gap, inverse, value=-1).exp_()
     if part.live is not None:

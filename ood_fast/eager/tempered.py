@@ -9,7 +9,7 @@ from ..records import Geometry, Labels, Needs, Tempered
 from .boundary import Gaps, boundary_backward, boundary_gaps
 from .distances import geometry_of
 from .precision import compute_dtype, full_precision
-from .rows import Part, Targets, gaps_of, is_plain, mask_gaps, row_gradient, row_loss, row_sums, temperature_of
+from .rows import Part, Softmax, Targets, gaps_of, is_plain, mask_gaps, row_gradient, row_loss, row_sums, temperature_of
 from .sizes import join, row_chunks, take
 
 _LOGITNORM_EPS = 1e-7
@@ -63,8 +63,11 @@ def elogitnorm_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i loss_i for logits and W, only those asked for."""
-    targets = Targets(labels, logits.shape[1], geometry.table.dtype) if needs.logits else None
-    return boundary_backward(sample_grad, logits, head_weight, targets, geometry, tempered, needs)
+    predicted, temperature, log_partition, slope = tempered
+    softmax = None
+    if needs.logits:
+        softmax = Softmax(Targets(labels, logits.shape[1], geometry.table.dtype), temperature, log_partition)
+    return boundary_backward(sample_grad, logits, head_weight, softmax, geometry, predicted, slope, needs)
 
 
 def logitnorm_forward(logits: Tensor, labels: Labels, tau: float, with_slope: bool) -> tuple[Tensor, Tempered]:
@@ -101,6 +104,7 @@ def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, temp
     dtype = temperature.dtype
     sample_grad = sample_grad.to(dtype)
     targets = Targets(labels, logits.shape[1], dtype)
+    softmax = Softmax(targets, temperature, log_partition)
     push = sample_grad * slope
     chunks = []
     for rows in row_chunks(*logits.shape):
@@ -108,12 +112,7 @@ def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, temp
         gap, live = gaps_of(chunk, chunk.gather(1, take(predicted, rows).unsqueeze(1)))
         if live is not None:
             chunk = chunk.masked_fill(~live, 0.0)
-        part = Part(rows, live)
-        total, of_softmax = (
-            targets.total(part, gap.shape[1], dtype),
-            (take(temperature, rows), take(log_partition, rows)),
-        )
-        gradient = row_gradient(gap, *of_softmax, take(sample_grad, rows), total, targets, part)
+        gradient = row_gradient(gap, take(sample_grad, rows), softmax.of(rows), Part(rows, live))
         gradient.addcmul_(chunk, take(push, rows).unsqueeze(1))
         targets.silence(gradient, rows)
         chunks.append((gradient.to(logits.dtype),))
