@@ -394,5 +394,4 @@ class L2NormLinear(nn.Linear):
         return F.linear(entering, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
         return f"{super().extra_repr()}, tau={self.tau}, eps={self.eps}, scale_at_test={self.scale_at_test}"

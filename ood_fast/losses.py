@@ -43,7 +43,6 @@ class _Loss(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """The keywords, for repr."""
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
 
 
@@ -208,7 +207,6 @@ class ELogitNormLoss(_Loss):
         return head_weight, None
 
     def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
         where = f"name={self.name!r}, " if self.name else ""
         own = f"eps={self.eps}, average={self.average!r}, detach_geometry={self.detach_geometry}"
         return f"{where}{super().extra_repr()}, {own}"
@@ -278,5 +276,4 @@ class LogitNormLoss(_Loss):
         return functional.logitnorm(logits, y, tau=self.tau, **self._keywords())
 
     def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
         return f"tau={self.tau}, {super().extra_repr()}"

@@ -28,7 +28,6 @@ class Agreement(Detector):
     state = ("counts",)
 
     def gathers(self) -> dict[str, Gathered]:
-        """The confusion matrix."""
         return {"confusion": Confusion()}
 
     def _finish(self, confusion: Confusion) -> None:

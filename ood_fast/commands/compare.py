@@ -186,28 +186,24 @@ class ComparisonBar(Bar, ComparisonWatcher):
         return self
 
     def on_run(self, loss: str, seed: int, run: Run | None) -> None:
-        """Before a run."""
         self.since = time.perf_counter()
         what = f"run {self.n_begun + 1}/{len(self.runs)}  seed {seed}  {loss:<10}"
         self.at(self.n_begun * self.n_epochs, what)
         self.n_begun += 1
 
     def on_start(self, run: Run) -> None:
-        """Before its first step."""
         self.at((self.n_begun - 1) * self.n_epochs + run.epoch)
 
     def on_step(self, run: Run) -> None:
         """After each step: nothing is told."""
 
     def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
-        """After an epoch."""
         self.advance(1)
 
     def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
         """They are in the report."""
 
     def on_result(self, result: RunResult) -> None:
-        """After a run."""
         trained, seconds = result.trained, time.perf_counter() - self.since
         what = f"seed {trained.seed} {trained.method}: accuracy {100 * result.value('accuracy'):.1f} %, {seconds:.1f} s"
         self.line(f"[{self.n_begun}/{len(self.runs)}] {what}", only_plain=True)

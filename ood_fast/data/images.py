@@ -76,17 +76,14 @@ class Pixels(Source):
         self.pixels = pixels
 
     def image(self, index: int) -> Any:
-        """One image."""
         from PIL import Image
 
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def take(self, rows: np.ndarray) -> Pixels:
-        """The source of these rows, in this order."""
         return Pixels(self.pixels[rows], self.labels[rows], self.classes)
 
     def update(self, digest: Any) -> None:
-        """Feed what identifies the images to a hash."""
         digest.update(np.ascontiguousarray(self.pixels))
 
 
@@ -135,7 +132,6 @@ class Files(Source):
             raise checks.UserError(f"image {path}: cannot be read ({why}{cure})") from error
 
     def take(self, rows: np.ndarray) -> Files:
-        """The source of these rows, in this order."""
         taken = copy.copy(self)
         taken.names, taken.labels = self.names[rows], self.labels[rows]
         return taken
@@ -161,15 +157,12 @@ class Tensors(Source):
         self.images = images
 
     def image(self, index: int) -> Tensor:
-        """One image, prepared."""
         return self.images[index]
 
     def take(self, rows: np.ndarray) -> Tensors:
-        """The source of these rows, in this order."""
         return Tensors(self.images[torch.from_numpy(rows)], self.labels[rows], self.classes)
 
     def update(self, digest: Any) -> None:
-        """Feed what identifies the images to a hash."""
         digest.update(self.images.contiguous().numpy())
 
 
@@ -183,13 +176,11 @@ class Noise(Source):
         self.low, self.high = -at / by, (1 - at) / by
 
     def image(self, index: int) -> Tensor:
-        """One image, prepared."""
         generator = torch.Generator().manual_seed(mixed(self.seed, index))
         noise = torch.randn(self.shape, generator=generator, device="cpu")
         return noise.clamp(self.low, self.high)
 
     def update(self, digest: Any) -> None:
-        """Feed what identifies the images to a hash."""
         digest.update(f"noise {len(self)} {self.shape} {self.seed} {self.low.tolist()} {self.high.tolist()}".encode())
 
 
@@ -201,7 +192,6 @@ class Scrambled(Source):
         self.dataset, self.seed = dataset, seed
 
     def image(self, index: int) -> Tensor:
-        """One image, prepared."""
         x, _ = self.dataset[index]
         n_places = x.shape[1] * x.shape[2]
         generator = torch.Generator().manual_seed(mixed(self.seed, index))
@@ -209,11 +199,9 @@ class Scrambled(Source):
         return x.flatten(1)[:, order].view_as(x)
 
     def path(self, index: int) -> str | None:
-        """The file of an image; None where one file holds many."""
         return self.dataset.source.path(index)
 
     def update(self, digest: Any) -> None:
-        """Feed what identifies the images to a hash."""
         digest.update(f"scrambled {self.seed} {self.dataset.fingerprint()}".encode())
 
 

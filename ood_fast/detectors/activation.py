@@ -55,7 +55,6 @@ class ReAct(ReshapedEnergy):
         self.p = p
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"values": streaming.Percentiles()}
 
     def _finish(self, values: streaming.Percentiles) -> None:
@@ -97,7 +96,6 @@ class VRA(ReshapedEnergy):
         self.high, self.low, self.below, self.per_feature = high, low, below, per_feature
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         whole = streaming.Bank(values=streaming.SAMPLE_VALUES) if self.per_feature else streaming.Percentiles()
         return {"values": whole}
 
@@ -135,7 +133,6 @@ class DICE(ReshapedEnergy):
         self.p = p
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"mean": streaming.FeatureMean()}
 
     def _finish(self, mean: streaming.FeatureMean) -> None:

@@ -93,7 +93,6 @@ class AdaSCALE(Detector):
         return type(self).__name__, repr((self.k1, self.k2, self.weight, self.share, self.eps))
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"shifts": Passed(self._key, SAMPLE)}
 
     def _finish(self, shifts: Passed) -> None:
@@ -122,7 +121,6 @@ class AdaSCALE(Detector):
         batch.read[self._key] = read
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch that `run_model` gave."""
         self.require_fitted()
         features: Any = batch.features
         self.check_widths(features, batch.logits)

@@ -38,7 +38,6 @@ class BoundaryDetector(Detector):
         self.table, self.boundaries = table, None if table is None else table.count_nonzero(1)
 
     def constants(self) -> dict[str, Any]:
-        """What they are taken with."""
         kept = self._buffers  # by way of the attributes of a module each would take half a microsecond
         return {"W": kept["head_weight"], "table": kept["table"], "boundaries": kept["boundaries"]}
 
@@ -72,7 +71,6 @@ class FDBD(BoundaryDetector):
         self.reduction, self.denominator = reduction, denominator
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"mean": streaming.FeatureMean()}
 
     def _finish(self, mean: streaming.FeatureMean) -> None:
@@ -84,11 +82,9 @@ class FDBD(BoundaryDetector):
         return "centred_norm" if self.denominator == "centred" else "norm2"
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("distance", self._length)
 
     def constants(self) -> dict[str, Any]:
-        """What they are taken with."""
         return {**super().constants(), "mean": self._buffers["mean"]}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -122,7 +118,6 @@ class BoundaryDistance(BoundaryDetector):
         self.average = average
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("distance",) if self.average == "boundaries" else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:

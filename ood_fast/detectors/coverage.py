@@ -106,7 +106,6 @@ class NAC(Detector):
             layer_of(model, name)
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         if self.layers is None:
             return {"0": streaming.Bank(budget=self.samples, seed=self.seed)}
         names = self.layers if isinstance(self.layers, tuple) else (self.layers,)  # which stages, is not known yet
@@ -185,7 +184,6 @@ class NAC(Detector):
         return torch.stack(found).mean(dim=0)
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch that `run_model` gave."""
         if self.layers is None:
             return super().score_batch(model, batch, head)
         self.require_fitted()

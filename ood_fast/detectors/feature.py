@@ -43,7 +43,6 @@ class FeatureNorm(Detector):
         self.needs_features, self.needs_logits = of == "features", of == "logits"
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         if self.p != 1 and self.p != 2:  # `in` would not do: p may be a symbol of the compiler
             return ()
         return (f"{'norm' if self.of == 'features' else 'logit_norm'}{1 if self.p == 1 else 2}",)
@@ -93,7 +92,6 @@ class NCI(Detector):
         self.alpha, self.p, self.proximity = alpha, p, proximity
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"mean": streaming.FeatureMean()}
 
     def _finish(self, mean: streaming.FeatureMean) -> None:
@@ -104,11 +102,9 @@ class NCI(Detector):
         return "norm1" if self.p == 1 else "norm2"
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return (self._norm, "centred_norm", "projection") if self.proximity else (self._norm,)
 
     def constants(self) -> dict[str, Any]:
-        """What they are taken with."""
         return {"W": self._buffers["head_weight"], "mean": self._buffers["mean"]}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:

@@ -107,14 +107,12 @@ class Confusion(streaming.Gathered):
         self.counts: Tensor | None = None
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch."""
         self.like = logits[:0]
         if logits.shape[1] <= self.most:
             counted = agreement.confusion(logits, targets)
             self.counts = counted if self.counts is None else self.counts + counted
 
     def merge(self, other: Confusion) -> None:
-        """Add the counts of another process."""
         if self.counts is not None and other.counts is not None:
             self.counts = self.counts + other.counts
 

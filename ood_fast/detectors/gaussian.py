@@ -79,7 +79,6 @@ class Mahalanobis(Detector):
         self.half, self.scatter, self.ridge, self.rtol, self.normalize = half, scatter, ridge, rtol, normalize
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         if self.normalize:
             return {"scatter": _UnitScatter(), "means": _UnitMeans()}
         return {"scatter": streaming.Scatter(), "means": streaming.ClassMeans()}
@@ -168,7 +167,6 @@ class SHE(Detector):
         self.metric = metric
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"means": streaming.ClassMeans("correct")}
 
     def _finish(self, means: streaming.ClassMeans) -> None:

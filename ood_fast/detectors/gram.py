@@ -34,7 +34,6 @@ class Bounds(streaming.Gathered):
         self.low = self.high = torch.empty(0)
 
     def update(self, features: Tensor, logits: Tensor, targets: Any) -> None:
-        """Take in one batch."""
         z = at_least_float32(features)
         self.like = z[:0]
         c, classes = logits.shape[1], targets.to(z.device) if self.by == "target" else logits.max(dim=1).indices
@@ -47,12 +46,10 @@ class Bounds(streaming.Gathered):
         self.high = torch.maximum(self.high, high) if self.rows else high
 
     def merge(self, other: Bounds) -> None:
-        """Take in what `other` gathered from other rows."""
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.held.join(other.held)
 
     def to(self, device: torch.device | str) -> Bounds:
-        """Move what was gathered; returns self."""
         self.held.to(device)
         super().to(device)
         return self
@@ -125,7 +122,6 @@ class Gram(LayerDetector):
         self.make_members()
 
     def member(self) -> Detector:
-        """The detector of one layer."""
         return _GramLayer(self.by)
 
     def read(self, maps: Tensor) -> Tensor:

@@ -42,18 +42,15 @@ class EachLayer(streaming.Gathered):
         return like
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for two that gather the same thing."""
         return (type(self), self.layers, *(part.key() for parts in self.parts for part in parts.values()))
 
     def to(self, device: torch.device | str) -> EachLayer:
-        """Move what was gathered; returns self."""
         for parts in self.parts:
             for part in parts.values():
                 part.to(device)
         return self
 
     def update(self, features: Mapping[Key, Tensor], logits: Tensor, targets: Tensor) -> None:
-        """Take in one batch."""
         for key, parts in zip(self.layers, self.parts, strict=True):
             rows = features[key]
             refuse_rows(f"layer {key[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
@@ -61,7 +58,6 @@ class EachLayer(streaming.Gathered):
                 part.take(rows, logits, targets)
 
     def merge(self, other: EachLayer) -> None:
-        """Take in what `other` gathered from other rows."""
         for mine, theirs in zip(self.parts, other.parts, strict=True):
             for name, part in mine.items():
                 part.join(theirs[name])
@@ -80,18 +76,15 @@ class Passed(streaming.Gathered):
         self.bank = streaming.Bank(budget=self.budget, seed=self.seed)
 
     def update(self, features: Mapping[Key, Tensor], logits: Tensor | None, targets: Tensor | None) -> None:
-        """Take in one batch."""
         rows = features[self.key_read]
         refuse_rows(f"layer {self.key_read[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
         self.like = rows[:0]
         self.bank.take(rows, None, None)
 
     def merge(self, other: Passed) -> None:
-        """Take in what `other` gathered from other rows."""
         self.bank.join(other.bank)
 
     def to(self, device: torch.device | str) -> Passed:
-        """Move what was gathered; returns self."""
         self.bank.to(device)
         super().to(device)
         return self
@@ -151,7 +144,6 @@ class LayerDetector(Detector):
 
     @property
     def fitted(self) -> bool:
-        """Whether the detector can score."""
         return self.layers is not None and super().fitted and all(member.fitted for member in self.members)
 
     def prepare(self, model: nn.Module) -> None:
@@ -164,11 +156,9 @@ class LayerDetector(Detector):
         self.make_members()
 
     def readings(self) -> tuple[LayerReading, ...]:
-        """What is read of which layers."""
         return tuple(LayerReading(name, self.kind, self.read) for name in self.layers or ())
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         if not self.member().gathers():
             return {}
         members = self.members or [self.member()]  # which layers, is not known before `prepare`
@@ -186,7 +176,6 @@ class LayerDetector(Detector):
     # ---- scoring
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch that `run_model` gave with `readings`."""
         self.require_fitted()
         rows = [batch.read[reading.key] for reading in self.readings()]
         for reading, z in zip(self.readings(), rows, strict=True):
@@ -266,7 +255,6 @@ class LayerMahalanobis(LayerDetector):
         self.make_members()
 
     def member(self) -> Detector:
-        """The detector of one layer."""
         return Mahalanobis(ridge=self.ridge, rtol=self.rtol, normalize=self.normalize)
 
     def finish_layers(self, layers: EachLayer) -> None:
@@ -287,11 +275,9 @@ class LayerMahalanobis(LayerDetector):
         self.scales = scales.to(self.members[0].root)
 
     def combine_layers(self, scores: Tensor) -> Tensor:
-        """The score (n,) of those of the layers (n, L)."""
         return scores.to(self.scales) @ self.scales
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
-        """Scores (n,) of a batch that `run_model` gave with `readings`."""
         if self.eps:
             self.require_fitted()
             check_movable(batch.inputs, self.label, self.std)

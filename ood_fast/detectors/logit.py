@@ -45,7 +45,6 @@ class MSP(Detector):
         self.temperature = temperature
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("confidence",) if self.temperature == 1 else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -67,7 +66,6 @@ class MaxLogit(Detector):
     needs_logits = True
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("max",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -95,7 +93,6 @@ class Energy(Detector):
         self.temperature = temperature
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("logsumexp",) if self.temperature == 1 else ()
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -118,7 +115,6 @@ class Entropy(Detector):
     needs_logits = True
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("entropy",)
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -155,11 +151,9 @@ class GEN(Detector):
         self.gamma, self.M, self.reduction, self.clamp = gamma, M, reduction, clamp
 
     def statistics(self) -> tuple[str, ...]:
-        """What `_combine` takes."""
         return ("gen",) if self.M is None and self.reduction == "sum" and not self.clamp else ()
 
     def constants(self) -> dict[str, Any]:
-        """What they are taken with."""
         return {"gamma": self.gamma}
 
     def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -205,7 +199,6 @@ class KLMatching(Detector):
     fits_on = "validation"
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"typical": streaming.ClassMeans(by="predicted", of="softmax")}
 
     def _finish(self, typical: streaming.ClassMeans) -> None:
@@ -246,7 +239,6 @@ class TemperatureScaling(Detector):
     fits_on = "validation"
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"sample": streaming.Bank("logits", values=streaming.SAMPLE_VALUES)}
 
     def _finish(self, sample: streaming.Bank) -> None:
@@ -294,7 +286,6 @@ class SML(Detector):
     state = ("mean", "deviation")  # (c,)
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"top": streaming.ClassMeans(by="predicted", of="top")}
 
     def _finish(self, top: streaming.ClassMeans) -> None:

@@ -36,7 +36,6 @@ class ClassScatter(streaming.Gathered):
         self.dropped = False
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor) -> None:
-        """Take in one batch."""
         check_targets(targets, None)
         self.like = at_least_float32(features[:0])
         for k in () if self.dropped else targets.unique().cpu().tolist():
@@ -45,7 +44,6 @@ class ClassScatter(streaming.Gathered):
             self._drop()
 
     def merge(self, other: ClassScatter) -> None:
-        """Take in what `other` gathered from other rows."""
         self.dropped |= other.dropped
         for k, part in other.classes.items():
             self.classes.setdefault(k, streaming.Scatter()).join(part)
@@ -56,7 +54,6 @@ class ClassScatter(streaming.Gathered):
             self.classes, self.dropped = {}, True
 
     def to(self, device: torch.device | str) -> ClassScatter:
-        """Move what was gathered; returns self."""
         for part in self.classes.values():
             part.to(device)
         super().to(device)
@@ -92,7 +89,6 @@ class GMM(Detector):
         self.covariance, self.ridge = covariance, ridge
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         shared = {"scatter": streaming.Scatter(), "means": streaming.ClassMeans()}
         return shared if self.covariance == "tied" else {**shared, "of_classes": ClassScatter()}
 
@@ -171,7 +167,6 @@ class OpenMax(Detector):
         self.tail, self.alpha = tail, alpha
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"sample": streaming.Bank("logits", values=streaming.SAMPLE_VALUES)}
 
     def _finish(self, sample: streaming.Bank) -> None:

@@ -151,7 +151,6 @@ class KNN(Detector):
         self.budget, self.dtype, self.seed, self.probes = budget, dtype, seed, probes
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"bank": streaming.Bank("unit", budget=self.budget, dtype=self.dtype, seed=self.seed)}
 
     def _finish(self, bank: streaming.Bank) -> None:
@@ -282,7 +281,6 @@ class NNGuide(Detector):
         self.k, self.fraction, self.budget, self.dtype, self.seed = k, fraction, budget, dtype, seed
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         least = 0 if {"k", "fraction"} & self.given else self.lowered.get("k", self.k)
         kept: dict[str, Any] = {"budget": self.budget, "fraction": self.fraction, "least": least}
         return {"bank": streaming.Bank("energy", **kept, dtype=self.dtype, seed=self.seed)}
@@ -337,7 +335,6 @@ class CombOOD(KNN):
         self.weight = weight
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {**super().gathers(), "scatter": streaming.Scatter()}
 
     def _finish(self, bank: streaming.Bank, scatter: streaming.Scatter) -> None:
@@ -395,7 +392,6 @@ class Relation(Detector):
         self.pow, self.cutoff, self.budget, self.dtype, self.seed = pow, cutoff, budget, dtype, seed
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"bank": streaming.Bank("softmax", budget=self.budget, dtype=self.dtype, seed=self.seed)}
 
     def _finish(self, bank: streaming.Bank) -> None:

@@ -100,20 +100,16 @@ class SeveralPasses(Detector):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether its detector does."""
         return self.member is not None and self.member.needs_fit
 
     @property
     def fitted(self) -> bool:
-        """Whether the detector can score."""
         return self.member is None or self.member.fitted
 
     def learners(self) -> tuple[Any, ...]:
-        """Its detector."""
         return () if self.member is None else self.member.learners()
 
     def gathers(self) -> dict[str, Any]:
-        """What its detector is fitted on."""
         return {} if self.member is None else self.member.gathers()
 
     def looks(self, model: nn.Module, x: Any, head: str | nn.Linear | None) -> Iterator[Tensor]:

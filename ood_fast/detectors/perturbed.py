@@ -82,7 +82,6 @@ class WeiPer(Detector):
         self.bins, self.smoothing, self.smoothing_perturbed, self.seed = bins, smoothing, smoothing_perturbed, seed
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"sample": streaming.Bank(budget=SAMPLE)}
 
     def _finish(self, sample: streaming.Bank) -> None:

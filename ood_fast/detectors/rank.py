@@ -23,7 +23,6 @@ class FewRows(streaming.Gathered):
     reads = ("features", "logits")
 
     def update(self, features: Tensor, logits: Tensor, targets: Tensor | None) -> None:
-        """Take in one batch."""
         if not self.rows:
             self.like, self.features, self.logits = features[:0], features[:32], logits[:32]
 
@@ -103,5 +102,4 @@ class RankFeat(LayerDetector):
         return self.head_weight.shape[1]
 
     def score_rows(self, rows: list[Tensor], logits: Tensor) -> Tensor:
-        """The scores (n,) of what was read of the layers."""
         return self._logits(rows[0][:, : self._n_features()]).logsumexp(dim=1)

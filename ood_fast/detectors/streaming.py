@@ -111,7 +111,6 @@ class Scatter(Gathered):
     """Mean μ and scatter Σ (z − μ)(z − μ)ᵀ of the features: Chan, Golub and LeVeque's pairwise update, in float64."""
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
-        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         rows = double(features)
         mean = rows.mean(dim=0)
@@ -119,7 +118,6 @@ class Scatter(Gathered):
         self._add(len(rows), mean, rows.T @ rows)
 
     def merge(self, other: Scatter) -> None:
-        """Take in what `other` gathered from other rows."""
         self._add(other.rows, other.mean, other.scatter)
 
     def _add(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
@@ -141,13 +139,11 @@ class FeatureMean(Gathered):
     """The mean of the features."""
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
-        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         total = double(features).sum(dim=0)
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: FeatureMean) -> None:
-        """Take in what `other` gathered from other rows."""
         self.total = self.total + other.total
 
     def value(self) -> Tensor:
@@ -162,13 +158,11 @@ class MeanMaxLogit(Gathered):
     reads = ("logits",)
 
     def update(self, features: Tensor | None, logits: Tensor, targets: Tensor | None) -> None:
-        """Take in one batch."""
         self.like = at_least_float32(logits[:0])
         total = double(logits.amax(dim=1)).sum()
         self.total = self.total + total if self.rows else total
 
     def merge(self, other: MeanMaxLogit) -> None:
-        """Take in what `other` gathered from other rows."""
         self.total = self.total + other.total
 
     def value(self) -> Tensor:
@@ -200,7 +194,6 @@ class ClassMeans(Gathered):
         return (*by, "features" if self.of == "features" else "logits")
 
     def update(self, features: Any, logits: Any, targets: Any) -> None:
-        """Take in one batch."""
         # Of a binary classifier with one logit the targets are two classes. (argmax need not give the first of ties.)
         n_logits = None if logits is None or logits.shape[1] == 1 else logits.shape[1]
         classes = targets if self.by == "target" else logits.max(dim=1).indices
@@ -234,7 +227,6 @@ class ClassMeans(Gathered):
         self.total, self.count = total, count
 
     def merge(self, other: ClassMeans) -> None:
-        """Take in what `other` gathered from other rows."""
         n_classes = max(len(self.count), len(other.count))
         self._widen(n_classes, other.total)
         self.total[: len(other.count)] += other.total
@@ -272,12 +264,10 @@ class Percentiles(Gathered):
         self.counts: Tensor | None = None
 
     def update(self, features: Tensor, logits: Tensor | None, targets: Tensor | None) -> None:
-        """Take in one batch."""
         self.like = at_least_float32(features[:0])
         self._take(at_least_float32(features).flatten().cpu())
 
     def merge(self, other: Percentiles) -> None:
-        """Take in what `other` gathered from other rows."""
         for values in other.kept:
             self._take(values)
         if other.counts is not None:
@@ -367,7 +357,6 @@ class Bank(Gathered):
         return others.get(self.kind, ("features",))
 
     def update(self, features: Tensor, logits: Any, targets: Any) -> None:
-        """Take in one batch."""
         if self.kind == "logits":
             check_targets(targets, logits.shape[1])
             features = torch.cat([at_least_float32(logits), targets.to(logits.device).unsqueeze(1)], dim=1)
@@ -407,7 +396,6 @@ class Bank(Gathered):
         return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def merge(self, other: Bank) -> None:
-        """Take in what `other` gathered from other rows."""
         for rows, keys in zip(other.kept, other.keys, strict=True):
             self._keep(rows, keys)
 

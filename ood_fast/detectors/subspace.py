@@ -74,7 +74,6 @@ class ResidualDetector(Detector):
         self.dim = dim
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"scatter": streaming.Scatter(), "sample": streaming.Bank(values=streaming.SAMPLE_VALUES)}
 
     def _finish(self, scatter: streaming.Scatter, sample: streaming.Bank, **others: Any) -> None:
@@ -154,7 +153,6 @@ class ViM(ResidualDetector):
         super().__init__(dim)
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {**super().gathers(), "max_logit": streaming.MeanMaxLogit()}
 
     def _finish_residual(self, residual: Tensor, *, max_logit: streaming.MeanMaxLogit) -> None:
@@ -220,7 +218,6 @@ class NECO(Detector):
         self.needs_logits = use_max_logit
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        """What `_finish` takes."""
         return {"scatter": streaming.Scatter()}
 
     def _finish(self, scatter: streaming.Scatter) -> None:

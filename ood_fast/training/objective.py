@@ -99,7 +99,6 @@ class Around(Objective):
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
 
     def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
 
 

@@ -42,7 +42,6 @@ class ISHLinear(nn.Linear):
         return F.linear(z, self.weight.detach(), self.bias) + (of_weight - of_weight.detach())  # + 0, and its gradient
 
     def extra_repr(self) -> str:
-        """As `nn.Module` has it."""
         return f"{super().extra_repr()}, prune={self.prune}"
 
 
