@@ -216,6 +216,8 @@ def test_recipes_say_what_is_built():
     assert made.criterion.label_smoothing == 0.1
     assert type(build.objective_of(recipes.find("cifar100-supcon"), model)) is SupConLoss
     assert "imagenet200-cider" not in recipes.RECIPES
+    momenta = [build.objective_of(recipes.find(f"{name}-cider"), model).momentum for name in ("cifar10", "cifar100")]
+    assert momenta == [0.95, 0.5]  # OpenOOD's scripts
     palm = recipes.find("cifar10-palm")
     assert (palm.batch_size, palm.learning_rate, palm.weight_decay, palm.warmup_epochs) == (16, 0.1, 1e-4, 10)
     made = build.objective_of(palm, model)

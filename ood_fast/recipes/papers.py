@@ -105,6 +105,9 @@ OWN_SCHEDULE: dict[str, dict[str, Any]] = {
     "supcon": _CONTRASTIVE | {"warmup_epochs": 10},
     "cider": _CONTRASTIVE | {"warmup_epochs": 10},
     "palm": _CONTRASTIVE | {"warmup_epochs": 10},
+    "cifar100-cider": {"prototype_momentum": 0.5},
+    "cifar100-regmixup": {"regmixup": 10.0},
+    "imagenet200-regmixup": {"regmixup": 10.0},
     "cifar10-palm": _SMALL_STEPS | {"batch_size": 16, "prototype_momentum": 0.9},
     "npos": _SMALL_STEPS | {"batch_size": 256},
 }
@@ -187,7 +190,7 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
                 continue  # OpenOOD fine-tunes the last block there; of NPOS more outliers are drawn
             name = f"{benchmark}-{method}"
             own = {**OWN_SCHEDULE.get(method, {}), **OWN_SCHEDULE.get(name, {})}
-            yield replace(base, **settings, **own, name=name, source=paper)
+            yield replace(base, **{**settings, **own}, name=name, source=paper)
             if method in IN_TABLE_5:
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)

@@ -124,7 +124,8 @@ class CIDERLoss(SupConLoss):
 
     Args:
         head, criterion, projection, temperature: as in `SupConLoss`; a projection that is a module needs `width`.
-        momentum: in [0, 1); compactness: not negative, 2 as the paper has it for CIFAR-10, 1 for CIFAR-100.
+        momentum: in [0, 1): OpenOOD has 0.95 for CIFAR-10, 0.5 for CIFAR-100. compactness: not negative, 2 as the paper
+            has it for CIFAR-10, 1 for CIFAR-100.
         base_temperature: the authors' code and OpenOOD have 0.07 here, which makes C 10/7 of the paper's; None: 1.
 
     Ming et al., "How to Exploit Hyperspherical Embeddings for Out-of-Distribution Detection?", ICLR 2023,

@@ -80,7 +80,7 @@ class RegMixupLoss(Around):
 
     Args:
         criterion: (logits, y) -> scalar that takes class probabilities (n, c) too; None: cross-entropy.
-        alpha: above 0. The larger, the nearer is λ to a half; 20 as the authors train CIFAR.
+        alpha: above 0. The larger, the nearer is λ to a half; 20 as OpenOOD trains CIFAR-10, 10 elsewhere.
         average: "mean", as the authors' code and OpenOOD have it, or "sum", the paper's sum of both (η = 1).
 
     Pinto et al., "RegMixup: Mixup as a Regularizer Can Surprisingly Improve Accuracy and Out Distribution Robustness",
