@@ -232,6 +232,16 @@ def test_every_row_has_the_same_chance(settings):
     assert ((counts - 4000).abs() < 4 * (4000 * 0.9) ** 0.5).all(), counts
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_draw_the_same_rows_in_whatever_dtype(dtype):
+    """An evaluation fits in float64 what `fit` takes in float32."""
+    z = torch.randn(1000, 6).to(dtype)
+    kept = [Bank(budget=30) for _ in range(2)]
+    for part, rows in zip(kept, (z, z.double()), strict=True):
+        part.take(rows, None, None)
+    torch.testing.assert_close(kept[0].value().double(), kept[1].value(), rtol=0, atol=0)
+
+
 def test_the_sample_does_not_depend_on_the_order(data):
     rows = taken(Bank(budget=30), data).value()
     order = torch.randperm(N)

@@ -380,16 +380,17 @@ class Bank(Gathered):
         return self.fraction < 1 or self.budget is not None or self.values is not None
 
     def draw(self, z: Tensor) -> Tensor:
-        """A number in [0, 1) for each row (n,), float64: its bits times random odd factors, summed, and mixed.
+        """A number in [0, 1) for each row (n,), float64: its bits times random odd factors, summed, and mixed. The bits
+        are those of float64, so that numbers draw the same whatever dtype holds them.
 
         Sums of products modulo 2**64 tell rows apart; the mixing is the finaliser of SplitMix64 (Steele, Lea and Flood,
         2014), which makes uniform numbers of them.
         """
         offset, *factors = np.random.default_rng(self.seed).integers(-(1 << 63), 1 << 63, z.shape[1] + 1) | 1
-        by = torch.tensor(factors, device=z.device)
-        bits = z.contiguous().view(torch.int64 if z.dtype == torch.float64 else torch.int32)
         # Few rows at a time stay in cache: a third of the time.
-        totals = [(rows.long() * by).sum(dim=1) for rows in bits.split(max(1, HASHED_AT_ONCE // z.shape[1]))]
+        by = torch.tensor(factors, device=double(z[:0]).device)
+        parts = z.split(max(1, HASHED_AT_ONCE // z.shape[1]))
+        totals = [(double(rows).contiguous().view(torch.int64) * by).sum(dim=1) for rows in parts]
         x = (torch.cat(totals) + int(offset)).cpu().numpy().view(np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
