@@ -179,6 +179,14 @@ def test_gram(by, model, x, y):
     torch.testing.assert_close(detector.score(model, test).double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_gram_of_a_small_channel():
+    """Its tenth powers are below float32's smallest number."""
+    maps = torch.rand(3, 4, 9) * torch.tensor([1, 1e-6, 1, 1e-3]).unsqueeze(1)
+    f = maps.double()
+    expected = torch.cat([(f**q @ (f**q).mT).sum(2) ** (1 / q) for q in range(1, 11)], dim=1)
+    torch.testing.assert_close(Gram().read(maps).double(), expected, rtol=1e-5, atol=0)
+
+
 @torch.no_grad()
 def test_rank_feat(model, x):
     maps = model.maps(x)[1].flatten(2)
@@ -211,6 +219,8 @@ def test_block_norm_and_the_choice_of_the_block(model, x):
     assert all(ratio != pytest.approx(1, abs=1e-3) for ratio in ratios.values())
     with pytest.raises(ValueError, match="pieces: got 5, expected a divisor of 32 and 32"):
         norm_ratios(model, [smooth], pieces=5)
+    with pytest.raises(ValueError, match="layer layer1: got inf in 2 of 2 rows"):  # NaN would be the largest ratio
+        norm_ratios(model, [1e25 * smooth[:2]])
 
 
 def test_one_pass_for_all_and_files(model, x, y, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from .. import checks
 from ..models.layers import LayerReading, stages
 from ..models.running import inputs_and_targets, run_model
 from .layers import LayerDetector
+from .numbers import refuse_rows
 from .registry import register
 
 
@@ -68,6 +70,8 @@ def norm_ratios(
         whole, puzzled = (
             next(run_model(model, [images], None, readings)).read for images in (x, _jigsaw(x, pieces, generator))
         )
+        for of, r in itertools.product((whole, puzzled), readings):
+            refuse_rows(f"layer {r.layer}", of[r.key], 0 * of[r.key].squeeze(1))
         ratios = [whole[r.key] / puzzled[r.key].clamp(min=torch.finfo(torch.float32).tiny) for r in readings]
         totals += torch.cat(ratios, dim=1).double().sum(dim=0).cpu()
         n_rows += len(x)

@@ -63,7 +63,7 @@ ABOUT = {
     "LayerMahalanobis": About(
         "L·(m² + c·m)", "Lee, NeurIPS 2018", "1807.03888", "LayerMahalanobis(weights=(1, ..., 1), ridge=1e-6 / N)"
     ),
-    "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510", 'Gram(orders=L, by="target")', 'Gram(by="target")'),
+    "Gram": About("10·s·m", "Sastry, ICML 2020", "1912.12510", 'Gram(orders=L, by="target")'),
     "BlockNorm": About("s·m", "Yu, CVPR 2023", "2212.02295"),
     "RankFeat": About("s·m²", "Song, NeurIPS 2022", "2209.08590"),
     "MCDropout": About("T passes of the model", "Gal, ICML 2016", "1506.02142", 'MCDropout("variance", passes=30)'),

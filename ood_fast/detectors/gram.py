@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager.precision import full_precision
 from . import streaming
 from .detector import Detector
 from .fitting import tell_missing
@@ -104,7 +105,8 @@ class Gram(LayerDetector):
     low, high: over the training samples predicted as p, but for a random tenth, 1,000 at most, over which E is taken:
     drawn by what is read of them, so that batches of another size, which a model rounds otherwise, draw another one.
     A sample predicted as a class without training samples scores −inf. OpenOOD and pytorch-ood take the training
-    samples of the class p: by="target"; pytorch-ood as many orders as there are layers.
+    samples of the class p: by="target"; OpenOOD five orders, pytorch-ood as many as there are layers. The authors' code
+    and OpenOOD also divide by the confidence of the prediction: divide the score by that of `MSP` for theirs.
 
     Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020, arXiv:1912.12510.
 
@@ -126,12 +128,15 @@ class Gram(LayerDetector):
 
     def read(self, maps: Tensor) -> Tensor:
         """Row sums of Gram matrices of maps (n, c, s): (n, orders · c)."""
-        scale = maps.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-        unit, found = maps / scale, []  # g is homogeneous, of degree 2: powers of maps in [-1, 1] do not overflow
+        # g is homogeneous, of degree 2: powers of numbers in [-1, 1] do not overflow, of small channels do not vanish
+        largest = maps.abs().amax(dim=2, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+        scale = largest.amax(dim=1, keepdim=True)
+        unit, share, found = maps / largest, largest / scale, []
         for q in range(1, self.orders + 1):
             powers = unit**q
-            sums = (powers * powers.sum(dim=1, keepdim=True)).sum(dim=2)
-            found.append(sums.sign() * sums.abs() ** (1 / q))
+            with full_precision(maps.device):
+                sums = (powers @ (powers.mT @ share**q)).squeeze(2)
+            found.append(sums.sign() * sums.abs() ** (1 / q) * share.squeeze(2))
         return torch.cat(found, dim=1) * scale.squeeze(2).square()
 
     def finish_layers(self, layers: EachLayer) -> None:
