@@ -170,7 +170,8 @@ class Deployed(nn.Module):
 
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
-        checking = not self._checked and not torch.compiler.is_compiling()  # the first batch, where Python runs
+        # The first batch, where Python runs.
+        checking = not (self._checked or torch.compiler.is_compiling() or is_exporting())
         layer: Any = self.model.get_submodule(self.head) if checking and self.head is not None else None
         watching: Any = nullcontext() if layer is None else capture_features(layer)
         with watching as captured:

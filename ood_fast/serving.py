@@ -41,10 +41,12 @@ class Service:
     Args:
         deployed: what `ood_fast.deploy` gave, of one detector or of a set.
         prepare: PIL image in RGB -> the tensor (channels, size, size) that the model takes.
-        monitor: watches the score, of a set that of its first detector; None: `health` tells of the images alone.
-        classes: their names in the order of the logits.
+        monitor: watches the score, or the flag, of a set that of its first detector, whose threshold it has to have;
+            None: `health` tells nothing. classes: their names in the order of the logits.
         page: HTML that GET / shows, and the content-security policy that goes with it.
         upright: whether images are turned as their EXIF orientation says.
+
+    Raises ValueError for a monitor with another threshold; `score` TypeError for classes of another number.
     """
 
     def __init__(
@@ -58,6 +60,10 @@ class Service:
     ) -> None:
         self.deployed, self.prepare, self.monitor, self.classes = deployed, prepare, monitor, classes
         self.page, self.upright = page, upright
+        ours = deployed.thresholds.flatten()[0].item()
+        if monitor is not None and not monitor.flags and not math.isclose(monitor.threshold, ours, rel_tol=1e-6):
+            got = f"one that flags scores below {monitor.threshold:.6g}"
+            raise ValueError(f"monitor: got {got}, expected {ours:.6g}: Monitor(scores, threshold=detector.threshold)")
 
     def score(self, content: bytes) -> dict[str, Any]:
         """What is said of one image file: class, probability, score, is_ood; of a set, a list `detectors` of the last
@@ -65,8 +71,10 @@ class Service:
         x = self.prepare(self._image(content))[None]
         with torch.inference_mode():
             logits, score, is_ood = self.deployed(x)
+        if self.classes is not None and len(self.classes) != logits.shape[1]:
+            raise TypeError(f"classes: got {len(self.classes)} names, expected {logits.shape[1]}, one for each logit")
         if self.monitor is not None:
-            self.monitor.update(score.reshape(1, -1)[:, 0])
+            self.monitor.update((is_ood if self.monitor.flags else score).reshape(1, -1)[:, 0])
         k = int(logits.argmax())
         said: dict[str, Any] = {"class": k if self.classes is None else self.classes[k]}
         said["probability"] = _number(logits.softmax(1).max())

@@ -255,6 +255,12 @@ def test_wrappers_and_heads_by_layer(batch):
     assert_same(deploy(model, detector, head=model[-1])(batch), expected, 0)
 
 
+def test_traced_before_its_first_batch(batch):
+    model = small_cnn()
+    deployed = deploy(model, fitted("NCI", model, batch))
+    assert_same(torch.jit.trace(deployed, (batch,))(batch[:7]), deployed(batch[:7]), 1e-6)
+
+
 def test_a_logit_detector_looks_for_no_head(batch):
     """SqueezeNet-like: no linear layer at all."""
     model = nn.Sequential(nn.Conv2d(3, C, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

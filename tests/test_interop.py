@@ -6,9 +6,11 @@ OpenOOD is on no package index. `Evaluator` below is written after what `openood
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import itertools
+import pickle
 import sys
 import types
 import weakref
@@ -250,6 +252,23 @@ def test_pytorch_ood_encoders_are_shared_and_not_kept(model, adapters):
 
 
 @pytest.mark.filterwarnings("ignore:AUTC is undefined")
+def test_pytorch_ood_copies_and_pickles(model, adapters):
+    class Mine(adapters.PytorchOOD):
+        """Of a user."""
+
+    for adapter in (adapters.PytorchOOD(NCI(), model), adapters.PytorchOOD(detectors.ASH(), model), Mine(NCI(), model)):
+        adapter.fit(their_loader(40, 0))
+        expected = adapter.predict(images(5, 1))
+        twins = [copy.deepcopy(adapter), copy.copy(adapter)]
+        twins += [] if isinstance(adapter, Mine) else [pickle.loads(pickle.dumps(adapter))]
+        for twin in twins:
+            assert torch.equal(twin.predict(images(5, 1)), expected)
+            assert type(twin).__name__ == type(adapter).__name__
+            assert (twin.model is model) == (twin is twins[1])
+            assert any(layer is twin.head for layer in twin.model.modules())
+            assert twin.requires_fit == adapter.requires_fit
+
+
 def test_pytorch_ood_benchmark(model, adapters):
     """Their benchmark, whole: our detectors and theirs side by side, on one pass over each data set for all of ours."""
     from pytorch_ood.benchmark import Benchmark

@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("torchvision")
 from PIL import Image
 
-from ood_fast import serving
+from ood_fast import Monitor, serving
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,19 @@ def test_numbers_that_json_has_not_are_none(serve, service, monkeypatch):
     found = torch.tensor([[torch.nan, 1.0]]), torch.tensor([torch.nan]), torch.tensor([True])
     monkeypatch.setattr(service, "deployed", lambda x: found)
     monkeypatch.setattr(service, "monitor", None)
+    monkeypatch.setattr(service, "classes", None)
     monkeypatch.setattr(service.deployed, "detector", None, raising=False)
     said = service.score(files(serve, 2)[0])
     assert (said["probability"], said["score"], said["is_ood"]) == (None, None, True)
+
+
+def test_what_does_not_belong_together_is_refused(serve, service):
+    """A monitor that counts others than are flagged, names of other classes."""
+    deployed, prepare = service.deployed, service.prepare
+    with pytest.raises(ValueError, match="monitor: got one that flags scores below"):
+        serving.Service(deployed, prepare, Monitor(torch.randn(200)))
+    with pytest.raises(TypeError, match="classes: got 2 names, expected"):
+        serving.Service(deployed, prepare, classes=["a", "b"]).score(files(serve, 2)[0])
+    of_flags = serving.Service(deployed, prepare, Monitor(torch.rand(200) < 0.05))
+    said = [of_flags.score(file)["is_ood"] for file in files(serve, 6)]
+    assert of_flags.health()["flagged"] == sum(said) > 0

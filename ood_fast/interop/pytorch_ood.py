@@ -49,7 +49,14 @@ class PytorchOOD(api.FeaturesDetector):  # type: ignore[misc]  # of a package th
 
     def __new__(cls, detector: detectors.Detector, *args: Any, **keywords: Any) -> Any:
         """One of a subclass that is named like the detector."""
-        return super().__new__(type(type(detector).__name__, (cls,), {}) if cls is PytorchOOD else cls)
+        named: Any = type(type(detector).__name__, (cls,), {"__module__": __name__}) if cls is PytorchOOD else cls
+        return super().__new__(named)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which know no subclass that was made here."""
+        cls = PytorchOOD if type(self).__module__ == __name__ else type(self)
+        kept = {name: value for name, value in vars(self).items() if name != "encoder"}  # one for all of a model
+        return cls, (self.detector, self.model, self.head), kept
 
     def __init__(
         self, detector: detectors.Detector, model: nn.Module | None = None, head: str | nn.Linear | None = None
