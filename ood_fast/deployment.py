@@ -18,6 +18,7 @@ import inspect
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,14 +71,8 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
     for name, buffer in detector.named_buffers():
         if parameter is not None:
             checks.same_device(f"detector: {name}", buffer, "the model", parameter)
-    copied = _copied(model)
     shared = {id(buffer): buffer for buffer in detector.buffers()}
-    last: Any = None if path is None else copied.get_submodule(path)
-    own: Any = None if last is None else last.weight.detach()
-    for name, buffer in detector.named_buffers() if own is not None else ():
-        if name.endswith("head_weight") and buffer.dtype == own.dtype and torch.equal(buffer, own):
-            shared[id(buffer)] = own  # of 1,000,000 classes gigabytes, once
-    return Deployed(copied, copy.deepcopy(detector, shared), path)
+    return Deployed(_copied(model), copy.deepcopy(detector, shared), path)
 
 
 def _detectors(detector: Detector | DetectorSet) -> list[Detector]:
@@ -167,12 +162,28 @@ class Deployed(nn.Module):
         if head is not None:
             self._seen = _Seen()
             self.model.get_submodule(head).register_forward_pre_hook(self._seen, with_kwargs=True)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the head of the detector be that of the model: of 1,000,000 classes gigabytes, once, in files too."""
+        weight: Any = None if self.head is None else self.model.get_submodule(self.head).weight
+        for module in self.detector.modules() if isinstance(weight, nn.Parameter) and not weight.is_meta else ():
+            kept: Any = getattr(module, "head_weight", None)
+            alike = kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device)
+            if alike and torch.equal(kept, weight):
+                module.register_buffer("head_weight", weight)
+
+    def _apply(self, *args: Any, **keywords: Any) -> Deployed:
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]  # torch's
+        self._share()
+        return self
 
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
         # The first batch, where Python runs.
         checking = not (self._checked or torch.compiler.is_compiling() or is_exporting())
         layer: Any = self.model.get_submodule(self.head) if checking and self.head is not None else None
+        layer = layer if isinstance(layer, nn.Linear) else None  # quantized since, it cannot be read
         watching: Any = nullcontext() if layer is None else capture_features(layer)
         with watching as captured:
             logits = logits_of(self.model(**x) if isinstance(x, Mapping) else self.model(x))
@@ -184,9 +195,9 @@ class Deployed(nn.Module):
             check_width(head, logits)
             features = self._seen.take()
         if checking and len(logits):
-            if self.head is not None:
+            if layer is not None:
                 check_head(layer, captured, logits)
-            else:  # a pass that looks whether these are logits, and which layer made them
+            elif self.head is None:  # a pass that looks whether these are logits, and which layer made them
                 layer = next(run_model(self.model, [x], None, find_maker=True)).maker
             for detector in _detectors(self.detector):
                 warn_other_range(x, detector.input_range, detector.label)
@@ -225,7 +236,10 @@ class _Seen:
     def __init__(self) -> None:
         self.features: dict[int, Tensor] = {}  # by thread: servers call one module from several
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        # What quantizes a layer hands the hook on without keywords.
         (self.features[self._place()],) = (*args, *kwargs.values())
 
     def take(self) -> Tensor:

@@ -152,25 +152,12 @@ def _export(module: Prepared, images: Tensor, file: Path) -> None:
         (threshold,) = (given for given in graph.inputs if given.name == "threshold")
         threshold.const_value = ir.tensor(module.threshold.numpy(), name="threshold")
         graph.register_initializer(threshold)
-        _share(graph)
         about = {"format": FORMAT, "ood_fast": __version__, "detectors": _names(module.deployed)}
         about["threshold"] = module.threshold.tolist()
         told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
         program.model.metadata_props.update(told)
         held = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
         program.save(file, external_data=sum(held.values()) > MOST)
-
-
-def _share(graph: Any) -> None:
-    """Let initializers that were one tensor be one: a detector's head is the model's, and of many classes gigabytes."""
-    kept: dict[tuple[Any, ...], Any] = {}
-    for name, value in list(graph.initializers.items()):
-        tensor = getattr(value.const_value, "raw", None)
-        if isinstance(tensor, Tensor) and tensor.dim():
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if (first := kept.setdefault(place, value)) is not value:
-                value.replace_all_uses_with(first)
-                del graph.initializers[name]
 
 
 def _check(file: Path, module: Prepared, images: Tensor, expected: tuple[Tensor, ...]) -> None:

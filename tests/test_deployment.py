@@ -255,6 +255,15 @@ def test_wrappers_and_heads_by_layer(batch):
     assert_same(deploy(model, detector, head=model[-1])(batch), expected, 0)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_quantized_with_its_head(batch):
+    model = small_mlp()
+    deployed = deploy(model, fitted("KNN", model, batch))
+    in_eight_bits = torch.ao.quantization.quantize_dynamic(deployed, {nn.Linear})
+    assert not isinstance(in_eight_bits.model[-1], nn.Linear)
+    torch.testing.assert_close(in_eight_bits(batch)[1], deployed(batch)[1], rtol=0.02, atol=0.02)
+
+
 def test_traced_before_its_first_batch(batch):
     model = small_cnn()
     deployed = deploy(model, fitted("NCI", model, batch))

@@ -209,9 +209,13 @@ def test_a_head_stands_in_the_file_once():
     onnx = pytest.importorskip("onnx")
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
     chosen = fitted(["NCI", "ASH", "ReAct"], model)
-    onnx_export.write(deployment.deploy(model, chosen), "it.onnx", images())
-    shapes = [list(held.dims) for held in onnx.load("it.onnx").graph.initializer]
-    assert shapes.count(list(model[-1].weight.shape)) == 1
+    deployed = deployment.deploy(model, chosen)
+    onnx_export.write(deployed, "it.onnx", images())
+    deployed.double().float()  # each is moved by itself
+    torch.onnx.export(deployed, (images(),), "plain.onnx", dynamo=True, verbose=False)
+    for file in ("it.onnx", "plain.onnx"):
+        shapes = [list(held.dims) for held in onnx.load(file).graph.initializer]
+        assert shapes.count(list(model[-1].weight.shape)) == 1
 
 
 def test_more_classes_than_a_table_is_kept_of(monkeypatch):

@@ -157,7 +157,7 @@ class DetectorSet(nn.Module):
                 if equal is None:
                     seen.append(buffer)
                 elif name != "threshold":
-                    setattr(detector, name, equal)
+                    detector.register_buffer(name, equal)  # a parameter, too: the head of a deployed model
         return self
 
     # .to(device), .half(), ... copy each buffer by itself.
