@@ -319,6 +319,10 @@ def why_not_read(path: Path, error: Exception) -> str:
         others = []
     if not others:
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0]
+        if "TorchScript" in reason:
+            return f'is a TorchScript archive: torch.save(torch.jit.load({str(path)!r}).state_dict(), "weights.pth")'
+        if "weights_only" in reason:  # advice of torch, which does not hold here
+            reason = "no file of torch.save, or a damaged one"
         return f"cannot be read as tensors and plain values ({reason})"
     state = 'model.state_dict() if isinstance(model, torch.nn.Module) else model["model"]'
     return (

@@ -5,10 +5,10 @@ integers, `paths` (n,) of text, and the head of the model: `W` (c, m), `b` (c,).
 
     .npz        NumPy, arrays of those names; read without pickle
     .pt, .pth   torch.save of a dict of tensors (and a list of paths); read with weights_only
-    .parquet    one row a sample: list columns `features`, `logits`, columns `target` and `path`; needs pyarrow; no head
+    .parquet    one row a sample: list columns `features`, `logits`, columns `targets`, `paths`; needs pyarrow; no head
 
-A folder of such files is read one after the other in the order of their names: of data larger than memory, one file is
-in memory at a time.
+`targets` may be called as in batches, `labels` or `y`, and `paths` `path`. A folder of such files is read one after the
+other in the order of their names, hidden ones left out: of data larger than memory, one file is in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +29,11 @@ from torch import Tensor
 from . import checks
 from .heads import other_logits
 from .intact import check_zip, memory, read_npz
+from .models.running import TARGETS
 
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")
 _NAMES = ("features", "logits", "targets", "paths", "W", "b")
+_OTHER_NAMES = dict.fromkeys(TARGETS, "targets") | {"path": "paths"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def files(path: str | os.PathLike[str]) -> list[Path]:
     """The feature files that `path` means: itself, or those in the folder; UserError if there is none."""
     path = Path(path).expanduser()
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in SUFFIXES)
+        found = sorted(e for e in path.iterdir() if e.suffix in SUFFIXES and not e.name.startswith("."))
         if not found:
             raise checks.UserError(f"{path}: holds no feature file, expected {', '.join(SUFFIXES)}")
         if strange := [entry for entry in found if not entry.is_file()]:  # reading a pipe would wait for ever
@@ -179,7 +181,7 @@ def _held(file: Path) -> object:
     """What a .npz or .pt file holds by its names; None for an array of a .npz whose name is not known."""
     try:
         if file.suffix == ".npz":
-            return read_npz(file, _NAMES)
+            return read_npz(file, {*_NAMES, *_OTHER_NAMES})
         check_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except checks.UserError:
@@ -199,7 +201,7 @@ def _checked(file: Path, held: object) -> Stored:
         got = ", ".join(map(repr, held)) or "nothing" if isinstance(held, dict) else type(held).__name__
         others = ", ".join(f"`{name}`" for name in _NAMES[1:])
         raise checks.UserError(f"{file}: got {got}, expected `features` (n, m), and what there is of {others}")
-    found = {name: held[name] for name in _NAMES if held.get(name) is not None}
+    found = {name: held[given] for given, name in _known(file, held).items() if held[given] is not None}
     tensors: dict[str, Any] = {name: _tensor(file, name, value) for name, value in found.items() if name != "paths"}
     for name, n_dims in {"features": 2, "logits": 2, "W": 2, "b": 1}.items():
         value = tensors.get(name)
@@ -222,6 +224,15 @@ def _checked(file: Path, held: object) -> Stored:
         if name in tensors and len(tensors[name]) != n_rows:
             raise checks.UserError(f"{file}: got {len(tensors[name])} {name} and {n_rows} features, expected as many")
     return Stored(**tensors)
+
+
+def _known(file: Path, given: Iterable[str]) -> dict[str, str]:
+    """The names that mean something, and what they mean; UserError where two mean the same."""
+    known = {name: _OTHER_NAMES.get(name, name) for name in given if name in _NAMES or name in _OTHER_NAMES}
+    if twice := next((name for name in _NAMES if list(known.values()).count(name) > 1), None):
+        both = " and ".join(f"`{name}`" for name, meant in known.items() if meant == twice)
+        raise checks.UserError(f"{file}: holds {both}, expected one of them")
+    return known
 
 
 def _tensor(file: Path, name: str, value: object) -> Tensor:
@@ -255,8 +266,6 @@ def _paths(file: Path, value: object) -> tuple[str, ...]:
 
 # ---- Parquet
 
-_COLUMNS = {"features": "features", "logits": "logits", "target": "targets", "path": "paths"}
-
 
 def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
     pyarrow = checks.optional_import(f"{file}: reading Parquet", "pyarrow")
@@ -267,10 +276,14 @@ def _parquet_batches(file: Path, size: int) -> Iterator[Stored]:
             names = opened.schema_arrow.names
             if "features" not in names:
                 _checked(file, dict.fromkeys(names))  # raises, and lists them
-            columns = [name for name in _COLUMNS if name in names]
+            columns = {name: meant for name, meant in _known(file, names).items() if meant in _NAMES[:4]}
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise checks.UserError(f"{file}: has more than one column {twice[0]!r}")
             first, widths = 0, dict[str, int]()
-            for batch in opened.iter_batches(size, columns=columns):
-                held = {_COLUMNS[name]: _column(file, name, batch.column(name), first, widths) for name in columns}
+            for batch in opened.iter_batches(size, columns=[*columns]):
+                held = {
+                    meant: _column(file, name, batch.column(name), first, widths) for name, meant in columns.items()
+                }
                 first += len(batch)
                 yield _checked(file, held)
     except UnicodeDecodeError as error:  # also a ValueError, as what `_checked` raises
@@ -293,9 +306,9 @@ def _column(file: Path, name: str, column: Any, first: int, widths: dict[str, in
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise refuse(row, "null", "a value in every row")
-    if name == "path":
+    if _OTHER_NAMES.get(name, name) == "paths":
         return column.to_pylist()
-    if name == "target":
+    if name in TARGETS:
         if not types.is_integer(column.type):
             raise refuse(0, str(column.type), "integers")
         return column.to_numpy(zero_copy_only=False).astype(np.int64)

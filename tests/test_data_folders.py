@@ -184,7 +184,7 @@ def test_the_tables_of_data_sets_name_nothing_outside(tmp_path):
         ("c.json", '{"1": "b", "0": "a"}', ["a", "b"]),
         ("c.txt", "a\na\n", "'a' stands there twice"),
         ("c.txt", "", "holds no name"),
-        ("c.json", '{"a": 0, "b": 2}', "expected a list of names"),
+        ("c.json", '{"a": 0, "b": 2}', "no name for 1; expected a list of names"),
         ("c.json", "[1, 2]", "expected a list of names"),
         ("c.json", "{", "expected a list of names"),
     ],

@@ -152,3 +152,11 @@ def test_threads_that_allow_truncated_files_and_others_keep_apart():
         assert ImageFile.LOAD_TRUNCATED_IMAGES
     thread.join()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_how_to_take_truncated_files_is_told_in_every_format(tmp_path):
+    for name in ("x.jp2", "x.png", "x.gif"):
+        Image.effect_noise((32, 32), 50).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-60])
+        with pytest.raises(checks.UserError, match="--truncated allow takes what is there"):
+            read(tmp_path / name)

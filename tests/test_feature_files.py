@@ -107,6 +107,37 @@ def test_parquet_types_that_are_read(tmp_path, kind):
     assert stored.paths == (("\udcff.png", "b", "c", "d") if kind == "fixed" else ("a", "b", "a", "d"))
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".parquet"])
+@pytest.mark.parametrize("names", [("labels", "path"), ("y", "paths"), ("target", "path")])
+def test_targets_and_paths_by_other_names(tmp_path, suffix, names):
+    file, held = tmp_path / f"x{suffix}", dict(zip(names, ([2, 0], ["a", "b"]), strict=True))
+    if suffix == ".parquet":
+        parquet(file, features=lists(ROWS[:2]), **held)
+    elif suffix == ".pt":
+        torch.save({"features": torch.tensor(ROWS[:2]), **held}, file)
+    else:
+        np.savez(file, features=ROWS[:2], **held)
+    stored = features.load(file)
+    assert (stored.targets.tolist(), stored.paths) == ([2, 0], ("a", "b"))
+
+
+def test_names_that_mean_the_same_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", features=ROWS, labels=[0] * 4, targets=[1] * 4)
+    with pytest.raises(checks.UserError, match=r"x.npz: holds `labels` and `targets`, expected one of them"):
+        features.load(tmp_path / "x.npz")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_arrays([lists(ROWS)] * 2, ["features"] * 2)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(checks.UserError, match=r"x.parquet: has more than one column 'features'"):
+        features.load(tmp_path / "x.parquet")
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    np.savez(tmp_path / "x.npz", features=ROWS)
+    (tmp_path / "._x.npz").write_bytes(b"of macOS")
+    assert [len(stored) for stored in features.batches(tmp_path)] == [4]
+
+
 def npz_header(shape: str, descr: str = "<f4") -> bytes:
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     header += b" " * (64 - (len(header) + 11) % 64) + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -338,6 +339,21 @@ WRAPPINGS = {
     "wrapped": lambda state: {"model": {f"module.{key}": value for key, value in state.items()}, "lr": 0.1},
     "OpenOOD": models.openood_keys,
     "OpenOOD on two GPUs": lambda state: {f"module.{key}": v for key, v in models.openood_keys(state).items()},
+    "OpenOOD in Lightning": lambda state: {
+        "state_dict": {f"model.{k}": v for k, v in models.openood_keys(state).items()}
+    },
+    "backbone and criterion": lambda state: {
+        "state_dict": {"criterion.weight": torch.ones(10), **{f"backbone.{key}": v for key, v in state.items()}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
+    },
+    "DataParallel of a part": lambda state: {key.replace(".", ".module.", 1): value for key, value in state.items()},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in state.items()}},
+    "model_state": lambda state: {
+        "model_state": state,
+        "optimizer": {"param_groups": [], "state": {"fc.weight": {"exp_avg": torch.ones(3)}}},
+        "criterion": {"weight": torch.ones(10)},
+    },
+    "nested": lambda state: {"checkpoint": {"weights": {"epoch": 3, **state}}},
     "no counters": lambda state: {key: v for key, v in state.items() if not key.endswith("num_batches_tracked")},
 }
 
@@ -348,6 +364,40 @@ def test_checkpoints_of_others(tmp_path, wrapping):
     torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "best.ckpt")
     models.load_checkpoint(target, tmp_path / "best.ckpt")
     assert same(source.state_dict(), target.state_dict())
+
+
+def test_weights_of_several_models(tmp_path):
+    """Two of one kind are told or refused; the first one by its name is taken."""
+    state, other, path = resnet(seed=1).state_dict(), resnet(seed=2).state_dict(), tmp_path / "last.pt"
+    target = resnet(seed=3)
+    torch.save({"state_dict_ema": other, "state_dict": state}, path)
+    with pytest.warns(
+        UserWarning, match=r"weights in \['state_dict'\] and \['state_dict_ema'\]; .*\)\['state_dict_ema'\]"
+    ):
+        models.load_checkpoint(target, path)
+    assert same(state, target.state_dict())
+    torch.save({"student": state, "teacher": other}, path)
+    with pytest.raises(checks.UserError, match=r"weights in \['student'\] and \['teacher'\]; save those"):
+        models.load_checkpoint(target, path)
+    torch.save({f"{owner}.{key}": v for owner in ("model", "ema") for key, v in state.items()}, path)
+    with pytest.raises(checks.UserError, match=r"of this model below 'ema\.', 'model\.'; save those"):
+        models.load_checkpoint(target, path)
+
+
+def test_safetensors_and_pickles_are_told_by_their_content(tmp_path):
+    state, target = cnn(seed=1).state_dict(), cnn(seed=2)
+    keys = list(state)
+    models.save_checkpoint({key: state[key] for key in keys[:3]}, tmp_path / "m-1-of-2.safetensors")
+    models.save_checkpoint({key: state[key] for key in keys[3:]}, tmp_path / "m-2-of-2.safetensors")
+    files = {key: f"m-{1 + (index > 2)}-of-2.safetensors" for index, key in enumerate(keys)}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    torch.save(state, tmp_path / "pickle.safetensors")
+    models.save_checkpoint(state, tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(tmp_path / "x.pth")
+    for name in ("m.safetensors.index.json", "pickle.safetensors", "x.pth"):
+        target.load_state_dict(cnn(seed=2).state_dict())
+        models.load_checkpoint(target, tmp_path / name)
+        assert same(state, target.state_dict())
 
 
 def test_openood_keys_both_ways(tmp_path):
@@ -430,7 +480,13 @@ class Malicious:
         (
             "a.pt",
             lambda path: torch.save({"fc.bias": torch.ones(1), "module.fc.bias": torch.ones(1)}, path),
-            "more than one key means fc.bias",
+            "weights of this model below '', 'module.'",
+        ),
+        ("a.safetensors.index.json", lambda path: path.write_text("{}"), "cannot be read as tensors"),
+        (
+            "a.pt",
+            lambda path: torch.save({"a.module.bias": torch.ones(1), "a.bias": torch.ones(1)}, path),
+            "more than one key means a.bias",
         ),
     ],
 )

@@ -179,11 +179,13 @@ def class_names(file: str | Path) -> list[str]:
                 if all(isinstance(value, int) for value in content.values()):
                     content = {index: name for name, index in content.items()}
                 indices = {int(index): name for index, name in content.items()}
+                if absent := [index for index in range(len(content)) if index not in indices]:
+                    raise ValueError(f"no name for {absent[0]}")
                 content = [indices[index] for index in range(len(content))]
             names = [name for name in content if isinstance(name, str)]
             if len(names) != len(content):
                 raise ValueError("a name that is no text")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             expected = "expected a list of names, or names and the indices 0 ... n - 1"
             raise checks.UserError(f"--classes {path}: {error}; {expected}") from error
     if not names:
@@ -223,7 +225,8 @@ def read_image_folder(
         raise checks.UserError(f"{title}: {told}; rename it, and pass the names in their order as --classes FILE")
     strange = sorted(set(present) - set(classes))
     if strange:
-        raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {len(classes)} classes of the training")
+        told = f"{len(classes)} classes of the training ({_named(classes, N_NAMED, ', ...')})"
+        raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {told}")
     names, labels = [], []
     for label, name in enumerate(classes):
         listing = Listing(folder / name)

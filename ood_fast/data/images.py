@@ -128,7 +128,7 @@ class Files(Source):
                 return decoding.rgb(file, self.upright)
         except Exception as error:  # decoders fail in every way
             why = str(error) or type(error).__name__
-            cure = "; --truncated allow takes what is there" * ("truncated" in why)
+            cure = "; --truncated allow takes what is there" * ("truncated" in why or "broken data" in why)
             raise checks.UserError(f"image {path}: cannot be read ({why}{cure})") from error
 
     def take(self, rows: np.ndarray) -> Files:

@@ -7,8 +7,11 @@ torchvision's names, and `load_checkpoint` takes both.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +24,10 @@ from ..files import replacing
 from ..heads import HEAD_NAMES, unwrapped
 from ..intact import check_zip
 
-WRAPPER = "module."  # DistributedDataParallel and DataParallel
-COMPILED = "_orig_mod."  # torch.compile, of the model or of a part
-OWNERS = ("model.", "net.", "network.")  # what training frameworks call the model inside their own module
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint of more than weights keeps them
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # of several mappings of weights, the one that is meant
+INDEX = ".safetensors.index.json"  # of weights in several files, as transformers and accelerate write them
 CHECKSUM = "blake2b"  # in the metadata of our safetensors files
 N_LISTED = 4  # keys that a message lists before it counts the others
 
@@ -67,11 +70,12 @@ def save_checkpoint(contents: nn.Module | Mapping[str, Any], path: str | os.Path
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load weights into `model` from a state_dict, one inside a larger checkpoint, or safetensors.
 
-    Prefixes of wrappers and OpenOOD's names are understood. On the CPU first; `model` stays where it is.
+    What wrappers and training frameworks put in front of names, with what lies beside, and OpenOOD's names are
+    understood. On the CPU first; `model` stays where it is.
 
     Raises:
         UserError: no such file; not read, because it holds more than tensors and plain values; keys or shapes that do
-            not fit, all listed. Then `model` is as before.
+            not fit, all listed; weights of several models. Then `model` is as before.
     """
     model = unwrapped(model)
     own = model.state_dict()
@@ -100,10 +104,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise checks.UserError(f"no checkpoint {path}")
     try:
-        if path.suffix == ".safetensors":
+        if path.name.endswith(INDEX):
+            files = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+            return {k: v for file in files for k, v in read_checkpoint(path.parent / Path(file).name).items()}
+        if _is_safetensors(path):
             return _read_safetensors(path)
         check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by a path, PyTorch would go by its ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except checks.UserError:
         raise
     except Exception as error:  # a file that is no checkpoint fails in any way: pickle, zip, struct, KeyError, ...
@@ -131,6 +139,12 @@ def update_with_weights(digest: Any, state: Mapping[str, Any]) -> None:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By what is in it, whatever it is called: the length of a header, and the header in JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{" or (path.suffix == ".safetensors" and not zipfile.is_zipfile(path))
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, "pt") as file:
         kept = (file.metadata() or {}).get(CHECKSUM)  # of files that we wrote; the format has none
@@ -150,54 +164,77 @@ def n_classes_of(path: str | os.PathLike[str]) -> int | None:
     """How many classes the classifier in a checkpoint tells apart: rows of the last matrix that is called as heads are,
     else of the last one; None without a matrix. Raises as `load_checkpoint`."""
     # safetensors keeps names in alphabetical order: there the last is often one of another layer
-    state = _state_dict(read_checkpoint(path), path)
-    matrices = {_inner_name(key): value for key, value in state.items() if value.dim() == 2}
-    heads = [value for key, value in matrices.items() if key.partition(".")[0] in HEAD_NAMES]
-    return len((heads or [*matrices.values()])[-1]) if matrices else None
-
-
-def _inner_name(key: str) -> str:
-    """Without what wrappers and training frameworks put in front."""
-    while key.startswith((WRAPPER, COMPILED, *OWNERS)):
-        key = key.partition(".")[2]
-    return key
+    matrices = {key: v for key, v in _state_dict(read_checkpoint(path), path).items() if v.dim() == 2}
+    depths = {key: next((d for d, part in enumerate(key.split(".")) if part in HEAD_NAMES), 99) for key in matrices}
+    heads = [value for key, value in matrices.items() if depths[key] == min(depths.values())]
+    return len(heads[-1]) if heads else None
 
 
 def _state_dict(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    for key in STATE_KEYS:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state or len(state) < len(content):
-        strange = [str(key) for key in content if key not in state]
-        raise checks.UserError(f"{path}: holds no state_dict; got {_listed(strange) if strange else 'nothing'}")
+    """The tensors of the mapping of weights in a checkpoint; of several the one that `STATE_KEYS` names first."""
+    held = dict(_mappings(content)) or {(): content}
+    most = max(len(tensors) for tensors in held.values())
+    held = {place: tensors for place, tensors in held.items() if 2 * len(tensors) >= most}  # not those of a criterion
+    meant = [place for key in STATE_KEYS for place in held if key in place[:1]] or [*held]
+    state = {key: value for key, value in held[meant[0]].items() if isinstance(value, Tensor)}
+    if not state:
+        raise checks.UserError(f"{path}: holds no state_dict; got {_listed([*map(str, content)]) or 'nothing'}")
+    if len(held) > 1:
+        first, *others = (_place(place) for place in (meant[0], *(place for place in held if place != meant[0])))
+        told = f"{path}: holds weights in {first} and {_listed(others)}"
+        cure = f'torch.save(torch.load({str(path)!r}){others[0]}, "weights.pth")'
+        if not set(meant[0]) & set(STATE_KEYS):
+            raise checks.UserError(f"{told}; save those that are meant by themselves: {cure}")
+        warnings.warn(f"{told}; {first} is taken, for the others: {cure}", stacklevel=1)
     return state
 
 
+def _place(keys: tuple[str, ...]) -> str:
+    return "".join(f"[{key!r}]" for key in keys)
+
+
+def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Each mapping of weights, by the keys that lead to it; not what optimizers keep."""
+    if any(isinstance(value, Tensor) and "weight" in str(key) for key, value in content.items()):
+        yield place, content
+        return
+    for key, value in content.items():
+        if isinstance(value, Mapping) and "param_groups" not in value and "optim" not in str(key):
+            yield from _mappings(value, (*place, key))
+
+
 def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state under the names of the model, as far as there is one for a key."""
-    fitting: dict[str, Tensor] = {}
+    """The state under the names of the model: those that lie together below one prefix, which most of its names have.
+
+    What lies beside that prefix is not the model's: a criterion, metrics, the count of a moving average.
+    """
+    wanted = {_plain(name): name for name in own}
+    plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = _own_name(key, own)
-        if name in fitting:
-            raise checks.UserError(f"{path}: more than one key means {name}")
-        fitting[name] = value
-    return fitting
+        if _plain(key) in plain:
+            raise checks.UserError(f"{path}: more than one key means {_plain(key)}")
+        plain[_plain(key)] = value
+    owner = next(iter(wanted)).partition(".")[0] + "." if wanted else ""
+    if all(name.startswith(owner) for name in wanted) and not any(key.startswith(owner) for key in plain):
+        wanted = {name.removeprefix(owner): own_name for name, own_name in wanted.items()}  # the model is the wrapper
+    prefixes = {""} | {key[: at + 1] for key in plain for at, sign in enumerate(key) if sign == "."}
+    counts = {prefix: sum(prefix + name in plain for name in wanted) for prefix in sorted(prefixes)}
+    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    if len(best) > 1 and counts[best[0]]:
+        raise checks.UserError(
+            f"{path}: holds weights of this model below {_listed([repr(prefix) for prefix in best])}; save those that "
+            "are meant by themselves"
+        )
+    return {
+        wanted.get(name.removeprefix(best[0]), name): value for name, value in plain.items() if name.startswith(best[0])
+    }
 
 
-def _own_name(key: str, own: Mapping[str, Tensor]) -> str:
-    if key in own:
-        return key
-    stripped = key.replace(COMPILED, "")
-    while stripped.startswith(WRAPPER):
-        stripped = stripped.removeprefix(WRAPPER)
-    candidates = [stripped, stripped.partition(".")[2]] if stripped.startswith(OWNERS) else [stripped]
-    for name in candidates:
-        for renamed in (name, *torchvision_keys({name: None}), *openood_keys({name: None}), f"model.{name}"):
-            if renamed in own:
-                return renamed
-    return stripped
+def _plain(key: str) -> str:
+    """Without what wrappers put into names, and as torchvision has it; the first part stays."""
+    first, *parts = key.split(".")
+    name = ".".join(part for part in parts if part not in WRAPPERS)
+    return next(iter(torchvision_keys({f"{first}.{name}" if name else first: None})))
 
 
 def _listed(keys: list[str]) -> str:

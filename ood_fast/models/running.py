@@ -25,7 +25,7 @@ from ..heads import inference_head, last_linear, may_run_compiled, modules_aroun
 from ..ops.registration import is_compiled, uncompiled
 from .layers import LayerReading, watched
 
-_TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
+TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
 CHECKED = 8, 64  # rows of logits by themselves: the fewest that tell, one sums to 1 by chance, and the most looked at
 _IMAGES = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data")
 
@@ -201,8 +201,8 @@ def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tens
     """
     x, targets = batch, None
     if isinstance(batch, Mapping):
-        x = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in _TARGETS}
-        targets = next((batch[name] for name in _TARGETS if name in batch), None)
+        x = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in TARGETS}
+        targets = next((batch[name] for name in TARGETS if name in batch), None)
         targets = _as_tensor(targets)
         indices = [name for name, value in x.items() if value.dim() == 1 and not value.is_floating_point()]
         if targets is None and len(indices) == 1 and len(x) > 1:  # the classes, by a name of the user's
@@ -214,7 +214,7 @@ def inputs_and_targets(batch: Any, model: nn.Module | None = None) -> tuple[Tens
         named = batch._asdict() if hasattr(batch, "_asdict") else {}
         x = next((named[name] for name in _IMAGES if name in named), batch[0])
         second = batch[1] if len(batch) > 1 else None
-        targets = _as_tensor(next((named[name] for name in _TARGETS if name in named), second))
+        targets = _as_tensor(next((named[name] for name in TARGETS if name in named), second))
         if isinstance(x, Tensor) and x.dim() == 1 and not x.is_floating_point() and isinstance(second, Tensor):
             raise ValueError(
                 f"loader: got a batch that begins with {x.dtype} of shape {tuple(x.shape)}, such as indices of the "
