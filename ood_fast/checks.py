@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import SHORT_LIST as SHORT_LIST
 from .errors import UserError as UserError
 from .errors import unknown as unknown
+from .records import Labels
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("boundaries", "classes")
@@ -161,16 +162,19 @@ def head_weight(weight: Any, logits_: Tensor) -> None:
     same_device("W", weight, "logits", logits_)
 
 
+def vector(argument: str, value: Any, n: int, to_fit: str, other: Tensor) -> None:
+    """Floating point, (n,), on the device of `other`, which the message calls `to_fit`."""
+    float_tensor(argument, value, 1, f"({n},)")
+    if value.shape[0] != n:
+        got = f"{argument}: got shape {tuple(value.shape)}, expected ({n},)"
+        raise ValueError(f"{got} to fit {to_fit} {tuple(other.shape)}")
+    same_device(argument, value, to_fit, other)
+
+
 def head_bias(bias: Any, weight: Tensor) -> None:
     """b: None, or floating point, (c,), on the device of W."""
-    if bias is None:
-        return
-    float_tensor("b", bias, 1, "(c,)")
-    if bias.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"b: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},) to fit W {tuple(weight.shape)}"
-        )
-    same_device("b", bias, "W", weight)
+    if bias is not None:
+        vector("b", bias, weight.shape[0], "W", weight)
 
 
 def features(z: Any, weight: Tensor, n_samples: int | None = None, places: tuple[int, ...] = ()) -> None:
@@ -189,14 +193,6 @@ def features(z: Any, weight: Tensor, n_samples: int | None = None, places: tuple
             f"{(z.shape[0], weight.shape[0], *places)}"
         )
     same_device("z", z, "W", weight)
-
-
-def feature_mean(mean: Any, z: Tensor) -> None:
-    """mean: floating point, (m,), on the device of z."""
-    float_tensor("mean", mean, 1, "(m,)")
-    if mean.shape[0] != z.shape[1]:
-        raise ValueError(f"mean: got shape {tuple(mean.shape)}, expected ({z.shape[1]},) to fit z {tuple(z.shape)}")
-    same_device("mean", mean, "z", z)
 
 
 def target(y: Any, logits_: Tensor) -> None:
@@ -234,14 +230,19 @@ def class_weight(weight: Any, logits_: Tensor) -> None:
     """weight: None, or floating point, (c,), one non-trainable factor a class."""
     if weight is None:
         return
-    float_tensor("weight", weight, 1, "(c,)")
-    if weight.shape[0] != logits_.shape[1]:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected ({logits_.shape[1]},), one factor for each class"
-        )
+    vector("weight", weight, logits_.shape[1], "logits", logits_)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: requires grad, expected class weights that are constants; pass weight.detach()")
-    same_device("weight", weight, "logits", logits_)
+
+
+def labels(
+    y: Any, logits_: Tensor, weight: Any, ignore_index: int, reduction: object, label_smoothing: float
+) -> Labels:
+    """What the losses are given beside the logits, checked."""
+    target(y, logits_)
+    class_weight(weight, logits_)
+    loss_keywords(ignore_index, reduction, label_smoothing)
+    return Labels(y, weight, ignore_index, float(label_smoothing))
 
 
 def loss_keywords(ignore_index: object, reduction: object, label_smoothing: object) -> None:

@@ -15,7 +15,6 @@ from . import checks
 from .eager.precision import compute_dtype
 from .eager.rows import temperature_of as temperature_of
 from .ops import losses, scores
-from .records import Labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,9 +119,7 @@ def elogitnorm(
     checks.head_bias(b, W)
     if z is not None:
         checks.features(z, W, logits.shape[0], logits.shape[2:])
-    checks.target(y, logits)
-    checks.class_weight(weight, logits)
-    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    labels = checks.labels(y, logits, weight, ignore_index, reduction, label_smoothing)
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     shape = logits.shape
@@ -132,7 +129,7 @@ def elogitnorm(
         loss = empty_loss(reduction, logits, W)
         distance = loss.new_empty(0)
     else:
-        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        labels = labels._replace(target=y)
         loss, distance = losses.elogitnorm(logits, W, labels, reduction, float(eps), average_offset(average))
     loss = as_places(loss, shape)
     return (loss, as_places(distance, shape)) if return_distance else loss
@@ -197,16 +194,13 @@ def linear_elogitnorm(
     logits = z.new_empty(()).expand(z.shape[0], W.shape[0])
     checks.logits(logits)
     checks.several_classes("W", W.shape[0])
-    checks.target(y, logits)
-    checks.class_weight(weight, logits)
-    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    labels = checks.labels(y, logits, weight, ignore_index, reduction, label_smoothing)
     checks.real("eps", eps, 0.0)
     checks.one_of("average", average, checks.AVERAGES)
     if z.shape[0] == 0:
         loss = empty_loss(reduction, z, W, b)
         distance = loss.new_empty(0)
     else:
-        labels = Labels(y, weight, ignore_index, float(label_smoothing))
         loss, distance = losses.linear_elogitnorm(
             z, W, b, labels, reduction, float(eps), average_offset(average), detach_geometry
         )
@@ -244,16 +238,14 @@ def logitnorm(
     """
     checks.logits(logits, dense=True)
     checks.several_classes("logits", logits.shape[1])
-    checks.target(y, logits)
-    checks.class_weight(weight, logits)
-    checks.loss_keywords(ignore_index, reduction, label_smoothing)
+    labels = checks.labels(y, logits, weight, ignore_index, reduction, label_smoothing)
     checks.real("tau", tau, 0.0, open_low=True)
     shape = logits.shape
     logits, y = as_rows(logits, y)
     if logits.shape[0] == 0:
         loss = empty_loss(reduction, logits)
     else:
-        labels = Labels(y, weight, ignore_index, float(label_smoothing))
+        labels = labels._replace(target=y)
         loss = losses.logitnorm(logits, labels, reduction, float(tau))
     return as_places(loss, shape)
 
@@ -320,7 +312,7 @@ def nci_score(
         raise ValueError(f"W: got shape {tuple(W.shape)}, expected at least one class")
     checks.features(z, W)
     checks.head_bias(b, W)
-    checks.feature_mean(mean, z)
+    checks.vector("mean", mean, z.shape[1], "z", z)
     checks.real("alpha", alpha, -float("inf"))
     if logits is not None:
         checks.logits(logits)

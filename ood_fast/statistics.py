@@ -210,13 +210,7 @@ def _check(
                 f"features: got shape {tuple(features.shape)}, expected (n, {W.shape[1]}) to fit W {tuple(W.shape)}"
             )
     if mean is not None and features is not None:
-        checks.float_tensor("mean", mean, 1, "(m,)")
-        if mean.shape[0] != features.shape[1]:
-            raise ValueError(
-                f"mean: got shape {tuple(mean.shape)}, expected ({features.shape[1]},) to fit features "
-                f"{tuple(features.shape)}"
-            )
-        checks.same_device("mean", mean, "features", features)
+        checks.vector("mean", mean, features.shape[1], "features", features)
     if table is not None and logits is not None:
         checks.float_tensor("table", table, 2, "(c, c)")
         n_classes = logits.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,35 @@ def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
     return exp_of_minus(gap / temperature).sum(dim=1).reciprocal()
 
 
+class AtTemperature(Detector):
+    """Base class: a score of f / T that is the row statistic `statistic` where T = 1. A subclass supplies
+    `_at_temperature`, the score at any T."""
+
+    needs_logits = True
+    statistic: ClassVar[str]
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        checks.real("temperature", temperature, 0.0, open_low=True)
+        self.temperature = temperature
+
+    def statistics(self) -> tuple[str, ...]:
+        return (self.statistic,) if self.temperature == 1 else ()
+
+    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        return statistics[self.statistic]
+
+    def _at_temperature(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return super()._score(features, logits)
+        return self._at_temperature(at_least_float32(logits))
+
+
 @register
-class MSP(Detector):
+class MSP(AtTemperature):
     """Maximum softmax probability: max_j softmax(f / T)_j.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
@@ -37,23 +64,10 @@ class MSP(Detector):
         temperature: T > 0, the same for all samples; `TemperedMSP` has those that differ.
     """
 
-    needs_logits = True
+    statistic = "confidence"
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        checks.real("temperature", temperature, 0.0, open_low=True)
-        self.temperature = temperature
-
-    def statistics(self) -> tuple[str, ...]:
-        return ("confidence",) if self.temperature == 1 else ()
-
-    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        return statistics["confidence"]
-
-    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        if self.temperature == 1:
-            return super()._score(features, logits)
-        return confidence(at_least_float32(logits), self.temperature)
+    def _at_temperature(self, logits: Tensor) -> Tensor:
+        return confidence(logits, self.temperature)
 
 
 @register
@@ -73,7 +87,7 @@ class MaxLogit(Detector):
 
 
 @register
-class Energy(Detector):
+class Energy(AtTemperature):
     """Negative free energy: T · log Σ_j exp(f_j / T).
 
     A level, not a gap: a constant added to all logits is added to it, and what lies below the last digit of logits of
@@ -85,23 +99,10 @@ class Energy(Detector):
         temperature: T > 0.
     """
 
-    needs_logits = True
+    statistic = "logsumexp"
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        checks.real("temperature", temperature, 0.0, open_low=True)
-        self.temperature = temperature
-
-    def statistics(self) -> tuple[str, ...]:
-        return ("logsumexp",) if self.temperature == 1 else ()
-
-    def _combine(self, statistics: Mapping[str, Tensor]) -> Tensor:
-        return statistics["logsumexp"]
-
-    def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
-        if self.temperature == 1:
-            return super()._score(features, logits)
-        return self.temperature * torch.logsumexp(at_least_float32(logits) / self.temperature, dim=1)
+    def _at_temperature(self, logits: Tensor) -> Tensor:
+        return self.temperature * torch.logsumexp(logits / self.temperature, dim=1)
 
 
 @register

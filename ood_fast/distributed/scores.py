@@ -92,7 +92,7 @@ def nci_score(
         checks.float_tensor("W_shard", W_shard, 2, "(c_r, m)")
         checks.features(z, W_shard)
         checks.head_bias(b_shard, W_shard)
-        checks.feature_mean(mean, z)
+        checks.vector("mean", mean, z.shape[1], "z", z)
         checks.real("alpha", alpha, -float("inf"))
         if logits_shard is not None:
             _check_logits(logits_shard)
@@ -180,7 +180,7 @@ def row_statistics(
             if W_shard is not None and "W" in needs:
                 checks.features(features, W_shard)
         if features is not None and "mean" in needs:
-            checks.feature_mean(mean, features)
+            checks.vector("mean", mean, features.shape[1], "features", features)
         facts = _facts("row_statistics", logits_shard, features, W_shard, mean, gamma=float(gamma), names=sorted(known))
         if W_shard is not None and "W" in needs:
             facts["W_shard"] = f"{W_shard.shape[1]} columns"
