@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .commands import RunError
-from .commands.parsers import COMMANDS
+from .commands.parsers import add_all
 from .errors import UserError
 
 
@@ -122,7 +122,5 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"ood_fast {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-
-    for add in COMMANDS:
-        add(commands)
+    add_all(commands)
     return parser, dict(commands.choices)

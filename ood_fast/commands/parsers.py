@@ -220,7 +220,7 @@ def _compare(commands: Any) -> None:
     share(parser.add_argument_group("measuring"), "tune", tune=told)
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
     share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
-    share(parser, "device", "plugin", "quiet")
+    share(parser, "device")
     # of `evaluate`, whose benchmark this is: the seed is that of each run
     unasked = ("seed", "classes", "orientation", "truncated", "size", "resize", "mean", "std", "interpolation")
     parser.set_defaults(synthetic=False, **dict.fromkeys(unasked))
@@ -254,7 +254,6 @@ def _train(commands: Any) -> None:
     share(parser.add_argument_group("speed"), "device", "amp", "compile", "channels-last", "sync-bn")
     kept = ("diagnostics", "tensorboard", "keep-every", "save-minutes")
     share(parser.add_argument_group("what is kept"), *kept)
-    share(parser, "plugin", "quiet")
 
 
 def _fit(commands: Any) -> None:
@@ -278,7 +277,7 @@ def _fit(commands: Any) -> None:
     share(parser, "tune")
     share(parser.add_mutually_exclusive_group(), "tpr", "alpha")
     _images(parser)
-    share(parser, "any-accuracy", "skip-bad", "plugin", "quiet")
+    share(parser, "any-accuracy", "skip-bad")
 
 
 def _score(commands: Any) -> None:
@@ -301,7 +300,7 @@ def _score(commands: Any) -> None:
     told = "replace --out, and begin an interrupted run anew"
     share(parser, "features", "html", "overwrite", "other-model", overwrite=told)
     _images(parser, remembered=True)
-    share(parser, "skip-bad", "plugin", "quiet")
+    share(parser, "skip-bad")
 
 
 def _export(commands: Any) -> None:
@@ -325,7 +324,6 @@ def _export(commands: Any) -> None:
     share(parser, "overwrite", "other-model", overwrite="replace --out and its JSON")
     group = parser.add_argument_group("model and images", "Needed only where it differs from what DETECTORS remembers.")
     _model(group, remembered=True)
-    share(parser, "plugin", "quiet")
 
 
 def _demo(commands: Any) -> None:
@@ -344,7 +342,6 @@ def _demo(commands: Any) -> None:
     share(parser, "other-model")
     group = parser.add_argument_group("model and images", "Needed only where it differs from what FITTED remembers.")
     _model(group, remembered=True)
-    share(parser, "plugin", "quiet")
 
 
 def _evaluate(commands: Any) -> None:
@@ -386,11 +383,11 @@ def _evaluate(commands: Any) -> None:
     scores = parser.add_argument_group("detectors")
     share(scores, "detectors", detectors="or all (default: all that fit, and pass no image through the model)")
     share(scores, "set", set="a parameter of a detector, which is then not searched")
-    share(scores, "no-tune", "plugin", "bootstrap", "seed", seed="of the draws and of synthetic images (0)")
+    share(scores, "no-tune", "bootstrap", "seed", seed="of the draws and of synthetic images (0)")
     share(parser, "cache")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: RUN/eval/BENCHMARK)")
     told = "replace results of other runs, detectors or settings in that folder; those of the same are replaced without"
-    share(parser, "overwrite", "batch-size", "workers", "device", "quiet", overwrite=told)
+    share(parser, "overwrite", "batch-size", "workers", "device", overwrite=told)
 
 
 def _report(commands: Any) -> None:
@@ -410,7 +407,6 @@ def _report(commands: Any) -> None:
     parser.add_argument("--out", metavar="FILE", help="(default: RUN/report.html; with several RUNs report.html here)")
     change = parser.add_argument_group("change of the features by norm (Haas et al., eq. 8)")
     share(change, "feature-change", "data-root", "device", "batch-size", "workers")
-    share(parser, "plugin", "quiet")
 
 
 def _info(commands: Any) -> None:
@@ -422,4 +418,13 @@ def _info(commands: Any) -> None:
     )
 
 
-COMMANDS = (_compare, _train, _fit, _score, _export, _demo, _evaluate, _report, _info)
+EVERYWHERE = ("plugin", "quiet")  # options of every command that does something
+
+
+def add_all(commands: Any) -> None:
+    """Add the parser of each command."""
+    for add in (_compare, _train, _fit, _score, _export, _demo, _evaluate, _report):
+        add(commands)
+    for parser in commands.choices.values():
+        share(parser, *EVERYWHERE)
+    _info(commands)
