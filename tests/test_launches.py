@@ -60,6 +60,7 @@ def steps(n: int, c: int, m: int, dtype: torch.dtype = torch.float32) -> dict[st
         "nci_score": lambda: grad(ood_fast.nci_score(z, W, b, mean, logits).sum(), (z, W)),
         "nci_score, from features": lambda: ood_fast.nci_score(z.detach(), W.detach(), b.detach(), mean),
         "row_statistics": lambda: row_statistics(["max", "gen"], logits.detach()),
+        "one process among two": lambda: aot_compile.run_shard(n, c, m, dtype),
     }
 
 
