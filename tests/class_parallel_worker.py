@@ -10,6 +10,7 @@ import itertools
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -647,6 +648,10 @@ def row_statistics():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
 class Counted:
     """Sums what the collectives of torch.distributed would send by ring algorithms, all ranks together."""
 
@@ -655,8 +660,8 @@ class Counted:
         size = dist.get_world_size()
         factors = {
             "all_reduce": lambda tensor, *rest: 2 * (size - 1) * tensor.nbytes,
-            "all_gather_into_tensor": lambda out, tensor: size * (size - 1) * tensor.nbytes,
-            "reduce_scatter_tensor": lambda out, tensor: (size - 1) * tensor.nbytes,
+            GATHER: lambda out, tensor: size * (size - 1) * tensor.nbytes,
+            REDUCE_SCATTER: lambda out, tensor: (size - 1) * tensor.nbytes,
         }
         for name, bytes_of in factors.items():
             original = self._saved[name] = getattr(dist, name)
@@ -969,6 +974,7 @@ def process(rank: int, size: int, folder: str) -> None:
     global FOLDER
     FOLDER = folder
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", "`torch.distributed", FutureWarning)  # a name that torch gives up
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting-{size}",

@@ -100,7 +100,8 @@ class Shards:
                 start += count
             tensor = padded
         own = tensor.new_empty(longest, *tensor.shape[1:])
-        dist.reduce_scatter_tensor(own, tensor.contiguous(), group=self.group)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(own, tensor.contiguous(), group=self.group)
         return own[: counts[self.rank]]
 
 
@@ -111,7 +112,9 @@ def _gather(tensor: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> 
         padded[: tensor.shape[0]] = tensor
         tensor = padded
     every = tensor.new_empty(len(counts) * longest, *tensor.shape[1:])
-    dist.all_gather_into_tensor(every, tensor.contiguous(), group=group)
+    # Its name in newer torch, which warns of the old one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(every, tensor.contiguous(), group=group)
     if all(count == longest for count in counts):
         return every
     return torch.cat([part[:count] for part, count in zip(every.split(longest), counts, strict=True)])
