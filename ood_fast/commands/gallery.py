@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import spreadsheet
 from ..checks import UserError
 from ..data.images import Files
 from ..files import write_text
 from ..report.pages import document, thumbnail
+from .table import FORMATS
 
 SHOWN = 500  # rows
 
 
 def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     """Write the page of a table of `score`; with the images of `source`. OSError if it cannot be written."""
-    columns, rows = _read(table)
+    columns, rows = FORMATS[table.suffix].read(table)
     rows.sort(key=lambda row: (not math.isnan(row[2]), row[2]))  # NaN, which is flagged, first
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])
     image = _images(source)
@@ -32,17 +32,6 @@ def write(page: Path, table: Path, source: Files | None, command: str) -> None:
 {chr(10).join(lines)}
 </tbody></table></div>"""
     write_text(page, document(f"ood_fast score: {table.name}", body, "ood_fast score"))
-
-
-def _read(table: Path) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of what `score` wrote."""
-    if table.suffix == ".csv":
-        columns, *rows = spreadsheet.read_rows(table, errors="surrogateescape")
-        return columns, [[*row[:2], *(float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:]))] for row in rows]
-    from pyarrow import parquet
-
-    held = parquet.read_table(table)
-    return held.column_names, [list(row.values()) for row in held.to_pylist()]
 
 
 def _cell(value: Any) -> str:

@@ -22,7 +22,7 @@ from .code import import_plugins
 from .common import device, given, processes, read_detectors, refuse_given, warn
 from .model import OF_IMAGES, PREPARATION, REMEMBERED, cannot_take, fitted_on
 from .progress import Bar
-from .table import SUFFIXES, ScoreTable
+from .table import FORMATS, ScoreTable
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -67,12 +67,12 @@ def _check(options: argparse.Namespace) -> tuple[Path, Path | None]:
         refuse_given(options, "not used with --features", *OF_IMAGES, "other_model")
     out = Path(options.out).expanduser()
     page = None if options.html is None else Path(options.html).expanduser()
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"--out: got {out}, expected a name ending in {' or '.join(SUFFIXES)}")
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out: got {out}, expected a name ending in {' or '.join(FORMATS)}")
     if page is not None and (page.is_dir() or page.suffix not in (".html", ".htm")):
         raise UserError(f"--html: got {page}, expected the name of a file ending in .html")
-    if out.suffix == ".parquet":
-        checks.optional_import("--out: writing Parquet", "pyarrow")
+    if package := FORMATS[out.suffix].needs:
+        checks.optional_import(f"--out: writing {out.suffix}", package)
     for name, file in (("--out", out), ("--html", page)):
         if file is not None:
             checks.writable_folder(name, file.parent)

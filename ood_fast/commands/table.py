@@ -10,10 +10,10 @@ import glob
 import heapq
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from ..files import BusyError, locked, replacing
 from ..processes import Processes
 from . import RunError
 
-SUFFIXES = (".csv", ".parquet")
+Read = tuple[list[str], list[list[Any]]]  # columns and rows
 GROUP_ROWS = 65536  # rows of one group of a Parquet file
 
 
@@ -155,7 +155,7 @@ class ScoreTable:
         self.n_ood = {name: 0 for name, d in self.detectors.items() if d.threshold is not None}
         try:
             with replacing(self.out) as part:
-                (self._write_csv if self.out.suffix == ".csv" else self._write_parquet)(part)
+                FORMATS[self.out.suffix].write(self, part)
         except OSError as error:
             raise RunError(f"{error}; run the same command again") from error
         for part in self.out.parent.glob(f"{glob.escape(self._part(0).name[:-1])}*"):  # also of more processes
@@ -169,7 +169,7 @@ class ScoreTable:
         pairs = [("score", "is_ood")] if len(names) == 1 else [(name, f"{name}_is_ood") for name in names]
         return ["path", "prediction", *(column for pair in pairs for column in pair)]
 
-    def _rows(self) -> Iterator[list[Any]]:
+    def rows(self) -> Iterator[list[Any]]:
         """All parts merged, without the images that could not be read."""
         thresholds = [None if d.threshold is None else float(d.threshold) for d in self.detectors.detectors]
         for row in heapq.merge(*(self._lines(rank) for rank in range(self.process.size)), key=lambda row: row[0]):
@@ -194,26 +194,43 @@ class ScoreTable:
             for line in file:
                 yield json.loads(line)
 
-    def _write_csv(self, path: Path) -> None:
-        # Names of files need not be UTF-8 on Linux: their bytes come out as they are.
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            spreadsheet.write_rows(file, itertools.chain([self.columns()], self._rows()), "\r\n")
 
-    def _write_parquet(self, path: Path) -> None:
-        import pyarrow
-        from pyarrow import parquet
+# ---- the kinds of files
 
-        columns, text, flag, score = self.columns(), pyarrow.string(), pyarrow.bool_(), pyarrow.float64()
-        kinds = {"path": text, "prediction": text if self.class_names else pyarrow.int64()}
-        schema = pyarrow.schema([(c, kinds.get(c, flag if c.endswith("is_ood") else score)) for c in columns])
-        with parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-            rows = (list(map(_utf8, row)) for row in self._rows())
-            full = True
-            while full:
-                group = list(itertools.islice(rows, GROUP_ROWS))
-                values = [list(column) for column in zip(*group, strict=True)] or [[] for _ in columns]
-                writer.write_table(pyarrow.table(values, schema=schema))
-                full = len(group) == GROUP_ROWS
+
+def _write_csv(table: ScoreTable, path: Path) -> None:
+    # Names of files need not be UTF-8 on Linux: their bytes come out as they are.
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        spreadsheet.write_rows(file, itertools.chain([table.columns()], table.rows()), "\r\n")
+
+
+def _read_csv(path: Path) -> Read:
+    columns, *rows = spreadsheet.read_rows(path, errors="surrogateescape")
+    return columns, [[*row[:2], *(float(x) if i % 2 == 0 else x for i, x in enumerate(row[2:]))] for row in rows]
+
+
+def _write_parquet(table: ScoreTable, path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns, text, flag, score = table.columns(), pyarrow.string(), pyarrow.bool_(), pyarrow.float64()
+    kinds = {"path": text, "prediction": text if table.class_names else pyarrow.int64()}
+    schema = pyarrow.schema([(c, kinds.get(c, flag if c.endswith("is_ood") else score)) for c in columns])
+    with parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        rows = (list(map(_utf8, row)) for row in table.rows())
+        full = True
+        while full:
+            group = list(itertools.islice(rows, GROUP_ROWS))
+            values = [list(column) for column in zip(*group, strict=True)] or [[] for _ in columns]
+            writer.write_table(pyarrow.table(values, schema=schema))
+            full = len(group) == GROUP_ROWS
+
+
+def _read_parquet(path: Path) -> Read:
+    from pyarrow import parquet
+
+    held = parquet.read_table(path)
+    return held.column_names, [list(row.values()) for row in held.to_pylist()]
 
 
 def _utf8(cell: Any) -> Any:
@@ -222,3 +239,14 @@ def _utf8(cell: Any) -> Any:
     # In a locale that is not UTF-8 all bytes beyond ASCII are escaped, also those that are UTF-8.
     named = cell.encode(errors="surrogateescape").decode(errors="surrogateescape")
     return named.encode(errors="backslashreplace").decode()
+
+
+class Format(NamedTuple):
+    """How a table is written to a file and read from it; `needs`: the package for it."""
+
+    write: Callable[[ScoreTable, Path], None]
+    read: Callable[[Path], Read]
+    needs: str | None = None
+
+
+FORMATS = {".csv": Format(_write_csv, _read_csv), ".parquet": Format(_write_parquet, _read_parquet, "pyarrow")}
