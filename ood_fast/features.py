@@ -162,19 +162,8 @@ def load_head(file: str | Path) -> tuple[Tensor, Tensor | None] | None:
 
 
 def load(file: str | Path) -> Stored:
-    """All samples of one file; UserError if it cannot be read or does not hold what it should."""
-    file = Path(file)
-    if file.suffix == ".parquet":
-        parts = list(_parquet_batches(file, 1 << 16))
-        if not parts:
-            raise checks.UserError(f"{file}: holds no sample")
-        joined: dict[str, Any] = {}
-        for name in ("features", "logits", "targets"):
-            values = [getattr(part, name) for part in parts]
-            joined[name] = None if values[0] is None else torch.cat(values)
-        paths = None if parts[0].paths is None else tuple(path for part in parts for path in part.paths or ())
-        return Stored(**joined, paths=paths)
-    return _checked(file, _held(file))
+    """All samples of a file that is no Parquet; UserError if it cannot be read or does not hold what it should."""
+    return _checked(Path(file), _held(Path(file)))
 
 
 def _held(file: Path) -> object:

@@ -71,7 +71,7 @@ def test_parquet_errors(tmp_path, name):
     columns, message = parquet_columns()[name]
     path = parquet(tmp_path / "x.parquet", **columns)
     with pytest.raises(checks.UserError, match=rf"x\.parquet: .*{message}"):
-        features.load(path)
+        next(features.batches(path))
 
 
 def test_parquet_errors_count_rows_of_the_file(tmp_path):
@@ -101,7 +101,7 @@ def test_parquet_types_that_are_read(tmp_path, kind):
     if kind == "dictionary":
         paths, targets = paths.dictionary_encode(), targets.dictionary_encode()
     path = parquet(tmp_path / "x.parquet", features=pa.array(numbers, types[kind]), target=targets, path=paths)
-    stored = features.load(path)
+    stored = next(features.batches(path))
     assert stored.features.tolist() == ROWS
     assert stored.targets.tolist() == [2, 0, 1, 2]
     assert stored.paths == (("\udcff.png", "b", "c", "d") if kind == "fixed" else ("a", "b", "a", "d"))
@@ -117,7 +117,7 @@ def test_targets_and_paths_by_other_names(tmp_path, suffix, names):
         torch.save({"features": torch.tensor(ROWS[:2]), **held}, file)
     else:
         np.savez(file, features=ROWS[:2], **held)
-    stored = features.load(file)
+    stored = next(features.batches(file))
     assert (stored.targets.tolist(), stored.paths) == ([2, 0], ("a", "b"))
 
 
@@ -129,7 +129,7 @@ def test_names_that_mean_the_same_are_refused(tmp_path):
     table = pytest.importorskip("pyarrow").Table.from_arrays([lists(ROWS)] * 2, ["features"] * 2)
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(checks.UserError, match=r"x.parquet: has more than one column 'features'"):
-        features.load(tmp_path / "x.parquet")
+        next(features.batches(tmp_path / "x.parquet"))
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path):
@@ -177,7 +177,7 @@ def test_damaged_files(tmp_path, monkeypatch):
     torch.save({"features": torch.zeros(3, 2).to(torch.float8_e4m3fn)}, tmp_path / "float8.pt")
     for file in sorted(tmp_path.iterdir()):
         with pytest.raises(checks.UserError, match=f"{file.name}: "):
-            features.load(file)
+            next(features.batches(file))
     with pytest.raises(checks.UserError, match="paths, row 1: got null, expected text"):
         features.load(tmp_path / "null.pt")
     zipped(tmp_path / "good.npz", features=array(z), paths=array(np.array([b"\xe9.png"] * 60)), other=array(z))

@@ -67,7 +67,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    return dict(vars(features.load(path)))
+    return dict(vars(next(features.batches(path))))
 
 
 def scores(path: Path) -> dict[str, torch.Tensor]:
