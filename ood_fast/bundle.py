@@ -105,6 +105,8 @@ def save_bundle(
             _check_architecture(model, architecture, staging, about)
         detectors.save(staging / DETECTORS, names, notes={"model": architecture, **preparation})
         about["sha256"] = {name: files.sha256(staging / name) for name in (WEIGHTS, DETECTORS)}
+        about = json.loads(json.dumps(about))  # as it will be read
+        about[intact.CHECKSUM] = intact.checksum_of(about)
         files.write_text(staging / ABOUT, json.dumps(about, indent=1) + "\n")
         files.write_text(staging / CARD, _card(Path(folder).name, about, named, card))
 
@@ -127,6 +129,8 @@ def load_bundle(folder: str | os.PathLike[str], model: nn.Module | str | None = 
     whole = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
     if not whole or about["format"] != FORMAT or not set(PREPARED) <= set(about["preparation"]):
         raise ValueError(f"{folder / ABOUT}: is no bundle that ood_fast {__version__} reads")
+    if about.get(intact.CHECKSUM, checksum := intact.checksum_of(about)) != checksum:  # older ones have none
+        raise ValueError(f"{folder / ABOUT}: is damaged or was edited: its checksum is not its own; save it anew")
     for name in (WEIGHTS, DETECTORS):
         if about["sha256"].get(name) != files.sha256(folder / name):
             raise ValueError(f"{folder / name}: is damaged, or of another bundle: its checksum is not that of {ABOUT}")

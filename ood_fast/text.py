@@ -18,7 +18,7 @@ from .functional import l2_normalize
 SCALE = 100.0  # CLIP's exp(logit_scale), where it was clipped in training
 
 
-def text_head(embeddings: Tensor | Sequence[Tensor], scale: float = SCALE) -> nn.Linear:
+def text_head(embeddings: Tensor | Sequence[Tensor], scale: float | Tensor = SCALE) -> nn.Linear:
     """The linear layer of a zero-shot classifier: for unit z, F.linear(z, W) = scale · cos(z, t_j).
 
         t_j = unit(mean over the prompts of class j of unit(embedding))        W = scale · t        no bias
@@ -41,6 +41,7 @@ def text_head(embeddings: Tensor | Sequence[Tensor], scale: float = SCALE) -> nn
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
     arXiv:2103.00020.
     """
+    scale = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
     checks.real("scale", scale, 0.0, open_low=True)
     if isinstance(embeddings, Tensor):
         checks.float_tensor("embeddings", embeddings, 3 if embeddings.dim() == 3 else 2, "(c, m) or (c, t, m)")
@@ -75,7 +76,10 @@ class TextClassifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: Callable[[Tensor], Tensor] | None, embeddings: Tensor | Sequence[Tensor], scale: float = SCALE
+        self,
+        encoder: Callable[[Tensor], Tensor] | None,
+        embeddings: Tensor | Sequence[Tensor],
+        scale: float | Tensor = SCALE,
     ) -> None:
         super().__init__()
         self.encoder = nn.Identity() if encoder is None else encoder

@@ -124,10 +124,15 @@ def test_damage_and_mixtures_are_refused(model, detectors, tmp_path):
         with pytest.raises(OSError, match=name):
             ood_fast.load_bundle(mixed, model)
     about = json.loads((whole / "bundle.json").read_text())
-    for key, value in {"format": "other", "sha256": "x", "preparation": {"size": 3}, "classes": 7}.items():
+    edited = about["preparation"] | {"mean": [0.4, 0.5, 0.5]}
+    changes = [("format", "other"), ("sha256", "x"), ("preparation", {"size": 3}), ("classes", 7)]
+    for key, value in [*changes, ("preparation", edited), ("classes", list("abc"))]:
         (whole / "bundle.json").write_text(json.dumps(about | {key: value}))
         with pytest.raises(ValueError, match="whole"):
             ood_fast.load_bundle(whole, model)
+    older = {key: value for key, value in about.items() if key != "crc32"}
+    (whole / "bundle.json").write_text(json.dumps(older))
+    assert ood_fast.load_bundle(whole, model).preparation == about["preparation"]
     for text in ("{", "[]", "7"):
         (whole / "bundle.json").write_text(text)
         with pytest.raises(ValueError, match=r"bundle\.json"):

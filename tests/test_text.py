@@ -24,6 +24,7 @@ def unit(row):
 def test_a_row_is_the_scaled_direction_of_the_mean_of_directions():
     prompts = torch.randn(C, T, M) * torch.rand(C, T, 1) * 10
     head = text_head(prompts, scale=7.0)
+    assert torch.equal(text_head(prompts, scale=torch.tensor(7.0, requires_grad=True)).weight, head.weight)
     for row, of_class in zip(head.weight.tolist(), prompts.tolist(), strict=True):
         means = [sum(column) / T for column in zip(*map(unit, of_class), strict=True)]
         assert row == pytest.approx([7 * v for v in unit(means)], abs=1e-5)
