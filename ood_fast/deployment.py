@@ -166,11 +166,13 @@ class Deployed(nn.Module):
 
     def _share(self) -> None:
         """Let the head of the detector be that of the model: of 1,000,000 classes gigabytes, once, in files too."""
-        weight: Any = None if self.head is None else self.model.get_submodule(self.head).weight
-        for module in self.detector.modules() if isinstance(weight, nn.Parameter) and not weight.is_meta else ():
+        for module in self.detector.modules():
             kept: Any = getattr(module, "head_weight", None)
-            alike = kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device)
-            if alike and torch.equal(kept, weight):
+            if kept is None or kept.is_meta:
+                continue
+            about = (kept.shape, kept.dtype, kept.device)
+            alike = (each for each in self.model.parameters() if (each.shape, each.dtype, each.device) == about)
+            if (weight := next((each for each in alike if torch.equal(each, kept)), None)) is not None:
                 module.register_buffer("head_weight", weight)
 
     def _apply(self, *args: Any, **keywords: Any) -> Deployed:
@@ -218,6 +220,7 @@ class Deployed(nn.Module):
     def thresholds(self) -> Tensor:
         """The threshold, a scalar; of a set of k, those of its detectors, (k,)."""
         found: list[Any] = [detector.threshold for detector in _detectors(self.detector)]
+        found = [each.reshape(()) for each in found]  # by hand it may be one number in a row
         thresholds: Tensor = torch.stack(found) if isinstance(self.detector, DetectorSet) else found[0]
         return thresholds
 
