@@ -156,8 +156,8 @@ class DetectorSet(nn.Module):
                 equal = next((other for other in seen if other is buffer or torch.equal(other, buffer)), None)
                 if equal is None:
                     seen.append(buffer)
-                elif name != "threshold":
-                    detector.register_buffer(name, equal)  # a parameter, too: the head of a deployed model
+                elif name != "threshold" and equal is not buffer:  # of a deployed head it is the model's parameter
+                    setattr(detector, name, equal)
         return self
 
     # .to(device), .half(), ... copy each buffer by itself.
