@@ -136,7 +136,7 @@ def test_half_precision_gradients_do_not_vanish(net, x):
     direction = ODIN()._direction(net, x)
     in_half = ODIN()._direction(net.half(), x.half())
     assert (in_half == direction).double().mean() > 0.9
-    assert ODIN().score(net, x.half()).dtype == torch.float32
+    assert ODIN().score(net, x.half()).dtype == torch.float64
 
 
 def test_in_a_set_beside_others(net, x):

@@ -15,7 +15,18 @@ from torch.nn.functional import interpolate
 
 import ood_fast
 from ood_fast import cli, detectors
-from ood_fast.detectors import KNN, MSP, DetectorSet, Ensemble, MCDropout, ModelEnsemble, TestTimeAugmentation, load
+from ood_fast.detectors import (
+    IODIN,
+    KNN,
+    MSP,
+    ODIN,
+    DetectorSet,
+    Ensemble,
+    MCDropout,
+    ModelEnsemble,
+    TestTimeAugmentation,
+    load,
+)
 
 C = 4
 LOOKS = ("mean_logits", "mean_softmax", "predictive_entropy", "mutual_information", "variance", "disagreement")
@@ -91,7 +102,7 @@ def thinned(net, x, passes, seed):
 def test_mc_dropout_is_its_definition(net, x, of):
     scores = MCDropout(of, passes=3, seed=7).fit(net, batches(x)).score(net, x)
     expected = literal(of, [logits.tolist() for logits in thinned(net, x, 3, 7)])
-    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
 def test_thinned_nets_are_the_same_for_every_input_and_call(net, x):
@@ -203,16 +214,16 @@ def test_views_of_images(net, x):
         logits = [net(view) for view in expected]
         for of in LOOKS:
             found = TestTimeAugmentation(of, views=given).score(net, x)
-            torch.testing.assert_close(
-                found, torch.tensor(literal(of, [f.tolist() for f in logits])), rtol=1e-4, atol=1e-6
-            )
+            literally = torch.tensor(literal(of, [f.tolist() for f in logits]), dtype=torch.float64)
+            torch.testing.assert_close(found, literally, rtol=1e-4, atol=1e-6)
         knn = KNN(k=2).fit(net, batches(x))
         mean = sum(knn.score(net, view) for view in expected) / len(expected)
         torch.testing.assert_close(TestTimeAugmentation(knn, views=given).score(net, x), mean)
     named = TestTimeAugmentation("variance", views="flip")
     assert torch.equal(named.score(net, [{"x": x, "labels": torch.arange(9)}]), named.score(net, x))
     own = TestTimeAugmentation("Energy", views=(lambda x: x, lambda x: x * 2)).score(net, x)
-    torch.testing.assert_close(own, (net(x).logsumexp(1) + net(2 * x).logsumexp(1)) / 2)
+    mean = (net(x).logsumexp(1) + net(2 * x).logsumexp(1)) / 2
+    torch.testing.assert_close(own, mean, check_dtype=False)
 
 
 def test_views_that_do_not_fit(net, x, tmp_path):
@@ -239,8 +250,8 @@ def test_views_that_do_not_fit(net, x, tmp_path):
 def test_several_models(x):
     models = [Net(seed).eval() for seed in range(3)]
     for of in LOOKS:
-        expected = literal(of, [model(x).tolist() for model in models])
-        torch.testing.assert_close(Ensemble(of).score(models, x), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+        expected = torch.tensor(literal(of, [model(x).tolist() for model in models]), dtype=torch.float64)
+        torch.testing.assert_close(Ensemble(of).score(models, x), expected, rtol=1e-4, atol=1e-6)
     scores = Ensemble("KNN", {"k": 2}).fit(models, batches(x)).score(nn.ModuleList(models), [x[:4], x[4:]])
     expected = sum(KNN(k=2).fit(model, batches(x)).score(model, x) for model in models) / 3
     torch.testing.assert_close(scores, expected)
@@ -252,7 +263,25 @@ def test_several_models(x):
     together = DetectorSet({"a": Ensemble(KNN(k=2)), "b": Ensemble("disagreement"), "MSP": MSP()})
     found = together.fit(ModelEnsemble(models), batches(x)).score(ModelEnsemble(models), x)
     torch.testing.assert_close(found["a"], expected)
-    torch.testing.assert_close(found["MSP"], Ensemble("mean_logits").score(models, x))
+    torch.testing.assert_close(found["MSP"], Ensemble("mean_logits").score(models, x), check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [
+        *(TestTimeAugmentation(of, views=lambda x: x) for of in ("mean_softmax", "mean_logits", "MSP")),
+        *(MCDropout("MSP"), ODIN(1.0, 0.0), IODIN(1.0, 0.0)),
+    ],
+    ids=lambda detector: f"{detector.label} {getattr(detector, 'of', '')}",
+)
+def test_certain_predictions_are_told_apart(detector):
+    """In float32 the softmax of all of these is 1, and ties decide what an evaluation measures."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout(1e-9)).eval()
+    nn.init.eye_(model[0].weight)
+    x = torch.tensor([[18.0, 0, 0], [19.0, 0, 0], [21.0, 0, 0]])
+    scores = detector.score(model, x)
+    assert (scores.diff() > 0).all(), scores
+    torch.testing.assert_close(scores, x.double().softmax(1).amax(1), rtol=1e-12, atol=0)
 
 
 def test_what_is_no_ensemble(x, net):

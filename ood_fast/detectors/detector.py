@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -151,24 +151,30 @@ class Detector(Contract):
             x: one batch of inputs, a tensor or a mapping of the model's keyword arguments; or a loader as in `fit`.
             head: as in `fit`. A detector that reads nothing but logits looks for none.
         """
+        scores: list[Tensor] = []
+        n_rows = 0
+        with closing(self.passed(model, x, head)) as batches:
+            for batch in batches:
+                with checks.behind(n_rows):
+                    scores.append(self.score_batch(model, batch, head))
+                n_rows += len(batch.logits)
+        return joined(scores)
+
+    def passed(self, model: nn.Module, x: Any, head: str | nn.Linear | None) -> Generator[Batch, None, None]:
+        """What `score` reads of the model, once it is known to be that of the fit."""
         refuse_meta(model)
         batches = batches_of(x)
         self.require_fitted()
         refuse_other(model, self.fitted_on, self.label, head)
         read_from = given_head(model, head) if self.needs_features else None
         looks = self.fitted_on is not None and bool(self.fitted_on.made_by)
-        passed: Any = run_model(model, batches, read_from, self.readings(), find_maker=looks)
-        with closing(passed) as done:  # also when scoring raises, modes are restored
-            scores: list[Tensor] = []
-            n_rows = 0
-            for batch in done:
-                if not scores:
+        run: Any = run_model(model, batches, read_from, self.readings(), find_maker=looks)
+        with closing(run) as done:  # also when scoring raises, modes are restored
+            for number, batch in enumerate(done):
+                if not number:
                     warn_other_range(batch.inputs, self.input_range, self.label)
                     refuse_other_head(batch.maker, self.fitted_on, self.label)
-                with checks.behind(n_rows):
-                    scores.append(self.score_batch(model, batch, head))
-                n_rows += len(batch.logits)
-            return joined(scores)
+                yield batch
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch of `run_model` with `readings`. What needs the model overrides this or `score`."""

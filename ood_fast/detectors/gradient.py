@@ -14,7 +14,7 @@ from ..models.running import batches_of, evaluating, inputs_and_targets, joined,
 from ..models.weights import refuse_other
 from .detector import Detector
 from .logit import confidence
-from .numbers import at_least_float32, refuse_one_logit, refuse_rows
+from .numbers import at_least_float32, refuse_one_logit, refuse_rows, widened
 from .registry import register
 
 
@@ -55,7 +55,8 @@ class ODIN(Detector):
 
         max_j softmax(f(x̂) / T)_j,    x̂ = x − ε · sign(∂L/∂x) / std,    L = −log softmax(f(x) / T)_p,  p = argmax_j f_j
 
-    Two forward passes and one backward pass of the model, in eval mode; no gradients are left in its parameters.
+    Two forward passes and one backward pass of the model, in eval mode; no gradients are left in its parameters. Scores
+    are float64 where the device has it.
 
     Liang, Li and Srikant, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
     ICLR 2018, arXiv:1706.02690.
@@ -105,7 +106,7 @@ class ODIN(Detector):
         with torch.inference_mode(False), evaluating(model):
             step = self._direction(model, x)
             with torch.no_grad():
-                logits = at_least_float32(logits_of(model(x - self.eps * step)))
+                logits = widened(logits_of(model(x - self.eps * step)))
             refuse_one_logit(logits)
             scores = confidence(logits, self.temperature)
         refuse_rows("logits", logits, scores)

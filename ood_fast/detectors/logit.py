@@ -57,6 +57,9 @@ class AtTemperature(Detector):
 class MSP(AtTemperature):
     """Maximum softmax probability: max_j softmax(f / T)_j.
 
+    In float32 all predictions with more than 17 between their logits have 1, and tie; evaluations score
+    `logits.double()`, which tells them apart.
+
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
     ICLR 2017, arXiv:1610.02136.
 

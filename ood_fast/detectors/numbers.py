@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..eager.precision import compute_dtype, full_precision, is_exporting, matmul
+from ..eager.precision import compute_dtype, full_precision, has_float64, is_exporting, matmul
 
 # A row may be too long for the sum of its squares in float32 from here on: (2e17)² · 8192 features.
 TOO_LONG = 2e17
@@ -22,6 +22,11 @@ MOST_CLASSES = 1 << 24
 def at_least_float32(values: Tensor) -> Tensor:
     """Half-precision values as float32: statistics and scores are computed in float32 or better."""
     return values.float() if values.dtype.itemsize < 4 else values
+
+
+def widened(values: Tensor) -> Tensor:
+    """In float64, of a device without in float32: the softmax of a confident model is exactly 1 in float32."""
+    return values.double() if has_float64(values.device) else at_least_float32(values)
 
 
 def exact_linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from ..models.running import batches_of, inputs_and_targets, joined, logits_of, 
 from ..models.weights import identity_of, refuse_other
 from .detector import Detector
 from .logit import confidence
-from .numbers import at_least_float32, refuse_one_logit, refuse_rows
+from .numbers import refuse_one_logit, refuse_rows, widened
 from .registry import known, register, registered
 
 
@@ -61,7 +61,7 @@ class SeveralPasses(Detector):
         of="variance"            −(1/c) Σ_j Σ_t (p_tj − p̄_j)² / (T − 1)
         of="disagreement"        −2 / (T (T − 1)) Σ_{s<t} ½ ‖p_s − p_t‖₁
 
-    A subclass supplies `looks`. The detector is fitted on plain passes, with all others of a set.
+    A subclass supplies `looks`. The detector is fitted on plain passes, with all others of a set. Scores are float64.
 
     Args:
         of: one of these names, the name of a detector, or a detector; one that is fitted scores as it is.
@@ -144,13 +144,17 @@ class SeveralPasses(Detector):
 
 @torch.no_grad()
 def look(member: Detector | None, model: nn.Module, x: Any, head: str | nn.Linear | None) -> Tensor:
-    """The scores (n,) of one pass, without a detector its logits (n, c)."""
-    if member is not None:
+    """The scores (n,) of one pass, without a detector its logits (n, c); in float64 where the device has it."""
+    if member is not None and member.needs_model:
         return member.score(model, x, head)
+    if member is not None:
+        (batch,) = member.passed(model, x, head)
+        features = None if batch.features is None else widened(batch.features)
+        return member.score_features(features, widened(batch.logits))
     (batch,) = run_model(model, [x], None)
     refuse_one_logit(batch.logits)
     refuse_rows("logits", batch.logits, 0 * batch.logits.amax(dim=1))
-    return at_least_float32(batch.logits)
+    return widened(batch.logits)
 
 
 # ---- thinned nets
