@@ -7,7 +7,6 @@ same code and found without looking into the current folder. No file beside the 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -19,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..checks import UserError
-from ..files import write_text
+from ..files import sha256, write_text
 from ..registry import KINDS, added
 from .common import say
 
@@ -131,6 +130,6 @@ def _files(name: str) -> dict[str, str]:
         if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
             return {}
         origin = os.path.realpath(spec.origin)
-        found[origin] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()
+        found[origin] = sha256(origin)
         path = list(spec.submodule_search_locations or ())
     return found

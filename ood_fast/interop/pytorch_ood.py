@@ -69,7 +69,9 @@ class PytorchOOD(api.FeaturesDetector):  # type: ignore[misc]  # of a package th
         if model is not None and self.head is not None and not detector.needs_model:
             self.encoder = _encoder(model, self.head)
         # A fitted one keeps the head that it was fitted with.
-        self._follows_head = self.head is not None and _needs_head_alone(detector) and not detector.fitted
+        self._follows_head = (
+            self.head is not None and detector.needs_head and not (detector.gathers() or detector.fitted)
+        )
         self.requires_fit = detector.needs_fit and not self._follows_head
         self.hyperparameter_space = {name: list(values) for name, values in detector.grid.items()}
 
@@ -195,8 +197,3 @@ def _same(kept: Tensor | None, given: Tensor | None) -> bool:
     if kept is None or given is None:
         return kept is given
     return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
-
-
-def _needs_head_alone(detector: detectors.Detector) -> bool:
-    """Whether a fit takes the head and nothing of the data."""
-    return detector.needs_head and not detector.gathers()

@@ -76,15 +76,11 @@ def _small_cnn(n_classes: int, in_channels: int, image_size: int | None) -> nn.M
     return SmallCNN(n_classes, in_channels=in_channels)
 
 
-def _cct(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
-    return CCT(n_classes, in_channels, image_size or 32)
-
-
 _CNN: dict[str, Any] = {"relu": True, "convolutional": True}
 MODELS = {
     "small_cnn": _Model(_small_cnn, _small_cnn, **_CNN),
     "resnet18_32x32": _Model(None, vision.resnet18_32x32, **_CNN),
-    "cct_7_3x1": _Model(None, _cct),
+    "cct_7_3x1": _Model(None, lambda n_classes, in_channels, size: CCT(n_classes, in_channels, size or 32)),
     "resnet18": _Model(*vision.both("resnet18", vision.small_resnet), **_CNN),
     "resnet50": _Model(*vision.both("resnet50", vision.small_resnet), **_CNN),
     "vgg16": _Model(vision.large("vgg16"), vision.small_vgg16, **_CNN),
