@@ -26,6 +26,9 @@ from .errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal without ± or ‖ shows a question mark, not a UnicodeEncodeError
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

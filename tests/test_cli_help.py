@@ -82,3 +82,10 @@ print("loaded:", sorted(heavy & {*sys.modules} - BEFORE))
     ran = python("-c", code)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_streams_that_the_shell_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert cli.main(["info"]) == 0
+    assert cli.main(["inf"]) == 2

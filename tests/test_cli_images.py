@@ -127,12 +127,15 @@ def test_what_can_be_scored(monkeypatch, capsys):
         (["pipe.png"], b"", "pipe.png: is no regular file"),
         (["link.png"], b"", "link.png: no such file"),
         (["empty"], b"", "no images in empty"),
+        ([""], b"", "--data: got an empty path"),
+        (["loop.png"], b"", "loop.png: no such file"),
     ],
 )
 def test_what_cannot_be_scored(data, stdin, message, monkeypatch, capsys):
     assert fit([f"cls{k}" for k in range(C)]) == 0
     os.mkfifo("pipe.png")
     Path("link.png").symlink_to("gone.png")
+    Path("loop.png").symlink_to("loop.png")
     Path("empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--workers", "0", "--out", "s.csv"]

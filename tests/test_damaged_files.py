@@ -1,12 +1,13 @@
 """Files of others that are damaged, hostile or of another kind: an error that names them, never other numbers."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from torch import nn
 
-from ood_fast import checks, cli, features, models, recipes
+from ood_fast import checks, cli, detectors, features, models, recipes
 
 
 def flipped(path, needle, bit=0x40):
@@ -81,6 +82,16 @@ def test_fit_looks_at_out_before_it_works(tmp_path, monkeypatch, capsys, out, me
     assert cli.main(["fit", "--features", "not-there.npz", "--out", out]) == 2
     assert message in capsys.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_what_is_no_file_is_not_replaced_by_detectors(tmp_path, capsys):
+    """safetensors would put a file in the place of /dev/null, if root asks."""
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["fit", "--features", "not-there.npz", "--out", str(tmp_path / "pipe")]) == 2
+    assert "pipe is no regular file, expected the name of a file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="expected the path of a file"):
+        detectors.MSP().save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_full_disk_while_detectors_are_written(tmp_path, monkeypatch, capsys):

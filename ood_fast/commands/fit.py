@@ -89,8 +89,9 @@ def _checked_out(name: str) -> Path:
     """The file to write, before an hour of work: its folder can be written, and its ending does not lie."""
     out = Path(name).expanduser()
     checks.writable_folder("--out", out.parent)
-    if out.is_dir() or not out.name:
-        raise UserError(f"--out: {out} is a folder, expected the name of a file, as in detectors.safetensors")
+    if out.exists() and not out.is_file():
+        what = "a folder" if out.is_dir() else "no regular file"
+        raise UserError(f"--out: {out} is {what}, expected the name of a file, as in detectors.safetensors")
     checks.utf8_path("--out", out)
     if out.is_file():
         try:

@@ -83,6 +83,8 @@ def read_images(data: str | Sequence[str], with_classes: bool = False, classes: 
     """
 
     data = [data] if isinstance(data, str) else data
+    if "" in data:  # of a shell variable that is not set; it would mean the current folder
+        raise UserError("--data: got an empty path, expected a folder or images")
     folder = Path(data[0]).expanduser()
     if len(data) == 1 and folder.is_dir():
         if with_classes and folders.folders_in(folder):

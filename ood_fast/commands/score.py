@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
     names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
     chosen = given(options, *names)
-    chosen["data"] = [str(Path(path).resolve()) for path in options.data or ()]
+    chosen["data"] = [os.path.realpath(path) for path in options.data or ()]
     for name in ("features", "checkpoint", "classes"):
         if chosen[name]:
             chosen[name] = str(Path(chosen[name]).resolve())

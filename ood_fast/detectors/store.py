@@ -69,7 +69,8 @@ def write(path: str | os.PathLike[str], content: Content) -> None:
     from .. import __version__
 
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    # safetensors writes a file of its own and renames it: in the place of a device too, if it may
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise OSError(f"{path}: expected the path of a file in a folder that exists")
     checks.utf8_path("path", path)
     stored: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
