@@ -12,8 +12,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     config.option.dist = "loadfile"  # not among the options of pyproject.toml: pytest-benchmark would measure nothing
     return min(8, os.cpu_count() or 1)
+
+
+@pytest.fixture
+def folder_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes an empty folder the current one, with modules in it by their names, which no test before has imported."""
+
+    def made(**modules: str) -> Path:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        for name, code in modules.items():
+            sys.modules.pop(name, None)
+            Path(f"{name}.py").write_text(code)
+        return tmp_path
+
+    return made
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from test_data import (
 )
 
 from ood_fast import cli, evaluation, models
+from ood_fast.compare import one_thread
 
 QUICK = ["--workers=0", "--bootstrap=10"]
 SOME = ["--detectors=MSP,KNN,NCI,ReAct", "--set=KNN.k=5"]
@@ -41,10 +42,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def in_an_empty_folder_on_one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -51,12 +51,8 @@ ON_IMAGES = [*OWN, "--size", str(SIZE), "--resize", str(SIZE), "--workers", "0"]
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("mymodel", None)
-    Path("mymodel.py").write_text(MODEL)
-    return tmp_path
+def in_an_empty_folder(folder_with) -> Path:
+    return folder_with(mymodel=MODEL)
 
 
 @pytest.fixture

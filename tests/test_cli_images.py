@@ -63,12 +63,8 @@ MODEL_OPTIONS = [*SIZES, "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("leveller", None)
-    Path("leveller.py").write_text(MODEL)
-    return tmp_path
+def in_an_empty_folder(folder_with) -> Path:
+    return folder_with(leveller=MODEL)
 
 
 def draw(path: str, k: int) -> None:

@@ -49,13 +49,9 @@ def trainable():
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("namedmodel", None)
-    Path("namedmodel.py").write_text(MODEL)
+def folder(folder_with, monkeypatch) -> Path:
     monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    return tmp_path
+    return folder_with(namedmodel=MODEL)
 
 
 def draw(root: str, names: list[str], n_images: int = 5, size: int = 8) -> None:

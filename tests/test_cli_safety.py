@@ -44,15 +44,11 @@ PACKAGES = ("safetensors", "torchvision", "pyarrow", "PIL", "timm", "torch", "nu
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("ownmodel", "payload"):
-        sys.modules.pop(name, None)
-    Path("ownmodel.py").write_text(MODEL)
-    Path("payload.py").write_text("def go():\n    open('RAN', 'w').close()\n")
+def folder(folder_with) -> Path:
+    payload = "def go():\n    open('RAN', 'w').close()\n"
+    place = folder_with(ownmodel=MODEL, payload=payload)
     draw("train", [f"class{k}" for k in range(N_CLASSES)])
-    return tmp_path
+    return place
 
 
 def draw(root: str, names: list[str], n_images: int = 8) -> None:

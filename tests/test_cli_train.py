@@ -23,6 +23,7 @@ from test_data import write_cifar10
 
 import ood_fast
 from ood_fast import cli, data, recipes, train
+from ood_fast.compare import one_thread
 from ood_fast.training import loop
 
 SETTINGS = {"model": "tiny", "epochs": 2, "batch_size": 16, "lr": 0.05}
@@ -39,11 +40,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def in_an_empty_folder_on_one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with tiny_models.registered():  # as the subprocesses do by --plugin
+    with one_thread(), tiny_models.registered():  # as the subprocesses do by --plugin
         yield
-    torch.set_num_threads(before)
 
 
 def arguments(root: Path, *more: str, **changes) -> list[str]:
