@@ -311,6 +311,53 @@ def test_torchvisions_other_models():
         models.create("efficientnet_b00", 7)
 
 
+HEADS = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.fc1, self.fc2 = nn.AdaptiveAvgPool2d(1), nn.Linear(3, 3), nn.Linear(3, 3)
+    def forward(self, x):
+        return self.fc1(self.pool(x).flatten(1))
+def none(): return nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "detectors", "told"),
+    [
+        ("squeezenet1_1", "NCI", "SqueezeNet has no nn.Linear"),
+        ("squeezenet1_1", "MSP,Energy", ""),
+        ("headless:none", "NCI", "Sequential has no nn.Linear"),
+        ("headless:none", "MSP", ""),
+        ("headless:Two", "NCI", "pass the one that makes the logits as --head LAYER"),
+        ("headless:Two --head fc1", "NCI", ""),
+        ("headless:Two --head fc3", "MSP", "--head: unknown layer of Two 'fc3'; known: fc1, fc2"),
+    ],
+)
+def test_models_whose_head_is_not_found(asked, detectors, told, monkeypatch, capsys):
+    """A line and an exit code; what reads logits alone needs no head."""
+    draw("train", ["a", "b", "c"], n_images=2, size=40)
+    Path("headless.py").write_text(HEADS)
+    monkeypatch.delitem(sys.modules, "headless", raising=False)
+    model, *rest = asked.split()
+    if model == "squeezenet1_1":
+        torch.manual_seed(0)
+        torch.save(models.create(model, 3).state_dict(), "w.pth")
+        rest = ["--checkpoint", "w.pth"]
+    given = ["--model", model, *rest, "--data", "train", *QUICK]
+    fit = ["fit", *given, "--size", "40", "--detectors", detectors, "--out", "d.safetensors", "--any-accuracy"]
+    if told:
+        assert cli.main(fit) in (1, 2)
+        assert told in capsys.readouterr().err
+        return
+    assert cli.main(fit) == 0, capsys.readouterr().err
+    sys.modules.pop("headless", None)  # the same weights again
+    assert cli.main(["score", *given, "--detectors", "d.safetensors", "--out", "s.csv"]) == 0, capsys.readouterr().err
+
+
 def test_own_preparation_of_timm():
     net = nn.Linear(1, 1)
     net.default_cfg = {"mean": (0.1,), "std": (0.2,), "input_size": (1, 20, 20), "crop_pct": 1.0, "crop_mode": "squash"}

@@ -156,8 +156,13 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
 
 
 def fingerprint_of(model: nn.Module, head: str | None) -> str:
-    """Of the weights and the place of the head, see `models.weight_fingerprint`."""
-    return weight_fingerprint(model, given_head(model, head))
+    """Of the weights and the place of the head, see `models.weight_fingerprint`; what needs one says where it lacks."""
+    try:
+        return weight_fingerprint(model, given_head(model, head))
+    except ValueError as error:
+        if head is not None:
+            raise UserError(f"--{error}") from error
+        return weight_fingerprint(model, None)
 
 
 def fitted(options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
@@ -252,6 +257,8 @@ def cannot_take(prepared: dict[str, Any], error: RuntimeError) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "gloo" in reason or "NCCL" in reason:  # what PyTorch says of a process that is gone
         return f"another process has ended, or cannot be reached ({reason})"
+    if "head has not run" in reason:
+        return "the layer that was taken for the head does not run; pass the one that makes the logits as --head LAYER"
     if "size" not in prepared:
         return reason
     shape = (len(prepared["mean"]), prepared["size"], prepared["size"])

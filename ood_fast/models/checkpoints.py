@@ -121,7 +121,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(content)
 
 
-def weight_fingerprint(model: nn.Module, head: nn.Module) -> str:
+def weight_fingerprint(model: nn.Module, head: nn.Module | None) -> str:
     """A hash of what decides features and logits, apart from the code: all weights and buffers, and which layer is the
     head. The same on every device, and for a model and its wrapped form."""
     model = unwrapped(model)
@@ -164,7 +164,9 @@ def n_classes_of(path: str | os.PathLike[str]) -> int | None:
     """How many classes the classifier in a checkpoint tells apart: rows of the last matrix that is called as heads are,
     else of the last one; None without a matrix. Raises as `load_checkpoint`."""
     # safetensors keeps names in alphabetical order: there the last is often one of another layer
-    matrices = {key: v for key, v in _state_dict(read_checkpoint(path), path).items() if v.dim() == 2}
+    state = _state_dict(read_checkpoint(path), path)
+    matrices = {key: value for key, value in state.items() if value.dim() == 2}
+    matrices = matrices or {key: value for key, value in state.items() if value.shape[2:] == (1, 1)}  # of convolutions
     depths = {key: next((d for d, part in enumerate(key.split(".")) if part in HEAD_NAMES), 99) for key in matrices}
     heads = [value for key, value in matrices.items() if depths[key] == min(depths.values())]
     return len(heads[-1]) if heads else None
