@@ -680,3 +680,11 @@ def test_pretrained_weights_are_not_fetched_for_a_run_that_has_its_own(images, t
     training.fit_recipe(recipe, images, tmp_path, resume=True)
     training.load_run(tmp_path)
     assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize("settings", [{"loss": "elogitnorm"}, {"loss": "cider"}, {"loss": "ce", "outliers": "vos"}])
+def test_losses_of_a_head_refuse_models_without_one(settings):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(checks.UserError, match="Sequential has no single linear layer that makes its logits"):
+        build.objective_of(replace(BASE, **settings), model)
+    assert isinstance(build.criterion_of(replace(BASE, loss="ce"), model), nn.CrossEntropyLoss)

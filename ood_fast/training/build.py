@@ -63,11 +63,21 @@ def criterion_of(recipe: TrainingRecipe, model: nn.Module) -> Callable[[Tensor, 
         return LogitNormLoss(recipe.tau, **smoothing)
     if recipe.loss == "elogitnorm":
         keywords: dict[str, Any] = {"average": recipe.average, "detach_geometry": recipe.detach_geometry}
-        return ELogitNormLoss(find_head(model), **keywords, **smoothing)
+        return ELogitNormLoss(_head_of(model), **keywords, **smoothing)
     if recipe.loss in CONTRASTIVE:
         momentum = {} if recipe.prototype_momentum is None else {"momentum": recipe.prototype_momentum}
-        return CONTRASTIVE[recipe.loss](find_head(model), nn.CrossEntropyLoss(**smoothing), **momentum)
+        return CONTRASTIVE[recipe.loss](_head_of(model), nn.CrossEntropyLoss(**smoothing), **momentum)
     return nn.CrossEntropyLoss(**smoothing)
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    try:
+        return find_head(model)
+    except ValueError as error:
+        raise checks.UserError(
+            f"model: {type(model).__name__} has no single linear layer that makes its logits, which the loss reads; "
+            "expected a model that ends in one, or loss=ce"
+        ) from error
 
 
 def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
@@ -82,13 +92,13 @@ def objective_of(recipe: TrainingRecipe, model: nn.Module) -> Objective:
     if recipe.outliers == "npos" and (isinstance(criterion, SupConLoss) or not isinstance(criterion, Objective)):
         closed = 0.5 if recipe.loss == "cider" else 1.0  # OpenOOD's weights of C and D are half of CIDER's
         keywords |= {"queue": recipe.outlier_queue, "criterion_weight": closed}
-        return NPOSLoss(find_head(model), criterion, **keywords)
+        return NPOSLoss(_head_of(model), criterion, **keywords)
     if isinstance(criterion, Objective):
         if recipe.outliers != "none" or recipe.regmixup:
             raise checks.UserError(f"outliers, regmixup: expected none and 0: loss={recipe.loss} is no criterion")
         return criterion
     if recipe.outliers == "vos":
-        return VOSLoss(find_head(model), criterion, queue=recipe.outlier_queue, **keywords)
+        return VOSLoss(_head_of(model), criterion, queue=recipe.outlier_queue, **keywords)
     if recipe.outliers != "none":
         keywords.pop("start", None)
         return OF_IMAGES[recipe.outliers](criterion, **keywords)
