@@ -172,7 +172,7 @@ def _held(file: Path) -> object:
         if file.suffix == ".npz":
             return read_npz(file, {*_NAMES, *_OTHER_NAMES})
         check_zip(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except checks.UserError:
         raise
     except OSError as error:

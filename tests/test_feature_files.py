@@ -268,3 +268,9 @@ def test_one_file_in_two_roles_is_refused(tmp_path, train, test, far, said):
     path = lambda name: tmp_path / ".." / tmp_path.name / f"{name}.npz"  # noqa: E731
     with pytest.raises(checks.UserError, match=said):
         evaluation.evaluate_features(path(train), tmp_path / f"{test}.npz", {"far": ("far", path(far))}, ["MSP"])
+
+
+def test_files_of_torch_before_1_6(tmp_path):
+    held = {"features": torch.tensor(ROWS)}
+    torch.save(held, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert features.load(tmp_path / "x.pt").features.tolist() == ROWS
