@@ -18,6 +18,7 @@ import ood_fast
 from ood_fast import cli, detectors, evaluation, models, recipes
 from ood_fast.commands import compare as compare_command
 from ood_fast.commands.progress import Bar
+from ood_fast.training import Run
 
 writing = importlib.import_module("ood_fast.evaluation.write")
 
@@ -100,8 +101,17 @@ def test_a_comparison_is_extended_and_what_is_trained_is_taken(tmp_path, capsys)
     assert cli.main(taken) == 0
     assert "Accuracy under covariate shift" in (tmp_path / "taken/report.html").read_text(encoding="utf-8")
     assert evaluation.read(tmp_path / "taken")["runs"][0]["method"] == "ce"
-    assert cli.main(["compare", "results/runs/ce", "--epochs", "3"]) == 2
-    assert "--epochs: not used with RUN" in capsys.readouterr().err
+    for option in (["--epochs", "3"], ["--channels-last"]):
+        assert cli.main(["compare", "results/runs/ce", *option]) == 2
+        assert f"{option[0]}: not used with RUN" in capsys.readouterr().err
+
+
+def test_compare_trains_as_fast_as_train(tmp_path, monkeypatch):
+    runs, train = [], Run.train
+    monkeypatch.setattr(Run, "train", lambda run: (runs.append(run), train(run)))
+    short = ["compare", "--detectors", "msp", "--epochs", "1", "--losses", "ce", "--seeds", "1", "--out", "fast"]
+    assert cli.main([*short, "--quiet", "--amp", "bf16", "--channels-last"]) == 0
+    assert [(run.recipe.amp, run.options.channels_last, run.options.compile) for run in runs] == [("bf16", True, False)]
 
 
 MODEL = """

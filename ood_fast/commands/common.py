@@ -113,7 +113,7 @@ def training_settings(options: Any) -> list[str]:
     if options.init and not Path(options.init).expanduser().is_file():
         raise UserError(f"--init: no file {options.init}")
     named = {"model": options.model, "init": whole_path(options.init), "epochs": options.epochs}
-    named["pretrained"] = options.pretrained
+    named |= {"pretrained": options.pretrained, "amp": options.amp}
     return [*options.set, *(f"{name}={value}" for name, value in named.items() if value)]
 
 

@@ -22,13 +22,14 @@ from ..values import Grids
 from . import RunError
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import context_of, data_of, detector_set, device, listed, searched, training_settings
+from .common import context_of, data_of, detector_set, device, given, listed, refuse_given, searched, training_settings
 from .model import allow, is_callable, named
 from .progress import Bar
 
 Given = tuple[Path, Benchmarks, DetectorSet]
 
 PICTURE = "verdict.svg"  # the page's first, as a file of its own
+SPEED = ("amp", "compile", "channels_last")  # of training alone
 DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
 
@@ -84,10 +85,10 @@ def _page(folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def _trained(
-    options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
+    options: argparse.Namespace, context: dict[str, Any], opened: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
-    folder, benchmarks, chosen = given
+    folder, benchmarks, chosen = opened
     changes = [text for text in training_settings(options) if "." not in text.partition("=")[0]]
     recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
     for recipe in recipes.values():
@@ -95,7 +96,7 @@ def _trained(
     seeds = _seeds(options.seeds or "5")
     measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
     told = {**context, "data": data_of(options), "plugins": options.plugin}
-    training = {"device": measuring["device"], "workers": options.workers, "context": told}
+    training = {"device": measuring["device"], "context": told, **given(options, "workers", *SPEED[1:])}
     bar = ComparisonBar(options.quiet)
     trained = any(recipe.init or recipe.pretrained for recipe in recipes.values())
     checkpoint = options.checkpoint or ("final" if trained else "best")
@@ -114,19 +115,18 @@ def _trained(
 
 
 def _taken(
-    options: argparse.Namespace, context: dict[str, Any], given: Given, measuring: dict[str, Any]
+    options: argparse.Namespace, context: dict[str, Any], opened: Given, measuring: dict[str, Any]
 ) -> Callable[[], Results | None]:
     """What measures runs that are trained."""
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
     of_training = ("recipe", "init", "pretrained", "checkpoint", "epochs", "overwrite", "losses", "seeds")
-    for name in (*of_training, *(["set"] if settings else [])):
-        if getattr(options, name):
-            raise UserError(f"--{name}: not used with RUN: what is trained is taken as it is")
+    unused = (*of_training, *SPEED, *(["set"] if settings else []))
+    refuse_given(options, "not used with RUN: what is trained is taken as it is", *unused)
     for path in options.runs:
         info = _info(path)
         import_known(info.get("plugins") or [])
         allow(info["recipe"]["model"] if info else "", options.model, path)
-    _, benchmarks, chosen = given
+    _, benchmarks, chosen = opened
     model = named(options.model) if options.model and is_callable(options.model) else options.model
     runs = open_runs(options.runs, benchmarks.open, model)
     measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
@@ -149,7 +149,7 @@ def _detectors(options: argparse.Namespace) -> tuple[DetectorSet, Grids]:
         raise UserError(f"detectors: got {', '.join(names)}, expected each only once")
     settings = [text for text in options.set if "." in text.partition("=")[0]]
     if options.benchmark == "digits":  # few images a class; what was set comes after it
-        usual = [(name, *item) for name, given in DETECTORS.items() for item in given.items()]
+        usual = [(name, *item) for name, its in DETECTORS.items() for item in its.items()]
         settings[:0] = [f"{name}.{key}={value}" for name, key, value in usual if name in (names or [name])]
     chosen = detector_set(options.detectors, settings, on_features=False)
     grids = searched(settings, chosen)

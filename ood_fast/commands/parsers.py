@@ -220,7 +220,7 @@ def _compare(commands: Any) -> None:
     share(parser.add_argument_group("measuring"), "tune", tune=told)
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/compare-BENCHMARK)")
     share(parser, "overwrite", overwrite="remove what was trained in DIR, and begin anew")
-    share(parser, "device")
+    share(parser.add_argument_group("speed"), "device", "amp", "compile", "channels-last")
     # of `evaluate`, whose benchmark this is: the seed is that of each run
     unasked = ("seed", "classes", "orientation", "truncated", "size", "resize", "mean", "std", "interpolation")
     parser.set_defaults(synthetic=False, **dict.fromkeys(unasked))

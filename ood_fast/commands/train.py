@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ def run(options: argparse.Namespace, command: str) -> None:
     original = find(options.recipe)
     settings = training_settings(options)
     recipe = override(original, settings)
-    recipe = replace(recipe, amp=options.amp or recipe.amp)
     if options.show:
         print(json.dumps(as_dict(recipe), indent=2, ensure_ascii=False))
         return
