@@ -35,7 +35,7 @@ def boundary_distance_forward_kernel(
     LOOPED: tl.constexpr,
     PREDICTION_KNOWN: tl.constexpr,
 ):
-    """D of one sample and dD / d(sum_j g_j R_j) = 1 / (K + average_offset)."""
+    """D of one sample and dD / d(sum_j g_j R_j) = 1 / (K + average_offset), 0 where no class is live."""
     row = tl.program_id(0).to(tl.int64)
     n_classes = n_classes // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
@@ -49,13 +49,13 @@ def boundary_distance_forward_kernel(
         table_row = predicted.to(tl.int64)
         tl.store(predicted_pointer + row, table_row)
         tl.store(table_row_pointer + row, table_row)
-    row_maximum = finite_or_nan(row_maximum)
+    valid_maximum = finite_or_nan(row_maximum)
     total, n_boundaries, _, _ = temperature_sums(
-        logits_row, table_pointer + table_row * n_classes, row_maximum, n_classes, BLOCK, True, LOOPED
+        logits_row, table_pointer + table_row * n_classes, valid_maximum, n_classes, BLOCK, True, LOOPED
     )
-    distance, share = mean_distance(total, n_boundaries, average_offset, row_maximum == row_maximum)
+    distance, share = mean_distance(total, n_boundaries, average_offset, valid_maximum == valid_maximum)
     tl.store(distance_pointer + row, distance)
-    tl.store(slope_pointer + row, share)
+    tl.store(slope_pointer + row, tl.where(row_maximum == float("-inf"), 0.0, share))
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def boundary_distance_backward_kernel(
     grad_row = grad_logits_pointer + row * n_classes
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
     predicted = tl.load(predicted_pointer + row)
-    # NaN for a row that is not valid
+    # NaN for a row that holds NaN or +inf
     scale = tl.load(sample_grad_pointer + row).to(tl.float32) * tl.load(slope_pointer + row)
     if inverse_sum_pointer is None:
         inverse_distance_sum = temperature_sums(logits_row, table_row, 0.0, n_classes, BLOCK, True, LOOPED)[2]

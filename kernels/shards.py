@@ -158,8 +158,7 @@ def shard_gradients(
     geometry, place, top, inverse_sum, n_live, *_ = shard
     rows, sample_grad = unit_stride(logits), sample_grad.contiguous()
     if needs.logits and softmax is None:
-        of_valid = slope.masked_fill(~top.isfinite(), torch.nan)
-        grad_logits = distance_gradient(sample_grad, rows, place, of_valid, geometry, inverse_sum)
+        grad_logits = distance_gradient(sample_grad, rows, place, slope, geometry, inverse_sum)
     elif needs.logits:
         targets, temperature, log_partition, total = softmax
         tempered = Tempered(place, temperature, log_partition, slope)

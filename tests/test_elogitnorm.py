@@ -478,6 +478,24 @@ def test_boundary_distance_gradients(shape, backend):
         assert_no_worse(a, t, None, torch.float32, what)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(8, 5, 7), (3, 11, 5)], ids=["n>=c", "n<c"])
+def test_gradients_of_the_distance_of_a_broken_row(shape, value, backend):
+    """0 * NaN is NaN, as in PyTorch; a row without a live class has no boundary, and moves no row of W."""
+    batch = Batch.of(*shape)
+    batch.logits[1, slice(None) if value == -math.inf else 2] = value
+    for of_broken in (0.0, 1.0):
+        upstream, grads = torch.ones(shape[0]), []
+        upstream[1] = of_broken
+        for module, b in ((ood_fast, batch.to(torch.float32, backend.device)), (reference, batch.to(torch.float64))):
+            logits, W = b.logits.requires_grad_(), b.W.requires_grad_()
+            distance = module.boundary_distance(logits, W)
+            assert distance[1].isnan()
+            grads.append(torch.autograd.grad(distance, [logits, W], upstream.to(distance)))
+        for a, t in zip(*grads, strict=True):
+            assert_no_worse(a, t, None, torch.float32, f"upstream {of_broken}")
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 5), (2, 6, 5)], ids=["n>=c", "n<c"])
 def test_gradcheck_in_float64(shape):
     """Finite differences of the function itself: independent of the reference."""

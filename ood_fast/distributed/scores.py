@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checks, statistics
 from ..eager import sizes
+from ..eager.boundary import slope_of
 from ..eager.distances import Head
 from ..eager.linear import Affine
 from ..eager.precision import compute_dtype
@@ -280,7 +281,8 @@ class _BoundaryDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, head_weight: Tensor, shards: Shards, offset: int) -> Tensor:
         found = together.find(logits, Head(head_weight, compute_dtype(logits, head_weight)), offset, shards)
-        ctx.save_for_backward(logits, head_weight, found.share, *together.flat(found.shard))
+        slope = slope_of(found.share, found.shard.top)
+        ctx.save_for_backward(logits, head_weight, slope, *together.flat(found.shard))
         ctx.shards = shards
         return found.distance.clone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,11 @@ def share_of(n_boundaries: Tensor, average_offset: int, dtype: torch.dtype) -> T
     return torch.where(n_boundaries > 0, (n_boundaries + average_offset).to(dtype).reciprocal(), 0.0)
 
 
+def slope_of(share: Tensor, top: Tensor) -> Tensor:
+    """dD / d(sum_j g_j R_j): the share; NaN, as D is, for rows that hold NaN or +inf, whatever D is multiplied by."""
+    return share.masked_fill(~(top < math.inf), math.nan)
+
+
 def boundary_gaps(
     logits: Tensor, top: Tensor, inverse: Tensor, distinct: bool, average_offset: int, floor: float
 ) -> Gaps:
@@ -60,7 +66,7 @@ def boundary_gaps(
 def boundary_distance_forward(
     logits: Tensor, head_weight: Tensor, average_offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Geometry]:
-    """distance, predicted, slope = 1/(K + average_offset) (0 where K = 0), geometry."""
+    """distance, predicted, slope = 1/(K + average_offset), geometry; slope as of `slope_of`."""
     dtype = compute_dtype(logits, head_weight)
     top, predicted = logits.max(1)
     top = top.to(dtype)
@@ -73,7 +79,7 @@ def boundary_distance_forward(
         share = found.share
         chunks.append((found.distance, share if isinstance(share, Tensor) else torch.full_like(found.distance, share)))
     distance, slope = join(chunks)
-    return distance, predicted, slope, geometry
+    return distance, predicted, slope_of(slope, top), geometry
 
 
 def boundary_distance_backward(
@@ -140,7 +146,7 @@ def gradients(
         push = take(d_distance, rows).unsqueeze(1)
         if needs.logits:
             if softmax is None:
-                gradient = gap * 0.0  # NaN rows stay NaN
+                gradient = torch.zeros_like(gap)
             else:
                 part = Part(rows, live, None if shard is None else take(shard.n_live, rows))
                 gradient = row_gradient(gap, take(sample_grad, rows), softmax.of(rows), part)
