@@ -544,6 +544,14 @@ WRONG_RUNS = {
     "no such set": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood=snhv"], "unknown OOD set 'snhv'"),
     "no such folder": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood-folder=a"], "expected NAME=DIR"),
     "a path for a name": (["net", "--benchmark=cifar10", "--data-root=DATA", "--ood-folder=a/b=c"], "without /"),
+    "a set of the benchmark": (
+        ["net", "--benchmark=cifar10", "--data-root=DATA", "--model=small_cnn", "--ood-folder=svhn=empty"],
+        "--ood-folder: 'svhn' is a set of the benchmark already",
+    ),
+    "a set that is made": (
+        ["net", "--benchmark=cifar10", "--data-root=DATA", "--ood-folder=noise=empty", "--synthetic"],
+        "--ood-folder: 'noise' is a set of the benchmark already",
+    ),
     "several and no out": (
         ["net", "net/s0", "--benchmark=cifar10", "--data-root=DATA"],
         "as in: ood-fast evaluate net net/s0 --out runs/both",

@@ -262,9 +262,15 @@ class _Opener:
             title: functools.partial(self.folder, title, folder)
             for title, folder in (self.options.ood_folders or {}).items()
         }
+        made: dict[str, Callable[[], ImageDataset]] = {}
         if self.options.synthetic:
-            added |= {"noise": self.noise, "scrambled": functools.partial(self.scrambled, "test", "synthetic")}
-        chosen = self.options.chosen(groups, added)
+            made = {"noise": self.noise, "scrambled": functools.partial(self.scrambled, "test", "synthetic")}
+        chosen = self.options.chosen(groups, (*added, *made))
+        if both := [title for title in added if title in (*chosen, *made)]:
+            raise checks.UserError(
+                f"--ood-folder: {both[0]!r} is a set of the benchmark already, expected another name"
+            )
+        added |= made
         ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added
         csid = {title: functools.partial(self.shifted, title) for title in self.options.chosen_csid(name, spec.csid)}
         for title, place in (self.options.csid_folders or {}).items():
