@@ -235,7 +235,8 @@ def _tensor(file: Path, name: str, value: object) -> Tensor:
             raise checks.UserError(f"{file}: {name}: got {value.dtype}, expected float16, bfloat16, float32 or float64")
         return value
     try:
-        return torch.from_numpy(np.asarray(value))
+        value = np.asarray(value)
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))  # other machines' too
     except (TypeError, ValueError) as error:
         raise checks.UserError(f"{file}: {name}: {error}") from error
 

@@ -384,6 +384,16 @@ def test_weights_of_several_models(tmp_path):
         models.load_checkpoint(target, path)
 
 
+def test_weights_that_are_left_out_are_told(tmp_path):
+    """A head behind that of the model, or a normalisation before it, which the model alone does not have."""
+    state, target = resnet(seed=1).state_dict(), resnet(seed=2)
+    beside = {"normalize.mean": torch.ones(3), "head.weight": torch.ones(2, 10), "steps": torch.tensor(3)}
+    torch.save({**{f"model.{key}": value for key, value in state.items()}, **beside}, tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match=r"weights below 'model\.' are taken, not .* normalize\.mean, head\.weight$"):
+        models.load_checkpoint(target, tmp_path / "last.pt")
+    assert same(state, target.state_dict())
+
+
 def test_safetensors_and_pickles_are_told_by_their_content(tmp_path):
     state, target = cnn(seed=1).state_dict(), cnn(seed=2)
     keys = list(state)
@@ -394,7 +404,11 @@ def test_safetensors_and_pickles_are_told_by_their_content(tmp_path):
     torch.save(state, tmp_path / "pickle.safetensors")
     models.save_checkpoint(state, tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").rename(tmp_path / "x.pth")
-    for name in ("m.safetensors.index.json", "pickle.safetensors", "x.pth"):
+    torch.save({key: state[key] for key in keys[:3]}, tmp_path / "m-1-of-2.bin")
+    torch.save({key: state[key] for key in keys[3:]}, tmp_path / "m-2-of-2.bin")
+    files = {key: name.replace(".safetensors", ".bin") for key, name in files.items()}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    for name in ("m.safetensors.index.json", "pytorch_model.bin.index.json", "pickle.safetensors", "x.pth"):
         target.load_state_dict(cnn(seed=2).state_dict())
         models.load_checkpoint(target, tmp_path / name)
         assert same(state, target.state_dict())

@@ -27,7 +27,7 @@ from ..intact import check_zip
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")  # of several mappings of weights, the one that is meant
-INDEX = ".safetensors.index.json"  # of weights in several files, as transformers and accelerate write them
+INDEX = (".safetensors.index.json", ".bin.index.json")  # of weights in several files, as transformers writes them
 CHECKSUM = "blake2b"  # in the metadata of our safetensors files
 N_LISTED = 4  # keys that a message lists before it counts the others
 
@@ -227,6 +227,8 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
             f"{path}: holds weights of this model below {_listed([repr(prefix) for prefix in best])}; save those that "
             "are meant by themselves"
         )
+    if beside := [name for name, value in plain.items() if value.is_floating_point() and not name.startswith(best[0])]:
+        warnings.warn(f"{path}: weights below {best[0]!r} are taken, not those beside: {_listed(beside)}", stacklevel=1)
     return {
         wanted.get(name.removeprefix(best[0]), name): value for name, value in plain.items() if name.startswith(best[0])
     }
