@@ -30,7 +30,7 @@ from .evaluation.write import check_folder, holds
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
 from .training import Run, Watcher
-from .training.folder import COMPLETE, RUN, read_info
+from .training.folder import COMPLETE, RUN, file_key, images_of, read_info
 
 RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
 EPOCH_SECONDS = 10.0  # shorter epochs are saved that often: of short runs, saving would be the most
@@ -103,7 +103,7 @@ class Comparison:
         benchmark_of: the images, by the seed: that of `digits` draws its classes by it.
         chosen: detectors, as in `evaluate_run`. training: keywords of `RunOptions`. measuring: of `evaluate_run`.
         told: is told of the progress.
-        checkpoint: "best" on validation images, or "final".
+        checkpoint: "best" on validation images, or "final"; None: as `measured_at` says.
     """
 
     folder: str | os.PathLike[str]
@@ -114,7 +114,7 @@ class Comparison:
     training: Mapping[str, Any] = field(default_factory=dict)
     measuring: Mapping[str, Any] = field(default_factory=dict)
     told: ComparisonWatcher = field(default_factory=ComparisonWatcher)
-    checkpoint: str = "best"
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         _check_each("seeds", self.seeds)
@@ -154,7 +154,8 @@ class Comparison:
                         run.train()
                 else:
                     self.told.on_run(loss, seed, None)
-                trained = open_run(place, benchmark.n_classes, benchmark.image_shape, checkpoint=self.checkpoint)
+                at = self.checkpoint or measured_at(next(iter(self.recipes.values())))
+                trained = open_run(place, benchmark.n_classes, benchmark.image_shape, checkpoint=at)
                 trained = replace(trained, method=loss)
                 result = evaluate_run(trained, benchmark, self.chosen, **self.measuring)
                 if result is not None:
@@ -176,13 +177,16 @@ class Comparison:
         differ in more than the loss."""
         self.check_data()
         for loss, seed in self._there():
-            there = recipes.as_dict(recipes.from_dict(read_info(self.place(loss, seed))["recipe"]))
+            info = read_info(self.place(loss, seed))
+            there = info | recipes.as_dict(recipes.from_dict(info["recipe"]))
             apart = [] if loss in self.recipes else OF_THE_LOSS
-            ours = recipes.as_dict(self.recipes.get(loss, next(iter(self.recipes.values()))))
+            recipe = self.recipes.get(loss, next(iter(self.recipes.values())))
+            images = images_of(self.benchmark_of(seed))
+            ours = recipes.as_dict(recipe) | images | {"init_weights": file_key(recipe.init)}
             others = [
-                f"{name}: {there[name]} there, {ours[name]} here"
+                f"{name}: {there.get(name)} there, {ours[name]} here"
                 for name in ours
-                if name not in ("name", "source", *apart) and there[name] != ours[name]
+                if name not in ("name", "source", "init", *apart) and there.get(name) != ours[name]
             ]
             if others:
                 raise checks.UserError(
@@ -204,10 +208,20 @@ class Comparison:
         return [(loss, seed) for loss, seed, path in sorted(found) if read_info(path).get("status") == COMPLETE]
 
 
+def measured_at(recipe: TrainingRecipe) -> str:
+    """Which weights of a run count: the best epoch of one that starts from trained weights may be its first, before the
+    loss has done anything."""
+    return "final" if recipe.init or recipe.pretrained else "best"
+
+
 def open_runs(
-    paths: Iterable[str | os.PathLike[str]], benchmark_of: Callable[[int], ImageBenchmark], model: Any = None
+    paths: Iterable[str | os.PathLike[str]],
+    benchmark_of: Callable[[int], ImageBenchmark],
+    model: Any = None,
+    checkpoint: str | None = None,
 ) -> list[Trained]:
-    """Runs that are trained already, as methods by their loss where that tells them apart.
+    """Runs that are trained already, as methods by their loss where that tells them apart; at `checkpoint`, else as
+    `measured_at` says of those that are complete.
 
     Raises:
         UserError: a run of other data or other classes than the first.
@@ -228,7 +242,9 @@ def open_runs(
                 )
         benchmark = benchmark_of(info.get("seed") or 0)
         own = model if not info and not str(path).startswith(PRETRAINED) else None
-        runs.append(open_run(path, benchmark.n_classes, benchmark.image_shape, model=own))
+        done = info.get("status") == COMPLETE
+        at = checkpoint or (measured_at(recipes.from_dict(info["recipe"])) if done else "best")
+        runs.append(open_run(path, benchmark.n_classes, benchmark.image_shape, model=own, checkpoint=at))
     labels = {run.method: loss_of(run.recipe) or run.method for run in runs}
     if len(set(labels.values())) == len(labels):
         runs = [replace(run, method=labels[run.method]) for run in runs]

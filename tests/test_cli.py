@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from processes import COMMAND, environment, forked, python
 
 import ood_fast
@@ -131,12 +133,23 @@ def test_compare_takes_a_model_of_the_user_and_weights_to_start_from(tmp_path, c
     assert cli.main([*short, "--init", start, "--set", "schedule=onecycle", "--out", "second"]) == 0
     assert json.loads((tmp_path / "second/runs/ce/s0/run.json").read_text())["recipe"]["init"].endswith(start)
     assert json.loads((tmp_path / "second/results.json").read_text())["runs"][0]["checkpoint"].endswith("final.ckpt")
+    taken = ["compare", "second/runs/ce", "--model", "comparedmodel:build", "--detectors", "msp", "--quiet", "--out"]
+    for name, more in (("final", ()), ("best", ("--checkpoint", "best"))):
+        assert cli.main([*taken, name, *more]) == 0
+        assert json.loads((tmp_path / name / "results.json").read_text())["runs"][0]["checkpoint"].endswith(
+            f"{name}.ckpt"
+        )
     assert cli.main([*short, "--init", start, "--pretrained", "--out", "third"]) == 2
     assert "init, pretrained: expected one of them" in capsys.readouterr().err
     assert cli.main([*short, "--init", "none.ckpt", "--out", "third"]) == 2
     assert "--init: no file none.ckpt" in capsys.readouterr().err
-    assert cli.main(["compare", "--model", "comparedmodel:other"]) == 2
+    assert cli.main(["compare", "--set", "model=comparedmodel:other"]) == 2
     assert "expected MODULE:CALLABLE" in capsys.readouterr().err
+    made = torch.load(start, weights_only=True)
+    torch.save({name: value * math.nan for name, value in made.items()}, "nan.ckpt")
+    taken = ["compare", "nan.ckpt", "--model", "comparedmodel:build", "--benchmark", "digits", "--detectors", "msp"]
+    assert cli.main(taken) == 1
+    assert "ood-fast: failed: test: image 0: features: got NaN" in capsys.readouterr().err
 
 
 BAD = {

@@ -18,7 +18,8 @@ from ood_fast.compare import Comparison, recipes_of
 from ood_fast.data.loading import batched
 from ood_fast.evaluation.results import Measurement, Results, RunResult, mean_interval
 from ood_fast.evaluation.trained import Trained
-from ood_fast.train import criterion_of, model_of
+from ood_fast.train import Run, criterion_of, model_of
+from ood_fast.training.folder import describe
 
 SEEDS = (0, 3)
 MEASURING = {"bootstrap": 0, "grids": {"MSP": {}, "NCI": {"alpha": (1e-4, 1e-2)}}}
@@ -305,6 +306,25 @@ def test_runs_of_other_data_or_classes_are_refused(results, folder, benchmark_of
             compare.open_runs([here / "final.ckpt", here, other], lambda seed: benchmark_of(0), "small_cnn")
 
 
+def test_a_comparison_is_not_extended_by_runs_of_other_images(folder, results, comparison_in, tmp_path):
+    here = tmp_path / "runs/ce/s3"
+    here.mkdir(parents=True)
+    info = json.loads((folder / "runs/ce/s3/run.json").read_text())
+    (here / "run.json").write_text(json.dumps(info | {"training_images": 7}))
+    with pytest.raises(checks.UserError, match=r"ce/s3 holds a run with other settings \(training_images: 7 there, "):
+        comparison_in(tmp_path, ("elogitnorm",), (0,)).run()
+
+
+def test_outliers_belong_to_the_losses_that_take_them(folder, results, comparison_in, benchmark_of):
+    """`--losses ce` is extended by `--losses ce,oe --outliers DIR`."""
+    run = Run(comparison_in(folder).recipes["ce"], benchmark_of(0), folder / "runs/ce/s0", 0)
+    described = describe(run, "new") | {"outlier_images": 5}
+    assert run.folder.finished(described)
+    described["recipe"]["outliers"] = "oe"
+    with pytest.raises(checks.UserError, match="outlier_images: null there, 5 here"):
+        run.folder.claim(described, resume=True)
+
+
 def test_weights_to_start_from(folder, results, comparison_in, tmp_path):
     start = folder / "runs/ce/s0/final.ckpt"
     made = {name: replace(recipe, init=str(start)) for name, recipe in recipes_of("digits", ["ce"]).items()}
@@ -318,6 +338,15 @@ def test_weights_to_start_from(folder, results, comparison_in, tmp_path):
     replace(short, told=Look()).run()
     assert all(torch.equal(value, first[0][name]) for name, value in torch.load(start, weights_only=True).items())
     assert len(json.loads((tmp_path / "runs/ce/s0/run.json").read_text())["init_weights"]) == 16
+    taken = compare.open_runs([tmp_path / "runs/ce", folder / "runs/ce"], short.benchmark_of)
+    assert [Path(run.checkpoint).name for run in taken] == ["final.ckpt", "best.ckpt", "best.ckpt"]
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((folder / "runs/ce/s3/final.ckpt").read_bytes())
+    more = {"l2norm": replace(recipes_of("digits", ["l2norm"])["l2norm"], init=str(other), epochs=1)}
+    with pytest.raises(checks.UserError, match=r"ce/s0 holds a run with other settings \(init_weights: "):
+        replace(short, recipes=more).check()
+    other.write_bytes(start.read_bytes())
+    replace(short, recipes=more).check()  # the same weights elsewhere
     with pytest.raises(checks.UserError, match="init, pretrained: expected one of them"):
         replace(made["ce"], pretrained=True)
 

@@ -117,6 +117,12 @@ def training_settings(options: Any) -> list[str]:
     return [*options.set, *(f"{name}={value}" for name, value in named.items() if value)]
 
 
+def said(settings: Iterable[str]) -> str | None:
+    """The model that "KEY=VALUE" of the command line name, the last one; None if they name none."""
+    named = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == "model"]
+    return named[-1] if named else None
+
+
 # ---- what `fit`, `score` and their like share
 
 

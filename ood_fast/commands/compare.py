@@ -19,10 +19,21 @@ from ..report import charts, figures, gallery, page
 from ..report.runs import diagnose_runs, first_of_each, open_records
 from ..train import DivergedError, Interrupted, Run
 from ..values import Grids
-from . import RunError
+from . import RunError, carried_through
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
-from .common import context_of, data_of, detector_set, device, given, listed, refuse_given, searched, training_settings
+from .common import (
+    context_of,
+    data_of,
+    detector_set,
+    device,
+    given,
+    listed,
+    refuse_given,
+    said,
+    searched,
+    training_settings,
+)
 from .model import allow, is_callable, named
 from .progress import Bar
 
@@ -39,13 +50,13 @@ def run(options: argparse.Namespace, command: str) -> None:
     checks.optional_import("compare", "rich")
     import_plugins(options)
 
-    first = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
-    options.benchmark = options.benchmark or first.get("benchmark")
+    info = _info(options.runs[0]) if options.runs else {"benchmark": "digits"}
+    options.benchmark = options.benchmark or info.get("benchmark")
     if options.benchmark is None:
         raise UserError(f"--benchmark: {options.runs[0]} does not say which; give one")
     if options.benchmark == "digits":
         checks.optional_import("compare", "sklearn")
-    benchmarks = Benchmarks(options, options.runs[0] if options.runs else None)
+    benchmarks = Benchmarks(options, paths_of(options.runs[0])[0] if options.runs else None)
     chosen, grids = _detectors(options)
     measuring = {"leave_out": options.detectors == "all", "grids": grids, "workers": options.workers}
     measuring["device"] = device(options.device)
@@ -55,7 +66,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     start = time.perf_counter()
     compared = (_taken if options.runs else _trained)(options, context, (folder, benchmarks, chosen), measuring)
     try:
-        results = compared()
+        with carried_through():
+            results = compared()
         if results is None:  # of the processes of torchrun the first writes
             return
         context["seconds"] = round(time.perf_counter() - start, 2)
@@ -89,18 +101,19 @@ def _trained(
 ) -> Callable[[], Results]:
     """What trains and measures a run for each loss and seed."""
     folder, benchmarks, chosen = opened
-    changes = [text for text in training_settings(options) if "." not in text.partition("=")[0]]
-    recipes = recipes_of(options.benchmark, listed(options.losses or ",".join(LOSSES)), options.recipe, changes)
+    settings = training_settings(options)
+    changes = [text for text in settings if "." not in text.partition("=")[0]]
+    losses = LOSSES if options.losses is None else listed(options.losses)
+    recipes = recipes_of(options.benchmark, losses, options.recipe, changes)
     for recipe in recipes.values():
-        allow(recipe.model, options.model, options.recipe)
-    seeds = _seeds(options.seeds or "5")
+        allow(recipe.model, said(settings), options.recipe)
+    seeds = _seeds("5" if options.seeds is None else options.seeds)
     measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
     told = {**context, "data": data_of(options), "plugins": options.plugin}
     training = {"device": measuring["device"], "context": told, **given(options, "workers", *SPEED[1:])}
     bar = ComparisonBar(options.quiet)
-    trained = any(recipe.init or recipe.pretrained for recipe in recipes.values())
-    checkpoint = options.checkpoint or ("final" if trained else "best")
-    comparison = Comparison(folder, recipes, seeds, benchmarks.open, chosen, training, measuring, bar, checkpoint)
+    of_run = training, measuring, bar, options.checkpoint
+    comparison = Comparison(folder, recipes, seeds, benchmarks.open, chosen, *of_run)
     comparison.check_data()
     if options.overwrite:
         remove_runs(folder)
@@ -119,7 +132,7 @@ def _taken(
 ) -> Callable[[], Results | None]:
     """What measures runs that are trained."""
     settings = [text for text in options.set if "." not in text.partition("=")[0]]
-    of_training = ("recipe", "init", "pretrained", "checkpoint", "epochs", "overwrite", "losses", "seeds")
+    of_training = ("recipe", "init", "pretrained", "epochs", "overwrite", "losses", "seeds")
     unused = (*of_training, *SPEED, *(["set"] if settings else []))
     refuse_given(options, "not used with RUN: what is trained is taken as it is", *unused)
     for path in options.runs:
@@ -128,7 +141,7 @@ def _taken(
         allow(info["recipe"]["model"] if info else "", options.model, path)
     _, benchmarks, chosen = opened
     model = named(options.model) if options.model and is_callable(options.model) else options.model
-    runs = open_runs(options.runs, benchmarks.open, model)
+    runs = open_runs(options.runs, benchmarks.open, model, options.checkpoint)
     measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
     measuring["progress"] = lambda what, total: Bar(what, total, options.quiet)
     return lambda: evaluation.evaluate_runs(runs, benchmarks.of, chosen, **measuring)

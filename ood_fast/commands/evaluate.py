@@ -19,7 +19,7 @@ from ..detectors import DetectorSet, LayerDetector, find, in_all
 from ..evaluation import Results, Trained
 from ..evaluation.trained import PRETRAINED, default_folder
 from ..values import Grids
-from . import RunError
+from . import RunError, carried_through
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
 from .common import context_of, detector_set, device, given, processes, read_head_file, refuse_given, say, searched
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     with processes(where, options) as process:
         if options.features and process.rank > 0:
             return  # the first does it all: there is no model to run
-        try:
+        with carried_through():
             results = evaluate(
                 leave_out=options.detectors in (None, "all"),
                 tune=not options.no_tune,
@@ -51,10 +51,6 @@ def run(options: argparse.Namespace, command: str) -> None:
                 progress=lambda what, total: Bar(what, total, options.quiet),
                 **given(options, "bootstrap", "seed"),
             )
-        except (ValueError, RuntimeError) as error:
-            if type(error) in (ValueError, RuntimeError):  # NaN in what the model gives; another process; no memory
-                raise RunError(str(error)) from error
-            raise
     if results is None:
         return
     context["seconds"] = round(time.perf_counter() - start, 2)

@@ -21,7 +21,7 @@ from ..training import model_of
 from . import RunError
 from .agreement import check_sample
 from .code import import_plugins
-from .common import data_of, device, given, machine, processes, training_settings, versions, whole_path
+from .common import data_of, device, given, machine, processes, said, training_settings, versions, whole_path
 from .model import allow
 from .progress import Bar
 
@@ -40,8 +40,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(json.dumps(as_dict(recipe), indent=2, ensure_ascii=False))
         return
     _check(options)
-    said = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == "model"]
-    allow(recipe.model, said[-1] if said else None, options.recipe)
+    allow(recipe.model, said(settings), options.recipe)
 
     out = Path(options.out if options.out is not None else Path("runs") / recipe.name / f"s{options.seed}")
     where = device(options.device)

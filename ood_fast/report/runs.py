@@ -321,7 +321,8 @@ def _outputs(record: Record, evaluated: Evaluated) -> dict[str, Path]:
     """The folder of the cache of each set, which may have been moved with the run; UserError if one is not there."""
     folders = {}
     if FIT not in evaluated.outputs:
-        raise checks.UserError("evaluated from stored features, not from a run")
+        unread = "no detector of it read the training images"
+        raise ValueError(unread if evaluated.outputs else "evaluated from stored features, not from a run")
     for name, told in evaluated.outputs.items():
         if name in (VALIDATION, VALIDATION_OOD):
             continue

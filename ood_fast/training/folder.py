@@ -27,9 +27,11 @@ from torch import nn
 
 from .. import checks, files, intact, models, recipes, spreadsheet
 from ..models.checkpoints import read_checkpoint
-from .build import model_of
+from ..registry import added
+from .build import OF_IMAGES, model_of
 
 if TYPE_CHECKING:
+    from ..data import ImageBenchmark
     from .loop import Run
 
 RUN, LOG, DIAGNOSTICS = "run.json", "log.csv", "diagnostics.csv"
@@ -38,7 +40,7 @@ CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call the
 COMPLETE = "complete"
 # of run.json, besides the recipe and what is prepared: a run is only continued where these are the same
 DECIDING: tuple[str, ...] = ("seed", "init_weights", "processes", "sync_bn")
-DECIDING += ("class_names", "image_shape", "training_images", "validation_images", "outlier_images")
+DECIDING += ("class_names", "image_shape", "training_images", "validation_images")
 
 
 def describe(run: Run, status: str) -> dict[str, Any]:
@@ -52,16 +54,12 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recipe": recipes.as_dict(run.recipe),
         "seed": run.seed,
-        "init_weights": file_key(run.recipe.init) if run.recipe.init else None,
+        "init_weights": file_key(run.recipe.init),
         "processes": run.n_processes,
         "sync_bn": options.sync_bn,
-        "benchmark": benchmark.name,
+        **images_of(benchmark),
         "n_classes": benchmark.n_classes,
-        "class_names": list(benchmark.class_names),
-        "image_shape": list(benchmark.image_shape),
         "prepared": benchmark.prepared,
-        "training_images": len(benchmark.train),
-        "validation_images": len(benchmark.validation),
         "outlier_images": None if benchmark.outliers is None else len(benchmark.outliers),
         "device": str(run.device),
         "workers": options.workers,
@@ -69,6 +67,17 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "channels_last": options.channels_last,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **(options.context or {}),
+    }
+
+
+def images_of(benchmark: ImageBenchmark) -> dict[str, Any]:
+    """What run.json says of the images, which runs that are compared have in common."""
+    return {
+        "benchmark": benchmark.name,
+        "class_names": list(benchmark.class_names),
+        "image_shape": list(benchmark.image_shape),
+        "training_images": len(benchmark.train),
+        "validation_images": len(benchmark.validation),
     }
 
 
@@ -151,10 +160,10 @@ class RunFolder:
         models.save_checkpoint(contents, path)
 
 
-def file_key(path: str | os.PathLike[str]) -> str:
-    """What tells the bytes of a checkpoint from others; UserError if it cannot be read."""
+def file_key(path: str | os.PathLike[str] | None) -> str | None:
+    """What tells the bytes of a checkpoint, if there is one, from others; UserError if it cannot be read."""
     try:
-        return files.sha256(path)[:16]
+        return files.sha256(path)[:16] if path else None
     except OSError as error:
         raise checks.UserError(f"init: {path}: {error.strerror or error}") from error
 
@@ -162,7 +171,9 @@ def file_key(path: str | os.PathLike[str]) -> str:
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source", "init")}
     prepared = {f"prepared: {name}": value for name, value in (info.get("prepared") or {}).items()}
-    read: dict[str, Any] = json.loads(json.dumps(recipe | {name: info.get(name) for name in DECIDING} | prepared))
+    beside = ("outlier_images",) * (recipe.get("outliers") in OF_IMAGES or recipe.get("loss") in added("loss"))
+    images = {name: info.get(name) for name in (*DECIDING, *beside)}
+    read: dict[str, Any] = json.loads(json.dumps(recipe | images | prepared))
     return read  # as from a file
 
 
