@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import UserError
+from .checks import UserError, warn_caller
 
 LEAST_IMAGES = 20  # of fewer, nothing is said
 LISTED = 12  # classes in a message
@@ -27,6 +26,7 @@ ORDER = "number the targets as the logits are"
 ROWS = "targets of other rows or of other classes, logits or a head of another model"
 CURE = "pass the model's order as --classes FILE"
 CAUSES = "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
+UNTRAINED = "too few epochs, a learning rate that is too high or too low"
 
 
 def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE, of: str = "folder") -> str:
@@ -88,7 +88,7 @@ def refuse_order(counts: Tensor, where: str, names: Sequence[str] | None = None,
         raise UserError(f"{where}: {wrong}")
     wrong = at_chance(counts, ROWS)
     if wrong and not told:
-        warnings.warn(f"{where}: {wrong}", stacklevel=2)
+        warn_caller(f"{where}: {wrong}")
     return told or bool(wrong)
 
 

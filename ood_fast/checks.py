@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import SHORT_LIST as SHORT_LIST
 from .errors import UserError as UserError
 from .errors import unknown as unknown
+from .errors import warn_caller as warn_caller
 from .records import Labels
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 
 from .registry import KINDS
@@ -12,6 +14,17 @@ SHORT_LIST = 10  # names
 
 class UserError(ValueError):
     """A request that cannot be met as it was asked; the command line prints its message and exits with code 2."""
+
+
+def warn_caller(text: str) -> None:
+    """A UserWarning at the line that called this package."""
+    frame, level, outermost = inspect.currentframe(), 0, 0
+    while frame is not None:
+        level += 1
+        if frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+            outermost = level
+        frame = frame.f_back
+    warnings.warn(text, stacklevel=outermost + 1)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -144,7 +144,11 @@ def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]
                 path.append(inner)
         return path[::-1]
     linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    raise ValueError(f"{argument}: " + checks.unknown(f"layer of {type(model).__name__}", name, linear))
+    what = f"layer of {type(model).__name__}"
+    if len(linear) > checks.SHORT_LIST and (head := _search(model)) is not None:
+        place = next(path for path, layer in model.named_modules() if layer is head)
+        raise ValueError(f"{argument}: unknown {what} {name!r}; its head is {place!r}")
+    raise ValueError(f"{argument}: {checks.unknown(what, name, linear)}")
 
 
 def _head_by_name(model: nn.Module, name: str, argument: str) -> nn.Linear:

@@ -628,7 +628,8 @@ def test_odin_is_asked_for(root, seeds, capsys):
 
 def test_chosen_parameters_are_told(root, seeds, capsys):
     assert evaluate(seeds / "s0", *on_cifar10(root, "--detectors=NCI,FDBD", "--ood=svhn")) == 0
-    assert "(AUROC on validation data): NCI: alpha=" in capsys.readouterr().out
+    assert "(AUROC on validation data):\n  NCI: alpha=" in (output := capsys.readouterr().out)
+    assert "\n  FDBD: denominator=" in output
 
 
 def test_a_choice_that_costs_is_told(capsys):
@@ -644,7 +645,7 @@ def test_a_choice_that_costs_is_told(capsys):
     assert evaluate(*given, "--ood-validation=f/valood.npz", "--detectors=NCI", "--out=out") == 0
     output = capsys.readouterr().out
     assert "chosen on validation data, costs" in output
-    assert "AUROC on far-OOD test sets" in output
+    assert "AUROC on far-OOD test sets beside the default, which --set NCI.alpha=0.0001 keeps" in output
 
 
 def test_one_sample_a_class_fits_no_class(capsys):

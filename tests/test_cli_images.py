@@ -305,7 +305,9 @@ def test_a_score_that_is_nan_comes_first():
     rows = [f"{name},0,{score},False" for name, score in (("b", 2.0), ("x", "nan"), ("c", 3.0), ("a", 1.0))]
     Path("s.csv").write_text("\n".join(["path,prediction,score,is_ood", *rows]))
     gallery.write(Path("s.html"), Path("s.csv"), None, "")
-    assert re.findall("<td>([abcx])</td>", Path("s.html").read_text()) == ["x", "a", "b", "c"]
+    page = Path("s.html").read_text()
+    assert re.findall("<td>([abcx])</td>", page) == ["x", "a", "b", "c"]
+    assert "<li>Out-of-distribution: 0 of 4 (0.0 %)</li>" in page
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -320,6 +322,7 @@ def test_a_page_sorted_by_score(suffix, capsys):
     given = ["score", "--detectors", "d.safetensors", "--model", "leveller:build", "--data", "photos", "--workers", "0"]
     assert cli.main([*given, "--out", f"s{suffix}", "--html", "s.html"]) == 0, capsys.readouterr().err
     page = Path("s.html").read_text()
+    assert "Out-of-distribution" not in page, "there is no threshold"
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&amp;.png" in page
     assert page.count('src="data:image/jpeg;base64,') == 2

@@ -212,6 +212,18 @@ def test_accuracy_at_chance_level_names_the_causes(capsys):
     assert fit("--any-accuracy", model="ownmodel:constant") == 0
 
 
+def test_folders_of_other_classes_are_refused_before_the_pass(capsys):
+    Path("ownmodel.py").write_text(
+        MODEL + "\ndef wider():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7))\n"
+        "    net[1].weight.data.zero_()\n    net[1].bias.data = torch.arange(7.0)\n    return net\n"
+    )
+    assert fit(model="ownmodel:wider") == 2
+    error = capsys.readouterr().err
+    assert "5 class folders, but the model has 7 outputs" in error
+    assert "no better than chance" in error
+    assert "fitting on" not in error
+
+
 def test_a_modest_model_is_no_error():
     """Two of five classes right, the others all taken for one of them: not an order, and better than chance."""
     Path("ownmodel.py").write_text(MODEL + "\ndef modest(): return Net([0, 1, 1.01, 1.02, 1.03])\n")

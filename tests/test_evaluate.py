@@ -642,6 +642,14 @@ def test_what_does_not_belong_together(tmp_path):
         evaluate(tmp_path, ["MPS"])
 
 
+def test_a_run_of_ours_at_chance_level_is_told(tmp_path):
+    """The verdict on an untrained net looked as any other."""
+    assert trained(tmp_path).info is None
+    untrained = replace(trained(tmp_path), info={"status": "complete", "recipe": {}})
+    (note, *_) = evaluate(tmp_path, ["MSP"], run=untrained).notes
+    assert "no better than chance (33.3 %); usual causes: too few epochs" in note
+
+
 # ---- files
 
 
@@ -777,6 +785,19 @@ def test_tables_show_both_conventions_and_the_difference(results):
     )
     assert tables["AUPR (%)"].columns[:2] == ("near-OOD, ID positive", "near-OOD, OOD positive")
     assert "published" in tables["Accuracy and expected calibration error (%)"].columns
+
+
+def test_of_many_detectors_a_terminal_shows_auroc_alone(results, monkeypatch, capsys):
+    monkeypatch.setattr("ood_fast.evaluation.tables.MANY", 2)
+    others = [replace(run, trained=replace(run.trained, method="other")) for run in results.runs]
+    several = replace(results, runs=[*results.runs, *others])
+    for of in (results, several):
+        evaluation.print_tables(of)
+        output = capsys.readouterr().out
+        assert "AUROC (%)" in output
+        assert "FPR95 (%)" not in output
+        assert "AUROC by set" not in output
+        assert any(table.title.startswith("FPR95") for table in evaluation.build(of))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -231,8 +231,15 @@ def test_images_in_two_roles_are_told(test, near, far, told, model, recwarn):
     assert not [each for each in later if "% of its images" in str(each.message)]
 
 
+def test_one_loader_of_ood_data_needs_a_name(model):
+    with pytest.raises(TypeError, match=r"^ood: got DataLoader, expected a mapping from names to loaders"):
+        ood_fast.evaluate(model, loader(20), loader(20))
+
+
 def test_chance_level_is_told_once(model, recwarn):
     ood_fast.evaluate(
         model, loader(60), {"csid": loader(50), "far": loader(20, 3.0)}, fit=loader(90), detectors=["NCI"]
     )
-    assert [str(each.message)[:4] for each in recwarn if "no better than chance" in str(each.message)] == ["fit:"]
+    told = [each for each in recwarn if "no better than chance" in str(each.message)]
+    assert [str(each.message)[:4] for each in told] == ["fit:"]
+    assert told[0].filename == __file__, "the line of the user's"

@@ -79,6 +79,9 @@ def test_find_head_by_name():
     assert find_head(model, "body.0") is model.body[0]
     with pytest.raises(ValueError, match=r"unknown layer of Named 'fcc'; known: body\.0, fc; did you mean 'fc'"):
         find_head(model, "fcc")
+    deep = Named(body=nn.Sequential(*(linear(8, 8) for _ in range(12))), fc=linear())
+    with pytest.raises(ValueError, match=r"^name: unknown layer of Named 'top'; its head is 'fc'$"):
+        find_head(deep, "top")
     with pytest.raises(ValueError, match=r"'body' is a Sequential, expected an nn\.Linear"):
         find_head(model, "body")
 

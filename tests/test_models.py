@@ -280,6 +280,13 @@ def test_what_is_not_installed(module, name, monkeypatch):
         models.create(name, 10)
 
 
+def test_weights_of_torchvision_without_it(monkeypatch):
+    """It said that there are none."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(checks.UserError, match=r"pretrained resnet50 needs torchvision.* pip install torchvision"):
+        models.create("resnet50", 10, pretrained=True)
+
+
 def test_pretrained_weights_are_torchvisions_and_the_head_is_new(monkeypatch):
     """The real path through torchvision's enum; what would come from the network is made here."""
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..agreement import LISTED, confusion, other_order
+from ..agreement import LISTED, confusion, refuse_disagreement
 from ..checks import UserError
 from ..data import folders
 from ..data.images import ImageDataset
@@ -34,11 +34,13 @@ class Agreement(Detector):
         self.counts = confusion.counts
 
 
-def check_sample(model: nn.Module, dataset: ImageDataset, names: Sequence[str], path: str) -> None:
-    """UserError where some predictions of a model that is trained say that the classes have another order."""
+def check_sample(
+    model: nn.Module, dataset: ImageDataset, names: Sequence[str], path: str, any_accuracy: bool = True
+) -> None:
+    """UserError where some predictions of a model say that the classes have another order, or are at chance level."""
     logits, labels = _sampled(model, dataset)
-    if len(labels) and (wrong := other_order(confusion(logits, labels), names)):
-        raise UserError(f"{path}: {wrong}")
+    if len(labels):
+        refuse_disagreement(confusion(logits, labels), names, path, any_accuracy)
 
 
 def class_order(

@@ -90,7 +90,7 @@ def _print_choices(results: Results) -> None:
             text = f"{name}: {found} ({100 * best['auroc']:.2f}, best of {len(tried)}){not_to_use(best['auroc'])}"
             told.setdefault(run.trained.name, []).append(text)
     for name, texts in told.items():
-        print(f"Chosen for {name} (AUROC on validation data): {'; '.join(texts)}")
+        print(f"Chosen for {name} (AUROC on validation data):", *texts, sep="\n  ")
 
 
 def _on_images(options: argparse.Namespace, chosen: DetectorSet) -> tuple[str | Path, Callable[..., Results | None]]:

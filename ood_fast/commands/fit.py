@@ -20,7 +20,7 @@ from ..detectors.search import Search
 from ..heads import given_head
 from ..processes import Processes
 from . import RunError, images, quality
-from .agreement import Agreement, class_order
+from .agreement import Agreement, check_sample, class_order
 from .code import import_plugins
 from .common import detector_set, device, processes, read_head_file, refuse_given, say, warn
 from .model import OF_IMAGES, REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
@@ -248,6 +248,7 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
         if options.classes:
             raise UserError(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
         say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
+        check_sample(model, images.dataset_of(source, prepared), names, options.data, options.any_accuracy)
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 

@@ -25,13 +25,26 @@ def write(page: Path, table: Path, source: Files | None, command: str) -> None:
     image = _images(source)
     lines = [f"<tr><td>{image(row[0])}</td>{''.join(map(_cell, row))}</tr>" for row in rows[:SHOWN]]
     told = f"{len(rows)} rows of {table.name}" + f", the first {SHOWN} of them" * (len(rows) > SHOWN)
+    told += f", by {columns[2]}: the lowest, most out-of-distribution, first."
+    verdict = "".join(f"<li>{html.escape(line)}</li>" for line in [*_flagged(columns, rows), told])
     body = f"""<h1>{html.escape(table.name)}</h1>
-<p class=lead>{html.escape(told)}, by {html.escape(columns[2])}: the lowest, most out-of-distribution, first.</p>
+<ul class=verdict>{verdict}</ul>
 <pre>{html.escape(command)}</pre>
 <div class=scroll><table><thead><tr>{head}</tr></thead><tbody>
 {chr(10).join(lines)}
 </tbody></table></div>"""
     write_text(page, document(f"ood_fast score: {table.name}", body, "ood_fast score"))
+
+
+def _flagged(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    """How many rows each detector with a threshold flags, in one line."""
+    told = []
+    for place, column in enumerate(columns):
+        flags = [str(row[place]) for row in rows] if column.endswith("is_ood") else []
+        if set(flags) & {"True", "False"}:
+            n, of = flags.count("True"), column.removesuffix("is_ood").rstrip("_")
+            told.append(f"{of}: " * bool(of) + f"{n} of {len(rows)} ({100 * n / len(rows):.1f} %)")
+    return [f"Out-of-distribution: {'; '.join(told)}"] if told else []
 
 
 def _cell(value: Any) -> str:

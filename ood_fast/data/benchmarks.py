@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -289,7 +288,7 @@ class _Opener:
         if isinstance(source, Files):
             source.upright, source.truncated = bool(self.options.upright), self.options.truncated
             if source.left_out:
-                warnings.warn(source.left_out, stacklevel=2)
+                checks.warn_caller(source.left_out)
         return source
 
     def training(self) -> ImageDataset:

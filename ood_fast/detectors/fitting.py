@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -93,7 +92,7 @@ def tell_missing(detector: Detector, classes: list[int], text: str) -> None:
 
 def tell(detector: Detector, text: str) -> None:
     """Warn of what a fit makes of the data."""
-    warnings.warn(f"{detector.label}: {text}", stacklevel=2)
+    checks.warn_caller(f"{detector.label}: {text}")
 
 
 @dataclass

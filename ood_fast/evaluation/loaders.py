@@ -76,6 +76,9 @@ def evaluate_loaders(
     `fsood_auroc`, ... take the ID test images and all shifted ones together as in-distribution, `fsood_accuracy` is
     over them, and each shifted set has its accuracy.
     """
+    if not isinstance(ood, Mapping):
+        got = type(ood).__name__
+        raise TypeError(f"ood: got {got}, expected a mapping from names to loaders, such as {{'near': loader}}")
     if all(_group(name) == CSID for name in ood):
         raise ValueError(f"ood: got {list(ood) or 'no loader'}, expected a mapping from names to loaders of OOD data")
     check_names(ood)

@@ -166,9 +166,11 @@ def _costs(result: RunResult, given: Mapping[str, Detector], search: Search, how
         was = [metrics.auroc(scores[ID][name], scores[part][name]) for part in members]
         if was and (lost := fmean(was) - result.value("auroc", name, mean_name)) >= COSTS:
             told = ", ".join(f"{key}={result.settings[name][key]}" for key in search.grids[name])
+            default = _plain(given[name].settings())
+            kept = " ".join(f"--set {name}.{key}={default[key]}" for key in search.grids[name])
             result.notes.append(
                 f"{name}: {told}, chosen on validation data, costs {100 * lost:.1f} AUROC on {group}-OOD test sets "
-                "beside the default; --set keeps it"
+                f"beside the default, which {kept} keeps"
             )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from .cache import Outputs
 
 MOST, SAMPLED = 50_000, 256  # rows of a set that are looked at, and of those how many are looked for in another
@@ -24,7 +24,7 @@ def shared_images(outputs: Mapping[str, Outputs]) -> list[str]:
         share, of, there = max((_share(keys[a], keys[b]), a, b) for a, b in ((one, other), (other, one)))
         if share >= SHARE:
             told.append(f"{of}: {100 * share:.0f} % of its images are among those of {there}, expected other data")
-            warnings.warn(told[-1], stacklevel=2)
+            checks.warn_caller(told[-1])
     return told
 
 

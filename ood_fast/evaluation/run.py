@@ -145,8 +145,7 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     tested = {ID: benchmark.test, **benchmark.tested}
     sets = {name: TestSet(part.title, part.group, len(part)) for name, part in tested.items()}
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
-    if run.info is None:
-        result.notes += _disagreement(outputs[TEST], benchmark, loading.any_accuracy)
+    result.notes += _disagreement(outputs[TEST], benchmark, loading.any_accuracy, trained_here=run.info is not None)
     if unfinished := run.unfinished:
         result.notes.append(unfinished)
     weight, bias = inference_head(cached.head)
@@ -157,10 +156,13 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     return result
 
 
-def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool) -> list[str]:
-    """Of a model whose training is not known: UserError where the classes have another order; a note, or that, at
-    chance."""
+def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool, trained_here: bool) -> list[str]:
+    """A note at chance level; of a model whose training is not known UserError, also where the classes have another
+    order."""
     counts = torch.stack([agreement.confusion(logits, targets) for _, logits, targets in test.chunks()]).sum(dim=0)
+    if trained_here:
+        told = agreement.at_chance(counts, agreement.UNTRAINED)
+        return [told] if told else []
     cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
     return agreement.refuse_disagreement(counts, benchmark.class_names, test.title, any_accuracy, cure)
 

@@ -21,6 +21,7 @@ from .verdict import Key, means_of, points, ranking, shows, sign, title, verdict
 CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
 AUROC, FPR95, AUPR, BY_SET = "AUROC (%)", "FPR95 (%), lower is better", "AUPR (%)", "AUROC by set (%)"
 OF_IMAGES = "It depends on how many images there are."
+MANY = 15  # detectors; a terminal shows neither FPR95 nor single sets of more
 LOWER = ("fpr95_ood_positive", "fpr95_id_positive", f"{FULL_SPECTRUM}fpr95_ood_positive")  # of which less is better
 
 
@@ -101,9 +102,11 @@ def build(results: Results) -> list[Table]:
     both = [(name, positive) for name in means for positive in ("OOD", "ID")]
     fpr95 = [columns.of(f"{title(of)}, {p} positive", f"fpr95_{p.lower()}_positive", of) for of, p in both]
     tables = [by_detector(AUROC, told, auroc(means, True))]
-    tables.append(by_detector(FPR95, f"{over} {_told('fpr95_ood_positive', 'fpr95_id_positive')}", fpr95))
+    few = len(ranking(results)) <= MANY
+    told = f"{over} {_told('fpr95_ood_positive', 'fpr95_id_positive')}"
+    tables.append(by_detector(FPR95, told, fpr95, on_terminal=few))
     if len(results.ood) > 1:
-        tables.append(by_detector(BY_SET, over, auroc(results.ood, False)))
+        tables.append(by_detector(BY_SET, over, auroc(results.ood, False), on_terminal=few))
     if results.csid:
         shown = {"AUROC": "auroc", "FPR95, OOD positive": "fpr95_ood_positive"}.items()
         full = [columns.of(f"{title(of)} {head}", FULL_SPECTRUM + key, of) for of in means for head, key in shown]
@@ -147,13 +150,15 @@ def _difference(summary: Summary | None) -> Cell:
 
 
 def compared(results: Results) -> list[Table]:
-    """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set and the other metrics."""
+    """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set, other metrics, and FPR95
+    of many detectors."""
     means, sets = means_of(results), results.ood
     caught, kept = (f"fpr95_{positive}_positive" for positive in ("ood", "id"))
+    order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
     wanted = [
         (AUROC, "auroc", means, "", False),
         ("AUROC", "auroc", means, None, False),
-        (FPR95, caught, means, _told(caught), False),
+        (FPR95, caught, means, _told(caught), len(order) > MANY),
         ("FPR95 (%), ID positive, lower is better", kept, means, _told(kept), True),
         (BY_SET, "auroc", sets, "", True),
         (f"{AUPR}, ID positive", "aupr_in", means, f"{_told('aupr_in')} {OF_IMAGES}", True),
@@ -162,10 +167,9 @@ def compared(results: Results) -> list[Table]:
     if results.csid:
         full = [(AUROC, "auroc", full_spectrum(results)), (FPR95, caught, "")]
         wanted[3:3] = [(f"Full-spectrum {of}", FULL_SPECTRUM + key, means, told, False) for of, key, told in full]
-    order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
     tables = []
     for name, metric, names, caption, folded in wanted:
-        if not order or (caption is None and results.baseline is None) or (folded and names == sets == means):
+        if not order or (caption is None and results.baseline is None) or (name == BY_SET and sets == means):
             continue
         columns = [method for method in results.methods if caption is not None or method != results.baseline]
         cells = _values if caption is not None else _gains

@@ -162,6 +162,7 @@ def _build(name: str, kind: _Model, n_classes: int, pretrained: bool, given: Mod
         raise checks.UserError(f"small_images: {name} has no form for small images")
     if not pretrained:
         return build(n_classes, given.in_channels, given.image_size)
+    checks.optional_import(f"pretrained {name}", "torchvision")
     if name not in vision.names() or build is not kind.build:
         raise checks.UserError(f"pretrained: there are no weights for {name}{' for small images' * given.small_images}")
     return vision.with_weights(build(1000, given.in_channels, given.image_size), name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -187,7 +186,7 @@ def _state_dict(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dic
         cure = f'torch.save(torch.load({str(path)!r}){others[0]}, "weights.pth")'
         if not set(meant[0]) & set(STATE_KEYS):
             raise checks.UserError(f"{told}; save those that are meant by themselves: {cure}")
-        warnings.warn(f"{told}; {first} is taken, for the others: {cure}", stacklevel=1)
+        checks.warn_caller(f"{told}; {first} is taken, for the others: {cure}")
     return state
 
 
@@ -228,7 +227,7 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
             "are meant by themselves"
         )
     if beside := [name for name, value in plain.items() if value.is_floating_point() and not name.startswith(best[0])]:
-        warnings.warn(f"{path}: weights below {best[0]!r} are taken, not those beside: {_listed(beside)}", stacklevel=1)
+        checks.warn_caller(f"{path}: weights below {best[0]!r} are taken, not those beside: {_listed(beside)}")
     return {
         wanted.get(name.removeprefix(best[0]), name): value for name, value in plain.items() if name.startswith(best[0])
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..heads import may_run_compiled, unwrapped
 from .layers import LayerReading
 
@@ -83,10 +83,9 @@ class SeenImages:
             told = "of 0 to 255, or normalised twice"
         if told:
             seen = f" and spread {spread:.2g} times as far as its first batch norm saw in training" * bool(self.n_rows)
-            warnings.warn(
+            checks.warn_caller(
                 f"{what}: inputs are {told}: they lie within {low:.3g} and {high:.3g}{seen}; prepare them as those "
-                "that the model was trained on",
-                stacklevel=3,
+                "that the model was trained on"
             )
 
 
@@ -126,8 +125,7 @@ def warn_other_range(x: Any, fitted: Range | None, what: str) -> None:
     plain = fitted[0] < -0.3 and low == 0 and 0.5 < high <= 1
     twice = fitted[0] < -0.3 and low < 2.5 * fitted[0] and high <= fitted[1]
     if fractions or plain or twice or size > max(WIDE, 3 * reach):
-        warnings.warn(
+        checks.warn_caller(
             f"{what}: inputs are numbers from {low:.3g} to {high:.3g}, those that it was fitted on from "
-            f"{fitted[0]:.3g} to {fitted[1]:.3g}; {CURE}",
-            stacklevel=3,
+            f"{fitted[0]:.3g} to {fitted[1]:.3g}; {CURE}"
         )
