@@ -295,7 +295,7 @@ def nci_score(
         W, b: the last linear layer, (c, m) and (c,) or None; b is used only when `logits` is None.
         mean: mu, mean feature of the training data, (m,).
         logits: f, (n, c). None: the prediction is found from the features tile by tile, and (n, c) is never stored.
-        alpha: weight of the norm; 0 leaves pScore alone.
+        alpha: weight of the norm; 0 leaves pScore alone. `detectors.NCI` has 1e-4, OpenOOD's.
 
     Returns:
         (n,), float32 (float64 for float64 inputs). z = mu has pScore 0. Differentiable with respect to z, W and mean;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from ood_fast import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -73,6 +76,15 @@ def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and (not target.startswith("results/") or (ROOT / "docs/results").is_dir()):  # a link
             assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, "examples/cifar10/README.md"} - {"docs/reproduce.md"}))
+def test_every_command_is_one(page):
+    """The parsers take it; what `evaluate` asks for several runs is there. Of docs/reproduce.md: test_reproduce.py."""
+    text = re.sub(r"\\\n *", " ", (ROOT / page).read_text(encoding="utf-8"))
+    for line in re.findall(r"^ *(?:torchrun .* -m )?ood[-_]fast ((?!is\b).*)", text, re.MULTILINE):
+        options = cli._parser()[0].parse_args(shlex.split(line, comments=True))
+        assert len(getattr(options, "runs", None) or ()) < 2 or options.command != "evaluate" or options.out, line
 
 
 def test_every_dependency_has_its_licence_listed():

@@ -280,6 +280,15 @@ def test_what_is_not_installed(module, name, monkeypatch):
         models.create(name, 10)
 
 
+def test_weights_of_timm_without_a_network(monkeypatch):
+    def offline(*_, **__):
+        raise FileNotFoundError("check your connection")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(checks.UserError, match=r"cannot get the weights of timm:resnet18 \(check your connection\);"):
+        models.create("timm:resnet18", 10, pretrained=True)
+
+
 def test_weights_of_torchvision_without_it(monkeypatch):
     """It said that there are none."""
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import statistics
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,30 @@ def test_false_alarms_are_as_rare_as_stated(kind):
         monitor = Monitor(calibration, 0.2, seed=seed)
         alarms += monitor.update(draw(200)).alarm
     assert alarms <= 32, alarms
+
+
+SOON = {
+    "all scores 2 deviations lower": lambda n: torch.randn(n) - 2,
+    "all ½ deviation lower": lambda n: torch.randn(n) - 0.5,
+    "one in five 6 deviations lower": lambda n: torch.randn(n) - 6 * (torch.rand(n) < 0.2),
+    "one in twenty 6 deviations lower": lambda n: torch.randn(n) - 6 * (torch.rand(n) < 0.05),
+}
+
+
+@pytest.mark.parametrize("kind", SOON)
+def test_the_page_says_how_soon_it_alarms(kind):
+    """Medians of 40 streams, to a tenth; those that did not alarm within 1,500 count as later."""
+    page = (Path(__file__).parents[1] / "docs/production.md").read_text(encoding="utf-8")
+    stated = re.search(rf"^\| {kind} \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    for n_good, text in zip((0, 2000), stated.groups(), strict=True):
+        found = []
+        for seed in range(40):
+            torch.manual_seed(seed)
+            monitor = Monitor(torch.randn(500), alpha=0.01, seed=seed)
+            assert not monitor.update(torch.randn(n_good)).alarm
+            at = next((r.alarm_at for r in (monitor.update(SOON[kind](10)) for _ in range(150)) if r.alarm), math.inf)
+            found.append(at - n_good)
+        assert float(text.replace(",", "")) == pytest.approx(statistics.median(found), rel=0.1)
 
 
 def test_ranks_are_uniform_and_independent():

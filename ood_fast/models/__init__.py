@@ -216,7 +216,13 @@ def _timm(name: str, n_classes: int, pretrained: bool, given: ModelOptions) -> n
         raise checks.UserError(f"small_images: not for timm:{name}; timm has models for small images by other names")
     if pretrained and not config.has_weights:
         raise checks.UserError(f"pretrained: timm has no weights for {name}")
-    return timm.create_model(name, num_classes=n_classes, in_chans=given.in_channels, pretrained=pretrained)
+    try:
+        return timm.create_model(name, num_classes=n_classes, in_chans=given.in_channels, pretrained=pretrained)
+    except OSError as error:  # of the hub, which is not reached
+        raise checks.UserError(
+            f"pretrained: cannot get the weights of timm:{name} ({error}); load them into the cache where there is a "
+            "network, or pass a file of them as the checkpoint"
+        ) from error
 
 
 def _timm_config(name: str) -> Any:
