@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..records import Geometry, Needs
 from .geometry import geometry_of
-from .launch import alignment, gradient_buffer, laid_out, launch, row_config, target_of, unit_stride
+from .launch import alignment, gradient_buffer, laid_out, launch, packed, row_config, target_of, unit_stride
 from .rows import boundary_terms, finite_or_nan, mean_distance, scan_maximum
 from .segments import Segments
 from .tempered import temperature_sums
@@ -129,7 +129,8 @@ def boundary_distance_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of sum_i sample_grad_i D_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
-    sample_grad = sample_grad.contiguous()
+    sample_grad, predicted, slope = sample_grad.contiguous(), predicted.contiguous(), slope.contiguous()
+    geometry = packed(geometry)
     layout, rows, weight = laid_out("distance backward", logits, head_weight, sample_grad, predicted, slope, *geometry)
     if needs.logits:
         grad_logits = distance_gradient(sample_grad, rows, predicted, slope, geometry)

@@ -219,6 +219,13 @@ def unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride()[-1] == 1 else matrix.contiguous()
 
 
+def packed(record: Any) -> Any:
+    """A record whose tensors are contiguous: what hooks of saved tensors give back need not lie as it lay."""
+    return type(record)(
+        *(t.contiguous() if isinstance(t, Tensor) else packed(t) if isinstance(t, tuple) else t for t in record)
+    )
+
+
 def gradient_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Where a kernel writes the gradient of `like`: in its dtype, or in `dtype`, rounded once, at the store.
 

@@ -26,6 +26,7 @@ from .launch import (
     layout_of,
     loop_config,
     next_power_of_2,
+    packed,
     prepared,
     row_config,
     target_of,
@@ -330,6 +331,7 @@ def elogitnorm_backward(
     """Gradients of sum_i sample_grad_i loss_i by the logits and by the head weight, each None unless needed."""
     grad_logits = grad_weight = None
     labels, sample_grad = contiguous(labels), sample_grad.contiguous()
+    tempered, geometry = packed(tempered), packed(geometry)
     others = *labels[:2], sample_grad, *tempered, *geometry
     layout, rows, weight = laid_out("backward", logits, head_weight, *others)
     if needs.logits:
@@ -358,6 +360,6 @@ def _of_logits(step: str, rows: Tensor, *others: Tensor | None) -> Layout:
 
 def logitnorm_backward(sample_grad: Tensor, logits: Tensor, labels: Labels, tempered: Tempered) -> Tensor:
     """Gradient of sum_i sample_grad_i loss_i by the logits."""
-    rows, labels = unit_stride(logits), contiguous(labels)
+    rows, labels, tempered = unit_stride(logits), contiguous(labels), packed(tempered)
     layout = _of_logits("logitnorm backward", rows, *labels[:2], sample_grad, *tempered)
     return _backward(layout, sample_grad, rows, labels, tempered, None)

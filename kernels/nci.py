@@ -23,6 +23,7 @@ from .launch import (
     feature_block,
     gradient_buffer,
     launch,
+    packed,
     scan_config,
     segment_config,
     target_of,
@@ -323,7 +324,7 @@ def nci_backward(
     predicted as p.
     """
     z, weight = unit_stride(features), unit_stride(head_weight)
-    sample_grad, center = sample_grad.contiguous(), mean.contiguous()
+    sample_grad, center, projected = sample_grad.contiguous(), mean.contiguous(), packed(projected)
     n_samples, n_features = z.shape
     align = alignment(n_features, z.stride(0), weight.stride(0))
     config = segment_config(n_features, n_samples, 1)

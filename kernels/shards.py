@@ -17,7 +17,7 @@ from torch import Tensor
 from ..records import Geometry, Needs, Shard, Tempered
 from .boundary import distance_gradient
 from .distances import Kept, distance_table, kept_of, kept_sizes
-from .launch import Layout, alignment, kinds_of, launch, layout_of, loop_config, target_of, unit_stride
+from .launch import Layout, alignment, kinds_of, launch, layout_of, loop_config, packed, target_of, unit_stride
 from .losses import contiguous, loop_constants, tempered_gradient
 from .rows import finite_or_nan, own_label, read_label
 from .segments import Segments, gap_sum
@@ -155,12 +155,12 @@ def shard_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(the gradient of the logits, S for `shard_pull`), None where not needed; see `eager.shards`."""
     grad_logits = summed = None
-    geometry, place, top, inverse_sum, n_live, *_ = shard
-    rows, sample_grad = unit_stride(logits), sample_grad.contiguous()
+    geometry, place, top, inverse_sum, n_live, *_ = packed(shard)
+    rows, sample_grad, slope = unit_stride(logits), sample_grad.contiguous(), slope.contiguous()
     if needs.logits and softmax is None:
         grad_logits = distance_gradient(sample_grad, rows, place, slope, geometry, inverse_sum)
     elif needs.logits:
-        targets, temperature, log_partition, total = softmax
+        targets, temperature, log_partition, total = packed(softmax)
         tempered = Tempered(place, temperature, log_partition, slope)
         given = top, total, inverse_sum, n_live, targets.shards.start, targets.n_classes
         grad_logits = tempered_gradient(sample_grad, rows, targets.labels, tempered, geometry, given)
@@ -174,7 +174,8 @@ def shard_gradients(
 
 def shard_pull(summed: Tensor, shard: Shard, head: Head, grad_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dW of the classes here, but for what they make of the predicted; that, (u, m)), fp32; see `eager.shards`."""
-    weight, geometry = unit_stride(head.weight), shard.geometry
+    weight, shard = unit_stride(head.weight), packed(shard)
+    geometry = shard.geometry
     left, kept = shard.left.to(weight.dtype), Kept(shard.origin, shard.flags)
     layout = _layout("pull", weight, left, summed, *geometry, *kept)
     if kept.flags is None:  # a table that PyTorch has made

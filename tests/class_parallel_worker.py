@@ -204,7 +204,10 @@ def kernels():
     with small_chunks():
         for name in ("plain", "none", "smoothing, weight, ignored"):
             compare_linear(batch_of(), counts, f"{name}, linear", backend="triton", **keyword_sets(batch_of())[name])
-    compare_distance(counts, torch.float32, "triton")
+    # What is saved comes back with other strides.
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0]):
+        compare(batch_of(n=4), counts, "strides", backend="triton")
+        compare_distance(counts, torch.float32, "triton")
     for name in ("boundary_sums", "softmax_sums", "tempered_backward", "distance_gram", "segment_piece", "segment_sum"):
         assert launches[f"{name}_kernel"], name
     for name in ("weight_gradient_own", "weight_gradient_all", "boundary_distance_backward"):

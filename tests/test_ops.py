@@ -249,6 +249,7 @@ def test_environment_switch_errors():
 # What a torch would be that has renamed them; every other operator is found as ever.
 WITHOUT = {
     "_are_functorch_transforms_active": "hide_from_import('_are_functorch_transforms_active')",
+    "_functorch": "hide_from_import('_functorch')",
     "_linear_pointwise": "hide('_linear_pointwise')",
     "_embedding_bag_per_sample_weights_backward": "hide('_embedding_bag_per_sample_weights_backward')",
     "_current_level": "import ood_fast.ops.registration as own; own.FORWARD_LEVEL = 'gone'",  # torch itself needs it

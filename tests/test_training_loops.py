@@ -343,9 +343,9 @@ def test_func_ensemble(batches):
 
 
 @pytest.mark.parametrize("name", ["elogitnorm", "linear_elogitnorm", "logitnorm", "boundary_distance", "nci_score"])
-def test_func_vjp_and_jacrev_of_every_function(name):
-    batch = Batch.of(6, 5, 4)
-    mean = torch.zeros(4)
+def test_func_vjp_and_jacrev_of_every_function(name, backend):
+    batch = Batch.of(6, 5, 4, device=backend.device)
+    mean = torch.zeros(4, device=backend.device)
     own = {
         "elogitnorm": lambda module, f, W, z: module.elogitnorm(f, None, W, None, batch.y, reduction="none"),
         "linear_elogitnorm": lambda module, f, W, z: (
@@ -364,7 +364,7 @@ def test_func_vjp_and_jacrev_of_every_function(name):
     plain = torch.autograd.functional.jacobian(lambda *args: own(reference, *args), args)
     for ours, expected in zip(jacrev(lambda *a: own(ood_fast, *a), argnums=(0, 1, 2))(*args), plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    upstream = torch.randn(6)
+    upstream = torch.randn(6, device=backend.device)
     _, pull = vjp(lambda *args: own(ood_fast, *args), *args)
     for ours, jacobian in zip(pull(upstream), plain, strict=True):
         torch.testing.assert_close(ours, torch.tensordot(upstream, jacobian, 1), rtol=1e-4, atol=1e-5)
@@ -377,6 +377,10 @@ def forward_mode(loss, f):
 
 NOT_IMPLEMENTED = {
     "jvp": (lambda loss, f: torch.func.jvp(loss, (f,), (f,)), "forward-mode derivatives .*use reverse mode"),
+    "batch": (
+        lambda loss, f: torch.autograd.functional.jacobian(loss, f, vectorize=True),
+        "batches of upstream gradients .*use torch.func.jacrev",
+    ),
     "hessian": (lambda loss, f: torch.func.hessian(loss)(f), "forward-mode derivatives .*use reverse mode"),
     "dual numbers": (forward_mode, "forward-mode derivatives .*use reverse mode"),
     "grad of grad": (
@@ -393,6 +397,36 @@ def test_func_what_is_not_implemented_says_so(transform):
     run, message = NOT_IMPLEMENTED[transform]
     with pytest.raises(RuntimeError, match=rf"ood_fast\.elogitnorm: {message}"):
         run(lambda f: ood_fast.elogitnorm(f, None, batch.W, None, batch.y), batch.logits)
+
+
+HOOKED = {
+    "elogitnorm": lambda b: ood_fast.elogitnorm(b.logits, None, b.W, None, b.y),
+    "elogitnorm, none": lambda b: ood_fast.elogitnorm(b.logits, None, b.W, None, b.y, reduction="none"),
+    "linear_elogitnorm": lambda b: ood_fast.linear_elogitnorm(b.z, b.W, b.b, b.y, reduction="none"),
+    "logitnorm": lambda b: ood_fast.logitnorm(b.logits, b.y),
+    "boundary_distance": lambda b: ood_fast.boundary_distance(b.logits, b.W),
+    "nci_score": lambda b: ood_fast.nci_score(b.z, b.W, b.b, b.z[0].detach()),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5), (3, 9, 5)], ids=["n>=c", "n<c"])
+@pytest.mark.parametrize("name", HOOKED)
+def test_saved_tensors_that_come_back_with_other_strides(name, shape, backend):
+    """Kernels read them as they lie, and nothing would tell."""
+    results = []
+    for unpack in (
+        torch.clone,
+        lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    ):
+        torch.manual_seed(0)
+        batch = Batch.of(*shape, device=backend.device)
+        inputs = [t.requires_grad_() for t in (batch.logits, batch.z, batch.W, batch.b)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            out = HOOKED[name](batch)
+        results.append(torch.autograd.grad(out.sum(), inputs, materialize_grads=True))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,13 @@ def _private_operator(namespace: str, name: str) -> Callable[..., Any] | None:
 
 # The test that autograd.Function.apply itself makes. Without it every call goes the way of torch.func.
 is_transforming: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
+_FUNCTORCH = getattr(_C, "_functorch", None)
+# Whether a tensor stands for others of torch.func, also where what vjp gave is called behind it. Without the name every
+# backward pass goes through the registered operators.
+is_wrapped: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda tensor: True)
+# Whether it stands for the batch of `is_grads_batched`, which no operator with a list of tensors takes. Without it the
+# error is one of torch.
+is_batched: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda tensor: False)
 # x W^T as torch's own compiler has it multiplied on CPUs. Without it: x @ W.t().
 ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 # (left * right[rows]).sum(1) in one pass. Without it: that.
@@ -143,7 +150,11 @@ def _is_opaque(tensors: Sequence[Any]) -> bool:
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something looks at the operators instead of running them: compilation, torch.func, tensor subclasses."""
-    return _is_opaque(tensors) or is_transforming()
+    return (
+        _is_opaque(tensors)
+        or is_transforming()
+        or any(t is not None and (is_wrapped(t) or is_batched(t)) for t in tensors)
+    )
 
 
 def has_tangents(*tensors: Tensor | None) -> bool:
@@ -280,11 +291,16 @@ def first_derivative(
     """
     if args[0] is None:
         return (None,) * len(inputs)
+    name = operator.name.removesuffix("_backward")
+    if is_batched(args[0]):
+        raise RuntimeError(
+            f"ood_fast.{name}: batches of upstream gradients (is_grads_batched, jacobian(vectorize=True)) are not "
+            "implemented; use torch.func.jacrev, or torch.func.vmap around what torch.func.vjp gives"
+        )
     if not torch.is_grad_enabled():
         return _gradients(operator, args, needed, inputs)
     with torch.no_grad():
         grads: tuple[Tensor | None, ...] = _gradients(operator, args, needed, inputs)
-    name = operator.name.removesuffix("_backward")
     grads = _FirstDerivative.apply(name, len(grads), *grads, args[0], *inputs)
     return grads
 
