@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._inductor.config
 from support import Batch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ood_fast
 from ood_fast import ops
@@ -113,6 +114,18 @@ def test_compile_with_dynamic_shapes(backend):
         mean = torch.zeros(4, device=backend.device)
         args = (batch.z, batch.W.requires_grad_(), batch.b, batch.y, mean)
         torch.testing.assert_close(compiled(*args), model_loss(*args))
+
+
+def test_make_fx_records_the_operators(backend):
+    """Of true tensors, and of other ones than it is run on: a graph has nothing of what a kernel does by pointers."""
+
+    def step(z, W, b, y, mean):
+        z, W, b = (t.detach().requires_grad_() for t in (z, W, b))
+        return torch.autograd.grad(model_loss(z, W, b, y, mean), [z, W, b])
+
+    batches = [Batch.of(3, 5, 4, device=backend.device) for _ in range(2)]
+    first, other = ((b.z, b.W, b.b, b.y, b.z[0]) for b in batches)
+    torch.testing.assert_close(make_fx(step)(*first)(*other), step(*other), rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_criterion(backend):
@@ -249,6 +262,7 @@ def test_environment_switch_errors():
 # What a torch would be that has renamed them; every other operator is found as ever.
 WITHOUT = {
     "_are_functorch_transforms_active": "hide_from_import('_are_functorch_transforms_active')",
+    "_get_dispatch_mode": "hide_from_import('_get_dispatch_mode')",
     "_functorch": "hide_from_import('_functorch')",
     "_linear_pointwise": "hide('_linear_pointwise')",
     "_embedding_bag_per_sample_weights_backward": "hide('_embedding_bag_per_sample_weights_backward')",

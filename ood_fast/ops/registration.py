@@ -34,6 +34,10 @@ is_wrapped: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_functorch_wrapped
 # Whether it stands for the batch of `is_grads_batched`, which no operator with a list of tensors takes. Without it the
 # error is one of torch.
 is_batched: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda tensor: False)
+# The mode in which make_fx records true tensors, which look like any: a graph would hold none of what kernels do.
+# Without the name make_fx wants tracing_mode="symbolic".
+_MODE_OF = getattr(_C, "_get_dispatch_mode", lambda key: None)
+recording: Callable[[], object] = functools.partial(_MODE_OF, _C._TorchDispatchModeKey.PROXY)  # noqa: SLF001
 # x W^T as torch's own compiler has it multiplied on CPUs. Without it: x @ W.t().
 ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 # (left * right[rows]).sum(1) in one pass. Without it: that.
@@ -145,7 +149,7 @@ class Differentiable(torch.autograd.Function):
 
 
 def _is_opaque(tensors: Sequence[Any]) -> bool:
-    return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))
+    return torch.compiler.is_compiling() or recording() is not None or not _PLAIN.issuperset(map(type, tensors))
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
