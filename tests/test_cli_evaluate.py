@@ -643,7 +643,8 @@ def test_a_choice_that_costs_is_told(capsys):
         np.savez(f"f/{name}.npz", features=z, logits=z @ W.T, targets=targets, W=W)
     given = ["--features=f/train.npz", "--test=f/test.npz", "--ood-features=far=f/far.npz", "--validation=f/val.npz"]
     assert evaluate(*given, "--ood-validation=f/valood.npz", "--detectors=NCI", "--out=out") == 0
-    output = capsys.readouterr().out
+    output, told = capsys.readouterr()
+    assert told.count("scoring test") == 1
     assert "chosen on validation data, costs" in output
     assert "AUROC on far-OOD test sets beside the default, which --set NCI.alpha=0.0001 keeps" in output
 

@@ -289,6 +289,12 @@ def test_weights_of_timm_without_a_network(monkeypatch):
         models.create("timm:resnet18", 10, pretrained=True)
 
 
+def test_without_torchvision_its_models_are_not_unknown_for_good(monkeypatch):
+    monkeypatch.setattr(models.vision, "names", frozenset)
+    with pytest.raises(checks.UserError, match=r"unknown model 'efficientnet_b0'.* others with torchvision,"):
+        models.create("efficientnet_b0", 10)
+
+
 def test_weights_of_torchvision_without_it(monkeypatch):
     """It said that there are none."""
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)

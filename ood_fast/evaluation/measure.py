@@ -158,7 +158,7 @@ def _costs(result: RunResult, given: Mapping[str, Detector], search: Search, how
         if candidate.settings() == given[name].settings() and result.settings[name] != _plain(candidate.settings())
     }
     scores = {
-        name: _scores(DetectorSet(before), result.outputs[TEST if name == ID else name], how.progress)
+        name: _scores(DetectorSet(before), result.outputs[TEST if name == ID else name], no_progress)
         for name in (result.sets if before else ())
     }
     for name, (group, mean_name) in itertools.product(before, GROUPS.items()):

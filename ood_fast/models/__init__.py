@@ -140,7 +140,7 @@ def create(
     elif (kind := _kind(name)) or name in vision.names():
         model = _build(name, kind or _Model(vision.large(name)), n_classes, pretrained is True, given)
     else:
-        near = difflib.get_close_matches(name, vision.names(), n=1)
+        near = difflib.get_close_matches(name, vision.names(), n=1) if vision.names() else ["others with torchvision"]
         raise checks.UserError(checks.unknown("model", name, {*known(), *near, "timm:NAME", "hf:NAME"}))
     if given.activation == "leaky_relu":
         _check_option("activation", name, kind is None or kind.relu, "all of whose activations are ReLU modules")
