@@ -375,6 +375,7 @@ WRAPPINGS = {
         "optimizer": {"param_groups": [], "state": {"fc.weight": {"exp_avg": torch.ones(3)}}},
         "criterion": {"weight": torch.ones(10)},
     },
+    "class weights": lambda state: {"class_weights": torch.ones(10), "optimal_model": state, "epoch": 3},
     "nested": lambda state: {"checkpoint": {"weights": {"epoch": 3, **state}}},
     "no counters": lambda state: {key: v for key, v in state.items() if not key.endswith("num_batches_tracked")},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -196,11 +197,12 @@ def _place(keys: tuple[str, ...]) -> str:
 
 def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Each mapping of weights, by the keys that lead to it; not what optimizers keep."""
-    if any(isinstance(value, Tensor) and "weight" in str(key) for key, value in content.items()):
-        yield place, content
-        return
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if any("weight" in str(key) for key in tensors):
+        yield place, tensors
     for key, value in content.items():
-        if isinstance(value, Mapping) and "param_groups" not in value and "optim" not in str(key):
+        optimizer = re.search("optim(i[sz]ers?)?(_|$)", str(key))
+        if isinstance(value, Mapping) and "param_groups" not in value and not optimizer:
             yield from _mappings(value, (*place, key))
 
 
