@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -321,6 +322,9 @@ class Two(nn.Module):
         self.pool, self.fc1, self.fc2 = nn.AdaptiveAvgPool2d(1), nn.Linear(3, 3), nn.Linear(3, 3)
     def forward(self, x):
         return self.fc1(self.pool(x).flatten(1))
+class Sum(Two):
+    def forward(self, x):
+        return super().forward(x) + self.fc2(self.pool(x).flatten(1))
 def none(): return nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 
@@ -356,6 +360,32 @@ def test_models_whose_head_is_not_found(asked, detectors, told, monkeypatch, cap
     assert cli.main(fit) == 0, capsys.readouterr().err
     sys.modules.pop("headless", None)  # the same weights again
     assert cli.main(["score", *given, "--detectors", "d.safetensors", "--out", "s.csv"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["none", "Two", "Sum"])
+def test_evaluations_of_models_whose_head_is_not_found(name, monkeypatch, capsys):
+    """There is none, it does not run, it does not make the logits: kept are logits alone."""
+    own_benchmark(["a", "b", "c"])
+    Path("headless.py").write_text(HEADS)
+    monkeypatch.delitem(sys.modules, "headless", raising=False)
+    monkeypatch.syspath_prepend(Path.cwd())
+    net = getattr(importlib.import_module("headless"), name)().eval()
+    torch.save(net.state_dict(), "w.pth")
+    asked = ["w.pth", "--model", f"headless:{name}", "--benchmark", "folder", "--data-root", "data"]
+    asked += ["--image-size", "8", "--any-accuracy", "--out", "results", "--overwrite", *QUICK]
+    assert cli.main(["evaluate", *asked, "--detectors", "MSP,KLMatching,GEN"]) == 0, capsys.readouterr().err
+    (run,) = evaluation.read("results")["runs"]
+    held = evaluation.read_outputs(run["outputs"]["far"])
+    x = torch.stack([x for x, _ in open_benchmark("folder", "data", image_size=8).ood["far"]])
+    torch.testing.assert_close(held.logits, net(x).detach())
+    assert held.features.shape == (len(x), 0)
+    scores = evaluation.read_scores("results", run)["MSP"]["far"]
+    np.testing.assert_allclose(scores, net(x).detach().double().softmax(1).amax(1).numpy(), rtol=1e-5)
+    capsys.readouterr()
+    assert cli.main(["evaluate", *asked, "--detectors", "MSP", "--ood", ""]) == 0
+    assert "no OOD set is measured" in capsys.readouterr().out
+    assert cli.main(["evaluate", *asked, "--detectors", "MSP,NCI"]) == 1
+    assert "head" in capsys.readouterr().err
 
 
 def test_own_preparation_of_timm():

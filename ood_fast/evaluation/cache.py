@@ -132,10 +132,10 @@ def read_head(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
         raise checks.UserError(f"{file}: no head of a model there, or damaged ({error})") from error
 
 
-def model_key(model: nn.Module, head: nn.Linear) -> str:
+def model_key(model: nn.Module, head: nn.Linear | None) -> str:
     """A hash of what decides features and logits: the weights, the layers with their settings, the text of classes that
     are the user's own, which layer is the head. Not of functions that such classes call."""
-    place = next(path for path, module in model.named_modules() if module is head)
+    place = next((path for path, module in model.named_modules() if module is head), None)
     plain = [  # whole numbers are left out: they may count passes
         f"{path}.{name}={value!r}"
         for path, module in model.named_modules()
@@ -183,6 +183,7 @@ class FeatureCache:
         folder: may be missing.
         model: on the device where it shall run.
         head: as in `Detector.fit`.
+        n_outputs: of a model whose head is not known, of which logits alone are kept, and features (n, 0).
         batch_size, workers: of the data loader.
         progress: `progress(what, total)` gives a context with `advance(n)`.
     """
@@ -193,11 +194,13 @@ class FeatureCache:
         model: nn.Module,
         head: str | nn.Linear | None = None,
         *,
+        n_outputs: int | None = None,
         batch_size: int = 256,
         workers: int = 0,
         progress: Progress = no_progress,
     ) -> None:
-        self.model, self.head = model, given_head(model, head)
+        self.model, self.head = model, given_head(model, head) if n_outputs is None else None
+        self.widths = (0, n_outputs or 0) if self.head is None else (self.head.in_features, self.head.out_features)
         self.key = model_key(model, self.head)
         self.folder = Path(folder).expanduser() / self.key[:16]
         self.batch_size, self.workers, self.progress = batch_size, workers, progress
@@ -275,7 +278,7 @@ class FeatureCache:
         room."""
         data = dataset.fingerprint()
         folder = self.folder / f"{name}-{data[:16]}"
-        shapes = {"features": (len(dataset), self.head.in_features), "logits": (len(dataset), self.head.out_features)}
+        shapes = {name: (len(dataset), width) for name, width in zip(("features", "logits"), self.widths, strict=True)}
         missing: dict[str, tuple[tuple[int, ...], str]] = {}
         if not _is_whole(folder, shapes):
             missing = {file: (shape, "<f4") for file, shape in shapes.items()}
@@ -285,7 +288,7 @@ class FeatureCache:
         meta = {"set": name, "title": dataset.title, "group": dataset.group, "data": data, "model": self.key}
         staging = folder
         try:
-            self._write_head()
+            self.folder.mkdir(parents=True, exist_ok=True)
             if missing:
                 needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in missing.values())
                 free = shutil.disk_usage(self.folder).free
@@ -296,6 +299,8 @@ class FeatureCache:
                     )
                 staging = stack.enter_context(staged(folder))
                 _remove_damaged(folder)
+            else:
+                self._write_head()
             for file, (shape, dtype) in missing.items():
                 np.lib.format.open_memmap(staging / f"{file}.npy", "w+", np.dtype(dtype), shape).flush()
             if "features" in missing:
@@ -305,11 +310,11 @@ class FeatureCache:
         return _Plan(folder, staging, missing, meta)
 
     def _write_head(self) -> None:
-        try:
+        with suppress(checks.UserError):  # not there yet, or damaged
             read_head(self.folder / META)
             return
-        except checks.UserError:  # not there yet, or damaged
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.head is None:
+            return
         weight, bias = inference_head(self.head)
         held = {"W": weight} if bias is None else {"W": weight, "b": bias}
         with replacing(self.folder / HEAD) as part, open(part, "wb") as file:
@@ -329,8 +334,8 @@ class FeatureCache:
                     called = functools.partial(_image_of, plan.meta["set"], dataset, done)
                     refuse_nan(called, features=batch.features, logits=batch.logits)
                     done += len(batch.logits)
-                    if batch.features is not None and "features" in writers:
-                        writers["features"].write(batch.features)
+                    if "logits" in writers:
+                        writers["features"].write(batch.logits[:, :0] if batch.features is None else batch.features)
                         writers["logits"].write(batch.logits)
                     for detector in wanted:
                         writers[score_key(detector)].write(detector.score_batch(self.model, batch, self.head))
@@ -341,7 +346,8 @@ class FeatureCache:
         self.images_per_second[plan.meta["set"]] = len(rows) / max(time.perf_counter() - start, 1e-9)
 
     def _complete(self, plan: _Plan) -> None:
-        """Checksums, and what names the set."""
+        """Checksums, and what names the set; the head, which made these logits."""
+        self._write_head()
         for file in plan.staging.glob("*.npy"):
             intact.seal(file)
         if "features" in plan.missing:

@@ -93,7 +93,7 @@ def evaluate_loaders(
         given = {name: d.changed() if d.needs_fit else d for name, d in listed.items()}
         if fit is None and (wanting := [name for name, d in given.items() if d.gathers()]):
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
-    several = isinstance(model, ModelEnsemble) and head is None and not any(map(_reads_features, given.values()))
+    several = isinstance(model, ModelEnsemble) and head is None and not any(map(reads_features, given.values()))
     layer = None if several else given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
     parts: dict[str, Outputs] = {}
@@ -120,7 +120,7 @@ def evaluate_loaders(
     return Evaluation(title, [result], bootstrap, tuned=False)
 
 
-def _reads_features(detector: Detector) -> bool:
+def reads_features(detector: Detector) -> bool:
     """Whether it needs the head, or what enters it."""
     members = detector.learners()
     reads = {name for one in members for part in one.gathers().values() for name in part.reads}

@@ -212,7 +212,7 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
             n_rows = 0
             for features, logits, targets in result.outputs[part].chunks(device):
                 with checks.behind(n_rows):
-                    fitting.partial_fit(features, logits, targets)
+                    fitting.partial_fit(features if features.shape[1] else None, logits, targets)
                 n_rows += len(features)
                 counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)

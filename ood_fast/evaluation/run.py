@@ -21,9 +21,11 @@ from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
 from ..heads import inference_head
+from ..models.running import CHECKED, run_model
 from ..processes import Processes
 from ..values import Grid
 from .cache import FeatureCache, Outputs
+from .loaders import reads_features
 from .measure import Chosen, Measuring, Named, by_name, check_names, kept_scores, measure, parts_of, separate
 from .readable import readable
 from .results import FIT, ID, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult, TestSet
@@ -132,12 +134,16 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     if run.model is None:
         raise checks.UserError(f"{run.name}: got a run without its model, expected what open_run gives")
     run.model.to(how.device)
-    folder = run.folder / "cache" if loading.cache is None else loading.cache
-    of_loader = {"batch_size": loading.batch_size, "workers": loading.workers}
-    cached = FeatureCache(folder, run.model, run.head, progress=how.progress, **of_loader)
-    _check_fit(run, benchmark, cached.head.out_features)
     prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
-    outputs, before = _outputs(cached, benchmark, prepared, how)
+    try:
+        cached, outputs, before = _run(run, benchmark, prepared, how, loading)
+    except (ValueError, RuntimeError) as error:
+        of_head = str(error).startswith(("model: ", "head: ", "the head "))  # none, makes other logits, does not run
+        if not of_head or run.head is not None or any(map(reads_features, given.values())):
+            raise
+        few = torch.stack([benchmark.test[index][0] for index in range(min(CHECKED[1], len(benchmark.test)))])
+        n_outputs = next(run_model(run.model, [[few]], None)).logits.shape[1]
+        cached, outputs, before = _run(run, benchmark, prepared, how, loading, n_outputs)
     run.model.to("cpu")  # the next one may need the room
     if Processes.joined().rank > 0:
         return None
@@ -148,12 +154,38 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     result.notes += _disagreement(outputs[TEST], benchmark, loading.any_accuracy, trained_here=run.info is not None)
     if unfinished := run.unfinished:
         result.notes.append(unfinished)
-    weight, bias = inference_head(cached.head)
-    result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
+    if not benchmark.ood:
+        result.notes.append("no OOD set is measured: the data has none, or --ood names none; see --ood-folder")
+    if cached.head is not None:
+        weight, bias = inference_head(cached.head)
+        result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
     grids = how.grids_of(given)
     result.standard = frozenset(name for name, detector in given.items() if _is_standard(detector, grids.get(name)))
     measure(result, prepared, [VALIDATION_OOD], how, before)
     return result
+
+
+def _run(
+    run: Trained,
+    benchmark: ImageBenchmark,
+    prepared: Mapping[str, Detector],
+    how: Measuring,
+    loading: Loading,
+    n_outputs: int | None = None,
+) -> tuple[FeatureCache, dict[str, Outputs], Chosen]:
+    """The model over all data sets; `n_outputs`: without its head, see `FeatureCache`."""
+    assert run.model is not None
+    cached = FeatureCache(
+        run.folder / "cache" if loading.cache is None else loading.cache,
+        run.model,
+        run.head,
+        n_outputs=n_outputs,
+        batch_size=loading.batch_size,
+        workers=loading.workers,
+        progress=how.progress,
+    )
+    _check_fit(run, benchmark, cached.widths[1])
+    return cached, *_outputs(cached, benchmark, prepared, how)
 
 
 def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool, trained_here: bool) -> list[str]:
