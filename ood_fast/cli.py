@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except SystemExit as exit_:  # argparse has printed its message (2), or the help or version (0)
-        return int(exit_.code or 0)
+        return 0 if isinstance(exit_.__context__, BrokenPipeError) else int(exit_.code or 0)  # rich's, see below
     except KeyboardInterrupt:  # also while torch is being imported, which takes seconds
         print("ood-fast: interrupted", file=sys.stderr)
         return 130

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
-from processes import python
+from processes import TIMEOUT, environment, python
 
 from ood_fast import cli, recipes
 from ood_fast.commands import export, fit
@@ -89,3 +92,15 @@ def test_streams_that_the_shell_closed(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert cli.main(["info"]) == 0
     assert cli.main(["inf"]) == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe whose reader is gone")
+@pytest.mark.parametrize("how", ["print", "rich.get_console().print"])
+def test_a_reader_that_is_gone_is_no_failure(how):
+    """`ood-fast ... | head`, also where rich writes, which exits with 1 by itself."""
+    code = f"import rich, sys; from ood_fast import cli; from ood_fast.commands import info; write = {how}\n"
+    code += "info.run = lambda *_: [write('x' * 99) for _ in range(9999)]; sys.exit(cli.main(['info']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment())
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=TIMEOUT) == 0

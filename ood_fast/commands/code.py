@@ -34,6 +34,8 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     Raises:
         UserError: it cannot be imported, or has the name of another that lies in the current folder; neither runs then.
     """
+    if not all(map(str.isidentifier, name.split("."))):
+        raise UserError(f"{option}: got {name!r}, expected the name of a module, as in mymodels or package.models")
     here = os.getcwd()
     for before in _appended - {here}:  # of a command in another folder
         sys.path[:] = [entry for entry in sys.path if entry != before]

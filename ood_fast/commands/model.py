@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_model(
     user makes. No detector is worth anything on weights that were just drawn, so others are refused.
     """
 
-    if options.model is None:
+    if not options.model:
         raise UserError("--model: got none, expected the model whose features the detectors read; or pass --features")
     if options.checkpoint is not None and options.pretrained:
         raise UserError("--checkpoint, --pretrained: expected one of them")
@@ -59,6 +60,7 @@ def load_model(
             )
         model = models.create(options.model, published, pretrained=True)
     elif options.checkpoint is None:
+        models.create(options.model, n_classes or 1, **_takes(options, kept))  # tells of a name that is none
         raise UserError(
             f"--model {options.model}: got no weights, and detectors on weights drawn at random mean nothing; pass "
             "--checkpoint FILE, or --pretrained for those that were published"
@@ -115,6 +117,11 @@ def named(path: str) -> nn.Module:
     except AttributeError as error:
         raise UserError(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
     code.remember(path)
+    try:
+        inspect.signature(found.forward if isinstance(found, nn.Module) else found).bind()
+    except TypeError as error:
+        expected = "expected a function without arguments that gives an nn.Module"
+        raise UserError(f"--model {path}: {error}; {expected}") from error
     model = found()
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {path}: gave a {type(model).__name__}, expected an nn.Module")
