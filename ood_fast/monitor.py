@@ -166,6 +166,10 @@ class Monitor:
 
     # ---- files
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are monitors of their own, with a lock of their own."""
+        return type(self).from_state_dict, (self.state_dict(),)
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, in plain numbers and text, which JSON holds; no score of the stream is among them."""
         with self._lock:

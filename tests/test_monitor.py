@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 import statistics
 import threading
@@ -141,6 +143,18 @@ def test_it_goes_on_from_a_file_and_however_batches_are_split(flags, tmp_path):
     assert monitor.reading() == expected
     assert monitor.state_dict() == whole.state_dict()
     assert [path.name for path in tmp_path.iterdir()] == ["monitor.json"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))])
+def test_copies_go_on_by_themselves(copied):
+    monitor = calibrated()
+    monitor.update(torch.randn(30))
+    state, twin = monitor.state_dict(), copied(monitor)
+    assert twin.state_dict() == state
+    later = torch.randn(30)
+    moved = twin.update(later)
+    assert monitor.state_dict() == state
+    assert monitor.update(later) == moved
 
 
 def test_damaged_files_are_refused(tmp_path):

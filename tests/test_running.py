@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ood_fast
@@ -285,6 +287,28 @@ CHANGED = {
     "features as wide as the logits": (lambda f, z: (z[:, :4], f), "does not make the logits"),
     "a mapping without logits": (lambda f, z: {"output": f, "z": z}, "got an output of a mapping of output, z"),
 }
+
+
+@pytest.mark.parametrize("kind", ["dropout kept on", "draws for nothing", "dropout in training"])
+def test_random_numbers_in_eval_mode_are_told(kind, x):
+    class Drawing(Net):
+        def forward(self, x):
+            kept = F.dropout(torch.ones_like(x) if kind == "draws for nothing" else x, training="training" not in kind)
+            return super().forward(kept if "kept" in kind else x)
+
+    model = Drawing()
+    for call in (lambda: NCI().fit(model, [x]), lambda: MSP().score(model, x)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            call()
+        assert ["draws random numbers in eval mode" in str(each.message) for each in told] == [True] * ("kept" in kind)
+
+
+def test_a_head_that_computes_elsewhere_is_told(x):
+    model = Net(lambda logits, z: logits)
+    model.forward = lambda x: F.linear(model.body(x), model.fc.weight, model.fc.bias)
+    with pytest.raises(ValueError, match=r"head: the layer 16 → 4 did not run as a module; pass head="):
+        NCI().fit(model, [x])
 
 
 @pytest.mark.parametrize("name", CHANGED)

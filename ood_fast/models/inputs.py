@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -128,4 +129,25 @@ def warn_other_range(x: Any, fitted: Range | None, what: str) -> None:
         checks.warn_caller(
             f"{what}: inputs are numbers from {low:.3g} to {high:.3g}, those that it was fitted on from "
             f"{fitted[0]:.3g} to {fitted[1]:.3g}; {CURE}"
+        )
+
+
+def random_states(device: torch.device | None) -> tuple[Tensor, ...]:
+    """Of the generators that a model on this device draws from."""
+    if device is None or device.type != "cuda":
+        return (torch.get_rng_state(),)
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device)
+
+
+def warn_random(
+    before: tuple[Tensor, ...], device: torch.device | None, logits: Tensor, again: Callable[[], Tensor]
+) -> None:
+    """Warn of a model that has drawn random numbers, and makes other logits of them in a run once more."""
+    if not before or all(map(torch.equal, before, random_states(device))) or not len(logits):
+        return
+    if not torch.allclose(other := again(), logits, 1e-2, 1e-3, equal_nan=True):
+        checks.warn_caller(
+            "model: it draws random numbers in eval mode, as dropout that is kept on (F.dropout(x) needs "
+            "training=self.training) and stochastic depth do: run once more, the logits of a batch differ by up to "
+            f"{(other - logits).abs().max():.3g}, and so do scores"
         )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ..capturing import CapturedFeatures, capture_features
 from ..eager.precision import MKLDNN, is_exporting
 from ..heads import inference_head, last_linear, may_run_compiled, modules_around, unwrapped
 from ..ops.registration import is_compiled, uncompiled
+from .inputs import random_states, warn_random
 from .layers import LayerReading, watched
 
 TARGETS = ("labels", "label", "targets", "target", "y")  # what a batch that is a mapping may call them
@@ -82,13 +84,14 @@ def run_model(
             x, targets = inputs_and_targets(given, model)
             x = x.to(device) if isinstance(x, Tensor) else {name: value.to(device) for name, value in x.items()}
             watching = others if checked else others | linears
+            before = () if checked else random_states(device)
             with _capturing(head if checked else last, all_uncompiled, watching) as captured:
-                output = call(x) if isinstance(x, Tensor) else call(**x)
+                logits = _logits_by(call, x)
             if head is not None and not captured.seen and not all_uncompiled:  # something that was not found runs it
                 all_uncompiled = True
                 with _capturing(head, all_uncompiled) as captured:
-                    output = call(x) if isinstance(x, Tensor) else call(**x)
-            logits = logits_of(output)
+                    logits = _logits_by(call, x)
+            warn_random(before, device, logits, partial(_logits_by, call, x))
             maker: nn.Linear | bool | None = head
             if head is not None:
                 check_width(head, logits)
@@ -104,6 +107,10 @@ def run_model(
                 reading.check(captured.read.get(reading.key), len(logits))
             read = captured.read if others else {}
             yield Batch(x, features, logits, None if targets is None else targets.to(device), given, read, maker)
+
+
+def _logits_by(model: Callable[..., Any], x: Tensor | Mapping[str, Tensor]) -> Tensor:
+    return logits_of(model(x) if isinstance(x, Tensor) else model(**x))
 
 
 def _flat(output: Any) -> Tensor | None:
@@ -301,6 +308,12 @@ def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> N
     An error of many roundings of relative size u is about u (Σ_j z_j² W_kj² + b_k²)^½: eight of them are allowed, u
     that of the least exact dtype at hand.
     """
+    if not captured.seen:
+        raise ValueError(
+            f"head: the layer {head.in_features} → {head.out_features} did not run as a module; pass head=..., the "
+            "nn.Linear that makes the logits; of a model that computes with its weight, as by F.linear, use "
+            "fit_features and score_features"
+        )
     z = captured.features.detach()
     if z.is_meta or logits.is_meta:
         return
