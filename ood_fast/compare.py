@@ -9,6 +9,7 @@ what is there.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -242,6 +243,7 @@ def open_runs(
                 )
         benchmark = benchmark_of(info.get("seed") or 0)
         own = model if not info and not str(path).startswith(PRETRAINED) else None
+        own = copy.deepcopy(own)  # the weights of each run go into one of its own
         done = info.get("status") == COMPLETE
         at = checkpoint or (measured_at(recipes.from_dict(info["recipe"])) if done else "best")
         runs.append(open_run(path, benchmark.n_classes, benchmark.image_shape, model=own, checkpoint=at))

@@ -293,6 +293,15 @@ def test_runs_that_are_trained_are_taken(results, folder, benchmark_of, tmp_path
     assert numbers(found) == numbers(results)
 
 
+def test_checkpoints_of_one_model_are_taken_apart(folder, results, benchmark_of):
+    files = [folder / "runs" / loss / "s0/final.ckpt" for loss in ("ce", "elogitnorm")]
+    net = compare.open_runs([folder / "runs/ce/s0"], benchmark_of)[0].model
+    runs = compare.open_runs(files, benchmark_of, net)
+    for file, run in zip(files, runs, strict=True):
+        held = torch.load(file, weights_only=True)
+        assert all(torch.equal(value, held[name]) for name, value in run.model.state_dict().items())
+
+
 def test_runs_of_other_data_or_classes_are_refused(results, folder, benchmark_of, tmp_path):
     here = folder / "runs" / "ce" / "s0"
     other = tmp_path / "other"
