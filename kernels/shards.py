@@ -17,7 +17,7 @@ from torch import Tensor
 from ..records import Geometry, Needs, Shard, Tempered
 from .boundary import distance_gradient
 from .distances import Kept, distance_table, kept_of, kept_sizes
-from .launch import Layout, alignment, kinds_of, launch, layout_of, loop_config, packed, target_of, unit_stride
+from .launch import Layout, alignment, kinds_of, launch, layout_of, packed, row_config, target_of, unit_stride
 from .losses import contiguous, loop_constants, tempered_gradient
 from .rows import finite_or_nan, own_label, read_label
 from .segments import Segments, gap_sum
@@ -41,6 +41,7 @@ def boundary_sums_kernel(
     n_classes,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    LOOPED: tl.constexpr,
 ):
     """sum g R, K, sum R and the number of live classes, of one sample; NaN in a row that is not valid."""
     row = tl.program_id(0).to(tl.int64)
@@ -49,7 +50,7 @@ def boundary_sums_kernel(
     row_maximum = finite_or_nan(tl.load(top_pointer + row))
     table_row = table_pointer + tl.load(table_row_pointer + row) * n_classes
     total, n_boundaries, inverse_sum, n_live = temperature_sums(
-        logits_pointer + row * logits_stride, table_row, row_maximum, n_classes, BLOCK, True
+        logits_pointer + row * logits_stride, table_row, row_maximum, n_classes, BLOCK, True, LOOPED
     )
     tl.store(sums_pointer + row, tl.where(row_maximum == row_maximum, total, float("nan")))
     tl.store(sums_pointer + n_samples + row, n_boundaries.to(tl.float32))
@@ -125,10 +126,10 @@ def shard_boundary_sums(logits: Tensor, top: Tensor, geometry: Geometry) -> Tens
     logits = unit_stride(logits)
     n_samples, n_classes = logits.shape
     sums = torch.empty(4, n_samples, dtype=torch.float32, device=logits.device)
-    config = loop_config(n_classes, target_of(logits))
+    config = row_config(n_classes, target_of(logits))
     launch(
         boundary_sums_kernel, (n_samples,), logits, logits.stride(0), top, geometry.table, geometry.table_row, sums,
-        n_samples, n_classes, BLOCK=config.block, ALIGN=alignment(n_classes, logits.stride(0)),
+        n_samples, n_classes, BLOCK=config.block, ALIGN=alignment(n_classes, logits.stride(0)), LOOPED=config.looped,
         num_warps=config.num_warps,
     )  # fmt: skip
     return sums

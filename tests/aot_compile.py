@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ood_fast import kernels as package
+from ood_fast.eager.rows import Softmax
 from ood_fast.kernels import boundary, losses, nci, shards, statistics
 from ood_fast.records import Geometry, Inputs, Labels, Needs, Shard
 
@@ -166,7 +167,7 @@ def run_shard(n: int, c: int, m: int, dtype: torch.dtype) -> None:
     shard = Shard(Geometry(place, table, place), place, vector, vector, vector, left, *kept)
     shards.shard_boundary_sums(logits, vector, shard.geometry)
     labels, both = Labels(meta(n, dtype=torch.int64), None, -100, 0.1), SimpleNamespace(start=c)
-    softmax = SimpleNamespace(labels=labels, shards=both, n_classes=2 * c), vector, vector, vector
+    softmax = Softmax(SimpleNamespace(labels=labels, shards=both, n_classes=2 * c), vector, vector, vector)
     shards.shard_softmax_sums(logits, vector, vector, vector, softmax[0])
     _, summed = shards.shard_gradients(vector, logits, softmax, vector, shard, Needs(logits=True, weight=True))
     shards.shard_pull(summed, shard, head, None)
