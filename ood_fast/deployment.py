@@ -143,11 +143,6 @@ def _reaches(called: object, modules: set[int], depth: int = 4) -> bool:
     return any(_reaches(value, modules, depth - 1) for value in held)
 
 
-def _flags(detector: Detector, score: Tensor) -> Tensor:
-    """`is_ood`, and what ran over to inf, which Python raises for and a program cannot."""
-    return detector.is_ood(score) | (score == torch.inf)
-
-
 class Deployed(nn.Module):
     """What `deploy` makes. Always in eval mode."""
 
@@ -211,7 +206,7 @@ class Deployed(nn.Module):
             given = x.values() if isinstance(x, Mapping) else (x,)
             for rows in (each.flatten(1) for each in given if each.is_floating_point() and each.dim() > 1):
                 scores = [score.masked_fill(rows.isnan().any(dim=1), torch.nan) for score in scores]
-        flagged = list(map(_flags, _detectors(self.detector), scores))
+        flagged = [each.is_ood(score) for each, score in zip(_detectors(self.detector), scores, strict=True)]
         if isinstance(found, dict):
             return logits, torch.stack(scores, 1), torch.stack(flagged, 1)
         return logits, scores[0], flagged[0]

@@ -68,7 +68,8 @@ class Monitor:
     **False alarms**: while the stream is exchangeable with the calibration, the chance that there is *ever* an alarm,
     over a stream of any length looked at as often as one likes, is at most `alpha`. The alarm stays on; when it has
     been looked into, a new `Monitor` begins with an alpha of its own. It alarms when scores get *lower*, be it all of
-    them or a share. NaN is flagged and lowest of all. Threads may share one; batches may be split in any way.
+    them or a share. NaN is flagged and lowest of all; inf is flagged. Threads may share one; batches may be
+    split in any way.
 
     Args:
         calibration: (n,) scores of in-distribution data that took no part in the fit, n >= 20, such as those of
@@ -120,7 +121,8 @@ class Monitor:
         """Take in scores (k,), or flags (k,) bool, in the order in which they came; k may be 0."""
         values = self._values("scores", scores)
         with self._lock:
-            for index, flagged in zip(self._bins(values), ~(values >= self.threshold), strict=True):
+            flags = ~(values >= self.threshold) | (values == math.inf)
+            for index, flagged in zip(self._bins(values), flags, strict=True):
                 self._observe(int(index))
                 self._recent.append(bool(flagged))
                 self._n_flagged += bool(flagged)

@@ -173,7 +173,7 @@ def _check(file: Path, module: Prepared, images: Tensor, expected: tuple[Tensor,
             return [torch.from_numpy(found) for found in session.run(OUTPUTS, {"images": rows.numpy(), **more})]
 
         whole, first = run(images), run(images[:1])
-        middle = expected[1].median(0).values
+        middle = expected[1].median(0).values.float()  # as the input, also of scores in float64
         moved = run(images, threshold=middle.numpy())
     alone = tuple(each[:1] for each in expected)
     compared = ((whole, expected, module.threshold), (first, alone, module.threshold), (moved, expected, middle))

@@ -201,6 +201,8 @@ def test_no_direction_left_names_the_cure(name, dim, data):
 def test_few_samples_leave_no_residual():
     with pytest.raises(ValueError, match="dim: got 8, but the training features lie in 8 dimensions"):
         Data(n=7).fit("ViM", dim=8)
+    with pytest.raises(ValueError, match="NECO: dim: got 100, but 1 training features span less; no dim fits"):
+        detectors.NECO().fit_features(torch.randn(1, M))
     with pytest.raises(ValueError, match=r"NECO: dim: got 7, but 7 training features span less; .*, such as 4"):
         Data(n=7).fit("NECO", dim=7)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ood_fast import L2NormLinear
-from ood_fast.detectors import GEN, MSP, Energy, Entropy, KLMatching, MaxLogit
+from ood_fast.detectors import GEN, MSP, DetectorSet, Energy, Entropy, KLMatching, MaxLogit, TemperedMSP
 
 INF = math.inf
 
@@ -104,12 +104,30 @@ def test_corners(detector, formula, row):
 
 
 @case
-def test_half_precision_logits_are_scored_in_float32(detector, formula):
+def test_half_precision_logits_are_scored_in_float32_at_least(detector, formula):
     logits = torch.randn(20, 6).bfloat16()
     scores = detector.score_features(None, logits)
-    assert scores.dtype == torch.float32
-    expected = torch.tensor([formula(row) for row in logits.tolist()])
+    wide = getattr(detector, "temperature", 1) != 1 and not isinstance(detector, Energy)
+    wide = wide or getattr(detector, "gamma", 1) > 1
+    assert scores.dtype == (torch.float64 if wide else torch.float32)
+    expected = torch.tensor([formula(row) for row in logits.tolist()], dtype=scores.dtype)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "detector", [MSP(0.2), TemperedMSP(0.2), GEN(gamma=10), GEN(gamma=10, M=2), GEN(5.0, M=None)], ids=str
+)
+def test_certain_predictions_in_float32_do_not_tie(detector):
+    """Their scores round to one number in float32: of a loss with a temperature, nearly all of them."""
+    logits = torch.cat([torch.linspace(3.5, 6, 50).unsqueeze(1), torch.zeros(50, 1), torch.full((50, 1), -1.0)], dim=1)
+    if isinstance(detector, GEN):
+        logits = 3 * logits
+    for scores in (
+        detector.score_features(None, logits),
+        DetectorSet({"it": detector}).score_features(None, logits)["it"],
+    ):
+        assert len(scores.unique()) == 50
+        torch.testing.assert_close(scores, detector.score_features(None, logits.double()), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("M", [2, 5])
@@ -220,7 +238,8 @@ def test_scores_are_those_of_pytorch_ood(n_classes):
         (GEN(gamma=0.5, M=10, reduction="mean", clamp=1e-7), peer.GEN.score(logits, 0.5, 10)),
     ]
     for detector, outlier_score in pairs:  # its sign is the other one; its entropy counts probabilities from 1e-7 up
-        torch.testing.assert_close(detector.score_features(None, logits), -outlier_score, rtol=1e-4, atol=1e-4)
+        scores = detector.score_features(None, logits).float()
+        torch.testing.assert_close(scores, -outlier_score, rtol=1e-4, atol=1e-4)
 
 
 def test_kl_matching_is_that_of_pytorch_ood():

@@ -300,6 +300,14 @@ def test_nnguide_keeps_a_random_share():
     assert 0.35 < (bank[:, 0] > 0).double().mean() < 0.65, "not the first 1 % of the list"
 
 
+def test_nnguide_in_a_dtype_that_does_not_hold_the_energies_is_refused():
+    z, f = torch.rand(40, 4) + 1, torch.full((40, 3), 2e5)
+    with pytest.raises(ValueError, match=r"NNGuide: dtype: got torch.float16, which holds numbers up to 6.55e\+04"):
+        detectors.NNGuide(3, fraction=1.0, dtype=torch.float16).fit_features(z, f)
+    detector = detectors.NNGuide(3, fraction=1.0, dtype=torch.bfloat16).fit_features(z, f)
+    assert detector.score_features(z, f).isfinite().all()
+
+
 def test_nnguide_of_zero_features_is_zero(train):
     detector = detectors.NNGuide(k=3, fraction=1.0).fit_features(train, torch.randn(N, C, dtype=torch.float64))
     assert detector.score_features(torch.zeros(2, M), torch.randn(2, C)).tolist() == [0, 0]

@@ -237,7 +237,7 @@ def test_more_classes_than_a_table_is_kept_of(monkeypatch):
         each.calibrate(scores[name], tpr=0.7)
     onnx_export.write(deployment.deploy(model, chosen), "it.onnx", x)
     found = torch.from_numpy(session("it.onnx").run(["score"], {"images": x.numpy()})[0])
-    torch.testing.assert_close(found, torch.stack(list(scores.values()), 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, torch.stack(list(scores.values()), 1).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_nan_is_flagged_whatever_a_maximum_makes_of_it():

@@ -110,7 +110,7 @@ def test_evidence_that_no_float_holds():
 def test_nan_and_inf():
     monitor = calibrated(threshold=-1.0)
     reading = monitor.update(torch.tensor([math.nan, -math.inf, math.inf, 0.0]))
-    assert reading[:3] == (4, 2, 0.5)
+    assert reading[:3] == (4, 3, 0.75)
     assert calibrated().update(torch.full((40,), math.nan)).alarm
 
 

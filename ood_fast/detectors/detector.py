@@ -249,7 +249,8 @@ class Detector(Contract):
         return self.is_ood(self.score_features(features, logits))
 
     def is_ood(self, scores: Tensor) -> Tensor:
-        """Whether each score, (n,), is not at or above `threshold`: below it, or NaN. All, if that is no number."""
+        """Whether each score, (n,), is not at or above `threshold`: below it, NaN, or inf, which no row scores. All, if
+        the threshold is no number."""
         if self.threshold is None:
             raise RuntimeError(
                 f"{self.label} has no threshold: call calibrate(scores of in-distribution data) or set threshold; a "
@@ -257,7 +258,8 @@ class Detector(Contract):
             )
         if self.threshold.numel() != 1:  # it would be taken for one a score
             raise ValueError(f"threshold: got shape {tuple(self.threshold.shape)}, expected one number")
-        kept = scores >= self.threshold.reshape(())  # NaN compares as False: what is unknown is flagged
+        # NaN compares as False: what is unknown is flagged; inf is what ran over in a program, which cannot raise.
+        kept = (scores >= self.threshold.reshape(())) & (scores < math.inf)
         # Set by hand it may be -inf, which would flag nothing; `deploy` has looked.
         return ~kept if is_exporting() else ~(kept & self.threshold.isfinite())
 

@@ -50,7 +50,8 @@ class Mahalanobis(Detector):
     NeurIPS 2018, arXiv:1807.03888. pytorch-ood's is `Mahalanobis(half=True, scatter=True, ridge=1e-6)`.
 
     Args:
-        half: times ½, the factor in the Gaussian's logarithm.
+        half: times ½, the factor in the Gaussian's logarithm. (It hides the method `half` of modules: take
+            ``.to(torch.float16)``; models and sets that hold the detector have theirs.)
         scatter: not divided by N.
         ridge: added to every eigenvalue of the covariance (or scatter), >= 0.
         rtol: see above, >= 0; None: m · 2⁻⁵². OpenOOD inverts in float64, too, with the same share of the largest.

@@ -288,6 +288,12 @@ class NNGuide(Detector):
     def _finish(self, bank: streaming.Bank) -> None:
         rows = bank.value()
         check_bank(self, rows, f"a larger fraction than {self.fraction:g}")
+        if rows.isinf().any():
+            most = torch.finfo(rows.dtype).max
+            raise ValueError(
+                f"dtype: got {rows.dtype}, which holds numbers up to {most:.3g}, expected one that holds the energies "
+                "of these logits; take torch.bfloat16, or None"
+            )
         self.bank = rows
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:

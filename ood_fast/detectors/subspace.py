@@ -49,6 +49,8 @@ def leading(directions: Tensor, dim: int) -> Tensor:
 
 def limit_of_dim(most: int, why: str, advice: int, or_else: str = "") -> Limit:
     """Of the dimensions of a principal space."""
+    if most < 1:
+        return Limit(most, why, "no dim fits such data", None)
     advice = max(1, advice)
     return Limit(most, why, f"take a smaller dim, such as {advice}{or_else}", advice)
 

@@ -192,7 +192,7 @@ class Postprocessor(BasePostprocessor):  # type: ignore[misc]  # of a package th
             for predicted, scores, labels in track(scored, "Inference", total, disable=not progress)
         ]
         predicted, parts, labels = zip(*batches, strict=True)
-        scores = {key: torch.cat([batch[key] for batch in parts]).float().numpy() for key in detectors}
+        scores = {key: torch.cat([batch[key] for batch in parts]).numpy() for key in detectors}
         return torch.cat(predicted).numpy(), scores, torch.cat(labels).numpy().astype(int)
 
 
