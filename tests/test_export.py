@@ -240,6 +240,20 @@ def test_more_classes_than_a_table_is_kept_of(monkeypatch):
     torch.testing.assert_close(found, torch.stack(list(scores.values()), 1).float(), rtol=1e-4, atol=1e-6)
 
 
+def test_distances_averaged_over_classes_have_a_form_in_onnx():
+    """With rows of the head that coincide, classes that are masked, and NaN."""
+    torch.manual_seed(0)
+    W, f = torch.randn(5, 12), torch.randn(60, 5)
+    W[1] = W[0]
+    f[:10, 3] = -torch.inf
+    detector = detectors.BoundaryDistance(average="classes").fit_features(None, None, None, (W, None))
+    torch.onnx.export(detector.eval(), (None, f), "classes.onnx", dynamo=True, verbose=False, input_names=["f"])
+    expected = detector.score_features(None, f)
+    f[20, 1] = expected[20] = torch.nan
+    (found,) = session("classes.onnx").run(None, {"f": f.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, equal_nan=True)
+
+
 def test_nan_is_flagged_whatever_a_maximum_makes_of_it():
     """onnxruntime's maxima and its max pooling drop NaN: of pixels, and of some logits."""
     torch.manual_seed(0)

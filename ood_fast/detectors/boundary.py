@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..eager.precision import is_exporting
 from ..functional import boundary_distance, temperature_of
 from ..statistics import distance_table, row_statistics
 from . import streaming
@@ -126,6 +128,10 @@ class BoundaryDistance(BoundaryDetector):
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
         if self.average == "boundaries":
             return super()._score(features, logits)
+        if is_exporting() and self.table is not None:  # ONNX has not the operator of `boundary_distance`
+            found = row_statistics(("predicted", "distance"), logits, **self.constants())
+            counted = ((self.table.index_select(0, found["predicted"]) > 0) & (logits > -math.inf)).sum(1)
+            return found["distance"] * (counted / (counted + 1))
         return boundary_distance(logits, self.head_weight, average=self.average)
 
 
