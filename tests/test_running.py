@@ -372,6 +372,17 @@ def test_probabilities_are_no_logits(x):
     assert MSP().score(one_hot, torch.eye(3)).shape == (3,)
 
 
+def test_a_head_that_torchao_quantized_is_to_be_left_out(x):
+    class Int8Tensor(torch.Tensor):
+        __module__ = "torchao.quantization"
+
+    model = Net().eval().requires_grad_(False)
+    model.fc.weight = nn.Parameter(model.fc.weight.as_subclass(Int8Tensor), requires_grad=False)
+    with pytest.raises(ValueError, match=r"head: got a quantized weight \(Int8Tensor\).*leave the head out"):
+        NCI().fit(model, [x])
+    assert len(MSP().score(model, x)) == len(x)
+
+
 def test_empty_weights_of_zero_3(x):
     """Whole in the forward pass alone."""
     model = Net().eval()

@@ -314,6 +314,11 @@ def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> N
             "nn.Linear that makes the logits; of a model that computes with its weight, as by F.linear, use "
             "fit_features and score_features"
         )
+    if type(head.weight).__module__.startswith("torchao."):
+        raise ValueError(
+            f"head: got a quantized weight ({type(head.weight).__name__}), expected a plain one; leave the head out as "
+            "you quantize the model, by the filter_fn of quantize_"
+        )
     z = captured.features.detach()
     if z.is_meta or logits.is_meta:
         return
