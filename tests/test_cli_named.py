@@ -336,7 +336,7 @@ def none(): return nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn
         ("squeezenet1_1", "MSP,Energy", ""),
         ("headless:none", "NCI", "Sequential has no nn.Linear"),
         ("headless:none", "MSP", ""),
-        ("headless:Two", "NCI", "pass the one that makes the logits as --head LAYER"),
+        ("headless:Two", "NCI", "did not run as a module; pass head=..., the nn.Linear that makes the logits"),
         ("headless:Two --head fc1", "NCI", ""),
         ("headless:Two --head fc3", "MSP", "--head: unknown layer of Two 'fc3'; known: fc1, fc2"),
     ],
