@@ -208,9 +208,10 @@ def weight_gradient_own_kernel(
                     weight_pointer, weight_stride, origin_pointer, classes, class_mask, features, n_features, UPCAST
                 )
                 products = add_split_product(products, summed, weight, PRECISION, APART)
-            places = _places(row_class_pointer, left_pointer, rows, row_mask)
-            weight = load_rows(source, source_stride, origin_pointer, places, row_mask, features, n_features, UPCAST)
-            own = row_sums[:, None] * weight.to(tl.float32) - products
+            # Without a mask, as S: rows behind the last read another one. Names of their own: the branches join none.
+            own_places = _places(row_class_pointer, left_pointer, read_offset, row_mask)
+            mine = load_rows(source, source_stride, origin_pointer, own_places, None, features, n_features, UPCAST)
+            own = row_sums[:, None] * mine.to(tl.float32) - products
         tl.store(
             own_pointer + ((split * tl.cast(n_rows, tl.int64) + row_offset) * n_features)[:, None] + features[None, :],
             own,
