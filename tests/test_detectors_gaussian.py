@@ -198,6 +198,15 @@ def test_no_direction_left_names_the_cure(name, dim, data):
         data.fit(name, dim=dim)
 
 
+@pytest.mark.parametrize("metric", ["inner", "euclidean", "cosine"])
+def test_she_in_half_precision_scores_in_float32(metric):
+    """A product of features of a hundred is beyond float16."""
+    z, f, y = 100 * torch.rand(40, 64), torch.eye(4).repeat(10, 1), torch.arange(4).repeat(10)
+    detector = detectors.SHE(metric).fit_features(z, f, y)
+    expected = detector.score_features(z, f)
+    torch.testing.assert_close(detector.half().score_features(z, f), expected, rtol=1e-3, atol=0)
+
+
 def test_few_samples_leave_no_residual():
     with pytest.raises(ValueError, match="dim: got 8, but the training features lie in 8 dimensions"):
         Data(n=7).fit("ViM", dim=8)

@@ -186,9 +186,9 @@ class SHE(Detector):
         return (None, None) if self.patterns is None else (self.patterns.shape[1], self.patterns.shape[0])
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
-        z = at_least_float32(features).to(self.patterns.dtype)
         top, predicted = logits.max(dim=1)  # argmax need not give the first of ties
-        pattern = self.patterns[predicted]
+        pattern = at_least_float32(self.patterns[predicted])
+        z = at_least_float32(features).to(pattern.dtype)
         if self.metric == "inner":
             score = (z * pattern).sum(dim=1)
         elif self.metric == "euclidean":
