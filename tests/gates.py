@@ -261,7 +261,7 @@ def call_table() -> list[Line]:
 
 def more_work(expected: list[Line], found: list[Line], same_torch: bool) -> list[str]:
     """What does more than the table allows. Another version of torch may need a tenth more calls for the same lines,
-    or one."""
+    or two."""
     known = {tuple(str(line[k]) for k in CALL_COLUMNS[:4]): line for line in expected}
     complaints = []
     for line in found:
@@ -270,7 +270,7 @@ def more_work(expected: list[Line], found: list[Line], same_torch: bool) -> list
             complaints.append(f"not in the table: {_show(line)}")
             continue
         calls = int(before["calls"])
-        most = {"calls": calls if same_torch else max(1.1 * calls, calls + 1)}
+        most = {"calls": calls if same_torch else max(1.1 * calls, calls + 2)}
         most |= {name: float(before[name]) * 1.01 + 0.05 for name in ("passes", "products")}
         grown = [name for name, bound in most.items() if line[name] > bound]
         if grown:
