@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import checks, files, recipes
 from .data import ImageBenchmark
@@ -243,7 +244,10 @@ def open_runs(
                 )
         benchmark = benchmark_of(info.get("seed") or 0)
         own = model if not info and not str(path).startswith(PRETRAINED) else None
-        own = copy.deepcopy(own)  # the weights of each run go into one of its own
+        if callable(own) and not isinstance(own, nn.Module):
+            own = own()
+        elif runs:
+            own = copy.deepcopy(own)  # the weights of each run go into one of its own
         done = info.get("status") == COMPLETE
         at = checkpoint or (measured_at(recipes.from_dict(info["recipe"])) if done else "best")
         runs.append(open_run(path, benchmark.n_classes, benchmark.image_shape, model=own, checkpoint=at))

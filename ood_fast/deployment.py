@@ -14,6 +14,7 @@ of its detectors. `ood_fast.onnx_export` puts the normalisation of images inside
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
 from collections.abc import Mapping
@@ -208,7 +209,8 @@ class Deployed(nn.Module):
                 scores = [score.masked_fill(rows.isnan().any(dim=1), torch.nan) for score in scores]
         flagged = [each.is_ood(score) for each, score in zip(_detectors(self.detector), scores, strict=True)]
         if isinstance(found, dict):
-            return logits, torch.stack(scores, 1), torch.stack(flagged, 1)
+            wide = functools.reduce(torch.promote_types, (score.dtype for score in scores))  # ONNX stacks one dtype
+            return logits, torch.stack([score.to(wide) for score in scores], 1), torch.stack(flagged, 1)
         return logits, scores[0], flagged[0]
 
     @property

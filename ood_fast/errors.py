@@ -21,7 +21,8 @@ def warn_caller(text: str) -> None:
     frame, level, outermost = inspect.currentframe(), 0, 0
     while frame is not None:
         level += 1
-        if frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        top = frame.f_globals.get("__name__", "").partition(".")[0]
+        if top == __package__ or (top == "torch" and outermost == level - 1):  # a decorator, as torch.no_grad()
             outermost = level
         frame = frame.f_back
     warnings.warn(text, stacklevel=outermost + 1)

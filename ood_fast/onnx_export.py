@@ -74,6 +74,7 @@ def write(
         raise ValueError("deployed, images: got them on another device, expected the CPU: deployed.cpu()")
     with torch.no_grad():
         expected = module(images, module.threshold)
+    module.threshold = module.threshold.to(expected[1].dtype)  # float64 for scores that tie in float32
     said = _said(deployed, images, module) | dict(described or {})
     with files.staged(path.parent) as staging:
         file = staging / path.name
@@ -109,7 +110,7 @@ class Prepared(nn.Module):
             if wrong or (name == "std" and (given <= 0).any()):
                 raise ValueError(f"{name}: got {tuple(values)}, expected a number for each of {n_channels} channels")
             self.register_buffer(f"pixel_{name}", given.view(-1, 1, 1))
-        self.register_buffer("threshold", deployed.thresholds.detach().float().clone())
+        self.register_buffer("threshold", deployed.thresholds.detach().clone())
         self.deployed, self.normalisation = deployed, {"mean": list(mean), "std": list(std)}
 
     def forward(self, images: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +174,7 @@ def _check(file: Path, module: Prepared, images: Tensor, expected: tuple[Tensor,
             return [torch.from_numpy(found) for found in session.run(OUTPUTS, {"images": rows.numpy(), **more})]
 
         whole, first = run(images), run(images[:1])
-        middle = expected[1].median(0).values.float()  # as the input, also of scores in float64
+        middle = expected[1].median(0).values
         moved = run(images, threshold=middle.numpy())
     alone = tuple(each[:1] for each in expected)
     compared = ((whole, expected, module.threshold), (first, alone, module.threshold), (moved, expected, middle))
@@ -205,6 +206,7 @@ def _said(deployed: Deployed, images: Tensor, module: Prepared) -> dict[str, Any
     detector = deployed.detector
     named = dict(detector.items()) if isinstance(detector, DetectorSet) else {type(detector).__name__: detector}
     columns = ["batch", len(named)] if isinstance(detector, DetectorSet) else ["batch"]
+    kind, default = str(module.threshold.dtype).removeprefix("torch."), module.threshold.tolist()
     said = {
         name: {
             "detector": str(single),
@@ -225,7 +227,7 @@ def _said(deployed: Deployed, images: Tensor, module: Prepared) -> dict[str, Any
             "colour": {1: "grey", 3: "RGB"}.get(images.shape[1], "as trained"),
             "normalisation": {"where": "in the file", **module.normalisation},
         },
-        "optional_input": {"name": "threshold", "shape": columns[1:], "default": module.threshold.tolist()},
+        "optional_input": {"name": "threshold", "shape": columns[1:], "dtype": kind, "default": default},
         "outputs": {"logits": ["batch", "classes"], "score": columns, "is_ood": columns},
         "score": "higher = more in-distribution; is_ood: not score >= threshold, or an infinite score",
         "detectors": said,

@@ -41,6 +41,7 @@ def make(name: str) -> Detector:
 NAMES = tuple(name for name in detectors.known() if not detectors.find(name).needs_model)
 FITTED = tuple(name for name in NAMES if make(name).needs_fit)
 HEADED = tuple(name for name in FITTED if detectors.find(name).needs_head)
+IN_FLOAT64 = ("MCM", "TemperatureScaling", "TemperedMSP")  # whose scores would tie in float32
 GATHERING = tuple(name for name in FITTED if make(name).gathers())
 
 

@@ -205,7 +205,7 @@ def test_the_largest_is_that_of_the_directions_and_not_of_the_width():
     with pytest.warns(UserWarning, match="takes"):
         fitted = DetectorSet([NECO(), ViM()]).fit_features(z, f, y, head)
     assert (fitted["NECO"].dim, fitted["ViM"].dim) == (5, 4)
-    with pytest.raises(ValueError, match=r"NECO: dim: got 100, .* take a smaller dim, such as 1"):
+    with pytest.raises(ValueError, match=r"NECO: dim: got 100, .* no dim fits such data"):
         DetectorSet(["NECO"]).fit_features(torch.ones(N, M), f)
 
 

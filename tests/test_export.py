@@ -237,7 +237,7 @@ def test_more_classes_than_a_table_is_kept_of(monkeypatch):
         each.calibrate(scores[name], tpr=0.7)
     onnx_export.write(deployment.deploy(model, chosen), "it.onnx", x)
     found = torch.from_numpy(session("it.onnx").run(["score"], {"images": x.numpy()})[0])
-    torch.testing.assert_close(found, torch.stack(list(scores.values()), 1).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, torch.stack(list(scores.values()), 1), rtol=1e-4, atol=1e-6)
 
 
 def test_distances_averaged_over_classes_have_a_form_in_onnx():
@@ -272,6 +272,22 @@ def test_nan_is_flagged_whatever_a_maximum_makes_of_it():
     f[2, 3] = torch.nan
     for scores in session("reading.onnx").run(None, {"z": z.numpy(), "f": f.numpy()}):
         assert np.isnan(scores).nonzero()[0].tolist() == [2]
+
+
+def test_scores_that_tie_in_float32_are_told_apart():
+    """Beside others: columns of one dtype."""
+    model = build()
+    model[-1].weight.data *= 40
+    model[-1].bias.data *= 40
+    x = images(200)
+    for chosen in ([MSP(0.04)], [Energy(), MSP(0.04), detectors.GEN(10)]):
+        found = fitted(chosen, model)
+        for name, scores in found.score(model, x).items():
+            found[name].calibrate(scores, tpr=0.7)
+        said = onnx_export.write(deployment.deploy(model, found if len(chosen) > 1 else found["MSP"]), "it.onnx", x[:9])
+        flags = session("it.onnx").run(None, {"images": x.numpy()})[2]
+        assert (abs(flags.mean(0) - 0.3) < 0.02).all()
+        assert said["optional_input"]["dtype"] == "float64"
 
 
 def test_flags_are_those_of_deploy(monkeypatch):

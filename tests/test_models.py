@@ -376,6 +376,8 @@ WRAPPINGS = {
         "criterion": {"weight": torch.ones(10)},
     },
     "class weights": lambda state: {"class_weights": torch.ones(10), "optimal_model": state, "epoch": 3},
+    "flat, EMA below": lambda state: {**state, "ema": {key: torch.zeros_like(v) for key, v in state.items()}},
+    "optimizers of any name": lambda state: {"weights": state, "optimizerG_state": {"exp_avg": state}, "optims": state},
     "nested": lambda state: {"checkpoint": {"weights": {"epoch": 3, **state}}},
     "no counters": lambda state: {key: v for key, v in state.items() if not key.endswith("num_batches_tracked")},
 }

@@ -297,11 +297,19 @@ def test_random_numbers_in_eval_mode_are_told(kind, x):
             return super().forward(kept if "kept" in kind else x)
 
     model = Drawing()
-    for call in (lambda: NCI().fit(model, [x]), lambda: MSP().score(model, x)):
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            call()
-        assert ["draws random numbers in eval mode" in str(each.message) for each in told] == [True] * ("kept" in kind)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        NCI().fit(model, [x])
+        MSP().score(model, x)
+        MSP().score(model, x)
+    assert ["draws random numbers in eval mode" in str(each.message) for each in told] == [True] * ("kept" in kind)
+    assert all(each.filename == __file__ for each in told)  # also of what torch.no_grad decorates
+    again, state = copy.deepcopy(model), torch.get_rng_state()
+    model.eval()(x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    MSP().score(again, x)
+    assert torch.equal(torch.get_rng_state(), after)  # one more pass draws from a state of its own
 
 
 def test_a_head_that_computes_elsewhere_is_told(x):

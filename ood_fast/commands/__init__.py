@@ -1,6 +1,7 @@
 """The commands of `ood-fast`, a module each with `run(options, command)`, which does the work; `parsers.py` says what
 they take, and imports no torch: `ood-fast --help` answers at once."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ def carried_through() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if type(error) in (ValueError, RuntimeError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = frame.f_globals.get("__name__", "").partition(".")[0] == __package__.partition(".")[0]
+        if ours and type(error) in (ValueError, RuntimeError):
             raise RunError(str(error)) from error
-        raise
+        raise  # of code of the user, with the line where it fails

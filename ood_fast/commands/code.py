@@ -34,7 +34,7 @@ def import_asked_for(name: str, option: str) -> ModuleType:
     Raises:
         UserError: it cannot be imported, or has the name of another that lies in the current folder; neither runs then.
     """
-    if not all(map(str.isidentifier, name.split("."))):
+    if not all(name.split(".")) or "/" in name or os.sep in name:
         raise UserError(f"{option}: got {name!r}, expected the name of a module, as in mymodels or package.models")
     here = os.getcwd()
     for before in _appended - {here}:  # of a command in another folder

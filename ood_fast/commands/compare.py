@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -140,7 +141,8 @@ def _taken(
         import_known(info.get("plugins") or [])
         allow(info["recipe"]["model"] if info else "", options.model, path)
     _, benchmarks, chosen = opened
-    model = named(options.model) if options.model and is_callable(options.model) else options.model
+    made_by = options.model and is_callable(options.model)
+    model = functools.partial(named, options.model) if made_by else options.model
     runs = open_runs(options.runs, benchmarks.open, model, options.checkpoint)
     measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
     measuring["progress"] = lambda what, total: Bar(what, total, options.quiet)

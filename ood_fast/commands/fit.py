@@ -145,6 +145,9 @@ class _ImageData:
             say(self.options, f"no pass over {path}: nothing has to be fitted")
             detectors.fit(self.model, [], self.options.head, process.group)  # copies the head where it is needed
             return
+        if source.classes and self.class_order and not self.class_names and path == self.options.data:
+            dataset = images.dataset_of(source, self.prepared)  # early: a pass may take hours
+            check_sample(self.model, dataset, self.class_order, path, self.options.any_accuracy)
         agreement = Agreement() if source.classes and path == self.options.data else None
         fitting = detectors if agreement is None else DetectorSet({"": agreement, **dict(detectors.items())})
         fitting.failures = detectors.failures
@@ -248,7 +251,6 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
         if options.classes:
             raise UserError(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
         say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
-        check_sample(model, images.dataset_of(source, prepared), names, options.data, options.any_accuracy)
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -118,7 +119,8 @@ def named(path: str) -> nn.Module:
         raise UserError(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
     code.remember(path)
     try:
-        inspect.signature(found.forward if isinstance(found, nn.Module) else found).bind()
+        with suppress(ValueError):  # none can be told
+            inspect.signature(found.forward if isinstance(found, nn.Module) else found, follow_wrapped=False).bind()
     except TypeError as error:
         expected = "expected a function without arguments that gives an nn.Module"
         raise UserError(f"--model {path}: {error}; {expected}") from error

@@ -267,7 +267,7 @@ class _Opener:
         chosen = self.options.chosen(groups, (*added, *made))
         if both := [title for title in added if title in (*chosen, *made)]:
             raise checks.UserError(
-                f"--ood-folder: {both[0]!r} is a set of the benchmark already, expected another name"
+                f"--ood-folder: {both[0]!r} is a set of the benchmark already, expected another, or --ood without it"
             )
         added |= made
         ood = {title: functools.partial(self.outside, title, "test", groups[title]) for title in chosen} | added

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..eager.precision import double, is_exporting
+from ..eager.precision import double
 from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
 from . import streaming
@@ -21,9 +21,9 @@ from .registry import register
 
 
 def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """max_j softmax(f / T)_j, (n,), with T > 0 a number or (n, 1); from gaps, so that f / T cannot overflow. Float64,
-    but in exported programs: of models that were trained with a temperature most are 1 in float32."""
-    logits = at_least_float32(logits) if is_exporting() else widened(logits)
+    """max_j softmax(f / T)_j, (n,), with T > 0 a number or (n, 1); from gaps, so that f / T cannot overflow. In
+    float64: of models that were trained with a temperature most are 1 in float32."""
+    logits = widened(logits)
     gap = logits.amax(dim=1, keepdim=True) - logits
     return exp_of_minus(gap / temperature).sum(dim=1).reciprocal()
 
@@ -60,7 +60,7 @@ class MSP(AtTemperature):
     """Maximum softmax probability: max_j softmax(f / T)_j.
 
     In float32 all predictions with more than 17 between their logits have 1, and tie; evaluations score
-    `logits.double()`, which tells them apart. With T ≠ 1 scores are float64 anyway, but in exported programs.
+    `logits.double()`, which tells them apart. With T ≠ 1 scores are float64 anyway.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
     ICLR 2017, arXiv:1610.02136.
@@ -132,8 +132,7 @@ class GEN(Detector):
     """Negative generalised entropy of the M largest softmax probabilities: −Σ P_j^γ (1 − P_j)^γ.
 
     1 − P_j keeps its digits where P_j is nearly 1, so that certain predictions are told apart. With γ > 1 scores are
-    float64 where the device has it: (1 − P_j)^γ is 0 in float32 from P_j = 0.9998 on at γ = 10. Exported programs have
-    float32.
+    float64 where the device has it: (1 − P_j)^γ is 0 in float32 from P_j = 0.9998 on at γ = 10.
 
     Liu, Lochman and Zach, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR 2023.
 
@@ -170,7 +169,7 @@ class GEN(Detector):
 
     def _score(self, features: Tensor | None, logits: Tensor) -> Tensor:
         n_largest = logits.shape[1] if self.M is None else min(self.M, logits.shape[1])
-        logits = at_least_float32(logits) if self.gamma <= 1 or is_exporting() else widened(logits)
+        logits = at_least_float32(logits) if self.gamma <= 1 else widened(logits)
         if n_largest == logits.shape[1] and not self.clamp:
             total = row_statistics(("gen",), logits, gamma=self.gamma)["gen"]
         else:

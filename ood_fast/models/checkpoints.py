@@ -182,10 +182,11 @@ def _state_dict(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dic
     if not state:
         raise checks.UserError(f"{path}: holds no state_dict; got {_listed([*map(str, content)]) or 'nothing'}")
     if len(held) > 1:
-        first, *others = (_place(place) for place in (meant[0], *(place for place in held if place != meant[0])))
+        first, *others = map(_place, (meant[0], *(place for place in held if place != meant[0])))
+        first = first or "itself"
         told = f"{path}: holds weights in {first} and {_listed(others)}"
         cure = f'torch.save(torch.load({str(path)!r}){others[0]}, "weights.pth")'
-        if not set(meant[0]) & set(STATE_KEYS):
+        if meant[0] and not set(meant[0]) & set(STATE_KEYS):
             raise checks.UserError(f"{told}; save those that are meant by themselves: {cure}")
         checks.warn_caller(f"{told}; {first} is taken, for the others: {cure}")
     return state
@@ -201,7 +202,7 @@ def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterat
     if any("weight" in str(key) for key in tensors):
         yield place, tensors
     for key, value in content.items():
-        optimizer = re.search("optim(i[sz]ers?)?(_|$)", str(key))
+        optimizer = re.search("optim(?!al|um)", str(key))
         if isinstance(value, Mapping) and "param_groups" not in value and not optimizer:
             yield from _mappings(value, (*place, key))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
@@ -21,6 +23,8 @@ CURE = "prepare them alike: 0 to 1 in both (ToTensor, or / 255), normalised once
 LOOKED_AT = 1000  # images whose first norm is looked at
 SPREAD = 6.0  # times what a norm saw in training: by JPEG, crops and single classes it is 0.3 to 1.4 of that
 WIDE, FAINT = 8.0, 0.2  # normalised once, images lie within 2.9; not normalised, they spread 0.03 to 0.1
+
+_RUN_AGAIN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_random`: each costs one more pass, once
 
 
 class _OfNorm(LayerReading):
@@ -140,14 +144,24 @@ def random_states(device: torch.device | None) -> tuple[Tensor, ...]:
 
 
 def warn_random(
-    before: tuple[Tensor, ...], device: torch.device | None, logits: Tensor, again: Callable[[], Tensor]
+    model: nn.Module,
+    before: tuple[Tensor, ...],
+    device: torch.device | None,
+    logits: Tensor,
+    again: Callable[[], Tensor],
 ) -> None:
-    """Warn of a model that has drawn random numbers, and makes other logits of them in a run once more."""
-    if not before or all(map(torch.equal, before, random_states(device))) or not len(logits):
+    """Warn, once a model, of one that has drawn random numbers, and makes other logits of them in a run once more. Not
+    where there are other processes: all of them would have to run it."""
+    if not before or model in _RUN_AGAIN or not len(logits) or all(map(torch.equal, before, random_states(device))):
         return
-    if not torch.allclose(other := again(), logits, 1e-2, 1e-3, equal_nan=True):
+    if dist.is_available() and dist.is_initialized():
+        return
+    _RUN_AGAIN.add(model)
+    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+        other = again()
+    if not torch.allclose(other, logits, 1e-2, 1e-3, equal_nan=True):
         checks.warn_caller(
             "model: it draws random numbers in eval mode, as dropout that is kept on (F.dropout(x) needs "
-            "training=self.training) and stochastic depth do: run once more, the logits of a batch differ by up to "
-            f"{(other - logits).abs().max():.3g}, and so do scores"
+            "training=self.training) and stochastic depth do: run once more, the logits of a batch differ, and so do "
+            "scores"
         )

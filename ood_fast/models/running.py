@@ -91,7 +91,7 @@ def run_model(
                 all_uncompiled = True
                 with _capturing(head, all_uncompiled) as captured:
                     logits = _logits_by(call, x)
-            warn_random(before, device, logits, partial(_logits_by, call, x))
+            warn_random(model, before, device, logits, partial(_logits_by, call, x))
             maker: nn.Linear | bool | None = head
             if head is not None:
                 check_width(head, logits)

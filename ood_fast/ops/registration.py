@@ -37,7 +37,8 @@ is_batched: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_legacy_batchedten
 # The mode in which make_fx records true tensors, which look like any: a graph would hold none of what kernels do.
 # Without the name make_fx wants tracing_mode="symbolic".
 _MODE_OF = getattr(_C, "_get_dispatch_mode", lambda key: None)
-recording: Callable[[], object] = functools.partial(_MODE_OF, _C._TorchDispatchModeKey.PROXY)  # noqa: SLF001
+_KEYS = getattr(_C, "_TorchDispatchModeKey", None)
+recording: Callable[[], object] = functools.partial(_MODE_OF, getattr(_KEYS, "PROXY", None))
 # x W^T as torch's own compiler has it multiplied on CPUs. Without it: x @ W.t().
 ONEDNN_LINEAR = _private_operator("mkldnn", "_linear_pointwise")
 # (left * right[rows]).sum(1) in one pass. Without it: that.
@@ -296,7 +297,7 @@ def first_derivative(
     if args[0] is None:
         return (None,) * len(inputs)
     name = operator.name.removesuffix("_backward")
-    if is_batched(args[0]):
+    if not torch.compiler.is_compiling() and is_batched(args[0]):
         raise RuntimeError(
             f"ood_fast.{name}: batches of upstream gradients (is_grads_batched, jacobian(vectorize=True)) are not "
             "implemented; use torch.func.jacrev, or torch.func.vmap around what torch.func.vjp gives"
