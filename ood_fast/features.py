@@ -235,8 +235,9 @@ def _tensor(file: Path, name: str, value: object) -> Tensor:
             raise checks.UserError(f"{file}: {name}: got {value.dtype}, expected float16, bfloat16, float32 or float64")
         return value
     try:
-        value = np.asarray(value)
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))  # other machines' too
+        if not (array := np.asarray(value)).dtype.isnative:
+            raise ValueError(f"got {array.dtype} of another byte order; save array.astype({array.dtype.name!r})")
+        return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
         raise checks.UserError(f"{file}: {name}: {error}") from error
 
