@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import agreement, checks
 from ..data import ImageBenchmark
@@ -20,7 +21,7 @@ from ..data.specs import SPECS
 from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
-from ..heads import inference_head
+from ..heads import given_head, inference_head
 from ..models.running import CHECKED, run_model
 from ..processes import Processes
 from ..values import Grid
@@ -135,15 +136,21 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
         raise checks.UserError(f"{run.name}: got a run without its model, expected what open_run gives")
     run.model.to(how.device)
     prepared = {name: _prepared(detector, benchmark) for name, detector in given.items()}
+    model, folder = run.model, run.folder / "cache" if loading.cache is None else loading.cache
+
+    def seen(n_outputs: int | None) -> tuple[FeatureCache, dict[str, Outputs], Chosen]:
+        of_loader: dict[str, Any] = {"batch_size": loading.batch_size, "workers": loading.workers}
+        cached = FeatureCache(folder, model, run.head, n_outputs=n_outputs, progress=how.progress, **of_loader)
+        _check_fit(run, benchmark, cached.widths[1])
+        return cached, *_outputs(cached, benchmark, prepared, how)
+
     try:
-        cached, outputs, before = _run(run, benchmark, prepared, how, loading)
-    except (ValueError, RuntimeError) as error:
-        of_head = str(error).startswith(("model: ", "head: ", "the head "))  # none, makes other logits, does not run
-        if not of_head or run.head is not None or any(map(reads_features, given.values())):
+        cached, outputs, before = seen(None)
+    except (ValueError, RuntimeError):
+        n_outputs = None if run.head is not None else _without_head(model, benchmark, given)
+        if n_outputs is None:
             raise
-        few = torch.stack([benchmark.test[index][0] for index in range(min(CHECKED[1], len(benchmark.test)))])
-        n_outputs = next(run_model(run.model, [[few]], None)).logits.shape[1]
-        cached, outputs, before = _run(run, benchmark, prepared, how, loading, n_outputs)
+        cached, outputs, before = seen(n_outputs)
     run.model.to("cpu")  # the next one may need the room
     if Processes.joined().rank > 0:
         return None
@@ -165,27 +172,17 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     return result
 
 
-def _run(
-    run: Trained,
-    benchmark: ImageBenchmark,
-    prepared: Mapping[str, Detector],
-    how: Measuring,
-    loading: Loading,
-    n_outputs: int | None = None,
-) -> tuple[FeatureCache, dict[str, Outputs], Chosen]:
-    """The model over all data sets; `n_outputs`: without its head, see `FeatureCache`."""
-    assert run.model is not None
-    cached = FeatureCache(
-        run.folder / "cache" if loading.cache is None else loading.cache,
-        run.model,
-        run.head,
-        n_outputs=n_outputs,
-        batch_size=loading.batch_size,
-        workers=loading.workers,
-        progress=how.progress,
-    )
-    _check_fit(run, benchmark, cached.widths[1])
-    return cached, *_outputs(cached, benchmark, prepared, how)
+def _without_head(model: nn.Module, benchmark: ImageBenchmark, given: Mapping[str, Detector]) -> int | None:
+    """How many logits a model gives whose head cannot be found or did not make them, where no detector reads it; None
+    for others, whose failure is another one."""
+    if any(map(reads_features, given.values())):
+        return None
+    few = [torch.stack([benchmark.test[index][0] for index in range(min(CHECKED[1], len(benchmark.test)))])]
+    try:
+        next(run_model(model, [few], given_head(model, None)))
+    except (ValueError, RuntimeError):
+        return next(run_model(model, [few], None)).logits.shape[1]  # raises what is wrong besides
+    return None
 
 
 def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool, trained_here: bool) -> list[str]:
