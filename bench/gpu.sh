@@ -2,17 +2,18 @@
 # Everything that a GPU is needed for, in runs of less than 9 minutes each, on a machine with torch and triton and no
 # network:
 #
-#     bench/gpu.sh [1|2|3] OUTDIR               # results into OUTDIR, written as they come, and all in OUTDIR.tar.gz
-#     bench/gpu.sh --dry-run [1|2|3] OUTDIR     # every step without a GPU, on made devices and tiny shapes
+#     bench/gpu.sh [1|2|3|4] OUTDIR             # results into OUTDIR, written as they come, and in OUTDIR.tar.gz
+#     bench/gpu.sh --dry-run [1|2|3|4] OUTDIR   # every step without a GPU, on made devices and tiny shapes
 #
 # Run 1: is it right (tests, sanitizers), and the kernels by name. Run 2: sweeps of what a GPU must decide, and the host.
-# Run 3: the tables, and counters of the row kernels. Without a number: all three under one deadline.
+# Run 3: the tables, and counters of the row kernels. Run 4: a ResNet-18 trained on CIFAR-10 with cross-entropy and with
+# ELogitNorm, and compared, if DATA is a folder with CIFAR-10 in OpenOOD's layout. Without a number: all under one deadline.
 #
 # The most important steps come first. A step that would begin after the deadline is left out, one that is still running
 # at its limit is stopped, and the summary (OUTDIR/summary.txt, printed last too) says so for each. Exit code: 0 if all
 # steps that ran passed, 1 if one failed, 2 without a GPU. GPU settings (clocks, power, modes) are read, never changed.
 #
-# PYTHON (default python3) and DEADLINE (seconds, default 495) can be set.
+# PYTHON (default python3), DEADLINE (seconds, default 495), DATA, and EPOCHS of run 4 (default 30) can be set.
 set -uo pipefail
 
 python=${PYTHON:-python3}
@@ -21,10 +22,10 @@ least=15 # seconds: what has fewer left does not begin
 # The one switch of a dry run: entry points get --dry, tests and benchmarks are collected, tools of NVIDIA do nothing.
 dry="" collect=()
 if [ "${1:-}" = "--dry-run" ]; then dry=--dry collect=(--collect-only); shift; fi
-runs="1 2 3"
-case "${1:-}" in 1 | 2 | 3) if [ $# -eq 2 ]; then runs=$1; shift; fi ;; esac
+runs="1 2 3 4"
+case "${1:-}" in 1 | 2 | 3 | 4) if [ $# -eq 2 ]; then runs=$1; shift; fi ;; esac
 if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
-  echo "usage: bench/gpu.sh [--dry-run] [1|2|3] OUTDIR" >&2
+  echo "usage: bench/gpu.sh [--dry-run] [1|2|3|4] OUTDIR" >&2
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -156,6 +157,18 @@ if run 3; then
   fi
 fi
 
+if run 4; then
+  training=(--benchmark cifar10 --data-root "${DATA:-}" --ood tin,mnist,svhn,texture --epochs "${EPOCHS:-30}" --amp bf16
+    --channels-last --detectors MSP,Energy,GEN,ReAct,NCI,FDBD,KNN)
+  if [ -n "$dry" ]; then training=(--benchmark digits --epochs 1 --detectors MSP,NCI); fi
+  if [ -z "$dry" ] && [ ! -d "${DATA:-}" ]; then
+    say "training: LEFT OUT, DATA names no folder with CIFAR-10"
+  else # stopped at its limit, it keeps what is trained, and the same command continues it
+    step training "$deadline" "$python" -m ood_fast compare "${training[@]}" --losses ce,elogitnorm --seeds 1 \
+      --out "$out/training"
+  fi
+fi
+
 # ---- tables and plots of what there is
 
 if [ -n "$dry" ]; then cp bench/results/amd-epyc-2-threads/results.json "$out/made.json"; fi
@@ -166,7 +179,7 @@ if [ "${#results[@]}" -gt 0 ]; then
   step report 15 "$python" -m bench.report "${results[@]}" --out "$out/report"
 fi
 if has nvidia-smi; then timeout 5 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >> "$summary"; fi
-tar czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
+tar czf "$out.tar.gz" --exclude='*.ckpt' --exclude=cache -C "$(dirname "$out")" "$(basename "$out")" # weights stay here
 echo
 echo "==== $SECONDS s; everything is in $out, and in $out.tar.gz"
 cat "$summary"

@@ -595,7 +595,7 @@ def test_gpu_script_dry_run_takes_every_step(tmp_path):
     assert "LEFT OUT" not in run.stdout
     steps = re.findall(r"^(\w+): ok", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
     wanted = ["install", "small_step", "tests", "racecheck", "kernel_times", "predicted", "sweep", "host", "targets"]
-    wanted += ["imagenet", "linear", "scores", "loss", "counters", "report"]
+    wanted += ["imagenet", "linear", "scores", "loss", "counters", "training", "report"]
     assert [step for step in steps if step in wanted] == wanted
     for target in re.findall(r"-m pytest (bench/\S+)", run.stdout):
         assert (ROOT / target).exists(), target
