@@ -76,7 +76,7 @@ class Monitor:
             `Detector.calibrate`. Or bool: whether each was flagged; then `update` takes flags, and their rate alarms.
         alpha: in (0, 1), the chance of a false alarm.
         threshold: scores not at or above it are flagged, as by `Detector.is_ood`; None: that of
-            `tpr_threshold(calibration, 0.95)`. It has no part in the alarm.
+            `tpr_threshold(calibration)`. It has no part in the alarm.
         window: observations that `Reading.flag_rate` is taken over.
         seed: of what breaks ties and draws the edges.
     """
@@ -100,7 +100,7 @@ class Monitor:
             got = f"{len(scores)} scores, {np.isnan(scores).sum()} of them NaN, threshold {threshold}"
             raise ValueError(f"calibration: got {got}, expected at least {LEAST} numbers; or flags and no threshold")
         if threshold is None:
-            threshold = 0.5 if self.flags else tpr_threshold(torch.from_numpy(scores), 0.95)
+            threshold = 0.5 if self.flags else tpr_threshold(torch.from_numpy(scores))
         self.threshold = threshold.item() if isinstance(threshold, Tensor) and threshold.numel() == 1 else threshold
         checks.real("threshold", self.threshold, -sys.float_info.max, sys.float_info.max)
         self.alpha, self.window, self.seed = float(alpha), window, seed

@@ -11,6 +11,7 @@ from typing import Any
 AnyPath = str | os.PathLike[str]
 Grid = Mapping[str, Iterable[Any]]  # parameter -> the candidates of its search
 Grids = Mapping[str, Grid]  # of each detector
+TPR = 0.95  # the share of in-distribution scores that a threshold keeps if nobody says otherwise
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_a_full_disk_fails_with_code_1(tmp_path, capsys, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "results_as_dict", no_space)
+    monkeypatch.setattr(evaluation.Results, "to_json", no_space)
     assert cli.main(["compare", *SHORT, "--quiet"]) == 1
     assert "cannot write runs/compare-digits: No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "runs/compare-digits").iterdir()] == ["runs"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES, MORE_LOSSES
+from ..values import TPR
 
 N_EXPORTED = 16  # images that `export` compares
 
@@ -68,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "set": _many("KNN.k=10", "a parameter of a detector"),
     "tune": _flag("choose parameters, also those that --set gives, by AUROC on --validation and --ood-validation"),
     "no-tune": _flag("take parameters as they are, instead of the best of OpenOOD's grids on validation data"),
-    "tpr": _value("P", "thresholds that keep P of --validation (default 0.95)", type=float),
+    "tpr": _value("P", f"thresholds that keep P of --validation (default {TPR})", type=float),
     "alpha": _value("A", "thresholds that flag new ID data with chance <= A", type=float),
     "bootstrap": _number("N", "draws for intervals, 0: none (200)", 0, 200),
     # data of benchmarks

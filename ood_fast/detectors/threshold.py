@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..values import TPR
 
 
 class Calibration(NamedTuple):
@@ -24,7 +25,7 @@ class Calibration(NamedTuple):
     threshold: float  # that came of it: another one in the detector was set by other means
 
 
-def tpr_threshold(scores: Tensor, tpr: float = 0.95) -> Tensor:
+def tpr_threshold(scores: Tensor, tpr: float = TPR) -> Tensor:
     """The largest threshold t with at least the share `tpr` of these in-distribution scores >= t; a scalar tensor."""
     _check_scores("scores", scores)
     checks.real("tpr", tpr, 0.0, 1.0, open_low=True)
@@ -76,13 +77,13 @@ def conformal_pvalue(scores: Tensor, calibration: Tensor) -> Tensor:
 
 
 def calibration(scores: Tensor, tpr: float | None = None, alpha: float | None = None) -> tuple[Tensor, Calibration]:
-    """The threshold by one of the two, tpr = 0.95 if neither is given, and the record of it."""
+    """The threshold by one of the two, `TPR` if neither is given, and the record of it."""
     if tpr is not None and alpha is not None:
         raise ValueError(f"tpr, alpha: got {tpr} and {alpha}, expected one of them")
     if alpha is not None:
         threshold, by, level = conformal_threshold(scores, alpha), "alpha", alpha
     else:
-        level = 0.95 if tpr is None else tpr
+        level = TPR if tpr is None else tpr
         threshold, by = tpr_threshold(scores, level), "tpr"
     return threshold, Calibration(by, float(level), len(scores), float(threshold))
 

@@ -17,6 +17,7 @@ from .. import checks, metrics
 from ..files import replacing
 from ..heads import find_head, inference_head
 from ..intact import read_npz, write_npz
+from ..metrics import ECE_BINS
 from ..models.running import run_model
 from .collapse import Chunk, Moments, NeuralCollapse, neural_collapse
 from .plane import plane_of
@@ -39,8 +40,8 @@ NUMBERS = {
     "norm_cv": ("CV of ‖z‖", "std/mean of the training features' norms; Haas et al. fig. 3"),
     "distance_norm_correlation": ("r(D, ‖z‖), ID", "Pearson's r of D(z) and ‖z‖ of ID samples; Ding et al. fig. 2"),
     "accuracy_norm_correlation": ("ρ(accuracy, ‖z‖)", "Spearman's ρ over bins of ‖z‖; Haas et al. fig. 7"),
-    "ece": ("ECE of f", "expected calibration error of softmax(f), 15 bins"),
-    "ece_by_distance": ("ECE of f/D", "expected calibration error of softmax(f/D), 15 bins; Ding et al. 2026"),
+    "ece": ("ECE of f", f"expected calibration error of softmax(f), {ECE_BINS} bins"),
+    "ece_by_distance": ("ECE of f/D", f"expected calibration error of softmax(f/D), {ECE_BINS} bins; Ding et al. 2026"),
     "distance_norm_correlation_ood": ("r(D, ‖z‖), OOD", "Pearson's r of D(z) and ‖z‖ of OOD samples"),
     "pscore_auroc": ("AUROC of pScore", "w_p·(z − μ)/‖z − μ‖; Liu and Qin, CVPR 2025"),
     "norm_auroc": ("AUROC of ‖z‖", "the score of Haas et al. 2024"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor
 from .. import metrics, published, recipes, registry
 from ..data.folders import is_below
 from ..data.specs import SPECS
+from ..metrics import ECE_BINS
 from .cache import Outputs
 from .trained import Trained, as_published
 
+FORMAT = "ood_fast evaluate 1"
 FIT, VALIDATION, VALIDATION_OOD, TEST = "fit", "validation", "validation_ood", "test"  # parts of a benchmark
 ID = "id"  # the in-distribution test set among the score sets
 CSID = "csid"  # the group of covariate-shifted ID sets: the same classes, other images
@@ -41,7 +44,7 @@ CONVENTIONS = {
     "fpr95_id_positive": "share of OOD images accepted by the threshold that keeps 95 % of the ID images; most papers'",
     "aupr_in": "area under precision-recall with ID positive, trapezoid over recall",
     "aupr_out": "area under precision-recall with OOD positive, trapezoid over recall",
-    "ece_softmax": "expected calibration error of softmax(f) on the ID test images, 15 equal bins (lo, hi]",
+    "ece_softmax": f"expected calibration error of softmax(f) on the ID test images, {ECE_BINS} equal bins (lo, hi]",
     "ece_scaled_by_norm": f"the same of softmax(f / (τ‖f‖)), τ = {recipes.TAU}",
     "ece_scaled_by_distance": "the same of softmax(f / D), D = mean distance to the decision boundaries",
 }
@@ -187,6 +190,10 @@ class Summary:
         """Mean less the published number."""
         return None if self.published is None else self.mean - self.published
 
+    def as_row(self) -> dict[str, Any]:
+        """As summary.csv and results.json have it."""
+        return {**asdict(self), "difference": self.difference}
+
 
 @dataclass
 class Results:
@@ -214,6 +221,20 @@ class Results:
             return cls(content["benchmark"], runs, content["bootstrap"], content["tuned"], kept)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not as an evaluation is written ({type(error).__name__}: {error})") from error
+
+    def to_json(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """What results.json holds. `context` says how it came about (command, versions, machine, times)."""
+        return {
+            "format": FORMAT,
+            **context,
+            "benchmark": self.benchmark,
+            "tuned": self.tuned,
+            "bootstrap": self.n_bootstrap,
+            "conventions": CONVENTIONS,
+            "sets": {name: asdict(part) for name, part in self.sets.items()},
+            "runs": [_run_dict(run, name) for run, name in zip(self.runs, run_names(self), strict=True)],
+            "summary": [summary.as_row() for summary in self.summaries()],
+        }
 
     @property
     def methods(self) -> dict[str, list[RunResult]]:
@@ -334,7 +355,37 @@ class Results:
         }
 
 
-# ---- from results.json
+# ---- results.json
+
+
+def run_names(results: Results) -> list[str]:
+    """A name for the scores of each run: the last part of its path, with a number where that is not enough."""
+    places = [Path(os.path.abspath(run.trained.name)) for run in results.runs]  # "..", too, is a path of a run
+    names = [place.name.replace(":", "-") or "run" for place in places]
+    return [name if names.count(name) == 1 else f"{index}-{name}" for index, name in enumerate(names)]
+
+
+def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
+    trained = run.trained
+    return {
+        "run": trained.name,
+        "id": (trained.info or {}).get("id"),
+        "folder": str(trained.folder.resolve()),
+        "scores": f"scores/{name}",
+        "method": trained.method,
+        "seed": trained.seed,
+        "epochs": (trained.info or {}).get("epochs"),
+        "checkpoint": trained.checkpoint,
+        "model": run.model_key,
+        "recipe": None if trained.recipe is None else recipes.as_dict(trained.recipe),
+        "images_per_second": run.images_per_second,
+        "outputs": {name: str(held.path.resolve()) for name, held in run.outputs.items() if held.path is not None},
+        "detectors": run.settings,
+        "trials": run.trials,
+        "notes": run.notes,
+        "measurements": [asdict(number) for number in run.measurements],
+    }
+
 
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "float | None": (int, float, type(None))}
 _RUN: dict[str, Any] = {"run": str, "folder": str, "scores": str, "method": str, "checkpoint": str, "model": str}

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 
 from ..detectors.fitting import Note
 from ..detectors.registry import label_of
+from ..metrics import ECE_BINS
 from ..registry import added
 from ..report.tables import Cell, Column, Section, Table, and_list, percent, show
 from .results import CONVENTIONS, ECE, FULL_SPECTRUM, Results, Summary
@@ -60,7 +61,7 @@ class Columns:
         """None where nothing of it was measured."""
         measured = [metric for metric in CALIBRATION if any(key[1:] == ("", metric, "") for key in self.found)]
         columns = [c for m in measured for c in (self.of(CALIBRATION[m], m, with_interval=True), *self.beside(m))]
-        caption = f"{self.over} ECE of the softmax of what the column names, 15 bins, on the ID test images; "
+        caption = f"{self.over} ECE of the softmax of what the column names, {ECE_BINS} bins, on the ID test images; "
         rows = [("", [(method, (method, "")) for method in self.results.methods])]
         title = "Accuracy and expected calibration error (%)"
         return [Table.of(title, f"{caption}lower is better.", columns, rows)] if measured else []

@@ -13,20 +13,19 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import checks, files, recipes, spreadsheet
+from .. import checks, files, spreadsheet
 from ..intact import read_json, read_npz, write_npz
 from ..report.tables import as_markdown
-from .results import CONVENTIONS, FULL_SPECTRUM, GROUPS, Measurement, Results, RunResult, Summary
+from .results import FORMAT, FULL_SPECTRUM, GROUPS, Results, RunResult, Summary, run_names
 from .tables import build
 from .verdict import verdict
 
-FORMAT = "ood_fast evaluate 1"
 JSON = "results.json"
 FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)
 
@@ -99,7 +98,7 @@ def write(folder: str | os.PathLike[str], results: Results, context: Mapping[str
     """
     with files.staged(folder) as staging:
         spreadsheet.write(staging / "results.csv", _long(results))
-        spreadsheet.write(staging / "summary.csv", map(_summary_row, results.summaries()))
+        spreadsheet.write(staging / "summary.csv", map(Summary.as_row, results.summaries()))
         text = "\n\n".join([*verdict(results), *map(as_markdown, build(results))])
         (staging / "results.md").write_text(text, encoding="utf-8")
         _write_openood(staging / "openood", results)
@@ -108,7 +107,7 @@ def write(folder: str | os.PathLike[str], results: Results, context: Mapping[str
             (staging / "scores" / name).mkdir()
             for detector, scores in run.scores.items():
                 write_npz(staging / "scores" / name / f"{detector}.npz", scores)
-        text = json.dumps(results_as_dict(results, context), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(results.to_json(context), indent=1, ensure_ascii=False, allow_nan=False)
         (staging / JSON).write_text(text, encoding="utf-8")
 
 
@@ -134,60 +133,11 @@ def read_scores(folder: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[
     return {name: {k: v for k, v in read_npz(file).items() if v is not None} for name, file in files.items()}
 
 
-def run_names(results: Results) -> list[str]:
-    """A name for the scores of each run: the last part of its path, with a number where that is not enough."""
-    places = [Path(os.path.abspath(run.trained.name)) for run in results.runs]  # "..", too, is a path of a run
-    names = [place.name.replace(":", "-") or "run" for place in places]
-    return [name if names.count(name) == 1 else f"{index}-{name}" for index, name in enumerate(names)]
-
-
-def results_as_dict(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything of results.json. `context` says how it was run (command, versions, machine, times)."""
-    return {
-        "format": FORMAT,
-        **context,
-        "benchmark": results.benchmark,
-        "tuned": results.tuned,
-        "bootstrap": results.n_bootstrap,
-        "conventions": CONVENTIONS,
-        "sets": {name: asdict(part) for name, part in results.sets.items()},
-        "runs": [_run_dict(run, name) for run, name in zip(results.runs, run_names(results), strict=True)],
-        "summary": [_summary_row(summary) for summary in results.summaries()],
-    }
-
-
-def _run_dict(run: RunResult, name: str) -> dict[str, Any]:
-    trained = run.trained
-    return {
-        "run": trained.name,
-        "id": (trained.info or {}).get("id"),
-        "folder": str(trained.folder.resolve()),
-        "scores": f"scores/{name}",
-        "method": trained.method,
-        "seed": trained.seed,
-        "epochs": (trained.info or {}).get("epochs"),
-        "checkpoint": trained.checkpoint,
-        "model": run.model_key,
-        "recipe": None if trained.recipe is None else recipes.as_dict(trained.recipe),
-        "images_per_second": run.images_per_second,
-        "outputs": {name: str(held.path.resolve()) for name, held in run.outputs.items() if held.path is not None},
-        "detectors": run.settings,
-        "trials": run.trials,
-        "notes": run.notes,
-        "measurements": [asdict(number) for number in run.measurements],
-    }
-
-
-def _summary_row(summary: Summary) -> dict[str, Any]:
-    return {**asdict(summary), "difference": summary.difference}
-
-
 def _long(results: Results) -> Iterable[dict[str, Any]]:
     for run in results.runs:
         of_run = {"method": run.trained.method, "run": run.trained.name, "seed": run.trained.seed}
-        names = [field.name for field in fields(Measurement)]
         for number in run.measurements:
-            yield {**of_run, **{name: getattr(number, name) for name in names}}
+            yield {**of_run, **asdict(number)}
 
 
 def _write_openood(folder: Path, results: Results) -> None:

@@ -20,6 +20,7 @@ from ..diagnostics.plane import regions
 from ..evaluation.results import ID as RESULTS_ID
 from ..evaluation.results import TITLES, Results, Summary
 from ..evaluation.verdict import means_of, ranking
+from ..values import TPR
 from .charts import COLORS, INK, Chart, Series, histogram
 from .runs import Evaluated, Record
 from .tables import each, number
@@ -293,8 +294,8 @@ def _reliability(name: str, diagnosis: Diagnosis) -> Chart:
     ece = {"f": 100 * diagnosis.numbers["ece"], "f/D": 100 * diagnosis.numbers["ece_by_distance"]}
     return Chart(
         *(f"Reliability: {name}", "confidence", "accuracy", series),
-        "Accuracy against mean confidence of the ID test images in 15 equal bins (Guo et al., ICML 2017); dotted: "
-        f"calibrated. Expected calibration error (%): {each(ece)}",
+        f"Accuracy against mean confidence of the ID test images in {metrics.ECE_BINS} equal bins (Guo et al., ICML "
+        f"2017); dotted: calibrated. Expected calibration error (%): {each(ece)}",
         x_range=(0.0, 1.0),
         y_range=(0.0, 1.0),
         guides=[[(0.0, 0.0), (1.0, 1.0)]],
@@ -357,8 +358,8 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
         caption = f"Higher is more in-distribution. AUROC (%): {each(aurocs)}{told}"
         chart = histogram(f"{label}: {record.name}", f"score of {label}", values, caption)
         kept = sets["id"][np.isfinite(sets["id"])] if "id" in sets else np.zeros(0)
-        for threshold in [float(np.quantile(kept, 0.05))] if len(kept) else ():
-            told = f"{chart.caption} Dotted: {number(threshold)}, the threshold that keeps 95 % of ID."
+        for threshold in [float(np.quantile(kept, 1 - TPR))] if len(kept) else ():
+            told = f"{chart.caption} Dotted: {number(threshold)}, the threshold that keeps {100 * TPR:g} % of ID."
             chart = replace(chart, caption=told, guides=[[(threshold, 0.0), (threshold, 1.0)]])
         charts.append(chart)
     return charts
