@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import UserError, warn_caller
+from .checks import UserError, shortened, warn_caller
 
 LEAST_IMAGES = 20  # of fewer, nothing is said
 LISTED = 12  # classes in a message
@@ -41,13 +41,11 @@ def other_order(counts: Tensor, names: Sequence[str], cure: str = CURE, of: str 
     enough = n_images >= LEAST_IMAGES and by_meaning > _chance(counts, 4)
     if not enough or not right < n_images / 2 <= by_meaning or len(set(meant.tolist())) < len(meant):
         return ""
-    order = [f"{name} -> {int(index)}" for name, index in zip(names[:LISTED], meant, strict=False)]
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    order = [f"{name} -> {int(index)}" for name, index in zip(names, meant, strict=False)]
     return (
         f"the {of}s are not in the order of the model's classes: {100 * right / n_images:.1f} % of the images are "
         f"predicted as their {of} says, {100 * by_meaning / n_images:.1f} % if {of}s and classes are matched; "
-        f"{of}s by name: {', '.join(names[:LISTED])}{more}; as the model predicts them: {', '.join(order)}{more}; "
-        f"{cure}"
+        f"{of}s by name: {shortened(names, LISTED)}; as the model predicts them: {shortened(order, LISTED)}; {cure}"
     )
 
 

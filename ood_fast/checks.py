@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import SHORT_LIST as SHORT_LIST
 from .errors import UserError as UserError
+from .errors import shortened as shortened
 from .errors import unknown as unknown
 from .errors import warn_caller as warn_caller
 from .records import Labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .registry import KINDS
 
@@ -26,6 +26,11 @@ def warn_caller(text: str) -> None:
             outermost = level
         frame = frame.f_back
     warnings.warn(text, stacklevel=outermost + 1)
+
+
+def shortened(names: Sequence[str], most: int = SHORT_LIST) -> str:
+    """The first names, and how many more there are: "a, b and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import catalogue
 import pytest
 
 from ood_fast import detectors
-from ood_fast.detectors import catalogue
 
 PAGE = Path(__file__).parents[1] / "docs/detectors.md"
 
 
 def test_the_page_has_the_table_of_this_code():
     assert catalogue.table() in PAGE.read_text(encoding="utf-8"), (
-        "run python -m ood_fast.detectors.catalogue and paste its output into docs/detectors.md"
+        "run python tests/catalogue.py and paste its output into docs/detectors.md"
     )
 
 

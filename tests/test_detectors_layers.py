@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from catalogue import ABOUT
 from detector_cases import Net, make
 from torch import nn
 from torch.nn.functional import avg_pool2d, relu
@@ -23,7 +24,6 @@ from ood_fast.detectors import (
     load,
     norm_ratios,
 )
-from ood_fast.detectors.catalogue import ABOUT
 from ood_fast.detectors.gram import Bounds
 from ood_fast.models.layers import maps as maps_of
 from ood_fast.models.layers import stages

@@ -209,14 +209,8 @@ class ComparisonBar(Bar, ComparisonWatcher):
     def on_start(self, run: Run) -> None:
         self.at((self.n_begun - 1) * self.n_epochs + run.epoch)
 
-    def on_step(self, run: Run) -> None:
-        """After each step: nothing is told."""
-
     def on_epoch(self, run: Run, row: Mapping[str, float]) -> None:
         self.advance(1)
-
-    def on_diagnostics(self, run: Run, row: Mapping[str, float]) -> None:
-        """They are in the report."""
 
     def on_result(self, result: RunResult) -> None:
         trained, seconds = result.trained, time.perf_counter() - self.since

@@ -62,11 +62,11 @@ def require_files(title: str, root: Path, names: Iterable[str], where: str) -> N
             present = set()
         missing += [f"{folder}/{file}" if folder else file for file in files if file not in present]
     if missing:
-        raise checks.UserError(f"{title}: missing in {root}: {_named(missing, N_NAMED, ' and {} more')}; {where}")
+        raise checks.UserError(f"{title}: missing in {root}: {checks.shortened(missing, N_NAMED)}; {where}")
 
 
-def _named(names: Sequence[str], n_named: int, more: str) -> str:
-    return ", ".join(names[:n_named]) + (more.format(len(names) - n_named) if len(names) > n_named else "")
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 # ---- what lies in a folder
@@ -147,7 +147,7 @@ def _told(folder: Path, left_out: dict[str, list[str]]) -> str:
     if not left_out:
         return ""
     n_left_out = sum(map(len, left_out.values()))
-    parts = [f"{len(names)} × {why} ({_named(sorted(names), 2, ', ...')})" for why, names in sorted(left_out.items())]
+    parts = [f"{len(names)} × {why} ({_some(sorted(names), 2)})" for why, names in sorted(left_out.items())]
     cure = "; pip install pillow-heif reads HEIC" if {".heic", ".heif"} & set(left_out) else ""
     return f"{n_left_out} below {folder} left out: {', '.join(parts)}{cure}"
 
@@ -225,7 +225,7 @@ def read_image_folder(
         raise checks.UserError(f"{title}: {told}; rename it, and pass the names in their order as --classes FILE")
     strange = sorted(set(present) - set(classes))
     if strange:
-        told = f"{len(classes)} classes of the training ({_named(classes, N_NAMED, ', ...')})"
+        told = f"{len(classes)} classes of the training ({_some(classes, N_NAMED)})"
         raise checks.UserError(f"{title}: {folder / strange[0]} is none of the {told}")
     names, labels = [], []
     for label, name in enumerate(classes):

@@ -117,14 +117,14 @@ class AdaSCALE(Detector):
             for values, k in (((moved_z - z).abs(), self.k1), (moved_z.relu(), self.k2))
         )
         read = self.weight * shift + kept
-        refuse_rows("features of the moved inputs", read, 0 * read.squeeze(1))  # NaN would count as the furthest
+        refuse_rows("features of the moved inputs", read)  # NaN would count as the furthest
         batch.read[self._key] = read
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         self.require_fitted()
         features: Any = batch.features
         self.check_widths(features, batch.logits)
-        refuse_rows("features", features, 0 * torch.linalg.vector_norm(at_least_float32(features), dim=1))
+        refuse_rows("features", features)
         self.see(model, batch, given_head(model, head))
         scores = self._scaled(at_least_float32(features), batch.logits, batch.read[self._key])
         self.check_scores(scores, features, batch.logits)

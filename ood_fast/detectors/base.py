@@ -15,28 +15,7 @@ and features then serves them all, see `ood_fast.statistics`),
     _combine(statistics) -> (n,)        the score
 
 Parameters are keywords of `__init__`, kept as attributes of the same name. Without `state` and head there is nothing to
-fit. Many detectors share one pass over the data in a `DetectorSet`. A whole one, which the command line knows by its
-name with `--plugin MODULE`:
-
-    @ood_fast.register("detector")
-    class Nearness(ood_fast.detectors.Detector):
-        "Minus the distance to the mean of the training features, to the power p."
-
-        needs_features = True
-        state = ("mean",)
-
-        def __init__(self, p: float = 1.0):
-            super().__init__()
-            self.p = p
-
-        def gathers(self):
-            return {"mean": streaming.FeatureMean()}
-
-        def _finish(self, mean):
-            self.mean = mean.value()
-
-        def _score(self, features, logits):
-            return -torch.linalg.vector_norm(features - self.mean, dim=1) ** self.p
+fit. Many detectors share one pass over the data in a `DetectorSet`. `docs/extending.md` has a whole one.
 """
 
 from __future__ import annotations

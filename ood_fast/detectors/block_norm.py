@@ -71,7 +71,7 @@ def norm_ratios(
             next(run_model(model, [images], None, readings)).read for images in (x, _jigsaw(x, pieces, generator))
         )
         for of, r in itertools.product((whole, puzzled), readings):
-            refuse_rows(f"layer {r.layer}", of[r.key], 0 * of[r.key].squeeze(1))
+            refuse_rows(f"layer {r.layer}", of[r.key])
         ratios = [whole[r.key] / puzzled[r.key].clamp(min=torch.finfo(torch.float32).tiny) for r in readings]
         totals += torch.cat(ratios, dim=1).double().sum(dim=0).cpu()
         n_rows += len(x)

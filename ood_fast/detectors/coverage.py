@@ -191,7 +191,7 @@ class NAC(Detector):
         self.see(model, batch, None)
         parts = [batch.read[name, "nac"].to(self.coverage.dtype) for name in self.layers]
         for name, part in zip(self.layers, parts, strict=True):
-            refuse_rows(f"layer {name}", part, 0 * torch.linalg.vector_norm(part, dim=1))
+            refuse_rows(f"layer {name}", part)
         return self._covered(parts)
 
     def score_features(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:

@@ -85,9 +85,8 @@ def tell_missing(detector: Detector, classes: list[int], text: str) -> None:
     """Warn of classes that per-class state has nothing of; `text` has a place for them."""
     if classes:
         names = detector.class_names or ()
-        named = [repr(names[k]) if k < len(names) else str(k) for k in classes[: checks.SHORT_LIST]]
-        more = f" and {len(classes) - len(named)} more" if len(classes) > len(named) else ""
-        tell(detector, text.format(f"class {', '.join(named)}{more}") + "; fit on data of all classes")
+        named = checks.shortened([repr(names[k]) if k < len(names) else str(k) for k in classes])
+        tell(detector, text.format(f"class {named}") + "; fit on data of all classes")
 
 
 def tell(detector: Detector, text: str) -> None:
@@ -387,7 +386,7 @@ class Fit:
         if len(weight) == 1 and any(detector.needs_head for detector in self.detectors):
             refuse_one_logit(weight.new_empty(0, 1))
         checks.head_bias(bias, weight)
-        refuse_rows("head: W", weight, 0 * torch.linalg.vector_norm(at_least_float32(weight), dim=1))
+        refuse_rows("head: W", weight)
         if bias is not None and (bias.isnan() | (bias == torch.inf)).any():
             raise ValueError("head: b: got NaN or inf, expected numbers; look at the training of the model")
         for part in self.parts:

@@ -50,11 +50,6 @@ class Bounds(streaming.Gathered):
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.held.join(other.held)
 
-    def to(self, device: torch.device | str) -> Bounds:
-        self.held.to(device)
-        super().to(device)
-        return self
-
 
 class _GramLayer(Detector):
     needs_features = True

@@ -44,16 +44,10 @@ class EachLayer(streaming.Gathered):
     def key(self) -> tuple[Any, ...]:
         return (type(self), self.layers, *(part.key() for parts in self.parts for part in parts.values()))
 
-    def to(self, device: torch.device | str) -> EachLayer:
-        for parts in self.parts:
-            for part in parts.values():
-                part.to(device)
-        return self
-
     def update(self, features: Mapping[Key, Tensor], logits: Tensor, targets: Tensor) -> None:
         for key, parts in zip(self.layers, self.parts, strict=True):
             rows = features[key]
-            refuse_rows(f"layer {key[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
+            refuse_rows(f"layer {key[0]}", rows)
             for part in parts.values():
                 part.take(rows, logits, targets)
 
@@ -77,17 +71,12 @@ class Passed(streaming.Gathered):
 
     def update(self, features: Mapping[Key, Tensor], logits: Tensor | None, targets: Tensor | None) -> None:
         rows = features[self.key_read]
-        refuse_rows(f"layer {self.key_read[0]}", rows, 0 * torch.linalg.vector_norm(rows, dim=1))
+        refuse_rows(f"layer {self.key_read[0]}", rows)
         self.like = rows[:0]
         self.bank.take(rows, None, None)
 
     def merge(self, other: Passed) -> None:
         self.bank.join(other.bank)
-
-    def to(self, device: torch.device | str) -> Passed:
-        self.bank.to(device)
-        super().to(device)
-        return self
 
     def value(self) -> Tensor:
         """The rows kept, (k, d), in the order in which they came."""
@@ -179,7 +168,7 @@ class LayerDetector(Detector):
         self.require_fitted()
         rows = [batch.read[reading.key] for reading in self.readings()]
         for reading, z in zip(self.readings(), rows, strict=True):
-            refuse_rows(f"layer {reading.layer}", z, 0 * torch.linalg.vector_norm(z, dim=1))
+            refuse_rows(f"layer {reading.layer}", z)
         scores = self.score_rows(rows, batch.logits)
         refuse_rows("logits", batch.logits, scores)
         return scores

@@ -53,12 +53,6 @@ class ClassScatter(streaming.Gathered):
         if self.dropped or len(self.classes) * self.like.shape[1] ** 2 > self.most:
             self.classes, self.dropped = {}, True
 
-    def to(self, device: torch.device | str) -> ClassScatter:
-        for part in self.classes.values():
-            part.to(device)
-        super().to(device)
-        return self
-
 
 @register
 class GMM(Detector):

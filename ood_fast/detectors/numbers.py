@@ -104,12 +104,13 @@ def refuse_short(extent: Tensor) -> None:
         )
 
 
-def refuse_rows(argument: str, values: Tensor, of_rows: Tensor) -> None:
+def refuse_rows(argument: str, values: Tensor, of_rows: Tensor | None = None) -> None:
     """ValueError naming the first row of `values` with NaN or, if none has, with the infinities that made NaN of it, or
-    the numbers whose squares are beyond float32; `of_rows` (n,) is NaN where a row holds such.
+    the numbers whose squares are beyond float32; `of_rows` (n,) is NaN where a row holds such, None: by its length.
 
     One word from the device; the rows are looked at only where something is wrong.
     """
+    of_rows = 0 * torch.linalg.vector_norm(at_least_float32(values), dim=1) if of_rows is None else of_rows
     suspect = of_rows.isnan()
     if suspect.any():
         found, rows = "NaN", values.isnan().any(dim=1)

@@ -26,7 +26,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,16 +125,6 @@ def read_file(path: str | os.PathLike[str]) -> Content:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else f"its metadata are not as they are written ({error!r})"
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
-
-
-def save(
-    detectors: Any,
-    path: str | os.PathLike[str],
-    class_names: Iterable[str] | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> None:
-    """`detectors.save(path, class_names, notes)`."""
-    detectors.save(path, class_names, notes)
 
 
 def notes(path: str | os.PathLike[str]) -> dict[str, Any]:

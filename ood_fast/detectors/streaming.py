@@ -73,10 +73,7 @@ class Gathered:
 
     def to(self, device: torch.device | str) -> Gathered:
         """Move what was gathered; returns self."""
-        for name, value in vars(self).items():
-            if isinstance(value, (Tensor, list)) and name not in self.on_cpu:
-                moved = [each.to(device) for each in (value if isinstance(value, list) else [value])]
-                setattr(self, name, moved if isinstance(value, list) else moved[0])
+        vars(self).update({n: _moved(held, device) for n, held in vars(self).items() if n not in self.on_cpu})
         return self
 
     # ---- what a subclass supplies; never called with no rows
@@ -88,6 +85,15 @@ class Gathered:
     def merge(self, other: Any) -> None:
         """Take in what `other` gathered from other rows."""
         raise NotImplementedError
+
+
+def _moved(held: Any, device: torch.device | str) -> Any:
+    """Tensors and parts on a device, also those in lists and mappings; anything else as it is."""
+    if isinstance(held, (Tensor, Gathered)):
+        return held.to(device)
+    if isinstance(held, dict):
+        return {key: _moved(each, device) for key, each in held.items()}
+    return [_moved(each, device) for each in held] if isinstance(held, list) else held
 
 
 def gather(parts: Sequence[Gathered], group: dist.ProcessGroup) -> None:

@@ -74,11 +74,7 @@ def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
         "only here": [name for name in here if name not in there],
         "set otherwise": [name for name in here if name in there and there[name] != here[name]],
     }
-    return "; ".join(
-        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for what, names in told.items()
-        if names
-    )
+    return "; ".join(f"{what}: {checks.shortened(names, 3)}" for what, names in told.items() if names)
 
 
 def holds(folder: Path, kind: str = FORMAT) -> bool:

@@ -244,5 +244,4 @@ def _plain(key: str) -> str:
 
 
 def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - N_LISTED} more" if len(keys) > N_LISTED else ""
-    return ", ".join(keys[:N_LISTED]) + more
+    return checks.shortened(keys, N_LISTED)

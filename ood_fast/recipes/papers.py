@@ -76,28 +76,26 @@ OF_THE_LOSS = (
     *("loss", "tau", "prototype_momentum", "average", "detach_geometry", "head", "head_tau"),
     *("outliers", "outlier_weight", "outlier_start", "outlier_queue", "outlier_batch_size", "regmixup"),
 )
-_VOS = "Du et al., ICLR 2022, arXiv 2202.01197"
-_OE = "Hendrycks et al., ICLR 2019, arXiv 1812.04606"
+_VOS, _OE = "Du et al., ICLR 2022, arXiv 2202.01197", "Hendrycks et al., ICLR 2019, arXiv 1812.04606"
+_NPOS = "Tao et al., ICLR 2023, arXiv 2303.02966"
+_THEIRS, _CROPS = f"as {OPENOOD} trains it", "crops and flips, no colours"
+_SSD = "Khosla et al., NeurIPS 2020, arXiv 2004.11362 (SSD+, KNN+)"
 SOURCES = {  # of what is trained with the schedule of `BENCHMARKS`; others: the tables of ELogitNorm
     "ce": OPENOOD,
     "t2fnorm": OPENOOD,
     "vos": f"{_VOS}, with the schedule of {OPENOOD}, whose term of VOS has no gradient in the model",
     "elogitnorm-vos": f"of no paper: {ELOGITNORM}, with the outliers of {_VOS}",
-    "oe": f"{_OE}, as {OPENOOD} trains it",
+    "npos": f"{_NPOS}, {_THEIRS}; {_CROPS}",
+    "elogitnorm-npos": f"of no paper: {ELOGITNORM}, with the outliers of {_NPOS}",
+    "oe": f"{_OE}, {_THEIRS}",
     "elogitnorm-oe": f"of no paper: {ELOGITNORM}, with the outliers of {_OE}",
+    "mixoe": f"Zhang et al., WACV 2023, arXiv 2106.03917, {_THEIRS}, from trained weights: --init FILE",
+    "regmixup": f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, {_THEIRS}",
+    "ish": "Xu et al., ICLR 2024, arXiv 2310.00227, with the share that is pruned on ImageNet",
+    "supcon": f"{_SSD}, with the settings of CIDER; crops and flips",
+    "cider": f"Ming et al., ICLR 2023, arXiv 2203.04450, {_THEIRS}; {_CROPS}",
+    "palm": f"Lu et al., ICLR 2024, arXiv 2402.02653, {_THEIRS}; {_CROPS}",
 }
-SOURCES["mixoe"] = (
-    f"Zhang et al., WACV 2023, arXiv 2106.03917, as {OPENOOD} trains it, from trained weights: --init FILE"
-)
-SOURCES["regmixup"] = f"Pinto et al., NeurIPS 2022, arXiv 2206.14502, as {OPENOOD} trains it"
-SOURCES["ish"] = "Xu et al., ICLR 2024, arXiv 2310.00227, with the share that is pruned on ImageNet"
-SOURCES["supcon"] = (
-    "Khosla et al., NeurIPS 2020, arXiv 2004.11362 (SSD+, KNN+), with the settings of CIDER; crops and flips"
-)
-SOURCES["cider"] = f"Ming et al., ICLR 2023, arXiv 2203.04450, as {OPENOOD} trains it; crops and flips, no colours"
-SOURCES["npos"] = f"Tao et al., ICLR 2023, arXiv 2303.02966, as {OPENOOD} trains it; crops and flips, no colours"
-SOURCES["elogitnorm-npos"] = f"of no paper: {ELOGITNORM}, with the outliers of Tao et al., ICLR 2023, arXiv 2303.02966"
-SOURCES["palm"] = f"Lu et al., ICLR 2024, arXiv 2402.02653, as {OPENOOD} trains it; crops and flips, no colours"
 _CONTRASTIVE = {"batch_size": 512, "learning_rate": 0.5, "final_learning_rate": 5e-4, "weight_decay": 1e-4}
 _SMALL_STEPS = {"learning_rate": 0.1, "final_learning_rate": 1e-4, "weight_decay": 1e-4, "warmup_epochs": 10}
 OWN_SCHEDULE: dict[str, dict[str, Any]] = {
@@ -111,7 +109,6 @@ OWN_SCHEDULE: dict[str, dict[str, Any]] = {
     "cifar10-palm": _SMALL_STEPS | {"batch_size": 16, "prototype_momentum": 0.9},
     "npos": _SMALL_STEPS | {"batch_size": 256},
 }
-IN_TABLE_5 = ("ce", "logitnorm", "elogitnorm", "l2norm")
 BENCHMARKS = {
     "cifar10": TrainingRecipe(benchmark="cifar10", model="resnet18_32x32", small_images=True, epochs=100),
     "cifar100": TrainingRecipe(benchmark="cifar100", model="resnet18_32x32", small_images=True, epochs=100),
@@ -191,7 +188,7 @@ def _all_recipes() -> Iterable[TrainingRecipe]:
             name = f"{benchmark}-{method}"
             own = {**OWN_SCHEDULE.get(method, {}), **OWN_SCHEDULE.get(name, {})}
             yield replace(base, **{**settings, **own}, name=name, source=paper)
-            if method in IN_TABLE_5:
+            if method in LOSSES:  # in its table 5
                 source = f"{ELOGITNORM}, table 5 (accuracy, 200 epochs)"
                 yield replace(base, **settings, epochs=200, name=f"{benchmark}-{method}-200", source=source)
 

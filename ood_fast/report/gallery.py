@@ -27,9 +27,8 @@ def add(records: Sequence[Record], data_root: str | os.PathLike[str] | None = No
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         ranked = ranking(evaluations.stored(found))
-        for record, evaluated in [pair for pair in found if ranked and pair[1].run.trained.method == ranked[0].method][
-            :1
-        ]:
+        of_best = [pair for pair in found if ranked and pair[1].run.trained.method == ranked[0].method]
+        for record, evaluated in of_best[:1]:
             try:
                 evaluated.images = _gallery(record, evaluated, ranked[0].detector, data_root)
             except (checks.UserError, OSError, ValueError) as error:

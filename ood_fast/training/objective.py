@@ -1,17 +1,7 @@
 """What a step minimises: the one place where a method of training meets the loop.
 
 A loss of (logits, y) needs nothing of this. What reads more of a step is an `Objective`, which the function under
-`@ood_fast.register("loss")` may return in place of a criterion:
-
-    class Louder(Objective):
-        "Cross-entropy, and features that are long."
-
-        def around(self, model):
-            return WithFeatures(model, model.fc)
-
-        def step(self, network, batch):
-            logits, z = network(batch.x)
-            return F.cross_entropy(logits, batch.target) - 0.01 * z.norm(dim=1).mean(), logits
+`@ood_fast.register("loss")` may return in place of a criterion; `docs/extending.md` has a whole one.
 """
 
 from __future__ import annotations

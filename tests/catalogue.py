@@ -1,4 +1,4 @@
-"""The table of all detectors: `python -m ood_fast.detectors.catalogue`.
+"""The table of all detectors in docs/detectors.md: `python tests/catalogue.py`.
 
 What a detector keeps is read off a fit on data whose sizes are all different numbers.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .registry import find, known
+from ood_fast.detectors import find, known
 
 N, C, M = 211, 7, 23  # training samples, classes, features
 _SMALL: dict[str, dict[str, Any]] = {"KNN": {"k": 5}, "CombOOD": {"k": 5}, "NNGuide": {"k": 5, "fraction": 1.0}}
