@@ -32,11 +32,11 @@ from .evaluation.write import check_folder, holds
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
 from .training import Run, Watcher
-from .training.folder import COMPLETE, RUN, file_key, images_of, read_info
+from .training.folder import COMPLETE, IMAGES, RUN, differ, file_key, images_of, read_info
 
 RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
 EPOCH_SECONDS = 10.0  # shorter epochs are saved that often: of short runs, saving would be the most
-ALIKE = ("benchmark", "class_names", "image_shape", "training_images", "validation_images")  # of runs with one seed
+ALIKE = ("benchmark", *IMAGES)  # of runs with one seed
 
 
 def recipes_of(
@@ -188,7 +188,7 @@ class Comparison:
             others = [
                 f"{name}: {there.get(name)} there, {ours[name]} here"
                 for name in ours
-                if name not in ("name", "source", "init", *apart) and there.get(name) != ours[name]
+                if name not in ("name", "source", "init", *apart) and differ(name, there, ours)
             ]
             if others:
                 raise checks.UserError(
@@ -237,7 +237,7 @@ def open_runs(
         same_seed = first.setdefault(info["seed"], (path, info)) if info else any_seed
         for what in ALIKE if info else ():  # of digits, the seed chooses the classes
             name, theirs = same_seed if info["benchmark"] == "digits" and what != "benchmark" else any_seed
-            if theirs and info.get(what) != theirs.get(what):
+            if theirs and differ(what, info, theirs):
                 raise checks.UserError(
                     f"{path}, {name}: not to be compared, their {what.replace('_', ' ')} differ: {info.get(what)}, "
                     f"{theirs.get(what)}"

@@ -307,7 +307,7 @@ def test_runs_of_other_data_or_classes_are_refused(results, folder, benchmark_of
     other = tmp_path / "other"
     other.mkdir()
     info = json.loads((here / "run.json").read_text())
-    for what, value in (("class_names", list("abcdef")), ("training_images", 7), ("benchmark", "cifar10")):
+    for what, value in (("class_names", list("abcdef")), ("training_content", "7"), ("benchmark", "cifar10")):
         (other / "run.json").write_text(json.dumps(info | {what: value}))
         with pytest.raises(checks.UserError, match=f"not to be compared, their {what.replace('_', ' ')} differ"):
             compare.open_runs([here, other], lambda seed: benchmark_of(0))
@@ -319,9 +319,10 @@ def test_a_comparison_is_not_extended_by_runs_of_other_images(folder, results, c
     here = tmp_path / "runs/ce/s3"
     here.mkdir(parents=True)
     info = json.loads((folder / "runs/ce/s3/run.json").read_text())
-    (here / "run.json").write_text(json.dumps(info | {"training_images": 7}))
-    with pytest.raises(checks.UserError, match=r"ce/s3 holds a run with other settings \(training_images: 7 there, "):
-        comparison_in(tmp_path, ("elogitnorm",), (0,)).run()
+    for what in ("training_images", "validation_content"):
+        (here / "run.json").write_text(json.dumps(info | {what: 7}))
+        with pytest.raises(checks.UserError, match=rf"ce/s3 holds a run with other settings \({what}: 7 there, "):
+            comparison_in(tmp_path, ("elogitnorm",), (0,)).run()
 
 
 def test_outliers_belong_to_the_losses_that_take_them(folder, results, comparison_in, benchmark_of):

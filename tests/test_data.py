@@ -945,6 +945,19 @@ def test_a_fingerprint_changes_with_what_it_stands_for(root, tmp_path):
     assert flat.fingerprint() != before
 
 
+def test_the_content_of_images_is_that_of_copies_and_of_no_others(root, tmp_path):
+    for place, seed in (("here", 1), ("copy", 1), ("other", 2)):
+        (tmp_path / place).mkdir()
+        write_image(tmp_path / place / "1.png", seed=seed)
+    os.utime(tmp_path / "copy/1.png", (1, 1))
+    here, copied, other = (
+        images.ImageDataset(readers.read_flat_folder(tmp_path / place, "own", "")).content
+        for place in ("here", "copy", "other")
+    )
+    assert here == copied != other
+    assert open_benchmark("cifar10", root).train.content != open_benchmark("cifar10", root).test.content
+
+
 def test_a_data_set_ends(root):
     test = open_benchmark("cifar10", root).test
     assert sum(1 for _ in test) == len(test) == 36

@@ -476,6 +476,21 @@ def test_a_run_is_not_overwritten(images, tmp_path):
         training.fit_recipe(one, grey, tmp_path, resume=True)
 
 
+def test_a_run_is_not_continued_with_other_images_of_the_same_number(images, tmp_path):
+    one = replace(BASE, epochs=1)
+    training.fit_recipe(one, images, tmp_path / "run")
+    write_cifar10(tmp_path / "copy", n_train=70, n_test=40)
+    training.fit_recipe(one, data.open_benchmark("cifar10", tmp_path / "copy", seed=1), tmp_path / "run", resume=True)
+    other = data.open_benchmark("cifar10", tmp_path / "copy", seed=1)
+    other.train.source.pixels = other.train.source.pixels[::-1]
+    with pytest.raises(checks.UserError, match=r'other settings \(training_content: "\w+" there, "\w+" here\)'):
+        training.fit_recipe(one, other, tmp_path / "run", resume=True)
+    written = json.loads((tmp_path / "run/run.json").read_text())
+    del written["training_content"], written["validation_content"]  # of an older version
+    (tmp_path / "run/run.json").write_text(json.dumps(written))
+    training.fit_recipe(one, other, tmp_path / "run", resume=True)
+
+
 def test_other_folders_are_left_alone(images, tmp_path):
     (tmp_path / "thesis.tex").write_text("all of it")
     for resume in (False, True):

@@ -40,7 +40,9 @@ CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call the
 COMPLETE = "complete"
 # of run.json, besides the recipe and what is prepared: a run is only continued where these are the same
 DECIDING: tuple[str, ...] = ("seed", "init_weights", "processes", "sync_bn")
-DECIDING += ("class_names", "image_shape", "training_images", "validation_images")
+IMAGES: tuple[str, ...] = ("class_names", "image_shape", "training_images", "validation_images", "training_content")
+IMAGES += ("validation_content",)
+DECIDING += IMAGES
 
 
 def describe(run: Run, status: str) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "n_classes": benchmark.n_classes,
         "prepared": benchmark.prepared,
         "outlier_images": None if benchmark.outliers is None else len(benchmark.outliers),
+        "outlier_content": _content(benchmark.outliers),
         "device": str(run.device),
         "workers": options.workers,
         "compile": options.compile,
@@ -78,7 +81,14 @@ def images_of(benchmark: ImageBenchmark) -> dict[str, Any]:
         "image_shape": list(benchmark.image_shape),
         "training_images": len(benchmark.train),
         "validation_images": len(benchmark.validation),
+        "training_content": _content(benchmark.train),
+        "validation_content": _content(benchmark.validation),
     }
+
+
+def _content(images: Any) -> str | None:
+    key: str | None = getattr(images, "content", None)  # not of a data set of the caller's own
+    return key
 
 
 class RunFolder:
@@ -171,7 +181,9 @@ def file_key(path: str | os.PathLike[str] | None) -> str | None:
 def _deciding(info: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: value for name, value in info["recipe"].items() if name not in ("name", "source", "init")}
     prepared = {f"prepared: {name}": value for name, value in (info.get("prepared") or {}).items()}
-    beside = ("outlier_images",) * (recipe.get("outliers") in OF_IMAGES or recipe.get("loss") in added("loss"))
+    beside = ("outlier_images", "outlier_content") * (
+        recipe.get("outliers") in OF_IMAGES or recipe.get("loss") in added("loss")
+    )
     images = {name: info.get(name) for name in (*DECIDING, *beside)}
     read: dict[str, Any] = json.loads(json.dumps(recipe | images | prepared))
     return read  # as from a file
@@ -181,8 +193,14 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     return [
         f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
         for name in dict.fromkeys([*there, *here])
-        if there.get(name) != here.get(name)
+        if differ(name, there, here)
     ]
+
+
+def differ(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether two runs have another value of it; runs of older versions say nothing of the content of images."""
+    unknown = name.endswith("_content") and None in (there.get(name), here.get(name))
+    return not unknown and bool(there.get(name) != here.get(name))
 
 
 def _short(value: Any) -> str:
