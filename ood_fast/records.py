@@ -14,10 +14,8 @@ from torch import Tensor
 class Labels(NamedTuple):
     """What the target distribution q is made of, as in `torch.nn.functional.cross_entropy`."""
 
-    target: Tensor
-    """y: class indices, int64 (n,), or class probabilities, float (n, c)"""
-    class_weight: Tensor | None
-    """(c,)"""
+    target: Tensor  # y: class indices, int64 (n,), or class probabilities, float (n, c)
+    class_weight: Tensor | None  # (c,)
     ignore_index: int
     label_smoothing: float
 
@@ -25,42 +23,30 @@ class Labels(NamedTuple):
 class Tempered(NamedTuple):
     """What the forward pass of a softmax with a temperature for each sample leaves for the backward pass; all (n,)."""
 
-    predicted: Tensor
-    """p, int64"""
+    predicted: Tensor  # p, int64
     temperature: Tensor
-    log_partition: Tensor
-    """log sum_j exp(-g_j / T)"""
-    slope: Tensor
-    """dL/dD / (K + average_offset), or dL/dT tau / ||f|| for LogitNorm; 0 where T is a constant"""
+    log_partition: Tensor  # log sum_j exp(-g_j / T)
+    slope: Tensor  # dL/dD / (K + average_offset), or dL/dT tau / ||f|| for LogitNorm; 0 where T is a constant
 
 
 class Geometry(NamedTuple):
     """R, the inverse distances between rows of W, and which row of it each sample needs; k = min(n, c)."""
 
-    table_row: Tensor
-    """(n,) int64"""
-    table: Tensor
-    """(k, c): 1 / ||w_p - w_j||; 0 at j = p and where the two coincide"""
-    row_class: Tensor
-    """(k,) int64: the class p of each row of the table, -1 behind the last one in use"""
+    table_row: Tensor  # (n,) int64
+    table: Tensor  # (k, c): 1 / ||w_p - w_j||; 0 at j = p and where the two coincide
+    row_class: Tensor  # (k,) int64: the class p of each row of the table, -1 behind the last one in use
 
 
 class Shard(NamedTuple):
     """What one process among many keeps of a batch; vectors (n,) are over the classes of all of them."""
 
-    geometry: Geometry
-    """of u rows against the classes here; `row_class`: p less the number of the first of these"""
-    place: Tensor
-    """(n,) int64: p among the classes here, -1 where another process has it"""
-    top: Tensor
-    """f_p"""
-    inverse_sum: Tensor
-    """sum_j R_j over the live classes"""
+    geometry: Geometry  # of u rows against the classes here; `row_class`: p less the number of the first of these
+    place: Tensor  # (n,) int64: p among the classes here, -1 where another process has it
+    top: Tensor  # f_p
+    inverse_sum: Tensor  # sum_j R_j over the live classes
     n_live: Tensor
-    left: Tensor
-    """(u, m): w_p of the u predicted classes"""
-    origin: Tensor | None
-    """of the kernels, as is the next: what `kernels.distances.Kept` has"""
+    left: Tensor  # (u, m): w_p of the u predicted classes
+    origin: Tensor | None  # of the kernels, as is the next: what `kernels.distances.Kept` has
     flags: Tensor | None
 
 
@@ -79,12 +65,9 @@ class Needs(NamedTuple):
 class Projected(NamedTuple):
     """What the forward pass of the NCI score leaves for the backward pass; all (n,)."""
 
-    predicted: Tensor
-    """p, int64"""
-    projection: Tensor
-    """w_p.(z - mu) / ||z - mu||"""
-    inverse_norm: Tensor
-    """1 / ||z - mu||; 0 at z = mu"""
+    predicted: Tensor  # p, int64
+    projection: Tensor  # w_p.(z - mu) / ||z - mu||
+    inverse_norm: Tensor  # 1 / ||z - mu||; 0 at z = mu
 
 
 class Inputs(NamedTuple):
@@ -94,5 +77,4 @@ class Inputs(NamedTuple):
     features: Tensor | None
     head_weight: Tensor | None
     mean: Tensor | None
-    table: Tensor | None
-    """R of all pairs of classes, (c, c)"""
+    table: Tensor | None  # R of all pairs of classes, (c, c)

@@ -92,7 +92,6 @@ class VRA(ReshapedEnergy):
         checks.one_of("below", below, ("clip", "zero"))
         if low > high:
             raise ValueError(f"low: got {low}, expected at most high, {high}")
-        checks.one_of("per_feature", per_feature, (True, False))
         self.high, self.low, self.below, self.per_feature = high, low, below, per_feature
 
     def gathers(self) -> dict[str, streaming.Gathered]:

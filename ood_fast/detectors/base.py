@@ -59,13 +59,13 @@ class Contract(nn.Module):
             cls.label = cls.__name__
 
     def __new__(cls, *args: Any, **keywords: Any) -> Contract:
-        """Remembers which parameters it is given. TypeError for text where a parameter is True or False."""
+        """Remembers which parameters it is given. TypeError for what else a parameter gets that is True or False."""
         if is_own(cls):
             check_class(cls, Contract)
         made = super().__new__(cls)
         given = {**dict(zip(cls.parameters_of(), args, strict=False)), **keywords}
         for name in cls.switches().intersection(given):
-            if isinstance(given[name], str):  # "no" would count as yes
+            if given[name] not in (True, False):  # "no" would count as yes
                 raise TypeError(f"{name}: got {given[name]!r}, expected True or False")
         vars(made).update(given=frozenset(given), lowered={})
         return made

@@ -88,7 +88,6 @@ class NCI(Detector):
         super().__init__()
         checks.real("alpha", alpha, 0.0)
         checks.one_of("p", p, (1, 2))
-        checks.one_of("proximity", proximity, (True, False))
         self.alpha, self.p, self.proximity = alpha, p, proximity
 
     def gathers(self) -> dict[str, streaming.Gathered]:

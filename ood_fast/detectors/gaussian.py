@@ -73,7 +73,6 @@ class Mahalanobis(Detector):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        checks.one_of("normalize", normalize, (True, False))
         checks.real("ridge", ridge, 0.0)
         if rtol is not None:
             checks.real("rtol", rtol, 0.0)

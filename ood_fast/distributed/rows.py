@@ -56,12 +56,9 @@ def predict(logits: Tensor, shards: Shards, dtype: torch.dtype) -> tuple[Tensor,
 class Found(NamedTuple):
     """What the first pass finds; n-vectors are over the classes of all ranks."""
 
-    distance: Tensor
-    """D (n,); 0 without a boundary"""
-    share: Tensor
-    """1 / (K + average_offset), (n,); 0 where K = 0"""
-    apart: bool
-    """of `eager.shards.shard_distances`"""
+    distance: Tensor  # D (n,); 0 without a boundary
+    share: Tensor  # 1 / (K + average_offset), (n,); 0 where K = 0
+    apart: bool  # of `eager.shards.shard_distances`
     shard: Shard
 
 

@@ -19,16 +19,11 @@ from .weight_gradient import add_rows, unit_of, weight_gradient
 class Gaps(NamedTuple):
     """Of a chunk of rows."""
 
-    gap: Tensor
-    """(r, c)"""
-    spent: Tensor
-    """(r, c), to be written over"""
-    distance: Tensor
-    """D, (r,)"""
-    share: Tensor | float
-    """1 / (K + average_offset), 0 where K = 0"""
-    live: Tensor | None
-    """(r, c); None where no class is masked and no row broken, tied or below the floor"""
+    gap: Tensor  # (r, c)
+    spent: Tensor  # (r, c), to be written over
+    distance: Tensor  # D, (r,)
+    share: Tensor | float  # 1 / (K + average_offset), 0 where K = 0
+    live: Tensor | None  # (r, c); None where no class is masked and no row broken, tied or below the floor
 
 
 def share_of(n_boundaries: Tensor, average_offset: int, dtype: torch.dtype) -> Tensor:

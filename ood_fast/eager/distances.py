@@ -37,19 +37,15 @@ class Rows(NamedTuple):
     """The rows w_p that are compared with every row of W: source[at]."""
 
     source: Tensor
-    at: Tensor
-    """(k,) int64"""
-    own: Tensor
-    """(k,) int64: where among the rows of W each of them is, or anything negative where it is not"""
+    at: Tensor  # (k,) int64
+    own: Tensor  # (k,) int64: where among the rows of W each of them is, or anything negative where it is not
 
 
 class RowFrame(NamedTuple):
     """Rows are compared as (w - origin) * scale."""
 
-    origin: Tensor
-    """(m,), in the dtype of the arithmetic"""
-    scale: float
-    """a power of two"""
+    origin: Tensor  # (m,), in the dtype of the arithmetic
+    scale: float  # a power of two
 
 
 class Head:

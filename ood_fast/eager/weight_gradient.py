@@ -143,10 +143,8 @@ class Pairs(NamedTuple):
 
     row: Tensor
     other: Tensor
-    force: Tensor
-    """gap_sums R^2 / unit"""
-    inverse: Tensor
-    """R"""
+    force: Tensor  # gap_sums R^2 / unit
+    inverse: Tensor  # R
 
 
 def _separated(

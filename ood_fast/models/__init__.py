@@ -83,11 +83,11 @@ MODELS = {
     "cct_7_3x1": _Model(None, lambda n_classes, in_channels, size: CCT(n_classes, in_channels, size or 32)),
     "resnet18": _Model(*vision.both("resnet18", vision.small_resnet), **_CNN),
     "resnet50": _Model(*vision.both("resnet50", vision.small_resnet), **_CNN),
-    "vgg16": _Model(vision.large("vgg16"), vision.small_vgg16, **_CNN),
+    "vgg16": _Model(partial(vision.large, "vgg16"), vision.small_vgg16, **_CNN),
     "densenet121": _Model(*vision.both("densenet121", vision.small_densenet), convolutional=True),
     "vit_b_16": _Model(vision.vit_b_16, vision.small_vit),
-    "swin_t": _Model(vision.large("swin_t"), partial(vision.small_swin, "swin_t")),
-    "swin_v2_t": _Model(vision.large("swin_v2_t"), partial(vision.small_swin, "swin_v2_t")),
+    "swin_t": _Model(partial(vision.large, "swin_t"), partial(vision.small_swin, "swin_t")),
+    "swin_v2_t": _Model(partial(vision.large, "swin_v2_t"), partial(vision.small_swin, "swin_v2_t")),
     "convnext_tiny": _Model(*vision.both("convnext_tiny", vision.small_convnext), convolutional=True),
 }
 
@@ -138,7 +138,7 @@ def create(
         _check_option("small_images", name, not given.small_images, "of this package")
         model, kind = hugging_face.create(name.removeprefix(HF), n_classes, given.in_channels, pretrained is True), None
     elif (kind := _kind(name)) or name in vision.names():
-        model = _build(name, kind or _Model(vision.large(name)), n_classes, pretrained is True, given)
+        model = _build(name, kind or _Model(partial(vision.large, name)), n_classes, pretrained is True, given)
     else:
         near = difflib.get_close_matches(name, vision.names(), n=1) if vision.names() else ["others with torchvision"]
         raise checks.UserError(checks.unknown("model", name, {*known(), *near, "timm:NAME", "hf:NAME"}))

@@ -33,28 +33,23 @@ def _colour_only(in_channels: int) -> None:
         raise checks.UserError(f"in_channels: got {in_channels}, expected 3, which torchvision's models take")
 
 
-def large(name: str) -> Build:
+def large(name: str, n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """torchvision's model of that name as it is."""
+    _colour_only(in_channels)
+    extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+    model: nn.Module = _models().get_model(name, weights=None, num_classes=n_classes, **extra)
+    return model
 
-    def build(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
-        _colour_only(in_channels)
-        extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-        model: nn.Module = _models().get_model(name, weights=None, num_classes=n_classes, **extra)
-        return model
 
-    return build
+def _shrunk(name: str, shrink: Callable[[nn.Module], None], *asked: Any) -> nn.Module:
+    model = large(name, *asked)
+    shrink(model)
+    return model
 
 
 def both(name: str, shrink: Callable[[nn.Module], None]) -> tuple[Build, Build]:
     """torchvision's model as it is, and the same with `shrink` applied."""
-    build = large(name)
-
-    def build_small(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
-        model = build(n_classes, in_channels, image_size)
-        shrink(model)
-        return model
-
-    return build, build_small
+    return functools.partial(large, name), functools.partial(_shrunk, name, shrink)
 
 
 @functools.cache
@@ -102,7 +97,7 @@ def resnet18_32x32(n_classes: int, in_channels: int, image_size: int | None) -> 
     """OpenOOD's ResNet18_32x32: torchvision's layers and names (`downsample` where OpenOOD says `shortcut`), and
     PyTorch's own initialisation of convolutions.
     """
-    model = large("resnet18")(n_classes, 3, image_size)
+    model = large("resnet18", n_classes, 3, image_size)
     model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     for module in model.modules():
@@ -120,7 +115,7 @@ def small_densenet(model: Any) -> None:
 
 def small_vgg16(n_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     """VGG16 with batch normalisation and one linear layer."""
-    model = large("vgg16_bn")(n_classes, in_channels, image_size)
+    model = large("vgg16_bn", n_classes, in_channels, image_size)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Linear(512, n_classes)
     return model
