@@ -29,7 +29,8 @@ from .deployment import Deployed, deploy
 from .detectors import Detector, DetectorSet, load
 from .heads import last_linear, unwrapped
 from .models.checkpoints import n_classes_of
-from .models.running import evaluating, logits_of, refuse_meta
+from .models.outputs import logits_of
+from .models.running import evaluating, refuse_meta
 from .models.weights import refuse_other
 
 FORMAT = "ood_fast bundle 1"

@@ -33,6 +33,7 @@ from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
 from .training import Run, Watcher
 from .training.folder import COMPLETE, IMAGES, RUN, differ, file_key, images_of, read_info
+from .values import DRAWS
 
 RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
 EPOCH_SECONDS = 10.0  # shorter epochs are saved that often: of short runs, saving would be the most
@@ -172,7 +173,7 @@ class Comparison:
         searched = [(name in run.trials, registry.registered(name)) for run in results for name in run.scores]
         tuned = all(was for was, detector in searched if detector is not None and detector.grid)
         name = self.benchmark_of(self.seeds[0]).name
-        return Results(name, results, self.measuring.get("bootstrap", 200), tuned)
+        return Results(name, results, self.measuring.get("bootstrap", DRAWS), tuned)
 
     def check(self) -> None:
         """As `check_data`; UserError also for runs that are there but are no seeds of those that are asked for, or

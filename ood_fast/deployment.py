@@ -30,7 +30,8 @@ from .detectors import Detector, DetectorSet, threshold
 from .eager.precision import is_exporting
 from .heads import capture_features, given_head, refuse_script, unwrapped
 from .models.inputs import warn_other_range
-from .models.running import check_head, check_width, logits_of, refuse_meta, run_model
+from .models.outputs import check_head, check_width, logits_of
+from .models.running import refuse_meta, run_model
 from .models.weights import refuse_other, refuse_other_head
 from .ops.registration import is_compiled
 

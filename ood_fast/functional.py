@@ -15,6 +15,7 @@ from . import checks
 from .eager.precision import compute_dtype
 from .eager.rows import temperature_of as temperature_of
 from .ops import losses, scores
+from .values import EPS, TAU
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +62,7 @@ def elogitnorm(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     average: str = "boundaries",
     detach_geometry: bool = False,
     return_distance: bool = False,
@@ -155,7 +156,7 @@ def linear_elogitnorm(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     average: str = "boundaries",
     detach_geometry: bool = False,
     return_distance: bool = False,
@@ -211,7 +212,7 @@ def logitnorm(
     logits: Tensor,
     y: Tensor,
     *,
-    tau: float = 0.04,
+    tau: float = TAU,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",

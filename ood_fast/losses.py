@@ -19,6 +19,7 @@ from .heads import (
     refuse_script,
     temperature_of_head,
 )
+from .values import EPS, TAU
 
 
 class _Loss(nn.Module):
@@ -97,7 +98,7 @@ class ELogitNormLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        eps: float = 1e-6,
+        eps: float = EPS,
         average: str = "boundaries",
         detach_geometry: bool = False,
         return_distance: bool = False,
@@ -260,7 +261,7 @@ class LogitNormLoss(_Loss):
 
     def __init__(
         self,
-        tau: float = 0.04,
+        tau: float = TAU,
         *,
         weight: Tensor | None = None,
         ignore_index: int = -100,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .values import EPS, TAU
 
 
 def elogitnorm(
@@ -34,7 +35,7 @@ def elogitnorm(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     average: str = "boundaries",
     detach_geometry: bool = False,
     return_distance: bool = False,
@@ -89,7 +90,7 @@ def logitnorm(
     logits: Tensor,
     y: Tensor,
     *,
-    tau: float = 0.04,
+    tau: float = TAU,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",

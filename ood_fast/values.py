@@ -1,4 +1,5 @@
-"""How values of settings are written, by the type of their field, and short names of types; imports no torch."""
+"""How values of settings are written, by the type of their field; short names of types; defaults that several places
+have. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from typing import Any
 AnyPath = str | os.PathLike[str]
 Grid = Mapping[str, Iterable[Any]]  # parameter -> the candidates of its search
 Grids = Mapping[str, Grid]  # of each detector
-TPR = 0.95  # the share of in-distribution scores that a threshold keeps if nobody says otherwise
+
+# Defaults.
+TAU = 0.04  # LogitNorm's temperature (Wei et al., ICML 2022), for its loss and for softmax(f / (τ‖f‖))
+EPS = 1e-6  # of ELogitNorm: D up to which a sample's temperature is 1
+TPR = 0.95  # the share of in-distribution scores that a threshold keeps
+DRAWS = 200  # for intervals over test images
+SAVE_MINUTES = 15.0  # from one checkpoint of a training to the next
+IMAGE_SIZE = 224  # of images of one's own
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..data.images import ImageDataset
 from ..detectors import Detector
 from ..detectors.fitting import Confusion
 from ..detectors.streaming import Gathered
-from ..models.running import logits_of
+from ..models.outputs import logits_of
 from .common import say
 
 SAMPLED = 256  # images that decide between two orders of the classes

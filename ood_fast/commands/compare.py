@@ -19,7 +19,7 @@ from ..recipes import DETECTORS, LOSSES
 from ..report import charts, figures, gallery, page
 from ..report.runs import diagnose_runs, first_of_each, open_records
 from ..train import DivergedError, Interrupted, Run
-from ..values import Grids
+from ..values import DRAWS, Grids
 from . import RunError, carried_through
 from .benchmarks import Benchmarks, run_info
 from .code import import_known, import_plugins
@@ -42,7 +42,6 @@ Given = tuple[Path, Benchmarks, DetectorSet]
 
 PICTURE = "verdict.svg"  # the page's first, as a file of its own
 SPEED = ("amp", "compile", "channels_last")  # of training alone
-DRAWS = 200  # for intervals over test images, where there is one seed
 SEARCHED = ("NCI",)  # whose parameters are chosen on validation images without --tune
 
 

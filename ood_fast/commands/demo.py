@@ -17,7 +17,7 @@ from ..checks import UserError
 from ..data.images import prepared_as
 from ..deployment import deploy
 from ..detectors import DetectorSet
-from ..report.pages import document
+from ..report.pages import document, resource
 from ..serving import Service
 from . import RunError
 from .code import import_plugins
@@ -26,35 +26,6 @@ from .model import cannot_take, deployable, fitted, is_callable, named, preparat
 
 POLICY = "; connect-src 'self'; img-src blob:"  # it asks this server alone, and shows the image that was dropped
 OF_WEIGHTS = ("checkpoint", "pretrained", "n_classes", "other_model")
-SCRIPT = """
-const input = document.querySelector("input"), shown = document.querySelector("img");
-const verdict = document.querySelector("#verdict"), body = document.querySelector("tbody");
-const told = (value, digits) => value === null ? "no number" : value.toPrecision(digits);
-async function score(file) {
-  if (!file) return;
-  URL.revokeObjectURL(shown.src);
-  shown.src = URL.createObjectURL(file);
-  verdict.textContent = "…";
-  body.replaceChildren();
-  const answer = await fetch("/score", {method: "POST", body: file}).catch(error => error);
-  const said = answer instanceof Error ? {error: String(answer)} : await answer.json();
-  if (said.error) { verdict.textContent = said.error; return; }
-  const sure = said.probability === null ? "" : `, ${(100 * said.probability).toFixed(1)} %`;
-  verdict.textContent = `${said.class}${sure}`;
-  for (const each of said.detectors) {
-    const row = body.insertRow();
-    for (const text of [each.name, told(each.score, 5), told(each.threshold, 5)])
-      row.insertCell().textContent = text;
-    const cell = row.insertCell();
-    cell.textContent = each.is_ood ? "out-of-distribution" : "in-distribution";
-    cell.className = each.is_ood ? "worse" : "best";
-  }
-}
-input.addEventListener("change", () => score(input.files[0]));
-document.addEventListener("dragover", event => event.preventDefault());
-document.addEventListener("drop", event => { event.preventDefault(); score(event.dataTransfer.files[0]); });
-document.addEventListener("paste", event => score(event.clipboardData.files[0]));
-"""
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -111,4 +82,4 @@ def _page(name: str, prepared: dict[str, Any]) -> str:
 <p><img alt="" width=224></p><h2 id=verdict></h2>
 <table><thead><tr><th>detector<th>score<th>threshold<th>verdict</tr></thead><tbody></tbody></table>
 <p class=caption>Scores below the threshold are out-of-distribution. Images: {html.escape(text_of(prepared))}.</p>"""
-    return document(f"ood_fast demo: {name}", body, "ood_fast demo", SCRIPT, POLICY)
+    return document(f"ood_fast demo: {name}", body, "ood_fast demo", resource("demo.js"), POLICY)

@@ -266,8 +266,6 @@ def cannot_take(prepared: dict[str, Any], error: RuntimeError) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "gloo" in reason or "NCCL" in reason:  # what PyTorch says of a process that is gone
         return f"another process has ended, or cannot be reached ({reason})"
-    if "head has not run" in reason:
-        return "the layer that was taken for the head does not run; pass the one that makes the logits as --head LAYER"
     if "size" not in prepared:
         return reason
     shape = (len(prepared["mean"]), prepared["size"], prepared["size"])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipes import BENCHMARK_NAMES, DETECTORS, LOSSES, MORE_LOSSES
-from ..values import TPR
+from ..values import DRAWS, IMAGE_SIZE, SAVE_MINUTES, TPR
 
 N_EXPORTED = 16  # images that `export` compares
 
@@ -71,12 +71,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no-tune": _flag("take parameters as they are, instead of the best of OpenOOD's grids on validation data"),
     "tpr": _value("P", f"thresholds that keep P of --validation (default {TPR})", type=float),
     "alpha": _value("A", "thresholds that flag new ID data with chance <= A", type=float),
-    "bootstrap": _number("N", "draws for intervals, 0: none (200)", 0, 200),
+    "bootstrap": _number("N", "draws for intervals, 0: none (%(default)s)", 0, DRAWS),
     # data of benchmarks
     "data-root": _value("DIR", "folder of the data sets (default: where it was trained from)"),
     "layout": _value("L", "auto (default), torchvision, openood"),
     "download": _flag("fetch what is missing, where torchvision can"),
-    "image-size": _number("PIXELS", "of the benchmark folder (default: 224)", 1),
+    "image-size": _number("PIXELS", f"of the benchmark folder (default: {IMAGE_SIZE})", 1),
     "ood": _value("A,B", "only these OOD sets"),
     "ood-folder": _many("NAME=DIR", "a far-OOD set of your own; may be repeated"),
     "csid": _value("A,B", "covariate-shifted in-distribution sets, or all: full-spectrum metrics beside"),
@@ -120,7 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diagnostics": _flag("write diagnostics.csv: what the features look like"),
     "tensorboard": _flag("also log for TensorBoard, in RUN/tensorboard"),
     "keep-every": _number("N", "keep the weights of each N-th epoch, in RUN/epochs", 1),
-    "save-minutes": _number("M", "save within epochs too (default: %(default)g)", 0, 15.0, float),
+    "save-minutes": _number("M", "save within epochs too (default: %(default)g)", 0, SAVE_MINUTES, float),
     "cache": _value("DIR", "where features are kept (default: RUN/cache)"),
     "html": _value("PAGE", "also a page: images sorted by score, the most OOD ones first"),
     "feature-change": _flag(

@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import checks
 from ..registry import added
+from ..values import IMAGE_SIZE
 from . import folders, shifted
 from .images import NO_CLASS, Files, ImageDataset, Noise, Scrambled, Source, augmentation, mixed, preparation
 from .own import Read, hold_out, own_folders
@@ -185,7 +186,7 @@ def open_benchmark(name: str, root: str | os.PathLike[str] | None = None, **opti
         csid_folders = None: more of these, name -> folder or .npy, see `shifted.read_shifted`.
         synthetic = False: also Gaussian noise and ID test images with scrambled pixels, as in Haas et al.; group
             "synthetic".
-        image_size = None: of "folder" only, default 224.
+        image_size = None: of "folder" only, default `values.IMAGE_SIZE`, 224.
         seed = 0: of the augmentation and of synthetic images. Splits are the same for every seed, except for "digits".
         classes = None: of "folder" only, the class folders in the order of a model's outputs, default by name.
         upright = None: turn images as their EXIF orientation says; default for "folder" only, as torchvision and
@@ -218,7 +219,7 @@ def open_benchmark(name: str, root: str | os.PathLike[str] | None = None, **opti
     own = added("benchmark").get(name)
     read: Read | None = None
     if name == "folder":
-        spec, read = own_folders(root, asked.image_size or 224, asked.classes)
+        spec, read = own_folders(root, asked.image_size or IMAGE_SIZE, asked.classes)
     else:
         if asked.classes is not None:
             raise checks.UserError(f"classes: benchmark {name} has an order of its own")

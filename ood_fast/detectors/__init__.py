@@ -4,9 +4,9 @@ One file a family: `logit` (nothing but logits), `feature` (norms, proximity to 
 the decision boundaries), `activation` (features reshaped before the head), `gaussian` (means and covariances),
 `mixture` (a distribution a class), `subspace` (directions that the data does not use), `neighbour` (kept training
 features), `perturbed` (heads with noise), `gradient` and `adascale` (inputs moved along gradients), `layers`, `gram`,
-`block_norm` and `rank` (more layers than the head's), `passes` (thinned nets, views, several models). What every
-detector does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many detectors
-at once in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
+`block_norm` and `rank` (more layers than the head's), `passes` (thinned nets, views), `ensemble` (several models). What
+every detector does is in `detector`, what fitting gathers in `streaming`, the pass over the data in `fitting`, many
+detectors at once in `sets`, the search for parameters in `search`, thresholds in `threshold`, files in `store`.
 """
 
 from .activation import ASH, DICE, LTS, SCALE, VRA, ReAct
@@ -15,6 +15,7 @@ from .block_norm import BlockNorm, norm_ratios
 from .boundary import FDBD, BoundaryDistance, TemperedMSP
 from .coverage import NAC
 from .detector import Detector
+from .ensemble import Ensemble, ModelEnsemble
 from .feature import DML, MCM, NCI, FeatureNorm
 from .gaussian import RMDS, SHE, Mahalanobis
 from .gradient import IODIN, ODIN
@@ -23,7 +24,7 @@ from .layers import LayerDetector, LayerMahalanobis
 from .logit import GEN, MSP, SML, Energy, Entropy, GradNorm, KLMatching, MaxLogit, TemperatureScaling
 from .mixture import GMM, OpenMax
 from .neighbour import KNN, CombOOD, NNGuide, Relation
-from .passes import Ensemble, MCDropout, ModelEnsemble, TestTimeAugmentation
+from .passes import MCDropout, TestTimeAugmentation
 from .perturbed import WeiPer
 from .rank import RankFeat
 from .registry import create, find, in_all, known, register

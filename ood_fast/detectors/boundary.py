@@ -13,6 +13,7 @@ from .. import checks
 from ..eager.precision import is_exporting
 from ..functional import boundary_distance, temperature_of
 from ..statistics import distance_table, row_statistics
+from ..values import EPS, TAU
 from . import streaming
 from .detector import Detector
 from .logit import confidence
@@ -158,7 +159,7 @@ class TemperedMSP(BoundaryDetector):
     label = "Tempered MSP"
 
     def __init__(
-        self, temperature: str | float = "distance", tau: float = 0.04, of: str = "logits", eps: float = 1e-6
+        self, temperature: str | float = "distance", tau: float = TAU, of: str = "logits", eps: float = EPS
     ) -> None:
         super().__init__()
         if isinstance(temperature, str):

@@ -14,7 +14,8 @@ from .. import checks
 from ..capturing import capture_features
 from ..heads import unwrapped
 from ..models.layers import LayerReading, layer_of, maps, numbers_of, stages
-from ..models.running import Batch, evaluating, logits_of
+from ..models.outputs import logits_of
+from ..models.running import Batch, evaluating
 from ..ops.registration import uncompiled
 from . import streaming
 from .detector import Detector

@@ -17,7 +17,8 @@ from .. import checks
 from ..eager.precision import is_exporting
 from ..heads import given_head
 from ..models.inputs import Range, warn_other_range
-from ..models.running import Batch, batches_of, joined, refuse_meta, refuse_probabilities, run_model
+from ..models.outputs import refuse_probabilities
+from ..models.running import Batch, batches_of, joined, refuse_meta, run_model
 from ..models.weights import Weights, identity_of_head, refuse_other, refuse_other_head
 from ..values import AnyPath, Grid
 from . import registry, store, streaming, threshold

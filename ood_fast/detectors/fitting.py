@@ -17,7 +17,8 @@ from .. import agreement, checks
 from ..heads import given_head, inference_head, other_logits
 from ..models.inputs import SeenImages, joined_range
 from ..models.layers import Key, LayerReading
-from ..models.running import Batch, check_loader, refuse_meta, refuse_probabilities, run_model
+from ..models.outputs import refuse_probabilities
+from ..models.running import Batch, check_loader, refuse_meta, run_model
 from ..models.weights import identity_of, identity_of_head, identity_of_layer
 from . import streaming
 from .numbers import at_least_float32, check_features, check_targets, refuse_one_logit, refuse_rows, refuse_short

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..models.running import batches_of, evaluating, inputs_and_targets, joined, logits_of, refuse_meta
+from ..models.outputs import logits_of
+from ..models.running import batches_of, evaluating, inputs_and_targets, joined, refuse_meta
 from ..models.weights import refuse_other
 from .detector import Detector
 from .logit import confidence

@@ -19,6 +19,7 @@ from ..ops.backend import backend_of
 from ..ops.losses import normalizer, reduced, sample_grads
 from ..ops.registration import Operator, first_derivative
 from ..records import Labels, Needs
+from ..values import EPS
 from . import rows as together
 from .shards import SAMPLES, Call, Shards, agree, fingerprint
 
@@ -47,7 +48,7 @@ def elogitnorm(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     average: str = "boundaries",
     detach_geometry: bool = False,
     return_distance: bool = False,
@@ -141,7 +142,7 @@ def linear_elogitnorm(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     average: str = "boundaries",
     detach_geometry: bool = False,
     return_distance: bool = False,

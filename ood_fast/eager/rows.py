@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..records import Labels
+from ..values import EPS
 from .sizes import take
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def gaps_of(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
     return gap, live
 
 
-def temperature_of(distance: Tensor, eps: float = 1e-6) -> Tensor:
+def temperature_of(distance: Tensor, eps: float = EPS) -> Tensor:
     """The temperature that ELogitNorm divides by: D, or the constant 1 where D <= eps; NaN stays NaN."""
     return torch.where(distance <= eps, 1.0, distance)
 
@@ -51,12 +52,9 @@ def temperature_of(distance: Tensor, eps: float = 1e-6) -> Tensor:
 class Part(NamedTuple):
     """A chunk of the rows of a batch."""
 
-    rows: slice | None
-    """None: all"""
-    live: Tensor | None
-    """(r, c) classes that are not masked; None where none is"""
-    n_live: Tensor | None = None
-    """(r,) their number over all processes; None for one"""
+    rows: slice | None  # None: all
+    live: Tensor | None  # (r, c) classes that are not masked; None where none is
+    n_live: Tensor | None = None  # (r,) their number over all processes; None for one
 
 
 class Targets:
@@ -180,16 +178,11 @@ class Targets:
 class RowSums(NamedTuple):
     """Sums over the classes of a row, (r,): all that its loss needs. Those of many processes add up."""
 
-    partition: Tensor
-    """sum_j exp(-g_j / T)"""
-    weighted_gap: Tensor
-    """sum_j q_j g_j"""
-    total: Tensor | float
-    """Q = sum_j q_j"""
-    impossible: Tensor | None
-    """whether a masked class holds target mass"""
-    weighted_exponent: Tensor | None
-    """sum_j exp(-g_j / T) g_j; None where no slope is wanted"""
+    partition: Tensor  # sum_j exp(-g_j / T)
+    weighted_gap: Tensor  # sum_j q_j g_j
+    total: Tensor | float  # Q = sum_j q_j
+    impossible: Tensor | None  # whether a masked class holds target mass
+    weighted_exponent: Tensor | None  # sum_j exp(-g_j / T) g_j; None where no slope is wanted
 
 
 def row_sums(
@@ -233,8 +226,7 @@ class Softmax(NamedTuple):
     targets: Targets
     temperature: Tensor
     log_partition: Tensor
-    total: Tensor | None = None
-    """Q, over the classes of all processes; None for one"""
+    total: Tensor | None = None  # Q, over the classes of all processes; None for one
 
     def of(self, rows: slice | None) -> Softmax:
         """That of a chunk."""

@@ -27,7 +27,7 @@ from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
-from ..values import Grid, Grids
+from ..values import DRAWS, Grid, Grids
 from .cache import Outputs, Progress, no_progress, score_key
 from .overlap import shared_images
 from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VALIDATION_OOD, RunResult
@@ -58,7 +58,7 @@ class Measuring:
     grids: Grids | None = None
     leave_out: bool | None = None
     device: torch.device | str = "cpu"
-    bootstrap: int = 200
+    bootstrap: int = DRAWS
     seed: int = 0
     progress: Progress = no_progress
 

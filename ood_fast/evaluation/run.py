@@ -22,7 +22,8 @@ from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
 from ..heads import given_head, inference_head
-from ..models.running import CHECKED, run_model
+from ..models.outputs import CHECKED
+from ..models.running import run_model
 from ..processes import Processes
 from ..values import Grid
 from .cache import FeatureCache, Outputs

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ..errors import UserError, unknown
 from ..registry import TAKEN, added
+from ..values import TAU as TAU
 
 # What `data.open_benchmark` takes; here, because it is wanted where torch is not imported
 BENCHMARK_NAMES = TAKEN["benchmark"]
-TAU = 0.04  # LogitNorm's temperature (Wei et al., ICML 2022), for its loss and for softmax(f / (τ‖f‖))
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 @functools.cache
 def resource(name: str) -> str:
-    """A file beside this one: style.css or page.js."""
+    """A file beside this one: style.css, page.js or demo.js."""
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import checks
+from ..values import SAVE_MINUTES
 
 if TYPE_CHECKING:
     from .loop import Run
-
-SAVE_MINUTES = 15.0
 
 
 class DivergedError(RuntimeError):
