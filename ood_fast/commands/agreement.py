@@ -43,9 +43,7 @@ def check_sample(
         refuse_disagreement(confusion(logits, labels), names, path, any_accuracy)
 
 
-def class_order(
-    model: nn.Module, dataset: ImageDataset, options: argparse.Namespace, names: Sequence[str] | None = None
-) -> list[str]:
+def class_order(model: nn.Module, dataset: ImageDataset, options: argparse.Namespace) -> list[str]:
     """The names of the class folders of `dataset` in the order of the model's outputs.
 
     Those of `--classes`; else the labels that the model itself names, if the folders are called alike; else the order
@@ -55,7 +53,7 @@ def class_order(
 
     if options.classes is not None:
         return folders.class_names(options.classes)
-    names, own = list(names or dataset.source.classes or ()), own_labels(model)
+    names, own = list(dataset.source.classes or ()), own_labels(model)
     if own is not None and set(names) <= set(own):
         return own
     natural = sorted(names, key=folders.natural)

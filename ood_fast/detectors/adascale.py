@@ -93,7 +93,7 @@ class AdaSCALE(Detector):
         return type(self).__name__, repr((self.k1, self.k2, self.weight, self.share, self.eps))
 
     def gathers(self) -> dict[str, streaming.Gathered]:
-        return {"shifts": Passed(self._key, SAMPLE)}
+        return {"shifts": Passed(budget=SAMPLE, key_read=self._key)}
 
     def _finish(self, shifts: Passed) -> None:
         self.shifts = shifts.value().flatten().sort().values

@@ -110,7 +110,8 @@ class NAC(Detector):
         if self.layers is None:
             return {"0": streaming.Bank(budget=self.samples, seed=self.seed)}
         names = self.layers if isinstance(self.layers, tuple) else (self.layers,)  # which stages, is not known yet
-        return {str(place): Passed((name, "nac"), self.samples, self.seed) for place, name in enumerate(names)}
+        sample = partial(Passed, budget=self.samples, seed=self.seed)
+        return {str(place): sample(key_read=(name, "nac")) for place, name in enumerate(names)}
 
     def _finish(self, **samples: Any) -> None:
         parts = [sample.value().to(sample.like) for sample in samples.values()]

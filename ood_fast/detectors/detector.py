@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..models.weights import Weights, identity_of_head, refuse_other, refuse_oth
 from ..values import AnyPath, Grid
 from . import registry, store, streaming, threshold
 from .base import Contract
-from .fitting import Fit, Head
+from .fitting import Fit, Head, readings_of
 from .numbers import check_features, refuse_one_logit, refuse_rows
 from .own import check_shape, in_dtype_of_state, is_own
 from .threshold import Calibration
@@ -162,20 +162,8 @@ class Detector(Contract):
         return joined(scores)
 
     def passed(self, model: nn.Module, x: Any, head: str | nn.Linear | None) -> Generator[Batch, None, None]:
-        """What `score` reads of the model, once it is known to be that of the fit."""
-        refuse_meta(model)
-        batches = batches_of(x)
-        self.require_fitted()
-        refuse_other(model, self.fitted_on, self.label, head)
-        read_from = given_head(model, head) if self.needs_features else None
-        looks = self.fitted_on is not None and bool(self.fitted_on.made_by)
-        run: Any = run_model(model, batches, read_from, self.readings(), find_maker=looks)
-        with closing(run) as done:  # also when scoring raises, modes are restored
-            for number, batch in enumerate(done):
-                if not number:
-                    warn_other_range(batch.inputs, self.input_range, self.label)
-                    refuse_other_head(batch.maker, self.fitted_on, self.label)
-                yield batch
+        """What `score` reads of the model."""
+        return passed([self], model, batches_of(x), head, self.label)
 
     def score_batch(self, model: nn.Module, batch: Batch, head: str | nn.Linear | None = None) -> Tensor:
         """Scores (n,) of a batch of `run_model` with `readings`. What needs the model overrides this or `score`."""
@@ -397,6 +385,29 @@ class Detector(Contract):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if "head_weight" in names and not self.head_weight.is_meta:
             self.fitted_on = identity_of_head(self.head_weight, self.head_bias)
+
+
+def passed(
+    detectors: Sequence[Detector], model: nn.Module, loader: Iterable[Any], head: str | nn.Linear | None, called: str
+) -> Generator[Batch, None, None]:
+    """The batches with what detectors read of a model, once it is known to be that of their fit."""
+    refuse_meta(model)
+    for detector in detectors:
+        detector.require_fitted()
+        refuse_other(model, detector.fitted_on, detector.label, head)
+    layer = given_head(model, head) if any(d.needs_features for d in detectors) else None
+    looks = any(d.fitted_on is not None and d.fitted_on.made_by for d in detectors)
+    n_rows = 0
+    # also when scoring raises, modes are restored
+    with closing(run_model(model, loader, layer, readings_of(detectors), find_maker=looks)) as batches:
+        for batch in batches:
+            if not n_rows:
+                known = next((d.input_range for d in detectors if d.input_range is not None), None)
+                warn_other_range(batch.inputs, known, called)
+                for detector in detectors:
+                    refuse_other_head(batch.maker, detector.fitted_on, detector.label)
+            n_rows += len(batch.logits)
+            yield batch
 
 
 def save_named(

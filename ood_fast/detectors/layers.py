@@ -58,29 +58,16 @@ class EachLayer(streaming.Gathered):
 
 
 @dataclass
-class Passed(streaming.Gathered):
+class Passed(streaming.Bank):
     """A random sample of the rows that a detector read by passes of its own, see `Contract.see`."""
 
-    key_read: Key
-    budget: int
-    seed: int = 0
+    key_read: Key = ("", "")
     reads = ("layers",)
-
-    def __post_init__(self) -> None:
-        self.bank = streaming.Bank(budget=self.budget, seed=self.seed)
 
     def update(self, features: Mapping[Key, Tensor], logits: Tensor | None, targets: Tensor | None) -> None:
         rows = features[self.key_read]
         refuse_rows(f"layer {self.key_read[0]}", rows)
-        self.like = rows[:0]
-        self.bank.take(rows, None, None)
-
-    def merge(self, other: Passed) -> None:
-        self.bank.join(other.bank)
-
-    def value(self) -> Tensor:
-        """The rows kept, (k, d), in the order in which they came."""
-        return self.bank.value()
+        super().update(rows, None, None)
 
 
 class LayerDetector(Detector):

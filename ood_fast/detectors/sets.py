@@ -12,15 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
-from ..heads import given_head
-from ..models.inputs import warn_other_range
-from ..models.running import Batch, batches_of, check_loader, joined, refuse_meta, run_model
-from ..models.weights import refuse_other, refuse_other_head
+from ..models.running import Batch, batches_of, check_loader, joined
 from ..statistics import row_statistics
 from ..values import AnyPath
 from . import registry, store, threshold
-from .detector import Detector, check_read, save_named
-from .fitting import Fit, Head, readings_of
+from .detector import Detector, check_read, passed, save_named
+from .fitting import Fit, Head
 from .registry import create
 from .threshold import Calibration
 
@@ -185,27 +182,17 @@ class DetectorSet(nn.Module):
 
         The model runs once a batch, and again only for detectors that run it by themselves (ODIN, those of `passes`).
         """
-        refuse_meta(model)
         check_loader(loader)
-        for detector in self.detectors:
-            detector.require_fitted()
-            refuse_other(model, detector.fitted_on, detector.label, head)
-        layer = given_head(model, head) if any(d.needs_features for d in self.detectors) else None
         n_rows = 0
-        looks = any(d.fitted_on is not None and d.fitted_on.made_by for d in self.detectors)
-        for batch in run_model(model, loader, layer, readings_of(self.detectors), find_maker=looks):
-            if not n_rows:
-                for detector in self.detectors:
-                    refuse_other_head(batch.maker, detector.fitted_on, detector.label)
-                known = next((d.input_range for d in self.detectors if d.input_range is not None), None)
-                warn_other_range(batch.inputs, known, "DetectorSet")
-            with checks.behind(n_rows):
-                scores = self.score_features(batch.features, batch.logits, skip_models=True)
-                for name, detector in self.items():
-                    if detector.needs_model:
-                        scores[name] = detector.score_batch(model, batch, head)
-            n_rows += len(batch.logits)
-            yield batch, {name: scores[name] for name in self}
+        with closing(passed(list(self.detectors), model, loader, head, "DetectorSet")) as batches:
+            for batch in batches:
+                with checks.behind(n_rows):
+                    scores = self.score_features(batch.features, batch.logits, skip_models=True)
+                    for name, detector in self.items():
+                        if detector.needs_model:
+                            scores[name] = detector.score_batch(model, batch, head)
+                n_rows += len(batch.logits)
+                yield batch, {name: scores[name] for name in self}
 
     def score_features(
         self, features: Tensor | None, logits: Tensor | None = None, *, skip_models: bool = False

@@ -79,22 +79,20 @@ class Outputs:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def chunks(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Features, logits and targets, as many rows at a time as `CHUNK_VALUES` allows, in order."""
+    def chunks(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features and logits in float64, and targets, as many rows at a time as `CHUNK_VALUES` allows, in order."""
         rows = max(1, CHUNK_VALUES // (self.features.shape[1] + self.logits.shape[1]))
         for start in range(0, len(self), rows):
             part = slice(start, start + rows)
-            yield moved(self.features[part], self.logits[part], self.targets[part], device, dtype)
+            yield moved(self.features[part], self.logits[part], self.targets[part], device)
 
 
 def moved(
-    features: Tensor, logits: Tensor | None, targets: Tensor | None, device: torch.device | str, dtype: torch.dtype
+    features: Tensor, logits: Tensor | None, targets: Tensor | None, device: torch.device | str
 ) -> tuple[Tensor, Any, Any]:
-    """A chunk on a device, its numbers in another dtype."""
-    logits = None if logits is None else logits.to(device=device, dtype=dtype)
-    return features.to(device=device, dtype=dtype), logits, None if targets is None else targets.to(device)
+    """A chunk on a device, its numbers in float64."""
+    logits = None if logits is None else logits.to(device, torch.float64)
+    return features.to(device, torch.float64), logits, None if targets is None else targets.to(device)
 
 
 def read_outputs(path: str | os.PathLike[str]) -> Outputs:

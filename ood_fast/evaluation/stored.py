@@ -73,20 +73,15 @@ class StoredOutputs:
             except ValueError as error:  # the head is of another width
                 raise checks.UserError(f"{self.file}: {error}") from error
 
-    def chunks(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """Features, logits and targets, as many rows at a time as `cache.CHUNK_VALUES` allows, in order.
-
-        Raises ValueError for NaN.
-        """
+    def chunks(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """As those of `cache.Outputs`; ValueError for NaN."""
         first, step = 0, max(1, CHUNK_VALUES // (self.n_features + (self.n_classes or 0)))
         for stored in self._stored():
             named = lambda row, first=first: f"{self.file}: row {first + row}"  # noqa: E731
             refuse_nan(named, features=stored.features, logits=stored.logits)
             for start in range(0, len(stored), step):
                 part = stored.rows(slice(start, start + step))
-                yield moved(part.features, part.logits, part.targets, device, dtype)
+                yield moved(part.features, part.logits, part.targets, device)
             first += len(stored)
 
 

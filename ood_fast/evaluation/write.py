@@ -77,12 +77,12 @@ def _differences(held: Mapping[str, Any], request: Mapping[str, Any]) -> str:
     return "; ".join(f"{what}: {checks.shortened(names, 3)}" for what, names in told.items() if names)
 
 
-def holds(folder: Path, kind: str = FORMAT) -> bool:
-    """Whether its results.json says that it is of this kind; it begins so even where the rest of it is damaged."""
+def holds(folder: Path) -> bool:
+    """Whether its results.json is of an evaluation; it says so first, even where the rest of it is damaged."""
     try:
         files.settle(folder)
         with open(folder / JSON, "rb") as file:
-            return bool(re.match(rb'\s*\{\s*"format": "%b"' % re.escape(kind).encode(), file.read(200)))
+            return bool(re.match(rb'\s*\{\s*"format": "%b"' % re.escape(FORMAT).encode(), file.read(200)))
     except OSError:
         return False
 

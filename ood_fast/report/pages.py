@@ -45,10 +45,10 @@ def _policy(code: str, body: str) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline';{scripts}{images} base-uri 'none'; form-action 'none'"
 
 
-def thumbnail(image: Any, pixels: int = 96) -> str:
-    """HTML of a PIL image, small: its longer side has at most `pixels`."""
+def thumbnail(image: Any) -> str:
+    """HTML of a PIL image, small: its longer side has at most 96 pixels."""
     small = image.copy()
-    small.thumbnail((pixels, pixels))
+    small.thumbnail((96, 96))
     held = io.BytesIO()
     small.save(held, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}">'
