@@ -32,7 +32,7 @@ from .heads import capture_features, given_head, refuse_script, unwrapped
 from .models.inputs import warn_other_range
 from .models.outputs import check_head, check_width, logits_of
 from .models.running import refuse_meta, run_model
-from .models.weights import refuse_other, refuse_other_head
+from .models.weights import Watched, refuse_other, refuse_other_head
 from .ops.registration import is_compiled
 
 
@@ -146,7 +146,11 @@ def _reaches(called: object, modules: set[int], depth: int = 4) -> bool:
 
 
 class Deployed(nn.Module):
-    """What `deploy` makes. Always in eval mode."""
+    """What `deploy` makes. Always in eval mode.
+
+    Weights that are loaded into it or changed in place later are refused as those of another model are; hooks, settings
+    and modules inside that are exchanged, and what is written through `.data`, nobody notices.
+    """
 
     def __init__(self, model: nn.Module, detector: Detector | DetectorSet, head: str | None) -> None:
         super().__init__()
@@ -155,6 +159,7 @@ class Deployed(nn.Module):
         self.eval()
         self._seen: _Seen | None = None
         self._checked = False
+        self._watched, self._state = Watched(model), list[Any]()
         self.head = head
         if head is not None:
             self._seen = _Seen()
@@ -179,8 +184,10 @@ class Deployed(nn.Module):
 
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, score, is_ood) of a batch of inputs, or of a mapping of the model's keyword arguments."""
-        # The first batch, where Python runs.
-        checking = not (self._checked or torch.compiler.is_compiling() or is_exporting())
+        eager = not (torch.compiler.is_compiling() or is_exporting())
+        if eager:
+            self._as_deployed()
+        checking = eager and not self._checked  # the first batch
         layer: Any = self.model.get_submodule(self.head) if checking and self.head is not None else None
         layer = layer if isinstance(layer, nn.Linear) else None  # quantized since, it cannot be read
         watching: Any = nullcontext() if layer is None else capture_features(layer)
@@ -213,6 +220,15 @@ class Deployed(nn.Module):
             wide = functools.reduce(torch.promote_types, (score.dtype for score in scores))  # ONNX stacks one dtype
             return logits, torch.stack([score.to(wide) for score in scores], 1), torch.stack(flagged, 1)
         return logits, scores[0], flagged[0]
+
+    def _as_deployed(self) -> None:
+        """Eval mode, whoever switched it; ValueError for other weights than those of the fit."""
+        if self.model.training:
+            self.model.eval()
+        if (state := self._watched.state()) != self._state:
+            for detector in _detectors(self.detector):
+                refuse_other(self.model, detector.fitted_on, detector.label, self.head)
+            self._state = state
 
     @property
     def thresholds(self) -> Tensor:

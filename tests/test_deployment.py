@@ -217,6 +217,32 @@ def test_a_copy_and_a_pickle_are_modules_of_their_own(batch):
         assert_same(twin(batch), expected, 0)
 
 
+@pytest.mark.parametrize("name", ["MSP", "NCI"])
+@pytest.mark.parametrize("used", [False, True])
+def test_other_weights_that_come_later_are_refused(name, used, batch):
+    model = small_cnn().eval()
+    other = small_cnn().state_dict()
+    detector = fitted(name, model, batch)
+    changes = {
+        "loaded": lambda deployed: deployed.model.load_state_dict(other),
+        "assigned": lambda deployed: deployed.model.load_state_dict(other, assign=True),
+        "in place": lambda deployed: deployed.model[0].weight.mul_(2),
+    }
+    for how, change in changes.items():
+        deployed = deploy(model, detector)
+        expected = deployed(batch) if used else None
+        deployed.model.load_state_dict(model.state_dict())
+        deployed.model.train()
+        assert expected is None or torch.equal(deployed(batch)[1], expected[1]), how
+        change(deployed)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"its weights are not those of the model that {name} was fitted on"):
+                deployed(batch)
+        deployed.detector.fitted_on = None  # that is meant
+        deployed.model.load_state_dict(model.state_dict())
+        assert len(deployed(batch)) == 3
+
+
 def test_threads_do_not_mix_their_features(batch):
     """One module, called from several threads at once, each of which waits inside the forward pass for the others."""
     meet = threading.Barrier(4)
