@@ -312,7 +312,7 @@ def test_other_settings_than_those_fitted_with_are_warned_of(photos, capsys):
         assert cli.main([*arguments, *given]) == 0
         assert "warning" not in capsys.readouterr().err
     cases = [
-        (["--size", "24"], "--size 24 (fitted with 16), --resize 27 (fitted with 16)"),
+        (["--size", "24"], "--size 24 (fitted with 16), --resize 24 (fitted with 16)"),
         (["--resize", "20"], "--resize 20 (fitted with 16)"),
         (["--std", ".5,.5,.5"], "--std 0.5,0.5,0.5 (fitted with 0.229,0.224,0.225)"),
         (["--model", "other:build"], "--model other:build (fitted with mymodel:build)"),

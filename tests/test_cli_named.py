@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -396,6 +397,24 @@ def test_own_preparation_of_timm():
     assert models.own_preparation(nn.Linear(1, 1), "resnet18", True)["resize"] == 256
 
 
+def test_images_of_another_size_are_resized_in_proportion():
+    """Those of a small net are not scaled up to cut their middle out, nor is what a model says of it forgotten."""
+    from ood_fast.commands.model import preparation_of
+
+    def resized(asked: int, kept: dict | None = None, **own: object) -> object:
+        net = nn.Linear(1, 1)
+        net.preparation = {"mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", **own} if own else None
+        unset = ("resize", "mean", "std", "interpolation", "orientation", "truncated", "model", "pretrained")
+        found = preparation_of(SimpleNamespace(size=asked, **dict.fromkeys(unset)), net, kept)
+        assert found["size"] == asked
+        return found["resize"]
+
+    assert [resized(size) for size in (32, 64, 65, 224, 448)] == [32, 64, 74, 256, 512]
+    assert [resized(size, size=200, resize=210) for size in (100, 200, 400)] == [105, 210, 420]
+    assert resized(10, size=20, resize=(20, 22)) == (10, 11)
+    assert [resized(size, {"size": 16, "resize": 16}) for size in (16, 24)] == [16, 24]
+
+
 def test_a_run_remembers_its_plugin(monkeypatch, capsys):
     """Outside of the current folder it is imported again, else the message says what to pass."""
     own_benchmark(["a", "b", "c"])
@@ -476,8 +495,6 @@ def test_a_new_head_is_no_published_weight(vit, capsys):
 
 def test_a_processor_holds_on_benchmarks_of_smaller_images(vit, capsys):
     """A transformer that was tuned to CIFAR at its own size; timm's configuration is not of these weights."""
-    from types import SimpleNamespace
-
     from ood_fast.commands.benchmarks import Benchmarks
 
     own_benchmark(["a", "b", "c"], size=20)

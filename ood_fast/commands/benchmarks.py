@@ -11,13 +11,12 @@ from .. import models
 from ..checks import UserError
 from ..data import ImageBenchmark, open_benchmark
 from ..data.folders import class_names
+from ..data.own import SMALL_IMAGE
 from ..evaluation import Trained
 from ..training.folder import RUN, read_info
 from .agreement import class_order
 from .common import given, listed, say
 from .model import preparation_of, text_of
-
-SMALL_IMAGE = 64  # pixels: models of larger images and benchmarks of smaller ones have no preparation in common
 
 
 class Benchmarks:
@@ -99,6 +98,7 @@ class Benchmarks:
         spec = plain.prepared or {}
         # timm's models say how they were trained at first, perhaps not these weights; a processor lies beside its own.
         guessed = own is not None and not published and not hasattr(run.model, "preparation")
+        # models of larger images and benchmarks of smaller ones have no preparation in common
         if own is not None and guessed and (own["size"] > SMALL_IMAGE) != (spec["size"] > SMALL_IMAGE):
             own = None
         asked = argparse.Namespace(**{**vars(options), "model": name, "pretrained": published})

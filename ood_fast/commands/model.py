@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import models, registry
 from ..checks import UserError, unknown
+from ..data.own import SMALL_IMAGE
 from ..detectors import DetectorSet
 from ..heads import given_head
 from ..models import TIMM, checkpoints, own_preparation, weight_fingerprint
@@ -227,13 +228,15 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     kept = kept or {}
     # older files do not say the orientation: it was not read
     own: dict[str, Any] = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}
-    own |= own_preparation(model, options.model, options.pretrained) or IMAGENET
+    own |= own_preparation(model, options.model, options.pretrained) or _unsaid(options.size)
     own |= {name: kept[name] for name in PREPARATION if name in kept}
-    size = options.size or own["size"]
-    resize = options.resize or (size * 8 // 7 if options.size else own["resize"])
+    size, resize = options.size or own["size"], options.resize
+    if resize is None:
+        lengths = own["resize"] if isinstance(own["resize"], (list, tuple)) else [own["resize"]]
+        scaled = tuple(length * size // own["size"] for length in lengths)
+        resize = scaled if len(scaled) > 1 else scaled[0]
     if size < 1 or (isinstance(resize, int) and resize < size):
         raise UserError(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")
-    resize = resize if isinstance(resize, int) else tuple(resize)  # as JSON has it, a list
     numbers = {name: _numbers(name, getattr(options, name)) or tuple(own[name]) for name in ("mean", "std")}
     if len(numbers["mean"]) != len(numbers["std"]):
         raise UserError(
@@ -241,6 +244,11 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
         )
     chosen = {name: getattr(options, name) or own[name] for name in ("interpolation", "orientation", "truncated")}
     return {"size": size, "resize": resize, **numbers, **chosen}
+
+
+def _unsaid(size: int | None) -> dict[str, Any]:
+    """The preparation where nobody says: ImageNet's, but small images are taken whole, as by the benchmark `folder`."""
+    return IMAGENET | ({"size": size, "resize": size} if size and size <= SMALL_IMAGE else {})
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

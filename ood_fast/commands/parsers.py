@@ -166,7 +166,10 @@ def _model(group: Any, remembered: bool) -> None:
 
 def _preparation(group: Any, own: str, orientation: str) -> None:
     """How images are prepared; `own` and `orientation` say what holds by default."""
-    told = f"after their short side got this length (default: {own}, size · 8/7 if --size is given)"
+    told = (
+        f"after their short side got this length (default: {own}, in proportion to --size; where nobody says, 8/7 of "
+    )
+    told += "--size, up to 64 as it is)"
     normalised = _value("A,B,C", f"of the normalisation, a number for each channel (default: {own})")
     turned = "turn images as their EXIF data says, or take them as stored, as torchvision does"
     group.add_argument("--size", **_number("PIXELS", f"images are cropped to this square (default: {own})", 1))
