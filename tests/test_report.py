@@ -475,6 +475,26 @@ def test_an_evaluation_of_the_seeds_stands_in_the_report_of_one(runs, capsys):
     assert cli.main(["report", "group/s1", "--quiet"]) == 0
 
 
+def test_checkpoints_of_one_name_in_several_folders(runs, capsys):
+    """Each is in the report; of one run without draws no difference has an interval, and none is said to have one."""
+    for place, name in (("a", "ce"), ("b", "elogitnorm"), ("c", "ce"), ("a-again", "ce")):
+        shutil.copytree(runs / name / "eval/cifar10", runs / place)
+        told = json.loads(Path(place, "results.json").read_text())
+        own = {"run": "best.th", "checkpoint": "best.th", "folder": str(runs / place[0]), "method": "best"}
+        told["runs"] = [{**told["runs"][0], **own, "recipe": None, "seed": None, "id": None}]
+        told["summary"] = [{**row, "method": "best"} for row in told["summary"]]
+        Path(place, "results.json").write_text(json.dumps(told))
+    assert cli.main(["report", "a", "b", "c", "a-again", "--out=all.html"]) == 0
+    err = capsys.readouterr().err
+    assert "a/best.th: the evaluation in a-again: that in a is shown, of the same benchmark; report it by itself" in err
+    text = Path("all.html").read_text()
+    page = Page(text)
+    assert page.tables["AUROC (%)"][0][1:] == ["best", "best (best.th)", "best (c/best.th)"]
+    assert [row[0] for row in page.tables["Runs"][1:]] == ["a/best.th", "b/best.th", "c/best.th"]
+    assert "3 runs, evaluated on cifar10" in text
+    assert "the interval excludes 0" not in text
+
+
 def test_what_several_runs_lack_is_told_once(runs, capsys):
     for name in ("ce", "elogitnorm"):
         shutil.rmtree(f"{name}/eval")

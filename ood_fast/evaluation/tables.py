@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from statistics import fmean, stdev
 
 from ..detectors.fitting import Note
@@ -178,13 +179,22 @@ def compared(results: Results) -> list[Table]:
             Section(title(of), tuple((label_of(d), tuple(cells(results, columns, (metric, d, of)))) for d in order))
             for of in names
         )
+        judged = _judged(results, [(metric, detector, of) for of in names for detector in order])
         if caption is None:
             name = f"{name}: paired difference to {results.baseline} (percentage points)"
-            caption = "Mean [95 % interval] of what a method has more in the same seeds; bold where it excludes 0."
+            interval = (" [95 % interval]", "; bold where it excludes 0") if judged else ("", "")
+            caption = f"Mean{interval[0]} of what a method has more in the same seeds{interval[1]}."
         else:
-            caption = f"{over_seeds(results)}; bold: above every other, the interval excludes 0. {caption}".strip()
+            marks = "; bold: better than every other, the interval excludes 0" * judged
+            caption = f"{over_seeds(results)}{marks}. {caption}".strip()
         tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
     return tables
+
+
+def _judged(results: Results, keys: Sequence[Key]) -> bool:
+    """Whether a difference of two methods has an interval: of one run without draws, or read without them, none has."""
+    gains = (results.gain((a, [key]), (b, [key])) for a, b in combinations(results.methods, 2) for key in keys)
+    return any(gain is not None and gain[1] is not None for gain in gains)
 
 
 def full_spectrum(results: Results) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from .. import evaluation
 from ..evaluation.results import Numbers, Results, RunResult, Summary
-from .runs import Evaluated, Record
+from ..evaluation.trained import Trained
+from .runs import Evaluated, Record, place_of
 from .tables import Table
 
 TOLD = ("low", "high", "published", "source", "gain", "gain_low", "gain_high")  # what draws and recipes were needed for
@@ -28,7 +29,7 @@ class StoredResults(Results):
         for results in found:
             there = {(run.trained.method, run.trained.seed) for run in runs}
             again = [run.trained for run in results.runs if (run.trained.method, run.trained.seed) in there]
-            apart = {trained.method: f"{trained.method} ({trained.name})" for trained in again}
+            apart = {trained.method: _apart(trained, {method for method, _ in there}) for trained in again}
             for run in results.runs:
                 method = apart.get(run.trained.method, run.trained.method)
                 runs.append(replace(run, sets=sets, trained=replace(run.trained, method=method)))
@@ -57,6 +58,13 @@ class StoredResults(Results):
 
     def _published(self, runs: list[RunResult]) -> dict[str, Any]:
         return {}  # that of `summaries`
+
+
+def _apart(trained: Trained, taken: set[str]) -> str:
+    """A name of its method that is not taken: with its name, as far as its place is needed to tell it from others."""
+    place = place_of(trained)
+    names = (f"{trained.method} ({told})" for told in (trained.name, f"{place.parent.name}/{place.name}"))
+    return next((name for name in names if name not in taken), f"{trained.method} ({place})")
 
 
 def stored(found: Sequence[tuple[Record, Evaluated]]) -> StoredResults:

@@ -73,7 +73,8 @@ def _anchor(title: str) -> str:
 def _lead(records: Sequence[Record], benchmarks: Sequence[str]) -> str:
     n_runs = "One run" if len(records) == 1 else f"{len(records)} runs"
     on = f", evaluated on {', '.join(benchmarks)}" if benchmarks else ", not evaluated yet"
-    return f"{n_runs} of ood-fast train{on}. The numbers of each plot can be saved as CSV."
+    trained = " of ood-fast train" * all(bool(record.info) for record in records)
+    return f"{n_runs}{trained}{on}. The numbers of each plot can be saved as CSV."
 
 
 def _notes(title: str, notes: Mapping[str, Sequence[str]], *, opened: bool) -> str:

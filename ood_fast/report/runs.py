@@ -26,6 +26,7 @@ from ..data.loading import Loader
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
 from ..evaluation.results import CSID, FIT, GROUPS, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
+from ..evaluation.trained import Trained
 from ..intact import read_npz, write_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
@@ -140,19 +141,21 @@ def open_records(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
             raise checks.UserError(f"{given}: no such folder, expected one of `ood-fast train` or `ood-fast evaluate`")
         if (folder / RESULTS).is_file():
             evaluations = [Evaluated.read(folder)]
-            told = [(_told_folder(each), each.run.trained.name) for each in evaluations[0]]
-            runs = [(path if (path / RUN).is_file() else None, name) for path, name in told]  # it may be gone
+            told = [(place_of(each.run.trained), each.run.trained.name) for each in evaluations[0]]
+            runs = [(place if (place / RUN).is_file() else None, place, name) for place, name in told]  # it may be gone
         else:
-            runs = [(Path(path), path) for path in evaluation.paths_of(folder)]
+            runs = [(Path(path), Path(path), path) for path in evaluation.paths_of(folder)]
             evaluations = list(_evaluations(folder))
-        for path, name in runs:
-            key = str(path.resolve()) if path else name
-            record = found.setdefault(key, _read(path, name))
+        for path, place, name in runs:
+            record = found.setdefault(str(place.resolve()), _read(path, name if path else str(place)))
             own = list(_evaluations(path)) if path and path != folder else []
             for held in (*evaluations, *own, *_above(path)):
                 entry = _entry(held, path, name, record.info.get("id"))
                 if entry is not None:
-                    record.evaluated.setdefault(entry.results.benchmark, entry)
+                    shown = record.evaluated.setdefault(entry.results.benchmark, entry)
+                    if entry.folder == folder != shown.folder:
+                        told_of = f"the evaluation in {folder}: that in {shown.folder} is shown, of the same benchmark"
+                        record.missing.append(f"{told_of}; report it by itself")
             if not record.info and not record.evaluated:
                 raise checks.UserError(
                     f"{path}: neither a run of `ood-fast train` ({RUN}) nor evaluated (eval/); expected one of them"
@@ -216,9 +219,10 @@ def _above(path: Path | None) -> list[list[Evaluated]]:
     return []
 
 
-def _told_folder(evaluated: Evaluated) -> Path:
-    """Where the run was. Its name was seen from where the evaluation was made, and may be another run here."""
-    return evaluated.run.trained.folder.expanduser().resolve()
+def place_of(trained: Trained) -> Path:
+    """Where a run or checkpoint was. Its name was seen from where the evaluation was made, and may be another here."""
+    folder, name = trained.folder.expanduser().resolve(), Path(trained.name).expanduser()
+    return folder / name.name if name == Path(trained.checkpoint).expanduser() else folder
 
 
 def _entry(held: Sequence[Evaluated], path: Path | None, name: str, id_: str | None) -> Evaluated | None:
@@ -228,7 +232,7 @@ def _entry(held: Sequence[Evaluated], path: Path | None, name: str, id_: str | N
     if id_ is not None and all(ids):
         same = [each for each, of in zip(held, ids, strict=True) if of == id_]
     elif path is not None:
-        same = [each for each in held if _told_folder(each) == path.resolve()]
+        same = [each for each in held if place_of(each.run.trained) == path.resolve()]
         if not same and len(held) == 1 and path in held[0].folder.parents:  # RUN/eval/BENCHMARK
             same = [*held]
         same = same or [each for each in held if Path(each.run.trained.name).name == path.name]
