@@ -29,7 +29,7 @@ from . import checks
 from .detectors import Detector, DetectorSet, threshold
 from .eager.precision import is_exporting
 from .heads import capture_features, given_head, refuse_script, unwrapped
-from .models.inputs import warn_other_range
+from .models.inputs import warn_of_batches, warn_other_range
 from .models.outputs import check_head, check_width, logits_of
 from .models.running import refuse_meta, run_model
 from .models.weights import Watched, refuse_other, refuse_other_head
@@ -64,6 +64,7 @@ def deploy(model: nn.Module, detector: Detector | DetectorSet, head: str | nn.Li
         _check(single)
         refuse_other(model, single.fitted_on, single.label, head)
     model = unwrapped(model)  # torch.compile and DistributedDataParallel can be neither exported nor copied
+    warn_of_batches(model)
     path = None
     if any(single.needs_features for single in _detectors(detector)):
         layer = given_head(model, head)

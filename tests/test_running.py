@@ -289,6 +289,24 @@ CHANGED = {
 }
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_norms_that_take_the_statistics_of_a_batch_are_told(norm, tracked):
+    images = torch.randn(8, 3, 4, 4)
+    model = nn.Sequential(norm(3, track_running_stats=tracked), nn.Flatten(), nn.Linear(48, 4)).eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        detector = MSP().fit(model, [images])
+        scores = detector.score(model, images)
+        depends = not torch.allclose(scores[:2], detector.score(model, images[:2]), atol=1e-5)
+    assert ["batch norm '0' keeps no running statistics" in str(each.message) for each in told] == [True] * depends
+    assert depends == (norm is nn.BatchNorm2d and not tracked)
+    if depends:
+        detector.calibrate(scores)
+        with pytest.warns(UserWarning, match="keeps no running statistics"):
+            ood_fast.deploy(copy.deepcopy(model), detector)
+
+
 @pytest.mark.parametrize("kind", ["dropout kept on", "draws for nothing", "dropout in training"])
 def test_random_numbers_in_eval_mode_are_told(kind, x):
     class Drawing(Net):

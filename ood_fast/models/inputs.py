@@ -24,6 +24,7 @@ LOOKED_AT = 1000  # images whose first norm is looked at
 SPREAD = 6.0  # times what a norm saw in training: by JPEG, crops and single classes it is 0.3 to 1.4 of that
 WIDE, FAINT = 8.0, 0.2  # normalised once, images lie within 2.9; not normalised, they spread 0.03 to 0.1
 
+_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_of_batches`
 _RUN_AGAIN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_random`: each costs one more pass, once
 
 
@@ -133,6 +134,18 @@ def warn_other_range(x: Any, fitted: Range | None, what: str) -> None:
         checks.warn_caller(
             f"{what}: inputs are numbers from {low:.3g} to {high:.3g}, those that it was fitted on from "
             f"{fitted[0]:.3g} to {fitted[1]:.3g}; {CURE}"
+        )
+
+
+def warn_of_batches(model: nn.Module) -> None:
+    """Warn, once a model, of one whose batch norms have no running statistics: they take those of each batch."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    bare = (name for name, norm in model.named_modules() if isinstance(norm, kinds) and norm.running_mean is None)
+    if model not in _TOLD and (name := next(bare, None)) is not None:
+        _TOLD.add(model)
+        checks.warn_caller(
+            f"model: batch norm {name!r} keeps no running statistics (track_running_stats=False), in eval mode too it "
+            "takes those of the batch: logits and scores of an image depend on the images beside it"
         )
 
 

@@ -22,7 +22,7 @@ from .. import checks
 from ..capturing import capture_features
 from ..heads import last_linear, may_run_compiled, modules_around, unwrapped
 from ..ops.registration import is_compiled, uncompiled
-from .inputs import random_states, warn_random
+from .inputs import random_states, warn_of_batches, warn_random
 from .layers import LayerReading, watched
 from .outputs import check_head, check_output, check_width, logits_of, maker_of
 
@@ -67,6 +67,7 @@ def run_model(
     """
     if head is not None or readings or any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         model = unwrapped(model)  # DDP waits for the other processes, which may have nothing to score
+    warn_of_batches(model)
     parameter = next((model if head is None else head).parameters(), None)
     device = None if parameter is None else parameter.device  # None: everything stays where it is
     last = last_linear(model) if head is None else head  # tells what the output is where no features are read

@@ -84,7 +84,8 @@ class Watched:
     them through `.data` or replaced a module. Two microseconds a look."""
 
     def __init__(self, model: nn.Module) -> None:
-        places = [(vars(m)["_parameters"], name) for m in model.modules() for name, _ in m.named_parameters("", False)]
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those keep them elsewhere
+        places = [(vars(m)["_parameters"], name) for m in modules for name, _ in m.named_parameters("", False)]
         self.places = [*places[:: -(-len(places) // N_WATCHED) or 1], *places[-1:]]
 
     def state(self) -> list[Any]:
