@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -32,7 +33,12 @@ from .monitor import Monitor
 
 LARGEST = 10 * 2**20  # bytes of a request
 MOST_PIXELS = 50_000_000
+WIDEST = 100  # times the short side; what is resized by that one grows by its square: 157 bytes of 1×20,000 took 5 GB
 TIMEOUT = 30.0  # seconds without a byte, after which a client is given up
+
+
+class UnreadableError(ValueError):
+    """No image, or none that is scored here."""
 
 
 class Service:
@@ -60,6 +66,7 @@ class Service:
     ) -> None:
         self.deployed, self.prepare, self.monitor, self.classes = deployed, prepare, monitor, classes
         self.page, self.upright = page, upright
+        self._like = next(deployed.parameters(), None)
         ours = deployed.thresholds.flatten()[0].item()
         if monitor is not None and not monitor.flags and not math.isclose(monitor.threshold, ours, rel_tol=1e-6):
             got = f"one that flags scores below {monitor.threshold:.6g}"
@@ -67,8 +74,11 @@ class Service:
 
     def score(self, content: bytes) -> dict[str, Any]:
         """What is said of one image file: class, probability, score, is_ood; of a set, a list `detectors` of the last
-        two with name and threshold. Numbers that are NaN or infinite are None. ValueError for what is no image."""
-        x = self.prepare(self._image(content))[None]
+        two with name and threshold. Numbers that are NaN or infinite are None. `UnreadableError`, a ValueError, for
+        what is no image."""
+        x = self._prepared(content)[None]
+        if self._like is not None:
+            x = x.to(self._like.device)
         with torch.inference_mode():
             logits, score, is_ood = self.deployed(x)
         if self.classes is not None and len(self.classes) != logits.shape[1]:
@@ -87,15 +97,17 @@ class Service:
         ]
         return said
 
-    def _image(self, content: bytes) -> Any:
+    def _prepared(self, content: bytes) -> Tensor:
         pillow = decoding.pillow()
         try:
             with pillow.open(io.BytesIO(content)) as file:
                 if file.width * file.height > MOST_PIXELS:  # a small file may unpack to gigabytes
                     raise ValueError(f"{file.width}×{file.height} pixels, expected at most {MOST_PIXELS}")
-                return decoding.rgb(file, self.upright)
-        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-            raise ValueError(f"no image that can be read: {error}") from error
+                if max(file.size) > WIDEST * min(file.size):
+                    raise ValueError(f"{file.width}×{file.height} pixels, expected sides within 1:{WIDEST}")
+                return self.prepare(decoding.rgb(file, self.upright))
+        except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+            raise UnreadableError(f"no image that can be read: {error}") from error
 
     def health(self) -> dict[str, Any]:
         """How many images were flagged, and whether the stream is no longer what the threshold was set on."""
@@ -131,19 +143,26 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         n_bytes = int(length) if length.isdecimal() and len(length) < 20 else 0
         content = self.rfile.read(min(n_bytes, LARGEST + 2**20))  # what is left unread may cost the client our answer
+        expected = f"expected 1 to {LARGEST} bytes"
         if self.path != "/score":
             self._answer(404, {"error": "expected GET /health or POST /score"})
-            return
-        if not 0 < n_bytes <= LARGEST:
-            self._answer(413, {"error": f"Content-Length: got {length!r}, expected 1 to {LARGEST} bytes"})
-            return
+        elif not length.isdecimal():  # such as chunks
+            self._answer(411, {"error": f"Content-Length: got {length or 'none'}, {expected}"})
+        elif n_bytes > LARGEST or len(length) >= 20:
+            self._answer(413, {"error": f"Content-Length: got {length[:20]}, {expected}"})
+        elif not 0 < n_bytes == len(content):  # decoders take some images that end too early
+            self._answer(400, {"error": f"body: got {len(content)} of {n_bytes} bytes, {expected}"})
+        else:
+            self._answer(*self._said(content))
+
+    def _said(self, content: bytes) -> tuple[int, dict[str, Any]]:
         try:
-            self._answer(200, self.service.score(content))
-        except ValueError as error:
-            self._answer(400, {"error": str(error)})
+            return 200, self.service.score(content)
+        except UnreadableError as error:
+            return 400, {"error": str(error)}
         except Exception:
             logging.exception("a request failed")  # for us, not for whoever asks
-            self._answer(500, {"error": "internal error"})
+            return 500, {"error": "internal error"}
 
     def _answer(self, status: int, said: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(said).encode())
@@ -166,6 +185,11 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64  # connections that wait to be accepted: bursts are not refused
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """To the log of Python; a client that is gone is no error."""
+        gone = isinstance(sys.exc_info()[1], ConnectionError)
+        logging.log(logging.INFO if gone else logging.ERROR, "no answer was sent", exc_info=not gone)
 
 
 def server(service: Service, host: str = "127.0.0.1", port: int = 8000) -> Server:

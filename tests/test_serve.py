@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import socket
+import struct
 import sys
 import threading
 import urllib.error
@@ -92,7 +94,8 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
         status, said = ask(f"{address}/score", content)
         assert status == 400
         assert "no image that can be read" in said["error"]
-    assert ask(f"{address}/score", b"")[0] == 413
+    assert ask(f"{address}/score", b"")[0] == 400
+    assert ask(f"{address}/score", b"x", **{"Content-Length": "many"})[0] == 411
     assert ask(f"{address}/score", b"x", **{"Content-Length": "9" * 5000})[0] == 413  # more digits than int() takes
     monkeypatch.setattr(serving, "MOST_PIXELS", 100)
     assert "32×32 pixels, expected at most 100" in ask(f"{address}/score", whole)[1]["error"]
@@ -100,10 +103,31 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
     assert ask(f"{address}/score", whole)[0] == 413
     assert ask(f"{address}/etc/passwd")[0] == ask(f"{address}/", b"x")[0] == 404
     monkeypatch.undo()
-    monkeypatch.setattr(service, "deployed", lambda x: 1 / 0)
-    assert ask(f"{address}/score", whole) == (500, {"error": "internal error"})
+    Image.new("RGB", (1, 20_000)).save(thin := io.BytesIO(), "png")
+    assert "1×20000 pixels, expected sides within 1:100" in ask(f"{address}/score", thin.getvalue())[1]["error"]
+    for failing in (lambda x: 1 / 0, lambda x: (_ for _ in ()).throw(ValueError("ours"))):
+        monkeypatch.setattr(service, "deployed", failing)
+        assert ask(f"{address}/score", whole) == (500, {"error": "internal error"})
     monkeypatch.undo()
     assert ask(f"{address}/score", whole)[0] == 200, "it goes on"
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_clients_that_stop_in_the_middle(gone, serve, service, address, capfd):
+    """What came of an image that decoders would take is not scored; who has gone is no traceback."""
+    Image.open(io.BytesIO(files(serve, 2)[0])).save(buffer := io.BytesIO(), "tga")
+    before = service.health()["images"]
+    with socket.create_connection(address.removeprefix("http://").split(":")) as client:
+        begun = buffer.getvalue()[: None if gone else -20]
+        client.sendall(b"POST /score HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(buffer.getvalue()) + begun)
+        if gone:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # its end is a reset
+        else:
+            client.shutdown(socket.SHUT_WR)
+            assert b" 400 " in client.recv(1000)
+    assert ask(f"{address}/score", files(serve, 2)[0])[0] == 200, "it goes on"
+    assert service.health()["images"] - before <= 1 + gone
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_numbers_that_json_has_not_are_none(serve, service, monkeypatch):
