@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .heads import other_logits
 from .intact import check_zip, memory, read_npz
+from .models.outputs import other_logits
 from .models.running import TARGETS
 
 SUFFIXES = (".npz", ".pt", ".pth", ".parquet")

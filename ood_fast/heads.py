@@ -26,8 +26,6 @@ from .ops.registration import COMPILED_CALL, is_compiled
 
 # What the classifiers of torchvision, timm, transformers and OpenOOD call their head, or the block that ends in it.
 HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "last_linear")
-CHECKED_ROWS = 64  # of stored features and logits
-BFLOAT16 = 2.0**-8  # what logits may have been rounded to, on a GPU or under autocast
 
 
 def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
@@ -300,19 +298,6 @@ def adapted_weight(layer: Any) -> Tensor:
             "merge the adapter (model.merge_and_unload()), or train a copy of the head (modules_to_save)"
         )
     return weight.add(sum(layer.get_delta_weight(name).to(weight.dtype) for name in active))
-
-
-def other_logits(features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:
-    """The largest difference of stored logits and F.linear(z, W, b) in the first rows; None up to digits of bfloat16,
-    and where sizes do not fit, which others say."""
-    z, given = features[:CHECKED_ROWS].float(), logits[:CHECKED_ROWS].float()
-    if weight.shape != (given.shape[1], z.shape[1]) or len(z) != len(given):
-        return None
-    weight, bias = weight.to(z), z.new_zeros(len(weight)) if bias is None else bias.to(z)
-    expected, spread = (torch.addmm(b, x, w.t()) for x, w, b in ((z, weight, bias), (z**2, weight**2, bias**2)))
-    difference = (expected - given).abs().masked_fill(given.isinf(), 0.0)
-    beyond = difference > BFLOAT16 * (8 * spread.sqrt() + 2 * expected.abs())
-    return float(difference.nan_to_num().amax()) if beyond.any() else None
 
 
 class Beside:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import agreement, checks
-from ..heads import given_head, inference_head, other_logits
+from ..heads import given_head, inference_head
 from ..models.inputs import SeenImages, joined_range
 from ..models.layers import Key, LayerReading
-from ..models.outputs import refuse_probabilities
+from ..models.outputs import other_logits, refuse_probabilities
 from ..models.running import Batch, check_loader, refuse_meta, run_model
 from ..models.weights import identity_of, identity_of_head, identity_of_layer
 from . import streaming

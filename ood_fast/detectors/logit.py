@@ -151,8 +151,8 @@ class GEN(Detector):
     def __init__(self, gamma: float = 0.1, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
         super().__init__()
         checks.real("gamma", gamma, 0.0, open_low=True)
-        if M is not None and (isinstance(M, bool) or not isinstance(M, int) or M < 1):
-            raise ValueError(f"M: got {M!r}, expected an int >= 1, or None for all classes")
+        if M is not None:
+            checks.positive_int("M", M, ", or None for all classes")
         checks.one_of("reduction", reduction, ("sum", "mean"))
         checks.real("clamp", clamp, 0.0, 0.5)
         self.gamma, self.M, self.reduction, self.clamp = gamma, M, reduction, clamp

@@ -13,6 +13,8 @@ from ..capturing import CapturedFeatures
 from ..eager.precision import MKLDNN, is_exporting
 from ..heads import inference_head
 
+CHECKED_ROWS = 64  # of stored features and logits
+BFLOAT16 = 2.0**-8  # what logits may have been rounded to, on a GPU or under autocast
 CHECKED = 8, 64  # rows of logits by themselves: the fewest that tell, one sums to 1 by chance, and the most looked at
 
 
@@ -57,8 +59,7 @@ def check_width(head: nn.Linear, logits: Tensor) -> None:
 def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> None:
     """ValueError where F.linear(z, W, b) are not the logits, up to rounding: something adds to them or changes them.
 
-    An error of many roundings of relative size u is about u (Σ_j z_j² W_kj² + b_k²)^½: eight of them are allowed, u
-    that of the least exact dtype at hand.
+    The size of a rounding is that of the least exact dtype at hand.
     """
     if not captured.seen:
         raise ValueError(
@@ -83,16 +84,9 @@ def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> N
     dtypes = {value.dtype for value in (z, weight, logits)} | ({captured.dtype} if captured.dtype else set())
     wide = torch.float64 if dtypes == {torch.float64} else torch.float32
     z, weight, given = (value.detach().to(wide) for value in (z, weight, logits))
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(wide)
-    with torch.autocast(z.device.type, enabled=False):
-        expected = F.linear(z, weight, bias)
-        spread = F.linear(z.square(), weight.square(), bias.square()).sqrt()
-        length = F.linear(z.abs(), weight.abs(), bias.abs())
-    unit = max(_unit(dtype, z.device) for dtype in dtypes)
-    allowed = 8 * unit * spread + 32 * torch.finfo(wide).eps * length
-    allowed += 2 * unit * expected.abs() + max(torch.finfo(dtype).tiny for dtype in dtypes)
-    difference = (expected - given).abs()
-    beyond = (difference > allowed) & ~(given.isinf() & (expected.abs() > torch.finfo(logits.dtype).max))
+    unit, tiny = max(_unit(d, z.device) for d in dtypes), max(torch.finfo(d).tiny for d in dtypes)
+    expected, difference, allowed = _off(given, z, weight, bias, unit)
+    beyond = (difference > allowed + tiny) & ~(given.isinf() & (expected.abs() > torch.finfo(logits.dtype).max))
     if not beyond.any():  # also where something is NaN, which has messages of its own
         return
     worst = int(difference.masked_fill(~beyond, -1.0).argmax())
@@ -104,6 +98,31 @@ def check_head(head: nn.Linear, captured: CapturedFeatures, logits: Tensor) -> N
         "merge an adapter such as LoRA (model.merge_and_unload()) or several heads into one nn.Linear; or call "
         "fit_features(features, logits, targets, head=(W, b)) and score_features with those that belong together"
     )
+
+
+def _off(given: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """F.linear(z, W, b), by how much the logits given are off it, and by how much they may be, each (n, c).
+
+    An error of many roundings of relative size u is about u (Σ_j z_j² W_kj² + b_k²)^½: eight of them are allowed.
+    """
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(z)
+    with torch.autocast(z.device.type, enabled=False):
+        expected = F.linear(z, weight, bias)
+        spread = F.linear(z.square(), weight.square(), bias.square()).sqrt()
+        length = F.linear(z.abs(), weight.abs(), bias.abs())
+    allowed = 8 * unit * spread + 32 * torch.finfo(z.dtype).eps * length + 2 * unit * expected.abs()
+    return expected, (expected - given).abs(), allowed
+
+
+def other_logits(features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:
+    """The largest difference of stored logits and F.linear(z, W, b) in the first rows; None up to digits of bfloat16,
+    and where sizes do not fit, which others say."""
+    z, given = features[:CHECKED_ROWS].float(), logits[:CHECKED_ROWS].float()
+    if weight.shape != (given.shape[1], z.shape[1]) or len(z) != len(given):
+        return None
+    _, difference, allowed = _off(given, z, weight.to(z), bias, BFLOAT16)
+    difference = difference.masked_fill(given.isinf(), 0.0)
+    return float(difference.nan_to_num().amax()) if (difference > allowed).any() else None
 
 
 def _unit(dtype: torch.dtype, device: torch.device) -> float:

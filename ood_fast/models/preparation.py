@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from ..data import specs
 from . import vision
 
-IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "interpolation": "bilinear"}
-IMAGENET |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET: dict[str, Any] = {"size": 224, "interpolation": "bilinear"}
+IMAGENET |= {name: specs.IMAGENET[name] for name in ("resize", "mean", "std")}
 
 
 def own_preparation(model: nn.Module, name: str, published: bool) -> dict[str, Any] | None:
