@@ -102,6 +102,11 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
+def is_float(value: Tensor) -> bool:
+    """Floating-point numbers of 16 bits or more; those of 8 have no arithmetic in torch."""
+    return value.is_floating_point() and value.dtype.itemsize > 1
+
+
 def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> None:
     """TypeError unless `value` is a floating-point tensor, ValueError unless it has `n_dims` dimensions."""
     if not isinstance(value, Tensor):
@@ -109,7 +114,7 @@ def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> Non
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{argument}: got {got}, expected a dense tensor of shape {shape_text}")
-    if not value.is_floating_point():
+    if not is_float(value):
         raise TypeError(f"{argument}: got dtype {value.dtype}, expected a floating-point tensor of shape {shape_text}")
     if value.dim() != n_dims:
         raise ValueError(f"{argument}: got shape {tuple(value.shape)}, expected {n_dims} dimensions {shape_text}")

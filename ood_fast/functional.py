@@ -341,7 +341,7 @@ def l2_normalize(z: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     Paper: Haas, Yolland, Rabus, "Exploring Simple, High Quality Out-of-Distribution Detection with L2 Normalization",
     TMLR 2024.
     """
-    if not isinstance(z, Tensor) or not z.is_floating_point():
+    if not isinstance(z, Tensor) or not checks.is_float(z):
         raise TypeError(
             f"z: got {z.dtype if isinstance(z, Tensor) else type(z).__name__}, expected a floating-point tensor"
         )

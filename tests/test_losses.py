@@ -236,6 +236,20 @@ def test_bad_input_of_the_others():
         ood_fast.LogitNormLoss()(batch.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_refused_as_integers_are(dtype):
+    """SHE gave -inf for every one."""
+    batch = Batch.of(5, 4, 3)
+    she = ood_fast.detectors.SHE().fit_features(batch.z, batch.logits, batch.logits.argmax(1))
+    for call in (
+        lambda small: ood_fast.elogitnorm(small, batch.z, batch.W, batch.b, batch.y),
+        lambda small: ood_fast.l2_normalize(small),
+        lambda small: she.score_features(batch.z.to(dtype), batch.logits),
+    ):
+        with pytest.raises(TypeError, match=f"got (dtype )?{dtype}, expected a floating-point tensor"):
+            call(batch.logits.to(dtype))
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_copy_follows_the_copied_model_or_refuses(data, by_name):
     x, y = data

@@ -408,6 +408,21 @@ def test_regmixup_is_the_authors_criterion(monkeypatch):
     assert summed == 2 * mixing.RegMixupLoss()(f, mixed_f, y, mixed_y)
 
 
+@pytest.mark.parametrize("make", [mixing.RegMixupLoss, mixing.MixOELoss])
+def test_an_ignored_image_has_no_share_in_what_is_mixed(make):
+    x, y = images(N)
+    y[1] = -100
+    expected = nn.functional.one_hot(y.clamp(min=0), C).float()
+    expected[1] = 0
+    assert torch.equal(mixing._probabilities(y, torch.randn(N, C)), expected)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, C))
+    loss, _ = make().step(model, StepBatch(x, y, torch.rand(3, 1, 4, 4)))
+    loss.backward()
+    assert model[1].weight.grad.isfinite().all()
+    with pytest.raises(TypeError, match=r"y: got dtype torch\.int32, expected int64 class indices"):
+        make().step(model, StepBatch(x, y.int(), x))
+
+
 def test_what_is_mixed_follows_torchs_generator():
     draws = []
     for seed in (1, 1, 2):

@@ -71,10 +71,10 @@ class SupConLoss(WithHead):
         self.temperature, self.base_temperature = temperature, base_temperature
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of features (n, m) and classes (n,); those below 0, ignored ones, are left out of the contrast."""
+        """The loss of features (n, m) and classes (n,); ignored ones, outside [0, c), are left out of the contrast."""
         logits = self._head()(z.detach())
         checked_features(logits, z, y, self._head().weight)
-        known = y >= 0
+        known = (y >= 0) & (y < self.n_classes)
         unit, _ = l2_normalize(self.projection(z[known]).float())
         with full_precision(z.device):
             contrast = self.contrast(unit, y[known])

@@ -78,6 +78,8 @@ class RegMixupLoss(Around):
 
         loss = (criterion(f(x), y) + criterion(f(x̃), ỹ)) / 2      x̃ = λ x_i + (1 − λ) x_j      λ ~ Beta(alpha, alpha)
 
+    An image whose target is ignored has no part in ỹ = λ e(y_i) + (1 − λ) e(y_j).
+
     Args:
         criterion: (logits, y) -> scalar that takes class probabilities (n, c) too; None: cross-entropy.
         alpha: above 0. The larger, the nearer is λ to a half; 20 as OpenOOD trains CIFAR-10, 10 elsewhere.
@@ -164,5 +166,8 @@ class MixOELoss(OutlierExposureLoss):
 
 
 def _probabilities(y: Tensor, logits: Tensor) -> Tensor:
-    """e(y) (n, c) in float32; probabilities as they are."""
-    return y.float() if y.is_floating_point() else F.one_hot(y, logits.shape[1]).float()
+    """e(y) (n, c) in float32, 0 of ignored indices; probabilities as they are."""
+    checks.target(y, logits)
+    if y.is_floating_point():
+        return y.float()
+    return (y[:, None] == torch.arange(logits.shape[1], device=y.device)).float()
