@@ -36,6 +36,7 @@ from .models.weights import refuse_other
 FORMAT = "ood_fast bundle 1"
 WEIGHTS, DETECTORS, ABOUT, CARD = "model.safetensors", "detectors.safetensors", "bundle.json", "README.md"
 PREPARED = ("size", "resize", "mean", "std")
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")  # torchvision's
 TOLERANCE = 1e-3  # of the logits of one network made twice, relative to the largest
 
 
@@ -84,8 +85,7 @@ def save_bundle(
     """
     refuse_meta(model)
     checks.instance("detectors", detectors, (Detector, DetectorSet), "a Detector or a DetectorSet")
-    if missing := [name for name in PREPARED if name not in preparation]:
-        raise ValueError(f"preparation: got no {', '.join(missing)}, expected {', '.join(PREPARED)}")
+    preparation = _plain(preparation)
     named = dict(detectors.items()) if isinstance(detectors, DetectorSet) else {type(detectors).__name__: detectors}
     for name, detector in named.items():
         refuse_other(model, detector.fitted_on, name)
@@ -97,7 +97,7 @@ def save_bundle(
     if taken and not (Path(folder) / ABOUT).exists():
         raise FileExistsError(f"{taken[0]}: is there, and no bundle, expected another folder")
     about: dict[str, Any] = {"format": FORMAT, "ood_fast": __version__, "torch": torch.__version__}
-    about |= {"architecture": architecture, "preparation": dict(preparation)}
+    about |= {"architecture": architecture, "preparation": preparation}
     about["classes"] = None if names is None else list(names)
     with files.staged(folder) as staging:
         state = {key: value.detach().cpu().clone() for key, value in unwrapped(model).state_dict().items()}
@@ -110,6 +110,27 @@ def save_bundle(
         about[intact.CHECKSUM] = intact.checksum_of(about)
         files.write_text(staging / ABOUT, json.dumps(about, indent=1) + "\n")
         files.write_text(staging / CARD, _card(Path(folder).name, about, named, card))
+
+
+def _plain(preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON holds it; ValueError for what no image could be prepared by."""
+    if missing := [name for name in PREPARED if name not in preparation]:
+        raise ValueError(f"preparation: got no {', '.join(missing)}, expected {', '.join(PREPARED)}")
+    try:
+        size, resize, mean, std = (torch.as_tensor(preparation[name], dtype=torch.float64) for name in PREPARED)
+        whole = size.dim() == 0 and resize.shape in ((), (2,)) and mean.dim() == 1 and mean.shape == std.shape
+        whole = whole and bool((size >= 1) & (resize >= 1).all() & mean.isfinite().all() & (std > 0).all())
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"preparation: got {dict(preparation)}, expected a size, resize (a length, or (height, width)), and mean "
+            "and std of each channel"
+        )
+    plain = {name: getattr(value, "value", value) for name, value in preparation.items()}  # of an InterpolationMode
+    checks.one_of("preparation: interpolation", plain.get("interpolation", "bilinear"), INTERPOLATIONS)
+    numbers = {"size": int(size), "resize": resize.int().tolist(), "mean": mean.tolist(), "std": std.tolist()}
+    return plain | numbers
 
 
 def load_bundle(folder: str | os.PathLike[str], model: nn.Module | str | None = None) -> Bundle:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .data import decoding
 from .deployment import Deployed
 from .detectors import DetectorSet
@@ -78,7 +79,7 @@ class Service:
         what is no image."""
         x = self._prepared(content)[None]
         if self._like is not None:
-            x = x.to(self._like.device)
+            x = x.to(self._like if checks.is_float(self._like) else self._like.device)
         with torch.inference_mode():
             logits, score, is_ood = self.deployed(x)
         if self.classes is not None and len(self.classes) != logits.shape[1]:

@@ -153,9 +153,24 @@ def test_a_name_that_makes_another_model_of_the_weights_is_refused(tmp_path):
             assert model.training
 
 
+def test_a_preparation_of_tensors_is_kept_as_numbers(model, detectors, tmp_path):
+    arrays = {
+        "size": np.int64(16),
+        "mean": torch.tensor(PREPARED["mean"], dtype=torch.float64),
+        "std": np.array(PREPARED["std"]),
+    }
+    ood_fast.save_bundle(tmp_path, model, detectors, PREPARED | arrays)
+    assert ood_fast.load_bundle(tmp_path, model).preparation == PREPARED
+
+
 def test_refuses(model, detectors, tmp_path):
     with pytest.raises(ValueError, match="preparation: got no mean, std"):
         ood_fast.save_bundle(tmp_path / "x", model, detectors, {"size": 3, "resize": 3})
+    for wrong in ({"size": "16"}, {"resize": None}, {"mean": [0.5]}, {"mean": [float("nan")] * 3}, {"std": [0, 1, 1]}):
+        with pytest.raises(ValueError, match=r"preparation: got .*, expected a size, resize"):
+            ood_fast.save_bundle(tmp_path / "x", model, detectors, PREPARED | wrong)
+    with pytest.raises(ValueError, match="preparation: interpolation: got 'cubic'"):
+        ood_fast.save_bundle(tmp_path / "x", model, detectors, PREPARED | {"interpolation": "cubic"})
     with pytest.raises(TypeError, match="detectors: got list"):
         ood_fast.save_bundle(tmp_path / "x", model, [MSP()], PREPARED)
     with pytest.raises(RuntimeError, match="NCI is not fitted"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -148,6 +149,11 @@ def test_what_does_not_belong_together_is_refused(serve, service):
         serving.Service(deployed, prepare, Monitor(torch.randn(200)))
     with pytest.raises(TypeError, match="classes: got 2 names, expected"):
         serving.Service(deployed, prepare, classes=["a", "b"]).score(files(serve, 2)[0])
+    in_half = serving.Service(copy.deepcopy(deployed).bfloat16(), prepare)
+    assert (
+        in_half.score(files(serve, 2)[0])["class"]
+        == serving.Service(deployed, prepare).score(files(serve, 2)[0])["class"]
+    )
     of_flags = serving.Service(deployed, prepare, Monitor(torch.rand(200) < 0.05))
     said = [of_flags.score(file)["is_ood"] for file in files(serve, 6)]
     assert of_flags.health()["flagged"] == sum(said) > 0
