@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from ood_fast import checks, data, files, heads, losses, models, recipes
 from ood_fast import train as training
-from ood_fast.training import build, folder, loop
+from ood_fast.training import build, folder, loop, randomness
 from ood_fast.training.mixing import Mixing
 from ood_fast.training.objective import n_correct
 from ood_fast.training.order import Batches
@@ -454,6 +455,18 @@ def test_a_complete_run_resumed_changes_nothing(images, tmp_path):
 
 def test_resume_begins_where_there_is_nothing(images, tmp_path):
     assert training.fit_recipe(replace(BASE, epochs=1), images, tmp_path / "new", resume=True).epoch == 1
+
+
+def test_the_random_state_is_that_of_the_device_and_not_of_the_current_one(monkeypatch):
+    states = {None: torch.tensor([0]), 1: torch.tensor([1])}
+    module = types.SimpleNamespace(
+        get_rng_state=lambda index=None: states[index].clone(),
+        set_rng_state=lambda state, index=None: states.update({index: state}),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with randomness.random_state_kept(torch.device("cuda", 1)):
+        states[1] = torch.tensor([5])
+    assert (states[None], states[1]) == (0, 1)
 
 
 # ---- what must not happen

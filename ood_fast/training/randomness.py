@@ -21,7 +21,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
+        state[device.type] = torch.get_device_module(device).get_rng_state(*_which(device))
     return state
 
 
@@ -33,7 +33,12 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
     torch.set_rng_state(state["torch"])
     if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])
+        torch.get_device_module(device).set_rng_state(state[device.type], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[int, ...]:
+    """What tells its generator from that of the current device; on MPS there is one."""
+    return () if device.index is None or device.type == "mps" else (device.index,)
 
 
 @contextmanager
