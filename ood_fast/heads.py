@@ -58,9 +58,15 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Linear:
         candidates = ", ".join(f"{path} ({at.in_features} → {at.out_features})" for path, at in linears.items())
         raise ValueError(
             f"model: cannot tell which layer of {type(model).__name__} makes the logits; pass its name "
-            f"(a detector takes it as head=...). Linear layers: {candidates}"
+            f"(a detector takes it as head=...{_merge(model)}). Linear layers: {candidates}"
         )
     return head
+
+
+def _merge(model: nn.Module) -> str:
+    """The cure where PEFT has put an adapter around a linear layer."""
+    linear = (isinstance(getattr(module, "base_layer", None), nn.Linear) for module in model.modules())
+    return "; merge the adapter first: model.merge_and_unload()" if any(linear) else ""
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:
@@ -152,8 +158,7 @@ def path_to_layer(model: nn.Module, name: str, argument: str) -> list[nn.Module]
 def _head_by_name(model: nn.Module, name: str, argument: str) -> nn.Linear:
     head = path_to_layer(model, name, argument)[0]
     if not isinstance(head, nn.Linear):
-        advice = "; merge the adapter first: model.merge_and_unload()" if hasattr(head, "base_layer") else ""
-        raise ValueError(f"{argument}: {name!r} is a {type(head).__name__}, expected an nn.Linear{advice}")
+        raise ValueError(f"{argument}: {name!r} is a {type(head).__name__}, expected an nn.Linear{_merge(head)}")
     return head
 
 

@@ -108,7 +108,8 @@ class Service:
                     raise ValueError(f"{file.width}×{file.height} pixels, expected sides within 1:{WIDEST}")
                 return self.prepare(decoding.rgb(file, self.upright))
         except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-            raise UnreadableError(f"no image that can be read: {error}") from error
+            reason = "its format is unknown" if isinstance(error, pillow.UnidentifiedImageError) else error
+            raise UnreadableError(f"no image that can be read: {reason}") from error
 
     def health(self) -> dict[str, Any]:
         """How many images were flagged, and whether the stream is no longer what the threshold was set on."""

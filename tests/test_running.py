@@ -582,6 +582,8 @@ def test_the_loss_follows_an_adapter(x):
         ood_fast.ELogitNormLoss(lora(target_modules=["fc"], use_dora=True), "fc")(logits, y)
     with pytest.raises(ValueError, match="merge the adapter first"):
         NCI().fit(model, [x], head="fc")
+    with pytest.raises(ValueError, match=r"cannot tell which layer.*merge the adapter first"):
+        NCI().fit(model, [x])
 
 
 def test_modules_to_save_by_the_plain_name(x):

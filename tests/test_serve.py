@@ -95,6 +95,7 @@ def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
         status, said = ask(f"{address}/score", content)
         assert status == 400
         assert "no image that can be read" in said["error"]
+        assert "object at 0x" not in said["error"], "an address in memory"
     assert ask(f"{address}/score", b"")[0] == 400
     assert ask(f"{address}/score", b"x", **{"Content-Length": "many"})[0] == 411
     assert ask(f"{address}/score", b"x", **{"Content-Length": "9" * 5000})[0] == 413  # more digits than int() takes
