@@ -31,7 +31,8 @@ class SupConLoss(WithHead):
         optimizer.add_param_group({"params": criterion.parameters()})
         loss = criterion(z, y)               # z (2n, m) of two views, y (2n,); or any batch with several of a class
 
-    With several processes each contrasts its own samples.
+    With several processes each contrasts its own samples; P has to begin alike in each, by one seed, and stays so by
+    `criterion.average_gradients(n_processes)` after `backward`.
 
     Args:
         head: the linear layer that makes the logits; not a part of this module.

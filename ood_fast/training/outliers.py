@@ -124,7 +124,8 @@ class VOSLoss(VirtualOutliersLoss):
         loss = criterion(logits, z, y)
 
     Its numbers come from torch's global generator. The queues are buffers, c · queue · m numbers; with several
-    processes each has its own.
+    processes each has its own. What is learned has to begin alike in each, by one seed, and stays so by
+    `criterion.average_gradients(n_processes)` after `backward`.
 
     Args:
         head: the linear layer that makes the logits; not a part of this module.
