@@ -945,7 +945,7 @@ def test_a_fingerprint_changes_with_what_it_stands_for(root, tmp_path):
     assert flat.fingerprint() != before
 
 
-def test_the_content_of_images_is_that_of_copies_and_of_no_others(root, tmp_path):
+def test_the_content_of_images_is_that_of_copies_and_of_no_others(root, tmp_path, monkeypatch):
     for place, seed in (("here", 1), ("copy", 1), ("other", 2)):
         (tmp_path / place).mkdir()
         write_image(tmp_path / place / "1.png", seed=seed)
@@ -955,6 +955,15 @@ def test_the_content_of_images_is_that_of_copies_and_of_no_others(root, tmp_path
         for place in ("here", "copy", "other")
     )
     assert here == copied != other
+    monkeypatch.setattr(images, "N_BYTES", 100)  # every fifth
+    contents = []
+    for changed in (None, 1, 5):
+        pixels = np.zeros((40, 2, 2, 3), np.uint8)
+        if changed:
+            pixels[changed] = 9
+        contents.append(images.ImageDataset(images.Pixels(pixels, np.zeros(40, np.int64))).content)
+    assert contents[0] == contents[1] != contents[2]
+    monkeypatch.undo()
     assert open_benchmark("cifar10", root).train.content != open_benchmark("cifar10", root).test.content
 
 

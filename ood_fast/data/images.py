@@ -25,6 +25,7 @@ Colour = tuple[float, ...]  # a number for each channel
 Labels = Sequence[int] | np.ndarray | Tensor
 
 N_SIZES, N_BEGINNINGS = 10_000, 64  # files whose size, and whose first bytes, `ImageDataset.content` looks at
+N_BYTES = 1 << 28  # of pixels that it looks at; all of CIFAR's
 DECODING = 2  # counts the changes of what pixels a file gives: fingerprints tell them apart
 NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
 
@@ -90,6 +91,10 @@ class Pixels(Source):
 
     def update(self, digest: Any) -> None:
         digest.update(np.ascontiguousarray(self.pixels))
+
+    def update_content(self, digest: Any) -> None:
+        """Of many pixels, which may be mapped from a file larger than the memory, images evenly over them."""
+        digest.update(np.ascontiguousarray(self.pixels[:: 1 + self.pixels.nbytes // N_BYTES]))
 
 
 class Files(Source):
@@ -179,7 +184,7 @@ class Tensors(Source):
         return Tensors(self.images[torch.from_numpy(rows)], self.labels[rows], self.classes)
 
     def update(self, digest: Any) -> None:
-        digest.update(self.images.contiguous().numpy())
+        digest.update(self.images.contiguous().cpu().numpy())
 
 
 class Noise(Source):
