@@ -15,7 +15,7 @@ from . import checks
 from .eager.precision import compute_dtype
 from .eager.rows import temperature_of as temperature_of
 from .ops import losses, scores
-from .values import EPS, TAU
+from .values import ALPHA, EPS, TAU
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -283,7 +283,7 @@ def boundary_distance(logits: Tensor, W: Tensor, *, average: str = "boundaries")
 
 
 def nci_score(
-    z: Tensor, W: Tensor, b: Tensor | None, mean: Tensor, logits: Tensor | None = None, alpha: float = 1e-3
+    z: Tensor, W: Tensor, b: Tensor | None, mean: Tensor, logits: Tensor | None = None, alpha: float = ALPHA
 ) -> Tensor:
     """NCI score: how well the centred feature aligns with the weight of its predicted class, plus its L1 norm.
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .values import EPS, TAU
+from .values import ALPHA, EPS, TAU
 
 
 def elogitnorm(
@@ -141,7 +141,7 @@ def boundary_distance(
 
 
 def nci_score(
-    z: Tensor, W: Tensor, b: Tensor | None, mean: Tensor, logits: Tensor | None = None, alpha: float = 1e-3
+    z: Tensor, W: Tensor, b: Tensor | None, mean: Tensor, logits: Tensor | None = None, alpha: float = ALPHA
 ) -> Tensor:
     """Neural-collapse score of each sample, (n,); higher = more in-distribution.
 

@@ -16,6 +16,7 @@ from . import checks, eager
 from .eager.precision import compute_dtype, is_exporting
 from .ops import scores
 from .records import Inputs
+from .values import GAMMA
 
 FROM_LOGITS: tuple[str, ...] = ("max", "predicted", "logsumexp", "confidence", "entropy", "gen")
 FROM_LOGITS += ("logit_norm1", "logit_norm2", "distance")
@@ -32,7 +33,7 @@ def row_statistics(
     mean: Tensor | None = None,
     table: Tensor | None = None,
     boundaries: Tensor | None = None,
-    gamma: float = 0.1,
+    gamma: float = GAMMA,
 ) -> dict[str, Tensor]:
     """The statistics `names` of each row, in one pass; only what is asked for is read and computed.
 

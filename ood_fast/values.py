@@ -16,6 +16,8 @@ Grids = Mapping[str, Grid]  # of each detector
 # Defaults.
 TAU = 0.04  # LogitNorm's temperature (Wei et al., ICML 2022), for its loss and for softmax(f / (τ‖f‖))
 EPS = 1e-6  # of ELogitNorm: D up to which a sample's temperature is 1
+ALPHA = 1e-3  # of nci_score: the weight of the norm, for which the detector NCI takes 1e-4
+GAMMA = 0.1  # of GEN: the exponent
 TPR = 0.95  # the share of in-distribution scores that a threshold keeps
 DRAWS = 200  # for intervals over test images
 SAVE_MINUTES = 15.0  # from one checkpoint of a training to the next

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     context = context_of(command)
     records = runs.open_records(options.runs)
     default = Path(options.runs[0]).expanduser() if len(options.runs) == 1 else Path()
-    file = page.check_file(default / "report.html" if options.out is None else options.out)
+    file = page.check_file(default if options.out is None else options.out)
 
     progress = functools.partial(Bar, quiet=options.quiet)
     if options.feature_change:

@@ -18,6 +18,7 @@ from ..processes import Processes
 from ..recipes import RECIPES, TrainingRecipe, as_dict, find, override
 from ..train import DivergedError, Interrupted, Run
 from ..training import model_of
+from ..training.folder import LAST
 from . import RunError
 from .agreement import check_sample
 from .code import import_plugins
@@ -140,7 +141,7 @@ def _note_batch(original: TrainingRecipe, recipe: TrainingRecipe, n_processes: i
 
 
 def _kept(training: Run) -> str:
-    if (training.out / "last.ckpt").is_file():
+    if (training.out / LAST).is_file():
         return f"the checkpoints before it are kept in {training.out}"
     return f"there is no checkpoint yet in {training.out}"
 

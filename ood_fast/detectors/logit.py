@@ -13,6 +13,7 @@ from .. import checks
 from ..eager.precision import double
 from ..eager.statistics import exp_of_minus, softmax_rest
 from ..statistics import row_statistics
+from ..values import GAMMA
 from . import streaming
 from .detector import Detector
 from .fitting import tell, tell_missing
@@ -148,7 +149,7 @@ class GEN(Detector):
     needs_logits = True
     grid = {"gamma": (0.01, 0.1, 0.5, 1, 2, 5, 10), "M": (10, 50, 100, 200, 500, 1000)}
 
-    def __init__(self, gamma: float = 0.1, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
+    def __init__(self, gamma: float = GAMMA, M: int | None = 100, reduction: str = "sum", clamp: float = 0.0) -> None:
         super().__init__()
         checks.real("gamma", gamma, 0.0, open_low=True)
         if M is not None:

@@ -22,6 +22,7 @@ from ..eager.statistics import exp_of_minus
 from ..functional import average_offset, nothing
 from ..ops.registration import Operator, first_derivative
 from ..records import Needs
+from ..values import ALPHA, GAMMA
 from . import rows as together
 from .losses import chunk_rows, needs_grad
 from .shards import Call, Shards, agree
@@ -71,7 +72,7 @@ def nci_score(
     b_shard: Tensor | None,
     mean: Tensor,
     logits_shard: Tensor | None = None,
-    alpha: float = 1e-3,
+    alpha: float = ALPHA,
     *,
     group: object = None,
     shards: Sequence[int] | None = None,
@@ -142,7 +143,7 @@ def row_statistics(
     *,
     W_shard: Tensor | None = None,
     mean: Tensor | None = None,
-    gamma: float = 0.1,
+    gamma: float = GAMMA,
     group: object = None,
     shards: Sequence[int] | None = None,
     check: bool = True,

@@ -26,8 +26,8 @@ from .results import FORMAT, FULL_SPECTRUM, GROUPS, Results, RunResult, Summary,
 from .tables import build
 from .verdict import verdict
 
-JSON = "results.json"
-FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", JSON)
+RESULTS = "results.json"
+FILES = ("results.csv", "summary.csv", "results.md", "openood", "scores", RESULTS)
 
 # What commands add, where nobody did
 CONTEXT: dict[str, Any] = {"command": "ood-fast evaluate", "started": "", "seconds": 0.0}
@@ -81,7 +81,7 @@ def holds(folder: Path) -> bool:
     """Whether its results.json is of an evaluation; it says so first, even where the rest of it is damaged."""
     try:
         files.settle(folder)
-        with open(folder / JSON, "rb") as file:
+        with open(folder / RESULTS, "rb") as file:
             return bool(re.match(rb'\s*\{\s*"format": "%b"' % re.escape(FORMAT).encode(), file.read(200)))
     except OSError:
         return False
@@ -104,14 +104,14 @@ def write(folder: str | os.PathLike[str], results: Results, context: Mapping[str
             for detector, scores in run.scores.items():
                 write_npz(staging / "scores" / name / f"{detector}.npz", scores)
         text = json.dumps(results.to_json(context), indent=1, ensure_ascii=False, allow_nan=False)
-        (staging / JSON).write_text(text, encoding="utf-8")
+        (staging / RESULTS).write_text(text, encoding="utf-8")
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """results.json of a folder that `write` wrote; UserError if it is none, or damaged. See `Results.from_json`."""
     if not holds(Path(folder)):
         raise checks.UserError(f"{folder}: holds no evaluation; make one with: ood-fast evaluate")
-    content: dict[str, Any] = read_json(Path(folder) / JSON)
+    content: dict[str, Any] = read_json(Path(folder) / RESULTS)
     content |= {name: value for name, value in CONTEXT.items() if name not in content}
     try:
         Results.from_json(content)
@@ -119,7 +119,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if not isinstance(content[name], (int, float) if isinstance(value, float) else type(value)):
                 raise ValueError(f"{name}: got {content[name]!r}")
     except ValueError as error:
-        raise checks.UserError(f"{Path(folder) / JSON}: is damaged: {error}; --overwrite makes it anew") from error
+        raise checks.UserError(f"{Path(folder) / RESULTS}: is damaged: {error}; --overwrite makes it anew") from error
     return content
 
 

@@ -104,18 +104,10 @@ def _runs(records: Sequence[Record]) -> Table:
         "device": lambda r: str(r.info.get("device", "–")),
     }
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
-        columns[f"test accuracy on {benchmark} (%)"] = partial(_tested, benchmark)
-    cells = [(head, partial(_cell, of)) for head, of in columns.items()]
+        columns[f"test accuracy on {benchmark} (%)"] = partial(_accuracy, benchmark)
+    cells = [(head, lambda record, of=of: Cell(of(record))) for head, of in columns.items()]
     caption = "Test accuracy: of the checkpoint that was evaluated. Training time: of the epochs, with validation."
     return Table.of("Runs", caption, cells, [("", [(r.name, (r,)) for r in records])], corner="run", sortable=True)
-
-
-def _cell(told: Callable[[Record], str], record: Record) -> Cell:
-    return Cell(told(record))
-
-
-def _tested(benchmark: str, record: Record) -> str:
-    return percent(_accuracy(record.evaluated.get(benchmark)))
 
 
 def _loss(recipe: Mapping[str, Any]) -> str:
@@ -129,8 +121,10 @@ def _seed(record: Record) -> str:
     return next((str(seed) for seed in told if seed is not None), "–")
 
 
-def _accuracy(evaluated: Evaluated | None) -> float | None:
-    return evaluated.run.value("accuracy") if evaluated and evaluated.run.holds([("accuracy", "", "")]) else None
+def _accuracy(benchmark: str, record: Record) -> str:
+    evaluated = record.evaluated.get(benchmark)
+    known = evaluated and evaluated.run.holds([("accuracy", "", "")])
+    return percent(evaluated.run.value("accuracy") if evaluated and known else None)
 
 
 def _duration(seconds: float) -> str:

@@ -27,11 +27,11 @@ from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
 from ..evaluation.results import CSID, FIT, GROUPS, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
 from ..evaluation.trained import Trained
+from ..evaluation.write import RESULTS
 from ..intact import read_npz, write_npz
 from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
 
 Columns = dict[str, list[float]]
-RESULTS = "results.json"  # of an evaluation
 DIAGNOSIS = "ood_fast diagnosis of features 1"  # part of the name of a kept one: another way to compute is another name
 CHANGE = "ood_fast change of features 1"
 
