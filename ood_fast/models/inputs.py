@@ -24,7 +24,7 @@ LOOKED_AT = 1000  # images whose first norm is looked at
 SPREAD = 6.0  # times what a norm saw in training: by JPEG, crops and single classes it is 0.3 to 1.4 of that
 WIDE, FAINT = 8.0, 0.2  # normalised once, images lie within 2.9; not normalised, they spread 0.03 to 0.1
 
-_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_of_batches`
+_NORMS_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_of_batches`, once
 _RUN_AGAIN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by `warn_random`: each costs one more pass, once
 
 
@@ -139,10 +139,12 @@ def warn_other_range(x: Any, fitted: Range | None, what: str) -> None:
 
 def warn_of_batches(model: nn.Module) -> None:
     """Warn, once a model, of one whose batch norms have no running statistics: they take those of each batch."""
+    if model in _NORMS_SEEN:
+        return
+    _NORMS_SEEN.add(model)
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     bare = (name for name, norm in model.named_modules() if isinstance(norm, kinds) and norm.running_mean is None)
-    if model not in _TOLD and (name := next(bare, None)) is not None:
-        _TOLD.add(model)
+    if (name := next(bare, None)) is not None:
         checks.warn_caller(
             f"model: batch norm {name!r} keeps no running statistics (track_running_stats=False), in eval mode too it "
             "takes those of the batch: logits and scores of an image depend on the images beside it"

@@ -81,7 +81,7 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
 
 class Watched:
     """A few parameters of a module, evenly over them: equal `state`s are of the same weights, as long as nobody changed
-    them through `.data` or replaced a module. Two microseconds a look."""
+    them through `.data` or replaced a module. A few microseconds a look."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those keep them elsewhere
