@@ -14,6 +14,7 @@ import pytest
 
 from ood_fast import cli
 from ood_fast.commands import gallery
+from ood_fast.detectors import MSP
 
 pytest.importorskip("torchvision")
 from PIL import Image
@@ -111,6 +112,24 @@ def test_what_can_be_scored(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
         assert paths("-") == ["q/d.jpg", "p/a.png"]
     assert [row["prediction"] for row in score("p/*.png", "p/deep/c.png", "q")] == ["cls0", "cls2", "cls3"]
+
+
+def test_how_images_are_prepared_is_told_where_nobody_said_it(capsys):
+    """Detectors fitted in Python or on features know nothing of images; ImageNet's preparation was taken in silence."""
+    draw("p/a.png", 0)
+    MSP().save("d.safetensors")
+    score("p")
+    told = capsys.readouterr().err
+    assert "warning: neither detectors nor model say how images are prepared: short side 256 (bilinear)" in told
+    assert "; give --size, --mean, --std" in told
+    score("p", options=("--size", "8", "--std", "1,1,1"))
+    assert (
+        "short side 8 (bilinear), middle 8, mean 0.485,0.456,0.406, std 1,1,1; give --mean\n" in capsys.readouterr().err
+    )
+    score("p", options=tuple(SIZES))
+    MSP().save("d.safetensors", notes={"size": 8, "resize": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3})
+    score("p")
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

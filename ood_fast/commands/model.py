@@ -24,7 +24,7 @@ from ..models.hugging_face import HF
 from ..models.preparation import IMAGENET
 from ..training.folder import RUN, load_run, read_info
 from . import code
-from .common import listed, read_detectors, say
+from .common import listed, read_detectors, say, warn
 
 REMEMBERED = ("model", "checkpoint", "head", "pretrained")  # by a detectors file, for later commands
 PREPARATION = ("size", "resize", "mean", "std", "interpolation", "orientation", "truncated")
@@ -201,7 +201,11 @@ def fitted_on(
             f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
             "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"
         )
-    return model, preparation_of(options, model, notes)
+    prepared = preparation_of(options, model, notes)
+    unsaid = [f"--{name}" for name in ("size", "mean", "std") if name not in notes and getattr(options, name) is None]
+    if unsaid and own_preparation(model, options.model, options.pretrained) is None:  # of a file that Python wrote
+        warn(f"neither detectors nor model say how images are prepared: {text_of(prepared)}; give {', '.join(unsaid)}")
+    return model, prepared
 
 
 def deployable(detectors: DetectorSet, names: Sequence[str]) -> DetectorSet:
