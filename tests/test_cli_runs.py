@@ -69,6 +69,8 @@ def test_a_run_is_a_model_with_its_own_preparation(capsys):
         assert f"{more[0]}: runs/q/s0 is a run" in capsys.readouterr().err
     assert cli.main([*FIT, "--model", "runs/q", "--out", "e.safetensors"]) == 2
     assert "holds the runs s0, expected one: runs/q/s0" in capsys.readouterr().err
+    assert cli.main([*FIT, "--model", "runs/q/s0/s1", "--out", "e.safetensors"]) == 2
+    assert "--model runs/q/s0/s1: no such folder, expected the run runs/q/s0" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_run_has_the_preparation_of_the_run():

@@ -48,8 +48,7 @@ def load_model(
     place = Path(options.model).expanduser()
     if (place / RUN).is_file():
         return _of_run(options).to(torch.device(device))
-    if runs := sorted(run.parent.name for run in place.glob(f"*/{RUN}")):
-        raise UserError(f"--model {options.model}: holds the runs {', '.join(runs)}, expected one: {place / runs[0]}")
+    _refuse_beside_runs(place)
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
     if is_callable(options.model):
         model = named(options.model)
@@ -77,6 +76,14 @@ def load_model(
         if ((folder := Path(options.checkpoint).expanduser().parent) / RUN).is_file():
             _prepare_as(model, read_info(folder))
     return model.to(torch.device(device)).eval()
+
+
+def _refuse_beside_runs(place: Path) -> None:
+    """UserError for the folder of several runs, and for one that is not there below a run."""
+    if runs := sorted(run.parent.name for run in place.glob(f"*/{RUN}")):
+        raise UserError(f"--model {place}: holds the runs {', '.join(runs)}, expected one: {place / runs[0]}")
+    if not place.exists() and (place.parent / RUN).is_file():
+        raise UserError(f"--model {place}: no such folder, expected the run {place.parent}")
 
 
 def _takes(options: argparse.Namespace, kept: Mapping[str, Any]) -> dict[str, Any]:
