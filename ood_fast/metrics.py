@@ -250,11 +250,16 @@ class Bootstrap:
         return self.counts(name, len(values)).double() @ values.cpu().double() / len(values)
 
     def calibration_error(self, confidence: Tensor, correct: Tensor, name: str, n_bins: int = ECE_BINS) -> Tensor:
-        """`calibration_error` of each draw, (B,)."""
+        """`calibration_error` e_b of each draw, reflected about that of the set: 2 e − e_b, from 0 to 1, (B,).
+
+        The ECE of few images is too large, and that of a draw from them is so once more. Percentiles of e_b held a true
+        ECE of 3 % in 31 of 100 sets of 500 images, and one of 0 in none; reflected they hold them in 92 and 60.
+        """
         bins, gap = _gaps(confidence, correct, n_bins)
         by_bin = torch.zeros(len(gap), n_bins, dtype=torch.float64, device="cpu")
         by_bin.scatter_(1, bins.unsqueeze(1), gap.unsqueeze(1))
-        return (self.counts(name, len(gap)).double() @ by_bin).abs().sum(dim=1) / len(gap)
+        drawn = (self.counts(name, len(gap)).double() @ by_bin).abs().sum(dim=1)
+        return ((2 * by_bin.sum(dim=0).abs().sum() - drawn) / len(gap)).clamp(0, 1)
 
 
 def percentile_interval(draws: Tensor, level: float = 0.95) -> tuple[float, float]:

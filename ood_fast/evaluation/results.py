@@ -38,7 +38,7 @@ CONVENTIONS = {
     "unit": "0 to 1 in CSV and JSON, percent in tables",
     "std": "sample standard deviation over the runs of a method, ddof 1; in openood/ ddof 0, as there",
     "interval": "95 %, percentile bootstrap: test images drawn anew, ID and each OOD set apart; the mean of these runs"
-    "; of 0 or 100 % always a point, however few images there are",
+    "; of 0 or 100 % always a point, however few images there are; of ECE, too large in few images, reflected about it",
     "nearood, farood": "unweighted means over the sets of the group",
     "fsood_*": "the same with the covariate-shifted ID sets (group csid) beside the ID test images, as OpenOOD's fsood",
     "fpr95_ood_positive": "share of ID images rejected by the threshold that catches 95 % of the OOD images; OpenOOD's",
