@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -225,14 +226,22 @@ def test_file_names_that_are_no_text(out, photos):
 
 
 def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, capsys):
-    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES) == 0
-    arguments = [*scoring("ood")[1:], "--batch-size", "2"]
+    models.save_checkpoint(runpy.run_path("mymodel.py")["build"](), "w.pth")
+    weights = ["--checkpoint", "w.pth"]
+    assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES, *weights) == 0
+    arguments = [*scoring("ood")[1:], "--batch-size", "2", *weights]
 
     from ood_fast.commands.table import ScoreTable
 
     with monkeypatch.context() as patch:
         patch.setattr(ScoreTable, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert score(*arguments, "--out", "s.csv") == 130
+    capsys.readouterr()
+    written = Path("w.pth").stat()
+    os.utime("w.pth", (1, 1))  # other weights, which --other-model would let through
+    assert score(*arguments, "--out", "s.csv") == 2
+    assert "interrupted run with other options or data" in capsys.readouterr().err
+    os.utime("w.pth", ns=(written.st_atime_ns, written.st_mtime_ns))
     os.rename("ood/05.png", "ood/00b.png")  # before what was scored: it would never be looked at
     capsys.readouterr()
     assert score(*arguments, "--out", "s.csv") == 2

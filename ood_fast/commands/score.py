@@ -122,7 +122,8 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
     chosen["data"] = [os.path.realpath(path) for path in options.data or ()]
     for name in ("features", "checkpoint", "classes"):
         if chosen[name]:
-            chosen[name] = str(Path(chosen[name]).resolve())
+            path = Path(chosen[name]).resolve()
+            chosen[name] = [str(path), *([path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else ())]
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     if source is None:
         stats = [(str(file), file.stat()) for file in features.files(options.features)]
