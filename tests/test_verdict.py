@@ -13,7 +13,7 @@ from ood_fast.evaluation import verdict as sentences_of
 from ood_fast.evaluation.tables import compared
 from ood_fast.evaluation.verdict import ranking, shows
 from ood_fast.report import charts, evaluations, figures
-from ood_fast.report.runs import Evaluated
+from ood_fast.report.record import Evaluated
 from ood_fast.report.tables import Cell, Section, Table, and_list, as_markdown
 
 CLEAR = {"ce": [0.5, 0.6, 0.7], "elogitnorm": [0.71, 0.8, 0.89], "l2norm": [0.5, 0.62, 0.69]}

@@ -17,7 +17,9 @@ from ..detectors import DetectorSet, find
 from ..evaluation import Results, RunResult, paths_of
 from ..recipes import DETECTORS, LOSSES
 from ..report import charts, figures, gallery, page
-from ..report.runs import diagnose_runs, first_of_each, open_records
+from ..report.diagnoses import diagnose_runs
+from ..report.record import first_of_each
+from ..report.runs import open_records
 from ..train import DivergedError, Interrupted, Run
 from ..values import DRAWS, Grids
 from . import RunError, carried_through

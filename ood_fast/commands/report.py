@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from ..report import gallery, page, runs
+from ..report import diagnoses, gallery, page, runs
 from .code import import_plugins
 from .common import context_of, device, given
 from .progress import Bar
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.feature_change:
         loading = {"device": device(options.device), **given(options, "batch_size", "workers")}
         for record in records:
-            runs.measure_change(record, options.data_root, **loading, progress=progress)
-    runs.diagnose_runs(records, progress)
+            diagnoses.measure_change(record, options.data_root, **loading, progress=progress)
+    diagnoses.diagnose_runs(records, progress)
     gallery.add(records, options.data_root)
     page.write(file, records, context)
     if not options.quiet:

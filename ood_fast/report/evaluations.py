@@ -9,7 +9,7 @@ from typing import Any
 from .. import evaluation
 from ..evaluation.results import Numbers, Results, RunResult, Summary
 from ..evaluation.trained import Trained
-from .runs import Evaluated, Record, place_of
+from .record import Evaluated, Record, place_of
 from .tables import Table
 
 TOLD = ("low", "high", "published", "source", "gain", "gain_low", "gain_high")  # what draws and recipes were needed for

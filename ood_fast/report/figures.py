@@ -22,7 +22,7 @@ from ..evaluation.results import TITLES, Results, Summary
 from ..evaluation.verdict import means_of, ranking
 from ..values import TPR
 from .charts import COLORS, INK, Chart, Series, histogram
-from .runs import Evaluated, Record
+from .record import Evaluated, Record
 from .tables import each, number
 
 METHODS = (5, 1, 0, 2, 3, 4, 6, 7)  # colours of methods in their order; the first, often the baseline, is grey

@@ -17,7 +17,8 @@ from ..detectors.registry import label_of
 from ..evaluation.results import ID, TEST
 from ..evaluation.verdict import ranking
 from . import evaluations, pages
-from .runs import Evaluated, Record, opened
+from .diagnoses import opened
+from .record import Evaluated, Record
 
 SHOWN = 8  # images of a kind
 

@@ -16,7 +16,8 @@ from ..evaluation.tables import by_note
 from ..evaluation.verdict import ranking
 from . import evaluations, figures, pages
 from .charts import Chart
-from .runs import Evaluated, Record, missing
+from .record import Evaluated, Record
+from .runs import missing
 from .tables import Cell, Rows, Section, Table, as_html, as_page, number, percent
 
 NAME = "report.html"

@@ -1,127 +1,25 @@
-"""What trained runs left on the disk. Nothing here runs a model but `measure_change`.
+"""The runs and evaluations that folders hold.
 
 records = open_records(["runs/cifar10-ce/s0", "runs/cifar10-elogitnorm/s0"])
-diagnose_runs(records)       # from the features that `ood-fast evaluate` keeps; itself kept beside them
+diagnose_runs(records)       # of `.diagnoses`: from the features that `ood-fast evaluate` keeps
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from .. import checks, evaluation, files, recipes, spreadsheet
-from ..data.benchmarks import ImageBenchmark, open_benchmark
-from ..data.loading import Loader
-from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
-from ..evaluation.cache import Progress, counted, no_progress
-from ..evaluation.results import CSID, FIT, GROUPS, TEST, VALIDATION, VALIDATION_OOD, Results, RunResult
-from ..evaluation.trained import Trained
+from .. import checks, evaluation, spreadsheet
+from ..evaluation.results import CSID, GROUPS
 from ..evaluation.write import RESULTS
-from ..intact import read_npz, write_npz
-from ..training.folder import CHECKPOINTS, DIAGNOSTICS, EPOCHS, LOG, RUN, load_run, read_info
-
-Columns = dict[str, list[float]]
-DIAGNOSIS = "ood_fast diagnosis of features 1"  # part of the name of a kept one: another way to compute is another name
-CHANGE = "ood_fast change of features 1"
-
-
-@dataclass
-class Evaluated:
-    """What an evaluation found of one run.
-
-    Attributes:
-        folder: of the evaluation. told: its results.json. results: the same, read.
-        index: which of its runs this is.
-        diagnosis: None until `diagnose_runs`, or where the features are gone.
-        images: HTML of what `gallery.add` found; empty where it was not asked.
-    """
-
-    folder: Path
-    told: dict[str, Any]
-    results: Results
-    index: int = 0
-    diagnosis: Diagnosis | None = None
-    images: str = ""
-
-    @classmethod
-    def read(cls, folder: Path) -> list[Evaluated]:
-        """Of each run that is told of in the folder of an evaluation."""
-        told = evaluation.read(folder)
-        results = Results.from_json(told)
-        return [cls(folder, told, results, index) for index in range(len(results.runs))]
-
-    @property
-    def run(self) -> RunResult:
-        """What it says of this run."""
-        return self.results.runs[self.index]
-
-    @property
-    def command(self) -> str:
-        """What made it."""
-        return self.told["command"] or "ood_fast.evaluation.write(folder, results, {})"
-
-    @property
-    def outputs(self) -> dict[str, str]:
-        """The folder of the cache of each set, as it was."""
-        return dict(self.told["runs"][self.index]["outputs"])
-
-    def scores(self) -> dict[str, dict[str, np.ndarray]]:
-        """See `evaluation.read_scores`."""
-        return evaluation.read_scores(self.folder, self.told["runs"][self.index])
-
-
-@dataclass
-class Record:
-    """What is known of one run.
-
-    Attributes:
-        name: what the report calls it; no two have the same.
-        path: its folder; None for a run that an evaluation tells of, whose folder is gone.
-        info: run.json, or nothing.
-        log, by_epoch: the columns of log.csv and of diagnostics.csv, or nothing.
-        evaluated: by benchmark.
-        change: of the features from checkpoint to checkpoint, and the epoch of each; None if it was not measured.
-        missing: what the report cannot show, and how to get it.
-    """
-
-    name: str
-    path: Path | None
-    info: dict[str, Any] = field(default_factory=dict)
-    log: Columns = field(default_factory=dict)
-    by_epoch: Columns = field(default_factory=dict)
-    evaluated: dict[str, Evaluated] = field(default_factory=dict)
-    change: FeatureChange | None = None
-    change_epochs: list[int] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The settings of the training, or nothing."""
-        told = (evaluated.run.trained.recipe for evaluated in self.evaluated.values())
-        return self.info.get("recipe") or next((recipes.as_dict(recipe) for recipe in told if recipe), {})
-
-
-def first_of_each(records: Sequence[Record]) -> list[Record]:
-    """One run of each method, the first: whose plots stand for the others."""
-    found: dict[Any, Record] = {}
-    for record in records:
-        methods = [evaluated.run.trained.method for evaluated in record.evaluated.values()]
-        found.setdefault(methods[0] if methods else record.name, record)
-    return list(found.values())
-
-
-# ---- finding what is there
+from ..training.folder import CHECKPOINTS, DIAGNOSTICS, LOG, RUN, read_info
+from .diagnoses import checkpoints_of, read_change
+from .record import Columns, Evaluated, Record, place_of
 
 
 def open_records(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
@@ -192,7 +90,7 @@ def _read(path: Path | None, name: str) -> Record:
     if path is not None:
         record.info = read_info(path) if (path / RUN).is_file() else {}
         record.log, record.by_epoch = _columns(path / LOG), _columns(path / DIAGNOSTICS)
-        _read_change(record, path)
+        read_change(record, path)
     return record
 
 
@@ -217,12 +115,6 @@ def _above(path: Path | None) -> list[list[Evaluated]]:
     with suppress(checks.UserError):  # a file that is not about this run must not stop its report
         return list(_evaluations(path.resolve().parent)) if path else []
     return []
-
-
-def place_of(trained: Trained) -> Path:
-    """Where a run or checkpoint was. Its name was seen from where the evaluation was made, and may be another here."""
-    folder, name = trained.folder.expanduser().resolve(), Path(trained.name).expanduser()
-    return folder / name.name if name == Path(trained.checkpoint).expanduser() else folder
 
 
 def _entry(held: Sequence[Evaluated], path: Path | None, name: str, id_: str | None) -> Evaluated | None:
@@ -272,7 +164,7 @@ def _missing(record: Record) -> list[str]:
             found.append(f"evaluation on {benchmark} after the last epoch: it is of epoch {then} of {now}; run {again}")
     if record.info and record.change is None:
         again = f"ood-fast report {shlex.quote(str(record.path))} --feature-change"
-        if len(_checkpoints(record.path)) < 2:
+        if len(checkpoints_of(record.path)) < 2:
             again = f"train with --keep-every 1, then {again}"
         found.append(f"change of the features by norm (it runs the model of each checkpoint): {again}")
     return found
@@ -301,148 +193,3 @@ def _evaluate_command(record: Record) -> str:
     given += [("--image-size", data.get("image_size")), *(("--plugin", of) for of in record.info.get("plugins", ()))]
     arguments = [str(part) for option, value in given if value for part in (option, value)]
     return shlex.join(["ood-fast", "evaluate", str(record.path), *arguments])
-
-
-# ---- diagnoses, from the cached features
-
-
-def diagnose_runs(records: Sequence[Record], progress: Progress = no_progress) -> None:
-    """The `Diagnosis` of each run on each benchmark that it was evaluated on, from the features in the cache of the
-    evaluation. What was found is kept there too: the next report reads it. Where it cannot be, `missing` says why."""
-    for record in records:
-        for benchmark, evaluated in record.evaluated.items():
-            try:
-                outputs = _outputs(record, evaluated)
-                evaluated.diagnosis = _kept(outputs) or _diagnosed(outputs, f"{record.name} on {benchmark}", progress)
-            except checks.UserError as error:
-                again = evaluated.command
-                record.missing.append(f"diagnostics on {benchmark}: {error}; to make them again: {again}")
-            except (ValueError, FloatingPointError) as error:
-                record.missing.append(f"diagnostics on {benchmark}: {error}")
-
-
-def _outputs(record: Record, evaluated: Evaluated) -> dict[str, Path]:
-    """The folder of the cache of each set, which may have been moved with the run; UserError if one is not there."""
-    folders = {}
-    if FIT not in evaluated.outputs:
-        unread = "no detector of it read the training images"
-        raise ValueError(unread if evaluated.outputs else "evaluated from stored features, not from a run")
-    for name, told in evaluated.outputs.items():
-        if name in (VALIDATION, VALIDATION_OOD):
-            continue
-        below = Path(*Path(told).parts[-2:])
-        own = [] if record.path is None else [record.path / "cache" / below]
-        places = [*own, Path(told), evaluated.folder.parent.parent / "cache" / below]
-        place = next((place for place in places if place.is_dir()), None)
-        if place is None:
-            raise checks.UserError(f"the features of {name} are no longer in {told}")
-        folders[name] = place
-    return folders
-
-
-def _kept_file(outputs: Mapping[str, Path]) -> Path:
-    """The names of folders in the cache stand for the weights of the model and the images of the sets."""
-    key = hashlib.sha256(repr([DIAGNOSIS, *((name, path.name) for name, path in outputs.items())]).encode())
-    return outputs[FIT].parent / f"diagnosis-{key.hexdigest()[:16]}.npz"
-
-
-def _kept(outputs: Mapping[str, Path]) -> Diagnosis | None:
-    file = _kept_file(outputs)
-    try:
-        return Diagnosis.load(file) if file.is_file() else None
-    except checks.UserError:  # damaged, or of another version: computed anew
-        return None
-
-
-def _diagnosed(folders: Mapping[str, Path], what: str, progress: Progress) -> Diagnosis:
-    outputs = {name: evaluation.read_outputs(folder) for name, folder in folders.items()}
-    weight, bias = evaluation.read_head(folders[FIT])
-    with progress(f"diagnosing {what}", sum(map(len, outputs.values()))) as bar:
-        chunks = {name: counted(part.chunks(), bar) for name, part in outputs.items()}
-        train, test = chunks.pop(FIT), chunks.pop(TEST)
-        found = diagnose(train, test, chunks, (weight, bias))
-    with suppress(OSError):  # a cache that cannot be written: it is computed again the next time
-        found.save(_kept_file(folders))
-    return found
-
-
-# ---- change of the features; this one runs models
-
-
-def measure_change(
-    record: Record,
-    data_root: str | os.PathLike[str] | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-    workers: int = 0,
-    progress: Progress = no_progress,
-) -> None:
-    """`feature_change` over the checkpoints in `RUN/epochs`, on the ID test images (Haas et al., fig. 3, centre), kept
-    in `RUN/cache`.
-
-    Args:
-        data_root: None: the folder that the run was trained from.
-
-    Raises:
-        UserError: fewer than two checkpoints; images or checkpoints cannot be read.
-    """
-    path = record.path
-    if path is None or not record.info:
-        raise checks.UserError(f"{record.name}: no run of `ood-fast train`; its checkpoints cannot be opened")
-    checkpoints = _checkpoints(path)
-    if len(checkpoints) < 2:
-        told = f"got {len(checkpoints)} checkpoints, expected two or more; train with --keep-every 1"
-        raise checks.UserError(f"{path / EPOCHS}: {told}")
-    loader = Loader(opened(record, data_root).test, batch_size=batch_size, num_workers=workers)
-    with progress(f"change of the features of {record.name}", len(checkpoints)) as bar:
-
-        def models() -> Iterator[torch.nn.Module]:
-            for file in checkpoints:
-                yield load_run(path, f"{EPOCHS}/{file.name}")[0].to(device)
-                bar.advance(1)
-
-        record.change, record.change_epochs = feature_change(models(), loader), list(map(_epoch, checkpoints))
-    record.missing = [note for note in record.missing if not note.startswith("change of the features")]
-    kept = _change_file(path, checkpoints)
-    found = {name: getattr(record.change, name).numpy() for name in ("edges", "count", "steps")}
-    with suppress(OSError):  # measured again the next time
-        kept.parent.mkdir(exist_ok=True)
-        with files.replacing(kept) as part, part.open("wb") as stream:
-            write_npz(stream, found)
-
-
-def opened(record: Record, data_root: str | os.PathLike[str] | None = None) -> ImageBenchmark:
-    """The benchmark that a run was trained on, from `data_root` or where it was trained from. UserError if it cannot
-    be."""
-    if not record.info:
-        raise checks.UserError(f"{record.name}: no run of `ood-fast train`, which says where its images are")
-    data, seed = record.info.get("data", {}), record.info.get("seed", 0)
-    given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
-    return open_benchmark(str(record.info["benchmark"]), data_root or data.get("root"), **given)
-
-
-def _read_change(record: Record, path: Path) -> None:
-    checkpoints = _checkpoints(path)
-    kept = _change_file(path, checkpoints)
-    if kept.is_file():
-        with suppress(checks.UserError, KeyError):  # damaged: it can be measured again
-            held = read_npz(kept)
-            record.change = FeatureChange(*(torch.from_numpy(held[name]) for name in ("edges", "count", "steps")))
-            record.change_epochs = list(map(_epoch, checkpoints))
-
-
-def _change_file(path: Path, checkpoints: Sequence[Path]) -> Path:
-    """Where the change over these checkpoints is kept: other checkpoints have another name."""
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoints]
-    return path / "cache" / f"change-{hashlib.sha256(repr([CHANGE, told]).encode()).hexdigest()[:16]}.npz"
-
-
-def _checkpoints(path: Path | None) -> list[Path]:
-    """By epoch; the folder holds 0010.ckpt and the like."""
-    checkpoints = [] if path is None else [file for file in (path / EPOCHS).glob("*.ckpt") if file.stem.isdigit()]
-    return sorted(checkpoints, key=_epoch)
-
-
-def _epoch(file: Path) -> int:
-    return int(file.stem)
