@@ -565,6 +565,34 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(root):
         assert torch.equal(torch.cat([x for x, _ in loader]), expected[epoch])
 
 
+def test_small_files_are_decoded_once_in_training_and_only_there(tmp_path, monkeypatch):
+    for index, size in enumerate([(32, 32), (32, 32), (400, 300)]):
+        write_image(tmp_path / "a" / f"{index}.png", size, seed=index)
+    source = images.Files(tmp_path, [f"a/{index}.png" for index in range(3)], [0, 0, 0])
+    read, transform = [], images.augmentation("pad_crop", 32, 32, MEAN, STD)
+    monkeypatch.setattr(source, "image", lambda index: read.append(index) or images.Files.image(source, index))
+
+    def of(epoch, dataset):
+        dataset.set_epoch(epoch)
+        return torch.stack([dataset[index][0] for index in range(3)])
+
+    fresh = [of(epoch, images.ImageDataset(source, transform, augment_seed=3)) for epoch in range(2)]
+    training = images.ImageDataset(source, transform, augment_seed=3)
+    read.clear()
+    for epoch in range(2):
+        assert torch.equal(of(epoch, training), fresh[epoch])
+    assert read == [0, 1, 2, 2]  # the large one again
+    monkeypatch.setattr(images, "KEPT", 3 * 32 * 32)  # bytes: of one image
+    training = images.ImageDataset(source, transform, augment_seed=3)
+    read.clear()
+    of(0, training), of(1, training)
+    assert read == [0, 1, 2, 1, 2]
+    evaluated = images.ImageDataset(source, images.preparation(32, 32, MEAN, STD))
+    read.clear()
+    of(0, evaluated), of(1, evaluated)
+    assert read == [0, 1, 2] * 2
+
+
 def test_imagenet_training_images_are_resized_crops():
     transform = images.augmentation("resized_crop", 256, 224, MEAN, STD)
     assert [type(step).__name__ for step in transform.transforms] == [

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from .. import checks
 from . import decoding
@@ -26,6 +27,7 @@ Labels = Sequence[int] | np.ndarray | Tensor
 
 N_SIZES, N_BEGINNINGS = 10_000, 64  # files whose size, and whose first bytes, `ImageDataset.content` looks at
 N_BYTES = 1 << 28  # of pixels that it looks at; all of CIFAR's
+SMALL, KEPT = 64 * 64, 1 << 28  # pixels of an image that training decodes once, and bytes that it keeps of all
 DECODING = 2  # counts the changes of what pixels a file gives: fingerprints tell them apart
 NO_CLASS = -1  # the label of an OOD image, as in OpenOOD's lists
 
@@ -259,6 +261,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         self.source, self.transform = source, transform
         self.title, self.group = title, group
         self.augment_seed = augment_seed
+        self._decoded: dict[int, tuple[tuple[int, int], bytes]] = {}
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
@@ -266,12 +269,23 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         label = int(self.source.labels[index])  # IndexError past the end, before an image is made
-        image = self.source.image(index)
+        image = self._image(index)
         if self.transform is not None:
             seed = None if self.augment_seed is None else mixed(self.augment_seed, int(self._epoch), index)
             with nullcontext() if seed is None else _global_generator_seeded(seed):
                 image = self.transform(image)
         return image, label
+
+    def _image(self, index: int) -> Any:
+        """Small files of training are decoded once, where no workers do it beside the model."""
+        if index in self._decoded:
+            return decoding.pillow().frombytes("RGB", *self._decoded[index])
+        image = self.source.image(index)
+        if self.augment_seed is not None and isinstance(self.source, Files) and get_worker_info() is None:
+            width, height = image.size
+            if width * height <= SMALL and (len(self._decoded) + 1) * 3 * width * height <= KEPT:
+                self._decoded[index] = image.size, image.tobytes()
+        return image
 
     def set_epoch(self, epoch: int) -> None:
         """Augment as in that epoch, also in workers that live on; before the data loader is iterated anew."""
