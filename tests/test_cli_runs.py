@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ood_fast import cli
+from ood_fast import checks, cli
+from ood_fast.commands.model import OF_IMAGES, load_model
 from ood_fast.detectors import store
 
 PLUGIN = """
@@ -57,7 +60,7 @@ def trained(tmp_path, monkeypatch, own_names) -> None:
     assert cli.main([*given, "--out", "runs/q/s0", "--workers", "0", "--device", "cpu", "--quiet"]) == 0
 
 
-def test_a_run_is_a_model_with_its_own_preparation(capsys):
+def test_a_run_is_a_model_with_its_own_preparation(capsys, monkeypatch):
     assert cli.main([*FIT, "--model", "runs/q/s0", "--out", "d.safetensors"]) == 0
     notes = store.notes("d.safetensors")
     assert (notes["size"], notes["resize"], notes["model"]) == (12, 12, "runs/q/s0")
@@ -71,6 +74,12 @@ def test_a_run_is_a_model_with_its_own_preparation(capsys):
     assert "holds the runs s0, expected one: runs/q/s0" in capsys.readouterr().err
     assert cli.main([*FIT, "--model", "runs/q/s0/s1", "--out", "e.safetensors"]) == 2
     assert "--model runs/q/s0/s1: no such folder, expected the run runs/q/s0" in capsys.readouterr().err
+
+    monkeypatch.chdir("runs/q/s0")  # where other names than those of runs hold as anywhere
+    Path("own.py").write_text("from torch import nn\ndef build(): return nn.Linear(1, 10)\n")
+    for name, said in (("resnet18", "got no weights"), ("own:build", None)):
+        with pytest.raises(checks.UserError, match=said) if said else nullcontext():
+            load_model(argparse.Namespace(**dict.fromkeys(OF_IMAGES) | {"model": name}), 10, "cpu")
 
 
 def test_a_checkpoint_of_a_run_has_the_preparation_of_the_run():

@@ -48,7 +48,8 @@ def load_model(
     place = Path(options.model).expanduser()
     if (place / RUN).is_file():
         return _of_run(options).to(torch.device(device))
-    _refuse_beside_runs(place)
+    if not is_callable(options.model):
+        _refuse_beside_runs(place)
     of_checkpoint = None if options.checkpoint is None else checkpoints.n_classes_of(options.checkpoint)
     if is_callable(options.model):
         model = named(options.model)
@@ -82,7 +83,7 @@ def _refuse_beside_runs(place: Path) -> None:
     """UserError for the folder of several runs, and for one that is not there below a run."""
     if runs := sorted(run.parent.name for run in place.glob(f"*/{RUN}")):
         raise UserError(f"--model {place}: holds the runs {', '.join(runs)}, expected one: {place / runs[0]}")
-    if not place.exists() and (place.parent / RUN).is_file():
+    if place.name != str(place) and not place.exists() and (place.parent / RUN).is_file():
         raise UserError(f"--model {place}: no such folder, expected the run {place.parent}")
 
 
@@ -239,7 +240,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     kept = kept or {}
     # older files do not say the orientation: it was not read
     own: dict[str, Any] = {"orientation": "stored" if "size" in kept else "exif", "truncated": "refuse"}
-    own |= own_preparation(model, options.model, options.pretrained) or _unsaid(options.size)
+    own |= own_preparation(model, options.model, options.pretrained) or _unsaid(kept.get("size") or options.size)
     own |= {name: kept[name] for name in PREPARATION if name in kept}
     size, resize = options.size or own["size"], options.resize
     if resize is None:

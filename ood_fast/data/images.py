@@ -164,10 +164,10 @@ class Files(Source):
         """Names; sizes and beginnings of files evenly over them, which a million on a network would not let us see."""
         digest.update(b"\n".join(self.names.tolist()))
         for index in np.linspace(0, len(self) - 1, min(len(self), N_SIZES), dtype=int):
-            if os.path.isfile(path := self.path(index)):
-                digest.update(f"{os.path.getsize(path)};".encode())
+            with suppress(OSError):  # `image` says so
+                digest.update(f"{os.path.getsize(self.path(index))};".encode())
         for index in np.linspace(0, len(self) - 1, min(len(self), N_BEGINNINGS), dtype=int):
-            if os.path.isfile(path := self.path(index)):  # `image` says so
+            if os.path.isfile(path := self.path(index)):
                 with suppress(OSError), open(path, "rb") as file:
                     digest.update(file.read(1 << 16))
 
