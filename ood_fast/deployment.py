@@ -160,7 +160,7 @@ class Deployed(nn.Module):
         self.eval()
         self._seen: _Seen | None = None
         self._checked = False
-        self._watched, self._state = Watched(model), list[Any]()
+        self._watched, self._state = Watched(model), tuple[list[Any], ...]()
         self.head = head
         if head is not None:
             self._seen = _Seen()
@@ -224,12 +224,11 @@ class Deployed(nn.Module):
 
     def _as_deployed(self) -> None:
         """Eval mode, whoever switched it; ValueError for other weights than those of the fit."""
-        if self.model.training:
+        if self._watched.state() != self._state:
             self.model.eval()
-        if (state := self._watched.state()) != self._state:
             for detector in _detectors(self.detector):
                 refuse_other(self.model, detector.fitted_on, detector.label, self.head)
-            self._state = state
+            self._state = self._watched.state()
 
     @property
     def thresholds(self) -> Tensor:

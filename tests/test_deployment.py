@@ -220,19 +220,21 @@ def test_a_copy_and_a_pickle_are_modules_of_their_own(batch):
 @pytest.mark.parametrize("name", ["MSP", "NCI"])
 @pytest.mark.parametrize("used", [False, True])
 def test_other_weights_that_come_later_are_refused(name, used, batch):
-    model = small_cnn().eval()
-    other = small_cnn().state_dict()
+    model, other = (nn.Sequential(*small_cnn()[:-1], *(nn.Linear(32, k) for k in (32,) * 5 + (C,))) for _ in range(2))
+    model, other = model.eval(), other.state_dict()
     detector = fitted(name, model, batch)
     changes = {
         "loaded": lambda deployed: deployed.model.load_state_dict(other),
         "assigned": lambda deployed: deployed.model.load_state_dict(other, assign=True),
         "in place": lambda deployed: deployed.model[0].weight.mul_(2),
+        "statistics": lambda deployed: deployed.model[1].running_var.mul_(4),
+        "one of many": lambda deployed: deployed.model[8].bias.add_(1),
     }
     for how, change in changes.items():
         deployed = deploy(model, detector)
         expected = deployed(batch) if used else None
         deployed.model.load_state_dict(model.state_dict())
-        deployed.model.train()
+        deployed.model[1].train()
         assert expected is None or torch.equal(deployed(batch)[1], expected[1]), how
         change(deployed)
         for _ in range(2):

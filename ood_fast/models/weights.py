@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import given_head, inference_head, unwrapped
-from ..ops.registration import version_of
+from ..ops.registration import version_of, versions_of
 
 N_ELEMENTS, N_WAVES = 256, 4
 # bfloat16 moves a number by 0.003, 8 bits by 0.02; all four of other weights are within 0.05 with a chance of 1e-6.
 TOLERANCE = 0.05
-N_WATCHED = 8  # parameters whose changes a deployed model notices
+STATISTICS = ("running_mean", "running_var")  # buffers of norms that count as weights
 N_LOOKED_AT = 16  # parameters of which a few elements are looked at in every call: `.data` counts no changes
 CURE = "set detector.fitted_on = None, of a set for each of detectors.detectors; in the shell pass --other-model"
 TINY = 1e-3  # a parameter of smaller elements counts for less: float16 rounds them away
@@ -62,7 +62,7 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
             return None
         shapes = zlib.crc32(str([weights.shapes for weights in known]).encode())
         return Weights(shapes, tuple(wave for weights in known for wave in weights.waves))
-    normed = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    normed = [buffer for name, buffer in model.named_buffers() if name.endswith(STATISTICS)]
     tensors = [tensor for tensor in (*model.parameters(), *normed) if tensor.is_floating_point()]
     whole = all(type(each) in (Tensor, nn.Parameter) and not each.is_meta and each.numel() for each in tensors)
     if not whole or not tensors:
@@ -80,18 +80,21 @@ def identity_of(model: nn.Module | Sequence[nn.Module]) -> Weights | None:
 
 
 class Watched:
-    """A few parameters of a module, evenly over them: equal `state`s are of the same weights, as long as nobody changed
-    them through `.data` or replaced a module. A few microseconds a look."""
+    """The weights of a module, and whether it is in eval mode: equal `state`s are of the same ones, as long as nobody
+    changed them through `.data` or exchanged a module. 25 us a look at a ResNet-50."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those keep them elsewhere
-        places = [(vars(m)["_parameters"], name) for m in modules for name, _ in m.named_parameters("", False)]
-        self.places = [*places[:: -(-len(places) // N_WATCHED) or 1], *places[-1:]]
+        # ScriptModules keep them elsewhere
+        self.modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self.places: list[tuple[dict[str, Any], str]] = []
+        for own in map(vars, self.modules):
+            self.places += [(own["_parameters"], name) for name, held in own["_parameters"].items() if held is not None]
+            self.places += [(own["_buffers"], name) for name in STATISTICS if own["_buffers"].get(name) is not None]
 
-    def state(self) -> list[Any]:
-        """Which they are, and how often each was changed in place."""
+    def state(self) -> tuple[list[Any], ...]:
+        """Which they are, how often each was changed in place, and the modes."""
         there = [place.get(name) for place, name in self.places]
-        return [(id(each), None if each is None or each.is_inference() else version_of(each)) for each in there]
+        return [*map(id, there)], versions_of(there), [module.training for module in self.modules]
 
 
 def identity_of_head(weight: Tensor, bias: Tensor | None) -> Weights:

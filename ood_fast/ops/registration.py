@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ def version_of(tensor: Tensor) -> object:
         return tensor._version  # noqa: SLF001
     except (AttributeError, RuntimeError):
         return object()
+
+
+def versions_of(tensors: Sequence[Tensor | None]) -> list[object]:
+    """`version_of` each; None of what is none, and of tensors of inference mode."""
+    try:
+        return [*map(attrgetter("_version"), tensors)]
+    except (AttributeError, RuntimeError):
+        return [None if each is None or each.is_inference() else version_of(each) for each in tensors]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
