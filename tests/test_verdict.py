@@ -6,6 +6,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from test_compare import hand_made
 
 from ood_fast import evaluation
@@ -80,6 +81,26 @@ def test_one_run_says_nothing_of_other_seeds():
     assert first.endswith("one run.")
     assert last == "One run each: there are no intervals; these numbers say nothing of other seeds."
     assert sentences_of(hand_made({"ce": [0.9]})) == [], "nothing was scored"
+
+
+def test_what_one_seed_of_several_says_has_no_interval():
+    """Two seeds of cross-entropy, one of another loss: an interval over test images is none over the seeds."""
+    results = results_of({"ce": [0.9, 0.91], "elogitnorm": [0.8]})
+    for run in results.runs:
+        run.draws = {m.key: torch.full((9,), m.value, dtype=torch.float64) for m in run.measurements}
+    _, against, over, last = sentences_of(results)
+    assert against.endswith("near-OOD −10.0, one seed in common.")
+    assert "better with" not in over
+    assert last == "There are no intervals: no two methods have two seeds in common."
+    assert not any(
+        cell.bold for table in compared(results) for part in table.sections for _, row in part.rows for cell in row
+    )
+
+
+def test_runs_of_other_seeds_are_no_pair():
+    results = results_of({"ce": [0.9], "elogitnorm": [0.8]})
+    results.runs[1] = replace(results.runs[1], trained=replace(results.runs[1].trained, seed=3))
+    assert all("not comparable, no seed in common" in told for told in sentences_of(results)[1:3])
 
 
 def test_bold_is_what_is_above_every_other():

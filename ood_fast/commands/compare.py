@@ -110,7 +110,6 @@ def _trained(
     for recipe in recipes.values():
         allow(recipe.model, said(settings), options.recipe)
     seeds = _seeds("5" if options.seeds is None else options.seeds)
-    measuring["bootstrap"] = 0 if len(seeds) > 1 else DRAWS
     told = {**context, "data": data_of(options), "plugins": options.plugin}
     training = {"device": measuring["device"], "context": told, **given(options, "workers", *SPEED[1:])}
     bar = ComparisonBar(options.quiet)
@@ -120,6 +119,7 @@ def _trained(
     if options.overwrite:
         remove_runs(folder)
     comparison.check()
+    measuring["bootstrap"] = 0 if len({seed for _, seed in comparison.runs}) > 1 else DRAWS
     bar.runs, bar.n_epochs = comparison.runs, next(iter(recipes.values())).epochs
 
     def compared() -> Results:

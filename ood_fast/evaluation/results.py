@@ -246,6 +246,11 @@ class Results:
         return found
 
     @property
+    def one_each(self) -> bool:
+        """Whether there is one run of each method, so that intervals are over the test images."""
+        return len(self.runs) == len(self.methods)
+
+    @property
     def sets(self) -> dict[str, TestSet]:
         """What was tested with; the same for all runs."""
         return self.runs[0].sets
@@ -280,7 +285,8 @@ class Results:
 
         Each of the two is (method, [(metric, detector, ood_set), ...]), whose numbers are averaged in each run. Runs
         of one seed saw the same images, first weights and batches, and are taken in pairs. The interval is Student's t
-        over the seeds; of one seed, the bootstrapped one over the test images, if there is one. None without a pair.
+        over the seeds; where each method has but one run, the bootstrapped one over the test images, if there is one.
+        None without a pair.
         """
         pairs = self.pairs(of, over)
         found = [fmean(a.value(*key) for key in of[1]) - fmean(b.value(*key) for key in over[1]) for a, b in pairs]
@@ -289,7 +295,8 @@ class Results:
         if len(found) > 1:
             return fmean(found), *mean_interval(found)
         a, b = pairs[0]
-        if not all(key in run.draws for run, keys in ((a, of[1]), (b, over[1])) for key in keys):
+        drawn_all = all(key in run.draws for run, keys in ((a, of[1]), (b, over[1])) for key in keys)
+        if not (self.one_each and drawn_all):
             return found[0], None, None
         drawn = [torch.stack([run.draws[key] for key in keys]).mean(dim=0) for run, keys in ((a, of[1]), (b, over[1]))]
         return found[0], *metrics.percentile_interval(drawn[0] - drawn[1])
@@ -297,7 +304,8 @@ class Results:
     def pairs(self, of: Numbers, over: Numbers) -> list[tuple[RunResult, RunResult]]:
         """The runs of two methods by their seeds; those without a partner, or without these numbers, are left out."""
         ours, theirs = ([run for run in self.methods[method] if run.holds(keys)] for method, keys in (of, over))
-        if len(self.methods[of[0]]) == len(self.methods[over[0]]) == 1:
+        runs = [*self.methods[of[0]], *self.methods[over[0]]]
+        if self.one_each and len({run.trained.seed for run in runs} - {None}) < 2:
             return list(zip(ours, theirs, strict=False))
         of_seed = {run.trained.seed: run for run in theirs if run.trained.seed is not None}
         return [(run, of_seed[run.trained.seed]) for run in ours if run.trained.seed in of_seed]

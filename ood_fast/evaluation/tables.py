@@ -32,6 +32,8 @@ class Columns:
 
     def __init__(self, results: Results) -> None:
         self.results, self.over = results, f"{over_seeds(results)}."
+        n_draws = results.n_bootstrap
+        self.interval = f" [95 % interval over test images, {n_draws} draws]." if n_draws else "."
         self.found = {(s.method, s.detector, s.metric, s.ood_set): s for s in results.summaries()}
         self.published = {key[2:] for key, summary in self.found.items() if summary.published is not None}
 
@@ -62,7 +64,7 @@ class Columns:
         """None where nothing of it was measured."""
         measured = [metric for metric in CALIBRATION if any(key[1:] == ("", metric, "") for key in self.found)]
         columns = [c for m in measured for c in (self.of(CALIBRATION[m], m, with_interval=True), *self.beside(m))]
-        caption = f"{self.over} ECE of the softmax of what the column names, {ECE_BINS} bins, on the ID test images; "
+        caption = f"{self.over[:-1]}{self.interval} ECE of the softmax of what the column names, {ECE_BINS} bins, on the ID test images; "
         rows = [("", [(method, (method, "")) for method in self.results.methods])]
         title = "Accuracy and expected calibration error (%)"
         return [Table.of(title, f"{caption}lower is better.", columns, rows)] if measured else []
@@ -75,7 +77,8 @@ class Columns:
         if not self.results.csid or not any(key[2:] == about for key in self.found for _, about in rows[1:]):
             return []
         columns = [(m, lambda *key, m=m: _cell(self.found.get((m, "", *key)), True)) for m in self.results.methods]
-        return [Table.of("Accuracy under covariate shift (%)", self.over, columns, [("", rows)])]
+        told = f"{self.over[:-1]}{self.interval}"
+        return [Table.of("Accuracy under covariate shift (%)", told, columns, [("", rows)])]
 
 
 def build(results: Results) -> list[Table]:
@@ -84,7 +87,7 @@ def build(results: Results) -> list[Table]:
     columns, means = Columns(results), means_of(results)
     over, by_detector = columns.over, columns.by_detector
     tuned = "parameters chosen on validation images" if results.tuned else "parameters as they are, not tuned"
-    interval = f" [95 % interval over test images, {results.n_bootstrap} draws]." if results.n_bootstrap else "."
+    interval = columns.interval
     if columns.published:
         interval += " Published: the same recipe and parameters on the authors' test images; OpenOOD's are those of its"
         interval += " lists."

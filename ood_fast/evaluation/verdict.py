@@ -102,8 +102,10 @@ def _overall(results: Results, method: str, baseline: str) -> list[str]:
     for name in means_of(results) if both else ():
         keys = [("auroc", detector, name) for detector in both]
         signs = [sign(results, (method, [key]), (baseline, [key])) for key in keys]
-        counts = f"better with {signs.count(1)} of {len(both)}, worse with {signs.count(-1)}"
-        told.append(f"{title(name)} {difference(results, (method, keys), (baseline, keys))} ({counts})")
+        gain = results.gain((method, keys), (baseline, keys))
+        counts = f" (better with {signs.count(1)} of {len(both)}, worse with {signs.count(-1)})"
+        shown = counts if gain is not None and gain[1] is not None else ""
+        told.append(f"{title(name)} {difference(results, (method, keys), (baseline, keys))}{shown}")
     accuracy = [(m, [("accuracy", "", "")]) for m in (method, baseline)]
     if results.gain(*accuracy) is not None:
         told.append(f"accuracy {difference(results, *accuracy)}")
@@ -118,7 +120,7 @@ def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str,
         return "not comparable, no seed in common"
     text = points(*gain)
     if gain[1] is None:
-        return text
+        return text if results.one_each else f"{text}, one seed in common"
     if shown := shows(*gain):
         return f"{text}, {'better' if shown > 0 else 'worse'}"
     n = len(results.pairs(of, over))
@@ -145,7 +147,11 @@ def sign(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str, Seque
 
 
 def _reservation(results: Results) -> str:
-    if max(map(len, results.methods.values())) == 1:
+    if results.one_each:
         what = "intervals are over test images and" if results.n_bootstrap else "there are no intervals; these numbers"
         return f"One run each: {what} say nothing of other seeds."
+    names = list(results.methods)
+    several = [(a, b) for a in names for b in names if a != b or len(names) == 1]
+    if not any(len(results.pairs((a, ()), (b, ()))) > 1 for a, b in several):
+        return "There are no intervals: no two methods have two seeds in common."
     return "Intervals: 95 %, Student's t over the seeds, in pairs; not corrected for how many differences there are."

@@ -50,7 +50,7 @@ class StoredResults(Results):
     def gain(self, of: Numbers, over: Numbers) -> tuple[float, float, float] | tuple[float, None, None] | None:
         """Of one seed, what was written, if it was."""
         found = super().gain(of, over)
-        one = len(of[1]) == 1 and list(of[1]) == list(over[1]) and over[0] == self.baseline
+        one = self.one_each and len(of[1]) == 1 and list(of[1]) == list(over[1]) and over[0] == self.baseline
         told = self.told.get((of[0], *of[1][0])) if one else None
         if found and found[1] is None and told and told.gain_low is not None and told.gain_high is not None:
             return found[0], told.gain_low, told.gain_high
