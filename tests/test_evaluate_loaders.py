@@ -63,6 +63,42 @@ def test_without_classes_there_is_no_accuracy(model):
         found.runs[0].value("accuracy")
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_classes_no_accuracy_is_told_to_be_at_chance(model):
+    ood_fast.evaluate(model, loader(40, classes=False), {"x": loader(20)}, detectors=["MSP"])
+
+
+class ConvolutionAtTheEnd(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Conv2d(6, cases.C, 1)
+
+    def forward(self, x):
+        return self.head(x[:, :, None, None]).flatten(1)
+
+
+@pytest.mark.parametrize("model", [ConvolutionAtTheEnd(), cases.Net()], ids=["convolution", "temperature"])
+def test_logits_alone_are_read_of_a_model_without_a_head(model):
+    """Also of one whose logits its last linear layer did not make, and by a loader that can be read once."""
+    if isinstance(model, cases.Net):
+        model.register_forward_hook(lambda module, given, logits: 2 * logits)
+    model.eval()
+    found = ood_fast.evaluate(model, iter(loader(40)), {"x": iter(loader(20, 3.0))}, detectors="MSP")
+    inside, outside = (detectors.MSP().score(model, part) for part in (loader(40), loader(20, 3.0)))
+    assert found.runs[0].value("auroc", "MSP", "x") == pytest.approx(metrics.auroc(inside, outside), abs=1e-6)
+    with pytest.raises(ValueError, match=r"head|nn\.Linear"):
+        ood_fast.evaluate(model, loader(40), {"x": loader(20)}, fit=loader(60), detectors="NCI")
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("near", "near"), ("Near-OOD", "near"), ("near c100", "near"), ("nearby", "far"), ("CSID", "csid")],
+)
+def test_the_name_says_the_group(model, name, group):
+    found = ood_fast.evaluate(model, loader(40), {name: loader(20, 1.0), "x": loader(30)}, detectors="MSP")
+    assert found.sets[name].group == group
+
+
 def test_odin_runs_the_model_itself(model):
     found = ood_fast.evaluate(model, loader(20), {"x": loader(20, 2.0)}, detectors=["ODIN"])
     assert found.detectors == ["ODIN"]
@@ -83,6 +119,12 @@ def test_bad_input(model):
         ood_fast.evaluate(model, loader(40), {"x": []})
     with pytest.raises(TypeError, match="id_loader"):
         ood_fast.evaluate(model, torch.zeros(3, 6), {"x": loader(20)})
+    with pytest.raises(TypeError, match="near: got dict, expected an iterable of batches"):
+        ood_fast.evaluate(model, loader(40), {"near": {"a": loader(20)}})
+    with pytest.raises(ValueError, match="bootstrap: got -1"):
+        ood_fast.evaluate(model, loader(40), {"x": loader(20)}, bootstrap=-1)
+    with pytest.raises(ValueError, match="unknown detector 'MPS'; did you mean 'MSP'"):
+        ood_fast.evaluate(model, loader(40), {"x": loader(20)}, detectors="MPS")
 
 
 @pytest.mark.parametrize("where", ["test", "fit", "csid"])
@@ -106,6 +148,10 @@ def test_targets_that_are_no_classes_of_the_model_are_refused(where):
         ValueError, match=f"{where}: the targets are not in the order .* 0.0 % .* 100.0 % .*0 -> {cases.C - 1}"
     ):
         evaluated((y + 1) % cases.C)
+    with pytest.raises(
+        ValueError, match=f"{where}: targets: got {cases.C}, expected indices of the model's {cases.C} "
+    ):
+        evaluated(y + 1)
     with pytest.raises(ValueError, match="far: got a loader without an input"):
         evaluated(y, x[:0])
 

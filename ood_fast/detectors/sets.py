@@ -33,6 +33,7 @@ class DetectorSet(nn.Module):
 
     Args:
         detectors: detectors or their names, which are then called by their class; or a mapping from names of your own.
+            One name alone is a set of one.
     """
 
     def __init__(self, detectors: Iterable[Detector | str] | Mapping[str, Detector | str]) -> None:
@@ -40,6 +41,7 @@ class DetectorSet(nn.Module):
         if isinstance(detectors, Mapping):
             named = dict(detectors)
         else:
+            detectors = [detectors] if isinstance(detectors, str) else detectors
             listed = [create(given) if isinstance(given, str) else given for given in detectors]
             named = {type(detector).__name__: detector for detector in listed}
             if len(named) < len(listed):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,8 @@ def evaluate_loaders(
         model: a classifier that ends in one linear layer, `head`. With an `Ensemble` a `ModelEnsemble`, of which the
             other detectors read the mean logits.
         id_loader: test batches x, (x, y, ...) or mappings. Without y there is no accuracy.
-        ood: name -> loader; called near, near/NAME or near_NAME it counts as near-OOD; called csid, csid/NAME or
-            csid_NAME as a covariate-shifted in-distribution set, see below; else as far.
+        ood: name -> loader; called near, or near and something that is no letter (near/NAME, near_NAME, Near-OOD) it
+            counts as near-OOD; csid likewise as a covariate-shifted in-distribution set, see below; else as far.
         fit: training batches, for the detectors that are fitted on data.
         detectors: names, or name -> detector, whose parameters are taken and which is left as it is; default: all but
             those that run the model several times, without `fit` those that need no data.
@@ -70,7 +72,7 @@ def evaluate_loaders(
 
     Raises:
         ValueError: no OOD loader, one without a batch; a detector that needs `fit`, or does not fit its data; targets
-            that are no class indices, or in another order than the model's classes.
+            that are no class indices of the model, or in another order than its classes.
 
     With covariate-shifted sets the evaluation is also a full-spectrum one, as OpenOOD's `fsood`: the metrics
     `fsood_auroc`, ... take the ID test images and all shifted ones together as in-distribution, `fsood_accuracy` is
@@ -88,13 +90,16 @@ def evaluate_loaders(
         every = {name: create(name) for name in known() if not find(name).needs_model}
         given = {name: d for name, d in every.items() if fit is not None or not d.gathers()}
     else:
-        listed = DetectorSet(detectors if isinstance(detectors, Mapping) else list(detectors))
+        listed = DetectorSet(detectors)
         # Those that are fitted here are others: the user's stay as they are.
         given = {name: d.changed() if d.needs_fit else d for name, d in listed.items()}
         if fit is None and (wanting := [name for name, d in given.items() if d.gathers()]):
             raise ValueError(f"fit: got None, but {', '.join(wanting)} are fitted on training data")
-    several = isinstance(model, ModelEnsemble) and head is None and not any(map(reads_features, given.values()))
-    layer = None if several else given_head(model, head)
+    how = Measuring(tune=False, leave_out=detectors is None, bootstrap=bootstrap)
+    if head is None and not any(map(reads_features, given.values())):
+        layer, id_loader = _perhaps_head(model, id_loader)
+    else:
+        layer = given_head(model, head)
     seeing = {name: detector for name, detector in given.items() if detector.needs_model}
     parts: dict[str, Outputs] = {}
     before = _Before()
@@ -115,7 +120,6 @@ def evaluate_loaders(
     if layer is not None:
         weight, bias = inference_head(layer)
         result.head = (weight.detach().cpu().double(), None if bias is None else bias.detach().cpu().double())
-    how = Measuring(tune=False, leave_out=detectors is None, bootstrap=bootstrap)
     measure(result, given, [], how, Chosen(seeing))
     return Evaluation(title, [result], bootstrap, tuned=False)
 
@@ -127,9 +131,22 @@ def reads_features(detector: Detector) -> bool:
     return "features" in reads or any(one.needs_features or one.needs_head for one in members)
 
 
+def _perhaps_head(model: nn.Module, loader: Iterable[Any]) -> tuple[nn.Linear | None, Iterable[Any]]:
+    """The head of a model whose logits alone are read, None where it is not found or did not make them; the loader from
+    its beginning."""
+    batches = iter(loader)
+    first = list(itertools.islice(batches, 1))
+    layer = None
+    with suppress(ValueError, RuntimeError):
+        found = None if isinstance(model, ModelEnsemble) else given_head(model, None)
+        next(run_model(model, first, found), None)
+        layer = found
+    return layer, itertools.chain(first, batches)
+
+
 def _group(name: str) -> str:
     """What the name of a loader says it is."""
-    found = re.match(r"(near|csid)($|[/_])", name)
+    found = re.match(r"(near|csid)(?![a-z])", name.lower())
     return found[1] if found else "far"
 
 
@@ -147,7 +164,12 @@ def _check_classes(name: str, logits: Tensor, targets: list[Tensor], before: _Be
         if some.dim() != 1 or some.is_floating_point() or some.is_complex() or some.dtype == torch.bool:
             got = f"{some.dtype} of shape {tuple(some.shape)}"
             raise ValueError(f"{name}: targets: got {got}, expected class indices (n,)")
-    counts = confusion(logits, torch.cat(targets).long())
+    joined = torch.cat(targets).long()
+    if joined.max() >= logits.shape[1]:
+        raise ValueError(
+            f"{name}: targets: got {joined.max()}, expected indices of the model's {logits.shape[1]} classes"
+        )
+    counts = confusion(logits, joined)
     before.told_chance = refuse_order(counts, name, told=before.told_chance)
 
 
@@ -164,7 +186,7 @@ def _outputs(
     features, logits, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     scores: dict[str, list[torch.Tensor]] = {score_key(detector): [] for detector in seeing.values()}
     readings = readings_of(seeing.values()) if fitting is None else fitting.prepare(model)
-    seen = SeenImages(model if head is not None and name == TEST else None)
+    seen, labelled = SeenImages(model if head is not None and name == TEST else None), False
     for batch in run_model(model, loader, head, [*readings, *seen.readings]):
         if not logits:
             warn_other_range(batch.inputs, before.ranges.get(FIT, before.ranges.get(TEST)), name)
@@ -173,6 +195,7 @@ def _outputs(
             fitting.see(model, batch, head)
         logits.append(batch.logits.cpu())
         features.append(logits[-1][:, :0] if batch.features is None else batch.features.cpu())
+        labelled |= batch.targets is not None
         targets.append(torch.full((len(logits[-1]),), -1) if batch.targets is None else batch.targets.cpu())
         for detector in seeing.values():
             scores[score_key(detector)].append(detector.score_batch(model, batch, head).cpu().double())
@@ -181,7 +204,7 @@ def _outputs(
         seen.tell(name)
     if not any(map(len, logits)):
         raise ValueError(f"{name}: got a loader without {'an input' if logits else 'a batch'}, expected inputs")
-    if name in (TEST, FIT) or _group(name) == CSID:
+    if labelled and (name in (TEST, FIT) or _group(name) == CSID):
         _check_classes(name, torch.cat(logits), targets, before)
     joined = {key: torch.cat(parts) for key, parts in scores.items()}
     group = "id" if name in (TEST, FIT) else "ood"

@@ -62,6 +62,10 @@ class Measuring:
     seed: int = 0
     progress: Progress = no_progress
 
+    def __post_init__(self) -> None:
+        if isinstance(self.bootstrap, bool) or not isinstance(self.bootstrap, int) or self.bootstrap < 0:
+            raise ValueError(f"bootstrap: got {self.bootstrap!r}, expected a number of draws, 0 for none")
+
     @property
     def exact_device(self) -> torch.device | str:
         """Where scores are computed: in float64, which MPS has not."""
@@ -194,7 +198,7 @@ def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None)
     """The detectors by name; all, see `in_all`, if None."""
     if isinstance(chosen, (Mapping, DetectorSet)):
         return dict(chosen.items())
-    return dict(DetectorSet(detectors.in_all() if chosen is None else list(chosen)).items())
+    return dict(DetectorSet(detectors.in_all() if chosen is None else chosen).items())
 
 
 def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:

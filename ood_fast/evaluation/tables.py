@@ -64,7 +64,8 @@ class Columns:
         """None where nothing of it was measured."""
         measured = [metric for metric in CALIBRATION if any(key[1:] == ("", metric, "") for key in self.found)]
         columns = [c for m in measured for c in (self.of(CALIBRATION[m], m, with_interval=True), *self.beside(m))]
-        caption = f"{self.over[:-1]}{self.interval} ECE of the softmax of what the column names, {ECE_BINS} bins, on the ID test images; "
+        over = f"{self.over[:-1]}{self.interval}"
+        caption = f"{over} ECE of the softmax of what the column names, {ECE_BINS} bins, on the ID test images; "
         rows = [("", [(method, (method, "")) for method in self.results.methods])]
         title = "Accuracy and expected calibration error (%)"
         return [Table.of(title, f"{caption}lower is better.", columns, rows)] if measured else []

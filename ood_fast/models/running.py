@@ -234,9 +234,10 @@ def _input_of(given: dict[str, Tensor], model: nn.Module | None) -> Tensor | dic
 
 
 def check_loader(loader: object, argument: str = "loader", or_else: str = "") -> None:
-    """TypeError for what looks like a loader and gives single samples: a tensor, or a data set without a DataLoader."""
-    single = hasattr(loader, "__array__") or (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset))
-    if single or not isinstance(loader, Iterable):
+    """TypeError for what looks like a loader and gives single samples, a tensor or a data set without a DataLoader, or
+    names, a mapping."""
+    single = isinstance(loader, (Dataset, Mapping)) and not isinstance(loader, IterableDataset)
+    if single or hasattr(loader, "__array__") or not isinstance(loader, Iterable):
         raise TypeError(
             f"{argument}: got {type(loader).__name__}, expected {or_else}an iterable of batches x or (x, y, ...), such "
             "as a DataLoader or [x]"
