@@ -798,7 +798,8 @@ def test_openood_images_that_are_missing(tmp_path):
     (tmp_path / "benchmark_imglist/cifar10/test_mnist.txt").unlink()
     with pytest.raises(checks.UserError) as error:
         open_benchmark("cifar10", tmp_path).check()
-    mnist, svhn = str(error.value).split("\n")
+    mnist, svhn, others = str(error.value).split("\n")
+    assert others == "to go on with the sets that are there: --ood cifar100,tin,texture,places365"
     assert mnist.startswith(
         f"MNIST: missing: {tmp_path / 'benchmark_imglist/cifar10/test_mnist.txt'}; get it from https"
     )

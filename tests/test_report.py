@@ -22,6 +22,7 @@ from test_data import (
     write_cifar10,
     write_cifar100,
     write_dtd,
+    write_image,
     write_mnist,
     write_places,
     write_svhn,
@@ -236,6 +237,25 @@ def test_images_that_changed_are_not_shown(runs, capsys):
     assert cli.main(["report", "ce", "--data-root", "elsewhere"]) == 0
     assert "images of cifar10: " in capsys.readouterr().err
     assert 'id="images-of-cifar10"' not in (runs / "ce/report.html").read_text(encoding="utf-8")
+
+
+def test_images_are_shown_where_other_sets_of_the_benchmark_are_not_there(done, runs):
+    (runs / "data").unlink()
+    (runs / "data").mkdir()
+    for name in ("cifar-10-batches-py", "svhn"):
+        (runs / "data" / name).symlink_to(done / "data" / name)
+    for seed in range(9):
+        write_image(runs / f"photographs/{seed}.png", (32, 32), seed)
+    given = ["--ood=svhn", "--ood-folder=photographs=photographs", "--detectors=MSP", "--workers=0", "--quiet"]
+    with tiny_models.registered():
+        assert cli.main(["compare", "ce", "elogitnorm", *given, "--data-root=data", "--out=compared"]) == 0
+    for command, shown in (("compare", True), ("report", False)):  # the second does not know where they are
+        if command == "report":
+            assert cli.main(["report", "compared", "--data-root=data"]) == 0
+        text = (runs / "compared/report.html").read_text(encoding="utf-8")
+        gallery = text.partition('id="images-of-cifar10"')[2].partition("</section>")[0]
+        assert gallery.count("<img ") >= 16
+        assert ("photographs, " in gallery) == shown
 
 
 def test_diagnostics_are_those_of_the_features(done, parsed):

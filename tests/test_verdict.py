@@ -97,6 +97,14 @@ def test_what_one_seed_of_several_says_has_no_interval():
     )
 
 
+def test_what_intervals_are_over_is_said():
+    results = results_of({"ce": [0.9], "elogitnorm": [0.8]})
+    for run in results.runs:
+        run.draws = {m.key: torch.full((9,), m.value, dtype=torch.float64) for m in run.measurements}
+    assert compared(results)[1].caption.startswith("One run each [95 % interval]: what a method has more; bold")
+    assert compared(results_of(CLEAR))[1].caption.startswith("Mean over the seeds that both have [95 % interval]")
+
+
 def test_runs_of_other_seeds_are_no_pair():
     results = results_of({"ce": [0.9], "elogitnorm": [0.8]})
     results.runs[1] = replace(results.runs[1], trained=replace(results.runs[1].trained, seed=3))

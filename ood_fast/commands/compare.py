@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         evaluation.write(folder, results, context)
         if pictures := figures.dots(results):
             files.write_text(folder / PICTURE, charts.as_file(pictures))
-        shown = _page(folder, context)
+        shown = _page(folder, context, benchmarks)
     except Interrupted as stop:
         print(f"ood-fast: {stop}; saved. To continue: {command.replace(' --overwrite', '')}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
@@ -89,11 +89,11 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(f"Compared in {time.perf_counter() - start:.0f} s. Results: {folder}/, to be read in {shown}")
 
 
-def _page(folder: Path, context: Mapping[str, Any]) -> Path:
+def _page(folder: Path, context: Mapping[str, Any], benchmarks: Benchmarks) -> Path:
     """The report about the first seed of each loss, beside the results."""
     records = first_of_each(open_records([folder]))
     diagnose_runs(records)
-    gallery.add(records)
+    gallery.add(records, at_hand=list(benchmarks.opened.values()))
     page.write(folder / page.NAME, records, context)
     return folder / page.NAME
 
@@ -119,7 +119,7 @@ def _trained(
     if options.overwrite:
         remove_runs(folder)
     comparison.check()
-    measuring["bootstrap"] = 0 if len({seed for _, seed in comparison.runs}) > 1 else DRAWS
+    measuring["bootstrap"] = _draws([loss for loss, _ in comparison.runs])
     bar.runs, bar.n_epochs = comparison.runs, next(iter(recipes.values())).epochs
 
     def compared() -> Results:
@@ -145,9 +145,14 @@ def _taken(
     made_by = options.model and is_callable(options.model)
     model = functools.partial(named, options.model) if made_by else options.model
     runs = open_runs(options.runs, benchmarks.open, model, options.checkpoint)
-    measuring["bootstrap"] = 0 if any(run.seed != runs[0].seed for run in runs) else DRAWS
+    measuring["bootstrap"] = _draws([run.method for run in runs])
     measuring["progress"] = lambda what, total: Bar(what, total, options.quiet)
     return lambda: evaluation.evaluate_runs(runs, benchmarks.of, chosen, **measuring)
+
+
+def _draws(methods: Sequence[str]) -> int:
+    """Intervals are over the test images where each method has one run, else over the seeds."""
+    return DRAWS if len(set(methods)) == len(methods) else 0
 
 
 def _info(path: str) -> dict[str, Any]:

@@ -187,7 +187,8 @@ def compared(results: Results) -> list[Table]:
         if caption is None:
             name = f"{name}: paired difference to {results.baseline} (percentage points)"
             interval = (" [95 % interval]", "; bold where it excludes 0") if judged else ("", "")
-            caption = f"Mean{interval[0]} of what a method has more in the same seeds{interval[1]}."
+            over = "One run each" if results.one_each else "Mean over the seeds that both have"
+            caption = f"{over}{interval[0]}: what a method has more{interval[1]}."
         else:
             marks = "; bold: better than every other, the interval excludes 0" * judged
             caption = f"{over_seeds(results)}{marks}. {caption}".strip()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from .. import checks, evaluation, files
 from ..data.benchmarks import ImageBenchmark, open_benchmark
 from ..data.loading import Loader
+from ..data.specs import SPECS
 from ..diagnostics import Diagnosis, FeatureChange, diagnose, feature_change
 from ..evaluation.cache import Progress, counted, no_progress
 from ..evaluation.results import FIT, TEST, VALIDATION, VALIDATION_OOD
@@ -130,14 +131,19 @@ def measure_change(
             write_npz(stream, found)
 
 
-def opened(record: Record, data_root: str | os.PathLike[str] | None = None) -> ImageBenchmark:
-    """The benchmark that a run was trained on, from `data_root` or where it was trained from. UserError if it cannot
-    be."""
+def opened(
+    record: Record, data_root: str | os.PathLike[str] | None = None, wanted: Iterable[str] | None = None
+) -> ImageBenchmark:
+    """The benchmark that a run was trained on, from `data_root` or where it was trained from, with those OOD sets of it
+    that are `wanted`. UserError if it cannot be."""
     if not record.info:
         raise checks.UserError(f"{record.name}: no run of `ood-fast train`, which says where its images are")
     data, seed = record.info.get("data", {}), record.info.get("seed", 0)
     given = {"layout": data.get("layout", "auto"), "image_size": data.get("image_size"), "seed": seed}
-    return open_benchmark(str(record.info["benchmark"]), data_root or data.get("root"), **given)
+    name = str(record.info["benchmark"])
+    if wanted is not None and (spec := SPECS.get(name)) is not None:  # the others need not be there
+        given["ood"] = [title for title in wanted if title in (*spec.near, *spec.far)]
+    return open_benchmark(name, data_root or data.get("root"), **given)
 
 
 def read_change(record: Record, path: Path) -> None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .. import checks
+from ..data import ImageBenchmark
 from ..data.images import ImageDataset
 from ..detectors.registry import label_of
 from ..evaluation.results import ID, TEST
@@ -23,22 +25,38 @@ from .record import Evaluated, Record
 SHOWN = 8  # images of a kind
 
 
-def add(records: Sequence[Record], data_root: str | os.PathLike[str] | None = None) -> None:
-    """Fill in `Evaluated.images` of the best run on each benchmark; where they cannot be shown, `missing` says why."""
+def add(
+    records: Sequence[Record],
+    data_root: str | os.PathLike[str] | None = None,
+    at_hand: Iterable[ImageBenchmark] = (),
+) -> None:
+    """Fill in `Evaluated.images` of the best run on each benchmark; where they cannot be shown, `missing` says why.
+    The images are those `at_hand`, else below `data_root`, else where the run was trained from."""
     for benchmark in dict.fromkeys(name for record in records for name in record.evaluated):
         found = [(r, r.evaluated[benchmark]) for r in records if benchmark in r.evaluated]
         ranked = ranking(evaluations.stored(found))
         of_best = [pair for pair in found if ranked and pair[1].run.trained.method == ranked[0].method]
         for record, evaluated in of_best[:1]:
             try:
-                evaluated.images = _gallery(record, evaluated, ranked[0].detector, data_root)
+                images = _images_of(record, evaluated, data_root, at_hand)
+                evaluated.images = _gallery(record, evaluated, ranked[0].detector, images)
             except (checks.UserError, OSError, ValueError) as error:
                 record.missing.append(f"images of {benchmark}: {error}; say where they are with --data-root")
 
 
-def _gallery(record: Record, evaluated: Evaluated, detector: str, data_root: str | os.PathLike[str] | None) -> str:
+def _images_of(
+    record: Record, evaluated: Evaluated, data_root: str | os.PathLike[str] | None, at_hand: Iterable[ImageBenchmark]
+) -> ImageBenchmark:
+    for benchmark in at_hand:
+        with suppress(checks.UserError):
+            _checked(evaluated, TEST, benchmark.test)
+            return benchmark
+    return opened(record, data_root, evaluated.results.sets)
+
+
+def _gallery(record: Record, evaluated: Evaluated, detector: str, benchmark: ImageBenchmark) -> str:
     """Rows of images, each with what is to be said of it."""
-    benchmark, label = opened(record, data_root), label_of(detector)
+    label = label_of(detector)
     if benchmark.name != evaluated.results.benchmark:
         raise checks.UserError(f"{record.name} was trained on {benchmark.name}")
     scores = evaluated.scores()[detector]
