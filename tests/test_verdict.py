@@ -12,7 +12,7 @@ from test_compare import hand_made
 from ood_fast import evaluation
 from ood_fast.evaluation import verdict as sentences_of
 from ood_fast.evaluation.tables import compared
-from ood_fast.evaluation.verdict import ranking, shows
+from ood_fast.evaluation.verdict import points, ranking, shows
 from ood_fast.report import charts, evaluations, figures
 from ood_fast.report.record import Evaluated
 from ood_fast.report.tables import Cell, Section, Table, and_list, as_markdown
@@ -127,6 +127,13 @@ def test_bold_is_what_is_above_every_other():
 
 
 GAINS = [((0.1, 0.05, 0.15), 1), ((-0.1, -0.15, -0.05), -1), ((0.1, -0.1, 0.3), 0), ((0.1, None, None), 0)]
+
+
+def test_a_bound_that_rounds_to_zero_tells_its_side():
+    assert points(0.007, 0.0002, 0.013) == "+0.7 [+0.0, +1.3]"
+    assert points(0.006, -0.0004, 0.012) == "+0.6 [−0.0, +1.2]"
+    assert points(-0.0004, -0.01, 0.0) == "0.0 [−1.0, 0.0]"
+    assert points(0.012, None, None) == "+1.2"
 
 
 @pytest.mark.parametrize(("gain", "sign"), [*GAINS, ((1e-5, 1e-6, 2e-5), 0)])

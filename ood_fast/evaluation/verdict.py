@@ -128,9 +128,11 @@ def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str,
 
 
 def points(mean: float, low: float | None, high: float | None) -> str:
-    """As "+1.2 [+0.3, +2.1]", in percentage points."""
-    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * mean:+.1f}{interval}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+    """As "+1.2 [+0.3, +2.1]", in percentage points; a bound of "+0.0" is above 0, so that the interval excludes it."""
+    told = ["0.0" if round(100 * mean, 1) == 0 else f"{100 * mean:+.1f}"]
+    if low is not None and high is not None:
+        told.append(f"[{', '.join(f'{100 * bound:+.1f}' if bound else '0.0' for bound in (low, high))}]")
+    return " ".join(told).replace("-", "−")
 
 
 def shows(mean: float, low: float | None, high: float | None) -> int:
