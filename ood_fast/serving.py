@@ -106,10 +106,14 @@ class Service:
                     raise ValueError(f"{file.width}×{file.height} pixels, expected at most {MOST_PIXELS}")
                 if max(file.size) > WIDEST * min(file.size):
                     raise ValueError(f"{file.width}×{file.height} pixels, expected sides within 1:{WIDEST}")
-                return self.prepare(decoding.rgb(file, self.upright))
-        except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+                image = decoding.rgb(file, self.upright)
+        except Exception as error:  # decoders fail in every way
             reason = "its format is unknown" if isinstance(error, pillow.UnidentifiedImageError) else error
             raise UnreadableError(f"no image that can be read: {reason}") from error
+        try:
+            return self.prepare(image)
+        except ValueError as error:
+            raise UnreadableError(f"no image that is taken here: {error}") from error
 
     def health(self) -> dict[str, Any]:
         """How many images were flagged, and whether the stream is no longer what the threshold was set on."""

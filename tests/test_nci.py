@@ -103,6 +103,7 @@ def test_corners(backend):
     assert_no_worse(ours[0], truth[0], None, torch.float32, "score")
     torch.testing.assert_close(ours[0][1].cpu(), 0.1 * batch.z[1].abs().sum())
     assert ours[0][3].isnan()
+    assert ours[1][3].isnan().all()
     assert ours[1][1].isfinite().all()
     assert_no_worse(ours[1][:3], truth[1][:3], None, torch.float32, "feature gradient")
 

@@ -91,7 +91,9 @@ def test_eight_clients_at_once(serve, service, address):
 
 def test_what_is_no_image_is_told(serve, service, address, monkeypatch):
     whole = files(serve, 2)[0]
-    for content in (b"no image", whole[:60], b"\x89PNG\r\n\x1a\n" + bytes(100)):
+    unknown_flags = bytearray(128)  # for which Pillow raises no OSError
+    unknown_flags[:8], unknown_flags[80:84] = b"DDS \x7c\x00\x00\x00", b"\x80\xff\x00\x00"
+    for content in (b"no image", whole[:60], b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(unknown_flags)):
         status, said = ask(f"{address}/score", content)
         assert status == 400
         assert "no image that can be read" in said["error"]
