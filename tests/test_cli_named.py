@@ -409,7 +409,7 @@ def test_images_of_another_size_are_resized_in_proportion():
         assert asked in (None, found["size"])
         return found["resize"]
 
-    assert [resized(size) for size in (32, 64, 65, 224, 448)] == [32, 64, 74, 256, 512]
+    assert [resized(size) for size in (32, 64, 65, 68, 224, 448)] == [32, 64, 74, 78, 256, 512]
     assert [resized(size, size=200, resize=210) for size in (100, 200, 400)] == [105, 210, 420]
     assert resized(10, size=20, resize=(20, 22)) == (10, 11)
     assert [resized(size, {"size": 16, "resize": 16}) for size in (16, 24)] == [16, 24]

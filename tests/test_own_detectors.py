@@ -46,6 +46,17 @@ def test_features_come_in_the_dtype_of_its_state(dtype):
     assert [row["value"] for row in found.rows() if (row["metric"], row["set"]) == ("auroc", "far")] == [0.5]
 
 
+def test_a_parameter_that_is_false_or_a_number():
+    def init(self, clip: float | bool = False, sharp: bool = False) -> None:
+        Detector.__init__(self)
+        self.clip, self.sharp = clip, sharp
+
+    mine = of(__init__=init, _score=lambda self, z, f: f.amax(1))
+    assert mine(clip=0.5).settings() == {"clip": 0.5, "sharp": False}
+    with pytest.raises(TypeError, match=r"sharp: got 0\.5, expected True or False"):
+        mine(sharp=0.5)
+
+
 def of(**parts):
     return type("Mine", (Detector,), {"__module__": __name__, "needs_logits": True, **parts})
 

@@ -245,7 +245,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module, kept: dict[str
     size, resize = options.size or own["size"], options.resize
     if resize is None:
         lengths = own["resize"] if isinstance(own["resize"], (list, tuple)) else [own["resize"]]
-        scaled = tuple(length * size // own["size"] for length in lengths)
+        scaled = tuple(round(length * size / own["size"]) for length in lengths)
         resize = scaled if len(scaled) > 1 else scaled[0]
     if size < 1 or (isinstance(resize, int) and resize < size):
         raise UserError(f"--size, --resize: got {size} and {resize}, expected 1 <= size <= resize")

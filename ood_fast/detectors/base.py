@@ -82,9 +82,10 @@ class Contract(nn.Module):
 
     @classmethod
     def switches(cls) -> set[str]:
-        """Those that are True or False."""
+        """Those that are True or False, and nothing else by their annotation."""
         known = inspect.signature(cls.__init__).parameters
-        return {name for name, parameter in known.items() if isinstance(parameter.default, bool)}
+        alone = (bool, "bool", inspect.Parameter.empty)
+        return {name for name, p in known.items() if isinstance(p.default, bool) and p.annotation in alone}
 
     @classmethod
     def buffer_names(cls) -> tuple[str, ...]:
