@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,7 +47,8 @@ class SecondLogit(Detector):
     def _score(self, features, logits):
         return -logits.topk(2, dim=1).values[:, 1]
 """
-PREPARED = "images: short side 16 (bilinear), middle 16, mean 0.485,0.456,0.406, std 0.229,0.224,0.225\n"
+PREPARED = "images: short side 16 (bilinear), middle 16, mean 0.485,0.456,0.406, std 0.229,0.224,0.225"
+PREPARED += "; the model does not say: give --mean, --std if it was trained otherwise\n"
 OWN = ["--model", "mymodel:build"]
 ON_IMAGES = [*OWN, "--size", str(SIZE), "--resize", str(SIZE), "--workers", "0"]
 
@@ -102,8 +104,9 @@ def test_fit_and_score_image_folders(photos, capsys):
     told = capsys.readouterr()
     assert "Wrote out/d.safetensors" in told.out
     assert "fitting on train: 21 in" in told.err
-    # The model and how its images are prepared are remembered.
-    assert cli.main([*scoring("ood", "out/d.safetensors"), "--out", "s.csv"]) == 0
+    # How images are prepared is remembered; what to type is told, with the model, which a file may not name.
+    command = told.out.rpartition("score with: ood-fast ")[2].replace("FOLDER", "ood").replace("scores.csv", "s.csv")
+    assert cli.main([*shlex.split(command), "--workers", "0"]) == 0
     assert "6 rows in s.csv" in capsys.readouterr().out
     rows = rows_of("s.csv")
     assert [Path(row["path"]).name for row in rows] == [f"{index:02d}.png" for index in range(6)]
@@ -443,7 +446,10 @@ def test_own_detectors(stored):
     train = write("train.npz", stored)
     own = ["--plugin", "mydetector"]
     fitted = ["fit", "--features", train, "--detectors", "SecondLogit", *own, "--out", "d.safetensors"]
-    assert forked(*COMMAND, *fitted).returncode == 0
+    told = forked(*COMMAND, *fitted)
+    assert told.returncode == 0
+    scores = "score with: ood-fast score --plugin mydetector --detectors d.safetensors --features FILE --out scores.csv"
+    assert scores in told.stdout
     scored = [*COMMAND, "score", "--detectors", "d.safetensors", "--features", train, "--out", "s.csv"]
     refused = forked(*scored)
     assert refused.returncode == 2

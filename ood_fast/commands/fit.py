@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -18,12 +19,13 @@ from ..detectors import ODIN, Detector, DetectorSet, store
 from ..detectors.fitting import DoesNotFit
 from ..detectors.search import Search
 from ..heads import given_head
+from ..models import own_preparation
 from ..processes import Processes
 from . import RunError, images, quality
 from .agreement import Agreement, check_sample, class_order
 from .code import import_plugins
 from .common import detector_set, device, processes, read_head_file, refuse_given, say, warn
-from .model import OF_IMAGES, REMEMBERED, cannot_take, fingerprint_of, load_model, preparation_of, text_of
+from .model import OF_IMAGES, REMEMBERED, cannot_take, fingerprint_of, is_callable, load_model, preparation_of, text_of
 from .progress import Bar
 
 OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             fitted.save(out, open_data.class_names, notes=open_data.notes)
             if not options.quiet:
-                _tell(fitted, out)
+                _tell(fitted, out, options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -242,7 +244,10 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     n_classes = None if source.classes is None else len(source.classes)
     model = load_model(options, n_classes, where)
     prepared = preparation_of(options, model)
-    say(options, f"images: {text_of(prepared)}")
+    guessed = [f"--{name}" for name in ("size", "mean", "std") if getattr(options, name) is None]
+    told = f"; the model does not say: give {', '.join(guessed)} if it was trained otherwise" if guessed else ""
+    unsaid = own_preparation(model, options.model, options.pretrained) is None
+    say(options, f"images: {text_of(prepared)}{told * unsaid}")
     names = None
     if source.classes or options.classes:
         names = class_order(model, images.dataset_of(source, prepared), options)
@@ -327,10 +332,14 @@ def _joined(batches: Generator[dict[str, Tensor], None, None], process: Processe
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _tell(fitted: DetectorSet, out: Path) -> None:
+def _tell(fitted: DetectorSet, out: Path, options: argparse.Namespace) -> None:
     for name, detector in fitted.items():
         threshold = "none" if detector.threshold is None else f"{float(detector.threshold):.6g}"
         print(f"{name}: {detector}, threshold {threshold}")
     if all(detector.threshold is None for detector in fitted.detectors):
         print("no thresholds: pass --validation (in-distribution data that was not trained on) to set them")
-    print(f"Wrote {out}; score with: ood-fast score --detectors {out} ...")
+    code = [word for name in options.plugin for word in ("--plugin", name)]  # which no file may name
+    code += ["--model", options.model] if is_callable(options.model or "") else []
+    data = ["--features", "FILE"] if options.features else ["--data", "FOLDER"]
+    command = shlex.join(["ood-fast", "score", *code, "--detectors", str(out), *data, "--out", "scores.csv"])
+    print(f"Wrote {out}; score with: {command}")
