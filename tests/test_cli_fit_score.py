@@ -7,8 +7,8 @@ import json
 import os
 import re
 import runpy
-import shutil
 import shlex
+import shutil
 import sys
 from pathlib import Path
 

@@ -10,6 +10,7 @@ import torch
 from test_compare import hand_made
 
 from ood_fast import evaluation
+from ood_fast.evaluation import tables
 from ood_fast.evaluation import verdict as sentences_of
 from ood_fast.evaluation.tables import compared
 from ood_fast.evaluation.verdict import points, ranking, shows
@@ -32,21 +33,40 @@ def results_of(values):
 
 
 def test_the_first_sentence_says_what_is_best_and_the_others_whether_it_shows():
-    first, against, *others = sentences_of(results_of(CLEAR))
+    first, against, overall, last = sentences_of(results_of(CLEAR))
     assert first == "Best by AUROC (%): elogitnorm with MSP, near-OOD 80.0, mean of 3 seeds."
     assert (
         against == "elogitnorm with MSP against ce with MSP, each at its best: near-OOD +20.0 [+17.5, +22.5], better."
     )
-    assert others[0].startswith("elogitnorm against ce, with the same detector: near-OOD +20.0 [+17.5, +22.5], better")
-    assert "l2norm against ce" in others[1]
-    assert "no difference that 3 seeds can show (better with 0 of 1, worse with 0)" in others[1]
-    assert "Student's t over the seeds" in others[-1]
+    assert overall == (
+        "Against ce, with the same detector: elogitnorm better in near-OOD; l2norm no difference that 3 seeds can show."
+    )
+    assert "Student's t over the seeds" in last
+
+
+def test_methods_of_which_the_same_is_said_are_said_together():
+    results = results_of({**CLEAR, "logitnorm": [0.5, 0.62, 0.69], "t2fnorm": [0.31, 0.4, 0.52]})
+    overall = sentences_of(results)[2]
+    assert "l2norm and logitnorm no difference that 3 seeds can show; t2fnorm worse in near-OOD." in overall
+    table, *_ = compared(results)
+    assert table.title == "Against ce, with the same detector: AUROC and accuracy (percentage points)"
+    assert table.columns == ("near-OOD", "accuracy")
+    cells = dict(table.sections[0].rows)["elogitnorm"]
+    assert (cells[0].text, cells[0].bold) == ("+20.0 [+17.5, +22.5]", True)
+
+
+def test_the_verdict_is_what_a_terminal_shows_last(capsys):
+    results = results_of(CLEAR)
+    evaluation.print_tables(results)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith(f"Test images: {tables.test_images(results)}. {' '.join(sentences_of(results))}")
+    assert "FPR95" not in told, "it is on the page"
 
 
 def test_seeds_that_lack_a_number_are_not_counted():
     results = results_of(CLEAR)
     results.runs[-1].measurements = []
-    assert any("l2norm against ce" in told and "that 2 seeds can show" in told for told in sentences_of(results))
+    assert "l2norm no difference that 2 seeds can show" in sentences_of(results)[2]
 
 
 def test_a_baseline_that_alone_was_scored_is_the_best():
@@ -101,8 +121,8 @@ def test_what_intervals_are_over_is_said():
     results = results_of({"ce": [0.9], "elogitnorm": [0.8]})
     for run in results.runs:
         run.draws = {m.key: torch.full((9,), m.value, dtype=torch.float64) for m in run.measurements}
-    assert compared(results)[1].caption.startswith("One run each [95 % interval]: what a method has more; bold")
-    assert compared(results_of(CLEAR))[1].caption.startswith("Mean over the seeds that both have [95 % interval]")
+    assert compared(results)[0].caption.startswith("One run each [95 % interval]: what a method has more; bold")
+    assert compared(results_of(CLEAR))[0].caption.startswith("Mean over the seeds that both have [95 % interval]")
 
 
 def test_runs_of_other_seeds_are_no_pair():
@@ -112,7 +132,7 @@ def test_runs_of_other_seeds_are_no_pair():
 
 
 def test_bold_is_what_is_above_every_other():
-    auroc, difference, *_ = compared(results_of(CLEAR))
+    _, auroc, difference, *_ = compared(results_of(CLEAR))
     (section,) = auroc.sections
     ((label, cells),) = section.rows
     assert (section.heading, label) == ("near-OOD", "MSP")

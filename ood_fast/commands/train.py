@@ -84,10 +84,9 @@ def run(options: argparse.Namespace, command: str) -> None:
             raise RunError(f"{error}; {_kept(training)}") from error
     if not options.quiet:
         best = training.best
-        print(
-            f"Trained {recipe.epochs} epochs: validation accuracy {100 * best['validation_accuracy']:.2f} % at best "
-            f"(epoch {best['epoch']}). The run is in {out}"
-        )
+        trained = f"Trained {recipe.epochs} epoch{'s' * (recipe.epochs != 1)}"
+        accuracy = f"validation accuracy {100 * best['validation_accuracy']:.2f} % at best (epoch {best['epoch']})"
+        print(f"{trained}: {accuracy}. The run is in {out}")
 
 
 def _check(options: argparse.Namespace) -> None:

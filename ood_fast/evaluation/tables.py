@@ -1,6 +1,6 @@
 """The tables of an evaluation: a column for each method, or of one method for each metric and group of sets.
 
-`build` has all of them, `compared` those of several methods, `print_tables` puts them below the verdict.
+`build` has all of them, `compared` those of several methods, `print_tables` puts the verdict below them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..detectors.registry import label_of
 from ..metrics import ECE_BINS
 from ..registry import added
 from ..report.tables import Cell, Column, Section, Table, and_list, percent, show
-from .results import CONVENTIONS, ECE, FULL_SPECTRUM, Results, Summary
-from .verdict import Key, means_of, points, ranking, shows, sign, title, verdict
+from .results import CONVENTIONS, ECE, FULL_SPECTRUM, Numbers, Results, Summary
+from .verdict import Key, means_of, over_detectors, overall, points, ranking, shows, sign, title, verdict
 
 # What the columns of accuracy and calibration are called.
 CALIBRATION = dict(zip(("accuracy", *ECE), ("accuracy", "ECE f", "ECE f/(τ‖f‖)", "ECE f/D"), strict=True))
@@ -156,8 +156,8 @@ def _difference(summary: Summary | None) -> Cell:
 
 
 def compared(results: Results) -> list[Table]:
-    """AUROC, its differences to the baseline, FPR95; folded and not on terminals AUROC by set, other metrics, and FPR95
-    of many detectors."""
+    """Each method against the baseline, AUROC, its differences, FPR95; folded AUROC by set, other metrics, and FPR95 of
+    many detectors. What is folded is not on terminals, nor is FPR95."""
     means, sets = means_of(results), results.ood
     caught, kept = (f"fpr95_{positive}_positive" for positive in ("ood", "id"))
     order = list(dict.fromkeys(ranked.detector for ranked in ranking(results)))
@@ -173,7 +173,7 @@ def compared(results: Results) -> list[Table]:
     if results.csid:
         full = [(AUROC, "auroc", full_spectrum(results)), (FPR95, caught, "")]
         wanted[3:3] = [(f"Full-spectrum {of}", FULL_SPECTRUM + key, means, told, False) for of, key, told in full]
-    tables = []
+    tables = _over_detectors(results)
     for name, metric, names, caption, folded in wanted:
         if not order or (caption is None and results.baseline is None) or (name == BY_SET and sets == means):
             continue
@@ -186,14 +186,35 @@ def compared(results: Results) -> list[Table]:
         judged = _judged(results, [(metric, detector, of) for of in names for detector in order])
         if caption is None:
             name = f"{name}: paired difference to {results.baseline} (percentage points)"
-            interval = (" [95 % interval]", "; bold where it excludes 0") if judged else ("", "")
-            over = "One run each" if results.one_each else "Mean over the seeds that both have"
-            caption = f"{over}{interval[0]}: what a method has more{interval[1]}."
+            caption = _more(results, judged)
         else:
             marks = "; bold: better than every other, the interval excludes 0" * judged
             caption = f"{over_seeds(results)}{marks}. {caption}".strip()
-        tables.append(Table(name, caption, tuple(columns), sections, on_terminal=not folded, folded=folded))
+        shown = not folded and metric != caught
+        tables.append(Table(name, caption, tuple(columns), sections, on_terminal=shown, folded=folded))
     return tables
+
+
+def _over_detectors(results: Results) -> list[Table]:
+    """What each method has more than the baseline over all detectors, and in accuracy."""
+    found = overall(results)
+    heads = dict.fromkeys(head for pairs in found.values() for head in pairs)
+
+    def column(head: str) -> Column:
+        return title(head), lambda pairs: _gain(results, *pairs[head]) if head in pairs else Cell("–")
+
+    gains = [results.gain(*both) for pairs in found.values() for both in pairs.values()]
+    judged = any(gain is not None and gain[1] is not None for gain in gains)
+    name = f"Against {results.baseline}, {over_detectors(results)}: AUROC and accuracy (percentage points)"
+    rows = [("", [(method, (pairs,)) for method, pairs in found.items()])]
+    return [Table.of(name, _more(results, judged), map(column, heads), rows)] if any(gains) else []
+
+
+def _more(results: Results, judged: bool) -> str:
+    """What a table of gains says."""
+    interval = (" [95 % interval]", "; bold where it excludes 0") if judged else ("", "")
+    over = "One run each" if results.one_each else "Mean over the seeds that both have"
+    return f"{over}{interval[0]}: what a method has more{interval[1]}."
 
 
 def _judged(results: Results, keys: Sequence[Key]) -> bool:
@@ -230,28 +251,34 @@ def _values(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
 
 def _gains(results: Results, methods: Sequence[str], key: Key) -> list[Cell]:
     """What each has more than the baseline."""
-    cells = []
-    for method in methods:
-        gain = results.gain((method, [key]), (results.baseline or "", [key]))
-        shown = 0 if gain is None else shows(*gain)
-        worse = shown * (-1 if key[0] in LOWER else 1) < 0
-        cells.append(Cell("–") if gain is None else Cell(points(*gain), bold=shown != 0, worse=worse))
-    return cells
+    return [_gain(results, (method, [key]), (results.baseline or "", [key])) for method in methods]
+
+
+def _gain(results: Results, of: Numbers, over: Numbers) -> Cell:
+    gain = results.gain(of, over)
+    shown = 0 if gain is None else shows(*gain)
+    worse = shown * (-1 if of[1][0][0] in LOWER else 1) < 0
+    return Cell("–") if gain is None else Cell(points(*gain), bold=shown != 0, worse=worse)
 
 
 def print_tables(results: Results) -> None:
-    """The verdict, the tables and notes on standard output."""
+    """The tables, notes and the verdict on standard output."""
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    for index, sentence in enumerate(verdict(results)):
-        console.print(Text(sentence, style="" if index else "bold"))
-    console.print()
     show(build(results))
     for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
         told = f"{', '.join(names)}: {with_option(note)}"
         Console(highlight=False).print(Text(told, style="yellow"), soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print(f"\nTest images: {test_images(results)}.", style="dim")
+    for index, sentence in enumerate(verdict(results)):  # last: what a terminal shows then
+        console.print(Text(sentence, style="" if index else "bold"))
+
+
+def test_images(results: Results) -> str:
+    """The sets that were tested with, their groups and numbers of images."""
+    return "; ".join(f"{part.title} ({part.group}, {part.n_images:,})" for part in results.sets.values())
 
 
 def with_option(note: str) -> str:

@@ -11,9 +11,10 @@ from statistics import fmean
 
 from ..detectors.registry import label_of
 from ..report.tables import and_list
-from .results import GROUPS, TITLES, Results
+from .results import GROUPS, TITLES, Numbers, Results
 
 Key = tuple[str, str, str]
+ACCURACY = [("accuracy", "", "")]
 
 
 @dataclass(frozen=True)
@@ -76,55 +77,73 @@ def verdict(results: Results) -> list[str]:
         against = next((r for r in ranked if r.method == baseline), None)
         if first is not None and against is not None:
             sentences.append(_against(results, first, against))
-        compared_with = [method for method in results.methods if method != baseline]
-        sentences += [sentence for method in compared_with for sentence in _overall(results, method, baseline)]
+        sentences += _overall(results)
     elif others:
         sentences.append(_against(results, best, others[0]))
     return [*sentences, _reservation(results)]
 
 
 def _against(results: Results, one: Ranked, other: Ranked) -> str:
-    """The best of one method against the best of another, group by group."""
-    told = []
+    """The best of one method against the best of another: the groups by what their gains mean."""
+    told: dict[str, list[str]] = {}
     for name in one.values:
-        keys = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
-        told.append(f"{title(name)} {difference(results, *keys)}")
+        both = [(ranked.method, [("auroc", ranked.detector, name)]) for ranked in (one, other)]
+        gain = results.gain(*both)
+        gained = f"{title(name)} {'–' if gain is None else points(*gain)}"
+        told.setdefault(meaning(results, *both), []).append(gained)
     apart = one.method != other.method
     names = [f"{ranked.method} with " * apart + label_of(ranked.detector) for ranked in (one, other)]
-    return f"{' against '.join(names)}, each at its best: {'; '.join(told)}."
+    parts = [", ".join([*gained, *[means] * bool(means)]) for means, gained in told.items()]
+    return f"{' against '.join(names)}, each at its best: {'; '.join(parts)}."
 
 
-def _overall(results: Results, method: str, baseline: str) -> list[str]:
-    """A method against the baseline over all detectors that both have, and in accuracy."""
-    of, over = ({name for run in results.methods[m] for name in run.scores} for m in (method, baseline))
-    both = [name for name in results.detectors if name in of & over]
-    told = []
-    for name in means_of(results) if both else ():
-        keys = [("auroc", detector, name) for detector in both]
-        signs = [sign(results, (method, [key]), (baseline, [key])) for key in keys]
-        gain = results.gain((method, keys), (baseline, keys))
-        counts = f" (better with {signs.count(1)} of {len(both)}, worse with {signs.count(-1)})"
-        shown = counts if gain is not None and gain[1] is not None else ""
-        told.append(f"{title(name)} {difference(results, (method, keys), (baseline, keys))}{shown}")
-    accuracy = [(m, [("accuracy", "", "")]) for m in (method, baseline)]
-    if results.gain(*accuracy) is not None:
-        told.append(f"accuracy {difference(results, *accuracy)}")
-    how = f"mean over {len(both)} detectors" if len(both) > 1 else "with the same detector"
-    return [f"{method} against {baseline}, {how}: {'; '.join(told)}."] if told else []
+def overall(results: Results) -> dict[str, dict[str, tuple[Numbers, Numbers]]]:
+    """Every other method against the baseline: AUROC of each group over the detectors that both have, and accuracy."""
+    baseline, found = results.baseline or "", {}
+    scored = {method: {name for run in runs for name in run.scores} for method, runs in results.methods.items()}
+    for method in results.methods if baseline else ():
+        both = [name for name in results.detectors if name in scored[method] & scored[baseline]]
+        of = {name: [("auroc", detector, name) for detector in both] for name in means_of(results) if both}
+        of["accuracy"] = ACCURACY
+        if method != baseline:
+            found[method] = {head: ((method, keys), (baseline, keys)) for head, keys in of.items()}
+    return found
 
 
-def difference(results: Results, of: tuple[str, Sequence[Key]], over: tuple[str, Sequence[Key]]) -> str:
-    """A gain in percentage points with its interval, and what that means."""
+def over_detectors(results: Results) -> str:
+    """Over what the means of `overall` are taken."""
+    groups = (of for pairs in overall(results).values() for (of, _) in pairs.values())
+    numbers = {len(keys) for _, keys in groups if keys != ACCURACY}
+    if numbers == {1}:
+        return "with the same detector"
+    return f"mean over {numbers.pop() if len(numbers) == 1 else 'the'} detectors"
+
+
+def _overall(results: Results) -> list[str]:
+    """What `overall` means, in one sentence; methods of which the same is said together. None without intervals."""
+    told: dict[str, list[str]] = {}
+    for method, pairs in overall(results).items():
+        held = {name: both for name, both in pairs.items() if name != "accuracy" or results.gain(*both) is not None}
+        means = {name: meaning(results, *both) for name, both in held.items()}
+        shown = [(how, [title(name) for name, said in means.items() if said == how]) for how in ("better", "worse")]
+        parts = [f"{how} in {and_list(names)}" for how, names in shown if names]
+        if text := " and ".join(parts) or next(iter(means.values()), ""):
+            told.setdefault(text, []).append(method)
+    parts = [f"{and_list(methods)} {text}" for text, methods in told.items()]
+    return [f"Against {results.baseline}, {over_detectors(results)}: {'; '.join(parts)}."] if parts else []
+
+
+def meaning(results: Results, of: Numbers, over: Numbers) -> str:
+    """What a gain says; empty where it has no interval because there is one run of each."""
     gain = results.gain(of, over)
     if gain is None:
         return "not comparable, no seed in common"
-    text = points(*gain)
     if gain[1] is None:
-        return text if results.one_each else f"{text}, one seed in common"
+        return "" if results.one_each else "one seed in common"
     if shown := shows(*gain):
-        return f"{text}, {'better' if shown > 0 else 'worse'}"
+        return "better" if shown > 0 else "worse"
     n = len(results.pairs(of, over))
-    return f"{text}, no difference that {f'{n} seeds' if n > 1 else 'these test images'} can show"
+    return f"no difference that {f'{n} seeds' if n > 1 else 'these test images'} can show"
 
 
 def points(mean: float, low: float | None, high: float | None) -> str:

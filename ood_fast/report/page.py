@@ -12,7 +12,7 @@ from typing import Any
 from .. import checks, evaluation, files
 from ..diagnostics import NUMBERS
 from ..evaluation.results import ID
-from ..evaluation.tables import by_note
+from ..evaluation.tables import by_note, test_images
 from ..evaluation.verdict import ranking
 from . import evaluations, figures, pages
 from .charts import Chart
@@ -140,7 +140,7 @@ def _duration(seconds: float) -> str:
 def _evaluation(found: Sequence[tuple[Record, Evaluated]], prefix: str) -> str:
     """The verdict in sentences and in a picture, then the tables."""
     results = evaluations.stored(found)
-    told = "; ".join(f"{part.title} ({part.group}, {part.n_images:,})" for part in results.sets.values())
+    told = test_images(results)
     notes = by_note((record.name, note) for record, evaluated in found for note in evaluated.run.notes)
     sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in evaluation.verdict(results))
     picture = figures.shown(figures.dots(results), f"{prefix}verdict")
