@@ -55,11 +55,11 @@ def test_methods_of_which_the_same_is_said_are_said_together():
     assert (cells[0].text, cells[0].bold) == ("+20.0 [+17.5, +22.5]", True)
 
 
-def test_the_verdict_is_what_a_terminal_shows_last(capsys):
+def test_the_verdict_is_what_a_terminal_shows_first(capsys):
     results = results_of(CLEAR)
     evaluation.print_tables(results)
     told = " ".join(capsys.readouterr().out.split())
-    assert told.endswith(f"Test images: {tables.test_images(results)}. {' '.join(sentences_of(results))}")
+    assert told.startswith(f"{' '.join(sentences_of(results))} Test images: {tables.test_images(results)}. ")
     assert "FPR95" not in told, "it is on the page"
 
 

@@ -1,6 +1,6 @@
 """The tables of an evaluation: a column for each method, or of one method for each metric and group of sets.
 
-`build` has all of them, `compared` those of several methods, `print_tables` puts the verdict below them.
+`build` has all of them, `compared` those of several methods, `print_tables` puts them below the verdict.
 """
 
 from __future__ import annotations
@@ -262,18 +262,18 @@ def _gain(results: Results, of: Numbers, over: Numbers) -> Cell:
 
 
 def print_tables(results: Results) -> None:
-    """The tables, notes and the verdict on standard output."""
+    """The verdict, the tables and notes on standard output."""
     from rich.console import Console
     from rich.text import Text
 
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for index, sentence in enumerate(verdict(results)):
+        console.print(Text(sentence, style="" if index else "bold"))
+    console.print(f"Test images: {test_images(results)}.\n", style="dim")
     show(build(results))
     for note, names in by_note((run.trained.name, note) for run in results.runs for note in run.notes).items():
         told = f"{', '.join(names)}: {with_option(note)}"
         Console(highlight=False).print(Text(told, style="yellow"), soft_wrap=True)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    console.print(f"\nTest images: {test_images(results)}.", style="dim")
-    for index, sentence in enumerate(verdict(results)):  # last: what a terminal shows then
-        console.print(Text(sentence, style="" if index else "bold"))
 
 
 def test_images(results: Results) -> str:
