@@ -77,7 +77,7 @@ def test_ranks_meet_where_all_can(backends, device, expected, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     tensor = None if device is None else torch.empty(1, device=device)
-    assert distributed.shards._meeting_place(None, tensor).type == expected
+    assert distributed.shards.meeting_place(None, tensor).type == expected
 
 
 def test_communication_does_not_grow_with_the_classes():

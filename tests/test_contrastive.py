@@ -176,6 +176,18 @@ def test_prototypes_stay_in_eval_mode_and_are_no_nan_after_an_overflow(kind, hea
     assert criterion(z, y).isfinite()
 
 
+def test_processes_that_talk_on_their_gpus_alone(head, monkeypatch):
+    """What `init_process_group("nccl")` makes cannot reduce a tensor on the host."""
+    talked = []
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "meta:nccl")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: talked.append(tensor.device.type))
+    criterion = SupConLoss(head, projection=D).to("meta")  # in place of a GPU; its numbers cannot be read
+    with pytest.raises(NotImplementedError):
+        criterion.average_gradients(2)
+    assert talked == ["meta"]
+
+
 def test_ignored_samples_take_no_part_in_the_contrast(head):
     z, y = torch.randn(N, M), torch.arange(N) % C
     criterion = SupConLoss(head, lambda logits, y: logits.sum() * 0, projection=D)

@@ -171,7 +171,7 @@ def agree(
     numbers += [zlib.crc32(str(fact).encode()) for fact in call.facts.values()]
     numbers += [0] * (SIGNATURE_NUMBERS - len(numbers))
     n_ranks = dist.get_world_size(group)
-    device = _meeting_place(group, tensor)
+    device = meeting_place(group, tensor)
     every = _gather(torch.tensor([numbers], device=device), [1] * n_ranks, group).tolist()
     column = list(zip(*every, strict=True))
 
@@ -220,7 +220,7 @@ def _gather_texts(text: str, n_ranks: int, device: torch.device, group: dist.Pro
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in every.tolist()]
 
 
-def _meeting_place(group: dist.ProcessGroup, tensor: object) -> torch.device:
+def meeting_place(group: dist.ProcessGroup, tensor: object) -> torch.device:
     """A device that every rank of the group can talk on, whatever its arguments are."""
     if "cpu:" in dist.get_backend_config(group):  # gloo, alone or beside nccl
         return torch.device("cpu")

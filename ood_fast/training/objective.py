@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.shards import meeting_place
 from ..heads import Beside
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Objective(nn.Module):
         if n_processes == 1 or not parameters:
             return
         there = [parameter.grad is not None for parameter in parameters]
-        anywhere = torch.tensor(there, dtype=torch.int32, device="cpu")  # on the host: no GPU waits
+        place = meeting_place(dist.group.WORLD, parameters[0])  # the host, if it can be: no GPU waits
+        anywhere = torch.tensor(there, dtype=torch.int32, device=place)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         for parameter in itertools.compress(parameters, anywhere.tolist()):
             if parameter.grad is None:
