@@ -110,7 +110,8 @@ def is_float(value: Tensor) -> bool:
 def float_tensor(argument: str, value: Any, n_dims: int, shape_text: str) -> None:
     """TypeError unless `value` is a floating-point tensor, ValueError unless it has `n_dims` dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: got {_describe(value)}, expected a tensor of shape {shape_text}")
+        of_output = "; pass its .logits" * isinstance(getattr(value, "logits", None), Tensor)
+        raise TypeError(f"{argument}: got {_describe(value)}, expected a tensor of shape {shape_text}{of_output}")
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{argument}: got {got}, expected a dense tensor of shape {shape_text}")

@@ -355,7 +355,7 @@ def test_info_names_versions_devices_losses_and_detectors(capsys):
     assert lines["ood_fast"] == ood_fast.__version__
     assert lines["devices"].startswith("cpu")
     assert lines["backend"].startswith("cpu: ")
-    assert lines["losses"] == ", ".join(recipes.LOSSES)
+    assert lines["losses"] == ", ".join(recipes.METHODS)
     listed = lines["detectors"].split(", ")
     assert listed[: len(recipes.DETECTORS)] == list(recipes.DETECTORS)
     assert sorted(listed) == sorted(detectors.known())

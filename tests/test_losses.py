@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,12 @@ def test_bad_heads():
         ood_fast.ELogitNormLoss(Classifier())
     with pytest.raises(ValueError, match=r"unknown layer of Classifier 'fcc'; known: body, fc; did you mean 'fc'"):
         ood_fast.ELogitNormLoss(Classifier(), "fcc")
+
+
+def test_an_output_that_holds_logits_is_told_so():
+    output, y = SimpleNamespace(logits=torch.randn(2, 3)), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"logits: got SimpleNamespace, expected .*; pass its \.logits$"):
+        ood_fast.ELogitNormLoss(nn.Linear(4, 3))(output, y)
 
 
 def test_a_replaced_head_of_another_size_is_suspected(data):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import detectors, ops
-from ..recipes import DETECTORS, LOSSES
+from ..recipes import DETECTORS, METHODS
 from .common import machine, versions
 
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         "machine": ", ".join(machine().values()),
         "devices": ", ".join(devices),
         "backend": ", ".join(_backend(device.split()[0]) for device in devices),
-        "losses": ", ".join(LOSSES),
+        "losses": ", ".join(METHODS),
         "detectors": ", ".join(names),
     }
     width = max(map(len, lines))

@@ -54,7 +54,8 @@ def _choice(told: str, *choices: str) -> dict[str, Any]:
 
 DEFAULT = "(default: %(default)s)"
 MODEL_HELP = (
-    "one of torchvision's classifiers, resnet18_32x32, timm:NAME, hf:FOLDER, MODULE:CALLABLE, or NAME of --plugin"
+    "one of torchvision's classifiers, resnet18_32x32, timm:NAME, hf:NAME_OR_FOLDER, MODULE:CALLABLE, or NAME of "
+    "--plugin"
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     # models and their weights
