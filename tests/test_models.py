@@ -518,8 +518,13 @@ class Malicious:
         ("a.pt", lambda path: None, "no checkpoint"),
         (
             "a.pt",
-            lambda path: torch.save({"fc.bias": torch.ones(1), "module.fc.bias": torch.ones(1)}, path),
+            lambda path: torch.save({at + k: v for at in ("", "module.") for k, v in cnn().state_dict().items()}, path),
             "weights of this model below '', 'module.'",
+        ),
+        (
+            "a.pt",  # of another architecture, blocks of which have a name that is this model's too
+            lambda path: torch.save({f"block{k}.fc.bias": torch.ones(1) for k in range(3)}, path),
+            "does not fit SmallCNN: missing: .*unexpected: block0",
         ),
         ("a.safetensors.index.json", lambda path: path.write_text("{}"), "cannot be read as tensors"),
         (

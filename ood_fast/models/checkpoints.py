@@ -223,8 +223,9 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str |
         wanted = {name.removeprefix(owner): own_name for name, own_name in wanted.items()}  # the model is the wrapper
     prefixes = {""} | {key[: at + 1] for key in plain for at, sign in enumerate(key) if sign == "."}
     counts = {prefix: sum(prefix + name in plain for name in wanted) for prefix in sorted(prefixes)}
-    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
-    if len(best) > 1 and counts[best[0]]:
+    most = max(counts.values())
+    best = [prefix for prefix, count in counts.items() if count == most] if 2 * most >= len(wanted) else [""]
+    if len(best) > 1 and most:
         raise checks.UserError(
             f"{path}: holds weights of this model below {_listed([repr(prefix) for prefix in best])}; save those that "
             "are meant by themselves"
