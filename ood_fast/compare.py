@@ -66,7 +66,8 @@ def recipes_of(
         if recipe is None and own in RECIPES:
             made = RECIPES[own]
         elif recipe is None and base not in RECIPES:
-            raise checks.UserError(f"--recipe: benchmark {benchmark} has none that fits; name one")
+            there = [name for name in RECIPES if name.startswith(f"{benchmark}-")] or ["cifar10-ce"]
+            raise checks.UserError(f"--recipe: benchmark {benchmark} has none of its own; name one, such as {there[0]}")
         else:
             plain = recipes.find(os.fspath(base))
             default = {name: getattr(TrainingRecipe(), name) for name in OF_THE_LOSS}

@@ -17,6 +17,7 @@ from test_data import (
     write_dtd,
     write_image,
     write_mnist,
+    write_openood,
     write_places,
     write_svhn,
     write_tiny_imagenet,
@@ -610,6 +611,15 @@ def test_only_what_the_detectors_need_is_read(root, seeds, tmp_path, capsys):
     held = evaluation.read(seeds / "s0/eval/cifar10")["runs"][0]
     assert set(held["images_per_second"]) == {"test", "svhn"}
     assert evaluate(seeds / "s0", *on_cifar10(there, "--detectors=NCI", "--ood=svhn", "--quiet", "--overwrite")) == 2
+
+
+def test_the_list_of_training_images_is_not_read_for_logits_alone(seeds, tmp_path):
+    write_openood(tmp_path)
+    (tmp_path / "benchmark_imglist/cifar10/train_cifar10.txt").unlink()
+    chosen = ["--detectors=MSP,Energy", "--ood=svhn", "--no-tune", "--quiet"]
+    assert evaluate(seeds / "s0", *on_cifar10(tmp_path, *chosen)) == 0
+    chosen[0] = "--detectors=KNN"
+    assert evaluate(seeds / "s0", *on_cifar10(tmp_path, *chosen, "--overwrite")) == 2
 
 
 def test_odin_is_asked_for(root, seeds, capsys):

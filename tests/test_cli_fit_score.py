@@ -95,6 +95,23 @@ def scoring(data: str, file: str = "d.safetensors") -> list[str]:
     return ["score", "--detectors", file, "--data", data, *OWN, "--workers", "0"]
 
 
+def test_confident_scores_do_not_tie_in_the_table(tmp_path, monkeypatch):
+    """In float32 the softmax of each of these is 1; the flags are those of a deployed detector, in float32."""
+    monkeypatch.chdir(tmp_path)
+    logits = torch.stack([torch.linspace(18, 30, 40), *torch.zeros(2, 40)], dim=1)
+    np.savez("f.npz", logits=logits.numpy(), features=logits.numpy())
+    assert (
+        fit("--features", "f.npz", "--validation", "f.npz", "--detectors", "MSP,MaxLogit", "--out", "d.safetensors")
+        == 0
+    )
+    assert score("--detectors", "d.safetensors", "--features", "f.npz", "--out", "s.csv") == 0
+    rows = rows_of("s.csv")
+    written = [float(row["MSP"]) for row in rows]
+    assert written == logits.double().softmax(dim=1).amax(dim=1).tolist()
+    assert len(set(written)) == len(rows)
+    assert {row["MSP_is_ood"] for row in rows} == {"False"}
+
+
 # ---- images
 
 

@@ -103,7 +103,7 @@ def test_a_stopped_comparison_of_other_numbers_is_its_own(loss, change, tmp_path
         (("digits", ["ce", "elogitnrm"]), r"unknown loss 'elogitnrm'; did you mean 'elogitnorm'\? known: "),
         (("digits", []), "losses: got none"),
         (("digits", ["ce", "CE"]), "losses: got ce, ce, expected each only once"),
-        (("gtsrb", ["ce"]), "--recipe: benchmark gtsrb has none that fits; name one"),
+        (("gtsrb", ["ce"]), "--recipe: benchmark gtsrb has none of its own; name one, such as gtsrb-l2norm-60"),
         (("digits", ["ce"], None, ["epochs=0"]), "epochs: got 0"),
     ],
 )

@@ -13,7 +13,7 @@ from ood_fast import evaluation
 from ood_fast.evaluation import tables
 from ood_fast.evaluation import verdict as sentences_of
 from ood_fast.evaluation.tables import compared
-from ood_fast.evaluation.verdict import ranking, shows
+from ood_fast.evaluation.verdict import points, ranking, shows
 from ood_fast.report import charts, evaluations, figures
 from ood_fast.report.record import Evaluated
 from ood_fast.report.tables import Cell, Section, Table, and_list, as_markdown

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..checks import UserError
 from ..data.folders import class_names
 from ..data.images import Files
 from ..detectors import DetectorSet
+from ..detectors.numbers import widened
 from . import RunError, gallery, images
 from .code import import_plugins
 from .common import device, given, processes, read_detectors, refuse_given, warn
@@ -135,6 +136,7 @@ def _identity(options: argparse.Namespace, source: Any) -> str:
 
 def _score_features(table: ScoreTable, options: argparse.Namespace, bar: Bar) -> None:
     detectors, end = table.detectors, 0
+    exact = _exact_of(detectors)
     head = next(((d.head_weight, d.head_bias) for d in detectors.detectors if d.needs_head), None)
     for index, stored in enumerate(features.batches(options.features)):
         first, end = end, end + len(stored)
@@ -154,7 +156,8 @@ def _score_features(table: ScoreTable, options: argparse.Namespace, bar: Bar) ->
         paths = stored.paths or [str(row) for row in positions]
         predicted = None if stored.logits is None else _predicted(table, stored.logits)
         with stored.named():
-            table.write(positions, paths, predicted, detectors.score_features(stored.features, stored.logits))
+            scores = detectors.score_features(stored.features, stored.logits)
+            table.write(positions, paths, predicted, scores, exact(stored.logits))
 
 
 def _score_images(
@@ -168,10 +171,23 @@ def _score_images(
     rest = range(max(rows.start, table.start), rows.stop)
     bar.advance(len(rows) - len(rest))
     batches = images.Images(source, prepared, rest, options, bar.advance, table.write_bad)
+    exact = _exact_of(table.detectors)
     with batches.named():
         for batch, scores in table.detectors.score_loader(model, batches, options.head):
             positions, paths = batch.given[2:]
-            table.write(positions, paths, _predicted(table, batch.logits), scores)
+            table.write(positions, paths, _predicted(table, batch.logits), scores, exact(batch.logits))
+
+
+def _exact_of(detectors: DetectorSet) -> Callable[[Tensor | None], Mapping[str, Tensor]]:
+    """Gives the scores of logits alone in float64: in float32 the most confident images tie at 1. They are what is
+    written; flags stay those of a deployed detector."""
+    names = [
+        name
+        for name, d in detectors.items()
+        if d.needs_logits and not (d.needs_features or d.needs_head or d.needs_model or d.gathers())
+    ]
+    chosen = detectors.only(names) if names else None
+    return lambda logits: {} if chosen is None or logits is None else chosen.score_features(None, widened(logits))
 
 
 def _predicted(table: ScoreTable, logits: Tensor) -> Tensor:

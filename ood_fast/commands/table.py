@@ -10,9 +10,10 @@ import glob
 import heapq
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -105,19 +106,28 @@ class ScoreTable:
         try:
             row = json.loads(line)
             position, _, *rest = row
-            if isinstance(position, int) and position >= least and (not rest or len(rest[1]) == len(self.detectors)):
+            n_cells = [len(cells) for cells in rest[1:]]
+            if isinstance(position, int) and position >= least and n_cells in ([], [len(self.detectors)] * 2):
                 return position
         except (ValueError, TypeError, IndexError, RecursionError):
             pass
         raise UserError(f"--out: {part}, line {number + 1}: is damaged; pass --overwrite to begin anew")
 
     def write(
-        self, positions: Sequence[int], paths: Sequence[str], predicted: Tensor | None, scores: dict[str, Tensor]
+        self,
+        positions: Sequence[int],
+        paths: Sequence[str],
+        predicted: Tensor | None,
+        scores: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Add the rows of one batch."""
+        """Add the rows of one batch. `exact`: of some scores what is written in place of what decides the flags."""
         predictions = [None] * len(paths) if predicted is None else predicted.tolist()
-        columns = [scores[name].tolist() for name in self.detectors]
-        self._append(zip(positions, paths, predictions, zip(*columns, strict=True), strict=True))
+        columns = [exact.get(name, scores[name]).tolist() for name in self.detectors]
+        none = [None] * len(paths)
+        flags = [none if d.threshold is None else d.is_ood(scores[n]).tolist() for n, d in self.detectors.items()]
+        both = zip(*columns, strict=True), zip(*flags, strict=True)
+        self._append(zip(positions, paths, predictions, *both, strict=True))
 
     def write_bad(self, position: int, path: str) -> None:
         """Remember an image that cannot be read, to be counted at the end.
@@ -171,15 +181,13 @@ class ScoreTable:
 
     def rows(self) -> Iterator[list[Any]]:
         """All parts merged, without the images that could not be read."""
-        thresholds = [None if d.threshold is None else float(d.threshold) for d in self.detectors.detectors]
         for row in heapq.merge(*(self._lines(rank) for rank in range(self.process.size)), key=lambda row: row[0]):
             if len(row) == 2:
                 self.n_bad += 1
                 continue
-            _, path, prediction, scores = row
+            _, path, prediction, scores, flags = row
             cells: list[Any] = []
-            for name, score, threshold in zip(self.detectors, scores, thresholds, strict=True):
-                is_ood = None if threshold is None else not score >= threshold
+            for name, score, is_ood in zip(self.detectors, scores, flags, strict=True):
                 cells += [score, is_ood]
                 if is_ood:
                     self.n_ood[name] += 1

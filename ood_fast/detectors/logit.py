@@ -60,8 +60,8 @@ class AtTemperature(Detector):
 class MSP(AtTemperature):
     """Maximum softmax probability: max_j softmax(f / T)_j.
 
-    In float32 all predictions with more than 17 between their logits have 1, and tie; evaluations score
-    `logits.double()`, which tells them apart. With T ≠ 1 scores are float64 anyway.
+    In float32 all predictions with more than 17 between their logits have 1, and tie; evaluations and `ood-fast score`
+    take `logits.double()`, which tells them apart. With T ≠ 1 scores are float64 anyway.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
     ICLR 2017, arXiv:1610.02136.

@@ -194,7 +194,8 @@ def _disagreement(test: Outputs, benchmark: ImageBenchmark, any_accuracy: bool, 
         told = agreement.at_chance(counts, agreement.UNTRAINED)
         return [told] if told else []
     cure = agreement.CURE if benchmark.name == "folder" else f"the classes of {benchmark.name} have an order of its own"
-    return agreement.refuse_disagreement(counts, benchmark.class_names, test.title, any_accuracy, cure)
+    names = benchmark.test.source.classes or list(map(str, range(benchmark.n_classes)))  # no need of training images
+    return agreement.refuse_disagreement(counts, names, test.title, any_accuracy, cure)
 
 
 def _outputs(
@@ -286,10 +287,10 @@ def _check_fit(run: Trained, benchmark: ImageBenchmark, n_outputs: int) -> None:
             f"{run.name}: trained on images of {shape}, but benchmark {benchmark.name} has {benchmark.image_shape}"
         )
     info = run.info or {}
-    classes = info.get("class_names", benchmark.class_names)
     # Of the others the names differ between layouts, but not the classes.
     if benchmark.name == info.get("benchmark") and benchmark.name not in SPECS:
-        for index, (theirs, ours) in enumerate(zip(classes, benchmark.class_names, strict=True)):
+        names = benchmark.class_names
+        for index, (theirs, ours) in enumerate(zip(info.get("class_names", names), names, strict=True)):
             if theirs != ours:
                 raise checks.UserError(
                     f"{run.name}: class {index} was {theirs!r} in training, but is {ours!r} in these images"
