@@ -53,7 +53,8 @@ class Service:
         page: HTML that GET / shows, and the content-security policy that goes with it.
         upright: whether images are turned as their EXIF orientation says.
 
-    Raises ValueError for a monitor with another threshold; `score` TypeError for classes of another number.
+    Raises ValueError for a monitor with another threshold, TypeError for a preparation that is no function; `score`
+    TypeError for classes of another number.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class Service:
         page: str | None = None,
         upright: bool = True,
     ) -> None:
+        if not callable(prepare):
+            got = type(prepare).__name__
+            raise TypeError(f"prepare: got {got}, expected a function from an image to a tensor, such as a transform")
         self.deployed, self.prepare, self.monitor, self.classes = deployed, prepare, monitor, classes
         self.page, self.upright = page, upright
         self._like = next(deployed.parameters(), None)

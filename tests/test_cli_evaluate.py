@@ -668,6 +668,8 @@ def test_one_sample_a_class_fits_no_class(capsys):
     given = ["--features=train.npz", "--test=test.npz", "--ood-features=far=far.npz"]
     assert evaluate(*given, "--out=out") == 0
     output = capsys.readouterr().out
-    assert "Mahalanobis: left out: is fitted on each class, but no class has two training samples" in output
+    for name in ("Mahalanobis", "KLMatching"):
+        assert f"{name}: left out: is fitted on each class, but no class has two training samples" in output
+    assert "TemperatureScaling: left out" not in output
     assert evaluate(*given, "--out=out", "--detectors=SHE,MSP", "--overwrite") == 2
     assert "SHE: is fitted on each class, but no class has two training samples" in capsys.readouterr().err

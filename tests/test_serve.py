@@ -150,6 +150,8 @@ def test_what_does_not_belong_together_is_refused(serve, service):
     deployed, prepare = service.deployed, service.prepare
     with pytest.raises(ValueError, match="monitor: got one that flags scores below"):
         serving.Service(deployed, prepare, Monitor(torch.randn(200)))
+    with pytest.raises(TypeError, match="prepare: got dict, expected a function"):
+        serving.Service(service.deployed, {"size": 32})
     with pytest.raises(TypeError, match="classes: got 2 names, expected"):
         serving.Service(deployed, prepare, classes=["a", "b"]).score(files(serve, 2)[0])
     in_half = serving.Service(copy.deepcopy(deployed).bfloat16(), prepare)

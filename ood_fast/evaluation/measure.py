@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, detectors, metrics
-from ..detectors import Detector, DetectorSet
+from ..detectors import Detector, DetectorSet, KLMatching, TemperatureScaling
 from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
 from ..eager.precision import has_float64
@@ -221,8 +221,14 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
                 counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)
         if counts and max(counts.values()) < 2:  # nothing of a class can be estimated
-            by_class = (d for d in fitting.detectors if any("targets" in part.reads for part in d.gathers().values()))
+            by_class = (d for d in fitting.detectors if _of_classes(d))
             search.failures = {**(search.failures or {}), **dict.fromkeys(by_class, ValueError(NO_CLASSES))}
+
+
+def _of_classes(detector: Detector) -> bool:
+    """Whether it is fitted on each class apart; KL matching on those predicted. A temperature is one for all."""
+    reads_targets = any("targets" in part.reads for part in detector.gathers().values())
+    return isinstance(detector, KLMatching) or (reads_targets and not isinstance(detector, TemperatureScaling))
 
 
 def kept_scores(search: DetectorSet, outputs: Outputs) -> dict[str, Tensor]:
