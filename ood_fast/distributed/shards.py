@@ -220,7 +220,7 @@ def _gather_texts(text: str, n_ranks: int, device: torch.device, group: dist.Pro
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in every.tolist()]
 
 
-def meeting_place(group: dist.ProcessGroup, tensor: object) -> torch.device:
+def meeting_place(group: dist.ProcessGroup | None, tensor: object) -> torch.device:
     """A device that every rank of the group can talk on, whatever its arguments are."""
     if "cpu:" in dist.get_backend_config(group):  # gloo, alone or beside nccl
         return torch.device("cpu")

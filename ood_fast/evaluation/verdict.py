@@ -99,7 +99,8 @@ def _against(results: Results, one: Ranked, other: Ranked) -> str:
 
 def overall(results: Results) -> dict[str, dict[str, tuple[Numbers, Numbers]]]:
     """Every other method against the baseline: AUROC of each group over the detectors that both have, and accuracy."""
-    baseline, found = results.baseline or "", {}
+    baseline = results.baseline or ""
+    found: dict[str, dict[str, tuple[Numbers, Numbers]]] = {}
     scored = {method: {name for run in runs for name in run.scores} for method, runs in results.methods.items()}
     for method in results.methods if baseline else ():
         both = [name for name in results.detectors if name in scored[method] & scored[baseline]]

@@ -71,7 +71,7 @@ class Objective(nn.Module):
         if n_processes == 1 or not parameters:
             return
         there = [parameter.grad is not None for parameter in parameters]
-        place = meeting_place(dist.group.WORLD, parameters[0])  # the host, if it can be: no GPU waits
+        place = meeting_place(None, parameters[0])  # the host, if it can be: no GPU waits
         anywhere = torch.tensor(there, dtype=torch.int32, device=place)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         for parameter in itertools.compress(parameters, anywhere.tolist()):
