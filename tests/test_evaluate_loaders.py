@@ -63,6 +63,13 @@ def test_without_classes_there_is_no_accuracy(model):
         found.runs[0].value("accuracy")
 
 
+def test_a_few_without_classes_are_told(model):
+    x, y = loader(40).dataset.tensors
+    some = DataLoader(TensorDataset(x, y.where(torch.arange(40) != 7, -1)), batch_size=16)
+    found = ood_fast.evaluate(model, some, {"x": loader(20)}, detectors=["MSP"]).runs[0]
+    assert found.notes == ["id: no accuracy, as 39 of 40 images have a class"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_without_classes_no_accuracy_is_told_to_be_at_chance(model):
     ood_fast.evaluate(model, loader(40, classes=False), {"x": loader(20)}, detectors=["MSP"])

@@ -285,10 +285,12 @@ def _classification(result: RunResult, draws: metrics.Bootstrap | None) -> None:
     right: dict[str, Tensor] = {}
     inside = [ID, *result.csid]
     for name in inside:
-        correct, confidence = _answers(
-            result.outputs[TEST if name == ID else name], result.head if name == ID else None
-        )
+        outputs = result.outputs[TEST if name == ID else name]
+        correct, confidence = _answers(outputs, result.head if name == ID else None)
         if correct is None:
+            named = sum(int((targets >= 0).sum()) for *_, targets in outputs.chunks() if targets is not None)
+            if named:
+                result.notes.append(f"{name}: no accuracy, as {named} of {len(outputs)} images have a class")
             continue
         right[name] = correct
         about = {} if name == ID else {"ood_set": name, "group": CSID}
