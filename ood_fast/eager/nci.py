@@ -55,10 +55,10 @@ def nci_forward(
             norm = torch.linalg.vector_norm(centered, dim=1)
             inverse_norm = norm.reciprocal().masked_fill_(norm == 0, 0.0)
             projection = centered.mul_(head_weight[take(predicted, rows)]).sum(1).mul_(inverse_norm)
-            projection.masked_fill_(take(top, rows).isnan(), math.nan)
-            score = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha).add_(projection)
-            chunks.append((score, projection, inverse_norm))
-        score, projection, inverse_norm = join(chunks)
+            weighted_norm = torch.linalg.vector_norm(z, ord=1, dim=1).mul_(alpha)
+            chunks.append((weighted_norm, projection, inverse_norm))
+        weighted_norm, projection, inverse_norm = join(chunks)
+        score = weighted_norm.add_(projection.masked_fill_(top.isnan(), math.nan))  # the gradient is NaN with it
     return score, Projected(predicted, projection, inverse_norm)
 
 

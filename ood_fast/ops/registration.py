@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -71,10 +70,10 @@ def version_of(tensor: Tensor) -> object:
         return object()
 
 
-def versions_of(tensors: Sequence[Tensor | None]) -> list[object]:
-    """`version_of` each; None of what is none, and of tensors of inference mode."""
+def versions_of(tensors: Sequence[Any]) -> list[object]:
+    """`version_of` each tensor; None of None, and of tensors of inference mode."""
     try:
-        return [*map(attrgetter("_version"), tensors)]
+        return [each._version for each in tensors]  # noqa: SLF001
     except (AttributeError, RuntimeError):
         return [None if each is None or each.is_inference() else version_of(each) for each in tensors]
 
