@@ -271,9 +271,9 @@ def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, cap
 
 
 def test_odin_steps_by_the_deviation_that_images_are_divided_by(photos):
-    arguments = ["--data", "train", "--detectors", "ODIN", *ON_IMAGES]
+    arguments = ["--data", "train", "--detectors", "ODIN,LayerMahalanobis", *ON_IMAGES]
     assert fit(*arguments, "--std", "0.5,0.25,0.2", "--out", "d.safetensors") == 0
-    assert detectors.load("d.safetensors")["ODIN"].std == (0.5, 0.25, 0.2)
+    assert [d.std for d in detectors.load("d.safetensors").detectors] == [(0.5, 0.25, 0.2)] * 2
     assert fit(*arguments, "--set", "ODIN.std=(1, 1, 1)", "--out", "d.safetensors") == 0
     assert detectors.load("d.safetensors")["ODIN"].std == (1, 1, 1)
 

@@ -538,10 +538,11 @@ def test_openood_odin_takes_the_deviation_of_the_images(subset, model):
     assert postprocessor.args.std == tuple(std)
     expected = detectors.ODIN(std=std).score(model, images(20, 1))
     np.testing.assert_allclose(postprocessor.inference(model, loader, False)[1], expected.numpy(), rtol=1e-5)
-    searched = Postprocessor(detectors.ODIN(), args_dict={"eps": [0.0014, 0.0028]})
-    searched.setup(model, {"train": loader}, {})
-    searched.set_hyperparam([0.0028])
-    assert searched.args.std == tuple(std)
+    for detector in (detectors.ODIN(), detectors.IODIN(), detectors.LayerMahalanobis()):
+        searched = Postprocessor(detector, args_dict={"eps": [0.0, 0.0028]})
+        searched.setup(model, {"train": loader}, {})
+        searched.set_hyperparam([0.0028])
+        assert (type(searched.detector), searched.args.std) == (type(detector), tuple(std))
     own = Postprocessor(detectors.ODIN(std=(1, 1, 1)), APS_mode=False)
     own.setup(model, {"train": loader}, {})
     assert own.args.std == (1, 1, 1), "what is given stays"

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import checks, features
 from ..agreement import ORDER, ROWS, confusion, refuse_disagreement, told_accuracy
 from ..checks import UserError
-from ..detectors import ODIN, Detector, DetectorSet, store
+from ..detectors import DetectorSet, store
 from ..detectors.fitting import DoesNotFit
 from ..detectors.search import Search
 from ..heads import given_head
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     where = device(options.device)
     with processes(where, options) as process:
         open_data = _open_features(options) if options.features else _open_images(options, where)
-        detectors = _prepared(detectors, open_data.notes)
+        detectors = DetectorSet({name: d.on_images(open_data.notes.get("std")) for name, d in detectors.items()})
         try:
             fitted = _fit(detectors, open_data, options, process)
         except RuntimeError as error:  # what the model says of the images
@@ -105,17 +105,6 @@ def _checked_out(name: str) -> Path:
             f"--out: got {out}, but what is written is safetensors; expected a name as detectors.safetensors"
         )
     return out
-
-
-def _prepared(detectors: DetectorSet, notes: dict[str, Any]) -> DetectorSet:
-    """ODIN steps by what the channels of images were divided by, as in OpenOOD, unless --set says otherwise."""
-
-    def prepared(detector: Detector) -> Detector:
-        if not isinstance(detector, ODIN) or detector.std is not None:
-            return detector
-        return detector.changed(std=notes.get("std"))
-
-    return DetectorSet({name: prepared(detector) for name, detector in detectors.items()})
 
 
 # ---- one interface to images and to features

@@ -72,6 +72,7 @@ class ODIN(Detector):
 
     needs_logits = True
     needs_model = True
+    moves_inputs = True
     grid = {"temperature": (1, 10, 100, 1000), "eps": (0.0014, 0.0028)}
 
     def __init__(

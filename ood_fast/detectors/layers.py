@@ -205,6 +205,7 @@ class LayerMahalanobis(LayerDetector):
     """
 
     label = "Mahalanobis over layers"
+    moves_inputs = True
     state = ("scales",)  # (L,): α
 
     def __init__(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, detectors, metrics
-from ..detectors import Detector, DetectorSet, KLMatching, TemperatureScaling
+from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
 from ..detectors.search import Search, Trial
 from ..eager.precision import has_float64
@@ -34,7 +33,6 @@ from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VAL
 
 T = TypeVar("T")
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no set can be called
-NO_CLASSES = "is fitted on each class, but no class has two training samples"
 COSTS = 0.01  # of AUROC, from where on a choice is said to cost
 
 
@@ -211,24 +209,13 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
         if not names:
             continue
         fitting = search.only(names)
-        counts: Counter[int] = Counter()
         if any(detector.gathers() for detector in fitting.detectors):
             n_rows = 0
             for features, logits, targets in result.outputs[part].chunks(device):
                 with checks.behind(n_rows):
                     fitting.partial_fit(features if features.shape[1] else None, logits, targets)
                 n_rows += len(features)
-                counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)
-        if counts and max(counts.values()) < 2:  # nothing of a class can be estimated
-            by_class = (d for d in fitting.detectors if _of_classes(d))
-            search.failures = {**(search.failures or {}), **dict.fromkeys(by_class, ValueError(NO_CLASSES))}
-
-
-def _of_classes(detector: Detector) -> bool:
-    """Whether it is fitted on each class apart; KL matching on those predicted. A temperature is one for all."""
-    reads_targets = any("targets" in part.reads for part in detector.gathers().values())
-    return isinstance(detector, KLMatching) or (reads_targets and not isinstance(detector, TemperatureScaling))
 
 
 def kept_scores(search: DetectorSet, outputs: Outputs) -> dict[str, Tensor]:

@@ -256,16 +256,10 @@ def _fitted(
 
 
 def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
-    """What moves images steps by the deviation that they were divided by, as in OpenOOD; banks are kept in float32,
-    which the features came in."""
-    settings = detector.settings()
-    if settings.get("std", ...) is None and settings["eps"]:
-        steps = getattr(benchmark.test.transform, "transforms", ())
-        std = next((step.std for step in steps if hasattr(step, "std")), None)
-        return detector if std is None else detector.changed(std=tuple(map(float, std)))
-    if settings.get("dtype", ...) is None:
-        return detector.changed(dtype=torch.float32)
-    return detector
+    """For these images; banks are kept in float32, which the features came in."""
+    steps = getattr(benchmark.test.transform, "transforms", ())
+    detector = detector.on_images(next((step.std for step in steps if hasattr(step, "std")), None))
+    return detector.changed(dtype=torch.float32) if detector.settings().get("dtype", ...) is None else detector
 
 
 def _is_standard(detector: Detector, grid: Grid | None) -> bool:

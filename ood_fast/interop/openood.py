@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..detectors import ODIN, Detector, DetectorSet
+from ..detectors import Detector, DetectorSet
 
 try:
     from openood.postprocessors import BasePostprocessor
@@ -90,8 +90,7 @@ class Postprocessor(BasePostprocessor):  # type: ignore[misc]  # of a package th
         and has no parameters to search stays as it is.
         """
         self._candidates, self._searched, self._n_set, self.args_dict = {}, {}, 0, dict(self._grid)
-        if isinstance(self.detector, ODIN) and self.detector.std is None:
-            self._take_std(*id_loader_dict.values())
+        self._take_std(*id_loader_dict.values())
         if self.APS_mode:
             values = itertools.product(*self.args_dict.values())
             self._candidates = dict(zip(values, self.detector.variants(self.args_dict), strict=True))
@@ -105,13 +104,11 @@ class Postprocessor(BasePostprocessor):  # type: ignore[misc]  # of a package th
         self.detector = self._candidates.get(current) or next(iter(self._candidates.values()), self.detector)
 
     def _take_std(self, *loaders: Iterable[Any]) -> None:
-        found = [std for std in map(_std_of, loaders) if std is not None]
-        if found:
-            self.detector = ODIN(**{**self.detector.settings(), "std": found[0]})
-        else:
+        self.detector = self.detector.on_images(next((std for std in map(_std_of, loaders) if std is not None), None))
+        if self.detector.moves_inputs and self.detector.std is None and self.detector.eps:
             warnings.warn(
-                "ODIN: no Normalize found in the preprocessing of the loaders, the step is taken as if images were "
-                "not divided by a standard deviation; pass ODIN(std=...)",
+                f"{self.detector.label}: no Normalize found in the preprocessing of the loaders, the step is taken as "
+                f"if images were not divided by a standard deviation; pass {type(self.detector).__name__}(std=...)",
                 stacklevel=3,
             )
 
