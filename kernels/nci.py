@@ -288,6 +288,8 @@ def nci_forward(
     classes = None
     if logits is None:
         logits, classes = predict_from_features(features, head_weight, head_bias)
+    elif logits.dtype == torch.float64:  # in float32, in which kernels compare, others than the largest may tie with it
+        logits, classes = logits.max(1, keepdim=True)
     features, head_weight, logits = unit_stride(features), unit_stride(head_weight), unit_stride(logits)
     n_samples, n_features = features.shape
     n_columns = logits.shape[1]

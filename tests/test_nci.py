@@ -79,6 +79,14 @@ def test_prediction_ties_take_the_first_class(backend):
     torch.testing.assert_close(ood_fast.nci_score(z, W, None, mean, alpha=0)[0], expected)
 
 
+def test_prediction_of_float64_logits_is_not_rounded(backend):
+    z, W, mean = torch.randn(3, 4), torch.randn(2, 4), torch.randn(4)
+    logits = torch.tensor([[1.0, 1.0 + 1e-12]] * 3, dtype=torch.float64)
+    given = [t.to(backend.device) for t in (z, W, mean, logits)]
+    score = ood_fast.nci_score(given[0], given[1], None, given[2], logits=given[3])
+    torch.testing.assert_close(score.cpu(), reference.nci_score(z, W, None, mean, logits=logits))
+
+
 def test_corners(backend):
     """z = mu has no direction: pScore 0 and finite gradients. A NaN logit gives NaN."""
     batch = Batch.of(4, 3, 5)

@@ -17,6 +17,7 @@ from ..agreement import ORDER, ROWS, confusion, refuse_disagreement, told_accura
 from ..checks import UserError
 from ..detectors import DetectorSet, store
 from ..detectors.fitting import DoesNotFit
+from ..detectors.gradient import on_images
 from ..detectors.search import Search
 from ..heads import given_head
 from ..models import own_preparation
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     where = device(options.device)
     with processes(where, options) as process:
         open_data = _open_features(options) if options.features else _open_images(options, where)
-        detectors = DetectorSet({name: d.on_images(open_data.notes.get("std")) for name, d in detectors.items()})
+        detectors = DetectorSet({name: on_images(d, open_data.notes.get("std")) for name, d in detectors.items()})
         try:
             fitted = _fit(detectors, open_data, options, process)
         except RuntimeError as error:  # what the model says of the images

@@ -43,7 +43,7 @@ class Contract(nn.Module):
     needs_model: bool = False  # scores inputs: by passes of its own through the model, or by more layers than the head
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
-    moves_inputs: ClassVar[bool] = False  # by its parameters eps and std, see `Detector.on_images`
+    moves_inputs: ClassVar[bool] = False  # by its parameters eps and std, see `gradient.on_images`
     of_positive: ClassVar[bool] = False  # made for features >= 0: a fit that sees others tells
     in_all: ClassVar[bool] = True  # whether "all" has it: not what runs the model several times over, see `passes`
     fits_on: str = "train"  # or "validation": the in-distribution data that the paper fits on

@@ -286,12 +286,6 @@ class Detector(Contract):
             made.member = member.changed()
         return made
 
-    def on_images(self, std: Iterable[float] | None) -> Detector:
-        """For images whose channels were divided by `std`: one that moves inputs, was given no std of its own and is
-        not fitted takes it, as in OpenOOD; any other is the same."""
-        takes = self.moves_inputs and std is not None and not (self.needs_fit and self.fitted)
-        return self.changed(std=tuple(map(float, std))) if takes and self.std is None else self
-
     def variants(self, grid: Grid | None = None) -> Iterator[Detector]:
         """A new detector for every combination of `grid` (default: the class's), the other parameters as here.
 

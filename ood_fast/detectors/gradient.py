@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,13 @@ def check_std(std: Sequence[float] | None) -> tuple[float, ...] | None:
 def by_std(step: Tensor, std: tuple[float, ...] | None) -> Tensor:
     """step / std, of inputs (n, channels, ...) that were divided by `std`, one number a channel; None: by 1."""
     return step if std is None else step / step.new_tensor(std).view(1, -1, *[1] * (step.dim() - 2))
+
+
+def on_images(detector: Detector, std: Iterable[float] | None) -> Detector:
+    """`detector` for images whose channels were divided by `std`: one that moves inputs, was given no std of its own
+    and is not fitted takes it, as in OpenOOD; any other stays."""
+    takes = detector.moves_inputs and detector.std is None and not (detector.needs_fit and detector.fitted)
+    return detector.changed(std=tuple(map(float, std))) if takes and std is not None else detector
 
 
 @register

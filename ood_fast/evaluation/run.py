@@ -20,6 +20,7 @@ from ..data import ImageBenchmark
 from ..data.specs import SPECS
 from ..detectors import Detector, DetectorSet
 from ..detectors.fitting import Note
+from ..detectors.gradient import on_images
 from ..detectors.search import Search, Trial
 from ..heads import given_head, inference_head
 from ..models.outputs import CHECKED
@@ -258,7 +259,7 @@ def _fitted(
 def _prepared(detector: Detector, benchmark: ImageBenchmark) -> Detector:
     """For these images; banks are kept in float32, which the features came in."""
     steps = getattr(benchmark.test.transform, "transforms", ())
-    detector = detector.on_images(next((step.std for step in steps if hasattr(step, "std")), None))
+    detector = on_images(detector, next((step.std for step in steps if hasattr(step, "std")), None))
     return detector.changed(dtype=torch.float32) if detector.settings().get("dtype", ...) is None else detector
 
 

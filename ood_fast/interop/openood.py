@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..detectors import Detector, DetectorSet
+from ..detectors.gradient import on_images
 
 try:
     from openood.postprocessors import BasePostprocessor
@@ -104,7 +105,8 @@ class Postprocessor(BasePostprocessor):  # type: ignore[misc]  # of a package th
         self.detector = self._candidates.get(current) or next(iter(self._candidates.values()), self.detector)
 
     def _take_std(self, *loaders: Iterable[Any]) -> None:
-        self.detector = self.detector.on_images(next((std for std in map(_std_of, loaders) if std is not None), None))
+        found = (std for std in map(_std_of, loaders) if std is not None)
+        self.detector = on_images(self.detector, next(found, None))
         if self.detector.moves_inputs and self.detector.std is None and self.detector.eps:
             warnings.warn(
                 f"{self.detector.label}: no Normalize found in the preprocessing of the loaders, the step is taken as "
