@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ood_fast import detectors
@@ -180,6 +181,15 @@ def test_vim_without_bias(data):
     data.head = nn.Linear(M, C, bias=False).double().requires_grad_(False)
     detector = data.fit("ViM")
     assert detector.origin.eq(0).all()
+
+
+def test_vim_of_a_head_with_a_masked_class(data):
+    expected = data.scores("ViM", dim=3)
+    head = nn.Linear(M, C + 1, dtype=torch.float64).requires_grad_(False)
+    head.weight[:C], head.bias[:C], head.bias[C] = data.head.weight, data.head.bias, -torch.inf
+    data.head = head
+    data.train_logits, data.logits = (F.pad(f, (0, 1), value=-torch.inf) for f in (data.train_logits, data.logits))
+    torch.testing.assert_close(data.scores("ViM", dim=3), expected)
 
 
 def test_vim_samples_the_residuals_of_many_rows(monkeypatch):

@@ -82,7 +82,8 @@ class ResidualDetector(Detector):
         weight = double(self.head_weight).to(scatter.mean.device)
         origin = torch.zeros_like(scatter.mean)
         if self.head_bias is not None:
-            origin = -torch.linalg.pinv(weight) @ self.head_bias.to(weight)
+            live = self.head_bias.to(weight.device) > -math.inf  # of a masked class there is no logit to be 0
+            origin = -torch.linalg.pinv(weight[live]) @ self.head_bias.to(weight)[live]
         moment = scatter.covariance().addr(scatter.mean - origin, scatter.mean - origin)
         directions, values = principal_directions(moment)
         limits = [by_width(len(values))]
