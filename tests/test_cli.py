@@ -56,7 +56,10 @@ def test_compare_prints_the_tables_and_writes_the_folder(tmp_path, capsys):
     results = evaluation.read(folder)
     assert results["command"] == "ood-fast compare --losses ce,elogitnorm --detectors msp,knn --seeds 2 --epochs 1"
     assert results["versions"]["ood_fast"] == ood_fast.__version__
-    assert f"{results['seconds']:.0f} s" in (folder / "report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{results['seconds']:.0f} s" in page
+    assert "2 runs of ood-fast train" in page
+    assert "2 more are in the tables above alone" in page
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [
         ("ce", 0),
         ("ce", 1),

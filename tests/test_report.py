@@ -221,6 +221,8 @@ def test_roc_curves_and_images_are_of_the_scores(done, page, parsed):
                 for t in ([*scores["id"], *scores[name], math.inf])
             ]
             assert min(same) < 1e-5, part["title"]
+    colours = set(re.findall(r'<span class="(k\d)[^"]*"><b>(.*?)</b>', page.partition('id="scores-on-cifar10"')[2]))
+    assert len(colours) == len({name for _, name in colours}) > 2, "a set has one colour in curves and histograms"
     gallery = page.partition('id="images-of-cifar10"')[2].partition("</section>")[0]
     assert gallery.count("<img ") >= 16
     told = []  # of the best run

@@ -16,7 +16,7 @@ from ..evaluation.tables import by_note, test_images
 from ..evaluation.verdict import ranking
 from . import evaluations, figures, pages
 from .charts import Chart
-from .record import Evaluated, Record
+from .record import Evaluated, Record, place_of
 from .runs import missing
 from .tables import Cell, Rows, Section, Table, as_html, as_page, number, percent
 
@@ -73,9 +73,12 @@ def _anchor(title: str) -> str:
 
 def _lead(records: Sequence[Record], benchmarks: Sequence[str]) -> str:
     n_runs = "One run" if len(records) == 1 else f"{len(records)} runs"
+    measured = [run for record in records for held in record.evaluated.values() for run in held.results.runs]
+    more = len({str(place_of(run.trained)) for run in measured}) - len(records)
+    others = f" {more} more are in the tables above alone." * (more > 0)
     on = f", evaluated on {', '.join(benchmarks)}" if benchmarks else ", not evaluated yet"
     trained = " of ood-fast train" * all(bool(record.info) for record in records)
-    return f"{n_runs}{trained}{on}. The numbers of each plot can be saved as CSV."
+    return f"{n_runs}{trained}{on}. The numbers of each plot can be saved as CSV.{others}"
 
 
 def _notes(title: str, notes: Mapping[str, Sequence[str]], *, opened: bool) -> str:
