@@ -25,7 +25,10 @@ def confusion(logits: Tensor, targets: Tensor) -> Tensor:
 ORDER = "number the targets as the logits are"
 ROWS = "targets of other rows or of other classes, logits or a head of another model"
 CURE = "pass the model's order as --classes FILE"
-CAUSES = "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes"
+CAUSES = (
+    "another --mean, --std or --size than in training, weights that are not this model's, folders of other classes, "
+    "too short a training"
+)
 UNTRAINED = "too few epochs, a learning rate that is too high or too low"
 
 

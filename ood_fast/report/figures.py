@@ -373,7 +373,8 @@ def roc(record: Record, evaluated: Evaluated, detector: str, sets: Mapping[str, 
         if len(inside) and len(outside):
             points = torch.stack(metrics.roc_curve(inside, outside, positive="id"), 1)
             points = points[_some(len(points), CURVE)]
-            series.append(Series(_title(evaluated, name), *points.T.tolist(), color=len(series) + 1))  # 0: ID, as in histograms
+            color = len(series) + 1  # 0 is ID, in the histograms below
+            series.append(Series(_title(evaluated, name), *points.T.tolist(), color=color))
             aurocs[_title(evaluated, name)] = 100 * metrics.auroc(inside, outside)
     return Chart(
         *(f"ROC of {label}: {record.name}", "OOD images accepted", "ID images accepted", series),
