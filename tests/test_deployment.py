@@ -245,6 +245,17 @@ def test_other_weights_that_come_later_are_refused(name, used, batch):
         assert len(deployed(batch)) == 3
 
 
+def test_weights_in_the_place_of_those_that_are_gone_are_other_ones(batch):
+    model = small_cnn()
+    deployed = deploy(model, fitted("MSP", model, batch))
+    deployed(batch)
+    for _ in range(100):
+        for _ in range(2):  # the second often lies where the first one's predecessor lay
+            deployed.model[-1].weight = nn.Parameter(torch.randn(C, model[-1].in_features), requires_grad=False)
+        with pytest.raises(ValueError, match="its weights are not those"):
+            deployed(batch)
+
+
 def test_threads_do_not_mix_their_features(batch):
     """One module, called from several threads at once, each of which waits inside the forward pass for the others."""
     meet = threading.Barrier(4)

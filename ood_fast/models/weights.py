@@ -92,9 +92,10 @@ class Watched:
             self.places += [(own["_buffers"], name) for name in STATISTICS if own["_buffers"].get(name) is not None]
 
     def state(self) -> tuple[list[Any], ...]:
-        """Which they are, how often each was changed in place, and the modes."""
+        """Which they are, how often each was changed in place, and the modes. It keeps them: of what is gone, another
+        one may have the place in memory."""
         there = [place.get(name) for place, name in self.places]
-        return [*map(id, there)], versions_of(there), [module.training for module in self.modules]
+        return [*map(id, there)], versions_of(there), [module.training for module in self.modules], there
 
 
 def identity_of_head(weight: Tensor, bias: Tensor | None) -> Weights:
