@@ -44,6 +44,7 @@ class Contract(nn.Module):
     state: ClassVar[tuple[str, ...]] = ()  # buffers that fitting fills
     optional_state: ClassVar[tuple[str, ...]] = ()  # those that it may leave None
     moves_inputs: ClassVar[bool] = False  # by its parameters eps and std, see `gradient.on_images`
+    of_classes: ClassVar[bool] = False  # of one sample a class it estimates nothing but does not say so: left out
     of_positive: ClassVar[bool] = False  # made for features >= 0: a fit that sees others tells
     in_all: ClassVar[bool] = True  # whether "all" has it: not what runs the model several times over, see `passes`
     fits_on: str = "train"  # or "validation": the in-distribution data that the paper fits on

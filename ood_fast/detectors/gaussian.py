@@ -159,6 +159,7 @@ class SHE(Detector):
 
     needs_features = True
     needs_logits = True
+    of_classes = True
     state = ("patterns", "known")  # known: (c,) bool, the classes that have one
 
     def __init__(self, metric: str = "inner") -> None:

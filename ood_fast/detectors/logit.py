@@ -205,6 +205,7 @@ class KLMatching(Detector):
 
     label = "KL matching"
     needs_logits = True
+    of_classes = True
     state = ("log_typical",)  # log d_k, a row for each class that was predicted, (k, c)
     fits_on = "validation"
 

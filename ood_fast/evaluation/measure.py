@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
@@ -33,6 +34,7 @@ from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VAL
 
 T = TypeVar("T")
 RESERVED = (ID, FIT, VALIDATION, VALIDATION_OOD, TEST, *GROUPS.values())  # what no set can be called
+NO_CLASSES = "is fitted on each class, but no class has two training samples"
 COSTS = 0.01  # of AUROC, from where on a choice is said to cost
 
 
@@ -208,14 +210,18 @@ def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
     for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
         if not names:
             continue
-        fitting = search.only(names)
+        fitting, counts = search.only(names), Counter[int]()
         if any(detector.gathers() for detector in fitting.detectors):
             n_rows = 0
             for features, logits, targets in result.outputs[part].chunks(device):
                 with checks.behind(n_rows):
                     fitting.partial_fit(features if features.shape[1] else None, logits, targets)
                 n_rows += len(features)
+                counts.update([] if targets is None else targets.tolist())
         fitting.finalize(head)
+        if counts and max(counts.values()) < 2:
+            by_class = (d for d in fitting.detectors if d.of_classes)
+            search.failures = {**(search.failures or {}), **dict.fromkeys(by_class, ValueError(NO_CLASSES))}
 
 
 def kept_scores(search: DetectorSet, outputs: Outputs) -> dict[str, Tensor]:
