@@ -246,7 +246,8 @@ def test_file_names_that_are_no_text(out, photos):
 
 
 def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, capsys):
-    models.save_checkpoint(runpy.run_path("mymodel.py")["build"](), "w.pth")
+    model = runpy.run_path("mymodel.py")["build"]()
+    models.save_checkpoint(model, "w.pth")
     weights = ["--checkpoint", "w.pth"]
     assert fit("--data", "train", "--detectors", "MSP", "--out", "d.safetensors", *ON_IMAGES, *weights) == 0
     arguments = [*scoring("ood")[1:], "--batch-size", "2", *weights]
@@ -256,12 +257,16 @@ def test_other_data_in_the_same_folder_is_not_continued(photos, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(ScoreTable, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert score(*arguments, "--out", "s.csv") == 130
+        assert score(*arguments, "--out", "t.csv") == 130
     capsys.readouterr()
-    written = Path("w.pth").stat()
-    os.utime("w.pth", (1, 1))  # other weights, which --other-model would let through
-    assert score(*arguments, "--out", "s.csv") == 2
+    os.rename("w.pth", "same.pth")
+    assert score(*arguments[:-1], "same.pth", "--out", "t.csv") == 0, "the same weights by another name"
+    with torch.no_grad():
+        model[4].weight[0, 0] += 1e-3
+    models.save_checkpoint(model, "w.pth")
+    assert score(*arguments, "--out", "s.csv", "--other-model") == 2
     assert "interrupted run with other options or data" in capsys.readouterr().err
-    os.utime("w.pth", ns=(written.st_atime_ns, written.st_mtime_ns))
+    os.replace("same.pth", "w.pth")
     os.rename("ood/05.png", "ood/00b.png")  # before what was scored: it would never be looked at
     capsys.readouterr()
     assert score(*arguments, "--out", "s.csv") == 2

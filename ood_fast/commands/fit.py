@@ -19,14 +19,13 @@ from ..detectors import DetectorSet, store
 from ..detectors.fitting import DoesNotFit
 from ..detectors.gradient import on_images
 from ..detectors.search import Search
-from ..heads import given_head
-from ..models import own_preparation
+from ..models import own_preparation, weight_fingerprint
 from ..processes import Processes
 from . import RunError, images, quality
 from .agreement import Agreement, check_sample, class_order
 from .code import import_plugins
 from .common import detector_set, device, processes, read_head_file, refuse_given, say, warn
-from .model import OF_IMAGES, REMEMBERED, cannot_take, fingerprint_of, is_callable, load_model, preparation_of, text_of
+from .model import OF_IMAGES, REMEMBERED, cannot_take, head_of, is_callable, load_model, preparation_of, text_of
 from .progress import Bar
 
 OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
@@ -121,7 +120,7 @@ class _ImageData:
         self.class_names = names
         self.notes = {name: getattr(options, name) for name in REMEMBERED} | {
             **prepared,
-            "fingerprint": fingerprint_of(model, options.head),
+            "fingerprint": weight_fingerprint(model, head_of(model, options.head)),
         }
 
     def _batches(self, source: Any, process: Processes, bar: Bar) -> images.Images:
@@ -241,19 +240,13 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     names = None
     if source.classes or options.classes:
         names = class_order(model, images.dataset_of(source, prepared), options)
-    n_outputs = _n_outputs(model, options.head)
+    head = head_of(model, options.head)
+    n_outputs = None if head is None else head.out_features
     if names and n_outputs not in (None, len(names)):
         if options.classes:
             raise UserError(f"--classes {options.classes}: {len(names)} names, but the model has {n_outputs} outputs")
         say(options, f"{len(names)} class folders, but the model has {n_outputs} outputs: predictions are numbers")
     return _ImageData(model, prepared, options, names, names if names and len(names) == n_outputs else None)
-
-
-def _n_outputs(model: torch.nn.Module, head: str | None) -> int | None:
-    try:
-        return given_head(model, head).out_features
-    except ValueError:
-        return None
 
 
 def _open_features(options: argparse.Namespace) -> _FeatureData:

@@ -173,14 +173,14 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
             setattr(options, name, notes.get(name))
 
 
-def fingerprint_of(model: nn.Module, head: str | None) -> str:
-    """Of the weights and the place of the head, see `models.weight_fingerprint`; what needs one says where it lacks."""
+def head_of(model: nn.Module, name: str | None) -> nn.Linear | None:
+    """The head; None where it cannot be told: what needs one says where it lacks."""
     try:
-        return weight_fingerprint(model, given_head(model, head))
+        return given_head(model, name)
     except ValueError as error:
-        if head is not None:
+        if name is not None:
             raise UserError(f"--{error}") from error
-        return weight_fingerprint(model, None)
+        return None
 
 
 def fitted(options: argparse.Namespace) -> tuple[nn.Module, DetectorSet, dict[str, Any]]:
@@ -204,7 +204,7 @@ def fitted_on(
     if options.other_model:
         for detector in detectors.detectors:
             detector.fitted_on = None
-    elif there is not None and fingerprint_of(model, options.head) != there:
+    elif there is not None and weight_fingerprint(model, head_of(model, options.head)) != there:
         raise UserError(
             f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
             "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"

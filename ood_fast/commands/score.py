@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks, features
 from ..checks import UserError
@@ -19,10 +19,11 @@ from ..data.folders import class_names
 from ..data.images import Files
 from ..detectors import DetectorSet
 from ..detectors.numbers import widened
+from ..evaluation.cache import model_key
 from . import RunError, gallery, images
 from .code import import_plugins
-from .common import device, given, processes, read_detectors, refuse_given, warn
-from .model import OF_IMAGES, PREPARATION, REMEMBERED, cannot_take, fitted_on
+from .common import device, processes, read_detectors, refuse_given, warn
+from .model import OF_IMAGES, cannot_take, fitted_on, head_of
 from .progress import Bar
 from .table import FORMATS, ScoreTable
 
@@ -37,13 +38,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         source = None if options.features else images.read_images(options.data)
         if options.classes is not None:
             _name_classes(detectors, options.classes)
-        with ScoreTable(out, detectors, _identity(options, source), process, options.overwrite) as table:
+        ready = None if source is None else (source, *fitted_on(options, detectors, notes, where))
+        with ScoreTable(out, detectors, _identity(options, ready), process, options.overwrite) as table:
             what = f"scoring {' '.join(options.data[:2]) if options.data else options.features}"
             with Bar(what, None, options.quiet) as bar, _told(notes):
-                if source is None:
+                if ready is None:
                     _score_features(table, options, bar)
                 else:
-                    _score_images(table, options, bar, source, notes, where)
+                    _score_images(table, options, bar, notes, *ready)
             counts = table.finish()
     if counts is None:
         return
@@ -115,22 +117,19 @@ def _name_classes(detectors: DetectorSet, file: str) -> None:
         detector.class_names = names
 
 
-def _identity(options: argparse.Namespace, source: Any) -> str:
+def _identity(options: argparse.Namespace, ready: tuple[Files, nn.Module, dict[str, Any]] | None) -> str:
     """A key of all that decides the rows: an interrupted run with another one is not continued."""
     digest = hashlib.sha256(Path(options.detectors).read_bytes())
-    names = ("data", "features", *REMEMBERED, "n_classes", *PREPARATION, "classes")
-    chosen = given(options, *names)
-    chosen["data"] = [os.path.realpath(path) for path in options.data or ()]
-    for name in ("features", "checkpoint", "classes"):
-        if chosen[name]:
-            path = Path(chosen[name]).resolve()
-            chosen[name] = [str(path), *([path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else ())]
-    digest.update(json.dumps(chosen, sort_keys=True).encode())
-    if source is None:
-        stats = [(str(file), file.stat()) for file in features.files(options.features)]
-        digest.update(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+    chosen: list[Any] = [os.path.realpath(path) for path in options.data or ()]
+    files = [] if options.classes is None else [Path(options.classes).expanduser()]
+    if ready is None:
+        files += features.files(options.features)
     else:
+        source, model, prepared = ready
+        chosen += [model_key(model, head_of(model, options.head)), prepared]
         source.update(digest)
+    chosen += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()
 
 
@@ -161,9 +160,14 @@ def _score_features(table: ScoreTable, options: argparse.Namespace, bar: Bar) ->
 
 
 def _score_images(
-    table: ScoreTable, options: argparse.Namespace, bar: Bar, source: Files, notes: dict[str, Any], where: str
+    table: ScoreTable,
+    options: argparse.Namespace,
+    bar: Bar,
+    notes: dict[str, Any],
+    source: Files,
+    model: nn.Module,
+    prepared: dict[str, Any],
 ) -> None:
-    model, prepared = fitted_on(options, table.detectors, notes, where)
     if not options.quiet:
         _warn_of_other_settings({"model": options.model, **prepared, "truncated": None}, notes)
     rows = table.process.share(len(source))

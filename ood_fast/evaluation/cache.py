@@ -38,7 +38,7 @@ from ..detectors import Detector, DetectorSet, load
 from ..detectors.fitting import readings_of
 from ..files import replacing, settle, staged
 from ..heads import given_head, inference_head
-from ..models.checkpoints import update_with_weights
+from ..models.checkpoints import update_with_weights, weight_fingerprint
 from ..models.running import run_model
 from ..processes import Processes
 
@@ -131,9 +131,8 @@ def read_head(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
 
 
 def model_key(model: nn.Module, head: nn.Linear | None) -> str:
-    """A hash of what decides features and logits: the weights, the layers with their settings, the text of classes that
-    are the user's own, which layer is the head. Not of functions that such classes call."""
-    place = next((path for path, module in model.named_modules() if module is head), None)
+    """A hash of what decides features and logits: `models.weight_fingerprint`, the layers with their settings, the text
+    of classes that are the user's own. Not of functions that such classes call."""
     plain = [  # whole numbers are left out: they may count passes
         f"{path}.{name}={value!r}"
         for path, module in model.named_modules()
@@ -141,9 +140,8 @@ def model_key(model: nn.Module, head: nn.Linear | None) -> str:
         if isinstance(value, (bool, float, str)) and name != "training" and not name.startswith("_")
     ]
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    digest = hashlib.sha256(f"{model!r} {place} {plain} {sorted(map(_text, classes))}".encode())
-    update_with_weights(digest, model.state_dict())
-    return digest.hexdigest()
+    text = f"{model!r} {weight_fingerprint(model, head)} {plain} {sorted(map(_text, classes))}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(cls: type) -> str:

@@ -3,7 +3,7 @@
 Of every floating-point parameter w, and of the running means and variances of norms, k elements (all, or 256 evenly
 spread) have a length l = max(‖w‖, 1e-3 √k) and are projected onto fixed waves, j = 1…4: √2 Σ_i w_i cos(i √j) / l. These
 and log₂ l are others for other weights, and nearly the same in another dtype, on another device, wrapped, compiled or
-replicated. `models.weight_fingerprint` is exact.
+replicated. `models.weight_fingerprint` is exact: it tells a step of training from another, and a cast as well.
 """
 
 from __future__ import annotations
