@@ -650,6 +650,19 @@ def test_a_run_of_ours_at_chance_level_is_told(tmp_path):
     assert "no better than chance (33.3 %); usual causes: too few epochs" in note
 
 
+def test_training_images_that_were_changed_since_are_told(tmp_path):
+    def notes(name: str, **parts: Tensors) -> str:
+        info = {"benchmark": name, "training_images": 60, "training_content": make_benchmark().fit.content}
+        run = replace(trained(tmp_path), info={**info, "status": "complete", "recipe": {}})
+        return " ".join(evaluate(tmp_path, ["MSP", "KNN"], make_benchmark(name, **parts), run).notes)
+
+    told = "are not the 60 that the model was trained on: they were changed"
+    assert told not in notes("own")
+    assert f"the training images, 60, {told}" in notes("own", fit=images(60, 9, has_classes=True))
+    assert told not in notes("cifar10", fit=images(60, 9, has_classes=True)), "perhaps another layout"
+    assert f"the training images, 57, {told}" in notes("cifar10", fit=images(57, 1, has_classes=True))
+
+
 # ---- files
 
 

@@ -26,6 +26,7 @@ from ..heads import given_head, inference_head
 from ..models.outputs import CHECKED
 from ..models.running import run_model
 from ..processes import Processes
+from ..training.folder import differ
 from ..values import Grid
 from .cache import FeatureCache, Outputs
 from .loaders import reads_features
@@ -161,6 +162,8 @@ def evaluate_run(run: Trained, benchmark: ImageBenchmark, chosen: Named = None, 
     sets = {name: TestSet(part.title, part.group, len(part)) for name, part in tested.items()}
     result = RunResult(run, cached.key, sets, outputs=outputs, images_per_second=cached.images_per_second)
     result.notes += _disagreement(outputs[TEST], benchmark, loading.any_accuracy, trained_here=run.info is not None)
+    if FIT in outputs:
+        result.notes += _other_images(run.info or {}, benchmark)
     if unfinished := run.unfinished:
         result.notes.append(unfinished)
     if not benchmark.ood:
@@ -269,6 +272,19 @@ def _is_standard(detector: Detector, grid: Grid | None) -> bool:
         return False
     default = type(detector)().settings()
     return all(value == default[name] for name, value in detector.settings().items() if name not in detector.grid)
+
+
+def _other_images(info: Mapping[str, Any], benchmark: ImageBenchmark) -> list[str]:
+    """A note where detectors are fitted on other images than the model was trained on. Of a benchmark that has several
+    layouts the content is not compared: names of files and classes differ between these."""
+    now = {"training_images": len(benchmark.fit), "training_content": getattr(benchmark.fit, "content", None)}
+    names = list(now)[: 1 if benchmark.name in SPECS else 2]
+    if info.get("benchmark") != benchmark.name or not any(name in info and differ(name, info, now) for name in names):
+        return []
+    then = info["training_images"]
+    return [
+        f"the training images, {now[names[0]]}, are not the {then} that the model was trained on: they were changed"
+    ]
 
 
 def _check_fit(run: Trained, benchmark: ImageBenchmark, n_outputs: int) -> None:
