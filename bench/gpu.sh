@@ -96,7 +96,8 @@ fi
 step versions 60 "$python" -c 'import json; from bench.measure import environment; print(json.dumps(environment()))'
 step install 90 "$python" -m pip install --no-deps --no-build-isolation --no-index --quiet -e . ${dry:+--dry-run}
 # A Python that nothing may be installed into finds the package here, but not this part of it.
-"$python" -c 'import ood_fast.kernels' 2>> "$out/install.log" || ln -sfn ../kernels ood_fast/kernels
+"$python" -c 'import ood_fast.kernels' 2>> "$out/install.log" ||
+  { ln -sfn ../kernels ood_fast/kernels && trap 'rm -f ood_fast/kernels' EXIT; }
 
 files=(tests/test_elogitnorm.py tests/test_nci.py tests/test_logitnorm.py tests/test_linear_elogitnorm.py
   tests/test_losses.py tests/test_ops.py tests/test_training_loops.py tests/test_launches.py tests/test_fused_row.py)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -584,6 +585,18 @@ def test_gpu_script_needs_a_gpu(tmp_path):
     assert "no GPU found" in run.stdout
     assert gpu_script(tmp_path).returncode == 2
     assert "usage" in gpu_script(tmp_path, "--nonsense").stderr
+
+
+def test_gpu_script_leaves_no_link_to_the_kernels_where_they_are_not_found(tmp_path):
+    for folder in ("bench", "ood_fast", "kernels"):
+        (tmp_path / folder).mkdir()
+    script = shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+    body = 'case "$*" in *"import ood_fast.kernels"*) exit 1 ;; *gpu_smoke*) ls -l ood_fast ;; esac; echo "$*"'
+    command = ["bash", script, "--dry-run", "1", str(tmp_path / "out")]
+    given = os.environ | {"PYTHON": fake_python(tmp_path, body)}
+    assert subprocess.run(command, env=given, capture_output=True, timeout=120, check=False).returncode == 0
+    assert "kernels -> ../kernels" in (tmp_path / "out/small_step.log").read_text()
+    assert not list((tmp_path / "ood_fast").iterdir())
 
 
 def test_gpu_script_dry_run_takes_every_step(tmp_path):
