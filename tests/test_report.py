@@ -497,6 +497,11 @@ def test_an_evaluation_of_the_seeds_stands_in_the_report_of_one(runs, capsys):
     assert cli.main(["report", "group/s1", "--quiet"]) == 0
 
 
+def test_an_evaluation_is_one_however_its_folder_is_written(runs, capsys):
+    assert cli.main(["report", str(Path("ce").resolve()), "ce/eval/cifar10", "--out=both.html"]) == 0
+    assert "is shown, of the same benchmark" not in capsys.readouterr().err
+
+
 def test_checkpoints_of_one_name_in_several_folders(runs, capsys):
     """Each is in the report; of one run without draws no difference has an interval, and none is said to have one."""
     for place, name in (("a", "ce"), ("b", "elogitnorm"), ("c", "ce"), ("a-again", "ce")):

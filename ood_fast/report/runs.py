@@ -51,7 +51,7 @@ def open_records(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
                 entry = _entry(held, path, name, record.info.get("id"))
                 if entry is not None:
                     shown = record.evaluated.setdefault(entry.results.benchmark, entry)
-                    if entry.folder == folder != shown.folder:
+                    if entry.folder == folder and not folder.samefile(shown.folder):
                         told_of = f"the evaluation in {folder}: that in {shown.folder} is shown, of the same benchmark"
                         record.missing.append(f"{told_of}; report it by itself")
             if not record.info and not record.evaluated:
