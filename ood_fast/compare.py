@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from . import checks, files, recipes
 from .data import ImageBenchmark
 from .detectors import registry
 from .evaluation import Results, RunResult, Trained, evaluate_run, open_run, paths_of
-from .evaluation.measure import Measuring, by_name, parts_of
-from .evaluation.results import VALIDATION
+from .evaluation.measure import Measuring, by_name, check_sizes, parts_of
+from .evaluation.results import FIT, VALIDATION
 from .evaluation.trained import PRETRAINED
 from .evaluation.write import check_folder, holds
+from .heads import given_head
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
-from .training import Run, Watcher
+from .training import Run, Watcher, model_of
 from .training.folder import COMPLETE, IMAGES, RUN, differ, file_key, images_of, read_info
 from .values import DRAWS
 
@@ -199,10 +200,21 @@ class Comparison:
                 )
 
     def check_data(self) -> None:
-        """UserError for data that is missing."""
-        how = Measuring(**{name: self.measuring[name] for name in ("tune", "grids") if name in self.measuring})
-        wanted = parts_of(by_name(self.chosen), how)
-        self.benchmark_of(self.seeds[0]).check({"train", VALIDATION, *wanted})
+        """UserError for data that is missing, or too little for a parameter of a detector."""
+        given, benchmark = by_name(self.chosen), self.benchmark_of(self.seeds[0])
+        names = [field.name for field in fields(Measuring)]
+        how = Measuring(**{name: value for name, value in self.measuring.items() if name in names})
+        wanted = parts_of(given, how)
+        benchmark.check({"train", VALIDATION, *wanted})
+        targets = {part: getattr(benchmark, part).targets for part in (FIT, VALIDATION) if part in wanted}
+        recipe = next(iter(self.recipes.values()))
+        with torch.random.fork_rng(devices=[]):
+            model = model_of(recipe, benchmark.n_classes, benchmark.image_shape, pretrained=False)
+        try:
+            head = given_head(model, None)
+        except ValueError:  # features are not read
+            return
+        check_sizes(given, how.for_chosen(self.chosen), (head.out_features, head.in_features), targets)
 
     def _there(self) -> list[tuple[str, int]]:
         """The finished runs in the folder."""

@@ -335,6 +335,26 @@ def test_outliers_belong_to_the_losses_that_take_them(folder, results, compariso
         run.folder.claim(described, resume=True)
 
 
+def test_a_parameter_that_so_few_images_do_not_allow_is_refused_before_a_run_is_trained(comparison_in, tmp_path):
+    def made(chosen, **measuring) -> Comparison:
+        return comparison_in(tmp_path, chosen=chosen, measuring={"tune": False, **measuring})
+
+    searched = {"tune": True, "grids": {"KNN": {"k": (700, 900)}}}
+    for comparison, told in (
+        (made({"MSP": detectors.MSP(), "KNN": detectors.KNN(k=651)}), "k: got 651, expected at most 650"),
+        (made({"ViM": detectors.ViM(dim=64)}), "dim: got 64, expected less than 64, the number of features"),
+        (made({"KNN": detectors.KNN()}, **searched), "k: got 700, expected at most 650"),
+    ):
+        with pytest.raises(checks.UserError, match=told):
+            comparison.run()
+    assert not list(tmp_path.iterdir())
+    before = torch.random.get_rng_state()
+    made({"KNN": detectors.KNN(k=650)}).check()
+    made({"KNN": detectors.KNN(k=651)}, leave_out=True).check()
+    made(["KNN"], tune=True, grids={"KNN": {"k": (10, 700)}}).check()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_weights_to_start_from(folder, results, comparison_in, tmp_path):
     start = folder / "runs/ce/s0/final.ckpt"
     made = {name: replace(recipe, init=str(start)) for name, recipe in recipes_of("digits", ["ce"]).items()}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from types import MappingProxyType
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from .. import checks, detectors, metrics
 from ..detectors import Detector, DetectorSet
-from ..detectors.fitting import Note
+from ..detectors.fitting import DoesNotFit, Note
 from ..detectors.search import Search, Trial
 from ..eager.precision import has_float64
 from ..functional import boundary_distance, temperature_of
 from ..recipes import TAU
 from ..registry import added
 from ..values import DRAWS, Grid, Grids
-from .cache import Outputs, Progress, no_progress, score_key
+from .cache import CHUNK_VALUES, Outputs, Progress, no_progress, score_key
 from .overlap import shared_images
 from .results import CSID, FIT, FULL_SPECTRUM, GROUPS, ID, TEST, VALIDATION, VALIDATION_OOD, RunResult
 
@@ -118,7 +119,7 @@ def measure(
     blind = {name: detector for name, detector in given.items() if not detector.needs_model}
     if blind:
         search = Search(DetectorSet(blind), how.grids_of(blind), bool(how.leave_out))
-        _fit(search, result, how.exact_device)
+        _fit(search, result.outputs, result.head, how.exact_device)
         try:
             search.leave_out()
         except ValueError as error:
@@ -201,19 +202,63 @@ def by_name(chosen: Mapping[str, Detector] | DetectorSet | Iterable[str] | None)
     return dict(DetectorSet(detectors.in_all() if chosen is None else chosen).items())
 
 
-def _fit(search: Search, result: RunResult, device: torch.device | str) -> None:
+@dataclass(frozen=True)
+class _Made:
+    """In place of the outputs of a model that is not trained: random numbers, by the targets and a weight (c, m)."""
+
+    targets: Tensor
+    weight: Tensor
+
+    def chunks(self, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        random = torch.Generator().manual_seed(0)
+        for targets in self.targets.split(max(1, CHUNK_VALUES // sum(self.weight.shape))):
+            features = self.weight[targets] + torch.rand(len(targets), self.weight.shape[1], generator=random)
+            yield features.to(device), (features @ self.weight.T).to(device), targets.to(device)
+
+
+def check_sizes(
+    given: Mapping[str, Detector], how: Measuring, head: tuple[int, int], targets: Mapping[str, Tensor]
+) -> None:
+    """UserError for a parameter that so much data do not allow, whatever they are: before a model is trained for hours.
+
+    Args:
+        given: those are looked at of which something is set or searched; defaults that are too large are lowered.
+        head: (c, m). targets: (n,) of the part that is fitted on, and of the validation images if they are read.
+    """
+    grids = how.grids_of(given)
+    asked = {name: d for name, d in given.items() if not d.needs_model and (d.given or grids.get(name))}
+    if how.leave_out or not asked:
+        return
+    weight = torch.rand(head, generator=torch.Generator().manual_seed(1))
+    search = Search(DetectorSet(asked), {name: grid for name, grid in grids.items() if name in asked})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _fit(search, {part: _Made(classes, weight) for part, classes in targets.items()}, (weight, None), "cpu")
+            search.leave_out()
+    except DoesNotFit as error:
+        raise checks.UserError(str(error)) from error
+    except ValueError:  # of numbers that no model made
+        pass
+
+
+def _fit(
+    search: Search,
+    outputs: Mapping[str, Outputs | _Made],
+    head: tuple[Tensor, Tensor | None] | None,
+    device: torch.device | str,
+) -> None:
     """Fit all candidates, in float64 on `device`: those with `fits_on = "validation"` there, if there is any."""
-    head = result.head
     if head is not None:
         head = head[0].to(device), None if head[1] is None else head[1].to(device)
-    on_validation = [n for n, d in search.items() if d.fits_on == "validation" and VALIDATION in result.outputs]
+    on_validation = [n for n, d in search.items() if d.fits_on == "validation" and VALIDATION in outputs]
     for part, names in ((FIT, [name for name in search if name not in on_validation]), (VALIDATION, on_validation)):
         if not names:
             continue
         fitting, counts = search.only(names), Counter[int]()
         if any(detector.gathers() for detector in fitting.detectors):
             n_rows = 0
-            for features, logits, targets in result.outputs[part].chunks(device):
+            for features, logits, targets in outputs[part].chunks(device):
                 with checks.behind(n_rows):
                     fitting.partial_fit(features if features.shape[1] else None, logits, targets)
                 n_rows += len(features)
