@@ -23,7 +23,7 @@ from test_metrics import compute_all_metrics, ece_by_loop
 from torch import nn
 
 import ood_fast
-from ood_fast import checks, data, detectors, evaluation, metrics, published, recipes
+from ood_fast import checks, data, detectors, evaluation, files, metrics, published, recipes
 from ood_fast.data import ImageBenchmark
 from ood_fast.data.images import ImageDataset, Tensors
 from ood_fast.detectors import KNN, NCI, ODIN, DetectorSet, FeatureNorm
@@ -592,12 +592,18 @@ def test_what_another_evaluation_keeps_meanwhile_stays(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(checks.UserError, match=r"--cache: .* has 0.0 GiB free, but features and logits of test take"):
+    with pytest.raises(checks.UserError, match=r"the cache .* has 0.0 GiB free, but features and logits of test take"):
         evaluate(tmp_path, ["MSP"])
     monkeypatch.undo()
 
-    def full(self, values):
+    def full(*given):
         raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "touch", full)
+        patch.setattr(files.os, "mkdir", full)
+        with pytest.raises(checks.UserError, match=r"^cannot write the cache \S+: No space left on device$"):
+            evaluate(tmp_path, ["MSP"])
 
     monkeypatch.setattr(evaluation.cache._Rows, "write", full)
     with pytest.raises(OSError, match="No space left"):

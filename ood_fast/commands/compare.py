@@ -82,8 +82,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise SystemExit(128 + stop.signum) from None
     except DivergedError as error:
         raise RunError(f"{error}; what was trained is kept in {folder}") from error
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}") from error
     if not options.quiet:
         evaluation.print_tables(results)
         print(f"Compared in {time.perf_counter() - start:.0f} s. Results: {folder}/, to be read in {shown}")

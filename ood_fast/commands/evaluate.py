@@ -19,7 +19,7 @@ from ..detectors import DetectorSet, LayerDetector, find, in_all
 from ..evaluation import Results, Trained
 from ..evaluation.trained import PRETRAINED, default_folder
 from ..values import Grids
-from . import RunError, carried_through
+from . import carried_through
 from .benchmarks import Benchmarks, named_path, run_info
 from .code import import_known, import_plugins
 from .common import context_of, detector_set, device, given, processes, read_head_file, refuse_given, say, searched
@@ -54,10 +54,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if results is None:
         return
     context["seconds"] = round(time.perf_counter() - start, 2)
-    try:
-        evaluation.write(folder, results, context)
-    except OSError as error:
-        raise RunError(f"cannot write the results to {folder}: {error.strerror or error}") from error
+    evaluation.write(folder, results, context)
     if not options.quiet:
         evaluation.print_tables(results)
         _print_choices(results)

@@ -25,7 +25,7 @@ from . import RunError, images, quality
 from .agreement import Agreement, check_sample, class_order
 from .code import import_plugins
 from .common import detector_set, device, processes, read_head_file, refuse_given, say, warn
-from .model import OF_IMAGES, REMEMBERED, cannot_take, head_of, is_callable, load_model, preparation_of, text_of
+from .model import OF_IMAGES, REMEMBERED, cannot_take, is_callable, load_model, named_head, preparation_of, text_of
 from .progress import Bar
 
 OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl", ".onnx", ".json", ".csv", ".parquet")
@@ -120,7 +120,7 @@ class _ImageData:
         self.class_names = names
         self.notes = {name: getattr(options, name) for name in REMEMBERED} | {
             **prepared,
-            "fingerprint": weight_fingerprint(model, head_of(model, options.head)),
+            "fingerprint": weight_fingerprint(model, named_head(model, options.head)),
         }
 
     def _batches(self, source: Any, process: Processes, bar: Bar) -> images.Images:
@@ -240,7 +240,7 @@ def _open_images(options: argparse.Namespace, where: str) -> _ImageData:
     names = None
     if source.classes or options.classes:
         names = class_order(model, images.dataset_of(source, prepared), options)
-    head = head_of(model, options.head)
+    head = named_head(model, options.head)
     n_outputs = None if head is None else head.out_features
     if names and n_outputs not in (None, len(names)):
         if options.classes:

@@ -173,7 +173,7 @@ def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
             setattr(options, name, notes.get(name))
 
 
-def head_of(model: nn.Module, name: str | None) -> nn.Linear | None:
+def named_head(model: nn.Module, name: str | None) -> nn.Linear | None:
     """The head; None where it cannot be told: what needs one says where it lacks."""
     try:
         return given_head(model, name)
@@ -204,7 +204,7 @@ def fitted_on(
     if options.other_model:
         for detector in detectors.detectors:
             detector.fitted_on = None
-    elif there is not None and weight_fingerprint(model, head_of(model, options.head)) != there:
+    elif there is not None and weight_fingerprint(model, named_head(model, options.head)) != there:
         raise UserError(
             f"--model {options.model}: its weights are not those that the detectors were fitted on; pass that model's "
             "--checkpoint, fit anew, or pass --other-model if scores and thresholds need not hold"

@@ -23,7 +23,7 @@ from ..evaluation.cache import model_key
 from . import RunError, gallery, images
 from .code import import_plugins
 from .common import device, processes, read_detectors, refuse_given, warn
-from .model import OF_IMAGES, cannot_take, fitted_on, head_of
+from .model import OF_IMAGES, cannot_take, fitted_on, named_head
 from .progress import Bar
 from .table import FORMATS, ScoreTable
 
@@ -50,10 +50,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if counts is None:
         return
     if page is not None:
-        try:
-            gallery.write(page, out, source, command)
-        except OSError as error:
-            raise RunError(f"--html: cannot write {page}: {error.strerror or error}") from error
+        gallery.write(page, out, source, command)
     if not options.quiet:
         n_rows, n_ood, n_bad = counts
         print(f"{n_rows} rows in {out}" + (f", sorted in {page}" if page else ""))
@@ -126,7 +123,7 @@ def _identity(options: argparse.Namespace, ready: tuple[Files, nn.Module, dict[s
         files += features.files(options.features)
     else:
         source, model, prepared = ready
-        chosen += [model_key(model, head_of(model, options.head)), prepared]
+        chosen += [model_key(model, named_head(model, options.head)), prepared]
         source.update(digest)
     chosen += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest.update(json.dumps(chosen).encode())

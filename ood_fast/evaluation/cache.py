@@ -290,7 +290,7 @@ class FeatureCache:
                 free = shutil.disk_usage(self.folder).free
                 if needed > free:
                     return (
-                        f"--cache: {self.folder} has {free / 2**30:.1f} GiB free, but features and logits of {name} "
+                        f"the cache {self.folder} has {free / 2**30:.1f} GiB free, but features and logits of {name} "
                         f"take {needed / 2**30:.1f} GiB"
                     )
                 staging = stack.enter_context(staged(folder))
@@ -302,7 +302,7 @@ class FeatureCache:
             if "features" in missing:
                 np.save(staging / "targets.npy", dataset.targets.numpy())
         except OSError as error:
-            return f"--cache: cannot write to {self.folder}: {error.strerror or error}"
+            return f"cannot write the cache {self.folder}: {os.strerror(error.errno) if error.errno else error}"
         return _Plan(folder, staging, missing, meta)
 
     def _write_head(self) -> None:
