@@ -95,11 +95,12 @@ def _row_kernel(
     """`numbers`: the stride of sample_grad, ignore_index."""
     (n_samples, n_classes), stride = layout.shape, layout.stride
     config = row_config(n_classes, layout.target)
+    count = max(next_power_of_2(n_samples), 32) if divides == COUNTED else 0
+    # The kernel asks for n where it counts; elsewhere a smaller last batch would be compiled for its own n.
     return StepLaunch(
-        fused_row_kernel, (n_samples,), *numbers, stride, n_samples, n_classes, BLOCK=config.block,
+        fused_row_kernel, (n_samples,), *numbers, stride, n_samples if count else 0, n_classes, BLOCK=config.block,
         ALIGN=alignment(n_classes, stride), BOUNDARY=boundary, PREDICTION_KNOWN=is_known, SMOOTHED=smoothed,
-        IS_DIVISOR=divides > 0, COUNT=max(next_power_of_2(n_samples), 32) if divides == COUNTED else 0,
-        HARDWARE=has_exp2(layout.target), num_warps=config.num_warps,
+        IS_DIVISOR=divides > 0, COUNT=count, HARDWARE=has_exp2(layout.target), num_warps=config.num_warps,
     )  # fmt: skip
 
 

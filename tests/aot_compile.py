@@ -92,9 +92,11 @@ def job_of(kernel: Any, target: str, label: str, arguments: tuple[Any, ...], opt
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages", 2)
     signature, constants, divisible = [], [], []
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    # An interpreted kernel keeps what it was decorated with.
+    loose = getattr(kernel, "kwargs", vars(kernel))["do_not_specialize"] or ()
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        specialised = not kernel.params[index].do_not_specialize
+        specialised = name not in loose
         if isinstance(value, Tensor):
             signature.append((name, TYPE_NAMES[value.dtype]))
             divisible.append(index)

@@ -29,12 +29,12 @@ MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    """(kernel, grid) of every launch, none of which takes place."""
-    grids: list[tuple[str, tuple[int, ...]]] = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+    """(kernel, grid, what it would be compiled for) of every launch, none of which takes place."""
+    grids: list[tuple[str, tuple[int, ...], Any]] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        grids.append((kernel.fn.__name__, grid))
+        grids.append((kernel.fn.__name__, grid, aot_compile.job_of(kernel, "sm_90", "", arguments, options)))
 
     for module in aot_compile.MODULES:
         for name, stand_in in (("launch", record), ("target_of", lambda tensor: "sm_90")):
@@ -75,6 +75,17 @@ def test_no_grid_is_larger_than_a_gpu_takes(launched: list, shape: tuple[int, in
     assert [
         found for found in launched if any(k > most for k, most in zip(found[1], MOST_PROGRAMS, strict=False))
     ] == []
+
+
+@pytest.mark.parametrize("name", [*steps(2, 3, 4)][:6])
+def test_nothing_is_compiled_for_a_smaller_last_batch(launched: list, name: str) -> None:
+    """A second or more for each kernel, in mid-epoch."""
+    found = []
+    for n in (4096, 1500):
+        launched.clear()
+        steps(n, 100, 512)[name]()
+        found.append({job for *_, job in launched})
+    assert found[0] == found[1]
 
 
 class _Trace(TorchDispatchMode):

@@ -97,8 +97,12 @@ def row_form(request, monkeypatch) -> None:
     """Both forms of the kernel at few classes; the real limit is in kernels/launch.py."""
     if request.param == "looped row":
         launch = pytest.importorskip("ood_fast.kernels.launch")
+        statistics = pytest.importorskip("ood_fast.kernels.statistics")
         monkeypatch.setattr(launch, "ROW_IN_REGISTERS", 16)
         monkeypatch.setattr(launch, "ROW_LOOP_BLOCK", 16)
+        # Which keep what they have found.
+        monkeypatch.setattr(launch, "loop_config", launch.loop_config.__wrapped__)
+        monkeypatch.setattr(statistics, "row_config", launch.row_config.__wrapped__)
 
 
 # (n, c, m): one of each; small; no block divides anything; rows of 1000; features in several turns
@@ -225,7 +229,8 @@ def test_boundaries_counted_before(backend):
             anew = row_statistics(["distance"], logits, table=kept)
             assert torch.equal(given["distance"], anew["distance"])
     # Counted in int64, so that no rounding of a low precision reaches the mean: 299 is no bfloat16 number.
-    detector = ood_fast.detectors.BoundaryDistance().fit_features(None, None, None, (torch.randn(300, 8), None))
+    head = torch.randn(300, 8, device=backend.device), None
+    detector = ood_fast.detectors.BoundaryDistance().fit_features(None, None, None, head)
     assert detector.bfloat16().boundaries.unique().tolist() == [299]
 
 
