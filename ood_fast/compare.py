@@ -33,7 +33,7 @@ from .heads import given_head
 from .recipes import METHODS, OF_THE_LOSS, RECIPES, TrainingRecipe
 from .registry import added
 from .training import Run, Watcher, model_of
-from .training.folder import COMPLETE, IMAGES, RUN, differ, file_key, images_of, read_info
+from .training.folder import COMPLETE, IMAGES, RUN, differ, file_key, images_of, loss_code, read_info
 from .values import DRAWS
 
 RUNS = "runs"  # below the folder of a comparison: runs/LOSS/sSEED
@@ -184,10 +184,11 @@ class Comparison:
         for loss, seed in self._there():
             info = read_info(self.place(loss, seed))
             there = info | recipes.as_dict(recipes.from_dict(info["recipe"]))
-            apart = [] if loss in self.recipes else OF_THE_LOSS
+            apart = [] if loss in self.recipes else [*OF_THE_LOSS, "loss_code"]
             recipe = self.recipes.get(loss, next(iter(self.recipes.values())))
             images = images_of(self.benchmark_of(seed))
-            ours = recipes.as_dict(recipe) | images | {"init_weights": file_key(recipe.init)}
+            ours = recipes.as_dict(recipe) | images
+            ours |= {"init_weights": file_key(recipe.init), "loss_code": loss_code(recipe)}
             others = [
                 f"{name}: {there.get(name)} there, {ours[name]} here"
                 for name in ours

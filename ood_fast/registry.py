@@ -1,4 +1,5 @@
-"""What users add by a name of their own, by one decorator. Imports nothing, and so does no harm at the top of any file.
+"""What users add by a name of their own, by one decorator. Imports no part of the package, and so does no harm
+at the top of any file.
 
     @ood_fast.register("loss")
     def focal(model, recipe):  # ood-fast train --plugin mine --set loss=focal
@@ -9,11 +10,17 @@ What is decorated is returned as it is. `docs/extending.md` has a whole one of e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import builtins
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
 
+LIBRARIES = ("builtins", "torch", "torchvision", "timm", "transformers", "ood_fast")  # whose code stays what it is
 # kind -> what is decorated
 KINDS = {
     "detector": "a subclass of ood_fast.detectors.Detector",
@@ -70,3 +77,28 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
 def added(kind: str) -> dict[str, Any]:
     """What has been registered of a kind, by name, in its order."""
     return _ADDED[kind]
+
+
+def code_key(things: Iterable[Any]) -> str | None:
+    """A hash of the text of those classes and functions that no library holds, of their bases, and of the functions,
+    classes, numbers and strings of their package that they name. None without such text: typed in, or of libraries."""
+    left, texts = list(things), dict[int, str]()
+    while left:
+        thing = left.pop()
+        place = str(getattr(thing, "__module__", None))
+        top = place.partition(".")[0]
+        if id(thing) in texts or top in LIBRARIES:
+            continue
+        try:
+            text = inspect.getsource(thing)
+        except (OSError, TypeError):
+            continue
+        texts[id(thing)] = text
+        known = vars(sys.modules.get(place, builtins))
+        named = {word: known[word] for word in re.findall(r"\b(?!__)\w+", text) if word in known}
+        own = (value for value in named.values() if inspect.isclass(value) or inspect.isfunction(value))
+        left += [value for value in own if str(value.__module__).partition(".")[0] == top]
+        left += getattr(thing, "__bases__", ())
+        plain = {word: value for word, value in named.items() if isinstance(value, (bool, int, float, str, tuple))}
+        texts[id(thing)] += repr(sorted(plain.items(), key=str))
+    return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:16] if texts else None

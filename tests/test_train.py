@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from test_data import write_cifar10, write_tiny_imagenet
 from torch import nn
 
+import ood_fast
 from ood_fast import checks, data, files, heads, losses, models, recipes
 from ood_fast import train as training
 from ood_fast.training import build, folder, loop, randomness
@@ -502,6 +505,36 @@ def test_a_run_is_not_continued_with_other_images_of_the_same_number(images, tmp
     del written["training_content"], written["validation_content"]  # of an older version
     (tmp_path / "run/run.json").write_text(json.dumps(written))
     training.fit_recipe(one, other, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["loss", "model"])
+def test_a_run_is_not_continued_with_other_code_of_its_own(images, tmp_path, monkeypatch, own_names, kind):
+    """Nor taken for finished: its results would be told as those of the loss or model as it is now."""
+    file, run = tmp_path / f"edited_{kind}.py", tmp_path / "run"
+    made = {"loss": "(model, recipe):\n    return lambda f, y: _scale() * F.cross_entropy(f, y)\n"}
+    made["model"] = "(n_classes, in_channels, image_size):\n    return SmallCNN(n_classes, in_channels=_scale())\n"
+    imports = "import torch.nn.functional as F\nfrom ood_fast.models.small import SmallCNN\nNUMBER = {}\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is told from others by second and size
+
+    def given(number):
+        helper = "def _scale():\n    return NUMBER\n"
+        file.write_text(f"{imports.format(number)}{helper}\n\ndef edited{made[kind]}")
+        sys.modules.pop(file.stem, None)
+        importlib.invalidate_caches()
+        ood_fast.register(kind)(importlib.import_module(file.stem).edited)
+
+    given(3)
+    one = replace(BASE, epochs=1, **{kind: "edited"})
+    training.fit_recipe(one, images, run)
+    file.write_text("# a word above\n" + file.read_text())
+    sys.modules.pop(file.stem)
+    ood_fast.register(kind)(importlib.import_module(file.stem).edited)
+    assert training.Run(one, images, run).finished
+    given(4)
+    assert not training.Run(one, images, run).finished
+    with pytest.raises(checks.UserError, match=rf'other settings \({kind}_code: "\w+" there, "\w+" here\)'):
+        training.fit_recipe(one, images, run, resume=True)
 
 
 def test_other_folders_are_left_alone(images, tmp_path):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -41,9 +40,9 @@ from ..heads import given_head, inference_head
 from ..models.checkpoints import update_with_weights, weight_fingerprint
 from ..models.running import run_model
 from ..processes import Processes
+from ..registry import code_key
 
 META, HEAD = "meta.json", "head.npz"
-LIBRARIES = ("builtins", "torch", "torchvision", "timm", "transformers", "ood_fast")  # whose classes stay what they are
 CHUNK_VALUES = 1 << 23  # numbers of features and logits that are worked on at a time: 64 MiB in float64
 Progress = Callable[[str, int], Any]  # (what, total) -> a context with `advance(n)`
 
@@ -131,27 +130,16 @@ def read_head(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
 
 
 def model_key(model: nn.Module, head: nn.Linear | None) -> str:
-    """A hash of what decides features and logits: `models.weight_fingerprint`, the layers with their settings, the text
-    of classes that are the user's own. Not of functions that such classes call."""
+    """A hash of what decides features and logits: `models.weight_fingerprint`, the layers with their settings, and
+    the code that is the user's own, see `registry.code_key`."""
     plain = [  # whole numbers are left out: they may count passes
         f"{path}.{name}={value!r}"
         for path, module in model.named_modules()
         for name, value in sorted(vars(module).items())
         if isinstance(value, (bool, float, str)) and name != "training" and not name.startswith("_")
     ]
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    text = f"{model!r} {weight_fingerprint(model, head)} {plain} {sorted(map(_text, classes))}"
+    text = f"{model!r} {weight_fingerprint(model, head)} {plain} {code_key(map(type, model.modules()))}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _text(cls: type) -> str:
-    """Of a class that no library holds for as long as its name; nothing where there is none."""
-    if cls.__module__.partition(".")[0] in LIBRARIES:
-        return ""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):  # typed in, or not written in Python
-        return ""
 
 
 def refuse_nan(what: Callable[[int], str], **values: Tensor | None) -> None:

@@ -367,14 +367,16 @@ def scores(record: Record, evaluated: Evaluated, of_detectors: Mapping[str, Mapp
 
 def roc(record: Record, evaluated: Evaluated, detector: str, sets: Mapping[str, np.ndarray]) -> Chart:
     """A curve for each OOD set, of the best detector."""
-    label, series, aurocs = label_of(detector), [], {}
+    label, aurocs = label_of(detector), {}
+    series: list[Series] = []
     for name in [name for name in evaluated.results.sets if name != RESULTS_ID and name in sets]:
         inside, outside = (of[~np.isnan(of)] for of in (sets[RESULTS_ID], sets[name]))
         if len(inside) and len(outside):
             points = torch.stack(metrics.roc_curve(inside, outside, positive="id"), 1)
             points = points[_some(len(points), CURVE)]
             color = len(series) + 1  # 0 is ID, in the histograms below
-            series.append(Series(_title(evaluated, name), *points.T.tolist(), color=color))
+            xs, ys = points.T.tolist()
+            series.append(Series(_title(evaluated, name), xs, ys, color=color))
             aurocs[_title(evaluated, name)] = 100 * metrics.auroc(inside, outside)
     return Chart(
         *(f"ROC of {label}: {record.name}", "OOD images accepted", "ID images accepted", series),

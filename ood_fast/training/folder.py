@@ -27,7 +27,7 @@ from torch import nn
 
 from .. import checks, files, intact, models, recipes, spreadsheet
 from ..models.checkpoints import read_checkpoint
-from ..registry import added
+from ..registry import added, code_key
 from .build import OF_IMAGES, model_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ LAST, BEST, FINAL, EPOCHS = "last.ckpt", "best.ckpt", "final.ckpt", "epochs"
 CHECKPOINTS = {"best": BEST, "final": FINAL, "last": LAST}  # as people call them
 COMPLETE = "complete"
 # of run.json, besides the recipe and what is prepared: a run is only continued where these are the same
-DECIDING: tuple[str, ...] = ("seed", "init_weights", "processes", "sync_bn")
+DECIDING: tuple[str, ...] = ("seed", "init_weights", "processes", "sync_bn", "loss_code", "model_code")
 IMAGES: tuple[str, ...] = ("class_names", "image_shape", "training_images", "validation_images", "training_content")
 IMAGES += ("validation_content",)
 DECIDING += IMAGES
@@ -57,6 +57,8 @@ def describe(run: Run, status: str) -> dict[str, Any]:
         "recipe": recipes.as_dict(run.recipe),
         "seed": run.seed,
         "init_weights": file_key(run.recipe.init),
+        "loss_code": loss_code(run.recipe),
+        "model_code": code_key([added("model").get(run.recipe.model)]),
         "processes": run.n_processes,
         "sync_bn": options.sync_bn,
         **images_of(benchmark),
@@ -84,6 +86,11 @@ def images_of(benchmark: ImageBenchmark) -> dict[str, Any]:
         "training_content": _content(benchmark.train),
         "validation_content": _content(benchmark.validation),
     }
+
+
+def loss_code(recipe: recipes.TrainingRecipe) -> str | None:
+    """What tells the text of a loss of the user's own from what it was before."""
+    return code_key([added("loss").get(recipe.loss)])
 
 
 def _content(images: Any) -> str | None:
@@ -198,8 +205,9 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 
 
 def differ(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether two runs have another value of it; runs of older versions say nothing of the content of images."""
-    unknown = name.endswith("_content") and None in (there.get(name), here.get(name))
+    """Whether two runs have another value of it; runs of older versions say nothing of the content of images, and not
+    all code has a text."""
+    unknown = name.endswith(("_content", "_code")) and None in (there.get(name), here.get(name))
     return not unknown and bool(there.get(name) != here.get(name))
 
 
