@@ -81,7 +81,7 @@ def added(kind: str) -> dict[str, Any]:
 
 def code_key(things: Iterable[Any]) -> str | None:
     """A hash of the text of those classes and functions that no library holds, of their bases, and of the functions,
-    classes, numbers and strings of their package that they name. None without such text: typed in, or of libraries."""
+    classes and CONSTANTS of their package that they name. None without such text: typed in, or of libraries."""
     left, texts = list(things), dict[int, str]()
     while left:
         thing = left.pop()
@@ -99,6 +99,11 @@ def code_key(things: Iterable[Any]) -> str | None:
         own = (value for value in named.values() if inspect.isclass(value) or inspect.isfunction(value))
         left += [value for value in own if str(value.__module__).partition(".")[0] == top]
         left += getattr(thing, "__bases__", ())
-        plain = {word: value for word, value in named.items() if isinstance(value, (bool, int, float, str, tuple))}
-        texts[id(thing)] += repr(sorted(plain.items(), key=str))
+        constants = {word: value for word, value in named.items() if word.isupper() and _is_plain(value)}
+        texts[id(thing)] += repr(sorted(constants.items()))
     return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:16] if texts else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether its text is the same in every process."""
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, (bool, int, float, str))
