@@ -409,3 +409,9 @@ def test_an_older_file_with_but_the_largest_number_of_the_images_is_read(data, t
     fitted("KNN", data).save(tmp_path / "it")
     changed(tmp_path / "it", lambda entries, _: entries["KNN"].update(input_range=2.5))
     assert load(tmp_path / "it").input_range == (0.0, 2.5)
+
+
+def test_scripts_of_earlier_versions_save_by_the_store(tmp_path):
+    store.save(MSP(), tmp_path / "d.safetensors", class_names=["a", "b"], notes={"size": 8})
+    assert load(tmp_path / "d.safetensors").class_names == ("a", "b")
+    assert store.notes(tmp_path / "d.safetensors") == {"size": 8}

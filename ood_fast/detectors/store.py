@@ -127,6 +127,11 @@ def read_file(path: str | os.PathLike[str]) -> Content:
         raise ValueError(f"{path}: the file is damaged: {reason}") from None
 
 
+def save(detectors: Any, path: str | os.PathLike[str], class_names: Any = None, notes: Any = None) -> None:
+    """`detectors.save(path, class_names, notes)`, as scripts call it that were written for earlier versions."""
+    detectors.save(path, class_names, notes)
+
+
 def notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that were saved with the detectors; raises as `read_file`."""
     return read_file(path).notes
