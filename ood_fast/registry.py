@@ -80,11 +80,12 @@ def added(kind: str) -> dict[str, Any]:
 
 
 def code_key(things: Iterable[Any]) -> str | None:
-    """A hash of the text of those classes and functions that no library holds, of their bases, and of the functions,
-    classes and CONSTANTS of their package that they name. None without such text: typed in, or of libraries."""
+    """A hash of the text of those classes and functions that no library holds, of one that is wrapped its own, of their
+    bases, and of the functions, classes and CONSTANTS of their package that they name. None without such text: typed
+    in, or of libraries."""
     left, texts = list(things), dict[int, str]()
     while left:
-        thing = left.pop()
+        thing = inspect.unwrap(left.pop())
         place = str(getattr(thing, "__module__", None))
         top = place.partition(".")[0]
         if id(thing) in texts or top in LIBRARIES:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"ood_fast": ROOT / "ood_fast", "ood_fast.kernels": ROOT / "kernels"}
 
 LIMITS = {
-    "lines": 37_490,  # of Python in ood_fast/ and kernels/
-    "lines of code": 25_563,  # of these, without blank lines, comments and docstrings
+    "lines": 37_501,  # of Python in ood_fast/ and kernels/
+    "lines of code": 25_568,  # of these, without blank lines, comments and docstrings
     "longest file": 450,
     "parameters": 8,  # of a function, `self` left out; the kernels' own signatures and the operators' are flat
     "import circles": 0,

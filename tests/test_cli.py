@@ -142,6 +142,11 @@ def test_compare_takes_a_model_of_the_user_and_weights_to_start_from(tmp_path, c
         assert json.loads((tmp_path / name / "results.json").read_text())["runs"][0]["checkpoint"].endswith(
             f"{name}.ckpt"
         )
+    (tmp_path / "comparedmodel.py").write_text(MODEL.replace("ReLU", "GELU"))
+    assert cli.main([*short, "--out", "first"]) == 2
+    assert "holds a run with other settings (model_code: " in capsys.readouterr().err
+    (tmp_path / "comparedmodel.py").write_text(MODEL)
+    assert cli.main([*short, "--out", "first"]) == 0
     assert cli.main([*short, "--init", start, "--pretrained", "--out", "third"]) == 2
     assert "init, pretrained: expected one of them" in capsys.readouterr().err
     assert cli.main([*short, "--init", "none.ckpt", "--out", "third"]) == 2

@@ -119,13 +119,18 @@ def is_callable(name: str) -> bool:
     return ":" in name and not name.startswith((TIMM, HF))
 
 
-def named(path: str) -> nn.Module:
-    """What MODULE:CALLABLE gives, which the command line names."""
+def _found(path: str) -> Any:
+    """MODULE:CALLABLE, which the command line names."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(code.import_asked_for(module, f"--model {path}"), name)
+        return getattr(code.import_asked_for(module, f"--model {path}"), name)
     except AttributeError as error:
         raise UserError(f"--model {path}: {error}; expected MODULE:CALLABLE, as in mymodels:build") from error
+
+
+def named(path: str) -> nn.Module:
+    """What MODULE:CALLABLE gives, which the command line names."""
+    found = _found(path)
     code.remember(path)
     try:
         with suppress(ValueError):  # none can be told
@@ -152,7 +157,12 @@ def allow(name: str, said: str | None, where: str) -> None:
             f"{where} names the model {name}; code is not run because a file names it, pass --model {name} if it is "
             "yours"
         )
-    registry.register("model", name)(lambda n_classes, in_channels, image_size: named(name))
+
+    def make(n_classes: int, in_channels: int, image_size: int) -> nn.Module:
+        return named(name)
+
+    vars(make)["__wrapped__"] = _found(name)  # whose code is the model's, see `registry.code_key`
+    registry.register("model", name)(make)
 
 
 def recall(options: argparse.Namespace, notes: dict[str, Any]) -> None:
